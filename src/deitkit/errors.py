@@ -22,3 +22,7 @@ class CheckpointError(DeitkitError):
 
 class TeacherError(DeitkitError):
     """A teacher that cannot be built or that must not teach."""
+
+
+class Interrupted(Exception):  # noqa: N818 - nothing went wrong
+    """The user stopped a run; everything up to the present step is saved."""

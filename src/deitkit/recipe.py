@@ -34,7 +34,9 @@ class DataRecipe(Section):
     root: Path | None = Field(None, description="Where data sets lie; by default $DEITKIT_DATA, then ~/.cache/deitkit.")
     download: bool = Field(True, description="Let torchvision download a named data set that is not on the disk.")
     image_px: PositiveInt | None = Field(None, description="Resize images to this; needed where their sizes differ.")
-    channels: Literal[1, 3] | None = Field(None, description="1 for grey, 3 for colour; by default as the data set has.")
+    channels: Literal[1, 3] | None = Field(
+        None, description="1 for grey, 3 for colour; by default as the data set has."
+    )
     train_images: PositiveInt | None = Field(None, description="Train on this many images only (stratified).")
     test_images: PositiveInt | None = Field(None, description="Test on this many images only (stratified).")
     validation_fraction: Annotated[float, Field(gt=0, le=0.5)] = Field(
@@ -103,7 +105,9 @@ class TrainRecipe(OptimizerRecipe):
     schedule_epochs: PositiveInt | None = Field(
         None, description="Lay the cosine out for this many epochs, if the run is to end before it (as the seed's did)."
     )
-    batch_size: PositiveInt = Field(128, description="Images in a step; the last, smaller batch of an epoch is left out.")
+    batch_size: PositiveInt = Field(
+        128, description="Images in a step; the last, smaller batch of an epoch is left out."
+    )
     label_smoothing: Fraction = Field(0.1, description="On true labels only, never on the teacher's.")
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = Field(
         None, description="Keep an exponential moving average of the weights, reported as rows of its own."
@@ -126,7 +130,9 @@ class TeacherTrainRecipe(TrainRecipe):
 class TeacherRecipe(Section):
     """The frozen classifier that teaches, and what is done before it may."""
 
-    name: str = Field("cifar/resnet20", description="timm/NAME, torchvision/NAME, cifar/resnetN, small/NAME, or a file.")
+    name: str = Field(
+        "cifar/resnet20", description="timm/NAME, torchvision/NAME, cifar/resnetN, small/NAME, or a file."
+    )
     checkpoint: Path | None = Field(None, description="Weights: .safetensors, .pth or .th.")
     pretrained: bool = Field(False, description="Download the library's pretrained weights.")
     fit: Literal["auto", "none", "head", "full"] = Field(
@@ -180,9 +186,7 @@ class Recipe(Section):
     train: TrainRecipe = TrainRecipe()
     seeds: tuple[NonNegativeInt, ...] = Field((0,), min_length=1, description="A cohort is trained for each.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is one.")
-    published: tuple[Literal["seed", "paper"], ...] = Field(
-        (), description="Published tables to print beside ours."
-    )
+    published: tuple[Literal["seed", "paper"], ...] = Field((), description="Published tables to print beside ours.")
 
     @model_validator(mode="after")
     def _consistent(self) -> "Recipe":
@@ -200,10 +204,10 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
         yield f"methods={list(recipe.methods)} holds a method twice: give each once"
     schedule = recipe.train.schedule_epochs
     if schedule is not None and schedule < recipe.train.epochs:
-        yield f"train.schedule_epochs={schedule} is shorter than train.epochs={recipe.train.epochs}: raise it or drop it"
+        yield f"train.schedule_epochs={schedule} is less than train.epochs={recipe.train.epochs}: raise it or drop it"
     if (recipe.teacher.mean is None) != (recipe.teacher.std is None):
         yield "teacher.mean and teacher.std belong together: give both or neither"
-    for std in (recipe.teacher.std or ()):
+    for std in recipe.teacher.std or ():
         if std <= 0:
             yield f"teacher.std={list(recipe.teacher.std or ())} must be positive"
     for name in ("train", "teacher.train"):
@@ -260,6 +264,25 @@ def field_names(section: type[BaseModel] = Recipe, prefix: str = "") -> list[str
     return names
 
 
+def describe_fields(section: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[tuple[str, str, str]]:
+    """Yield every field that holds a value: its dotted key, its default and its meaning."""
+    for name, field in section.model_fields.items():
+        inner = _section_of(field.annotation)
+        if inner is not None:
+            yield from describe_fields(inner, f"{prefix}{name}.")
+        else:
+            default = field.get_default()
+            yield (
+                prefix + name,
+                yaml.safe_dump(_plain_value(default)).removesuffix("...\n").strip(),
+                field.description or "",
+            )
+
+
+def _plain_value(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
 def _section_of(annotation: Any) -> type[BaseModel] | None:
     options = get_args(annotation) or (annotation,)
     return next((option for option in options if isinstance(option, type) and issubclass(option, BaseModel)), None)
@@ -283,7 +306,9 @@ def _read_tree(source: str) -> dict[str, Any]:
     if tree is None:
         tree = {}
     if not isinstance(tree, dict) or not all(isinstance(key, str) for key in tree):
-        raise RecipeError(f"recipe '{source}' must be a mapping of field names to values, such as 'train: {{epochs: 20}}'")
+        raise RecipeError(
+            f"recipe '{source}' must be a mapping of field names to values, such as 'train: {{epochs: 20}}'"
+        )
     return tree
 
 

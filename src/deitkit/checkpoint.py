@@ -1,0 +1,133 @@
+"""What is written and read back: trained classifiers with their cards, and the state of a run that goes on later.
+
+Nothing is pickled. Tensors are safetensors, everything else is JSON.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from deitkit import __version__
+from deitkit.errors import CheckpointError
+from deitkit.files import write_bytes, write_text
+from deitkit.models.classifier import Classifier
+from deitkit.models.vit import DeiT
+from deitkit.models.weights import load_into, read_state
+from deitkit.models.zoo import create_classifier
+
+FORMAT = 1
+
+
+def save_tree(path: Path, tree: Any) -> None:
+    """Write nested dicts and lists of tensors and plain values; CheckpointError if the disk does not take them."""
+    tensors: dict[str, Tensor] = {}
+    structure = json.dumps(_encode(tree, tensors))
+    write_bytes(path, save(tensors, metadata={"format": str(FORMAT), "tree": structure}))
+
+
+def load_tree(path: Path) -> Any:
+    """Read what ``save_tree`` wrote, on the CPU; CheckpointError for anything else."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            structure = json.loads((file.metadata() or {})["tree"])
+            return _decode(structure, {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} is damaged or no checkpoint of deitkit: delete it and resume again") from error
+
+
+def _encode(value: Any, tensors: dict[str, Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        name = str(len(tensors))
+        tensors[name] = value.detach().cpu().contiguous().clone()
+        return {"tensor": name}
+    if isinstance(value, dict):
+        return {"dict": [[key, _encode(entry, tensors)] for key, entry in value.items()]}
+    if isinstance(value, list | tuple):
+        return {"list": [_encode(entry, tensors) for entry in value]}
+    return {"value": value}
+
+
+def _decode(value: dict[str, Any], tensors: dict[str, Tensor]) -> Any:
+    ((kind, content),) = value.items()
+    if kind == "tensor":
+        return tensors[content]
+    if kind == "dict":
+        return {key: _decode(entry, tensors) for key, entry in content}
+    if kind == "list":
+        return [_decode(entry, tensors) for entry in content]
+    return content
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write tensors by name as safetensors."""
+    write_bytes(path, save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}))
+
+
+def save_classifier(folder: Path, classifier: Classifier, card: dict[str, Any]) -> None:
+    """Write ``model.safetensors`` and ``model.json``.
+
+    Args:
+        folder: Made if need be.
+        classifier: A student or a CNN.
+        card: What else to tell of it: ``class_names``, ``channels``, and for a CNN its ``architecture`` by name.
+    """
+    save_tensors(folder / "model.safetensors", dict(classifier.model.state_dict()))
+    model = classifier.model
+    described = {
+        "format": FORMAT,
+        "deitkit": __version__,
+        "kind": "deit" if isinstance(model, DeiT) else "cnn",
+        "config": model.config if isinstance(model, DeiT) else None,
+        "mean": classifier.mean.flatten().tolist(),
+        "std": classifier.std.flatten().tolist(),
+        "image_px": classifier.image_px,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+    }
+    write_text(folder / "model.json", json.dumps(described | card, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_card(folder: Path) -> dict[str, Any]:
+    """Return ``model.json`` of a folder; CheckpointError where there is none that deitkit wrote."""
+    path = folder / "model.json"
+    try:
+        card = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise CheckpointError(
+            f"{folder} holds no model.json: give a folder that deitkit wrote, such as RUN/winner or RUN/seed-0/none"
+        ) from None
+    if not isinstance(card, dict) or card.get("format") != FORMAT:
+        raise CheckpointError(f"{path} has format {_format_of(card)}; this deitkit reads format {FORMAT}")
+    return card
+
+
+def _format_of(card: Any) -> Any:
+    return card.get("format") if isinstance(card, dict) else "unknown"
+
+
+def load_classifier(folder: Path, device: torch.device) -> tuple[Classifier, dict[str, Any]]:
+    """Rebuild a classifier from its folder, in evaluation mode; returns its card too."""
+    card = read_card(folder)
+    try:
+        if card["kind"] == "deit":
+            model: torch.nn.Module = DeiT(**{**card["config"], "tokens": tuple(card["config"]["tokens"])})
+            head = "head"
+        else:
+            built = create_classifier(
+                card["architecture"],
+                classes=len(card["class_names"]),
+                channels=card["channels"],
+                image_px=card["image_px"],
+            )
+            model, head = built.model, built.head
+        mean, std, image_px = tuple(card["mean"]), tuple(card["std"]), card["image_px"]
+    except (KeyError, TypeError, AssertionError) as error:
+        raise CheckpointError(f"{folder / 'model.json'} is incomplete ({error}): export the model again") from None
+    report = load_into(model, read_state(folder / "model.safetensors"), head=head, source=str(folder))
+    if report.missing or report.mismatched:
+        raise CheckpointError(f"{folder}: model.safetensors does not belong to model.json: copy both from one run")
+    return Classifier(model, mean=mean, std=std, image_px=image_px).to(device).eval(), card

@@ -1,0 +1,292 @@
+"""The command line: parse, call one function, and turn a user's mistake into one line and exit code 2."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from deitkit import __version__
+from deitkit.errors import DeitkitError, Interrupted, RecipeError
+from deitkit.recipe import Recipe, describe_fields, load_recipe, shipped_recipes
+
+app = typer.Typer(
+    name="deitkit",
+    help="Distil a CNN teacher into a small vision transformer, under every method of the DeiT paper side by side.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+)
+console = Console()
+errors = Console(stderr=True)
+
+RecipeArgument = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="A shipped recipe (see `deitkit recipes`) or a YAML file.")
+]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Fields to change, as `train.epochs=40`.")
+]
+Out = Annotated[Path | None, typer.Option("--out", help="The run folder; by default a new one under runs/.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in --out (or the newest of this recipe).")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, for another program to read.")]
+ModelArgument = Annotated[
+    Path, typer.Argument(metavar="MODEL", help="A folder with model.safetensors, or a run folder (its winner).")
+]
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        console.print(__version__, highlight=False)
+        raise typer.Exit
+
+
+@app.command()
+def compare(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    out: Out = None,
+    seeds: Annotated[int | None, typer.Option("--seeds", min=1, help="Train this many seeds, from 0.")] = None,
+    resume: Resume = False,
+    show_batch: Annotated[
+        bool, typer.Option("--show-batch", help="Only draw augmented views with their labels, and train nothing.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Train students under every method of a recipe, side by side, and say which wins and by how much.
+
+    For example `deitkit compare digits`, or `deitkit compare cifar10-cpu train.epochs=40 --seeds 3 --out runs/mine`,
+    or with your own images `deitkit compare folder-small data.name=folder:photos`.
+
+    The run folder then holds table.md, table.csv, table.tex, curves.png, curves.svg, report.html, results.json, and
+    the winner, ready for `deitkit predict`. Ctrl-C stops and saves; the same command with --resume goes on.
+    """
+    loaded = _load(recipe, overrides, seeds)
+    if show_batch:
+        _show_batch(loaded, out)
+        return
+    _compare(loaded, out, resume, as_json)
+
+
+@app.command()
+def train(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    method: Annotated[str, typer.Option("--method", help="A method: see `deitkit methods`.")] = "token-hard",
+    out: Out = None,
+    resume: Resume = False,
+    as_json: Json = False,
+) -> None:
+    """Train one student under one method of a recipe: a comparison of one row."""
+    from deitkit.methods import find_method
+
+    name = find_method(method).name
+    loaded = _load(recipe, [*(overrides or []), f"methods=[{name}]", "baseline=null"], None)
+    _compare(loaded, out, resume, as_json)
+
+
+def _compare(recipe: Recipe, out: Path | None, resume: bool, as_json: bool) -> None:
+    from deitkit.compare import compare as run_comparison
+    from deitkit.report.table import rich_table
+    from deitkit.terminal import Terminal
+
+    folder = _run_folder(out, recipe, resume)
+    output = errors if as_json else console
+    with Terminal(output) as terminal:
+        output.print(f"run folder {folder}", highlight=False)
+        results = run_comparison(recipe, folder, watcher=terminal, resume=resume)
+    if as_json:
+        sys.stdout.write(json.dumps(results) + "\n")
+        return
+    console.print(rich_table(results))
+    console.print(f"page     {folder / 'report.html'}\ncurves   {folder / 'curves.png'}", highlight=False)
+    if results["winner"] is not None:
+        console.print(f"winner   {folder / 'winner'}   (deitkit predict {folder} IMAGE...)", highlight=False)
+
+
+@app.command()
+def teacher(
+    recipe: RecipeArgument, overrides: Overrides = None, out: Out = None, resume: Resume = False, as_json: Json = False
+) -> None:
+    """Train (or load) the teacher of a recipe alone, check it, and print its card.
+
+    Its folder can teach later: `deitkit compare RECIPE teacher.name=OUT/teacher`.
+    """
+    from deitkit.data.sources import load_dataset
+    from deitkit.device import Precision, choose_device
+    from deitkit.runs import open_run
+    from deitkit.teacher import prepare_teacher
+    from deitkit.terminal import Terminal
+
+    loaded = _load(recipe, overrides, None)
+    folder = _run_folder(out, loaded.model_copy(update={"name": f"{loaded.name}-teacher"}), resume)
+    precision = Precision.choose(loaded.teacher.train.precision, choose_device(loaded.device))
+    with Terminal(errors if as_json else console) as terminal:
+        open_run(folder, loaded, resume)
+        dataset = load_dataset(loaded.data, terminal.reading)
+        _, card = prepare_teacher(loaded, dataset, folder=folder / "teacher", precision=precision, watcher=terminal)
+    if as_json:
+        sys.stdout.write(json.dumps(card.__dict__) + "\n")
+        return
+    table = Table(box=None, show_header=False)
+    for key, value in card.__dict__.items():
+        table.add_row(key, f"{100 * value:.2f} %" if key in ("top1", "chance") else str(value))
+    console.print(table)
+    console.print(f"teacher in {folder / 'teacher'}: use it with teacher.name={folder / 'teacher'}", highlight=False)
+
+
+@app.command()
+def evaluate(
+    model: ModelArgument,
+    data: Annotated[str, typer.Option("--data", help="A named data set, folder:PATH or parquet:PATH.")],
+    root: Annotated[Path | None, typer.Option("--root", help="Where named data sets lie.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure a saved model on the test images of a data set, for every readout."""
+    from deitkit.inference import evaluate_model
+
+    result = evaluate_model(_model_folder(model), data, root)
+    if as_json:
+        sys.stdout.write(json.dumps(result) + "\n")
+        return
+    table = Table("readout", "top-1 %", "95 % interval", "top-5 %", title=f"{result['dataset']}, n = {result['n']}")
+    for row in result["readouts"]:
+        low, high = row["top1_ci95"]
+        top5 = "" if row["top5"] is None else f"{100 * row['top5']:.2f}"
+        table.add_row(row["readout"], f"{100 * row['top1']:.2f}", f"{100 * low:.2f} to {100 * high:.2f}", top5)
+    console.print(table)
+
+
+@app.command()
+def predict(
+    model: ModelArgument,
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Image files, or folders of them.")],
+    readout: Annotated[
+        str | None, typer.Option("--readout", help="class, distillation, joint or joint-logits.")
+    ] = None,
+    top: Annotated[int, typer.Option("--top", min=1, help="Show this many classes for each image.")] = 3,
+    as_json: Json = False,
+) -> None:
+    """Classify images with a trained model."""
+    from deitkit.inference import predict_files
+
+    answers = predict_files(_model_folder(model), images, readout=readout, top=top)
+    if as_json:
+        sys.stdout.write(json.dumps(answers, ensure_ascii=False) + "\n")
+        return
+    table = Table("image", "class", "probability")
+    for answer in answers:
+        for place, (name, probability) in enumerate(answer["classes"]):
+            table.add_row("" if place else _plain(answer["image"]), _plain(name), f"{100 * probability:.1f} %")
+    console.print(table)
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder with results.json.")]) -> None:
+    """Write the tables, the curves and the page of a run again, from its folder alone."""
+    from deitkit.report import read_results, write_report
+    from deitkit.report.table import rich_table
+
+    written = write_report(run)
+    console.print(rich_table(read_results(run)))
+    for path in written:
+        console.print(str(path), highlight=False, markup=False)
+
+
+@app.command()
+def recipes(
+    name: Annotated[str | None, typer.Argument(metavar="[RECIPE]", help="Print this recipe.")] = None,
+    fields: Annotated[bool, typer.Option("--fields", help="List every field with its default and meaning.")] = False,
+) -> None:
+    """List the shipped recipes, print one, or explain every field."""
+    shipped = shipped_recipes()
+    if fields:
+        table = Table("field", "default", "meaning", box=None)
+        for field, default, meaning in describe_fields():
+            table.add_row(_plain(field), _plain(default), _plain(meaning))
+        console.print(table)
+    elif name is not None:
+        if name not in shipped:
+            load_recipe(name)
+            raise RecipeError(f"'{name}' is not a shipped recipe; shipped are {', '.join(shipped)}")
+        console.print(shipped[name], highlight=False, markup=False, end="")
+    else:
+        table = Table("recipe", "what it does", box=None)
+        for shipped_name, text in shipped.items():
+            table.add_row(shipped_name, _plain(text.splitlines()[0].removeprefix("# ")))
+        console.print(table)
+
+
+@app.command()
+def methods() -> None:
+    """List the methods that a comparison can name."""
+    from deitkit.methods import METHODS
+
+    table = Table("method", "tokens", "labels", "teacher", "what it is", box=None)
+    for method in METHODS.values():
+        labels = "yes" if method.uses_labels else "no"
+        table.add_row(method.name, method.token_layout, labels, method.teacher_signal or "-", method.summary)
+    console.print(table)
+
+
+def _plain(text: Any) -> str:
+    from rich.markup import escape
+
+    return escape(str(text))
+
+
+def _load(source: str, overrides: list[str] | None, seeds: int | None) -> Recipe:
+    changes = list(overrides or [])
+    if seeds is not None:
+        changes.append(f"seeds={list(range(seeds))}")
+    return load_recipe(source, changes)
+
+
+def _run_folder(out: Path | None, recipe: Recipe, resume: bool) -> Path:
+    """Return --out; else a new folder under runs/, or with --resume the newest of this recipe's."""
+    if out is not None:
+        return out
+    base = Path("runs") / recipe.name
+    numbered = [base, *(base.with_name(f"{base.name}-{number}") for number in range(2, 10_000))]
+    if not resume:
+        return next(path for path in numbered if not path.exists())
+    existing = [path for path in numbered if (path / "recipe.yaml").exists()]
+    if not existing:
+        raise RecipeError(f"--resume found no run of recipe '{recipe.name}' under runs/: name its folder with --out")
+    return max(existing, key=lambda path: (path / "recipe.yaml").stat().st_mtime)
+
+
+def _model_folder(path: Path) -> Path:
+    return path / "winner" if (path / "winner" / "model.json").exists() else path
+
+
+def _show_batch(recipe: Recipe, out: Path | None) -> None:
+    from deitkit.data.preview import draw_views
+    from deitkit.data.sources import load_dataset
+
+    folder = out or Path("runs")
+    dataset = load_dataset(recipe.data)
+    path = folder / f"{recipe.name}-views.png"
+    draw_views(dataset, recipe.augment, recipe.train.label_smoothing, path)
+    console.print(f"augmented views in {path}", highlight=False)
+
+
+def main() -> None:
+    """Run the command line; a user's mistake is one line and exit code 2."""
+    try:
+        app()
+    except DeitkitError as error:
+        errors.print(f"error: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
+        sys.exit(2)
+    except (Interrupted, KeyboardInterrupt):
+        errors.print("stopped; the same command with --resume goes on from here", highlight=False)
+        sys.exit(130)
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "out of memory" not in str(error) and "alloc" not in str(error):
+            raise
+        errors.print("error: out of memory: lower train.batch_size (half of it is a good try)", style="red")
+        sys.exit(2)

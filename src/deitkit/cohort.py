@@ -1,0 +1,316 @@
+"""The step that trains a cohort, and the loop around it; nothing else.
+
+All students of a cohort see the same views and the same answers of the teacher, in lock-step. A CNN that is trained
+on labels alone (a teacher, the baseline) is a cohort of one student with the method ``none``.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int64, UInt8
+from torch import Tensor, nn
+
+from deitkit.data.augment import Augment
+from deitkit.data.batches import Batches
+from deitkit.data.mix import Mix
+from deitkit.data.sources import Dataset
+from deitkit.device import Precision, Stopwatch
+from deitkit.evaluate import predict, readout_scores, top_k_accuracy
+from deitkit.methods import Method
+from deitkit.models.classifier import Classifier
+from deitkit.optim import ExponentialMovingAverage, build_optimizers, learning_rate
+from deitkit.recipe import AugmentRecipe, DistillationRecipe, OptimizerRecipe, TrainRecipe
+from deitkit.seeding import derived_generator, derived_seed
+
+LOG_EVERY = 50  # steps between two looks at the device, which waits for it
+
+
+class Student:
+    """A classifier in training: its method, its optimizers, its average, and whether it still goes on.
+
+    Args:
+        name: Its name in logs and folders.
+        method: What trains it.
+        classifier: On its device.
+        recipe: How it is updated.
+        ema_decay: Keep an average of its weights with this decay.
+    """
+
+    def __init__(
+        self, name: str, method: Method, classifier: Classifier, recipe: OptimizerRecipe, ema_decay: float | None = None
+    ) -> None:
+        self.name = name
+        self.method = method
+        self.classifier = classifier
+        self.recipe = recipe
+        self.optimizers = build_optimizers(classifier.model, recipe)
+        self.average = ExponentialMovingAverage(classifier, ema_decay) if ema_decay is not None else None
+        self.stopped: str | None = None
+        self.good = self._snapshot()
+        self.reset_meters()
+
+    def reset_meters(self) -> None:
+        """Forget the sums of the epoch."""
+        self.watch = Stopwatch(self.classifier.mean.device)
+        self.term_sums: dict[str, Tensor] = {}
+        self.bad_step = torch.full((), -1, device=self.classifier.mean.device, dtype=torch.long)
+
+    def update(self, terms: dict[str, Float[Tensor, ""]], step: int, rate: float) -> None:
+        """Take one step down the sum of the terms; nothing here waits for the device."""
+        loss = torch.stack(list(terms.values())).sum()
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.zero_grad()
+        loss.backward()
+        if self.recipe.clip_norm is not None:
+            nn.utils.clip_grad_norm_(self.classifier.parameters(), self.recipe.clip_norm)
+        for optimizer in self.optimizers:
+            optimizer.step()
+        if self.average is not None:
+            self.average.update(self.classifier)
+        first_bad = ~torch.isfinite(loss.detach()) & (self.bad_step < 0)
+        self.bad_step = torch.where(first_bad, step, self.bad_step)
+        for name, term in terms.items():
+            self.term_sums[name] = self.term_sums.get(name, 0) + term.detach()
+
+    def check(self, rate_of: Callable[[int], float]) -> None:
+        """Look whether a loss was not finite; if so, go back to the last good state and stop."""
+        bad_step = int(self.bad_step)
+        if bad_step >= 0 and self.stopped is None:
+            self.stopped = (
+                f"stopped at step {bad_step + 1}: the loss is not finite (learning rate {rate_of(bad_step):.3g})"
+            )
+            self._restore(self.good)
+
+    def mark_good(self) -> None:
+        """Keep the present weights as the last good state."""
+        if self.stopped is None:
+            self.good = self._snapshot()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that a resumed student needs, tensors and plain values only."""
+        return {
+            "model": self.classifier.model.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "average": self.average.model.state_dict() if self.average else None,
+            "average_updates": self.average.updates if self.average else 0,
+            "good": self.good,
+            "stopped": self.stopped,
+            "seconds": self.watch.seconds,
+            "term_sums": self.term_sums,
+            "bad_step": self.bad_step,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from ``state_dict``."""
+        self.classifier.model.load_state_dict(state["model"])
+        for optimizer, optimizer_state in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(optimizer_state)
+        if self.average is not None:
+            self.average.model.load_state_dict(state["average"])
+            self.average.updates = state["average_updates"]
+        device = self.bad_step.device
+        self.good = _to(state["good"], device)
+        self.stopped, self.watch = state["stopped"], Stopwatch(device, state["seconds"])
+        self.term_sums, self.bad_step = _to(state["term_sums"], device), state["bad_step"].to(device)
+
+    def _snapshot(self) -> dict[str, Tensor]:
+        weights = {f"model.{name}": value for name, value in self.classifier.state_dict().items()}
+        if self.average is not None:
+            weights |= {f"average.{name}": value for name, value in self.average.model.state_dict().items()}
+        return {name: value.detach().clone() for name, value in weights.items()}
+
+    def _restore(self, snapshot: dict[str, Tensor]) -> None:
+        holder = nn.ModuleDict({"model": self.classifier})
+        if self.average is not None:
+            holder["average"] = self.average.model
+        holder.load_state_dict(snapshot)
+
+
+def _to(tensors: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    return {name: value.to(device) for name, value in tensors.items()}
+
+
+@dataclass
+class Progress:
+    """Where a cohort stands, for whoever watches."""
+
+    seed: int
+    epoch: int  # from 1
+    epochs: int
+    step: int  # of the epoch, from 1
+    steps_per_epoch: int
+    images_per_second: float
+    losses: dict[str, float] = field(default_factory=dict)
+
+
+class Cohort:
+    """Students that train in lock-step under one seed.
+
+    Args:
+        students: On the device, each with a name of its own.
+        teacher: Views in [0, 1] to logits; None where no student needs one.
+        dataset: Its training images are learnt from; its validation images draw the curves and select nothing.
+        augment: How the views are made.
+        train: Epochs, label smoothing, schedule.
+        distillation: Weights and temperature of the methods.
+        precision: Of the forward passes.
+        seed: Of the views and of dropout.
+    """
+
+    def __init__(
+        self,
+        students: list[Student],
+        *,
+        teacher: nn.Module | None,
+        dataset: Dataset,
+        augment: AugmentRecipe,
+        train: TrainRecipe,
+        distillation: DistillationRecipe,
+        precision: Precision,
+        seed: int,
+    ) -> None:
+        self.students = students
+        self.teacher = teacher
+        self.device = precision.device
+        self.batches = Batches(dataset.train, train.batch_size, seed, self.device)
+        self.validation = dataset.validation.to(self.device)
+        self.train_recipe = train
+        self.distillation = distillation
+        self.precision = precision
+        self.seed = seed
+        self.augment = Augment(augment, dataset.mean, dataset.std)
+        self.mix = Mix(augment, dataset.classes, train.label_smoothing)
+        self.epoch, self.step = 0, 0  # the next to be trained, from 0
+        self.watch = Stopwatch(self.device)  # the epoch's steps so far
+
+    @property
+    def active(self) -> list[Student]:
+        """The students that still train."""
+        return [student for student in self.students if student.stopped is None]
+
+    def train_step(self, images: UInt8[Tensor, "batch channels height width"], labels: Int64[Tensor, "batch"]) -> None:
+        """Train every student on one batch: one view, one answer of the teacher, then each student's update."""
+        step = self.epoch * self.batches.steps_per_epoch + self.step
+        generator = derived_generator(self.seed, "view", step)
+        view, targets = self.mix(self.augment(images, generator), labels, generator)
+        answer = self._answer(view)
+        for student in self.active:
+            torch.manual_seed(derived_seed(self.seed, "dropout", step))
+            with student.watch:
+                with self.precision.autocast():
+                    output = student.classifier(view)
+                terms = student.method.loss_terms(output, answer, targets, self.distillation)
+                student.update(terms, step, self.rate(student, step))
+
+    def _answer(self, view: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch classes"] | None:
+        if self.teacher is None or not any(student.method.teacher_signal for student in self.active):
+            return None
+        with self.precision.autocast():
+            return self.teacher(view)
+
+    def rate(self, student: Student, step: int) -> float:
+        """Return a student's learning rate at a step of the run."""
+        return learning_rate(step, self.batches.steps_per_epoch, student.recipe, self.train_recipe)
+
+    def fit(
+        self, on_step: Callable[[Progress], None] | None = None, should_stop: Callable[[], bool] = lambda: False
+    ) -> Iterator[list[dict[str, Any]]]:
+        """Train until the last epoch, and yield each epoch's metrics, one record per student.
+
+        The cohort can be saved whenever the iterator waits or has ended; ``should_stop`` ends it after a step.
+
+        Args:
+            on_step: Called every few steps, when the device has been waited for.
+            should_stop: Asked after every step.
+        """
+        for student in self.students:
+            student.classifier.train()
+        while self.epoch < self.train_recipe.epochs and self.active:
+            while self.step < self.batches.steps_per_epoch:
+                with self.watch:
+                    self.train_step(*self.batches.batch(self.epoch, self.step))
+                self.step += 1
+                if self._may_look():
+                    self._look()
+                    if on_step is not None:
+                        on_step(self._progress())
+                if should_stop():
+                    return
+            records = self._close_epoch()
+            self.epoch, self.step = self.epoch + 1, 0
+            yield records
+
+    def _may_look(self) -> bool:
+        """Reading a value waits for the device, so an accelerator is looked at now and then only."""
+        last = self.step == self.batches.steps_per_epoch
+        return self.device.type == "cpu" or self.step % LOG_EVERY == 0 or last
+
+    def _look(self) -> None:
+        for student in self.active:
+            student.check(lambda step, student=student: self.rate(student, step))  # type: ignore[misc]
+
+    def _progress(self) -> Progress:
+        return Progress(
+            seed=self.seed,
+            epoch=self.epoch + 1,
+            epochs=self.train_recipe.epochs,
+            step=self.step,
+            steps_per_epoch=self.batches.steps_per_epoch,
+            images_per_second=self.step * self.batches.batch_size / self.watch.seconds,
+            losses={student.name: float(sum(student.term_sums.values())) / self.step for student in self.active},
+        )
+
+    def _close_epoch(self) -> list[dict[str, Any]]:
+        """Validate, describe the epoch, and begin the next one's sums."""
+        steps = self.batches.steps_per_epoch
+        last_step = (self.epoch + 1) * steps - 1
+        records = []
+        for student in self.active:
+            accuracy = self._validate(student.classifier)
+            terms = {name: float(total) / steps for name, total in student.term_sums.items()}
+            records.append(
+                {
+                    "seed": self.seed,
+                    "student": student.name,
+                    "epoch": self.epoch + 1,
+                    "epochs": self.train_recipe.epochs,
+                    "step": last_step + 1,
+                    "train_loss": sum(terms.values()),
+                    "terms": terms,
+                    "validation": accuracy,
+                    "learning_rate": self.rate(student, last_step),
+                    "images_per_second": steps * self.batches.batch_size / student.watch.seconds,
+                    "seconds": student.watch.seconds,
+                    "cohort_images_per_second": steps * self.batches.batch_size / self.watch.seconds,
+                }
+            )
+            student.mark_good()
+            student.reset_meters()
+        self.watch = Stopwatch(self.device)
+        return records
+
+    def _validate(self, classifier: Classifier) -> dict[str, float]:
+        output = predict(classifier, self.validation, self.precision)
+        scores = readout_scores(output)
+        labels = self.validation.labels.cpu()
+        return {readout: top_k_accuracy(values, labels) for readout, values in scores.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that a resumed cohort needs; random draws need nothing, they follow from the step."""
+        return {
+            "epoch": self.epoch,
+            "step": self.step,
+            "seconds": self.watch.seconds,
+            "students": {student.name: student.state_dict() for student in self.students},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from ``state_dict``."""
+        self.epoch, self.step = state["epoch"], state["step"]
+        self.watch = Stopwatch(self.device, state["seconds"])
+        for student in self.students:
+            student.load_state_dict(state["students"][student.name])

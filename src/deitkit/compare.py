@@ -1,0 +1,235 @@
+"""A comparison, whole: recipe -> teacher -> cohorts over seeds -> test set, once -> results.json -> report.
+
+Each stage leaves its result in the run folder, so that a run that was stopped goes on where it was.
+"""
+
+import json
+import shutil
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from deitkit import __version__
+from deitkit.checkpoint import load_tree, save_classifier, save_tree
+from deitkit.cohort import Cohort, Student
+from deitkit.data.preview import draw_views
+from deitkit.data.sources import Dataset, load_dataset
+from deitkit.device import Precision, choose_device, describe_machine
+from deitkit.errors import RecipeError
+from deitkit.evaluate import predict, readout_scores
+from deitkit.files import write_text
+from deitkit.methods import METHODS, find_method
+from deitkit.models.classifier import Classifier
+from deitkit.models.vit import create_student
+from deitkit.models.zoo import create_classifier
+from deitkit.recipe import Recipe
+from deitkit.report import write_report
+from deitkit.rows import summarise
+from deitkit.runs import Watcher, open_run, train_to_end
+from deitkit.seeding import derived_seed, seeded
+from deitkit.teacher import FrozenTeacher, TeacherCard, prepare_teacher
+
+BASELINE = "cnn-baseline"
+
+
+def compare(recipe: Recipe, folder: Path, *, watcher: Watcher, resume: bool = False) -> dict[str, Any]:
+    """Run a comparison into a folder and return its ``results.json``.
+
+    Args:
+        recipe: What to compare.
+        folder: New or empty; with ``resume`` one that this recipe has begun.
+        watcher: Is told how it goes, and asked whether to stop.
+        resume: Go on with a run that was stopped; one that ended is only reported again.
+
+    Raises:
+        Interrupted: The watcher asked to stop; the run can be resumed.
+    """
+    device = choose_device(recipe.device)
+    precision = Precision.choose(recipe.train.precision, device)
+    for name in recipe.methods:
+        find_method(name)
+    open_run(folder, recipe, resume)
+    watcher.say(f"device {device}, precision {precision.name}")
+    dataset = load_dataset(recipe.data, watcher.reading)
+    watcher.say(
+        f"data {dataset.name}: {len(dataset.train)} training, {len(dataset.validation)} validation, "
+        f"{len(dataset.test)} test images, {dataset.classes} classes"
+    )
+    machine = describe_machine(device, precision)
+    write_text(folder / "environment.json", json.dumps(machine | {"deitkit": __version__}, indent=2) + "\n")
+    # Built once and thrown away: a student that cannot be built is a mistake to hear of before the teacher trains.
+    build_students(recipe, dataset, recipe.seeds[0], precision)
+    draw_views(dataset, recipe.augment, recipe.train.label_smoothing, folder / "views.png")
+
+    teacher, card = None, None
+    if any(METHODS[name].teacher_signal for name in recipe.methods):
+        teacher, card = prepare_teacher(
+            recipe, dataset, folder=folder / "teacher", precision=precision, watcher=watcher
+        )
+    for seed in recipe.seeds:
+        if not (folder / f"seed-{seed}" / "predictions.safetensors").exists():
+            _run_seed(recipe, dataset, teacher, seed, folder=folder, precision=precision, watcher=watcher)
+    results = _results(recipe, dataset, teacher, card, folder=folder, precision=precision) | {"machine": machine}
+    _hand_over(results, folder)
+    write_text(folder / "results.json", json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+    write_report(folder)
+    return results
+
+
+def build_students(recipe: Recipe, dataset: Dataset, seed: int, precision: Precision) -> list[Student]:
+    """Build the students of one seed, and the CNN baseline where the recipe has one, all from the same start."""
+    image_px = (dataset.image_px[0], dataset.image_px[1])
+    students = []
+    for name in recipe.methods:
+        model = create_student(
+            recipe.model,
+            image_px=image_px,
+            channels=dataset.channels,
+            classes=dataset.classes,
+            tokens=METHODS[name].tokens,
+            seed=derived_seed(seed, "student"),
+        )
+        classifier = Classifier(model, mean=dataset.mean, std=dataset.std).to(precision.device)
+        students.append(Student(name, METHODS[name], classifier, recipe.train, recipe.train.ema_decay))
+    if recipe.baseline is not None:
+        students.append(_build_baseline(recipe, dataset, seed, precision))
+    return students
+
+
+def _baseline_name(recipe: Recipe) -> str:
+    assert recipe.baseline is not None
+    return recipe.teacher.name if recipe.baseline.name == "teacher" else recipe.baseline.name
+
+
+def _build_baseline(recipe: Recipe, dataset: Dataset, seed: int, precision: Precision) -> Student:
+    assert recipe.baseline is not None
+    if Path(_baseline_name(recipe)).exists():
+        raise RecipeError("baseline.name=teacher, but the teacher is a file: name its architecture, as cifar/resnet56")
+    with seeded(seed, BASELINE):
+        built = create_classifier(_baseline_name(recipe), classes=dataset.classes, channels=dataset.channels)
+    classifier = Classifier(built.model, mean=dataset.mean, std=dataset.std).to(precision.device)
+    return Student(BASELINE, METHODS["none"], classifier, recipe.baseline, recipe.train.ema_decay)
+
+
+def _run_seed(
+    recipe: Recipe,
+    dataset: Dataset,
+    teacher: FrozenTeacher | None,
+    seed: int,
+    *,
+    folder: Path,
+    precision: Precision,
+    watcher: Watcher,
+) -> None:
+    """Train one cohort to its end, save its students, and ask them about the test images, once."""
+    students = build_students(recipe, dataset, seed, precision)
+    cohort = Cohort(
+        students,
+        teacher=teacher,
+        dataset=dataset,
+        augment=recipe.augment,
+        train=recipe.train,
+        distillation=recipe.distillation,
+        precision=precision,
+        seed=seed,
+    )
+    home = folder / f"seed-{seed}"
+    train_to_end(
+        cohort,
+        title=f"seed {seed}",
+        checkpoint=home / "checkpoint.safetensors",
+        metrics=folder / "metrics.jsonl",
+        watcher=watcher,
+        log_folder=folder / "tensorboard" / f"seed-{seed}",
+    )
+    predictions: dict[str, Any] = {}
+    for student in students:
+        weights = {"last": student.classifier}
+        if student.average is not None:
+            weights["ema"] = student.average.model  # type: ignore[dict-item]
+        card = _student_card(recipe, dataset, student, seed)
+        save_classifier(home / student.name, student.classifier, card)
+        if "ema" in weights:
+            save_classifier(home / f"{student.name}+ema", weights["ema"], card)
+        predictions[student.name] = {
+            "status": student.stopped,
+            "parameters": sum(parameter.numel() for parameter in student.classifier.model.parameters()),
+            "scores": {
+                which: {
+                    split: readout_scores(predict(classifier, getattr(dataset, split), precision))
+                    for split in ("validation", "test")
+                }
+                for which, classifier in weights.items()
+            },
+        }
+    save_tree(home / "predictions.safetensors", predictions)
+    (home / "checkpoint.safetensors").unlink(missing_ok=True)
+
+
+def _student_card(recipe: Recipe, dataset: Dataset, student: Student, seed: int) -> dict[str, Any]:
+    card = {
+        "method": student.name,
+        "seed": seed,
+        "recipe": recipe.name,
+        "dataset": dataset.name,
+        "channels": dataset.channels,
+        "class_names": list(dataset.class_names),
+    }
+    if student.name == BASELINE:
+        card["architecture"] = _baseline_name(recipe)
+    return card
+
+
+def _results(
+    recipe: Recipe,
+    dataset: Dataset,
+    teacher: FrozenTeacher | None,
+    card: TeacherCard | None,
+    *,
+    folder: Path,
+    precision: Precision,
+) -> dict[str, Any]:
+    """Gather the seeds' predictions into rows, in the format of docs/design.md."""
+    answers, teacher_entry = None, None
+    if teacher is not None and card is not None:
+        answers = predict(teacher.classifier, dataset.test, precision).class_logits
+        teacher_entry = {**card.__dict__}
+    predictions = {seed: load_tree(folder / f"seed-{seed}" / "predictions.safetensors") for seed in recipe.seeds}
+    summary = summarise(recipe, dataset, predictions, answers, folder / "metrics.jsonl")
+    if teacher_entry is not None:
+        teacher_entry["test_top1"] = summary.pop("teacher_test_top1")
+    return {
+        "format": 1,
+        "deitkit": __version__,
+        "created": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "recipe": recipe.model_dump(mode="json"),
+        "dataset": {
+            "name": dataset.name,
+            "train": len(dataset.train),
+            "validation": len(dataset.validation),
+            "test": len(dataset.test),
+            "classes": dataset.classes,
+            "class_names": list(dataset.class_names),
+            "image_px": list(dataset.image_px),
+            "channels": dataset.channels,
+            "skipped": len(dataset.skipped),
+            "skipped_files": list(dataset.skipped),
+            "fingerprint": dataset.fingerprint,
+        },
+        "teacher": teacher_entry,
+        "seeds": list(recipe.seeds),
+        **summary,
+    }
+
+
+def _hand_over(results: dict[str, Any], folder: Path) -> None:
+    """Copy the winner's model to ``winner/``, with the readout that it won by."""
+    if results["winner"] is None:
+        return
+    row = next(row for row in results["rows"] if row["row"] == results["winner"])
+    seed = max(zip(row["validation_top1"], results["seeds"], strict=True), key=lambda pair: pair[0] or 0.0)[1]
+    source = folder / f"seed-{seed}" / (row["method"] + ("+ema" if row["weights"] == "ema" else ""))
+    shutil.copytree(source, folder / "winner", dirs_exist_ok=True)
+    card = json.loads((folder / "winner" / "model.json").read_text(encoding="utf-8"))
+    card |= {"readout": row["readout"], "test_top1": row["top1"][results["seeds"].index(seed)]}
+    write_text(folder / "winner" / "model.json", json.dumps(card, indent=2, ensure_ascii=False) + "\n")

@@ -1,0 +1,208 @@
+"""From an encoded image of any kind to uint8 pixels, one or many at a time.
+
+How images are found belongs in ``folders.py`` and ``parquet.py``; what is done with pixels in ``pixels.py``.
+"""
+
+import hashlib
+import io
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Int64, UInt8
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from deitkit.data import cache
+from deitkit.data.listing import EncodedImages, Progress
+from deitkit.data.pixels import is_grey, require_memory
+from deitkit.errors import DataError
+from deitkit.recipe import DataRecipe
+
+SUFFIXES = frozenset((".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"))
+# Closed, because Pillow would otherwise go by content and hand an EPS file named .png to Ghostscript.
+_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+_FORMAT_VERSION = 1  # of what is stored: raise it when decoding changes
+_WINDOW = 256  # encoded images held in memory at a time
+
+
+@dataclass(frozen=True)
+class DecodedImages:
+    """The images of a selection, in its order.
+
+    Attributes:
+        images: Pixels of the images that could be decoded.
+        kept: Which images of the selection these are.
+        skipped: Names of the others.
+    """
+
+    images: UInt8[Tensor, "kept channels height width"]
+    kept: Bool[Tensor, "selected"]
+    skipped: tuple[str, ...]
+
+
+def decode_image(
+    encoded: Path | bytes, channels: int, image_px: int | None = None
+) -> UInt8[np.ndarray, "channels height width"]:
+    """Decode the first frame of an image in any of ``SUFFIXES``' formats.
+
+    EXIF orientation is applied, transparency composited on white, and 16 bits are scaled to 8.
+
+    Args:
+        encoded: A file, or the content of one.
+        channels: 1 for grey (ITU-R 601 luma), 3 for RGB.
+        image_px: If given, the shorter side is resized to it (bicubic, antialiased) and the centre square kept.
+
+    Raises:
+        Exception: Of whatever type Pillow chose, if the image cannot be decoded.
+    """
+    with Image.open(io.BytesIO(encoded) if isinstance(encoded, bytes) else encoded, formats=_FORMATS) as image:
+        if image_px is not None:
+            image.draft(image.mode, (2 * image_px, 2 * image_px))  # a JPEG far too large is decoded at 1/2, 1/4 or 1/8
+        image.load()
+        ImageOps.exif_transpose(image, in_place=True)
+        plain = _to_mode(image, "L" if channels == 1 else "RGB")
+    if image_px is not None:
+        plain = _resize_and_crop(plain, image_px)
+    pixels = np.asarray(plain)
+    return pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
+
+
+def _to_mode(image: Image.Image, mode: str) -> Image.Image:
+    """Convert to L or RGB where Pillow's own conversion would clip or drop something."""
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        values = np.asarray(image).astype(np.int64)
+        if values.min() < 0 or values.max() > 65535:
+            raise ValueError("pixels of more than 16 bits have no agreed range")
+        image = Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
+    elif image.mode == "F":
+        raise ValueError("floating-point pixels have no agreed range")
+    if "A" in image.getbands() or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert(mode)
+
+
+def _resize_and_crop(image: Image.Image, image_px: int) -> Image.Image:
+    """Resize the centre square only: the same pixels, without the huge strip that a panorama would become."""
+    side = min(image.size)
+    left, top = (image.width - side) / 2, (image.height - side) / 2
+    return image.resize((image_px, image_px), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
+
+
+def decode_images(
+    encoded: EncodedImages, selection: Int64[Tensor, "selected"], recipe: DataRecipe, progress: Progress | None = None
+) -> DecodedImages:
+    """Decode the selected images on all cores, or take them from the cache.
+
+    Args:
+        encoded: Where the images come from.
+        selection: Positions of the images that are wanted, in the order in which they are wanted.
+        recipe: ``image_px``, ``channels`` (None: 1 if every image is grey, else 3) and ``corrupt``.
+        progress: Called with what is done, how many images are done, and how many there are.
+
+    Raises:
+        DataError: Sizes differ and ``image_px`` is not set, the pixels would not fit in memory, no image can
+            be decoded, or one cannot and ``corrupt`` is "error".
+    """
+    parts = (_FORMAT_VERSION, encoded.key, cache.sha256(selection), recipe.image_px, recipe.channels, recipe.corrupt)
+    key = hashlib.sha256(repr(parts).encode()).hexdigest()
+    cached = cache.load_cached(key)
+    if cached is not None:
+        tensors, names = cached
+        return DecodedImages(tensors["images"], tensors["kept"].bool(), tuple(names))
+    decoded = _decode_all(encoded, selection, recipe, progress)
+    cache.store(key, {"images": decoded.images, "kept": decoded.kept.byte()}, list(decoded.skipped))
+    return decoded
+
+
+def _decode_all(
+    encoded: EncodedImages, selection: Tensor, recipe: DataRecipe, progress: Progress | None
+) -> DecodedImages:
+    def attempt(image: Path | bytes) -> np.ndarray | str:
+        try:
+            return decode_image(image, recipe.channels or 3, recipe.image_px)
+        except UnidentifiedImageError:
+            return "not an image of a known format"
+        except Exception as error:  # Pillow's plug-ins raise whatever a damaged file makes them stumble over
+            return str(error) or type(error).__name__
+
+    slots = selection.argsort().tolist()
+    positions = selection[slots].tolist()
+    target = _Target(len(positions), recipe)
+    images = encoded.read(positions)
+    with _strict_pillow(), ThreadPoolExecutor() as pool:
+        for start in range(0, len(positions), _WINDOW):
+            for offset, pixels in enumerate(pool.map(attempt, islice(images, _WINDOW)), start):
+                target.put(slots[offset], encoded.names[positions[offset]], pixels)
+            if progress is not None:
+                progress("decoding images", min(start + _WINDOW, len(positions)), len(positions))
+    return target.finish()
+
+
+class _Target:
+    """One array that images are written into; where one is missing, a gap that is closed at the end."""
+
+    def __init__(self, count: int, recipe: DataRecipe) -> None:
+        self.count, self.recipe = count, recipe
+        self.images: np.ndarray | None = None
+        self.first_name = ""
+        self.kept = torch.zeros(count, dtype=torch.bool)
+        self.failures: dict[str, str] = {}
+
+    def put(self, slot: int, name: str, pixels: np.ndarray | str) -> None:
+        """Keep an image, or the reason why there is none."""
+        if isinstance(pixels, str):
+            if self.recipe.corrupt == "error":
+                raise DataError(f"'{name}' cannot be decoded ({pixels}): remove it or set data.corrupt=skip")
+            self.failures[name] = pixels
+            return
+        if self.images is None:
+            require_memory((self.count, *pixels.shape))
+            self.images = np.empty((self.count, *pixels.shape), np.uint8)
+            self.first_name = name
+        if pixels.shape != self.images.shape[1:]:
+            raise DataError(
+                f"the images differ in size, such as '{self.first_name}' ({_size(self.images)}) and '{name}' "
+                f"({_size(pixels)}): set data.image_px, for example data.image_px={min(self.images.shape[-2:])}"
+            )
+        self.images[slot] = pixels
+        self.kept[slot] = True
+
+    def finish(self) -> DecodedImages:
+        """Close the gaps, and drop two of three channels if all images are grey and nothing else was asked for."""
+        if self.images is None:
+            name, reason = next(iter(self.failures.items()))
+            raise DataError(
+                f"none of the {self.count} images of data.name={self.recipe.name} can be decoded, such as '{name}' "
+                f"({reason}): check the path, or get the data set again"
+            )
+        images = torch.from_numpy(self.images)
+        if self.failures:
+            images = images[self.kept]
+        if self.recipe.channels is None and is_grey(images):
+            images = images[:, :1].contiguous()
+        return DecodedImages(images, self.kept, tuple(self.failures))
+
+
+def _size(pixels: np.ndarray) -> str:
+    return f"{pixels.shape[-1]}x{pixels.shape[-2]}"
+
+
+@contextmanager
+def _strict_pillow() -> Iterator[None]:
+    """Make a decompression bomb an error and silence what Pillow has to say about sloppy metadata.
+
+    Around the whole pool, since warning filters are the process's and not the thread's.
+    """
+    Image.init()  # not thread-safe
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="PIL")
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        yield

@@ -1,0 +1,74 @@
+"""Whole data sets of uint8 pixels: size, channels, statistics and the memory they need. Nothing here is random."""
+
+from math import prod
+
+import psutil
+import torch
+import torch.nn.functional as F
+from jaxtyping import UInt8
+from torch import Tensor
+
+from deitkit.errors import DataError
+
+_CHUNK = 1024  # images worked on at a time, so that float copies stay small
+_LEAST_STD = 1 / 255  # a channel that never changes must not divide by zero
+
+
+def require_memory(shape: tuple[int, ...]) -> None:
+    """Raise DataError if uint8 images of this shape would not fit in the memory that is free."""
+    needed, free = prod(shape), psutil.virtual_memory().available
+    if needed > 0.9 * free:
+        size = f"{shape[-1]}x{shape[-2]}"
+        raise DataError(
+            f"{shape[0]} images of {size} need {needed / 2**30:.1f} GiB decoded, but {free / 2**30:.1f} GiB of memory "
+            "are free: lower data.image_px or data.train_images (or test_images, validation_fraction)"
+        )
+
+
+def resize(
+    images: UInt8[Tensor, "n channels side side"], image_px: int
+) -> UInt8[Tensor, "n channels {image_px} {image_px}"]:
+    """Resize square images (bicubic, antialiased, rounded and clamped to 0 to 255)."""
+    if images.shape[-1] == image_px:
+        return images
+    resized = images.new_empty((*images.shape[:2], image_px, image_px))
+    for chunk, target in zip(images.split(_CHUNK), resized.split(_CHUNK)):
+        smooth = F.interpolate(chunk.float(), (image_px, image_px), mode="bicubic", antialias=True)
+        target.copy_(smooth.round().clamp(0, 255))
+    return resized
+
+
+def to_channels(
+    images: UInt8[Tensor, "n old height width"], channels: int
+) -> UInt8[Tensor, "n {channels} height width"]:
+    """Repeat grey to three channels, or take the luma (ITU-R 601, in Pillow's integers) of three."""
+    if images.shape[1] == channels:
+        return images
+    if channels == 3:
+        return images.repeat(1, 3, 1, 1)
+    grey = images.new_empty((len(images), 1, *images.shape[2:]))
+    for chunk, target in zip(images.split(_CHUNK), grey.split(_CHUNK)):
+        red, green, blue = chunk.int().split(1, dim=1)
+        target.copy_((19595 * red + 38470 * green + 7471 * blue + 32768) >> 16)
+    return grey
+
+
+def is_grey(images: UInt8[Tensor, "n channels height width"]) -> bool:
+    """Return whether all channels of every image are equal."""
+    return all(bool((chunk == chunk[:, :1]).all()) for chunk in images.split(_CHUNK))
+
+
+def mean_and_std(images: UInt8[Tensor, "n channels height width"]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return mean and standard deviation of each channel, of values in [0, 1]; exact, from counts of the 256 values.
+
+    The standard deviation is at least 1/255.
+    """
+    counts = torch.zeros(images.shape[1], 256, dtype=torch.int64)
+    for chunk in images.split(_CHUNK):
+        for channel, count in enumerate(counts):
+            count += torch.bincount(chunk[:, channel].flatten(), minlength=256)
+    values = torch.arange(256, dtype=torch.float64) / 255
+    share = counts.double() / counts.sum(dim=1, keepdim=True)
+    mean = share @ values
+    std = (share * (values - mean[:, None]).square()).sum(dim=1).sqrt().clamp(min=_LEAST_STD)
+    return tuple(mean.tolist()), tuple(std.tolist())

@@ -1,0 +1,169 @@
+"""From a recipe to a data set: found, divided, decoded, described.
+
+How each kind of source is laid out belongs in ``named.py``, ``folders.py`` and ``parquet.py``; batches and augmentation
+are not known here.
+"""
+
+import difflib
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+
+from deitkit.data.cache import sha256
+from deitkit.data.decode import DecodedImages, decode_images
+from deitkit.data.folders import list_folder
+from deitkit.data.listing import EncodedImages, Listing, Progress
+from deitkit.data.named import DOWNLOADABLE, list_named
+from deitkit.data.parquet import list_parquet
+from deitkit.data.pixels import mean_and_std, require_memory, resize, to_channels
+from deitkit.data.split import Split, plan_splits
+from deitkit.errors import DataError
+from deitkit.recipe import DataRecipe
+
+__all__ = ["DATASETS", "Dataset", "Split", "load_dataset"]
+
+DATASETS = ("digits", *DOWNLOADABLE)
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A data set in memory, divided, with what describes it.
+
+    Attributes:
+        name: As in the recipe.
+        train: Images to learn from.
+        validation: Images carved from the training images, to check the teacher and draw curves.
+        test: Images for the final figures only.
+        class_names: Names of the classes, by label.
+        mean: Of each channel of the training images, as values in [0, 1].
+        std: Of each channel of the training images, as values in [0, 1]; at least 1/255.
+        skipped: Names of images that could not be decoded.
+        fingerprint: SHA-256 over images, labels and class names of all splits, in hexadecimal.
+    """
+
+    name: str
+    train: Split
+    validation: Split
+    test: Split
+    class_names: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    skipped: tuple[str, ...]
+    fingerprint: str
+
+    @property
+    def classes(self) -> int:
+        """Number of classes."""
+        return len(self.class_names)
+
+    @property
+    def channels(self) -> int:
+        """1 for grey, 3 for colour."""
+        return self.train.images.shape[1]
+
+    @property
+    def image_px(self) -> tuple[int, int]:
+        """Height and width."""
+        return self.train.images.shape[2], self.train.images.shape[3]
+
+
+def load_dataset(recipe: DataRecipe, progress: Progress | None = None) -> Dataset:
+    """Load the data set that a recipe names, as uint8 images in memory.
+
+    Labels are read and divided first (see ``plan_splits``); only images that belong to a split are decoded. An image
+    that cannot be decoded is therefore missing from its split, and does not move others between splits.
+
+    Args:
+        recipe: What to load, and how to divide it.
+        progress: Called with what is being done, how many images are done, and how many there are.
+
+    Raises:
+        DataError: The data set is missing, malformed, does not fit the recipe or would not fit in memory.
+    """
+    try:
+        listing = _list(recipe, progress)
+    except OSError as error:
+        raise DataError(
+            f"data.name={recipe.name} cannot be read ({error}): check the path and its permissions"
+        ) from None
+    indices = plan_splits(listing.labels, listing.official_test, listing.class_names, recipe)
+    parts = (indices.train, indices.validation, indices.test)
+    selection = torch.cat(parts)
+    decoded = _pixels(listing, selection, recipe, progress)
+    sizes = [int(kept.sum()) for kept in decoded.kept.split([len(part) for part in parts])]
+    labels = listing.labels[selection[decoded.kept]]
+    splits = [Split(*both) for both in zip(decoded.images.split(sizes), labels.split(sizes))]
+    _require_all_classes(splits, listing, recipe)
+    train, validation, test = splits
+    mean, std = mean_and_std(train.images)
+    return Dataset(
+        name=recipe.name,
+        train=train,
+        validation=validation,
+        test=test,
+        class_names=listing.class_names,
+        mean=mean,
+        std=std,
+        skipped=listing.skipped + decoded.skipped,
+        fingerprint=_fingerprint(splits, listing.class_names),
+    )
+
+
+def _list(recipe: DataRecipe, progress: Progress | None) -> Listing:
+    kind, colon, path = recipe.name.partition(":")
+    if colon and kind in ("folder", "parquet"):
+        if not path:
+            raise DataError(f"data.name={recipe.name} names no path: write {kind}:PATH")
+        return (list_folder if kind == "folder" else list_parquet)(Path(path).expanduser())
+    if recipe.name == "digits":
+        return _list_digits()
+    if recipe.name in DOWNLOADABLE:
+        return list_named(recipe, progress)
+    near = difflib.get_close_matches(recipe.name, DATASETS, n=1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    known = ", ".join(DATASETS)
+    raise DataError(f"data.name={recipe.name} is no data set: {hint}Known are {known}, folder:PATH and parquet:PATH")
+
+
+def _list_digits() -> Listing:
+    from sklearn.datasets import load_digits  # here, since it takes a second to import
+
+    digits = load_digits()
+    images = (torch.from_numpy(digits.images) * (255 / 16)).round().to(torch.uint8)
+    names = tuple(str(name) for name in digits.target_names)
+    return Listing(images[:, None], torch.from_numpy(digits.target).long(), None, names)
+
+
+def _pixels(
+    listing: Listing, selection: Int64[Tensor, "selected"], recipe: DataRecipe, progress: Progress | None
+) -> DecodedImages:
+    """Return the selected images as the recipe wants them."""
+    if isinstance(listing.images, EncodedImages):
+        return decode_images(listing.images, selection, recipe, progress)
+    native = listing.images.shape[1:]
+    image_px, channels = recipe.image_px or native[1], recipe.channels or native[0]
+    require_memory((len(selection), channels, image_px, image_px))
+    images = to_channels(resize(listing.images[selection], image_px), channels)
+    return DecodedImages(images, torch.ones(len(selection), dtype=torch.bool), ())
+
+
+def _require_all_classes(splits: list[Split], listing: Listing, recipe: DataRecipe) -> None:
+    """Raise DataError if so many images could not be decoded that a split lacks a class."""
+    for name, split in zip(("train", "validation", "test"), splits):
+        counts = torch.bincount(split.labels, minlength=len(listing.class_names))
+        if int(counts.min()) == 0:
+            missing = listing.class_names[int(counts.argmin())]
+            raise DataError(
+                f"class '{missing}' of data.name={recipe.name} has no image in the {name} split that can be decoded: "
+                "mend or replace its files"
+            )
+
+
+def _fingerprint(splits: list[Split], class_names: tuple[str, ...]) -> str:
+    contents = [sha256(split.images, split.labels) for split in splits]
+    return hashlib.sha256(json.dumps([contents, class_names]).encode()).hexdigest()

@@ -1,0 +1,141 @@
+"""Labelled images in memory, and how a data set is divided into train, validation and test.
+
+Pure functions of labels and the recipe: nothing here reads a file or decodes an image.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Int64, UInt8
+from torch import Tensor
+
+from deitkit.errors import DataError
+from deitkit.recipe import DataRecipe
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images (values 0 to 255) with the index of their class."""
+
+    images: UInt8[Tensor, "n channels height width"]
+    labels: Int64[Tensor, "n"]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, indices: Int64[Tensor, "m"]) -> "Split":
+        """Return the images at these positions, in this order, as a copy."""
+        return Split(self.images[indices], self.labels[indices])
+
+    def to(self, device: torch.device) -> "Split":
+        """Return the split on a device; nothing is copied if it is there already."""
+        return Split(self.images.to(device), self.labels.to(device))
+
+
+@dataclass(frozen=True)
+class SplitIndices:
+    """Positions of the images of each split in the whole data set, ascending."""
+
+    train: Int64[Tensor, "train"]
+    validation: Int64[Tensor, "validation"]
+    test: Int64[Tensor, "test"]
+
+
+def plan_splits(
+    labels: Int64[Tensor, "n"], official_test: Bool[Tensor, "n"] | None, class_names: Sequence[str], recipe: DataRecipe
+) -> SplitIndices:
+    """Divide a data set, stratified by class and as a function of ``recipe.split_seed`` alone.
+
+    The test split is the official one if there is one, else ``test_fraction`` of all images. The validation split is
+    ``validation_fraction`` of what remains. Only then are ``train_images`` drawn from the rest, so that the validation
+    split stays large when training images are few. Every split holds every class. With the same seed, few training
+    images are a subset of more of them, and the validation and test splits are the same.
+
+    Args:
+        labels: Class of every image, 0 to ``len(class_names) - 1``.
+        official_test: Which images belong to the data set's own test split; None if it has none.
+        class_names: Names of the classes, for messages.
+        recipe: Fractions, numbers of images and the seed.
+
+    Raises:
+        DataError: There are fewer than two classes, a class has too few images to be in every split, or more images are
+            asked for than there are, or fewer than there are classes.
+    """
+    if len(class_names) < 2:
+        raise DataError(
+            f"data.name={recipe.name} holds {len(class_names)} class, but at least 2 are needed: add another"
+        )
+    draws = _Draws(labels, class_names, recipe)
+    if official_test is None:
+        everything = torch.arange(len(labels))
+        draws.require(everything, 3, "train, validation and test")
+        pool, test = draws.carve(everything, recipe.test_fraction, leave=2)
+    else:
+        pool, test = (~official_test).nonzero().flatten(), official_test.nonzero().flatten()
+        draws.require(test, 1, "test")
+        draws.require(pool, 2, "train and validation")
+    train, validation = draws.carve(pool, recipe.validation_fraction, leave=1)
+    if recipe.train_images is not None:
+        train = draws.subset(train, recipe.train_images, "train")
+    if recipe.test_images is not None:
+        test = draws.subset(test, recipe.test_images, "test")
+    return SplitIndices(train, validation, test)
+
+
+class _Draws:
+    """Stratified draws from one seed, in the order in which they are asked for."""
+
+    def __init__(self, labels: Tensor, class_names: Sequence[str], recipe: DataRecipe) -> None:
+        self.labels, self.class_names, self.recipe = labels, class_names, recipe
+        self.generator = torch.Generator().manual_seed(recipe.split_seed)
+
+    def require(self, pool: Tensor, least: int, splits: str) -> None:
+        """Raise DataError if a class has fewer than ``least`` images in the pool."""
+        counts = self._counts(pool)
+        if int(counts.min()) < least:
+            rare = int(counts.argmin())
+            raise DataError(
+                f"class '{self.class_names[rare]}' of data.name={self.recipe.name} has {int(counts[rare])} images for "
+                f"{splits}, but needs at least {least}: add images or remove the class"
+            )
+
+    def carve(self, pool: Tensor, fraction: float, leave: int) -> tuple[Tensor, Tensor]:
+        """Return the rest, with at least ``leave`` images of each class, and the drawn share, with at least one."""
+        classes = len(self.class_names)
+        count = min(max(round(fraction * len(pool)), classes), len(pool) - leave * classes)
+        return self._draw(pool, count, leave)
+
+    def subset(self, pool: Tensor, count: int, split: str) -> Tensor:
+        """Draw the number of images that the recipe asks for."""
+        field = f"data.{split}_images={count}"
+        if count > len(pool):
+            raise DataError(f"{field} is more than the {len(pool)} images there are to {split} on: lower it or drop it")
+        if count < len(self.class_names):
+            raise DataError(f"{field} is less than one image for each of {len(self.class_names)} classes: raise it")
+        return self._draw(pool, count, leave=0)[1]
+
+    def _draw(self, pool: Tensor, count: int, leave: int) -> tuple[Tensor, Tensor]:
+        counts = self._counts(pool)
+        quota = _apportion(counts, count, leave)
+        shuffled = pool[torch.randperm(len(pool), generator=self.generator)]
+        shuffled = shuffled[torch.argsort(self.labels[shuffled], stable=True)]
+        label = self.labels[shuffled]
+        rank_in_class = torch.arange(len(pool)) - (counts.cumsum(0) - counts)[label]
+        drawn = rank_in_class < quota[label]
+        return shuffled[~drawn].sort().values, shuffled[drawn].sort().values
+
+    def _counts(self, pool: Tensor) -> Tensor:
+        return torch.bincount(self.labels[pool], minlength=len(self.class_names))
+
+
+def _apportion(counts: Tensor, total: int, leave: int) -> Tensor:
+    """Divide a total among classes in proportion to their counts: at least 1, at most all but ``leave`` of each."""
+    exact = counts.double() * total / counts.sum()
+    quota = exact.floor().long().clamp(min=1).minimum(counts - leave)
+    while (missing := total - int(quota.sum())) != 0:
+        step = 1 if missing > 0 else -1
+        movable = quota < counts - leave if step > 0 else quota > 1
+        owed = torch.where(movable, step * (exact - quota), -torch.inf)
+        quota[owed.argmax()] += step
+    return quota

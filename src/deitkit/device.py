@@ -1,0 +1,112 @@
+"""The machine: which device, which precision, how long something took on it, and its description for the record."""
+
+import os
+import platform
+import time
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import psutil
+import torch
+
+from deitkit.errors import RecipeError
+
+
+def choose_device(name: str) -> torch.device:
+    """Return the device of a recipe: ``auto`` is cuda where there is one; RecipeError for a cuda that is not there."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise RecipeError("device=cuda, but no CUDA device is visible: set device=auto or device=cpu")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+@dataclass(frozen=True)
+class Precision:
+    """The precision of forward passes on a device; weights and losses stay in float32."""
+
+    device: torch.device
+    dtype: torch.dtype
+
+    @classmethod
+    def choose(cls, name: str, device: torch.device) -> "Precision":
+        """Return the precision of a recipe: ``auto`` is bf16 where the processor computes with it."""
+        bf16 = name == "bf16" or (name == "auto" and _computes_bf16(device))
+        return cls(device, torch.bfloat16 if bf16 else torch.float32)
+
+    @property
+    def name(self) -> str:
+        """``bf16`` or ``fp32``."""
+        return "bf16" if self.dtype == torch.bfloat16 else "fp32"
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Return the context of a forward pass."""
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16)
+
+
+def _computes_bf16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    # An emulated bf16 product is about four times slower than float32, so only the processor's own instructions count.
+    try:
+        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return False
+    return "amx_bf16" in flags or "avx512_bf16" in flags
+
+
+class Stopwatch:
+    """Adds up the time spent inside ``with`` blocks, on the device's clock; only reading it waits for the device."""
+
+    def __init__(self, device: torch.device, seconds: float = 0.0) -> None:
+        self._cuda = device.type == "cuda"
+        self._seconds = seconds
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    def __enter__(self) -> "Stopwatch":
+        if self._cuda:
+            self._events.append((torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)))
+            self._events[-1][0].record()
+        else:
+            self._started = time.perf_counter()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._cuda:
+            self._events[-1][1].record()
+        else:
+            self._seconds += time.perf_counter() - self._started
+
+    @property
+    def seconds(self) -> float:
+        """The sum so far, at least a nanosecond."""
+        if self._events:
+            torch.cuda.synchronize()
+            self._seconds += sum(start.elapsed_time(end) for start, end in self._events) / 1000
+            self._events.clear()
+        return max(self._seconds, 1e-9)
+
+
+def describe_machine(device: torch.device, precision: Precision) -> dict[str, Any]:
+    """Return what a reader of a figure wants to know of the machine."""
+    return {
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30),
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        "precision": precision.name,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())

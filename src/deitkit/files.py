@@ -1,0 +1,36 @@
+"""Writing files so that a reader never sees half of one. What is in them is other modules' business."""
+
+import os
+from pathlib import Path
+from uuid import uuid4
+
+from deitkit.errors import CheckpointError
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 text atomically; see `write_bytes`."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write to a temporary name beside ``path``, then rename; makes the folder if it is not there.
+
+    Raises:
+        CheckpointError: The path cannot be written; what was there before is untouched.
+    """
+    temporary = path.with_name(f".{uuid4().hex}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with temporary.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())  # the rename must not reach the disk before the data
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise CheckpointError(
+            f"cannot write '{path}': {reason}; mend that, or choose another folder with --out"
+        ) from error

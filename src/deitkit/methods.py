@@ -1,0 +1,133 @@
+"""The table of methods: which tokens a student has, and which loss terms train it.
+
+Adding a method means adding a row to ``METHODS``, and at most one pure function to ``losses``. Nothing else in the
+project asks for a method's name.
+"""
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from jaxtyping import Float
+from torch import Tensor
+
+from deitkit.errors import RecipeError
+from deitkit.losses import hard_distillation_loss, label_loss, soft_distillation_loss
+from deitkit.models.vit import Output
+from deitkit.recipe import DistillationRecipe
+
+Logits = Float[Tensor, "batch classes"]
+
+
+@dataclass(frozen=True)
+class Term:
+    """One term of a loss: a head, what it learns from, and its share."""
+
+    head: str  # class | distillation
+    signal: str  # labels | soft | hard
+    weight: Callable[[DistillationRecipe], float]
+
+    def value(self, output: Output, answer: Logits | None, targets: Logits, settings: DistillationRecipe) -> Tensor:
+        """Return the weighted term."""
+        logits = output.class_logits if self.head == "class" else output.distillation_logits
+        assert logits is not None, f"the student has no {self.head} head"
+        return self.weight(settings) * SIGNALS[self.signal](logits, answer, targets, settings)
+
+
+def _soft(logits: Logits, answer: Logits, targets: Logits, settings: DistillationRecipe) -> Tensor:
+    return soft_distillation_loss(logits, answer, temperature=settings.temperature, scale=settings.soft_scale)
+
+
+SIGNALS: dict[str, Callable[..., Tensor]] = {
+    "labels": lambda logits, answer, targets, settings: label_loss(logits, targets),
+    "hard": lambda logits, answer, targets, settings: hard_distillation_loss(logits, answer),
+    "soft": _soft,
+}
+
+
+@dataclass(frozen=True)
+class Method:
+    """A supervision scheme: one line of the table below."""
+
+    name: str
+    tokens: tuple[str, ...]
+    terms: tuple[Term, ...]
+    summary: str
+
+    def loss_terms(
+        self, output: Output, answer: Logits | None, targets: Logits, settings: DistillationRecipe
+    ) -> dict[str, Float[Tensor, ""]]:
+        """Return the weighted terms by name; their sum is the loss.
+
+        Args:
+            output: The student's heads.
+            answer: The teacher's logits on the same view; None only for methods that need no teacher.
+            targets: Dense targets from the labels.
+            settings: Weights and temperature.
+        """
+        return {
+            "labels" if term.signal == "labels" else "teacher": term.value(output, answer, targets, settings)
+            for term in self.terms
+        }
+
+    @property
+    def uses_labels(self) -> bool:
+        """Whether true labels enter the loss."""
+        return any(term.signal == "labels" for term in self.terms)
+
+    @property
+    def teacher_signal(self) -> str | None:
+        """What the teacher gives: ``soft``, ``hard`` or None."""
+        return next((term.signal for term in self.terms if term.signal != "labels"), None)
+
+    @property
+    def token_layout(self) -> str:
+        """The tokens as a person reads them."""
+        return "+".join(self.tokens) or "mean pool"
+
+
+def _all(settings: DistillationRecipe) -> float:
+    return 1.0
+
+
+def _shared(signal: str, weight: str, heads: tuple[str, str] = ("class", "class")) -> tuple[Term, ...]:
+    """Labels and the teacher share the loss: 1 - weight for the labels, weight for the teacher."""
+    return (
+        Term(heads[0], "labels", lambda settings: 1 - getattr(settings, weight)),
+        Term(heads[1], signal, lambda settings: getattr(settings, weight)),
+    )
+
+
+_LABELS = (Term("class", "labels", _all),)
+_SOFT = _shared("soft", "soft_weight")
+_HARD = _shared("hard", "hard_weight")
+_BOTH = ("class", "distillation")
+
+METHODS: dict[str, Method] = {
+    method.name: method
+    for method in (
+        Method("none", ("class",), _LABELS, "labels alone: a plain ViT"),
+        Method("soft", ("class",), _SOFT, "usual distillation: labels and the teacher's softmax, on one head"),
+        Method("hard", ("class",), _HARD, "labels and the teacher's decision, on one head"),
+        Method("token-hard", _BOTH, _shared("hard", "token_weight", _BOTH), "DeiT: a token and a head for the teacher"),
+        Method("token-soft", _BOTH, _shared("soft", "token_weight", _BOTH), "DeiT with the teacher's softmax"),
+        Method("class-only", ("class",), _LABELS, "the seed's reading of 'class embedding': only a class token"),
+        Method(
+            "distillation-only",
+            ("distillation",),
+            (Term("distillation", "hard", _all),),
+            "the seed's reading of 'distil embedding': only a distillation token, only the teacher's decision",
+        ),
+        Method("mean-pool-none", (), _LABELS, "'none' without any token, as the seed built it"),
+        Method("mean-pool-soft", (), _SOFT, "'soft' without any token, as the seed built it"),
+        Method("mean-pool-hard", (), _HARD, "'hard' without any token, as the seed built it"),
+    )
+}
+
+
+def find_method(name: str) -> Method:
+    """Return a method by name; RecipeError names the nearest."""
+    if name not in METHODS:
+        near = difflib.get_close_matches(name, METHODS, n=2) or list(METHODS)
+        raise RecipeError(f"methods: '{name}' is no method; did you mean {' or '.join(near)}? See `deitkit methods`")
+    return METHODS[name]

@@ -1,0 +1,61 @@
+"""A classifier as training and evaluation see it: views in [0, 1] go in, heads come out, in both modes.
+
+It puts a model's own normalisation and resolution around the model; it knows nothing of losses or data sets.
+"""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from deitkit.models.vit import Output
+
+
+class Classifier(nn.Module):
+    """A model with its own normalisation and its own resolution.
+
+    Args:
+        model: Normalised images to ``Output``, or to plain logits (a CNN).
+        mean: Per channel, of values in [0, 1].
+        std: Per channel, of values in [0, 1].
+        image_px: The side that views are resized to; None leaves them as they are.
+        trainable: Dotted name of the only layer that is trained, the rest staying frozen in evaluation mode; None
+            trains everything.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        image_px: int | None = None,
+        trainable: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.image_px = image_px
+        self.trainable = trainable
+        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
+        if trainable is not None:
+            model.requires_grad_(False)
+            model.get_submodule(trainable).requires_grad_(True)
+
+    def forward(self, view: Float[Tensor, "batch channels height width"]) -> Output:
+        """Return the heads' logits for views in [0, 1]."""
+        if self.image_px is not None and view.shape[-2:] != (self.image_px, self.image_px):
+            view = F.interpolate(view, size=(self.image_px, self.image_px), mode="bicubic", antialias=True).clamp(0, 1)
+        output = self.model((view - self.mean) / self.std)
+        return output if isinstance(output, Output) else Output(class_logits=output)
+
+    def train(self, mode: bool = True) -> "Classifier":
+        """Switch the mode; frozen layers stay in evaluation mode, so that their statistics do not move."""
+        super().train(mode)
+        if self.trainable is not None:
+            self.model.eval()
+            self.model.get_submodule(self.trainable).train(mode)
+        return self

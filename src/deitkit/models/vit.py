@@ -1,0 +1,310 @@
+"""The student: a vision transformer whose method decides which tokens and heads it has.
+
+Parameter names and values are interchangeable with timm's ``deit_*`` and ``vit_*``. What a head's answer is compared with,
+and how heads are combined at evaluation, is not decided here.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from deitkit.errors import RecipeError
+from deitkit.recipe import ModelRecipe
+
+TOKENS = ("class", "distillation")
+NORM_EPS = 1e-6
+INIT_STD = 0.02
+MLP_RATIO = 4
+# Up to here a CPU is faster with two plain products than with the fused kernel, whose backward pass is slow.
+SHORT_SEQUENCE = 256
+
+
+@dataclass(frozen=True)
+class Size:
+    """Width, number of blocks and number of attention heads of a named size."""
+
+    width: int
+    depth: int
+    heads: int
+
+
+SIZES: dict[str, Size] = {
+    "micro": Size(width=64, depth=4, heads=2),
+    "deit_tiny": Size(width=192, depth=12, heads=3),
+    "deit_small": Size(width=384, depth=12, heads=6),
+    "deit_base": Size(width=768, depth=12, heads=12),
+}
+
+
+@dataclass(frozen=True)
+class Output:
+    """What every classifier that is trained returns, in training as in evaluation mode: logits before any softmax."""
+
+    class_logits: Float[Tensor, "batch classes"] | None
+    distillation_logits: Float[Tensor, "batch classes"] | None = None
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention (Vaswani et al. 2017, section 3.2)."""
+
+    def __init__(self, width: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+        self.drop = nn.Dropout(dropout)
+
+    def forward(self, x: Float[Tensor, "batch tokens width"]) -> Float[Tensor, "batch tokens width"]:
+        """Mix the tokens of each image; on a CPU and with few tokens by plain products, otherwise by the fused kernel."""
+        batch, tokens, width = x.shape
+        query, key, value = self.qkv(x).view(batch, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        if x.device.type == "cpu" and tokens <= SHORT_SEQUENCE:
+            mixed = plain_attention(query, key, value)
+        else:
+            mixed = F.scaled_dot_product_attention(query, key, value)
+        projected: Tensor = self.drop(self.proj(mixed.transpose(1, 2).reshape(batch, tokens, width)))
+        return projected
+
+
+def plain_attention(
+    query: Float[Tensor, "batch heads tokens head_width"],
+    key: Float[Tensor, "batch heads tokens head_width"],
+    value: Float[Tensor, "batch heads tokens head_width"],
+) -> Float[Tensor, "batch heads tokens head_width"]:
+    """Return softmax(query key^T / sqrt(head_width)) value, as ``F.scaled_dot_product_attention`` does."""
+    # The scale goes onto the query: it has fewer elements than the attention matrix.
+    scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)
+    return scores.softmax(dim=-1) @ value
+
+
+class MLP(nn.Module):
+    """Two linear layers with a GELU between them."""
+
+    def __init__(self, width: int, dropout: float) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, MLP_RATIO * width)
+        self.fc2 = nn.Linear(MLP_RATIO * width, width)
+        self.drop = nn.Dropout(dropout)
+
+    def forward(self, x: Float[Tensor, "batch tokens width"]) -> Float[Tensor, "batch tokens width"]:
+        """Transform each token on its own."""
+        transformed: Tensor = self.drop(self.fc2(self.drop(F.gelu(self.fc1(x)))))
+        return transformed
+
+
+class DropPath(nn.Module):
+    """Stochastic depth, per image: leave a residual branch out, scale it up where it stays (Huang et al. 2016)."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, branch: Float[Tensor, "batch tokens width"]) -> Float[Tensor, "batch tokens width"]:
+        """Zero the branch of each image with probability ``rate``; the expectation over draws is the branch itself."""
+        if not self.training or self.rate == 0:
+            return branch
+        kept = 1 - self.rate
+        return branch * branch.new_empty(len(branch), 1, 1).bernoulli_(kept).div_(kept)
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block."""
+
+    def __init__(self, width: int, heads: int, dropout: float, drop_path: float) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=NORM_EPS)
+        self.attn = Attention(width, heads, dropout)
+        self.norm2 = nn.LayerNorm(width, eps=NORM_EPS)
+        self.mlp = MLP(width, dropout)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Float[Tensor, "batch tokens width"]) -> Float[Tensor, "batch tokens width"]:
+        """Add what attention and the MLP have to say."""
+        x = x + self.drop_path(self.attn(self.norm1(x)))
+        added: Tensor = x + self.drop_path(self.mlp(self.norm2(x)))
+        return added
+
+
+class PatchEmbedding(nn.Module):
+    """A linear map of every patch, as a convolution whose kernels do not overlap."""
+
+    def __init__(self, patch_px: int, channels: int, width: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(channels, width, kernel_size=patch_px, stride=patch_px)
+
+    def forward(self, images: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch patches features"]:
+        """Return the patches row by row."""
+        embedded: Tensor = self.proj(images).flatten(2).transpose(1, 2)
+        return embedded
+
+
+class DeiT(nn.Module):
+    """A data-efficient image transformer (Touvron et al. 2021), with the tokens that its method asks for.
+
+    The sequence is: class token, distillation token, patches. Each token has a head of its own; without any token the
+    normalised patches are averaged and go to the class head.
+
+    Args:
+        image_px: Side of the square images.
+        patch_px: Side of a patch; divides ``image_px``.
+        channels: Channels of the images.
+        classes: Number of classes.
+        width: Width of a token; divisible by ``heads``.
+        depth: Number of blocks.
+        heads: Attention heads of a block.
+        tokens: A subset of ``TOKENS``, in that order; empty for mean pooling.
+        drop_path: Stochastic depth of the last block, growing linearly from 0.
+        dropout: Dropout on embeddings, attention output and MLP.
+    """
+
+    def __init__(
+        self,
+        *,
+        image_px: int,
+        patch_px: int,
+        channels: int,
+        classes: int,
+        width: int,
+        depth: int,
+        heads: int,
+        tokens: Sequence[str],
+        drop_path: float = 0.0,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        assert image_px % patch_px == 0 and width % heads == 0
+        assert tuple(tokens) == tuple(name for name in TOKENS if name in tokens)
+        self.config: dict[str, Any] = {
+            "image_px": image_px, "patch_px": patch_px, "channels": channels, "classes": classes, "width": width,
+            "depth": depth, "heads": heads, "tokens": list(tokens), "drop_path": drop_path, "dropout": dropout,
+        }  # fmt: skip
+        self.patch_embed = PatchEmbedding(patch_px, channels, width)
+        self.cls_token = _token(width) if "class" in tokens else None
+        self.dist_token = _token(width) if "distillation" in tokens else None
+        self.pos_embed = nn.Parameter(torch.empty(1, len(tokens) + (image_px // patch_px) ** 2, width))
+        self.pos_drop = nn.Dropout(dropout)
+        rates = [drop_path * index / max(depth - 1, 1) for index in range(depth)]
+        self.blocks = nn.Sequential(*(Block(width, heads, dropout, rate) for rate in rates))
+        self.norm = nn.LayerNorm(width, eps=NORM_EPS)
+        self.head = nn.Linear(width, classes) if "class" in tokens or not tokens else None
+        self.head_dist = nn.Linear(width, classes) if "distillation" in tokens else None
+        self.initialise(None)
+
+    @torch.no_grad()
+    def initialise(self, generator: torch.Generator | None) -> None:
+        """Draw every parameter anew, what all token layouts share first, from a CPU generator (None: torch's own).
+
+        Matrices, tokens and positions are truncated normals of deviation 0.02, biases 0, norms the identity. As in the
+        released code the patch embedding is uniform in +-1/sqrt(fan in), which keeps small patches from fading.
+        """
+        for module in self.modules():
+            if isinstance(module, nn.LayerNorm):
+                nn.init.ones_(module.weight)
+            if isinstance(module, nn.LayerNorm | nn.Linear | nn.Conv2d) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+        patches = self.patch_embed.proj.weight
+        bound = 1 / math.sqrt(patches[0].numel())
+        nn.init.uniform_(patches, -bound, bound, generator=generator)
+        prefix = len(self.config["tokens"])
+        shared = [*self.block_matrices(), self.pos_embed[:, prefix:]]
+        own = [self.pos_embed[:, :prefix], self.cls_token, self.dist_token]
+        own += [layer.weight for layer in (self.head, self.head_dist) if layer is not None]
+        for values in shared + own:
+            if values is not None and values.numel():
+                # Cut at three deviations; the +-2 of the released code never cut anything.
+                nn.init.trunc_normal_(values, std=INIT_STD, a=-3 * INIT_STD, b=3 * INIT_STD, generator=generator)
+
+    def forward(self, images: Float[Tensor, "batch channels height width"]) -> Output:
+        """Classify normalised images.
+
+        Returns:
+            The logits of each head that the student has; the same in training and in evaluation mode.
+        """
+        x = self.patch_embed(images)
+        tokens = [token.expand(len(x), -1, -1) for token in (self.cls_token, self.dist_token) if token is not None]
+        x = torch.cat([*tokens, x], dim=1) if tokens else x
+        x = self.norm(self.blocks(self.pos_drop(x + self.pos_embed)))
+        readout = x[:, 0] if tokens else x.mean(dim=1)
+        return Output(
+            class_logits=self.head(readout) if self.head is not None else None,
+            distillation_logits=self.head_dist(x[:, len(tokens) - 1]) if self.head_dist is not None else None,
+        )
+
+    def block_matrices(self) -> list[nn.Parameter]:
+        """Return the two-dimensional weights inside the blocks, in order."""
+        return [parameter for parameter in self.blocks.parameters() if parameter.ndim == 2]
+
+    def no_decay(self) -> set[str]:
+        """Return the names of tokens and position embeddings, which weight decay must leave alone."""
+        return {name for name, _ in self.named_parameters() if name in {"cls_token", "dist_token", "pos_embed"}}
+
+
+def create_student(
+    recipe: ModelRecipe,
+    *,
+    image_px: tuple[int, int],
+    channels: int,
+    classes: int,
+    tokens: Sequence[str],
+    seed: int,
+) -> DeiT:
+    """Build a student on the CPU, without touching torch's own random numbers.
+
+    With the same seed, parameters that two token layouts share start with equal values, position embeddings of patches
+    included, so that methods are compared from the same start.
+
+    Args:
+        recipe: The size and what overrides it.
+        image_px: Height and width of the images.
+        channels: Channels of the images.
+        classes: Number of classes.
+        tokens: A subset of ``TOKENS``, in that order.
+        seed: Decides all initial values.
+
+    Raises:
+        RecipeError: Images that are not square or cannot be cut into patches, or a width that the heads do not divide.
+    """
+    size = SIZES[recipe.name]
+    width, heads = recipe.width or size.width, recipe.heads or size.heads
+    _check_patches(image_px, recipe.patch_px)
+    if width % heads:
+        fitting = ", ".join(str(count) for count in range(1, 17) if width % count == 0)
+        raise RecipeError(f"model.width={width} is not divisible by model.heads={heads}: choose heads from {fitting}")
+    with torch.device("meta"):  # draws nothing; initialise fills in every value
+        student = DeiT(
+            image_px=image_px[0],
+            patch_px=recipe.patch_px,
+            channels=channels,
+            classes=classes,
+            width=width,
+            depth=recipe.depth or size.depth,
+            heads=heads,
+            tokens=tokens,
+            drop_path=recipe.drop_path,
+            dropout=recipe.dropout,
+        )
+    student.to_empty(device="cpu")
+    student.initialise(torch.Generator().manual_seed(seed))
+    return student
+
+
+def _check_patches(image_px: tuple[int, int], patch_px: int) -> None:
+    height, width = image_px
+    if height != width:
+        raise RecipeError(
+            f"the images are {height} x {width} px and a DeiT takes square ones: set data.image_px={min(image_px)}"
+        )
+    if height % patch_px:
+        fitting = ", ".join(str(side) for side in range(1, height + 1) if height % side == 0)
+        problem = "is larger than" if patch_px > height else "does not divide"
+        raise RecipeError(f"model.patch_px={patch_px} {problem} the images of {height} px: choose from {fitting}")
+
+
+def _token(width: int) -> nn.Parameter:
+    return nn.Parameter(torch.empty(1, 1, width))

@@ -1,0 +1,93 @@
+"""How weights move: parameter groups, optimizers, the learning rate as a function of the step, and the EMA."""
+
+import copy
+import math
+
+import torch
+from torch import nn
+from torch.optim import SGD, AdamW, Muon, Optimizer
+
+from deitkit.errors import RecipeError
+from deitkit.recipe import OptimizerRecipe, TrainRecipe
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
+    """Split the trainable parameters: decay for matrices and kernels, none for biases, norms, tokens and positions."""
+    exempt = model.no_decay() if hasattr(model, "no_decay") else set()
+    decayed, kept = [], []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            (kept if parameter.ndim <= 1 or name in exempt else decayed).append(parameter)
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
+
+
+def build_optimizers(model: nn.Module, recipe: OptimizerRecipe) -> list[Optimizer]:
+    """Return the optimizers of a model: one, or Muon for the blocks' matrices beside AdamW for the rest.
+
+    Muon's updates are scaled to AdamW's root mean square, so that both share one learning rate.
+
+    Raises:
+        RecipeError: Muon for a model that is no transformer.
+    """
+    groups = parameter_groups(model, recipe.weight_decay)
+    if recipe.optimizer == "sgd":
+        return [SGD(groups, lr=recipe.learning_rate, momentum=recipe.momentum, nesterov=recipe.momentum > 0)]
+    if recipe.optimizer == "adamw":
+        return [_adamw(groups, recipe)]
+    if not hasattr(model, "block_matrices"):
+        raise RecipeError("optimizer=muon trains the students only: choose sgd or adamw for a CNN")
+    matrices = model.block_matrices()
+    chosen = {id(matrix) for matrix in matrices}
+    for group in groups:
+        group["params"] = [parameter for parameter in group["params"] if id(parameter) not in chosen]  # type: ignore[attr-defined]
+    muon = Muon(matrices, lr=recipe.learning_rate, weight_decay=recipe.weight_decay, adjust_lr_fn="match_rms_adamw")
+    return [muon, _adamw(groups, recipe)]
+
+
+def _adamw(groups: list[dict[str, object]], recipe: OptimizerRecipe) -> AdamW:
+    return AdamW(groups, lr=recipe.learning_rate, betas=(0.9, 0.999), fused=True)
+
+
+def learning_rate(step: int, steps_per_epoch: int, recipe: OptimizerRecipe, train: TrainRecipe) -> float:
+    """Return the learning rate of a step: a linear warm-up, then a cosine down to the floor.
+
+    Source: Touvron et al. 2020, Table 9; unlike the released code it moves with every step, not with every epoch.
+
+    Args:
+        step: Steps done so far, from 0.
+        steps_per_epoch: Steps of an epoch.
+        recipe: Peak, warm-up and floor.
+        train: The number of epochs that the schedule is laid out for.
+    """
+    total = (train.schedule_epochs or train.epochs) * steps_per_epoch
+    warmup = round(recipe.warmup_epochs * steps_per_epoch)
+    if step < warmup:
+        share = step / warmup
+        return recipe.warmup_learning_rate + share * (recipe.learning_rate - recipe.warmup_learning_rate)
+    share = min(1.0, (step - warmup) / max(1, total - warmup))
+    return (
+        recipe.min_learning_rate
+        + (recipe.learning_rate - recipe.min_learning_rate) * (1 + math.cos(math.pi * share)) / 2
+    )
+
+
+class ExponentialMovingAverage:
+    """A second copy of a model whose weights follow the first: shadow += (1 - decay) (weights - shadow).
+
+    Early on the decay is (1 + n) / (10 + n) after n updates, where that is smaller, so that the initial weights are
+    forgotten in short runs too.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        self.decay = decay
+        self.updates = 0
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        """Follow the model by one step; buffers (BatchNorm's statistics) are copied."""
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        self.updates += 1
+        torch._foreach_lerp_(list(self.model.parameters()), list(model.parameters()), 1 - decay)
+        for shadow, buffer in zip(self.model.buffers(), model.buffers(), strict=True):
+            shadow.copy_(buffer)

@@ -1,0 +1,222 @@
+"""The interactive charts of the page, as plain Plotly figures: names in them are escaped, since Plotly reads HTML."""
+
+from collections.abc import Callable
+from html import escape
+from typing import Any
+
+from deitkit.report.figures import COLOURS, Curve, colours_of, curves_of, mean, validation_accuracy
+from deitkit.report.layout import WINNER_MARK, Number, percent
+
+Chart = dict[str, Any]
+Value = Callable[[dict[str, Any]], Number | None]
+
+_INK = "#76808f"  # legible on the page's light and dark ground alike
+_GRID = "rgba(128,136,150,0.22)"
+_ROW_PX = 50
+
+
+def accuracy_chart(results: dict[str, Any], metrics: list[dict[str, Any]]) -> Chart:
+    """Return top-1 of every row: the mean, its 95 % interval, and one dot per seed."""
+    rows = sorted(results["rows"], key=lambda row: row["method"] == "cnn-baseline")
+    colours = colours_of(metrics)
+    data: list[Chart] = []
+    notes: list[Chart] = []
+    for index, row in enumerate(rows):
+        colour = colours.get(row["method"], COLOURS[0])
+        data += _row_traces(row, index, colour, results["seeds"])
+        value = "stopped" if row["top1_mean"] is None else percent(row["top1_mean"], row["n"])
+        text = f"<b>{value}</b>  {escape(row['label'])}"
+        if row["row"] == results.get("winner"):
+            text = f"<b>{WINNER_MARK} {text}</b>"
+        # above its bar rather than beside the axis: a long label then fits a phone
+        place = {"xref": "paper", "x": 0, "xanchor": "left", "y": index, "yshift": 15}
+        notes.append({**place, "text": text, "align": "left", "showarrow": False, "font": {"size": 12.5}})
+    layout = _layout(height=_ROW_PX * len(rows) + 60, margin={"l": 4, "r": 4, "t": 12, "b": 44})
+    layout["yaxis"] = {"range": [len(rows) - 0.35, -0.75], "visible": False, "fixedrange": True}
+    layout["xaxis"] |= {"title": {"text": "top-1 on the test set (%)"}, "fixedrange": True, "range": _padded(data)}
+    layout["annotations"] = notes
+    layout["shapes"] = _none_line(rows)
+    return {"data": data, "layout": layout}
+
+
+def curve_charts(results: dict[str, Any], metrics: list[dict[str, Any]]) -> dict[str, Chart]:
+    """Return the curves by title: accuracy, training loss, its terms, learning rate; empty where there is no metric."""
+    if not metrics:
+        return {}
+    terms = list(dict.fromkeys(name for line in metrics for name in line.get("terms") or {}))
+    charts = {
+        "Accuracy": _curve_chart(metrics, {"": _percent_of(validation_accuracy)}, "validation accuracy (%)"),
+        "Training loss": _curve_chart(metrics, {"": lambda line: line.get("train_loss")}, "training loss"),
+        "Loss terms": _curve_chart(metrics, {name: _term(name) for name in terms}, "term of the loss"),
+        "Learning rate": _curve_chart(metrics, {"": lambda line: line.get("learning_rate")}, "learning rate"),
+    }
+    charts["Accuracy"]["layout"]["shapes"] = _reference_lines(results)
+    return {title: chart for title, chart in charts.items() if chart["data"]}
+
+
+def _row_traces(row: dict[str, Any], index: int, colour: str, seeds: list[int]) -> list[Chart]:
+    traces: list[Chart] = []
+    averaged = row["weights"] == "ema"
+    shared = {"type": "scatter", "showlegend": False, "name": escape(row["row"])}
+    if row.get("top1_ci95"):
+        interval = [100 * bound for bound in row["top1_ci95"]]
+        line = {"color": colour, "width": 5}
+        hover = "95 % interval: %{x:.2f}<extra></extra>"
+        traces.append(
+            {
+                **shared,
+                "mode": "lines",
+                "x": interval,
+                "y": [index] * 2,
+                "line": line,
+                "opacity": 0.35,
+                "hovertemplate": hover,
+            }
+        )
+    seen = [(seed, 100 * top1) for seed, top1 in zip(seeds, row["top1"], strict=False) if top1 is not None]
+    if len(seeds) > 1:
+        traces.append(
+            {
+                **shared,
+                "mode": "markers",
+                "x": [top1 for _, top1 in seen],
+                "y": [index] * len(seen),
+                "text": [f"seed {seed}" for seed, _ in seen],
+                "marker": {"color": colour, "size": 7, "symbol": "line-ns-open", "line": {"width": 2}},
+                "hovertemplate": "%{text}: %{x:.2f} %<extra>%{data.name}</extra>",
+            }
+        )
+    if row["top1_mean"] is not None:
+        marker = {
+            "color": colour,
+            "size": 12,
+            "symbol": "circle-open" if averaged else "circle",
+            "line": {"width": 2.5},
+        }
+        hover = "%{x:.2f} %<extra>%{data.name}</extra>"
+        mean_dot = {"mode": "markers", "x": [100 * row["top1_mean"]], "y": [index], "marker": marker}
+        traces.append({**shared, **mean_dot, "hovertemplate": hover})
+    return traces
+
+
+def _padded(data: list[Chart]) -> list[Number] | None:
+    values = [value for trace in data for value in trace["x"]]
+    if not values:
+        return None
+    pad = max(0.05 * (max(values) - min(values)), 0.5)
+    return [min(values) - pad, max(values) + pad]
+
+
+def _none_line(rows: list[dict[str, Any]]) -> list[Chart]:
+    """A thin line through the row that all others are compared with."""
+    base = next((row for row in rows if row["method"] == "none" and row["weights"] == "last"), None)
+    if base is None or base["top1_mean"] is None:
+        return []
+    place = 100 * base["top1_mean"]
+    line = {"color": _INK, "width": 1, "dash": "dot"}
+    return [
+        {"type": "line", "yref": "paper", "x0": place, "x1": place, "y0": 0, "y1": 1, "line": line, "layer": "below"}
+    ]
+
+
+def _curve_chart(metrics: list[dict[str, Any]], values: dict[str, Value], title: str) -> Chart:
+    colours = colours_of(metrics)
+    data: list[Chart] = []
+    for term, value in values.items():
+        dash = "solid" if term in ("", "labels") else "dash"
+        curves = sorted(curves_of(metrics, value), key=lambda curve: curve.over_seeds(mean)[-1], reverse=True)
+        for curve in curves:
+            data += _curve_traces(curve, term, colours[curve.student], dash)
+    layout = _layout(height=460, margin={"l": 56, "r": 12, "t": 12, "b": 50})
+    last = max(line["epoch"] for line in metrics)
+    layout["xaxis"] |= {"title": {"text": "epoch"}, "tickformat": "d", "dtick": 1 if last <= 10 else None}
+    layout["yaxis"]["title"] = {"text": title}
+    layout["legend"] = {"orientation": "h", "x": 0, "y": -0.17, "yanchor": "top"}
+    layout["hovermode"] = "x unified"
+    return {"data": data, "layout": layout}
+
+
+def _curve_traces(curve: Curve, term: str, colour: str, dash: str) -> list[Chart]:
+    """The range over seeds, the mean, and one line per seed that a box on the page switches on."""
+    name = escape(f"{curve.student}: {term}" if term else curve.student)
+    epochs, middle = curve.epochs, curve.over_seeds(mean)
+    shared = {"type": "scatter", "name": name, "legendgroup": name}
+    hidden = {"showlegend": False, "hoverinfo": "skip"}
+    mode = "lines" if len(epochs) > 1 else "markers"
+    traces: list[Chart] = []
+    if len(curve.seeds) > 1:
+        outline = [*curve.over_seeds(max), *reversed(curve.over_seeds(min))]
+        band = {
+            "mode": "lines",
+            "fill": "toself",
+            "line": {"width": 0, "color": colour},
+            "opacity": 0.18,
+            "fillcolor": colour,
+        }
+        traces.append({**shared, **hidden, **band, "x": [*epochs, *reversed(epochs)], "y": outline, "meta": "range"})
+    main = {"mode": mode, "x": epochs, "y": middle, "meta": "mean", "hovertemplate": "%{y:.4~g}"}
+    traces.append(
+        {
+            **shared,
+            **main,
+            "line": {"color": colour, "width": 2.4, "dash": dash},
+            "marker": {"color": colour, "size": 9},
+        }
+    )
+    if len(curve.seeds) > 1:
+        for seed, values in curve.seeds.items():
+            each = {"x": list(values), "y": list(values.values()), "mode": mode, "meta": "seed", "visible": False}
+            style = {"line": {"color": colour, "width": 1}, "marker": {"color": colour, "size": 5}}
+            traces.append({**shared, **each, **style, "name": f"{name}, seed {seed}", "showlegend": False})
+    return traces
+
+
+def _reference_lines(results: dict[str, Any]) -> list[Chart]:
+    """The teacher (dashed) and chance (dotted), named on the line."""
+    references = [("chance", 1 / results["dataset"]["classes"], "dot", "bottom")]
+    teacher = results.get("teacher")
+    if teacher and teacher.get("top1") is not None:
+        references.append((f"teacher {teacher['name']}", teacher["top1"], "dash", "top"))
+    return [
+        {
+            "type": "line",
+            "xref": "paper",
+            "x0": 0,
+            "x1": 1,
+            "y0": 100 * accuracy,
+            "y1": 100 * accuracy,
+            "line": {"color": _INK, "width": 1.2, "dash": dash},
+            "label": {
+                "text": escape(name),
+                "textposition": "start",
+                "yanchor": anchor,
+                "font": {"color": _INK, "size": 11},
+            },
+        }
+        for name, accuracy, dash, anchor in references
+    ]
+
+
+def _percent_of(value: Value) -> Value:
+    def scaled(line: dict[str, Any]) -> Number | None:
+        fraction = value(line)
+        return None if fraction is None else 100 * fraction
+
+    return scaled
+
+
+def _term(name: str) -> Value:
+    return lambda line: (line.get("terms") or {}).get(name)
+
+
+def _layout(height: int, margin: dict[str, int]) -> Chart:
+    axis = {"gridcolor": _GRID, "zeroline": False, "linecolor": _GRID, "automargin": True}
+    return {
+        "height": height,
+        "margin": margin,
+        "paper_bgcolor": "rgba(0,0,0,0)",
+        "plot_bgcolor": "rgba(0,0,0,0)",
+        "font": {"family": "inherit", "size": 12.5, "color": _INK},
+        "xaxis": dict(axis),
+        "yaxis": dict(axis),
+    }

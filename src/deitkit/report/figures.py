@@ -1,0 +1,192 @@
+"""Validation accuracy by epoch as a static figure (matplotlib), and the curves and colours that the page shares."""
+
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from deitkit.files import write_bytes
+from deitkit.report.layout import Number, percent
+
+# Okabe and Ito's palette, which stays apart under colour blindness, without its yellow, which white paper swallows.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
+_DASHES: tuple[Any, ...] = (
+    "-",
+    (0, (6, 1.5)),
+    (0, (6, 1.5, 1.5, 1.5)),
+    (0, (3, 1.5)),
+    (0, (8, 1.5, 1.5, 1.5, 1.5, 1.5)),
+)
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "h")
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One value of one student by epoch, for every seed."""
+
+    student: str
+    seeds: dict[int, dict[int, Number]]
+
+    @property
+    def epochs(self) -> list[int]:
+        """The epochs that any seed has reached."""
+        return sorted({epoch for values in self.seeds.values() for epoch in values})
+
+    def over_seeds(self, statistic: Callable[[Sequence[Number]], Number]) -> list[Number]:
+        """Return a statistic over the seeds that have reached each of `epochs`."""
+        return [
+            statistic([values[epoch] for values in self.seeds.values() if epoch in values]) for epoch in self.epochs
+        ]
+
+
+def mean(values: Sequence[Number]) -> float:
+    """Return the mean."""
+    return sum(values) / len(values)
+
+
+def curves_of(metrics: list[dict[str, Any]], value: Callable[[dict[str, Any]], Number | None]) -> list[Curve]:
+    """Gather one value per epoch, by student (in the order they appear) and seed; absent values leave a gap."""
+    gathered: dict[str, dict[int, dict[int, Number]]] = {}
+    for line in metrics:
+        number = value(line)
+        if number is not None:
+            gathered.setdefault(line["student"], {}).setdefault(line["seed"], {})[line["epoch"]] = number
+    return [Curve(student, seeds) for student, seeds in gathered.items()]
+
+
+def validation_accuracy(line: dict[str, Any]) -> Number | None:
+    """Return the accuracy of a student's fullest readout: joint, else class, else distillation."""
+    readouts = line.get("validation") or {}
+    return next((readouts[name] for name in ("joint", "class", "distillation") if readouts.get(name) is not None), None)
+
+
+def colours_of(metrics: list[dict[str, Any]]) -> dict[str, str]:
+    """Return a colour for every student, the same in all figures."""
+    students = dict.fromkeys(line["student"] for line in metrics)
+    return {student: COLOURS[index % len(COLOURS)] for index, student in enumerate(students)}
+
+
+def write_curves(results: dict[str, Any], metrics: list[dict[str, Any]], folder: Path) -> list[Path]:
+    """Write ``curves.png`` and ``curves.svg``: one line per student, the mean over seeds within its range.
+
+    Returns:
+        What was written: nothing where there is no metric to draw.
+
+    Raises:
+        CheckpointError: The folder cannot be written.
+    """
+    curves = curves_of(metrics, validation_accuracy)
+    if not curves:
+        return []
+    written = []
+    # a fixed salt, no date and text as text: the same run gives the same file
+    with matplotlib.rc_context({"svg.hashsalt": "deitkit", "svg.fonttype": "none", "font.size": 10}):
+        figure = _draw(results, curves)
+        for suffix, metadata in (("png", {"Software": None}), ("svg", {"Date": None, "Creator": None})):
+            buffer = io.BytesIO()
+            figure.savefig(buffer, format=suffix, dpi=160, metadata=metadata)
+            write_bytes(folder / f"curves.{suffix}", buffer.getvalue())
+            written.append(folder / f"curves.{suffix}")
+    return written
+
+
+def _draw(results: dict[str, Any], curves: list[Curve]) -> Figure:
+    data = results["dataset"]
+    figure = Figure(figsize=(9.6, 5.2), layout="constrained")
+    axes = figure.add_subplot()
+    for index, curve in enumerate(curves):
+        _draw_curve(axes, curve, index, data["validation"])
+    low = min(min(curve.over_seeds(min)) for curve in curves) * 100
+    high = max(max(curve.over_seeds(max)) for curve in curves) * 100
+    _draw_references(axes, results, low, high)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    epochs = [epoch for curve in curves for epoch in curve.epochs]
+    if min(epochs) == max(epochs):
+        axes.set_xlim(min(epochs) - 0.5, max(epochs) + 0.5)
+    axes.margins(x=0.02)
+    axes.set_xlabel("epoch")
+    axes.set_ylabel("validation accuracy (%)")
+    seeds = len(results["seeds"])
+    spread = f", mean and range over {seeds} seeds" if seeds > 1 else ""
+    title = f"{data['name']}, {data['train']:,} training images{spread}"
+    axes.set_title(title, loc="left", fontweight="bold", parse_math=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="#DDDDDD", linewidth=0.7)
+    axes.set_axisbelow(True)
+    _add_legend(axes, curves)
+    return figure
+
+
+def _draw_curve(axes: Axes, curve: Curve, index: int, images: int) -> None:
+    colour = COLOURS[index % len(COLOURS)]
+    epochs, means = curve.epochs, [100 * value for value in curve.over_seeds(mean)]
+    if len(curve.seeds) > 1:
+        low, high = ([100 * value for value in curve.over_seeds(statistic)] for statistic in (min, max))
+        if len(epochs) > 1:
+            axes.fill_between(epochs, low, high, color=colour, alpha=0.15, linewidth=0)
+        else:
+            axes.vlines(epochs, low, high, color=colour)
+    every = max(1, -(-len(epochs) // 8))
+    axes.plot(
+        epochs,
+        means,
+        label=f"{curve.student}  {percent(means[-1] / 100, images)}",
+        color=colour,
+        linestyle=_DASHES[index % len(_DASHES)],
+        linewidth=1.8,
+        marker=_MARKERS[index % len(_MARKERS)],
+        markersize=6,
+        markeredgecolor="white",
+        markeredgewidth=0.6,
+        markevery=((len(epochs) - 1) % every, every),  # the last epoch always has its marker
+    )
+
+
+def _add_legend(axes: Axes, curves: list[Curve]) -> None:
+    """Name the curves beside the axes, best on top."""
+    finals = [curve.over_seeds(mean)[-1] for curve in curves]
+    order = sorted(range(len(curves)), key=lambda index: finals[index], reverse=True)
+    handles, labels = axes.get_legend_handles_labels()
+    legend = axes.legend(
+        [handles[index] for index in order],
+        [labels[index] for index in order],
+        loc="center left",
+        bbox_to_anchor=(1.01, 0.5),
+        frameon=False,
+        handlelength=4.2,
+        labelspacing=0.75,
+        title="last epoch (%)",
+        alignment="left",
+    )
+    for text in legend.get_texts():
+        text.set_parse_math(False)
+
+
+def _draw_references(axes: Axes, results: dict[str, Any], low: float, high: float) -> None:
+    """Draw the teacher and chance, unless they lie so far off that they would flatten the curves."""
+    span = max(high - low, 1.0)
+    teacher = results.get("teacher")
+    chance = 100 / results["dataset"]["classes"]
+    where: dict[str, Any] = {
+        "color": "#444444",
+        "fontsize": 9,
+        "transform": axes.get_yaxis_transform(),
+        "parse_math": False,
+    }
+    if teacher and teacher.get("top1") is not None:
+        accuracy = 100 * teacher["top1"]
+        text = f"teacher {teacher['name']}: {percent(teacher['top1'], teacher['n'])} %"
+        if low - 0.5 * span <= accuracy <= low + 1.6 * span:
+            axes.axhline(accuracy, color="#444444", linestyle="--", linewidth=1.1, zorder=1)
+            axes.text(0.01, accuracy, text, va="bottom", **where)
+        else:
+            axes.text(0.01, 0.985, f"{text} (beyond this axis)", va="top", **{**where, "transform": axes.transAxes})
+    if chance >= low - 0.5 * span:
+        axes.axhline(chance, color="#444444", linestyle=":", linewidth=1.1, zorder=1)
+        axes.text(0.99, chance, "chance", va="bottom", ha="right", **where)

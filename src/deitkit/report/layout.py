@@ -1,0 +1,239 @@
+"""What the table says: its columns, lines and footnotes as plain text. How a format draws them is not decided here."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from deitkit.report.published import paper_model, published_beside, published_only
+
+Number = int | float  # JSON writes a whole number as an int
+
+NOTHING = "–"
+WINNER_MARK = "★"
+LABELS_MARK = "*"
+STATUS_MARK = "†"
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column; where there is no room for all, the highest ``rank`` goes first."""
+
+    key: str
+    title: str
+    rank: int
+    numeric: bool = True
+    published: bool = False
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of the table; ``cells`` by column key, ``name`` as a recipe spells it, ``label`` as a person does."""
+
+    name: str
+    label: str
+    cells: dict[str, str]
+    group: str  # students | baseline | teacher
+    winner: bool = False
+    averaged: bool = False
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A table, ready to be drawn."""
+
+    title: str
+    columns: tuple[Column, ...]
+    lines: tuple[Line, ...]
+    published_only: tuple[str, ...]
+    footnotes: tuple[str, ...]
+    verdict: str
+
+
+def lay_out(results: dict[str, Any]) -> Layout:
+    """Turn results into columns, lines and footnotes; columns in which no line says anything are left out."""
+    beside = published_beside(results)
+    lines = [_line(row, results, beside) for row in results["rows"]]
+    lines.sort(key=lambda line: line.group == "baseline")
+    if results.get("teacher"):
+        lines.append(_teacher_line(results))
+    used = {key for line in lines for key, cell in line.cells.items() if cell != NOTHING}
+    return Layout(
+        title=title_of(results),
+        columns=tuple(column for column in _columns(results) if column.key in used),
+        lines=tuple(lines),
+        published_only=tuple(_published_text(entry) for entry in published_only(results)),
+        footnotes=tuple(_footnotes(results)),
+        verdict=results.get("verdict") or "",
+    )
+
+
+def title_of(results: dict[str, Any]) -> str:
+    """Return one line that names the data set and how much of it was used."""
+    data = results["dataset"]
+    train, test = data["train"], data["test"]
+    return f"{data['name']}: {train:,} training images, {test:,} test images, {_count(len(results['seeds']), 'seed')}"
+
+
+def percent(value: Number | None, images: int) -> str:
+    """Return a fraction in per cent, with as many digits as that number of images can tell apart."""
+    return NOTHING if value is None else f"{100 * value:.{2 if images >= 1000 else 1}f}"
+
+
+def millions(count: int | None) -> str:
+    """Return a number of parameters as a person reads it."""
+    if count is None:
+        return NOTHING
+    return f"{count / 1e6:.2f} M" if count >= 1e6 else f"{count / 1e3:.0f} k"
+
+
+def _columns(results: dict[str, Any]) -> tuple[Column, ...]:
+    paper = paper_model(results).removeprefix("DeiT-")
+    return (
+        Column("labels", "labels", 4, numeric=False),
+        Column("teacher", "teacher", 3, numeric=False),
+        Column("top1", "top-1 %", 0),
+        Column("difference", "vs none", 1),
+        Column("interval", "95 % interval", 7),
+        Column("p", "p", 2),
+        Column("top5", "top-5 %", 12),
+        Column("agreement", "agreement %", 8),
+        Column("parameters", "params", 9),
+        Column("images_per_second", "images/s", 10),
+        Column("seconds", "seconds", 11),
+        Column("seed", "seed, as published", 5, published=True),
+        Column("paper", f"paper (ImageNet, {paper})", 6, published=True),
+    )
+
+
+def _line(row: dict[str, Any], results: dict[str, Any], beside: dict[str, dict[str, dict[str, Any]]]) -> Line:
+    images = row["n"]
+    low, high = row.get("difference_ci95") or (None, None)
+    labels = "yes" if row["labels"] else "no"
+    cells = {
+        "labels": labels + LABELS_MARK if _on_one_head(row) else labels,
+        "teacher": row["teacher"] or "none",
+        "top1": _top1(row) + (STATUS_MARK if row["status"] != "ok" else ""),
+        "difference": _points(row.get("difference_vs_none"), images),
+        "interval": NOTHING if low is None else f"[{_points(low, images)}, {_points(high, images)}]",
+        "p": _p_value(row.get("p_vs_none")),
+        "top5": percent(_mean(row.get("top5")), images),
+        "agreement": percent(row.get("teacher_agreement"), images),
+        "parameters": millions(row.get("parameters")),
+        "images_per_second": _plain(row.get("images_per_second"), "{:,.0f}"),
+        "seconds": _plain(row.get("train_seconds"), "{:,.0f}"),
+    }
+    for table in ("seed", "paper"):
+        entry = beside.get(table, {}).get(row["row"])
+        cells[table] = NOTHING if entry is None else _published_figure(entry)
+    label = row["label"]
+    if row["method"] not in label and row["method"] != "cnn-baseline":
+        label = f"{label} ({row['method']}, {row['readout']})"  # the two readings of one table must not look alike
+    return Line(
+        name=row["row"],
+        label=label,
+        cells=cells,
+        group="baseline" if row["method"] == "cnn-baseline" else "students",
+        winner=row["row"] == results.get("winner"),
+        averaged=row["weights"] == "ema",
+    )
+
+
+def _teacher_line(results: dict[str, Any]) -> Line:
+    teacher, keys = results["teacher"], [column.key for column in _columns(results)]
+    tested = teacher.get("test_top1") is not None
+    images = results["dataset"]["test"] if tested else teacher["n"]
+    cells = dict.fromkeys(keys, NOTHING)
+    cells["top1"] = percent(teacher["test_top1"] if tested else teacher["top1"], images)
+    cells["parameters"] = millions(teacher.get("parameters"))
+    name = f"teacher: {teacher['name']}" + ("" if tested else " (validation images)")
+    return Line(name=name, label=name, cells=cells, group="teacher")
+
+
+def _top1(row: dict[str, Any]) -> str:
+    finished = [value for value in row["top1"] if value is not None]
+    mean, images = row.get("top1_mean"), row["n"]
+    if mean is None:
+        return "stopped"
+    text = percent(mean, images)
+    if len(finished) > 1:
+        return f"{text} ± {percent(row.get('top1_std'), images)}"
+    if len(row["top1"]) > 1:
+        return f"{text} (1 seed)"
+    low, high = row.get("top1_ci95") or (None, None)
+    return text if low is None else f"{text} [{percent(low, images)}, {percent(high, images)}]"
+
+
+def _footnotes(results: dict[str, Any]) -> list[str]:
+    rows, seeds = results["rows"], len(results["seeds"])
+    spread = f"mean ± standard deviation over {seeds} seeds" if seeds > 1 else "[95 % Wilson interval], one seed"
+    counts = " or ".join(f"{count:,}" for count in sorted({row["n"] for row in rows}))
+    notes = [f"top-1: {spread}, on {counts} test images; weights of the last epoch, never of the best."]
+    tests = sorted({row["p_test"] for row in rows if row.get("p_test")})
+    if tests:
+        notes.append(
+            f"vs none: points of top-1 more than method 'none', with its 95 % interval; p: {', '.join(tests)}."
+        )
+    if any(_on_one_head(row) for row in rows):
+        notes.append(
+            f"{LABELS_MARK} The paper prints 'labels: no' for these rows; true labels are in their loss (deit#215)."
+        )
+    tokens = [row for row in rows if row["method"].startswith("token-")]
+    if len({row["readout"] for row in tokens}) > 1:
+        notes.append("Rows of one token-... method are one trained student, read out through one head or both.")
+    if any(row["method"] in ("class-only", "distillation-only") for row in rows):
+        notes.append(
+            "class-only and distillation-only are students of their own, with that one token (the seed's reading)."
+        )
+    notes += [f"{STATUS_MARK} {row['row']}: {row['status']}." for row in rows if row["status"] != "ok"]
+    return notes + _published_notes(results)
+
+
+def _published_notes(results: dict[str, Any]) -> list[str]:
+    notes, tables = [], {entry["table"] for entry in results.get("published", [])}
+    if "seed" in tables:
+        notes.append(
+            "seed, as published: not measured here; DeiT-Ti on CIFAR-10 for 20 epochs, taught by an untrained head; "
+            "its 'no', 'usual' and 'hard' rows used mean pooling, its CNN is a ResNet-18."
+        )
+    if "paper" in tables:
+        notes.append(
+            "paper: not measured here; ImageNet for 300 epochs (arXiv 2012.12877), not comparable with our column."
+        )
+    return notes
+
+
+def _published_text(entry: dict[str, Any]) -> str:
+    source = "seed, as published" if entry["table"] == "seed" else f"paper ({entry['data']}, {entry['model']})"
+    return f"{source}: {entry['row']}, teacher {entry['teacher'] or 'none'}: {_published_figure(entry)} %"
+
+
+def _published_figure(entry: dict[str, Any]) -> str:
+    return f"{100 * entry['top1']:.{2 if entry['table'] == 'seed' else 1}f}"  # the digits that were printed
+
+
+def _on_one_head(row: dict[str, Any]) -> bool:
+    return row["method"].removeprefix("mean-pool-") in ("soft", "hard") and row["labels"]
+
+
+def _points(value: Number | None, images: int) -> str:
+    if value is None:
+        return NOTHING
+    return f"{100 * value:+.{2 if images >= 1000 else 1}f}".replace("-", "−")
+
+
+def _p_value(p: Number | None) -> str:
+    if p is None:
+        return NOTHING
+    return "<0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def _plain(value: Number | None, form: str) -> str:
+    return NOTHING if value is None else form.format(value)
+
+
+def _mean(values: list[Number | None] | None) -> float | None:
+    finished = [value for value in values or [] if value is not None]
+    return sum(finished) / len(finished) if finished else None
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

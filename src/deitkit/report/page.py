@@ -1,0 +1,90 @@
+"""The page: one self-contained HTML file that explains a comparison. Charts and table are made elsewhere."""
+
+import base64
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+from plotly.offline import get_plotlyjs
+
+from deitkit.files import write_text
+from deitkit.report.charts import accuracy_chart, curve_charts
+from deitkit.report.layout import NOTHING, WINNER_MARK, lay_out, millions, percent
+
+_UNITS = {"memory_gib": "memory (GiB)"}
+
+
+def write_page(
+    results: dict[str, Any], metrics: list[dict[str, Any]], teacher_metrics: list[dict[str, Any]], folder: Path
+) -> list[Path]:
+    """Write ``report.html``, which needs no network; ``views.png`` of the folder goes into it where there is one.
+
+    Args:
+        results: What `read_results` returned.
+        metrics: One entry per seed, student and epoch.
+        teacher_metrics: The same of a teacher that was trained here, or nothing.
+        folder: The run folder.
+
+    Raises:
+        CheckpointError: The folder cannot be written.
+    """
+    write_text(folder / "report.html", render_page(results, metrics, teacher_metrics, _picture(folder / "views.png")))
+    return [folder / "report.html"]
+
+
+def render_page(
+    results: dict[str, Any],
+    metrics: list[dict[str, Any]],
+    teacher_metrics: list[dict[str, Any]],
+    views: str | None,
+) -> str:
+    """Return the page; ``views`` is a data URI of augmented views."""
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"percent": percent, "millions": millions}
+    template = environment.from_string((resources.files("deitkit.report") / "page.html.j2").read_text(encoding="utf-8"))
+    charts: dict[str, Any] = {"rows": {"": accuracy_chart(results, metrics)}}
+    charts["curves"] = curve_charts(results, metrics)
+    charts["teacher"] = curve_charts(results | {"teacher": None}, teacher_metrics)
+    layout = lay_out(results)
+    return template.render(
+        results=results,
+        layout=layout,
+        mark=WINNER_MARK,
+        nothing=NOTHING,
+        charts={name: views for name, views in charts.items() if views},
+        several_seeds=len({line["seed"] for line in metrics}) > 1,
+        views=views,
+        published=_published_tables(results),
+        recipe=yaml.safe_dump(results["recipe"], sort_keys=False, allow_unicode=True),
+        machine={
+            _UNITS.get(key, key.replace("_", " ")): value for key, value in (results.get("machine") or {}).items()
+        },
+        plotly=Markup(get_plotlyjs()),
+    )
+
+
+def _published_tables(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return each published table as a heading, models as columns, and rows of figures in per cent."""
+    titles = {"seed": "The seed's table (CIFAR-10, 20 epochs)", "paper": "The paper's table (ImageNet, 300 epochs)"}
+    tables = []
+    for name, title in titles.items():
+        entries = [entry for entry in results.get("published", []) if entry["table"] == name]
+        models = list(dict.fromkeys(entry["model"] for entry in entries)) if name == "paper" else ["top-1 %"]
+        rows: dict[tuple[Any, ...], dict[str, Any]] = {}
+        for entry in entries:
+            key = (entry["row"], entry["teacher"])
+            row = rows.setdefault(key, {"row": entry["row"], "teacher": entry["teacher"] or "none", "figures": {}})
+            row["figures"][entry["model"] if name == "paper" else "top-1 %"] = 100 * entry["top1"]
+        if entries:
+            form = "%.1f" if name == "paper" else "%.2f"
+            tables.append({"title": title, "models": models, "rows": list(rows.values()), "form": form})
+    return tables
+
+
+def _picture(path: Path) -> str | None:
+    if not path.is_file():
+        return None
+    return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode('ascii')}"

@@ -1,0 +1,115 @@
+"""What others published, as data, and which figures stand beside our rows. Nothing here was measured by us."""
+
+from collections.abc import Sequence
+from typing import Any
+
+# method, readout, teacher, row as printed, top-1 in per cent.
+# A reproduction of the paper's table: DeiT-Ti, CIFAR-10, 20 epochs. Its readout of two tokens is taken to be joint.
+_SEED = (
+    ("none", "class", None, "no distillation", 67.69),
+    ("soft", "class", "soft", "usual distillation", 68.85),
+    ("hard", "class", "hard", "hard distillation", 40.19),
+    ("distillation-only", "distillation", "hard", "distil embedding", 8.07),
+    ("class-only", "class", "hard", "class embedding", 61.69),
+    ("token-soft", "joint", "soft", "class + distillation", 69.19),
+    ("token-hard", "joint", "hard", "class + distillation", 46.11),
+    ("cnn-baseline", "class", None, "ResNet-18 (CNN baseline)", 88.46),
+)
+
+# Touvron et al., arXiv 2012.12877, Table 3: ImageNet, 300 epochs; the last column was fine-tuned at 384 px.
+_PAPER_MODELS = ("DeiT-Ti", "DeiT-S", "DeiT-B", "DeiT-B 384")
+_PAPER = (
+    ("none", "class", None, "no distillation", (72.2, 79.8, 81.8, 83.1)),
+    ("soft", "class", "soft", "usual (soft) distillation", (72.2, 79.8, 81.8, 83.2)),
+    ("hard", "class", "hard", "hard distillation", (74.3, 80.9, 83.0, 84.0)),
+    ("token-hard", "class", "hard", "DeiT distilled: class embedding", (73.9, 80.9, 83.0, 84.2)),
+    ("token-hard", "distillation", "hard", "DeiT distilled: distil. embedding", (74.6, 81.1, 83.1, 84.4)),
+    ("token-hard", "joint", "hard", "DeiT distilled: class + distillation", (74.5, 81.2, 83.4, 84.5)),
+)
+_PAPER_MODEL_OF = {"deit_small": "DeiT-S", "deit_base": "DeiT-B"}
+
+
+def published_rows(tables: Sequence[str]) -> list[dict[str, Any]]:
+    """Return the published figures of the named tables, top-1 as a fraction.
+
+    Both tables print "labels: no" for usual and hard distillation; true labels are part of both losses (deit#215), so
+    ``labels`` is true throughout.
+
+    Args:
+        tables: Of ``seed`` and ``paper``, in the order wanted. The paper's four models are separate entries.
+    """
+    rows: list[dict[str, Any]] = []
+    for table in tables:
+        rows += {"seed": _seed_rows, "paper": _paper_rows}[table]()
+    return rows
+
+
+def published_beside(results: dict[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
+    """Return, by table and by our row's name, the published figure that belongs beside that row.
+
+    A figure belongs beside the row of its method and readout, taken from the last weights. The seed's first three rows
+    used mean pooling: they stand beside our ``mean-pool-*`` rows where there are any. Of the paper's models the one
+    that was trained here counts (DeiT-Ti for ``micro``).
+    """
+    beside: dict[str, dict[str, dict[str, Any]]] = {}
+    for entry in _candidates(results):
+        pooled = f"mean-pool-{entry['method']}" if entry["table"] == "seed" else entry["method"]
+        for method in (pooled, entry["method"]):
+            row = next((row for row in results["rows"] if _fits(row, method, entry["readout"])), None)
+            if row is not None:
+                beside.setdefault(entry["table"], {})[row["row"]] = entry
+                break
+    return beside
+
+
+def published_only(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the published figures that have no counterpart among our rows."""
+    placed = [entry for rows in published_beside(results).values() for entry in rows.values()]
+    return [entry for entry in _candidates(results) if entry not in placed]
+
+
+def paper_model(results: dict[str, Any]) -> str:
+    """Return the paper's model that compares with the student trained here."""
+    student = results["recipe"].get("model", {}).get("name")
+    return _PAPER_MODEL_OF.get(student, "DeiT-Ti")
+
+
+def _candidates(results: dict[str, Any]) -> list[dict[str, Any]]:
+    model = paper_model(results)
+    return [entry for entry in results.get("published", []) if entry["table"] != "paper" or entry["model"] == model]
+
+
+def _fits(row: dict[str, Any], method: str, readout: str) -> bool:
+    return row["method"] == method and row["readout"] == readout and row["weights"] == "last"
+
+
+def _seed_rows() -> list[dict[str, Any]]:
+    rows = []
+    for method, readout, teacher, row, per_cent in _SEED:
+        model = "ResNet-18" if method == "cnn-baseline" else "DeiT-Ti"
+        rows.append(_entry("seed", model, "CIFAR-10", method, readout, teacher, row, per_cent))
+    return rows
+
+
+def _paper_rows() -> list[dict[str, Any]]:
+    return [
+        _entry("paper", model, "ImageNet", method, readout, teacher, row, per_cent)
+        for method, readout, teacher, row, figures in _PAPER
+        for model, per_cent in zip(_PAPER_MODELS, figures, strict=True)
+    ]
+
+
+def _entry(
+    table: str, model: str, data: str, method: str, readout: str, teacher: str | None, row: str, per_cent: float
+) -> dict[str, Any]:
+    return {
+        "table": table,
+        "model": model,
+        "data": data,
+        "row": row,
+        "method": method,
+        "readout": readout,
+        "labels": True,
+        "teacher": teacher,
+        "top1": round(per_cent / 100, 4),
+    }

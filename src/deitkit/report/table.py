@@ -1,0 +1,194 @@
+"""The table of a comparison, drawn for a terminal, Markdown, LaTeX and CSV. What it says is `layout`'s business."""
+
+import csv
+import io
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.measure import Measurement
+from rich.table import Table
+from rich.text import Text
+
+from deitkit.files import write_text
+from deitkit.report.layout import WINNER_MARK, Column, Layout, Line, lay_out
+from deitkit.report.published import published_beside
+
+_ASCII = str.maketrans({"±": "+-", "−": "-", "–": "-", "★": ">", "†": "!", "⚗": "*", "’": "'"})
+_LATEX = {
+    "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
+    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"$<$", ">": r"$>$", "|": r"\textbar{}",
+    '"': r"\textquotedbl{}", "[": "{[}", "]": "{]}", "±": r"$\pm$", "−": r"$-$", "–": r"\textendash{}", "★": r"$\star$",
+    "†": r"$\dagger$", "*": r"$\ast$", "⚗": r"\textsuperscript{d}",
+}  # fmt: skip
+
+
+class TerminalTable:
+    """A rich renderable: title, the table with the columns that fit the width, what is published only, verdict."""
+
+    def __init__(self, layout: Layout) -> None:
+        self.layout = layout
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        plain = (lambda text: _to_ascii(text, options.encoding)) if options.ascii_only else str
+        table, left_out = self._fitting_table(console, options, plain)
+        yield Text(plain(self.layout.title), style="bold")
+        yield table
+        if left_out:
+            yield Text(plain(f"too narrow for: {', '.join(left_out)}"), style="dim")
+        for text in self.layout.published_only:
+            yield Text(plain(f"published only: {text}"), style="italic dim")
+        for note in self.layout.footnotes:
+            yield Text(plain(note), style="dim")
+        if self.layout.verdict:
+            yield Text()
+            yield Text(plain(self.layout.verdict), style="bold")
+
+    def _fitting_table(self, console: Console, options: ConsoleOptions, plain: Any) -> tuple[Table, list[str]]:
+        kept = list(self.layout.columns)
+        while True:
+            table = _terminal_table(self.layout, kept, plain)
+            width = Measurement.get(console, options.update(width=10_000), table).maximum
+            if width <= options.max_width or len(kept) == 1:
+                return table, [column.title for column in self.layout.columns if column not in kept]
+            kept.remove(max(kept, key=lambda column: column.rank))
+
+
+def rich_table(results: dict[str, Any]) -> TerminalTable:
+    """Return the table as a rich renderable; where the terminal is narrow the least important columns are left out."""
+    return TerminalTable(lay_out(results))
+
+
+def write_tables(results: dict[str, Any], folder: Path) -> list[Path]:
+    """Write ``table.md``, ``table.csv`` and ``table.tex`` (booktabs) into the folder.
+
+    Raises:
+        CheckpointError: The folder cannot be written.
+    """
+    layout = lay_out(results)
+    texts = {"md": _markdown(layout), "csv": _csv(results), "tex": _latex(layout)}
+    for suffix, text in texts.items():
+        write_text(folder / f"table.{suffix}", text)
+    return [folder / f"table.{suffix}" for suffix in texts]
+
+
+def _terminal_table(layout: Layout, columns: list[Column], plain: Any) -> Table:
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column("row", no_wrap=True)
+    for column in columns:
+        style = "italic dim" if column.published else ""
+        title = (
+            plain(column.title)
+            if not column.published
+            else plain(column.title).replace(" (", "\n(").replace(", as", ",\nas")
+        )
+        table.add_column(Text(title), justify="right" if column.numeric else "left", no_wrap=True, style=style)
+    for line, following in zip(layout.lines, [*layout.lines[1:], None], strict=True):
+        mark = f"{WINNER_MARK} " if line.winner else "  "
+        cells = [mark + line.name] + [line.cells[column.key] for column in columns]
+        ends_group = following is not None and following.group != line.group
+        table.add_row(
+            *[Text(plain(cell)) for cell in cells], style="bold" if line.winner else "", end_section=ends_group
+        )
+    return table
+
+
+def _to_ascii(text: str, encoding: str) -> str:
+    return text.translate(_ASCII).encode(encoding, errors="replace").decode(encoding)
+
+
+def _markdown(layout: Layout) -> str:
+    rows = [["row", *(column.title for column in layout.columns)]]
+    rows.append(["---", *("---:" if column.numeric else "---" for column in layout.columns)])
+    for line in layout.lines:
+        cells = [
+            _escape_markdown(cell) for cell in (line.label, *(line.cells[column.key] for column in layout.columns))
+        ]
+        if line.winner:
+            cells[0] = f"**{cells[0]}** {WINNER_MARK}"
+        rows.append(cells)
+    parts = [f"**{_escape_markdown(layout.title)}**", "\n".join(f"| {' | '.join(cells)} |" for cells in rows)]
+    if layout.published_only:
+        parts.append("Published only:\n\n" + "\n".join(f"- {_escape_markdown(text)}" for text in layout.published_only))
+    parts += [_escape_markdown(note) for note in layout.footnotes]
+    if layout.verdict:
+        parts.append(f"**{_escape_markdown(layout.verdict)}**")
+    return "\n\n".join(parts) + "\n"
+
+
+def _escape_markdown(text: str) -> str:
+    return re.sub(r"([\\`*_|<>~])", r"\\\1", _one_line(text)).replace("](", "]\\(")
+
+
+def _latex(layout: Layout) -> str:
+    columns = layout.columns
+    lines = [
+        r"% needs \usepackage{booktabs}",
+        r"\begin{table*}",
+        r"  \centering\small\setlength{\tabcolsep}{4pt}",
+        rf"  \caption{{{_escape_latex(layout.title)}}}",
+        rf"  \begin{{tabular}}{{l{''.join('r' if column.numeric else 'l' for column in columns)}}}",
+        r"    \toprule",
+        "    " + " & ".join(["row", *(_escape_latex(column.title) for column in columns)]) + r" \\",
+        r"    \midrule",
+    ]
+    for line, before in zip(layout.lines, [layout.lines[0], *layout.lines], strict=False):
+        if line.group != before.group:
+            lines.append(r"    \midrule")
+        lines.append("    " + " & ".join(_latex_cells(line, columns)) + r" \\")
+    lines += [r"    \bottomrule", r"  \end{tabular}", ""]
+    notes = [f"published only: {text}." for text in layout.published_only] + list(layout.footnotes) + [layout.verdict]
+    lines += [rf"  \par\smallskip\footnotesize {_escape_latex(note)}" for note in notes if note]
+    return "\n".join([*lines, r"\end{table*}", ""])
+
+
+def _latex_cells(line: Line, columns: tuple[Column, ...]) -> list[str]:
+    label = _escape_latex(line.label)
+    cells = [rf"\textbf{{{label}}} $\star$" if line.winner else label]
+    for column in columns:
+        cell = _escape_latex(line.cells[column.key])
+        if column.published:
+            cell = rf"\textit{{{cell}}}"
+        elif line.winner:
+            cell = rf"\textbf{{{cell}}}"
+        cells.append(cell)
+    return cells
+
+
+def _escape_latex(text: str) -> str:
+    return "".join(_LATEX.get(character, character) for character in _one_line(text)).replace("--", "-{}-")
+
+
+def _one_line(text: str) -> str:
+    return re.sub(r"\s+", " ", "".join(character if character.isprintable() else " " for character in text)).strip()
+
+
+def _csv(results: dict[str, Any]) -> str:
+    """Raw fractions: one line per row, lists spread over columns."""
+    beside = published_beside(results)
+    records = []
+    for row in results["rows"]:
+        record: dict[str, Any] = {}
+        for key, value in row.items():
+            record.update(_spread(key, value, results["seeds"]))
+        for table in ("seed", "paper"):
+            record[f"published_{table}"] = beside.get(table, {}).get(row["row"], {}).get("top1")
+        records.append(record)
+    names = list(dict.fromkeys(name for record in records for name in record))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, names, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(records)
+    return text.getvalue()
+
+
+def _spread(key: str, value: Any, seeds: list[int]) -> dict[str, Any]:
+    if key in ("top1", "top5"):
+        return {f"{key}_seed_{seed}": each for seed, each in zip(seeds, value or [None] * len(seeds), strict=False)}
+    if key.endswith("_ci95"):
+        low, high = value or (None, None)
+        return {f"{key}_low": low, f"{key}_high": high}
+    return {key: value}

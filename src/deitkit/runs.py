@@ -1,0 +1,146 @@
+"""A run folder while it is written: its recipe, its metrics, its checkpoints; and who watches.
+
+The layout is in docs/design.md. Nothing here knows what a teacher or a method is.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import yaml
+from torch.utils.tensorboard import SummaryWriter
+
+from deitkit.checkpoint import load_tree, save_tree
+from deitkit.cohort import Cohort, Progress
+from deitkit.errors import CheckpointError, Interrupted
+from deitkit.files import write_text
+from deitkit.recipe import Recipe, dump_recipe
+
+# Fields that say where and how fast, not what: a run may go on on another machine.
+FREE_TO_CHANGE = {"device", "data.root", "data.download"}
+
+
+class Watcher(Protocol):
+    """Whoever watches a run: a terminal, or nobody."""
+
+    def say(self, text: str) -> None:
+        """A stage of the run has begun or ended."""
+
+    def reading(self, what: str, done: int, total: int) -> None:
+        """Some of the data has been read."""
+
+    def step(self, title: str, progress: Progress) -> None:
+        """A step has been done."""
+
+    def epoch(self, title: str, records: list[dict[str, Any]]) -> None:
+        """An epoch has been done."""
+
+    def should_stop(self) -> bool:
+        """Whether the user asked to stop."""
+
+
+class Silent:
+    """A watcher that shows nothing and never stops."""
+
+    def say(self, text: str) -> None:
+        pass
+
+    def reading(self, what: str, done: int, total: int) -> None:
+        pass
+
+    def step(self, title: str, progress: Progress) -> None:
+        pass
+
+    def epoch(self, title: str, records: list[dict[str, Any]]) -> None:
+        pass
+
+    def should_stop(self) -> bool:
+        return False
+
+
+def open_run(folder: Path, recipe: Recipe, resume: bool) -> None:
+    """Make a new run folder, or check that an old one may go on under this recipe.
+
+    Raises:
+        CheckpointError: A folder in use without ``resume``, a recipe that changed, or a folder that cannot be written.
+    """
+    path = folder / "recipe.yaml"
+    occupied = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+    if occupied and not path.exists():
+        raise CheckpointError(f"--out {folder} holds other files: name a new or empty folder")
+    if occupied and not resume:
+        raise CheckpointError(
+            f"--out {folder} holds a run already: add --resume to go on with it, or name a new folder"
+        )
+    if occupied:
+        changed = _changes(yaml.safe_load(path.read_text(encoding="utf-8")), recipe.model_dump(mode="json"))
+        if changed:
+            raise CheckpointError(f"{folder} was begun with another recipe ({'; '.join(changed)}): name a new folder")
+    write_text(path, dump_recipe(recipe))
+
+
+def _changes(old: Any, new: Any, key: str = "") -> list[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        names = [name for name in {**old, **new} if f"{key}{name}" not in FREE_TO_CHANGE]
+        return [change for name in names for change in _changes(old.get(name), new.get(name), f"{key}{name}.")]
+    return [] if old == new else [f"{key.rstrip('.')} was {old}, now {new}"]
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """Return the lines of a metrics file; a last line that was cut off is left out."""
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            continue
+    return records
+
+
+def train_to_end(
+    cohort: Cohort, *, title: str, checkpoint: Path, metrics: Path, watcher: Watcher, log_folder: Path
+) -> None:
+    """Train a cohort, from its checkpoint if there is one; save it after every epoch and when the user stops it.
+
+    Args:
+        cohort: Freshly built.
+        title: For whoever watches.
+        checkpoint: Where its state lies between two epochs.
+        metrics: One line per student and epoch is appended here.
+        watcher: Is told of every step, and asked whether to stop.
+        log_folder: Of TensorBoard.
+
+    Raises:
+        Interrupted: The watcher asked to stop; the state is saved.
+    """
+    if checkpoint.exists():
+        cohort.load_state_dict(load_tree(checkpoint))
+        watcher.say(f"{title}: goes on at epoch {cohort.epoch + 1}, step {cohort.step + 1}")
+    kept = [
+        record for record in read_records(metrics) if record["seed"] != cohort.seed or record["epoch"] <= cohort.epoch
+    ]
+    lines = [json.dumps(record) for record in kept]
+    on_step: Callable[[Progress], None] = lambda progress: watcher.step(title, progress)  # noqa: E731
+    with SummaryWriter(log_folder, purge_step=cohort.epoch + 1) as board:
+        for records in cohort.fit(on_step, watcher.should_stop):
+            lines += [json.dumps(record) for record in records]
+            write_text(metrics, "\n".join(lines) + "\n")
+            _to_board(board, records)
+            watcher.epoch(title, records)
+            # The iterator has not begun the next epoch yet; what is saved is the state that it will begin from.
+            save_tree(checkpoint, cohort.state_dict())
+            if watcher.should_stop():
+                raise Interrupted
+    if cohort.step > 0:
+        save_tree(checkpoint, cohort.state_dict())
+        raise Interrupted
+
+
+def _to_board(board: SummaryWriter, records: list[dict[str, Any]]) -> None:
+    for record in records:
+        name, epoch = record["student"], record["epoch"]
+        board.add_scalar(f"{name}/train_loss", record["train_loss"], epoch)
+        board.add_scalar(f"{name}/learning_rate", record["learning_rate"], epoch)
+        for readout, accuracy in record["validation"].items():
+            board.add_scalar(f"{name}/validation/{readout}", accuracy, epoch)

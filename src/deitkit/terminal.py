@@ -1,0 +1,141 @@
+"""What a person sees while a run goes on: bars on a terminal, one line per epoch elsewhere; and Ctrl-C."""
+
+import signal
+import time
+from types import FrameType
+from typing import Any, Self
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from deitkit.cohort import Progress as Standing
+from deitkit.evaluate import default_readout
+
+
+class Terminal:
+    """A watcher on a console. Use it as a context: inside it, Ctrl-C and SIGTERM ask the run to stop, and save.
+
+    A second Ctrl-C ends the process at once; what is on the disk by then can still be resumed.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self._stop = False
+        self._live: Live | None = None
+        self._task: Any = None
+        self._title = ""
+        self._losses: dict[str, float] = {}
+        self._accuracies: dict[str, float] = {}
+        self._drawn = 0.0
+        self._handlers: dict[int, Any] = {}
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[speed]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(elapsed_when_finished=True),
+            console=console,
+            expand=True,
+        )
+
+    def __enter__(self) -> Self:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._handlers[number] = signal.signal(number, self._ask_to_stop)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end_live()
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+
+    def _ask_to_stop(self, number: int, frame: FrameType | None) -> None:
+        if self._stop:
+            signal.signal(number, signal.SIG_DFL)
+            raise KeyboardInterrupt
+        self._stop = True
+        self.console.print("[yellow]stopping after this step, and saving; once more to stop at once[/]")
+
+    def should_stop(self) -> bool:
+        """Whether Ctrl-C or SIGTERM has come."""
+        return self._stop
+
+    def say(self, text: str) -> None:
+        """Print a line."""
+        self._end_live()
+        self.console.print(text, highlight=False, markup=False)
+
+    def reading(self, what: str, done: int, total: int) -> None:
+        """Show how much of the data has been read."""
+        if not self.console.is_terminal:
+            return
+        if self._title != what:
+            self._begin_live(what, total)
+        self._progress.update(self._task, completed=done)
+        if done >= total:
+            self._end_live()
+
+    def step(self, title: str, progress: Standing) -> None:
+        """Move the bar; the table of losses is drawn a few times a second."""
+        if not self.console.is_terminal or time.monotonic() - self._drawn < 0.2:
+            return
+        self._drawn = time.monotonic()
+        done = (progress.epoch - 1) * progress.steps_per_epoch + progress.step
+        if self._title != title:
+            self._begin_live(title, progress.epochs * progress.steps_per_epoch)
+        self._losses = progress.losses
+        self._progress.update(
+            self._task,
+            completed=done,
+            description=f"{title}, epoch {progress.epoch}/{progress.epochs}",
+            speed=f"{progress.images_per_second:.0f} images/s",
+        )
+        assert self._live is not None
+        self._live.update(self._picture())
+
+    def epoch(self, title: str, records: list[dict[str, Any]]) -> None:
+        """Note the validation accuracies; where there is no terminal, print the epoch's line."""
+        self._accuracies = {
+            record["student"]: record["validation"][default_readout(list(record["validation"]))] for record in records
+        }
+        if self.console.is_terminal or not records:
+            return
+        first = records[0]
+        speed = first["cohort_images_per_second"]
+        students = "  ".join(
+            f"{record['student']} {record['train_loss']:.3f}/{100 * self._accuracies[record['student']]:.1f}%"
+            for record in records
+        )
+        self.console.print(
+            f"{title} epoch {first['epoch']}/{first['epochs']}  {speed:.0f} images/s  loss/validation: {students}",
+            soft_wrap=True,
+            highlight=False,
+            markup=False,
+        )
+
+    def _picture(self) -> Group:
+        table = Table(box=None, pad_edge=False)
+        table.add_column("student")
+        table.add_column("loss", justify="right")
+        table.add_column("validation", justify="right")
+        for name, loss in self._losses.items():
+            accuracy = f"{100 * self._accuracies[name]:.1f} %" if name in self._accuracies else ""
+            table.add_row(name, f"{loss:.3f}", accuracy)
+        return Group(self._progress, table)
+
+    def _begin_live(self, title: str, total: int) -> None:
+        self._end_live()
+        self._title = title
+        self._accuracies, self._losses = {}, {}
+        self._task = self._progress.add_task(title, total=total, speed="")
+        self._live = Live(self._progress, console=self.console, refresh_per_second=5)
+        self._live.start()
+
+    def _end_live(self) -> None:
+        if self._live is not None:
+            self._live.stop()
+            self._progress.remove_task(self._task)
+        self._live, self._title = None, ""

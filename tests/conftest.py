@@ -1,0 +1,92 @@
+"""Small data sets and recipes that several tests share."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from deitkit.data.sources import Dataset, Split
+from deitkit.device import Precision
+from deitkit.recipe import Recipe, load_recipe
+
+CPU_FP32 = Precision(torch.device("cpu"), torch.float32)
+
+# A comparison of all that there is, in seconds.
+TINY = (
+    "data.test_images=100",
+    "data.train_images=64",
+    "model.width=16",
+    "model.depth=2",
+    "model.heads=2",
+    "train.epochs=2",
+    "train.batch_size=16",
+    "train.warmup_epochs=0",
+    "teacher.train.epochs=2",
+    "teacher.train.warmup_epochs=0",
+    "teacher.min_top1=null",
+    "teacher.allow_weak=true",
+    "seeds=[0]",
+)
+
+
+@pytest.fixture(autouse=True)
+def _two_threads() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DEITKIT_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture
+def tiny_recipe() -> Callable[..., Recipe]:
+    """Return a function: overrides -> the digits recipe, shrunk to seconds."""
+    return lambda *overrides: load_recipe("digits", [*TINY, *overrides])
+
+
+def striped_dataset(classes: int = 3, per_class: int = 24, image_px: int = 8, channels: int = 3) -> Dataset:
+    """Return a data set whose classes are brightnesses, so that anything can learn it."""
+    generator = torch.Generator().manual_seed(0)
+
+    def split(count: int) -> Split:
+        labels = torch.arange(classes).repeat(count)
+        noise = torch.randint(0, 30, (len(labels), channels, image_px, image_px), generator=generator)
+        images = (noise + (200 // classes * labels)[:, None, None, None]).to(torch.uint8)
+        return Split(images, labels)
+
+    train = split(per_class)
+    values = train.images.double() / 255
+    mean, std = (tuple(getattr(values, name)(dim=(0, 2, 3)).tolist()) for name in ("mean", "std"))
+    names = tuple(f"class {number}" for number in range(classes))
+    return Dataset("stripes", train, split(20), split(20), names, mean, std, (), "0" * 64)
+
+
+@pytest.fixture
+def stripes() -> Dataset:
+    """Three classes of colour images, 8 x 8."""
+    return striped_dataset()
+
+
+@pytest.fixture
+def write_images() -> Callable[..., Path]:
+    """Return a function that writes a folder of class folders of PNG files, one colour for each class."""
+
+    def write(root: Path, classes: tuple[str, ...] = ("cat", "dog"), count: int = 12, px: int = 16, **parts: Any) -> Path:
+        from PIL import Image
+
+        for part in parts.get("parts", ("train", "test")):
+            for number, name in enumerate(classes):
+                folder = root / part / name
+                folder.mkdir(parents=True, exist_ok=True)
+                for index in range(count):
+                    colour = (40 + 150 * number, 5 * index, 90)
+                    Image.new("RGB", (px, px), colour).save(folder / f"{index}.png")
+        return root
+
+    return write

@@ -1,0 +1,92 @@
+"""Learning rates, parameter groups, optimizers and the average."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from deitkit.errors import RecipeError
+from deitkit.models.vit import DeiT
+from deitkit.optim import ExponentialMovingAverage, build_optimizers, learning_rate, parameter_groups
+from deitkit.recipe import OptimizerRecipe, TrainRecipe
+
+
+def small_deit() -> DeiT:
+    tokens = ("class", "distillation")
+    return DeiT(image_px=8, patch_px=4, channels=1, classes=3, width=16, depth=2, heads=2, tokens=tokens)
+
+
+def test_learning_rate_warms_up_then_falls_as_a_cosine_to_its_floor() -> None:
+    train = TrainRecipe(epochs=10, learning_rate=1.0, warmup_epochs=2, warmup_learning_rate=0.1, min_learning_rate=0.05)
+    rates = [learning_rate(step, 5, train, train) for step in range(51)]
+    assert rates[0] == pytest.approx(0.1)
+    assert rates[5] == pytest.approx(0.55)
+    assert rates[10] == pytest.approx(1.0)
+    assert rates[30] == pytest.approx(0.05 + 0.95 * 0.5)
+    assert rates[50] == pytest.approx(0.05)
+    assert rates[:11] == sorted(rates[:11])
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+
+
+def test_learning_rate_is_torchs_cosine() -> None:
+    train = TrainRecipe(epochs=3, learning_rate=0.3, min_learning_rate=0.01)
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.3)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=12, eta_min=0.01)
+    for step in range(12):
+        assert learning_rate(step, 4, train, train) == pytest.approx(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+
+
+def test_a_schedule_laid_out_for_more_epochs_is_cut_off() -> None:
+    train = TrainRecipe(epochs=20, schedule_epochs=50, learning_rate=1.0)
+    assert learning_rate(20, 1, train, train) == pytest.approx((1 + math.cos(math.pi * 0.4)) / 2)
+
+
+def test_no_decay_on_biases_norms_tokens_and_positions() -> None:
+    model = small_deit()
+    decayed, kept = parameter_groups(model, 0.05)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    assert (decayed["weight_decay"], kept["weight_decay"]) == (0.05, 0.0)
+    exempt = {names[id(parameter)] for parameter in kept["params"]}
+    assert {"cls_token", "dist_token", "pos_embed", "norm.weight", "head.bias", "blocks.0.attn.qkv.bias"} <= exempt
+    assert {names[id(parameter)] for parameter in decayed["params"]} == {
+        name for name in names.values() if name.endswith("weight") and "norm" not in name
+    }
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "muon"])
+def test_every_parameter_is_updated_once(optimizer: str) -> None:
+    torch.manual_seed(0)
+    model = small_deit()
+    optimizers = build_optimizers(model, OptimizerRecipe(optimizer=optimizer, learning_rate=0.01))
+    held = [id(p) for opt in optimizers for group in opt.param_groups for p in group["params"]]
+    assert sorted(held) == sorted(id(parameter) for parameter in model.parameters())
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    output = model(torch.randn(4, 1, 8, 8))
+    (output.class_logits.square().sum() + output.distillation_logits.square().sum()).backward()
+    for opt in optimizers:
+        opt.step()
+    moved = [not torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True)]
+    assert all(moved)
+
+
+def test_muon_is_refused_for_a_cnn() -> None:
+    with pytest.raises(RecipeError, match="muon trains the students only"):
+        build_optimizers(nn.Conv2d(1, 1, 1), OptimizerRecipe(optimizer="muon"))
+
+
+def test_average_follows_by_its_decay_and_copies_buffers() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    average = ExponentialMovingAverage(model, 0.5)
+    expected = model[0].weight.detach().clone()
+    for update in range(5):
+        with torch.no_grad():
+            model[0].weight += 1.0
+            model[1].running_mean += 2.0
+        average.update(model)
+        decay = min(0.5, (1 + update) / (10 + update))
+        expected = decay * expected + (1 - decay) * model[0].weight.detach()
+    assert torch.allclose(average.model[0].weight, expected)
+    assert torch.equal(average.model[1].running_mean, model[1].running_mean)
