@@ -203,7 +203,7 @@ def test_timm_noise_beyond_100_is_uniform():
 @pytest.mark.parametrize(("text", "applied"), [("2,9", 1.0), ("rand-m9-mstd0.5-inc1", 0.5), ("rand-p0.2", 0.2)])
 def test_operations_and_signs_are_drawn_evenly_for_every_image(text, applied):
     randaugment = RandAugment(text, (0.5,))
-    operations, arguments = randaugment.draw(60_000, 32, 32, generator())
+    operations, arguments = (drawn.flatten() for drawn in randaugment.draw(60_000, 32, 32, generator()))
     shares = operations.bincount(minlength=len(OPERATIONS)).double() / len(operations)
     space = len(randaugment.policy.space)
     for i, name in enumerate(OPERATIONS[1:], start=1):

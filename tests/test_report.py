@@ -259,6 +259,15 @@ def test_table_gives_difference_interval_and_p() -> None:
     assert [cells_of(worse)["soft/class"][key] for key in ("difference", "p")] == ["−2.00", "0.042"]
 
 
+def test_a_seed_reading_is_compared_with_its_own_student_without_teacher() -> None:
+    results = make_results()
+    results["rows"] = [make_row("class-only", "class", [0.58, 0.59], label="only a class token"), results["rows"][2]]
+    layout = lay_out(results)
+    assert layout.lines[0].label == "only a class token (class-only, class)"
+    assert any("more than 'class-only/class'" in note for note in layout.footnotes)
+    assert accuracy_chart(results, [])["layout"]["shapes"][0]["x0"] == pytest.approx(58.5)
+
+
 def test_stopped_students_are_marked_and_explained() -> None:
     layout = lay_out(make_results())
     assert cells_of(make_results())["hard/class"]["top1"] == "62.05 (1 seed)†"
@@ -494,7 +503,8 @@ def test_page_escapes_hostile_names(tmp_path: Path) -> None:
     assert hostile.tags["script"] == plain.tags["script"] == len(hostile.scripts)
     assert not [name for name, _ in hostile.attributes if name.startswith("on")]
     assert hostile.text.count(HOSTILE) >= 20
-    labels = [note["text"] for note in hostile.charts["rows"][""]["layout"]["annotations"]]
+    labels = [trace["name"] for trace in hostile.charts["rows"][""]["data"]]
+    labels += [trace["name"] for trace in hostile.charts["curves"]["Loss terms"]["data"]]
     assert not any("<script" in label for label in labels), "Plotly reads HTML in its texts"
 
 

@@ -1,10 +1,5 @@
-import gzip
-import io
-import json
 import os
-import struct
 from pathlib import Path
-from urllib.error import URLError
 
 import numpy as np
 import psutil
@@ -14,14 +9,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
-from torchvision import datasets
 
 from deitkit.data.pixels import resize, to_channels
-from deitkit.data.sources import DATASETS, load_dataset
+from deitkit.data.sources import DATASETS
 from deitkit.data.split import plan_splits
-from deitkit.errors import DataError
 from deitkit.recipe import DataRecipe
+from source_helpers import all_values, load, png, refused, values, write_classes, write_parquet
 
 SHARED = Path(__file__).parents[1].parent / "shared" / "data"
 
@@ -31,55 +24,6 @@ def _nothing_outside(tmp_path_factory, monkeypatch):
     elsewhere = tmp_path_factory.mktemp("elsewhere")
     monkeypatch.setenv("DEITKIT_CACHE", str(elsewhere / "cache"))
     monkeypatch.setenv("DEITKIT_DATA", str(elsewhere / "data"))
-
-
-def png(value, size=(6, 6)):
-    """An image whose pixels tell which one it is."""
-    stream = io.BytesIO()
-    Image.new("RGB", size, (value % 256, value // 256, 200)).save(stream, "PNG")
-    return stream.getvalue()
-
-
-def values(split):
-    """What ``png`` was given for each image."""
-    return (split.images[:, 0, 0, 0].long() + 256 * split.images[:, 1, 0, 0].long()).tolist()
-
-
-def all_values(data):
-    return values(data.train) + values(data.validation) + values(data.test)
-
-
-def write_classes(folder, counts, start=0):
-    for name, count in counts.items():
-        (folder / name).mkdir(parents=True)
-        for index in range(count):
-            (folder / name / f"{index:03}.png").write_bytes(png(start + index))
-        start += count
-    return folder
-
-
-def write_parquet(path, labels, names=None, image="img", label="label", start=0, row_group_size=7, kind=None):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    images = [{"bytes": png(start + index), "path": None} for index in range(len(labels))]
-    table = pa.table({image: pa.array(images), label: pa.array(labels, kind)})
-    if names is not None:
-        features = {image: {"_type": "Image"}, label: {"names": names, "_type": "ClassLabel"}}
-        table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
-    pq.write_table(table, path, row_group_size=row_group_size)
-
-
-def load(name, progress=None, **fields):
-    return load_dataset(DataRecipe(name=str(name), **fields), progress)
-
-
-def refused(name, *told, **fields):
-    with pytest.raises(DataError) as caught:
-        load(name, **fields)
-    message = str(caught.value)
-    assert "\n" not in message
-    for part in told:
-        assert part in message
-    return message
 
 
 # Splits
@@ -330,121 +274,11 @@ def test_parquet_that_cannot_be_used_says_why(tmp_path):
     refused(name, "class 'b'", "0 images")
     write_parquet(tmp_path / "sub" / "test-0.parquet", [0, 1])
     refused(f"parquet:{tmp_path / 'sub'}", "no train-*.parquet")
+    write_parquet(tmp_path / "half" / "train-00000-of-00002.parquet", [0, 1])
+    refused(f"parquet:{tmp_path / 'half'}", "1 of 2 shards")
     write_parquet(tmp_path / "str" / "train-0.parquet", ["a", "b"])
     write_parquet(tmp_path / "str" / "test-0.parquet", ["a", "c"])
     refused(f"parquet:{tmp_path / 'str'}", "'b'", "'c'")
-
-
-# Named data sets
-
-
-def cifar_like(count, side=32, mode="RGB", seed=0):
-    generator = np.random.default_rng(seed)
-    shape = (count, side, side) if mode == "L" else (count, side, side, 3)
-    return generator.integers(0, 256, shape, dtype=np.uint8), np.arange(count) % 10
-
-
-def write_pngs(folder, pixels, labels):
-    for index, (image, label) in enumerate(zip(pixels, labels)):
-        (folder / str(label)).mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image).save(folder / str(label) / f"{index:03}.png")
-
-
-@pytest.mark.parametrize("where", [".", "cifar10", "CIFAR-10"])
-@pytest.mark.parametrize("form", ["folders", "parquet"])
-def test_cifar10_is_found_in_any_form(tmp_path, where, form):
-    for split, count in (("train", 40), ("test", 20)):
-        pixels, labels = cifar_like(count, seed=count)
-        if form == "folders":
-            write_pngs(tmp_path / where / split, pixels, labels)
-        else:
-            encoded = [_encoded(image) for image in pixels]
-            (tmp_path / where).mkdir(exist_ok=True)
-            table = pa.table({"img": [{"bytes": content, "path": None} for content in encoded], "label": labels})
-            pq.write_table(table, tmp_path / where / f"{split}-00000-of-00001.parquet")
-    data = load("cifar10", root=tmp_path)
-    assert (len(data.train), len(data.validation), len(data.test)) == (30, 10, 20)
-    pixels, labels = cifar_like(20, seed=20)
-    known = {image.transpose(2, 0, 1).tobytes(): label for image, label in zip(pixels, labels)}
-    assert [known[image.numpy().tobytes()] for image in data.test.images] == data.test.labels.tolist()
-    small = load("cifar10", root=tmp_path, image_px=16, channels=1)
-    assert torch.equal(small.test.images, to_channels(resize(data.test.images, 16), 1))
-
-
-def _encoded(image):
-    stream = io.BytesIO()
-    Image.fromarray(image).save(stream, "PNG")
-    return stream.getvalue()
-
-
-@pytest.mark.parametrize("where", [".", "cifar10", "cifar-10-batches-py", "cifar10/cifar-10-batches-py"])
-def test_python_batches_are_left_to_torchvision(tmp_path, monkeypatch, where):
-    (tmp_path / where).mkdir(parents=True, exist_ok=True)
-    (tmp_path / where / "data_batch_1").write_bytes(b"a pickle that nobody may open")
-    refused("cifar10", "damaged", root=tmp_path)
-
-    def fake(self, root, train):
-        assert Path(root, self.base_folder, "data_batch_1").is_file()
-        self.data, self.targets = cifar_like(40 if train else 20)
-        self.targets, self.classes = self.targets.tolist(), list("abcdefghij")
-
-    monkeypatch.setattr(datasets.CIFAR10, "__init__", fake)
-    data = load("cifar10", root=tmp_path)
-    assert data.class_names == tuple("abcdefghij")
-    pixels, labels = cifar_like(20)
-    np.testing.assert_array_equal(data.test.images.numpy(), pixels.transpose(0, 3, 1, 2))
-    assert data.test.labels.tolist() == labels.tolist()
-
-
-@pytest.mark.parametrize("where", ["FashionMNIST/raw", "fashion_mnist", "."])
-@pytest.mark.parametrize("zipped", [False, True])
-def test_fashion_mnist_is_read_from_idx_files(tmp_path, where, zipped):
-    folder = tmp_path / where
-    folder.mkdir(parents=True, exist_ok=True)
-    for split, count in (("train", 40), ("t10k", 20)):
-        pixels, labels = cifar_like(count, 28, "L")
-        _write_idx(folder / f"{split}-images-idx3-ubyte", pixels, zipped)
-        _write_idx(folder / f"{split}-labels-idx1-ubyte", labels.astype(np.uint8), zipped)
-    data = load("fashion_mnist", root=tmp_path)
-    pixels, labels = cifar_like(20, 28, "L")
-    np.testing.assert_array_equal(data.test.images[:, 0].numpy(), pixels)
-    assert data.test.labels.tolist() == labels.tolist()
-    assert data.class_names[9] == "Ankle boot"
-    assert data.channels == 1
-    (first,) = folder.glob("train-images*")
-    first.write_bytes(first.read_bytes()[:-50])
-    refused("fashion_mnist", first.name, "damaged", root=tmp_path)
-
-
-def _write_idx(path, array, zipped):
-    content = struct.pack(f">BBBB{array.ndim}I", 0, 0, 8, array.ndim, *array.shape) + array.tobytes()
-    if zipped:
-        path.with_name(f"{path.name}.gz").write_bytes(gzip.compress(content))
-    else:
-        path.write_bytes(content)
-
-
-def test_what_only_looks_like_a_named_set_is_not_taken_for_it(tmp_path, monkeypatch):
-    write_classes(tmp_path / "train", {"a": 5, "b": 5})  # the root may hold other data sets
-    refused("cifar10", "neither", root=tmp_path, download=False)
-    write_classes(tmp_path / "cifar10" / "train", {str(label): 4 for label in range(10)})
-    refused("cifar10", "is not cifar10", "(3, 32, 32)", root=tmp_path)
-
-
-def test_offline_and_absent_says_where_it_looked_and_what_to_do(tmp_path, monkeypatch):
-    def offline(*args, **kwargs):
-        raise URLError("Name or service not known")
-
-    for name, kind in (
-        ("cifar10", datasets.CIFAR10),
-        ("cifar100", datasets.CIFAR100),
-        ("fashion_mnist", datasets.FashionMNIST),
-    ):
-        monkeypatch.setattr(kind, "download", offline)
-        refused(name, str(tmp_path), "Name or service not known", "data.root", "DEITKIT_DATA", root=tmp_path)
-        refused(name, str(tmp_path), "data.download", root=tmp_path, download=False)
-    monkeypatch.setenv("DEITKIT_DATA", str(tmp_path / "from-environment"))
-    refused("cifar10", "from-environment")
 
 
 @pytest.mark.skipif(not (SHARED / "cifar10").is_dir(), reason="the real CIFAR-10 is not on this machine")

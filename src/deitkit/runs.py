@@ -6,7 +6,7 @@ The layout is in docs/design.md. Nothing here knows what a teacher or a method i
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import yaml
 from torch.utils.tensorboard import SummaryWriter
@@ -21,6 +21,7 @@ from deitkit.recipe import Recipe, dump_recipe
 FREE_TO_CHANGE = {"device", "data.root", "data.download"}
 
 
+@runtime_checkable
 class Watcher(Protocol):
     """Whoever watches a run: a terminal, or nobody."""
 

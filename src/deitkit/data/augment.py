@@ -14,7 +14,7 @@ from deitkit.recipe import AugmentRecipe
 
 CROP_RATIO = (3 / 4, 4 / 3)
 ERASE_AREA = (0.02, 0.33)
-ERASE_RATIO = (1 / 3.3, 1 / 0.3)
+ERASE_RATIO = (1 / 3.3, 1 / 0.3)  # width to height, like CROP_RATIO; torchvision gives height to width
 ATTEMPTS = 10
 
 
@@ -105,10 +105,11 @@ def shift_and_flip(
         pad_px: Black pixels on each side.
     """
     channels, height, width = images.shape[1:]
-    columns = torch.arange(width).expand(len(images), -1)
-    columns = torch.where(flipped[:, None], columns.flip(1), columns) + lefts[:, None]
-    rows = torch.arange(height) + tops[:, None]
-    columns, rows = columns.to(images.device, non_blocking=True), rows.to(images.device, non_blocking=True)
+    device = images.device
+    flipped, tops, lefts = (draw.to(device, non_blocking=True)[:, None] for draw in (flipped, tops, lefts))
+    columns = torch.arange(width, device=device)
+    columns = torch.where(flipped, columns.flip(0), columns) + lefts
+    rows = torch.arange(height, device=device) + tops
     padded = F.pad(images, (pad_px, pad_px, pad_px, pad_px))
     index = rows[:, :, None] * padded.shape[-1] + columns[:, None, :]
     index = index.flatten(1)[:, None].expand(-1, channels, -1)
@@ -161,8 +162,10 @@ def resized_crop(
     The crop is never larger than the result, so that Pillow's antialiasing has nothing to do. Boxes are on the CPU.
     """
     height, width = images.shape[-2:]
-    across = _bicubic_weights(lefts, widths, width).to(images.device, non_blocking=True)
-    down = _bicubic_weights(tops, heights, height).to(images.device, non_blocking=True)
+    tops, lefts, heights, widths = (
+        edge.to(images.device, non_blocking=True) for edge in (tops, lefts, heights, widths)
+    )
+    across, down = _bicubic_weights(lefts, widths, width), _bicubic_weights(tops, heights, height)
     # Rounding in between is Pillow's; without it, overshoots of the first pass would reach the second.
     stretched = (images.float() @ across[:, None].mT).round_().clamp_(0, 255)
     return (down[:, None] @ stretched).round_().clamp_(0, 255).to(torch.uint8)
@@ -171,7 +174,7 @@ def resized_crop(
 def _bicubic_weights(starts: Tensor, lengths: Tensor, side_px: int) -> Tensor:
     """Weights (batch, output, input) that resize ``[start, start + length)`` to ``side_px``; Keys' cubic, a = -0.5."""
     starts, lengths = starts[:, None, None], lengths[:, None, None]
-    positions = torch.arange(side_px)
+    positions = torch.arange(side_px, device=starts.device)
     centres = (positions[:, None] + 0.5) * (lengths / side_px) + starts
     distances = (positions + 0.5 - centres).abs()
     near = (1.5 * distances - 2.5) * distances**2 + 1

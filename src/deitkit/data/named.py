@@ -43,8 +43,6 @@ def list_named(recipe: DataRecipe, progress: Progress | None = None) -> Listing:
     named = _NAMED[recipe.name]
     root = (recipe.root or Path(os.environ.get("DEITKIT_DATA") or "~/.cache/deitkit")).expanduser()
     places = [*(root / alias for alias in (recipe.name, *named.aliases)), root]
-    if recipe.name == "fashion_mnist":
-        places.append(Path("/usr/share/datasets/fashion-mnist"))  # where Debian's package dataset-fashion-mnist puts it
     listing = _find(named, places, recipe, progress)
     if listing is None:
         if not recipe.download:
@@ -70,6 +68,8 @@ def _find(named: _NamedSet, places: list[Path], recipe: DataRecipe, progress: Pr
             continue
         if len(listing.class_names) != named.classes:
             continue  # the root may well hold some other data set
+        if listing.official_test is None:
+            raise DataError(f"'{place}' holds no test split of {recipe.name}: add it or point data.root elsewhere")
         listing = _decoded(listing, native, progress)
         assert not isinstance(listing.images, EncodedImages)
         shape = tuple(listing.images.shape[1:])
@@ -86,10 +86,9 @@ def _decoded(listing: Listing, native: DataRecipe, progress: Progress | None) ->
     if not isinstance(listing.images, EncodedImages):
         return listing
     decoded = decode_images(listing.images, torch.arange(len(listing.labels)), native, progress)
-    official_test = None if listing.official_test is None else listing.official_test[decoded.kept]
-    return Listing(
-        decoded.images, listing.labels[decoded.kept], official_test, listing.class_names, decoded.skipped
-    )  # fmt: skip
+    assert listing.official_test is not None
+    labels, official_test = listing.labels[decoded.kept], listing.official_test[decoded.kept]
+    return Listing(decoded.images, labels, official_test, listing.class_names, decoded.skipped)
 
 
 def _download(named: _NamedSet, root: Path, recipe: DataRecipe) -> None:

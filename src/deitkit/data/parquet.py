@@ -34,11 +34,11 @@ def list_parquet(path: Path) -> Listing:
     In a folder, ``train-*.parquet`` goes with ``test-*.parquet`` (or ``val``, ``valid``, ``validation``, the first that
     is there); without any, and where no file is called so, there is no official test split. The images are the column
     that the schema's ``huggingface`` metadata calls an image, or else one of bytes; the labels are ``label``,
-    ``labels``, ``fine_label`` or the column that the metadata calls a class label. Class names come from the metadata, or
-    are the sorted strings of a column of strings, or else "0", "1", ...
+    ``labels``, ``fine_label`` or the column that the metadata calls a class label. Class names come from the metadata,
+    or are the sorted strings of a column of strings, or else "0", "1", ...
 
     Raises:
-        DataError: There is no such file, it cannot be read, or a column or a label is missing or out of range.
+        DataError: There is no such file, it cannot be read, or a shard, a column or a label is missing or wrong.
     """
     if path.is_dir():
         shards = _shards(path)
@@ -54,6 +54,8 @@ def list_parquet(path: Path) -> Listing:
         train_files, test_files = [path], []
     else:
         raise DataError(f"there is no '{path}': data.name=parquet:PATH needs a parquet file or a folder of them")
+    for part in (train_files, test_files):
+        _require_every_shard(part)
     files = train_files + test_files
     columns = _columns(files[0])
     train, test = ([_read_labels(file, columns) for file in part] for part in (train_files, test_files))
@@ -81,6 +83,13 @@ def _shards(folder: Path) -> dict[str, list[Path]]:
         match = re.match(rf"(train|{'|'.join(TEST_NAMES)})(?![a-z0-9])", str(file.relative_to(folder)))
         shards.setdefault(match[1] if match else "", []).append(file)
     return shards
+
+
+def _require_every_shard(files: list[Path]) -> None:
+    """Raise DataError if files called ``-of-N`` are not N: half a data set would train without a word."""
+    told = {int(match[1]) for file in files if (match := re.search(r"-of-(\d+)", file.stem))}
+    if len(told) == 1 and len(files) < max(told):
+        raise DataError(f"{len(files)} of {max(told)} shards of '{files[0]}' are there: get the others too")
 
 
 @dataclass(frozen=True)

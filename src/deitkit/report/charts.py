@@ -5,7 +5,7 @@ from html import escape
 from typing import Any
 
 from deitkit.report.figures import COLOURS, Curve, colours_of, curves_of, mean, validation_accuracy
-from deitkit.report.layout import WINNER_MARK, Number, percent
+from deitkit.report.layout import WINNER_MARK, Number, percent, reference_row
 
 Chart = dict[str, Any]
 Value = Callable[[dict[str, Any]], Number | None]
@@ -25,17 +25,17 @@ def accuracy_chart(results: dict[str, Any], metrics: list[dict[str, Any]]) -> Ch
         colour = colours.get(row["method"], COLOURS[0])
         data += _row_traces(row, index, colour, results["seeds"])
         value = "stopped" if row["top1_mean"] is None else percent(row["top1_mean"], row["n"])
-        text = f"<b>{value}</b>  {escape(row['label'])}"
+        text = f"<b>{value}</b>  {escape(row['row'])}"
         if row["row"] == results.get("winner"):
             text = f"<b>{WINNER_MARK} {text}</b>"
-        # above its bar rather than beside the axis: a long label then fits a phone
+        # the short name, above its bar rather than beside the axis: it then fits a phone; hovering gives the label
         place = {"xref": "paper", "x": 0, "xanchor": "left", "y": index, "yshift": 15}
         notes.append({**place, "text": text, "align": "left", "showarrow": False, "font": {"size": 12.5}})
     layout = _layout(height=_ROW_PX * len(rows) + 60, margin={"l": 4, "r": 4, "t": 12, "b": 44})
     layout["yaxis"] = {"range": [len(rows) - 0.35, -0.75], "visible": False, "fixedrange": True}
     layout["xaxis"] |= {"title": {"text": "top-1 on the test set (%)"}, "fixedrange": True, "range": _padded(data)}
     layout["annotations"] = notes
-    layout["shapes"] = _none_line(rows)
+    layout["shapes"] = _none_line(results)
     return {"data": data, "layout": layout}
 
 
@@ -57,7 +57,7 @@ def curve_charts(results: dict[str, Any], metrics: list[dict[str, Any]]) -> dict
 def _row_traces(row: dict[str, Any], index: int, colour: str, seeds: list[int]) -> list[Chart]:
     traces: list[Chart] = []
     averaged = row["weights"] == "ema"
-    shared = {"type": "scatter", "showlegend": False, "name": escape(row["row"])}
+    shared = {"type": "scatter", "showlegend": False, "name": escape(row["label"])}
     if row.get("top1_ci95"):
         interval = [100 * bound for bound in row["top1_ci95"]]
         line = {"color": colour, "width": 5}
@@ -91,7 +91,7 @@ def _row_traces(row: dict[str, Any], index: int, colour: str, seeds: list[int]) 
             "color": colour,
             "size": 12,
             "symbol": "circle-open" if averaged else "circle",
-            "line": {"width": 2.5},
+            "line": {"width": 2.5, "color": colour},
         }
         hover = "%{x:.2f} %<extra>%{data.name}</extra>"
         mean_dot = {"mode": "markers", "x": [100 * row["top1_mean"]], "y": [index], "marker": marker}
@@ -107,9 +107,9 @@ def _padded(data: list[Chart]) -> list[Number] | None:
     return [min(values) - pad, max(values) + pad]
 
 
-def _none_line(rows: list[dict[str, Any]]) -> list[Chart]:
+def _none_line(results: dict[str, Any]) -> list[Chart]:
     """A thin line through the row that all others are compared with."""
-    base = next((row for row in rows if row["method"] == "none" and row["weights"] == "last"), None)
+    base = reference_row(results)
     if base is None or base["top1_mean"] is None:
         return []
     place = 100 * base["top1_mean"]

@@ -109,6 +109,7 @@ def _draw(results: dict[str, Any], curves: list[Curve]) -> Figure:
     epochs = [epoch for curve in curves for epoch in curve.epochs]
     if min(epochs) == max(epochs):
         axes.set_xlim(min(epochs) - 0.5, max(epochs) + 0.5)
+        axes.set_xticks(epochs[:1])
     axes.margins(x=0.02)
     axes.set_xlabel("epoch")
     axes.set_ylabel("validation accuracy (%)")

@@ -33,7 +33,6 @@ class Line:
     cells: dict[str, str]
     group: str  # students | baseline | teacher
     winner: bool = False
-    averaged: bool = False
 
 
 @dataclass(frozen=True)
@@ -71,6 +70,13 @@ def title_of(results: dict[str, Any]) -> str:
     data = results["dataset"]
     train, test = data["train"], data["test"]
     return f"{data['name']}: {train:,} training images, {test:,} test images, {_count(len(results['seeds']), 'seed')}"
+
+
+def reference_row(results: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the row that "vs none" compares with: the first method there is that learns from labels alone."""
+    last = [row for row in results["rows"] if row["weights"] == "last"]
+    rows = (row for method in ("none", "class-only", "mean-pool-none") for row in last if row["method"] == method)
+    return next(rows, None)
 
 
 def percent(value: Number | None, images: int) -> str:
@@ -125,15 +131,15 @@ def _line(row: dict[str, Any], results: dict[str, Any], beside: dict[str, dict[s
         entry = beside.get(table, {}).get(row["row"])
         cells[table] = NOTHING if entry is None else _published_figure(entry)
     label = row["label"]
-    if row["method"] not in label and row["method"] != "cnn-baseline":
-        label = f"{label} ({row['method']}, {row['readout']})"  # the two readings of one table must not look alike
+    spelled = f"{row['method']}, {row['readout']}"
+    if spelled not in label and row["method"] != "cnn-baseline":
+        label = f"{label} ({spelled})"  # the two readings of one table must not look alike
     return Line(
         name=row["row"],
         label=label,
         cells=cells,
         group="baseline" if row["method"] == "cnn-baseline" else "students",
         winner=row["row"] == results.get("winner"),
-        averaged=row["weights"] == "ema",
     )
 
 
@@ -168,9 +174,10 @@ def _footnotes(results: dict[str, Any]) -> list[str]:
     counts = " or ".join(f"{count:,}" for count in sorted({row["n"] for row in rows}))
     notes = [f"top-1: {spread}, on {counts} test images; weights of the last epoch, never of the best."]
     tests = sorted({row["p_test"] for row in rows if row.get("p_test")})
-    if tests:
+    reference = reference_row(results)
+    if tests and reference is not None:
         notes.append(
-            f"vs none: points of top-1 more than method 'none', with its 95 % interval; p: {', '.join(tests)}."
+            f"vs none: points of top-1 more than '{reference['row']}', with their 95 % interval; p: {', '.join(tests)}."
         )
     if any(_on_one_head(row) for row in rows):
         notes.append(

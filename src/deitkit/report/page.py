@@ -12,7 +12,7 @@ from plotly.offline import get_plotlyjs
 
 from deitkit.files import write_text
 from deitkit.report.charts import accuracy_chart, curve_charts
-from deitkit.report.layout import NOTHING, WINNER_MARK, lay_out, millions, percent
+from deitkit.report.layout import NOTHING, WINNER_MARK, lay_out, millions, percent, reference_row
 
 _UNITS = {"memory_gib": "memory (GiB)"}
 
@@ -54,6 +54,7 @@ def render_page(
         layout=layout,
         mark=WINNER_MARK,
         nothing=NOTHING,
+        reference=reference_row(results),
         charts={name: views for name, views in charts.items() if views},
         several_seeds=len({line["seed"] for line in metrics}) > 1,
         views=views,

@@ -1,0 +1,168 @@
+"""The cohort: that students do not disturb each other, resume exactly, and stop alone."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from conftest import CPU_FP32
+from torch import nn
+
+from deitkit.checkpoint import load_tree, save_tree
+from deitkit.cohort import Cohort, Student
+from deitkit.data.sources import Dataset
+from deitkit.methods import METHODS
+from deitkit.models.classifier import Classifier
+from deitkit.models.vit import DeiT
+from deitkit.recipe import AugmentRecipe, DistillationRecipe, TrainRecipe
+
+TRAIN = TrainRecipe(epochs=2, batch_size=16, learning_rate=2e-3, ema_decay=0.9, clip_norm=1.0)
+AUGMENT = AugmentRecipe(randaugment="2,9", erase=0.25, mixup=0.4, cutmix=0.4)
+
+
+class Teacher(nn.Module):
+    """Counts how often it is asked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked = 0
+
+    def forward(self, view: torch.Tensor) -> torch.Tensor:
+        self.asked += 1
+        return torch.stack([-(view.mean(dim=(1, 2, 3)) - level).abs() * 20 for level in (0.1, 0.4, 0.6)], dim=1)
+
+
+def student(name: str, dataset: Dataset, train: TrainRecipe = TRAIN) -> Student:
+    torch.manual_seed(0)
+    model = DeiT(
+        image_px=8, patch_px=4, channels=3, classes=3, width=16, depth=2, heads=2,
+        tokens=METHODS[name].tokens, drop_path=0.2, dropout=0.1,
+    )  # fmt: skip
+    classifier = Classifier(model, mean=dataset.mean, std=dataset.std)
+    return Student(name, METHODS[name], classifier, train, train.ema_decay)
+
+
+def cohort(
+    names: list[str],
+    dataset: Dataset,
+    teacher: nn.Module | None = None,
+    train: TrainRecipe = TRAIN,
+    augment: AugmentRecipe = AUGMENT,
+) -> Cohort:
+    return Cohort(
+        [student(name, dataset, train) for name in names],
+        teacher=teacher or Teacher(),
+        dataset=dataset,
+        augment=augment,
+        train=train,
+        distillation=DistillationRecipe(),
+        precision=CPU_FP32,
+        seed=5,
+    )
+
+
+def weights(trained: Student) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in trained.classifier.state_dict().items()}
+
+
+def assert_equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
+    assert first.keys() == second.keys()
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
+def without_times(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{key: value for key, value in r.items() if "second" not in key} for r in records]
+
+
+def test_a_student_learns_the_same_alone_as_beside_others(stripes: Dataset) -> None:
+    together = cohort(["none", "hard", "token-soft"], stripes)
+    list(together.fit())
+    for place, name in enumerate(["none", "hard", "token-soft"]):
+        alone = cohort([name], stripes)
+        list(alone.fit())
+        assert_equal(weights(alone.students[0]), weights(together.students[place]))
+
+
+def test_the_teacher_is_asked_once_per_step_and_not_at_all_without_need(stripes: Dataset) -> None:
+    teacher = Teacher()
+    together = cohort(["none", "soft", "hard", "token-hard"], stripes, teacher)
+    list(together.fit())
+    assert teacher.asked == 2 * together.batches.steps_per_epoch
+    teacher = Teacher()
+    list(cohort(["none"], stripes, teacher).fit())
+    assert teacher.asked == 0
+
+
+@pytest.mark.parametrize("stop_after", [1, 4, 5, 9])
+def test_a_stopped_run_goes_on_to_the_same_weights_and_metrics(stripes: Dataset, tmp_path: Any, stop_after: int) -> None:
+    whole = cohort(["none", "token-hard"], stripes)
+    expected = [record for records in whole.fit() for record in records]
+
+    first = cohort(["none", "token-hard"], stripes)
+    steps = iter(range(1000))
+    records = [r for rs in first.fit(should_stop=lambda: next(steps) == stop_after - 1) for r in rs]
+    save_tree(tmp_path / "state.safetensors", first.state_dict())
+    second = cohort(["none", "token-hard"], stripes)
+    second.load_state_dict(load_tree(tmp_path / "state.safetensors"))
+    records += [record for rs in second.fit() for record in rs]
+
+    assert without_times(records) == without_times(expected)
+    for one, other in zip(whole.students, second.students, strict=True):
+        assert_equal(weights(one), weights(other))
+        assert_equal(one.average.model.state_dict(), other.average.model.state_dict())
+
+
+def test_it_learns(stripes: Dataset) -> None:
+    train = TrainRecipe(epochs=12, batch_size=8, learning_rate=3e-3)
+    plain = AugmentRecipe(flip=0.0, crop="none")
+    *_, last = cohort(["none", "token-hard"], stripes, train=train, augment=plain).fit()
+    assert all(max(record["validation"].values()) > 0.8 for record in last)
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> Callable[[Cohort, str, int], None]:
+    """Return a function that makes one student's loss not a number at one step."""
+
+    def poison(victim: Cohort, name: str, at: int) -> None:
+        update = Student.update
+
+        def poisoned_update(self: Student, terms: dict, step: int, rate: float) -> None:
+            if self.name == name and step == at:
+                terms = {key: term * float("nan") for key, term in terms.items()}
+            update(self, terms, step, rate)
+
+        monkeypatch.setattr(Student, "update", poisoned_update)
+
+    return poison
+
+
+def test_a_loss_that_is_not_finite_stops_that_student_alone(
+    stripes: Dataset, poisoned: Callable[[Cohort, str, int], None]
+) -> None:
+    healthy = cohort(["none", "hard"], stripes)
+    list(healthy.fit())
+    sick = cohort(["none", "hard"], stripes)
+    steps = sick.batches.steps_per_epoch
+    poisoned(sick, "none", steps + 1)  # the second step of the second epoch
+    records = list(sick.fit())
+    stopped, unharmed = sick.students
+    assert stopped.stopped is not None
+    assert f"stopped at step {steps + 2}" in stopped.stopped
+    assert "learning rate" in stopped.stopped
+    assert [record["student"] for record in records[-1]] == ["hard"]
+    assert all(torch.isfinite(value).all() for value in weights(stopped).values())
+    assert_equal(weights(unharmed), weights(healthy.students[1]))
+
+    only_first = cohort(["none", "hard"], stripes)
+    next(only_first.fit())
+    assert_equal(weights(stopped), weights(only_first.students[0]))
+
+
+def test_a_cohort_whose_students_have_all_stopped_ends(
+    stripes: Dataset, poisoned: Callable[[Cohort, str, int], None]
+) -> None:
+    sick = cohort(["none"], stripes)
+    poisoned(sick, "none", 0)
+    assert sum(len(records) for records in sick.fit()) == 0
+    assert sick.students[0].stopped
