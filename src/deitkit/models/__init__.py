@@ -1,1 +1,1 @@
-"""The networks: students (vit), CIFAR and small-image CNNs (cnn), classifiers by name (zoo), weights files (weights)."""
+"""Students (vit), CNNs for small images (cnn), classifiers by name (zoo), their inputs (classifier), weights files."""

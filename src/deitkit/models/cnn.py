@@ -1,4 +1,7 @@
-"""CNNs for small images: the CIFAR ResNets, and torchvision's ResNets and RegNets with a stem that keeps the resolution."""
+"""CNNs for small images: the CIFAR ResNets, and torchvision's ResNets and RegNets with another stem.
+
+Which of them a name stands for is decided in ``zoo``.
+"""
 
 import torch.nn.functional as F
 import torchvision

@@ -1,7 +1,7 @@
 """The student: a vision transformer whose method decides which tokens and heads it has.
 
-Parameter names and values are interchangeable with timm's ``deit_*`` and ``vit_*``. What a head's answer is compared with,
-and how heads are combined at evaluation, is not decided here.
+Parameter names and values are interchangeable with timm's ``deit_*`` and ``vit_*``. What a head's answer is
+compared with, and how heads are combined at evaluation, is not decided here.
 """
 
 import math
@@ -61,7 +61,7 @@ class Attention(nn.Module):
         self.drop = nn.Dropout(dropout)
 
     def forward(self, x: Float[Tensor, "batch tokens width"]) -> Float[Tensor, "batch tokens width"]:
-        """Mix the tokens of each image; on a CPU and with few tokens by plain products, otherwise by the fused kernel."""
+        """Mix the tokens of each image; on a CPU, few tokens by plain products, otherwise by the fused kernel."""
         batch, tokens, width = x.shape
         query, key, value = self.qkv(x).view(batch, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
         if x.device.type == "cpu" and tokens <= SHORT_SEQUENCE:
@@ -178,7 +178,8 @@ class DeiT(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        assert image_px % patch_px == 0 and width % heads == 0
+        assert image_px % patch_px == 0
+        assert width % heads == 0
         assert tuple(tokens) == tuple(name for name in TOKENS if name in tokens)
         self.config: dict[str, Any] = {
             "image_px": image_px, "patch_px": patch_px, "channels": channels, "classes": classes, "width": width,

@@ -1,8 +1,8 @@
 """Weights in: reading checkpoints of strangers safely, and loading them into a model whole or not at all."""
 
+import argparse
 import hashlib
 import pickle
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 from deitkit.errors import CheckpointError
 
-_WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model", "teacher")
+_WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model", "net", "teacher")
 _PREFIXES = ("module.", "_orig_mod.", "model.")
 
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What became of a checkpoint: layers loaded, missing in it, unknown to the model, or of another shape."""
+    """What became of a checkpoint: tensors loaded; names missing, unknown to the model, of another shape."""
 
     loaded: int
     missing: tuple[str, ...]
@@ -42,31 +42,36 @@ def read_state(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"checkpoint {path} does not exist: check its name")
     try:
         content: Any = load_file(path) if path.suffix == ".safetensors" else _load_torch(path)
-    except pickle.UnpicklingError:
-        raise CheckpointError(
-            f"checkpoint {path} is no weights file, or holds Python objects that could run code and are not read: "
-            "save its state_dict alone, best as .safetensors"
-        ) from None
-    except (SafetensorError, RuntimeError, OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
-        raise CheckpointError(f"checkpoint {path} is damaged or no weights file: copy or download it again") from None
-    while isinstance(content, dict) and not any(isinstance(value, Tensor) for value in content.values()):
+    except pickle.UnpicklingError as error:
+        if "GLOBAL" in str(error):  # as torch calls an object that is not known to be harmless
+            raise CheckpointError(
+                f"checkpoint {path} holds Python objects, which could run code and are not read: where you trust it, "
+                "save its weights alone with safetensors.torch.save_file(model.state_dict(), 'weights.safetensors')"
+            ) from None
+        raise _damaged(path) from None
+    except (SafetensorError, RuntimeError, OSError, EOFError, ValueError, KeyError):
+        raise _damaged(path) from None
+    while isinstance(content, dict):
         inner = next((content[name] for name in _WRAPPERS if isinstance(content.get(name), dict)), None)
         if inner is None:
             break
         content = inner
-    if not isinstance(content, dict):
-        content = {}
-    state = {name: value for name, value in content.items() if isinstance(name, str) and isinstance(value, Tensor)}
+    named = content.items() if isinstance(content, dict) else ()
+    state = {name: value for name, value in named if isinstance(name, str) and isinstance(value, Tensor)}
     if not state:
         raise CheckpointError(f"checkpoint {path} holds no tensors by name: save a model's state_dict")
-    for prefix in _PREFIXES:
-        if all(name.startswith(prefix) for name in state):
-            state = {name.removeprefix(prefix): value for name, value in state.items()}
+    while prefix := next((prefix for prefix in _PREFIXES if all(name.startswith(prefix) for name in state)), None):
+        state = {name.removeprefix(prefix): value for name, value in state.items()}
     return state
 
 
 def _load_torch(path: Path) -> Any:
-    return torch.load(path, map_location="cpu", weights_only=True)
+    with torch.serialization.safe_globals([argparse.Namespace]):  # DeiT's and timm's checkpoints hold their arguments
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _damaged(path: Path) -> CheckpointError:
+    return CheckpointError(f"checkpoint {path} is damaged or no weights file: copy or download it again")
 
 
 def load_into(model: nn.Module, state: Mapping[str, Tensor], *, head: str, source: str) -> LoadReport:
@@ -87,14 +92,27 @@ def load_into(model: nn.Module, state: Mapping[str, Tensor], *, head: str, sourc
     unexpected = [name for name in state if name not in own]
     wrong = [name for name in (*mismatched, *missing, *unexpected) if not name.startswith(f"{head}.")]
     if wrong:
+        layers = {name.rpartition(".")[0] for name in (*own, *state)}
+        bad = {name.rpartition(".")[0] for name in wrong}
         raise CheckpointError(
-            f"checkpoint {source} is no {type(model).__name__} of this shape: {len(wrong)} of its or the model's "
-            f"{len(own)} layers do not fit, the first is {wrong[0]}; name the architecture that it was saved from"
+            f"checkpoint {source} is not a {type(model).__name__} of this shape: {len(bad)} of {len(layers)} layers do "
+            f"not fit (first: {_difference(wrong[0], own, state)}); name the architecture that it was saved from"
         )
-    fitting = {name: value for name, value in state.items() if name in own and name not in mismatched}
+    # A head that fits in part only (its bias, say) stays new as a whole.
+    new_head = any(name.startswith(f"{head}.") for name in (*mismatched, *missing))
+    fitting = {
+        name: value for name, value in state.items() if name in own and not (new_head and name.startswith(f"{head}."))
+    }
     model.load_state_dict(fitting, strict=False)
-    described = tuple(f"{name}: {tuple(state[name].shape)} in the file, {tuple(own[name].shape)} here" for name in mismatched)
+    described = tuple(_difference(name, own, state) for name in mismatched)
     return LoadReport(len(fitting), tuple(missing), tuple(unexpected), described)
+
+
+def _difference(name: str, own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:
+    sides = (("the file", state), ("the model", own))
+    return f"{name}: " + ", ".join(
+        f"{tuple(tensors[name].shape)} in {side}" if name in tensors else f"absent in {side}" for side, tensors in sides
+    )
 
 
 def file_sha256(path: Path) -> str:

@@ -4,7 +4,6 @@ What a classifier is shown, whether it may teach and how it is trained is decide
 """
 
 import difflib
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from typing import Any
 
 import timm
 import torchvision
-from torch import Tensor, nn
+from torch import nn
 
 from deitkit.errors import TeacherError
 from deitkit.models.cnn import CIFAR_DEPTHS, CifarResNet, small_cnn, small_names
@@ -56,16 +55,17 @@ def create_classifier(
     Raises:
         TeacherError: An unknown name, or weights that do not exist, do not fit or cannot be downloaded.
     """
-    if name not in names():
-        raise TeacherError(f"teacher.name='{name}' is unknown: {_nearest(name)}")
     library, _, architecture = name.partition("/")
+    untagged = name.partition(".")[0] if library == "timm" else name
+    if untagged not in names():
+        raise TeacherError(f"teacher.name='{name}' is unknown: {_nearest(untagged)}")
     if pretrained and library in ("cifar", "small"):
         raise TeacherError(
             f"teacher.pretrained=true has no weights for '{name}': give a file as teacher.checkpoint, or train it here"
         )
     if pretrained and channels != 3:
         raise TeacherError(
-            f"teacher.pretrained=true needs colour images and these have {channels} channel: set data.channels=3"
+            f"teacher.pretrained=true needs 3 channels and the images have {channels}: set data.channels=3"
         )
     if library == "cifar":
         depth = int(architecture.removeprefix("resnet"))
@@ -73,22 +73,21 @@ def create_classifier(
     if library == "small":
         model = small_cnn(architecture, classes=classes, channels=channels)
         source = f"torchvision {torchvision.__version__}, deitkit's stem for small images"
-        return Built(model, _head_name(name, model, classes), None, None, None, source)
+        return Built(model, _head_name(model, classes), None, None, None, source)
     build = _from_timm if library == "timm" else _from_torchvision
-    with _readable_failures(name, pretrained):
-        return build(name, classes, channels, pretrained, image_px)
+    with _one_sentence(name, pretrained, image_px):
+        return build(architecture, classes=classes, channels=channels, pretrained=pretrained, image_px=image_px)
 
 
 def reset_head(built: Built, classes: int) -> None:
     """Replace the classifier layer by a freshly initialised one, in place, with torch's own random numbers."""
-    old = built.model.get_submodule(built.head)
-    new: nn.Module
-    if isinstance(old, nn.Conv2d):
-        new = nn.Conv2d(old.in_channels, classes, old.kernel_size, bias=old.bias is not None)  # type: ignore[arg-type]
+    old: Any = built.model.get_submodule(built.head)
+    options = {"bias": old.bias is not None, "device": old.weight.device}
+    if isinstance(old, nn.Conv2d):  # SqueezeNet's classifier, among others
+        new: nn.Module = nn.Conv2d(old.in_channels, classes, 1, **options)
     else:
-        assert isinstance(old, nn.Linear)
-        new = nn.Linear(old.in_features, classes, bias=old.bias is not None)
-    built.model.set_submodule(built.head, new.to(next(old.parameters()).device))
+        new = nn.Linear(old.in_features, classes, **options)
+    built.model.set_submodule(built.head, new)
 
 
 def names() -> list[str]:
@@ -99,3 +98,108 @@ def names() -> list[str]:
         *(f"torchvision/{name}" for name in torchvision.models.list_models(module=torchvision.models)),
         *(f"timm/{name}" for name in timm.list_models()),
     ]
+
+
+def _from_timm(architecture: str, *, classes: int, channels: int, pretrained: bool, image_px: int | None) -> Built:
+    card = timm.get_pretrained_cfg(architecture)
+    if pretrained and (card is None or not card.has_weights):
+        raise TeacherError(
+            f"teacher.pretrained=true has no weights for 'timm/{architecture}': give a file as teacher.checkpoint"
+        )
+    tied = card is not None and card.fixed_input_size
+    size = {"img_size": image_px} if tied and image_px is not None else {}
+    model = timm.create_model(architecture, pretrained=pretrained, num_classes=classes, in_chans=channels, **size)
+    card = model.pretrained_cfg
+    head = card.get("classifier")
+    if not isinstance(head, str) or not isinstance(model.get_submodule(head), nn.Linear | nn.Conv2d):
+        raise TeacherError(
+            f"teacher.name='timm/{architecture}' has no single classifier layer, which a teacher needs: take another"
+        )
+    native_px = card["input_size"][-1] if tied or pretrained else None
+    return Built(
+        model,
+        head,
+        tuple(card["mean"]) if channels == 3 else None,
+        tuple(card["std"]) if channels == 3 else None,
+        image_px if size else native_px,
+        f"timm {timm.__version__}" + (f", weights {card.get('tag') or 'default'}" if pretrained else ""),
+        new_head=pretrained and card["num_classes"] != classes,
+    )
+
+
+def _from_torchvision(
+    architecture: str, *, classes: int, channels: int, pretrained: bool, image_px: int | None
+) -> Built:
+    weights = torchvision.models.get_model_weights(architecture).DEFAULT
+    preset = weights.transforms()
+    native_px = preset.crop_size[0] if pretrained or architecture.startswith(("vit_", "maxvit_")) else None
+    options: dict[str, Any] = {}
+    if architecture in ("googlenet", "inception_v3"):
+        options = {"aux_logits": False} if pretrained else {"aux_logits": False, "init_weights": True}
+    if architecture.startswith("vit_") and not pretrained:
+        options["image_size"] = native_px = image_px or native_px
+    if pretrained:
+        options["weights"] = weights
+    known = len(weights.meta["categories"]) if pretrained else classes
+    model = torchvision.models.get_model(architecture, num_classes=known, **options)
+    if channels != 3:
+        _set_channels(model, channels)
+    built = Built(
+        model,
+        _head_name(model, known),
+        tuple(preset.mean) if channels == 3 else None,
+        tuple(preset.std) if channels == 3 else None,
+        native_px,
+        f"torchvision {torchvision.__version__}" + (f", ImageNet weights {weights.name}" if pretrained else ""),
+        new_head=known != classes,
+    )
+    if built.new_head:
+        reset_head(built, classes)
+    return built
+
+
+def _set_channels(model: nn.Module, channels: int) -> None:
+    """Replace the first convolution by a fresh one for images of so many channels."""
+    name, old = next((name, layer) for name, layer in model.named_modules() if isinstance(layer, nn.Conv2d))
+    shape: Any = {"kernel_size": old.kernel_size, "stride": old.stride, "padding": old.padding}
+    shape["bias"] = old.bias is not None
+    model.set_submodule(name, nn.Conv2d(channels, old.out_channels, **shape))
+
+
+def _head_name(model: nn.Module, classes: int) -> str:
+    """Return the name of the last layer that answers with so many numbers."""
+    widths = {
+        name: layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.Linear | nn.Conv2d)
+    }
+    return [name for name, width in widths.items() if width == classes][-1]
+
+
+@contextmanager
+def _one_sentence(name: str, pretrained: bool, image_px: int | None) -> Iterator[None]:
+    """Turn whatever a library raises into a TeacherError."""
+    try:
+        yield
+    except TeacherError:
+        raise
+    except Exception as error:  # between downloads and assertions, the libraries raise nearly anything
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        if pretrained:
+            raise TeacherError(
+                f"the pretrained weights of '{name}' cannot be loaded ({reason}): connect to the internet, "
+                "or fetch them elsewhere and give the file as teacher.checkpoint"
+            ) from error
+        raise TeacherError(
+            f"teacher.name='{name}' cannot be built with teacher.image_px={image_px} ({reason}): change either"
+        ) from error
+
+
+def _nearest(name: str) -> str:
+    known = names()
+    last = name.rpartition("/")[2]
+    near = [full for full in known if full.partition("/")[2] == last]
+    near += [full for full in difflib.get_close_matches(name, known, n=3, cutoff=0.6) if full not in near]
+    if near:
+        return f"did you mean {' or '.join(near[:3])}?"
+    return "write timm/NAME, torchvision/NAME, small/NAME or cifar/resnet20, 32, 44 or 56"

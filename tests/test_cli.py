@@ -1,0 +1,194 @@
+"""Each kind of bad input, tried and answered by one sentence; and the commands that read a run."""
+
+import json
+import os
+import stat
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import TINY
+
+from deitkit.cli import main
+
+FAST = [*TINY, "methods=[none]", "train.epochs=1"]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str, str]]:
+    """Return a function that runs the command line: exit code, standard output, standard error."""
+
+    def call(*arguments: str | Path) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["deitkit", *map(str, arguments)])
+        code = 0
+        try:
+            main()
+        except SystemExit as exit_:
+            code = int(exit_.code or 0)
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+def refused(result: tuple[int, str, str], *words: str) -> None:
+    """Check for exit code 2, one line that holds the words, and no traceback."""
+    code, _, errors = result
+    assert code == 2, result
+    assert errors.startswith("error: "), errors
+    assert len(errors.strip().splitlines()) == 1, errors
+    assert "Traceback" not in errors
+    for word in words:
+        assert word in errors, errors
+
+
+def test_recipes_that_cannot_run(run: Run, tmp_path: Path) -> None:
+    out = ("--out", tmp_path / "run")
+    refused(run("compare", "digits", "trian.epochs=3", *out), "trian", "did you mean train")
+    refused(run("compare", "digits", "train.epochs=many", *out), "train.epochs='many'", "integer")
+    refused(run("compare", "digist", *out), "did you mean digits")
+    refused(run("compare", "digits", "methods=[nome]", *out), "'nome' is no method", "none")
+    refused(run("compare", "digits", *FAST, "model.patch_px=3", *out), "patch_px=3", "8")
+    assert not (tmp_path / "run" / "results.json").exists()
+
+
+def test_images_smaller_than_a_patch(run: Run, tmp_path: Path) -> None:
+    refused(run("compare", "digits", *FAST, "model.patch_px=16", "--out", tmp_path / "run"), "patch_px=16", "8")
+
+
+def test_a_batch_larger_than_the_data(run: Run, tmp_path: Path) -> None:
+    refused(run("compare", "digits", *FAST, "train.batch_size=65", "--out", tmp_path / "a"), "train.batch_size=65", "64")
+
+
+def test_missing_and_broken_data(run: Run, tmp_path: Path, write_images: Callable[..., Path]) -> None:
+    plain = ["model.patch_px=4", "methods=[none]", "train.epochs=1", "data.train_images=null", "data.test_images=null",
+             "train.batch_size=4"]  # fmt: skip
+
+    def compare(folder: Path, *more: str) -> tuple[int, str, str]:
+        out = tmp_path / f"run-{folder.name}"
+        return run("compare", "digits", *TINY, *plain, f"data.name=folder:{folder}", *more, "--out", out)
+
+    refused(compare(tmp_path / "nowhere"), "nowhere")
+    empty = write_images(tmp_path / "empty")
+    (empty / "train" / "eel").mkdir()
+    refused(compare(empty), "eel")
+    differing = write_images(tmp_path / "differing")
+    (differing / "test" / "cat").rename(differing / "test" / "cow")
+    refused(compare(differing), "cat", "cow")
+    corrupt = write_images(tmp_path / "corrupt")
+    (corrupt / "train" / "cat" / "3.png").write_bytes(b"\x89PNG truncated")
+    refused(compare(corrupt, "data.corrupt=error"), "3.png")
+    code, out, errors = compare(corrupt)
+    assert code == 0, errors
+    results = json.loads((tmp_path / "run-corrupt" / "results.json").read_text())
+    assert results["dataset"]["skipped"] == 1
+    assert "3.png" in results["notes"][0]
+
+
+def test_teachers_that_must_not_teach(run: Run, tmp_path: Path) -> None:
+    fast = [*TINY, "methods=[hard]", "teacher.allow_weak=false"]
+    refused(
+        run("compare", "digits", *fast, "teacher.fit=none", "--out", tmp_path / "chance"),
+        "cannot be told from chance", "teacher.allow_weak=true",
+    )  # fmt: skip
+    refused(run("compare", "digits", *fast, "teacher.name=cifar/resnet57", "--out", tmp_path / "a"), "cifar/resnet56")
+    refused(run("compare", "digits", *fast, f"teacher.checkpoint={tmp_path / 'x.pth'}", "--out", tmp_path / "b"), "x.pth")
+
+
+def test_folders_that_cannot_be_written(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    refused(run("compare", "digits", *FAST, "--out", tmp_path / "file" / "run"), "cannot write", "--out")
+    refused(run("compare", "digits", *FAST, "--out", tmp_path / "file"), "--out")
+    if os.geteuid() != 0:  # root may write anywhere
+        locked = tmp_path / "locked"
+        locked.mkdir()
+        locked.chmod(stat.S_IRUSR | stat.S_IXUSR)
+        refused(run("compare", "digits", *FAST, "--out", locked / "run"), "cannot write")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_a_full_disk_is_one_sentence(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole_open = Path.open
+
+    def full(path: Path, mode: str = "r", *rest: object, **named: object):  # type: ignore[no-untyped-def]
+        return whole_open(Path("/dev/full"), mode) if path.name.endswith(".tmp") else whole_open(path, mode, *rest, **named)
+
+    monkeypatch.setattr(Path, "open", full)
+    refused(run("compare", "digits", *FAST, "--out", tmp_path / "run"), "no space left")
+
+
+def test_a_run_is_compared_evaluated_reported_and_used(run: Run, tmp_path: Path, write_images: Callable) -> None:
+    photos = write_images(tmp_path / "photos", classes=("cat", "<b>dog</b>"), count=16)
+    out = tmp_path / "run"
+    code, text, errors = run(
+        "compare", "digits", *TINY, "methods=[none, token-hard]", "model.patch_px=4", "train.epochs=2",
+        "train.batch_size=8", "teacher.train.batch_size=8", "data.train_images=null", "data.test_images=null",
+        f"data.name=folder:{photos}", "augment.crop=none", "teacher.augment.crop=none", "--out", out,
+    )  # fmt: skip
+    assert code == 0, errors
+    assert "token-hard" in text
+    assert "winner" in text
+    code, text, _ = run("predict", out, photos / "test" / "cat", "--json")
+    assert code == 0
+    answers = json.loads(text)
+    assert len(answers) == 16
+    names, shares = zip(*answers[0]["classes"], strict=True)
+    assert set(names) == {"cat", "<b>dog</b>"}
+    assert sum(shares) == pytest.approx(1, abs=1e-5)
+    code, text, errors = run("evaluate", out / "seed-0" / "token-hard", "--data", f"folder:{photos}", "--json")
+    assert code == 0, errors
+    top1 = {row["readout"]: row["top1"] for row in json.loads(text)["readouts"]}
+    results = json.loads((out / "results.json").read_text())
+    assert top1 == {row["readout"]: row["top1"][0] for row in results["rows"] if row["method"] == "token-hard"}
+    (out / "table.md").unlink()
+    code, text, _ = run("report", out)
+    assert code == 0
+    assert (out / "table.md").exists()
+    assert "<b>dog</b>" not in (out / "report.html").read_text()
+    refused(run("predict", out, tmp_path / "nowhere.png"), "nowhere.png")
+    refused(run("predict", out, out / "results.json"), "cannot be decoded")
+    refused(run("predict", out / "seed-0" / "none", photos / "test" / "cat", "--readout", "joint"), "--readout joint")
+    refused(run("evaluate", out, "--data", "digits"), "classes")
+
+
+def test_folders_that_hold_no_run(run: Run, tmp_path: Path) -> None:
+    refused(run("report", tmp_path), "results.json")
+    refused(run("predict", tmp_path, tmp_path), "model.json")
+    refused(run("evaluate", tmp_path / "nowhere", "--data", "digits"), "model.json")
+
+
+def test_lists_teach(run: Run) -> None:
+    code, text, _ = run("recipes")
+    assert code == 0
+    assert "digits" in text
+    assert run("recipes", "digits")[1].startswith("# ")
+    assert "temperature" in run("recipes", "--fields")[1]
+    assert "token-hard" in run("methods")[1]
+    refused(run("recipes", "digist"), "did you mean digits")
+    assert "deitkit compare digits" in run("compare", "--help")[1]
+
+
+def test_teacher_alone_prints_its_card(run: Run, tmp_path: Path) -> None:
+    code, text, errors = run("teacher", "digits", *TINY, "--out", tmp_path / "t", "--json")
+    assert code == 0, errors
+    card = json.loads(text)
+    assert card["name"] == "cifar/resnet20"
+    assert 0 <= card["top1"] <= 1
+    assert run("teacher", "digits", *TINY, "--out", tmp_path / "t", "--resume", "--json")[0] == 0
+
+
+def test_train_is_a_comparison_of_one_row(run: Run, tmp_path: Path) -> None:
+    code, text, errors = run("train", "digits", *FAST, "--method", "none", "--out", tmp_path / "run", "--json")
+    assert code == 0, errors
+    assert [row["row"] for row in json.loads(text)["rows"]] == ["none/class"]
+    refused(run("train", "digits", "--method", "tokenhard", "--out", tmp_path / "b"), "'tokenhard' is no method")
+
+
+def test_show_batch_draws_and_trains_nothing(run: Run, tmp_path: Path) -> None:
+    code, text, errors = run("compare", "digits", "--show-batch", "--out", tmp_path)
+    assert code == 0, errors
+    assert (tmp_path / "digits-views.png").stat().st_size > 10_000
+    assert not (tmp_path / "metrics.jsonl").exists()
