@@ -77,7 +77,9 @@ def stripes() -> Dataset:
 def write_images() -> Callable[..., Path]:
     """Return a function that writes a folder of class folders of PNG files, one colour for each class."""
 
-    def write(root: Path, classes: tuple[str, ...] = ("cat", "dog"), count: int = 12, px: int = 16, **parts: Any) -> Path:
+    def write(
+        root: Path, classes: tuple[str, ...] = ("cat", "dog"), count: int = 12, px: int = 16, **parts: Any
+    ) -> Path:
         from PIL import Image
 
         for part in parts.get("parts", ("train", "test")):

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import TINY
 
+from conftest import TINY
 from deitkit.cli import main
 
 FAST = [*TINY, "methods=[none]", "train.epochs=1"]
@@ -60,7 +60,9 @@ def test_images_smaller_than_a_patch(run: Run, tmp_path: Path) -> None:
 
 
 def test_a_batch_larger_than_the_data(run: Run, tmp_path: Path) -> None:
-    refused(run("compare", "digits", *FAST, "train.batch_size=65", "--out", tmp_path / "a"), "train.batch_size=65", "64")
+    refused(
+        run("compare", "digits", *FAST, "train.batch_size=65", "--out", tmp_path / "a"), "train.batch_size=65", "64"
+    )
 
 
 def test_missing_and_broken_data(run: Run, tmp_path: Path, write_images: Callable[..., Path]) -> None:
@@ -81,7 +83,7 @@ def test_missing_and_broken_data(run: Run, tmp_path: Path, write_images: Callabl
     corrupt = write_images(tmp_path / "corrupt")
     (corrupt / "train" / "cat" / "3.png").write_bytes(b"\x89PNG truncated")
     refused(compare(corrupt, "data.corrupt=error"), "3.png")
-    code, out, errors = compare(corrupt)
+    code, _, errors = compare(corrupt)
     assert code == 0, errors
     results = json.loads((tmp_path / "run-corrupt" / "results.json").read_text())
     assert results["dataset"]["skipped"] == 1
@@ -95,7 +97,9 @@ def test_teachers_that_must_not_teach(run: Run, tmp_path: Path) -> None:
         "cannot be told from chance", "teacher.allow_weak=true",
     )  # fmt: skip
     refused(run("compare", "digits", *fast, "teacher.name=cifar/resnet57", "--out", tmp_path / "a"), "cifar/resnet56")
-    refused(run("compare", "digits", *fast, f"teacher.checkpoint={tmp_path / 'x.pth'}", "--out", tmp_path / "b"), "x.pth")
+    refused(
+        run("compare", "digits", *fast, f"teacher.checkpoint={tmp_path / 'x.pth'}", "--out", tmp_path / "b"), "x.pth"
+    )
 
 
 def test_folders_that_cannot_be_written(run: Run, tmp_path: Path) -> None:
@@ -114,7 +118,11 @@ def test_a_full_disk_is_one_sentence(run: Run, tmp_path: Path, monkeypatch: pyte
     whole_open = Path.open
 
     def full(path: Path, mode: str = "r", *rest: object, **named: object):  # type: ignore[no-untyped-def]
-        return whole_open(Path("/dev/full"), mode) if path.name.endswith(".tmp") else whole_open(path, mode, *rest, **named)
+        return (
+            whole_open(Path("/dev/full"), mode)
+            if path.name.endswith(".tmp")
+            else whole_open(path, mode, *rest, **named)
+        )
 
     monkeypatch.setattr(Path, "open", full)
     refused(run("compare", "digits", *FAST, "--out", tmp_path / "run"), "no space left")
@@ -188,7 +196,7 @@ def test_train_is_a_comparison_of_one_row(run: Run, tmp_path: Path) -> None:
 
 
 def test_show_batch_draws_and_trains_nothing(run: Run, tmp_path: Path) -> None:
-    code, text, errors = run("compare", "digits", "--show-batch", "--out", tmp_path)
+    code, _, errors = run("compare", "digits", "--show-batch", "--out", tmp_path)
     assert code == 0, errors
     assert (tmp_path / "digits-views.png").stat().st_size > 10_000
     assert not (tmp_path / "metrics.jsonl").exists()

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CPU_FP32, TINY, striped_dataset
 from safetensors.torch import load_file
 
+from conftest import CPU_FP32, TINY, striped_dataset
 from deitkit.checkpoint import load_classifier
 from deitkit.cohort import Cohort
 from deitkit.compare import build_students, compare
@@ -126,7 +126,7 @@ def test_folders_are_not_overwritten(tiny_recipe: TinyRecipe, tmp_path: Path) ->
         compare(recipe, tmp_path / "run", watcher=StopAfter(1))
     with pytest.raises(CheckpointError, match="add --resume"):
         compare(recipe, tmp_path / "run", watcher=Silent())
-    with pytest.raises(CheckpointError, match="train.epochs was 1, now 2"):
+    with pytest.raises(CheckpointError, match=r"train\.epochs was 1, now 2"):
         compare(tiny_recipe("methods=[none]"), tmp_path / "run", watcher=Silent(), resume=True)
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "a.txt").write_text("mine")

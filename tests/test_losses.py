@@ -80,7 +80,9 @@ def test_label_loss_equals_cross_entropy_with_smoothing() -> None:
 def test_label_loss_of_mixed_targets_is_the_mixture_of_losses() -> None:
     logits, a, b = torch.randn(4, 3), torch.tensor([0, 1, 2, 0]), torch.tensor([2, 2, 0, 1])
     targets = 0.3 * F.one_hot(a, 3) + 0.7 * F.one_hot(b, 3)
-    assert torch.isclose(label_loss(logits, targets), 0.3 * F.cross_entropy(logits, a) + 0.7 * F.cross_entropy(logits, b))
+    assert torch.isclose(
+        label_loss(logits, targets), 0.3 * F.cross_entropy(logits, a) + 0.7 * F.cross_entropy(logits, b)
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from deitkit.errors import RecipeError
+from deitkit.models.classifier import Classifier
 from deitkit.models.vit import DeiT
 from deitkit.optim import ExponentialMovingAverage, build_optimizers, learning_rate, parameter_groups
 from deitkit.recipe import OptimizerRecipe, TrainRecipe
@@ -79,14 +80,15 @@ def test_muon_is_refused_for_a_cnn() -> None:
 
 def test_average_follows_by_its_decay_and_copies_buffers() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
-    average = ExponentialMovingAverage(model, 0.5)
+    classifier = Classifier(model, mean=(0.0,), std=(1.0,))
+    average = ExponentialMovingAverage(classifier, 0.5)
     expected = model[0].weight.detach().clone()
     for update in range(5):
         with torch.no_grad():
             model[0].weight += 1.0
             model[1].running_mean += 2.0
-        average.update(model)
+        average.update(classifier)
         decay = min(0.5, (1 + update) / (10 + update))
         expected = decay * expected + (1 - decay) * model[0].weight.detach()
-    assert torch.allclose(average.model[0].weight, expected)
-    assert torch.equal(average.model[1].running_mean, model[1].running_mean)
+    assert torch.allclose(average.classifier.model[0].weight, expected)
+    assert torch.equal(average.classifier.model[1].running_mean, model[1].running_mean)

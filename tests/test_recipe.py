@@ -27,7 +27,9 @@ def test_shipped_recipes_say_what_they_do_their_command_cost_and_result(name: st
 
 
 def test_overrides_reach_nested_fields() -> None:
-    recipe = load_recipe("digits", ["train.epochs=7", "seeds=[3, 4]", "teacher.train.learning_rate=1e-3", "model.width=null"])
+    recipe = load_recipe(
+        "digits", ["train.epochs=7", "seeds=[3, 4]", "teacher.train.learning_rate=1e-3", "model.width=null"]
+    )
     assert (recipe.train.epochs, recipe.seeds, recipe.teacher.train.learning_rate) == (7, (3, 4), 0.001)
     assert recipe.model.width is None
 

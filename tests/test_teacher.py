@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CPU_FP32, striped_dataset
 from torch import nn
 
+from conftest import CPU_FP32, striped_dataset
 from deitkit.checkpoint import load_classifier, save_classifier, save_tensors
 from deitkit.data.sources import Dataset, Split
 from deitkit.errors import CheckpointError, TeacherError
@@ -52,7 +52,7 @@ def test_an_untrained_head_is_refused_and_named(stripes: Dataset) -> None:
     torch.manual_seed(0)
     random_head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 3, bias=False))
     untrained = replace(CARD, verdict="its classifier is new and was not trained")
-    with pytest.raises(TeacherError, match="cannot be told from chance.*its classifier is new.*teacher.fit=head"):
+    with pytest.raises(TeacherError, match=r"cannot be told from chance.*its classifier is new.*teacher\.fit=head"):
         judge(classifier(random_head, 0.3), stripes, untrained)
     weak = judge(classifier(random_head, 0.3), stripes, untrained, allow_weak=True)
     assert weak.weak
@@ -73,7 +73,7 @@ def test_a_wrong_normalisation_is_refused_and_named(stripes: Dataset) -> None:
 def test_a_teacher_below_the_recipes_bound_is_refused(stripes: Dataset) -> None:
     flaky = Brightness()
     flaky.levels.data[1] = 9.0  # never answers 1
-    with pytest.raises(TeacherError, match="below teacher.min_top1=0.9"):
+    with pytest.raises(TeacherError, match=r"below teacher\.min_top1=0\.9"):
         judge(classifier(flaky), stripes, min_top1=0.9)
 
 

@@ -1,4 +1,4 @@
-"""The student against timm's, and what makes methods comparable: equal starts, one output type, no hidden randomness."""
+"""The student against timm's, and what makes methods comparable: equal starts, one type of output."""
 
 import json
 from typing import Any
@@ -17,9 +17,8 @@ LAYOUTS = [("class",), ("distillation",), ("class", "distillation"), ()]
 
 
 def tiny(tokens: tuple[str, ...] = ("class",), **changes: Any) -> DeiT:
-    config: dict[str, Any] = {
-        "image_px": 8, "patch_px": 2, "channels": 3, "classes": 5, "width": 16, "depth": 2, "heads": 2, "tokens": tokens,
-    }  # fmt: skip
+    config: dict[str, Any] = {"image_px": 8, "patch_px": 2, "channels": 3, "classes": 5}
+    config |= {"width": 16, "depth": 2, "heads": 2, "tokens": tokens}
     return DeiT(**{**config, **changes})
 
 
@@ -40,7 +39,7 @@ def matched_pair(name: str, *, tokens: tuple[str, ...], depth: int, **timm_optio
     return ours, theirs
 
 
-@pytest.mark.parametrize(("name", "depth"), [("deit_tiny", 12), ("deit_small", 3), ("deit_base", 1)])
+@pytest.mark.parametrize(("name", "depth"), [("deit_tiny", 6), ("deit_small", 2), ("deit_base", 1)])
 def test_class_token_student_equals_timm(name: str, depth: int) -> None:
     ours, theirs = matched_pair(name, tokens=("class",), depth=depth)
     theirs.load_state_dict(ours.state_dict(), strict=True)
@@ -50,7 +49,7 @@ def test_class_token_student_equals_timm(name: str, depth: int) -> None:
         torch.testing.assert_close(logits, theirs.train(mode)(images), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(("name", "depth"), [("deit_tiny", 4), ("deit_small", 12), ("deit_base", 1)])
+@pytest.mark.parametrize(("name", "depth"), [("deit_tiny", 2), ("deit_small", 4), ("deit_base", 1)])
 def test_distilled_student_equals_timm(name: str, depth: int) -> None:
     ours, theirs = matched_pair(name, tokens=("class", "distillation"), depth=depth)
     ours.load_state_dict(theirs.state_dict(), strict=True)

@@ -190,7 +190,7 @@ def test_other_differences_leave_the_model_untouched(change: dict[str, Tensor | 
 
 def test_a_deeper_network_is_not_loaded_by_half() -> None:
     deeper = CifarResNet(32, classes=10).state_dict()
-    with pytest.raises(CheckpointError, match="24 of 66 layers do not fit"):
+    with pytest.raises(CheckpointError, match="24 of 63 layers do not fit"):
         load_into(CifarResNet(20, classes=10), deeper, head="linear", source="x")
 
 

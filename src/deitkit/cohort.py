@@ -95,7 +95,7 @@ class Student:
         return {
             "model": self.classifier.model.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-            "average": self.average.model.state_dict() if self.average else None,
+            "average": self.average.classifier.state_dict() if self.average else None,
             "average_updates": self.average.updates if self.average else 0,
             "good": self.good,
             "stopped": self.stopped,
@@ -110,7 +110,7 @@ class Student:
         for optimizer, optimizer_state in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(optimizer_state)
         if self.average is not None:
-            self.average.model.load_state_dict(state["average"])
+            self.average.classifier.load_state_dict(state["average"])
             self.average.updates = state["average_updates"]
         device = self.bad_step.device
         self.good = _to(state["good"], device)
@@ -120,13 +120,13 @@ class Student:
     def _snapshot(self) -> dict[str, Tensor]:
         weights = {f"model.{name}": value for name, value in self.classifier.state_dict().items()}
         if self.average is not None:
-            weights |= {f"average.{name}": value for name, value in self.average.model.state_dict().items()}
+            weights |= {f"average.{name}": value for name, value in self.average.classifier.state_dict().items()}
         return {name: value.detach().clone() for name, value in weights.items()}
 
     def _restore(self, snapshot: dict[str, Tensor]) -> None:
         holder = nn.ModuleDict({"model": self.classifier})
         if self.average is not None:
-            holder["average"] = self.average.model
+            holder["average"] = self.average.classifier
         holder.load_state_dict(snapshot)
 
 

@@ -146,7 +146,7 @@ def _run_seed(
     for student in students:
         weights = {"last": student.classifier}
         if student.average is not None:
-            weights["ema"] = student.average.model  # type: ignore[dict-item]
+            weights["ema"] = student.average.classifier
         card = _student_card(recipe, dataset, student, seed)
         save_classifier(home / student.name, student.classifier, card)
         if "ema" in weights:

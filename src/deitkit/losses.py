@@ -3,11 +3,13 @@
 All are computed in float32 whatever the logits' precision, so that bf16 logits of any size stay finite.
 """
 
+from typing import TypeAlias
+
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-Logits = Float[Tensor, "batch classes"]
+Logits: TypeAlias = Float[Tensor, "batch classes"]
 
 
 def label_loss(student_logits: Logits, targets: Logits) -> Float[Tensor, ""]:

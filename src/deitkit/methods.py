@@ -7,6 +7,7 @@ project asks for a method's name.
 import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from jaxtyping import Float
 from torch import Tensor
@@ -16,7 +17,7 @@ from deitkit.losses import hard_distillation_loss, label_loss, soft_distillation
 from deitkit.models.vit import Output
 from deitkit.recipe import DistillationRecipe
 
-Logits = Float[Tensor, "batch classes"]
+Logits: TypeAlias = Float[Tensor, "batch classes"]
 
 
 @dataclass(frozen=True)

@@ -2,19 +2,22 @@
 
 import copy
 import math
+from collections.abc import Callable
 
 import torch
 from torch import nn
 from torch.optim import SGD, AdamW, Muon, Optimizer
 
 from deitkit.errors import RecipeError
+from deitkit.models.classifier import Classifier
 from deitkit.recipe import OptimizerRecipe, TrainRecipe
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
     """Split the trainable parameters: decay for matrices and kernels, none for biases, norms, tokens and positions."""
-    exempt = model.no_decay() if hasattr(model, "no_decay") else set()
-    decayed, kept = [], []
+    exempt: set[str] = getattr(model, "no_decay", set)()
+    decayed: list[nn.Parameter] = []
+    kept: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             (kept if parameter.ndim <= 1 or name in exempt else decayed).append(parameter)
@@ -34,9 +37,10 @@ def build_optimizers(model: nn.Module, recipe: OptimizerRecipe) -> list[Optimize
         return [SGD(groups, lr=recipe.learning_rate, momentum=recipe.momentum, nesterov=recipe.momentum > 0)]
     if recipe.optimizer == "adamw":
         return [_adamw(groups, recipe)]
-    if not hasattr(model, "block_matrices"):
+    block_matrices: Callable[[], list[nn.Parameter]] | None = getattr(model, "block_matrices", None)
+    if block_matrices is None:
         raise RecipeError("optimizer=muon trains the students only: choose sgd or adamw for a CNN")
-    matrices = model.block_matrices()
+    matrices = block_matrices()
     chosen = {id(matrix) for matrix in matrices}
     for group in groups:
         group["params"] = [parameter for parameter in group["params"] if id(parameter) not in chosen]  # type: ignore[attr-defined]
@@ -72,22 +76,22 @@ def learning_rate(step: int, steps_per_epoch: int, recipe: OptimizerRecipe, trai
 
 
 class ExponentialMovingAverage:
-    """A second copy of a model whose weights follow the first: shadow += (1 - decay) (weights - shadow).
+    """A second copy of a classifier whose weights follow the first: shadow += (1 - decay) (weights - shadow).
 
     Early on the decay is (1 + n) / (10 + n) after n updates, where that is smaller, so that the initial weights are
     forgotten in short runs too.
     """
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
-        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+    def __init__(self, classifier: Classifier, decay: float) -> None:
+        self.classifier = copy.deepcopy(classifier).eval().requires_grad_(False)
         self.decay = decay
         self.updates = 0
 
     @torch.no_grad()
-    def update(self, model: nn.Module) -> None:
-        """Follow the model by one step; buffers (BatchNorm's statistics) are copied."""
+    def update(self, classifier: Classifier) -> None:
+        """Follow the classifier by one step; buffers (BatchNorm's statistics) are copied."""
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         self.updates += 1
-        torch._foreach_lerp_(list(self.model.parameters()), list(model.parameters()), 1 - decay)
-        for shadow, buffer in zip(self.model.buffers(), model.buffers(), strict=True):
+        torch._foreach_lerp_(list(self.classifier.parameters()), list(classifier.parameters()), 1 - decay)
+        for shadow, buffer in zip(self.classifier.buffers(), classifier.buffers(), strict=True):
             shadow.copy_(buffer)

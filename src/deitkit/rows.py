@@ -253,7 +253,5 @@ def _notes(recipe: Recipe, dataset: Dataset) -> list[str]:
     if recipe.teacher.allow_weak:
         notes.append("teacher.allow_weak is on: a teacher that the gate refuses teaches all the same.")
     if "seed" in recipe.published:
-        notes.append(
-            "The seed's figures are for DeiT-Ti at 224 px, with a teacher whose classifier was never trained."
-        )
+        notes.append("The seed's figures are for DeiT-Ti at 224 px, with a teacher whose classifier was never trained.")
     return notes

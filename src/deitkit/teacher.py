@@ -283,9 +283,7 @@ def _next_step(card: TeacherCard, recipe: TeacherRecipe) -> str:
     return "put that right, or set teacher.fit=full to train it here"
 
 
-def _likely_cause(
-    classifier: Classifier, logits: Tensor, dataset: Dataset, precision: Precision
-) -> str | None:
+def _likely_cause(classifier: Classifier, logits: Tensor, dataset: Dataset, precision: Precision) -> str | None:
     """Look for another order of classes, or another normalisation, with which the teacher would be much better."""
     labels = dataset.validation.labels.cpu()
     hits = top_k_hits(logits, labels)

@@ -3,6 +3,7 @@
 import argparse
 import hashlib
 import pickle
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,7 +67,8 @@ def read_state(path: Path) -> dict[str, Tensor]:
 
 
 def _load_torch(path: Path) -> Any:
-    with torch.serialization.safe_globals([argparse.Namespace]):  # DeiT's and timm's checkpoints hold their arguments
+    # DeiT's and timm's checkpoints hold their arguments; what torch has to say of odd formats is no help to a user.
+    with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings(action="ignore"):
         return torch.load(path, map_location="cpu", weights_only=True)
 
 

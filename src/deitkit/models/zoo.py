@@ -16,6 +16,9 @@ from torch import nn
 from deitkit.errors import TeacherError
 from deitkit.models.cnn import CIFAR_DEPTHS, CifarResNet, small_cnn, small_names
 
+# Side of the images that torchvision's transformers are built for, unless told otherwise.
+TIED_PX = 224
+
 
 @dataclass(frozen=True)
 class Built:
@@ -132,7 +135,8 @@ def _from_torchvision(
 ) -> Built:
     weights = torchvision.models.get_model_weights(architecture).DEFAULT
     preset = weights.transforms()
-    native_px = preset.crop_size[0] if pretrained or architecture.startswith(("vit_", "maxvit_")) else None
+    tied = architecture.startswith(("vit_", "maxvit_"))
+    native_px = preset.crop_size[0] if pretrained else TIED_PX if tied else None
     options: dict[str, Any] = {}
     if architecture in ("googlenet", "inception_v3"):
         options = {"aux_logits": False} if pretrained else {"aux_logits": False, "init_weights": True}
