@@ -144,6 +144,9 @@ class TeacherRecipe(Section):
     std: Colour | None = Field(None, description="The teacher's own normalisation, per channel, of values in [0, 1].")
     train: TeacherTrainRecipe = TeacherTrainRecipe()
     augment: AugmentRecipe = AugmentRecipe()
+    all_images: bool = Field(
+        False, description="Train it on all training images, also those that data.train_images keeps from the students."
+    )
     min_top1: Probability | None = Field(None, description="Refuse a teacher below this validation accuracy.")
     allow_weak: bool = Field(False, description="Let a teacher that the gate refused teach all the same.")
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from deitkit.checkpoint import load_classifier, read_card, save_classifier
 from deitkit.cohort import Cohort, Student
-from deitkit.data.sources import Dataset, Split
+from deitkit.data.sources import Dataset, Split, load_dataset
 from deitkit.device import Precision
 from deitkit.errors import CheckpointError, TeacherError
 from deitkit.evaluate import predict, top_k_hits
@@ -86,7 +86,11 @@ def prepare_teacher(
     with seeded(recipe.seeds[0], "teacher"):
         classifier, card = _draft(recipe.teacher, dataset, precision.device)
     if card.fit != "none":
-        _train(classifier, card, recipe, dataset, folder=folder, precision=precision, watcher=watcher)
+        lessons = dataset
+        if recipe.teacher.all_images:
+            lessons = load_dataset(recipe.data.model_copy(update={"train_images": None}), watcher.reading)
+        _train(classifier, card, recipe, lessons, folder=folder, precision=precision, watcher=watcher)
+        card = replace(card, source=f"{card.source}, trained here on {len(lessons.train)} images")
     card = gate(classifier, card, dataset, recipe.teacher, precision)
     save_classifier(folder, classifier, _model_card(card, dataset))
     write_text(card_path, json.dumps(asdict(card), indent=2) + "\n")

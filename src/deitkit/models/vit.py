@@ -21,8 +21,8 @@ TOKENS = ("class", "distillation")
 NORM_EPS = 1e-6
 INIT_STD = 0.02
 MLP_RATIO = 4
-# Up to here a CPU takes two plain products. Where it was measured (2 busy Xeon cores, torch 2.14, forward and backward of
-# a student) that took 2 to 7 % longer than the fused kernel: a limit to measure again, not a known gain.
+# Up to here a CPU takes two plain products. Where measured (2 busy Xeon cores, torch 2.14, a student's forward and
+# backward pass) that took 2 to 7 % longer than the fused kernel: a limit to measure again, not a known gain.
 SHORT_SEQUENCE = 256
 
 
