@@ -126,7 +126,9 @@ def load_classifier(folder: Path, device: torch.device) -> tuple[Classifier, dic
             model, head = built.model, built.head
         mean, std, image_px = tuple(card["mean"]), tuple(card["std"]), card["image_px"]
     except (KeyError, TypeError, AssertionError) as error:
-        raise CheckpointError(f"{folder / 'model.json'} is incomplete ({error}): export the model again") from None
+        raise CheckpointError(
+            f"{folder / 'model.json'} is incomplete ({error}): copy the folder again from its run"
+        ) from None
     report = load_into(model, read_state(folder / "model.safetensors"), head=head, source=str(folder))
     if report.missing or report.mismatched:
         raise CheckpointError(f"{folder}: model.safetensors does not belong to model.json: copy both from one run")

@@ -60,7 +60,7 @@ def compare(
     """Train students under every method of a recipe, side by side, and say which wins and by how much.
 
     For example `deitkit compare digits`, or `deitkit compare cifar10-cpu train.epochs=40 --seeds 3 --out runs/mine`,
-    or with your own images `deitkit compare folder-small data.name=folder:photos`.
+    or with your own images `deitkit compare own-images data.name=folder:photos`.
 
     The run folder then holds table.md, table.csv, table.tex, curves.png, curves.svg, report.html, results.json, and
     the winner, ready for `deitkit predict`. Ctrl-C stops and saves; the same command with --resume goes on.
@@ -97,15 +97,16 @@ def _compare(recipe: Recipe, out: Path | None, resume: bool, as_json: bool) -> N
     folder = _run_folder(out, recipe, resume)
     output = errors if as_json else console
     with Terminal(output) as terminal:
-        output.print(f"run folder {folder}", highlight=False)
+        terminal.say(f"run folder {folder}")
         results = run_comparison(recipe, folder, watcher=terminal, resume=resume)
     if as_json:
         sys.stdout.write(json.dumps(results) + "\n")
         return
     console.print(rich_table(results))
-    console.print(f"page     {folder / 'report.html'}\ncurves   {folder / 'curves.png'}", highlight=False)
+    _say(f"page     {folder / 'report.html'}")
+    _say(f"curves   {folder / 'curves.png'}")
     if results["winner"] is not None:
-        console.print(f"winner   {folder / 'winner'}   (deitkit predict {folder} IMAGE...)", highlight=False)
+        _say(f"winner   {folder / 'winner'}   (deitkit predict {folder} IMAGE...)")
 
 
 @app.command()
@@ -118,7 +119,7 @@ def teacher(
     """
     from deitkit.data.sources import load_dataset
     from deitkit.device import Precision, choose_device
-    from deitkit.runs import open_run
+    from deitkit.runs import begin_run, check_run
     from deitkit.teacher import prepare_teacher
     from deitkit.terminal import Terminal
 
@@ -126,8 +127,9 @@ def teacher(
     folder = _run_folder(out, loaded.model_copy(update={"name": f"{loaded.name}-teacher"}), resume)
     precision = Precision.choose(loaded.teacher.train.precision, choose_device(loaded.device))
     with Terminal(errors if as_json else console) as terminal:
-        open_run(folder, loaded, resume)
+        check_run(folder, loaded, resume)
         dataset = load_dataset(loaded.data, terminal.reading)
+        begin_run(folder, loaded)
         _, card = prepare_teacher(loaded, dataset, folder=folder / "teacher", precision=precision, watcher=terminal)
     if as_json:
         sys.stdout.write(json.dumps(card.__dict__) + "\n")
@@ -136,7 +138,7 @@ def teacher(
     for key, value in card.__dict__.items():
         table.add_row(key, f"{100 * value:.2f} %" if key in ("top1", "chance") else str(value))
     console.print(table)
-    console.print(f"teacher in {folder / 'teacher'}: use it with teacher.name={folder / 'teacher'}", highlight=False)
+    _say(f"teacher in {folder / 'teacher'}: use it with teacher.name={folder / 'teacher'}")
 
 
 @app.command()
@@ -194,7 +196,7 @@ def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder
     written = write_report(run)
     console.print(rich_table(read_results(run)))
     for path in written:
-        console.print(str(path), highlight=False, markup=False)
+        _say(str(path))
 
 
 @app.command()
@@ -205,7 +207,10 @@ def recipes(
     """List the shipped recipes, print one, or explain every field."""
     shipped = shipped_recipes()
     if fields:
-        table = Table("field", "default", "meaning", box=None)
+        table = Table(box=None)
+        table.add_column("field", no_wrap=True)
+        table.add_column("default")
+        table.add_column("meaning")
         for field, default, meaning in describe_fields():
             table.add_row(_plain(field), _plain(default), _plain(meaning))
         console.print(table)
@@ -213,7 +218,7 @@ def recipes(
         if name not in shipped:
             load_recipe(name)
             raise RecipeError(f"'{name}' is not a shipped recipe; shipped are {', '.join(shipped)}")
-        console.print(shipped[name], highlight=False, markup=False, end="")
+        sys.stdout.write(shipped[name])
     else:
         table = Table("recipe", "what it does", box=None)
         for shipped_name, text in shipped.items():
@@ -231,6 +236,11 @@ def methods() -> None:
         labels = "yes" if method.uses_labels else "no"
         table.add_row(method.name, method.token_layout, labels, method.teacher_signal or "-", method.summary)
     console.print(table)
+
+
+def _say(text: str) -> None:
+    """Print a line that may hold paths: unwrapped, and nothing in it is markup."""
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def _plain(text: Any) -> str:
@@ -272,7 +282,10 @@ def _show_batch(recipe: Recipe, out: Path | None) -> None:
     dataset = load_dataset(recipe.data)
     path = folder / f"{recipe.name}-views.png"
     draw_views(dataset, recipe.augment, recipe.train.label_smoothing, path)
-    console.print(f"augmented views in {path}", highlight=False)
+    _say(f"augmented views in {path}")
+
+
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory")
 
 
 def main() -> None:
@@ -286,7 +299,8 @@ def main() -> None:
         errors.print("stopped; the same command with --resume goes on from here", highlight=False)
         sys.exit(130)
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "out of memory" not in str(error) and "alloc" not in str(error):
+        if isinstance(error, RuntimeError) and not any(sign in str(error) for sign in _OUT_OF_MEMORY):
             raise
-        errors.print("error: out of memory: lower train.batch_size (half of it is a good try)", style="red")
+        advice = "halve train.batch_size (and teacher.train.batch_size if the teacher was training)"
+        errors.print(f"error: out of memory: {advice}", style="red", soft_wrap=True)
         sys.exit(2)

@@ -12,6 +12,7 @@ from typing import Any
 from deitkit import __version__
 from deitkit.checkpoint import load_tree, save_classifier, save_tree
 from deitkit.cohort import Cohort, Student
+from deitkit.data.batches import Batches
 from deitkit.data.preview import draw_views
 from deitkit.data.sources import Dataset, load_dataset
 from deitkit.device import Precision, choose_device, describe_machine
@@ -25,7 +26,7 @@ from deitkit.models.zoo import create_classifier
 from deitkit.recipe import Recipe
 from deitkit.report import write_report
 from deitkit.rows import summarise
-from deitkit.runs import Watcher, open_run, train_to_end
+from deitkit.runs import Watcher, begin_run, check_run, train_to_end
 from deitkit.seeding import derived_seed, seeded
 from deitkit.teacher import FrozenTeacher, TeacherCard, prepare_teacher
 
@@ -48,17 +49,19 @@ def compare(recipe: Recipe, folder: Path, *, watcher: Watcher, resume: bool = Fa
     precision = Precision.choose(recipe.train.precision, device)
     for name in recipe.methods:
         find_method(name)
-    open_run(folder, recipe, resume)
+    check_run(folder, recipe, resume)
     watcher.say(f"device {device}, precision {precision.name}")
     dataset = load_dataset(recipe.data, watcher.reading)
     watcher.say(
         f"data {dataset.name}: {len(dataset.train)} training, {len(dataset.validation)} validation, "
         f"{len(dataset.test)} test images, {dataset.classes} classes"
     )
+    # Built once and thrown away: what cannot be built is a mistake to hear of before the teacher trains.
+    Batches(dataset.train, recipe.train.batch_size, 0, device)
+    build_students(recipe, dataset, recipe.seeds[0], precision)
+    begin_run(folder, recipe)
     machine = describe_machine(device, precision)
     write_text(folder / "environment.json", json.dumps(machine | {"deitkit": __version__}, indent=2) + "\n")
-    # Built once and thrown away: a student that cannot be built is a mistake to hear of before the teacher trains.
-    build_students(recipe, dataset, recipe.seeds[0], precision)
     draw_views(dataset, recipe.augment, recipe.train.label_smoothing, folder / "views.png")
 
     teacher, card = None, None
@@ -104,7 +107,9 @@ def _baseline_name(recipe: Recipe) -> str:
 def _build_baseline(recipe: Recipe, dataset: Dataset, seed: int, precision: Precision) -> Student:
     assert recipe.baseline is not None
     if Path(_baseline_name(recipe)).exists():
-        raise RecipeError("baseline.name=teacher, but the teacher is a file: name its architecture, as cifar/resnet56")
+        raise RecipeError(
+            f"baseline.name={recipe.baseline.name} is a path: name an architecture, such as cifar/resnet56"
+        )
     with seeded(seed, BASELINE):
         built = create_classifier(_baseline_name(recipe), classes=dataset.classes, channels=dataset.channels)
     classifier = Classifier(built.model, mean=dataset.mean, std=dataset.std).to(precision.device)
@@ -174,6 +179,8 @@ def _student_card(recipe: Recipe, dataset: Dataset, student: Student, seed: int)
         "dataset": dataset.name,
         "channels": dataset.channels,
         "class_names": list(dataset.class_names),
+        "input_px": list(dataset.image_px),
+        "split": {"split_seed": recipe.data.split_seed, "test_fraction": recipe.data.test_fraction},
     }
     if student.name == BASELINE:
         card["architecture"] = _baseline_name(recipe)

@@ -13,14 +13,12 @@ from deitkit.data.sources import Split, load_dataset
 from deitkit.device import Precision, choose_device
 from deitkit.errors import DataError, RecipeError
 from deitkit.evaluate import default_readout, predict, readout_scores, top_k_accuracy, top_k_hits, wilson_interval
-from deitkit.models.classifier import Classifier
-from deitkit.models.vit import DeiT
 from deitkit.recipe import DataRecipe
 
 
-def _native_px(classifier: Classifier) -> int | None:
-    model = classifier.model
-    return int(model.config["image_px"]) if isinstance(model, DeiT) else classifier.image_px
+def _input_px(card: dict[str, Any]) -> int:
+    """Return the side of the images that a model was trained on."""
+    return int(min(card["input_px"]))
 
 
 def evaluate_model(folder: Path, data: str, root: Path | None = None) -> dict[str, Any]:
@@ -31,7 +29,10 @@ def evaluate_model(folder: Path, data: str, root: Path | None = None) -> dict[st
     """
     device = choose_device("auto")
     classifier, card = load_classifier(folder, device)
-    recipe = DataRecipe(name=data, root=root, channels=card["channels"], image_px=_native_px(classifier))
+    # Under the split that the model was trained with, no training image is among the test images.
+    recipe = DataRecipe(
+        name=data, root=root, channels=card["channels"], image_px=_input_px(card), **card.get("split", {})
+    )
     dataset = load_dataset(recipe)
     if list(dataset.class_names) != card["class_names"]:
         raise DataError(
@@ -63,7 +64,7 @@ def predict_files(folder: Path, paths: list[Path], *, readout: str | None = None
     """
     classifier, card = load_classifier(folder, choose_device("auto"))
     files = [file for path in paths for file in _image_files(path)]
-    images = torch.stack([_read(file, card["channels"], _native_px(classifier)) for file in files])
+    images = torch.stack([_read(file, card["channels"], _input_px(card)) for file in files])
     split = Split(images, torch.zeros(len(images), dtype=torch.int64))
     scores = readout_scores(predict(classifier, split, Precision.choose("auto", classifier.mean.device)))
     chosen = readout or card.get("readout") or default_readout(list(scores))

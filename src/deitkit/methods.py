@@ -66,10 +66,12 @@ class Method:
             targets: Dense targets from the labels.
             settings: Weights and temperature.
         """
-        return {
-            "labels" if term.signal == "labels" else "teacher": term.value(output, answer, targets, settings)
-            for term in self.terms
-        }
+        values: dict[str, Tensor] = {}
+        for term in self.terms:
+            name = "labels" if term.signal == "labels" else "teacher"
+            value = term.value(output, answer, targets, settings)
+            values[name] = values[name] + value if name in values else value
+        return values
 
     @property
     def uses_labels(self) -> bool:

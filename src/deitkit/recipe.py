@@ -139,7 +139,9 @@ class TeacherRecipe(Section):
         "auto", description="What is trained here: auto is the new head if only that is new, all if nothing was loaded."
     )
     reset_head: bool = Field(False, description="Replace the classifier by a fresh one, as the seed did.")
-    image_px: PositiveInt | None = Field(None, description="The teacher's own resolution; by default the view's.")
+    image_px: PositiveInt | None = Field(
+        None, description="The teacher's own resolution; by default its library's, else the view's."
+    )
     mean: Colour | None = Field(None, description="The teacher's own normalisation, per channel, of values in [0, 1].")
     std: Colour | None = Field(None, description="The teacher's own normalisation, per channel, of values in [0, 1].")
     train: TeacherTrainRecipe = TeacherTrainRecipe()
@@ -166,7 +168,10 @@ class DistillationRecipe(Section):
 class BaselineRecipe(OptimizerRecipe):
     """The CNN baseline: trained on labels alone, on the students' views, for as many epochs."""
 
-    name: str = Field("teacher", description="'teacher' for the teacher's own architecture, or any name of a teacher.")
+    name: str = Field(
+        "teacher",
+        description="'teacher' for the teacher's own architecture, or a name; giving any field of baseline adds it.",
+    )
     optimizer: Literal["adamw", "sgd", "muon"] = "sgd"
     learning_rate: PositiveFloat = 0.1
     weight_decay: NonNegativeFloat = 5e-4
@@ -275,11 +280,14 @@ def describe_fields(section: type[BaseModel] = Recipe, prefix: str = "") -> Iter
             yield from describe_fields(inner, f"{prefix}{name}.")
         else:
             default = field.get_default()
-            yield (
-                prefix + name,
-                yaml.safe_dump(_plain_value(default)).removesuffix("...\n").strip(),
-                field.description or "",
-            )
+            shown = yaml.safe_dump(_plain_value(default)).removesuffix("...\n").strip()
+            yield prefix + name, shown, _meaning(section, name)
+
+
+def _meaning(section: type[BaseModel], name: str) -> str:
+    """Return a field's description, from the section that it was first described in."""
+    fields = [base.model_fields.get(name) for base in section.__mro__ if issubclass(base, BaseModel)]
+    return next((field.description for field in fields if field is not None and field.description), "")
 
 
 def _plain_value(value: Any) -> Any:
@@ -298,8 +306,8 @@ def _read_tree(source: str) -> dict[str, Any]:
     elif Path(source).is_file():
         text = Path(source).read_text(encoding="utf-8", errors="replace")
     else:
-        near = _nearest(source, shipped) or f"shipped are {', '.join(shipped)}"
-        raise RecipeError(f"recipe '{source}' is neither a shipped recipe nor a file: {near}; see `deitkit recipes`")
+        near = _nearest(source, shipped) or f"shipped are {', '.join(shipped)}."
+        raise RecipeError(f"recipe '{source}' is neither a shipped recipe nor a file: {near} See `deitkit recipes`")
     try:
         tree = yaml.safe_load(text)
     except (yaml.YAMLError, RecursionError, ValueError) as error:

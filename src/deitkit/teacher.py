@@ -104,6 +104,7 @@ def _model_card(card: TeacherCard, dataset: Dataset) -> dict[str, Any]:
         "architecture": card.name,
         "channels": dataset.channels,
         "class_names": list(dataset.class_names),
+        "input_px": list(dataset.image_px),
         "source": card.source,
         "validation_top1": card.top1,
     }
@@ -111,7 +112,7 @@ def _model_card(card: TeacherCard, dataset: Dataset) -> dict[str, Any]:
 
 def _draft(recipe: TeacherRecipe, dataset: Dataset, device: torch.device) -> tuple[Classifier, TeacherCard]:
     """Build the teacher with the weights that the recipe names; the card's accuracy is not known yet."""
-    recipe = _with_own_card(recipe)
+    recipe = _with_own_card(recipe, dataset)
     built = create_classifier(
         recipe.name,
         classes=dataset.classes,
@@ -141,7 +142,7 @@ def _draft(recipe: TeacherRecipe, dataset: Dataset, device: torch.device) -> tup
         top1=0.0,
         n=0,
         chance=0.0,
-        verdict="its classifier is new and was not trained" if new_head and fit == "none" else "",
+        verdict=_untrained(new_head, new_body and recipe.checkpoint is None) if fit == "none" else "",
         weak=False,
         parameters=sum(parameter.numel() for parameter in built.model.parameters()),
         image_px=image_px,
@@ -151,7 +152,14 @@ def _draft(recipe: TeacherRecipe, dataset: Dataset, device: torch.device) -> tup
     return classifier.to(device), card
 
 
-def _with_own_card(recipe: TeacherRecipe) -> TeacherRecipe:
+def _untrained(new_head: bool, new_body: bool) -> str:
+    """Say what of a teacher that is not trained here was never trained at all."""
+    if new_body:
+        return "no weights were loaded (teacher.checkpoint is not set) and none are trained here"
+    return "its classifier is new and was not trained" if new_head else ""
+
+
+def _with_own_card(recipe: TeacherRecipe, dataset: Dataset) -> TeacherRecipe:
     """Resolve a teacher that is named by a file: its architecture and normalisation stand in the card beside it."""
     path = Path(recipe.name)
     if not path.exists():
@@ -166,6 +174,11 @@ def _with_own_card(recipe: TeacherRecipe) -> TeacherRecipe:
         ) from None
     if card["kind"] != "cnn":
         raise TeacherError(f"teacher.name={recipe.name} is a {card['kind']}, not a CNN: name a CNN's folder")
+    if card["class_names"] != list(dataset.class_names):
+        raise TeacherError(
+            f"teacher.name={recipe.name} knows the classes {', '.join(card['class_names'][:4])}..., the data has "
+            f"{', '.join(dataset.class_names[:4])}...: train it on this data, or give its weights as teacher.checkpoint"
+        )
     return recipe.model_copy(
         update={
             "name": card["architecture"],
@@ -258,14 +271,14 @@ def gate(
     top1 = hits / n
     chance = labels.bincount(minlength=dataset.classes).max().item() / n
     measured = replace(card, top1=top1, n=n, chance=chance, verdict="fit to teach")
-    reason = None
+    reason = "is by luck" if card.verdict else None
     if stats.binomtest(hits, n, min(chance, 1.0), alternative="greater").pvalue > 0.001:
         reason = f"cannot be told from chance ({100 * chance:.1f} %)"
     elif recipe.min_top1 is not None and top1 < recipe.min_top1:
         reason = f"is below teacher.min_top1={recipe.min_top1:g}"
     # What was trained here, under its own normalisation and the data's own classes, cannot have got them wrong.
     cause = None if card.fit == "full" else _likely_cause(classifier, logits, dataset, precision)
-    if reason is None and cause is not None and not card.verdict:
+    if reason is None and cause is not None:
         reason = "is less than it could be"
     if reason is None:
         return measured

@@ -66,7 +66,7 @@ class Terminal:
     def say(self, text: str) -> None:
         """Print a line."""
         self._end_live()
-        self.console.print(text, highlight=False, markup=False)
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def reading(self, what: str, done: int, total: int) -> None:
         """Show how much of the data has been read."""

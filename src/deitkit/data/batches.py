@@ -21,7 +21,7 @@ class Batches:
     def __init__(self, split: Split, batch_size: int, seed: int, device: torch.device) -> None:
         if batch_size > len(split):
             raise RecipeError(
-                f"train.batch_size={batch_size} is more than the {len(split)} training images: at most {len(split)}"
+                f"train.batch_size={batch_size} is more than the {len(split)} images to train on: at most {len(split)}"
             )
         self.split = split.to(device)
         self.batch_size = batch_size

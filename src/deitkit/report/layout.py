@@ -75,7 +75,7 @@ def title_of(results: dict[str, Any]) -> str:
 def reference_row(results: dict[str, Any]) -> dict[str, Any] | None:
     """Return the row that "vs none" compares with: the first method there is that learns from labels alone."""
     last = [row for row in results["rows"] if row["weights"] == "last"]
-    rows = (row for method in ("none", "class-only", "mean-pool-none") for row in last if row["method"] == method)
+    rows = (row for method in ("none", "mean-pool-none", "class-only") for row in last if row["method"] == method)
     return next(rows, None)
 
 
@@ -191,7 +191,10 @@ def _footnotes(results: dict[str, Any]) -> list[str]:
             "class-only and distillation-only are students of their own, with that one token (the seed's reading)."
         )
     notes += [f"{STATUS_MARK} {row['row']}: {row['status']}." for row in rows if row["status"] != "ok"]
-    return notes + _published_notes(results)
+    teacher = results.get("teacher")
+    if teacher is not None and teacher.get("weak"):
+        notes.append(f"teacher: {teacher['verdict']}.")
+    return notes + list(results.get("notes", [])) + _published_notes(results)
 
 
 def _published_notes(results: dict[str, Any]) -> list[str]:
