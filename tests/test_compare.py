@@ -176,7 +176,7 @@ SHRUNK = (
     "model.width=24", "model.depth=1", "model.heads=2", "train.epochs=1", "train.warmup_epochs=0", "seeds=[0]",
     "teacher.checkpoint=null", "teacher.mean=null", "teacher.std=null", "teacher.pretrained=false",
     "teacher.name=cifar/resnet20", "teacher.min_top1=null", "teacher.allow_weak=true", "data.train_images=null",
-    "data.test_images=null", "train.schedule_epochs=null", "train.batch_size=20", "teacher.train.epochs=1",
+    "data.test_images=null", "data.image_px=null", "model.patch_px=4", "train.schedule_epochs=null", "train.batch_size=20", "teacher.train.epochs=1",
     "teacher.train.warmup_epochs=0", "teacher.train.batch_size=20",
 )  # fmt: skip
 
@@ -186,7 +186,7 @@ def test_every_shipped_recipe_trains_two_steps(name: str, tmp_path: Path, monkey
     recipe = load_recipe(name, SHRUNK)
     if recipe.baseline is not None:
         recipe = load_recipe(name, [*SHRUNK, "baseline.name=cifar/resnet20", "baseline.warmup_epochs=0"])
-    px = recipe.data.image_px or (8 if recipe.data.name == "digits" else 32)
+    px = 8 if recipe.data.name == "digits" else 32
     channels = 1 if recipe.data.name in ("digits", "fashion_mnist") else 3
     data = striped_dataset(classes=10, per_class=4, image_px=px, channels=channels)
     monkeypatch.setattr("deitkit.compare.load_dataset", lambda *_: data)

@@ -93,7 +93,8 @@ def test_guessing_the_commonest_class_is_not_better_than_chance() -> None:
 
 
 def recipe(**teacher: Any) -> Recipe:
-    base = {"name": "cifar/resnet20", "train": {"epochs": 8, "batch_size": 12, "warmup_epochs": 0, "learning_rate": 0.03}}
+    train = {"epochs": 8, "batch_size": 12, "warmup_epochs": 0, "learning_rate": 0.03}
+    base = {"name": "cifar/resnet20", "train": train}
     base["augment"] = {"flip": 0.0, "crop": "none"}
     return parse_recipe({"teacher": base | teacher})
 
