@@ -80,7 +80,7 @@ def test_missing_and_broken_data(run: Run, tmp_path: Path, write_images: Callabl
     differing = write_images(tmp_path / "differing")
     (differing / "test" / "cat").rename(differing / "test" / "cow")
     refused(compare(differing), "cat", "cow")
-    corrupt = write_images(tmp_path / "corrupt")
+    corrupt = write_images(tmp_path / "corrupt", count=40)
     (corrupt / "train" / "cat" / "3.png").write_bytes(b"\x89PNG truncated")
     refused(compare(corrupt, "data.corrupt=error"), "3.png")
     code, _, errors = compare(corrupt)

@@ -84,7 +84,7 @@ def test_a_run_folder_holds_all_that_the_design_promises(tiny_recipe: TinyRecipe
 
 
 def test_rows_over_seeds_have_spread_and_a_paired_test(tiny_recipe: TinyRecipe, tmp_path: Path) -> None:
-    recipe = tiny_recipe("methods=[none, soft]", "seeds=[0, 1, 2]", "train.epochs=1")
+    recipe = tiny_recipe("methods=[none, soft]", "seeds=[0, 1, 2]", "augment.cutmix=0", "augment.crop=none", *LEARNS)
     results = compare(recipe, tmp_path / "run", watcher=Silent())
     soft = results["rows"][1]
     mean = sum(soft["top1"]) / 3
@@ -172,6 +172,7 @@ def test_a_stopped_student_is_a_row_that_says_so(
     assert results["winner"] == "none/class"
 
 
+LEARNS = ("data.train_images=320", "train.epochs=4", "train.optimizer=adamw", "train.learning_rate=0.004")
 SHRUNK = (
     "model.width=24", "model.depth=1", "model.heads=2", "train.epochs=1", "train.warmup_epochs=0", "seeds=[0]",
     "teacher.checkpoint=null", "teacher.mean=null", "teacher.std=null", "teacher.pretrained=false",

@@ -82,7 +82,9 @@ def prepare_teacher(
     card_path = folder / "card.json"
     if card_path.exists():
         classifier, _ = load_classifier(folder, precision.device)
-        return FrozenTeacher(classifier), TeacherCard(**json.loads(card_path.read_text(encoding="utf-8")))
+        stored = json.loads(card_path.read_text(encoding="utf-8"))
+        stored |= {name: tuple(stored[name]) for name in ("mean", "std")}
+        return FrozenTeacher(classifier), TeacherCard(**stored)
     with seeded(recipe.seeds[0], "teacher"):
         classifier, card = _draft(recipe.teacher, dataset, precision.device)
     if card.fit != "none":

@@ -3,7 +3,7 @@
 import signal
 import time
 from types import FrameType
-from typing import Any, Self
+from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -42,7 +42,7 @@ class Terminal:
             expand=True,
         )
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Terminal":
         for number in (signal.SIGINT, signal.SIGTERM):
             self._handlers[number] = signal.signal(number, self._ask_to_stop)
         return self
