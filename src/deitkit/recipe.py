@@ -221,7 +221,7 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
     for name in ("train", "teacher.train"):
         section = recipe.train if name == "train" else recipe.teacher.train
         if section.warmup_epochs > section.epochs:
-            yield f"{name}.warmup_epochs={section.warmup_epochs:g} is more than {name}.epochs={section.epochs}: lower it"
+            yield f"{name}.warmup_epochs={section.warmup_epochs:g} exceeds {name}.epochs={section.epochs}: lower it"
 
 
 def shipped_recipes() -> dict[str, str]:
