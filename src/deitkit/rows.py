@@ -22,8 +22,8 @@ from deitkit.evaluate import (
 )
 from deitkit.methods import METHODS
 from deitkit.recipe import Recipe
+from deitkit.report import read_metrics
 from deitkit.report.published import published_rows
-from deitkit.runs import read_records
 
 # What `none` is called where only the seed's reading of it was trained.
 REFERENCES = ("none", "mean-pool-none", "class-only")
@@ -190,7 +190,7 @@ def _speed(metrics: Path) -> dict[str, dict[str, float]]:
     seconds: dict[str, float] = {}
     images: dict[str, float] = {}
     seeds = set()
-    for record in read_records(metrics):
+    for record in read_metrics(metrics.parent):
         name = record["student"]
         seeds.add(record["seed"])
         seconds[name] = seconds.get(name, 0.0) + record["seconds"]

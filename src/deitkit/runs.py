@@ -16,6 +16,7 @@ from deitkit.cohort import Cohort, Progress
 from deitkit.errors import CheckpointError, Interrupted
 from deitkit.files import write_text
 from deitkit.recipe import Recipe, dump_recipe
+from deitkit.report import read_metrics
 
 # Fields that say where, not what, so that a run may go on on another machine; and those of the gate, so that a teacher
 # that it refused need not be trained again.
@@ -93,17 +94,6 @@ def _changes(old: Any, new: Any, key: str = "") -> list[str]:
     return [] if old == new else [f"{key.rstrip('.')} was {old}, now {new}"]
 
 
-def read_records(path: Path) -> list[dict[str, Any]]:
-    """Return the lines of a metrics file; a last line that was cut off is left out."""
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            continue
-    return records
-
-
 def train_to_end(
     cohort: Cohort, *, title: str, checkpoint: Path, metrics: Path, watcher: Watcher, log_folder: Path
 ) -> None:
@@ -124,7 +114,9 @@ def train_to_end(
         cohort.load_state_dict(load_tree(checkpoint))
         watcher.say(f"{title}: goes on at epoch {cohort.epoch + 1}, step {cohort.step + 1}")
     kept = [
-        record for record in read_records(metrics) if record["seed"] != cohort.seed or record["epoch"] <= cohort.epoch
+        record
+        for record in read_metrics(metrics.parent)
+        if record["seed"] != cohort.seed or record["epoch"] <= cohort.epoch
     ]
     lines = [json.dumps(record) for record in kept]
     on_step: Callable[[Progress], None] = lambda progress: watcher.step(title, progress)  # noqa: E731
