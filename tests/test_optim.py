@@ -9,7 +9,7 @@ from torch import nn
 from deitkit.errors import RecipeError
 from deitkit.models.classifier import Classifier
 from deitkit.models.vit import DeiT
-from deitkit.optim import ExponentialMovingAverage, build_optimizers, learning_rate, parameter_groups
+from deitkit.optim import ExponentialMovingAverage, adopt_layout, build_optimizers, learning_rate, parameter_groups
 from deitkit.recipe import OptimizerRecipe, TrainRecipe
 
 
@@ -92,3 +92,16 @@ def test_average_follows_by_its_decay_and_copies_buffers() -> None:
         expected = decay * expected + (1 - decay) * model[0].weight.detach()
     assert torch.allclose(average.classifier.model[0].weight, expected)
     assert torch.equal(average.classifier.model[1].running_mean, model[1].running_mean)
+
+
+def test_a_state_that_comes_from_a_file_is_laid_out_as_the_weights() -> None:
+    weight = torch.nn.Parameter(torch.randn(4, 3, 5, 5).contiguous(memory_format=torch.channels_last))
+    optimizer = torch.optim.SGD([weight], lr=0.1, momentum=0.9, fused=True)
+    weight.grad = torch.randn_like(weight)
+    optimizer.step()
+    momentum = optimizer.state[weight]["momentum_buffer"].clone()
+    optimizer.state[weight]["momentum_buffer"] = momentum.contiguous()
+    adopt_layout(optimizer)
+    loaded = optimizer.state[weight]["momentum_buffer"]
+    assert torch.equal(loaded, momentum)
+    assert loaded.stride() == weight.stride()

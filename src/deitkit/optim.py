@@ -5,11 +5,13 @@ import math
 from collections.abc import Callable
 
 import torch
-from torch import nn
-from torch.optim import SGD, AdamW, Muon, Optimizer
+from torch import Tensor, nn
+from torch.optim import SGD, AdamW, Optimizer
 
+from deitkit.device import computes_bf16
 from deitkit.errors import RecipeError
 from deitkit.models.classifier import Classifier
+from deitkit.muon import Muon
 from deitkit.recipe import OptimizerRecipe, TrainRecipe
 
 
@@ -33,10 +35,13 @@ def build_optimizers(model: nn.Module, recipe: OptimizerRecipe) -> list[Optimize
         RecipeError: Muon for a model that is no transformer.
     """
     groups = parameter_groups(model, recipe.weight_decay)
+    device = next(model.parameters()).device
+    # A CUDA graph replays what it was shown; only a rate that lies on the device can change between two replays.
+    rate = torch.tensor(recipe.learning_rate, device=device) if device.type == "cuda" else recipe.learning_rate
     if recipe.optimizer == "sgd":
-        return [SGD(groups, lr=recipe.learning_rate, momentum=recipe.momentum, nesterov=recipe.momentum > 0)]
+        return [SGD(groups, lr=rate, momentum=recipe.momentum, nesterov=recipe.momentum > 0, fused=True)]
     if recipe.optimizer == "adamw":
-        return [_adamw(groups, recipe)]
+        return [_adamw(groups, rate, device)]
     block_matrices: Callable[[], list[nn.Parameter]] | None = getattr(model, "block_matrices", None)
     if block_matrices is None:
         raise RecipeError("optimizer=muon trains the students only: choose sgd or adamw for a CNN")
@@ -44,12 +49,29 @@ def build_optimizers(model: nn.Module, recipe: OptimizerRecipe) -> list[Optimize
     chosen = {id(matrix) for matrix in matrices}
     for group in groups:
         group["params"] = [parameter for parameter in group["params"] if id(parameter) not in chosen]  # type: ignore[attr-defined]
-    muon = Muon(matrices, lr=recipe.learning_rate, weight_decay=recipe.weight_decay, adjust_lr_fn="match_rms_adamw")
-    return [muon, _adamw(groups, recipe)]
+    dtype = torch.bfloat16 if computes_bf16(device) else torch.float32
+    return [Muon(matrices, lr=rate, weight_decay=recipe.weight_decay, dtype=dtype), _adamw(groups, rate, device)]
 
 
-def _adamw(groups: list[dict[str, object]], recipe: OptimizerRecipe) -> AdamW:
-    return AdamW(groups, lr=recipe.learning_rate, betas=(0.9, 0.999), fused=True)
+def _adamw(groups: list[dict[str, object]], rate: float | Tensor, device: torch.device) -> AdamW:
+    return AdamW(groups, lr=rate, betas=(0.9, 0.999), fused=True, capturable=device.type == "cuda")
+
+
+def set_rate(optimizer: Optimizer, rate: float) -> None:
+    """Set the learning rate of every group, without waiting for the device."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
+
+
+def adopt_layout(optimizer: Optimizer) -> None:
+    """Lay the state out in memory as the weights are: a file keeps no layout, and fused kernels take it for granted."""
+    for weight, state in optimizer.state.items():
+        for name, value in state.items():
+            if isinstance(value, Tensor) and value.shape == weight.shape:
+                state[name] = torch.empty_like(weight, dtype=value.dtype).copy_(value)
 
 
 def learning_rate(step: int, steps_per_epoch: int, recipe: OptimizerRecipe, train: TrainRecipe) -> float:
