@@ -1,5 +1,6 @@
 """Small data sets and recipes that several tests share."""
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from deitkit.cohort import Student
 from deitkit.data.sources import Dataset, Split
 from deitkit.device import Precision
 from deitkit.recipe import Recipe, load_recipe
@@ -42,6 +44,22 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
 def tiny_recipe() -> Callable[..., Recipe]:
     """Return a function: overrides -> the digits recipe, shrunk to seconds."""
     return lambda *overrides: load_recipe("digits", [*TINY, *overrides])
+
+
+def poisoned_gradient(name: str, at: int) -> Callable[..., Any]:
+    """Return ``Student.find_gradient`` with a loss and a gradient that are not numbers, for one student at one step."""
+    find_gradient = Student.find_gradient
+    calls = itertools.count()
+
+    def poisoned(self: Student, *inputs: Any, **settings: Any) -> dict[str, torch.Tensor]:
+        terms = find_gradient(self, *inputs, **settings)
+        if self.name == name and next(calls) == at:
+            for parameter in self.classifier.parameters():
+                parameter.grad = parameter.grad * float("nan")
+            terms = {key: term * float("nan") for key, term in terms.items()}
+        return terms
+
+    return poisoned
 
 
 def striped_dataset(classes: int = 3, per_class: int = 24, image_px: int = 8, channels: int = 3) -> Dataset:

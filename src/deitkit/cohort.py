@@ -4,27 +4,34 @@ All students of a cohort see the same views and the same answers of the teacher,
 on labels alone (a teacher, the baseline) is a cohort of one student with the method ``none``.
 """
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int64, UInt8
 from torch import Tensor, nn
 
+from deitkit.answers import Answers
+from deitkit.cuda_graph import Recorder
 from deitkit.data.augment import Augment
 from deitkit.data.batches import Batches
 from deitkit.data.mix import Mix
 from deitkit.data.sources import Dataset
 from deitkit.device import Precision, Stopwatch
+from deitkit.errors import OutOfMemory, is_out_of_memory
 from deitkit.evaluate import predict, readout_scores, top_k_accuracy
 from deitkit.methods import Method
 from deitkit.models.classifier import Classifier
-from deitkit.optim import ExponentialMovingAverage, build_optimizers, learning_rate
-from deitkit.recipe import AugmentRecipe, DistillationRecipe, OptimizerRecipe, TrainRecipe
+from deitkit.optim import ExponentialMovingAverage, adopt_layout, build_optimizers, learning_rate, set_rate
+from deitkit.recipe import AugmentRecipe, DistillationRecipe, OptimizerRecipe, SpeedRecipe, TrainRecipe
 from deitkit.seeding import derived_generator, derived_seed
+from deitkit.speed import micro_batch_size
 
 LOG_EVERY = 50  # steps between two looks at the device, which waits for it
+WATCHED = ("step", "waiting", "views", "teacher")
 
 
 class Student:
@@ -53,28 +60,54 @@ class Student:
 
     def reset_meters(self) -> None:
         """Forget the sums of the epoch."""
-        self.watch = Stopwatch(self.classifier.mean.device)
+        device = self.classifier.mean.device
+        self.watch, self.optimizer_watch = Stopwatch(device), Stopwatch(device)
         self.term_sums: dict[str, Tensor] = {}
-        self.bad_step = torch.full((), -1, device=self.classifier.mean.device, dtype=torch.long)
+        self.bad_step = torch.full((), -1, device=device, dtype=torch.long)
 
-    def update(self, terms: dict[str, Float[Tensor, ""]], step: int, rate: float) -> None:
-        """Take one step down the sum of the terms; nothing here waits for the device."""
-        loss = torch.stack(list(terms.values())).sum()
+    def find_gradient(
+        self,
+        view: Float[Tensor, "batch channels height width"],
+        targets: Float[Tensor, "batch classes"],
+        answer: Float[Tensor, "batch classes"] | None,
+        *,
+        settings: DistillationRecipe,
+        precision: Precision,
+        micro_batch: int,
+    ) -> dict[str, Float[Tensor, ""]]:
+        """Leave the gradient of the loss in the weights, part by part of the batch, and return the loss's terms."""
         for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = rate
             optimizer.zero_grad()
-        loss.backward()
+        sums: dict[str, Tensor] = {}
+        answers = answer.split(micro_batch) if answer is not None else itertools.repeat(None)
+        for part, part_targets, part_answer in zip(view.split(micro_batch), targets.split(micro_batch), answers):
+            with precision.autocast():
+                output = self.classifier(part)
+            terms = self.method.loss_terms(output, part_answer, part_targets, settings)
+            terms = {name: term * (len(part) / len(view)) for name, term in terms.items()}
+            torch.stack(list(terms.values())).sum().backward()
+            sums = {name: sums.get(name, 0) + term.detach() for name, term in terms.items()}
+        return sums
+
+    def descend(self) -> None:
+        """Clip the gradient and take the optimizers' step; nothing here waits for the device."""
         if self.recipe.clip_norm is not None:
             nn.utils.clip_grad_norm_(self.classifier.parameters(), self.recipe.clip_norm)
         for optimizer in self.optimizers:
             optimizer.step()
-        if self.average is not None:
-            self.average.update(self.classifier)
-        first_bad = ~torch.isfinite(loss.detach()) & (self.bad_step < 0)
+
+    def set_rate(self, rate: float) -> None:
+        """Set the learning rate of the next step."""
+        for optimizer in self.optimizers:
+            set_rate(optimizer, rate)
+
+    def note(self, terms: dict[str, Float[Tensor, ""]], step: int) -> None:
+        """Add a step's terms to the sums of the epoch, and remember the first step whose loss is not finite."""
+        loss = torch.stack(list(terms.values())).sum()
+        first_bad = ~torch.isfinite(loss) & (self.bad_step < 0)
         self.bad_step = torch.where(first_bad, step, self.bad_step)
         for name, term in terms.items():
-            self.term_sums[name] = self.term_sums.get(name, 0) + term.detach()
+            self.term_sums[name] = self.term_sums.get(name, 0) + term
 
     def check(self, rate_of: Callable[[int], float]) -> None:
         """Look whether a loss was not finite; if so, go back to the last good state and stop."""
@@ -94,12 +127,13 @@ class Student:
         """Return all that a resumed student needs, tensors and plain values only."""
         return {
             "model": self.classifier.model.state_dict(),
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "optimizers": [optimizer.state_dict()["state"] for optimizer in self.optimizers],
             "average": self.average.classifier.state_dict() if self.average else None,
             "average_updates": self.average.updates if self.average else 0,
             "good": self.good,
             "stopped": self.stopped,
             "seconds": self.watch.seconds,
+            "optimizer_seconds": self.optimizer_watch.seconds,
             "term_sums": self.term_sums,
             "bad_step": self.bad_step,
         }
@@ -108,13 +142,17 @@ class Student:
         """Continue from ``state_dict``."""
         self.classifier.model.load_state_dict(state["model"])
         for optimizer, optimizer_state in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(optimizer_state)
+            # The groups are those of this run's recipe and device; the state alone is of the run that was stopped.
+            groups = optimizer.state_dict()["param_groups"]
+            optimizer.load_state_dict({"state": optimizer_state, "param_groups": groups})
+            adopt_layout(optimizer)
         if self.average is not None:
             self.average.classifier.load_state_dict(state["average"])
             self.average.updates = state["average_updates"]
         device = self.bad_step.device
         self.good = _to(state["good"], device)
         self.stopped, self.watch = state["stopped"], Stopwatch(device, state["seconds"])
+        self.optimizer_watch = Stopwatch(device, state["optimizer_seconds"])
         self.term_sums, self.bad_step = _to(state["term_sums"], device), state["bad_step"].to(device)
 
     def _snapshot(self) -> dict[str, Tensor]:
@@ -157,8 +195,10 @@ class Cohort:
         augment: How the views are made.
         train: Epochs, label smoothing, schedule.
         distillation: Weights and temperature of the methods.
+        speed: How fast, never what.
         precision: Of the forward passes.
         seed: Of the views and of dropout.
+        answers: Where the teacher's answers are kept; None asks it at every step.
     """
 
     def __init__(
@@ -170,8 +210,10 @@ class Cohort:
         augment: AugmentRecipe,
         train: TrainRecipe,
         distillation: DistillationRecipe,
+        speed: SpeedRecipe,
         precision: Precision,
         seed: int,
+        answers: Answers | None = None,
     ) -> None:
         self.students = students
         self.teacher = teacher
@@ -179,13 +221,25 @@ class Cohort:
         self.batches = Batches(dataset.train, train.batch_size, seed, self.device)
         self.validation = dataset.validation.to(self.device)
         self.train_recipe = train
-        self.distillation = distillation
         self.precision = precision
         self.seed = seed
         self.augment = Augment(augment, dataset.mean, dataset.std)
         self.mix = Mix(augment, dataset.classes, train.label_smoothing)
+        self.answers = answers
+        self.recorder = Recorder(self.device, speed.cuda_graphs and not speed.checkpoint_activations)
+        self.ask = self.recorder.replayed(self._ask)
+        self.find_gradient, self.descend = {}, {}
+        for student in students:
+            part = micro_batch_size(student.classifier.model, train.batch_size, speed, self.device)
+            gradient = partial(student.find_gradient, settings=distillation, precision=precision, micro_batch=part)
+            self.find_gradient[student.name] = self.recorder.replayed(gradient)
+            self.descend[student.name] = self.recorder.replayed(student.descend)
         self.epoch, self.step = 0, 0  # the next to be trained, from 0
-        self.watch = Stopwatch(self.device)  # the epoch's steps so far
+        self.reset_watches()
+
+    def reset_watches(self, seconds: dict[str, float] | None = None) -> None:
+        """Begin the times of an epoch: all of it, waiting for images, making views, and the teacher."""
+        self.watches = {name: Stopwatch(self.device, (seconds or {}).get(name, 0.0)) for name in WATCHED}
 
     @property
     def active(self) -> list[Student]:
@@ -195,20 +249,42 @@ class Cohort:
     def train_step(self, images: UInt8[Tensor, "batch channels height width"], labels: Int64[Tensor, "batch"]) -> None:
         """Train every student on one batch: one view, one answer of the teacher, then each student's update."""
         step = self.epoch * self.batches.steps_per_epoch + self.step
-        generator = derived_generator(self.seed, "view", step)
-        view, targets = self.mix(self.augment(images, generator), labels, generator)
-        answer = self._answer(view)
+        with self.watches["views"]:
+            view, targets = self.make_view(images, labels, step)
+        with self.watches["teacher"]:
+            answer = self._answer(view)
         for student in self.active:
             torch.manual_seed(derived_seed(self.seed, "dropout", step))
             with student.watch:
-                with self.precision.autocast():
-                    output = student.classifier(view)
-                terms = student.method.loss_terms(output, answer, targets, self.distillation)
-                student.update(terms, step, self.rate(student, step))
+                terms = self.find_gradient[student.name](view, targets, answer)
+                with student.optimizer_watch:
+                    student.set_rate(self.rate(student, step))
+                    self.descend[student.name]()
+                student.note(terms, step)
+
+    def make_view(
+        self, images: UInt8[Tensor, "batch channels height width"], labels: Int64[Tensor, "batch"], step: int
+    ) -> tuple[Float[Tensor, "batch channels height width"], Float[Tensor, "batch classes"]]:
+        """Return the view of a step of the run, and its targets."""
+        generator = derived_generator(self.seed, "view", step)
+        view, targets = self.mix(self.augment(images, generator), labels, generator)
+        return self.recorder.hold("view", view), self.recorder.hold("targets", targets)
 
     def _answer(self, view: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch classes"] | None:
+        """Ask the teacher, or read what it said to this view before; None where no student needs it."""
         if self.teacher is None or not any(student.method.teacher_signal for student in self.active):
             return None
+        if self.answers is None:
+            return self.recorder.hold("answer", self.ask(view))
+        answer = self.answers.find(self.epoch, self.step)
+        if answer is None:
+            answer = self.answers.keep(self.epoch, self.step, self.ask(view))
+        elif self.step == 0:
+            self.answers.check(answer, self.ask(view))
+        return self.recorder.hold("answer", answer)
+
+    def _ask(self, view: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch classes"]:
+        assert self.teacher is not None
         with self.precision.autocast():
             return self.teacher(view)
 
@@ -230,10 +306,9 @@ class Cohort:
         for student in self.students:
             student.classifier.train()
         while self.epoch < self.train_recipe.epochs and self.active:
+            batches = self.batches.epoch(self.epoch, self.step)
             while self.step < self.batches.steps_per_epoch:
-                with self.watch:
-                    self.train_step(*self.batches.batch(self.epoch, self.step))
-                self.step += 1
+                self.next_step(batches)
                 if self._may_look():
                     self._look()
                     if on_step is not None:
@@ -243,6 +318,19 @@ class Cohort:
             records = self._close_epoch()
             self.epoch, self.step = self.epoch + 1, 0
             yield records
+
+    def next_step(self, batches: Iterator[tuple[Tensor, Tensor]]) -> None:
+        """Train on the next batch of the epoch."""
+        try:
+            with self.watches["step"]:
+                with self.watches["waiting"]:
+                    images, labels = next(batches)
+                self.train_step(images, labels)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise OutOfMemory(self.batches.batch_size) from error
+        self.step += 1
 
     def _may_look(self) -> bool:
         """Reading a value waits for the device, so an accelerator is looked at now and then only."""
@@ -260,7 +348,7 @@ class Cohort:
             epochs=self.train_recipe.epochs,
             step=self.step,
             steps_per_epoch=self.batches.steps_per_epoch,
-            images_per_second=self.step * self.batches.batch_size / self.watch.seconds,
+            images_per_second=self.step * self.batches.batch_size / self.watches["step"].seconds,
             losses={student.name: float(sum(student.term_sums.values())) / self.step for student in self.active},
         )
 
@@ -268,6 +356,7 @@ class Cohort:
         """Validate, describe the epoch, and begin the next one's sums."""
         steps = self.batches.steps_per_epoch
         last_step = (self.epoch + 1) * steps - 1
+        shares = self.shares()
         records = []
         for student in self.active:
             accuracy = self._validate(student.classifier)
@@ -285,13 +374,21 @@ class Cohort:
                     "learning_rate": self.rate(student, last_step),
                     "images_per_second": steps * self.batches.batch_size / student.watch.seconds,
                     "seconds": student.watch.seconds,
-                    "cohort_images_per_second": steps * self.batches.batch_size / self.watch.seconds,
+                    "cohort_images_per_second": steps * self.batches.batch_size / self.watches["step"].seconds,
+                    "shares": shares,
                 }
             )
             student.mark_good()
             student.reset_meters()
-        self.watch = Stopwatch(self.device)
+        self.reset_watches()
         return records
+
+    def shares(self) -> dict[str, float]:
+        """Return where the time of the epoch's steps went, as fractions; waits for the device."""
+        parts = {name: self.watches[name].seconds for name in WATCHED[1:]}
+        parts["optimizers"] = sum(student.optimizer_watch.seconds for student in self.students)
+        parts["students"] = sum(student.watch.seconds for student in self.students) - parts["optimizers"]
+        return {name: seconds / self.watches["step"].seconds for name, seconds in parts.items()}
 
     def _validate(self, classifier: Classifier) -> dict[str, float]:
         output = predict(classifier, self.validation, self.precision)
@@ -304,13 +401,13 @@ class Cohort:
         return {
             "epoch": self.epoch,
             "step": self.step,
-            "seconds": self.watch.seconds,
+            "seconds": {name: watch.seconds for name, watch in self.watches.items()},
             "students": {student.name: student.state_dict() for student in self.students},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from ``state_dict``."""
         self.epoch, self.step = state["epoch"], state["step"]
-        self.watch = Stopwatch(self.device, state["seconds"])
+        self.reset_watches(state["seconds"])
         for student in self.students:
             student.load_state_dict(state["students"][student.name])

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from deitkit import __version__
+from deitkit.answers import Answers
 from deitkit.checkpoint import load_tree, save_classifier, save_tree
 from deitkit.cohort import Cohort, Student
 from deitkit.data.batches import Batches
@@ -28,6 +29,7 @@ from deitkit.report import write_report
 from deitkit.rows import summarise
 from deitkit.runs import Watcher, begin_run, check_run, train_to_end
 from deitkit.seeding import derived_seed, seeded
+from deitkit.speed import accelerate
 from deitkit.teacher import FrozenTeacher, TeacherCard, prepare_teacher
 
 BASELINE = "cnn-baseline"
@@ -92,11 +94,25 @@ def build_students(recipe: Recipe, dataset: Dataset, seed: int, precision: Preci
             tokens=METHODS[name].tokens,
             seed=derived_seed(seed, "student"),
         )
-        classifier = Classifier(model, mean=dataset.mean, std=dataset.std).to(precision.device)
+        classifier = accelerate(Classifier(model, mean=dataset.mean, std=dataset.std), recipe.speed, precision.device)
         students.append(Student(name, METHODS[name], classifier, recipe.train, recipe.train.ema_decay))
     if recipe.baseline is not None:
         students.append(_build_baseline(recipe, dataset, seed, precision))
     return students
+
+
+def build_answers(recipe: Recipe, dataset: Dataset, teacher: FrozenTeacher, seed: int, precision: Precision) -> Answers:
+    """Open what the teacher said, or will say, to the views of one seed."""
+    return Answers(
+        teacher.classifier,
+        fingerprint=dataset.fingerprint,
+        augment=recipe.augment,
+        batch_size=recipe.train.batch_size,
+        steps=len(dataset.train) // recipe.train.batch_size,
+        classes=dataset.classes,
+        seed=seed,
+        precision=precision,
+    )
 
 
 def _baseline_name(recipe: Recipe) -> str:
@@ -112,7 +128,7 @@ def _build_baseline(recipe: Recipe, dataset: Dataset, seed: int, precision: Prec
         )
     with seeded(seed, BASELINE):
         built = create_classifier(_baseline_name(recipe), classes=dataset.classes, channels=dataset.channels)
-    classifier = Classifier(built.model, mean=dataset.mean, std=dataset.std).to(precision.device)
+    classifier = accelerate(Classifier(built.model, mean=dataset.mean, std=dataset.std), recipe.speed, precision.device)
     return Student(BASELINE, METHODS["none"], classifier, recipe.baseline, recipe.train.ema_decay)
 
 
@@ -128,6 +144,9 @@ def _run_seed(
 ) -> None:
     """Train one cohort to its end, save its students, and ask them about the test images, once."""
     students = build_students(recipe, dataset, seed, precision)
+    answers = None
+    if teacher is not None and recipe.teacher.cache:
+        answers = build_answers(recipe, dataset, teacher, seed, precision)
     cohort = Cohort(
         students,
         teacher=teacher,
@@ -135,8 +154,10 @@ def _run_seed(
         augment=recipe.augment,
         train=recipe.train,
         distillation=recipe.distillation,
+        speed=recipe.speed,
         precision=precision,
         seed=seed,
+        answers=answers,
     )
     home = folder / f"seed-{seed}"
     train_to_end(

@@ -24,5 +24,23 @@ class TeacherError(DeitkitError):
     """A teacher that cannot be built or that must not teach."""
 
 
+class OutOfMemory(DeitkitError):  # noqa: N818 - as torch names it
+    """Training did not fit into memory; torch has no type of its own for that on a CPU."""
+
+    def __init__(self, batch_size: int) -> None:
+        half = max(1, batch_size // 2)
+        super().__init__(
+            f"out of memory with batches of {batch_size} images: set speed.micro_batch_size={half} for the same "
+            f"training of the students in smaller parts, or train.batch_size={half} (teacher.train.batch_size={half} "
+            "if the teacher was training); speed.checkpoint_activations=true saves memory too, at a third more time"
+        )
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an exception says that memory ran out, on whatever device."""
+    signs = ("out of memory", "can't allocate memory")
+    return isinstance(error, MemoryError) or any(sign in str(error) for sign in signs)
+
+
 class Interrupted(Exception):  # noqa: N818 - nothing went wrong
     """The user stopped a run; everything up to the present step is saved."""

@@ -115,6 +115,28 @@ class TrainRecipe(OptimizerRecipe):
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 where the processor has it.")
 
 
+class SpeedRecipe(Section):
+    """How fast, never what: nothing here changes a result by more than rounding; a run may go on with other values."""
+
+    compile: Literal["auto"] | bool = Field(
+        "auto",
+        description="Compile the students' blocks (torch.compile); auto: on a GPU, where it was measured to pay.",
+    )
+    cuda_graphs: bool = Field(True, description="On a GPU, record a student's step once and replay it.")
+    attention: Literal["auto", "plain", "fused"] = Field(
+        "auto", description="Two matrix products, or the fused kernel; auto: plain on a CPU for short sequences."
+    )
+    channels_last: bool = Field(True, description="Lay CNNs out with the channels last in memory.")
+    micro_batch_size: Literal["auto"] | PositiveInt | None = Field(
+        "auto",
+        description="Split a student's batch and accumulate its gradient: less memory, the same step. auto: on a CPU, "
+        "into parts that fit its cache; null: never. CNNs see whole batches, which their BatchNorm needs.",
+    )
+    checkpoint_activations: bool = Field(
+        False, description="Keep only the input of each block and compute the rest again in the backward pass."
+    )
+
+
 class TeacherTrainRecipe(TrainRecipe):
     """How a teacher is trained here: a CNN's usual recipe."""
 
@@ -150,6 +172,9 @@ class TeacherRecipe(Section):
         False, description="Train it on all training images, also those that data.train_images keeps from the students."
     )
     min_top1: Probability | None = Field(None, description="Refuse a teacher below this validation accuracy.")
+    cache: bool = Field(
+        False, description="Keep its answers on the disk, so that another comparison on the same views asks it nothing."
+    )
     allow_weak: bool = Field(False, description="Let a teacher that the gate refused teach all the same.")
 
 
@@ -192,6 +217,7 @@ class Recipe(Section):
     distillation: DistillationRecipe = DistillationRecipe()
     baseline: BaselineRecipe | None = None
     train: TrainRecipe = TrainRecipe()
+    speed: SpeedRecipe = SpeedRecipe()
     seeds: tuple[NonNegativeInt, ...] = Field((0,), min_length=1, description="A cohort is trained for each.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is one.")
     published: tuple[Literal["seed", "paper"], ...] = Field((), description="Published tables to print beside ours.")
@@ -231,17 +257,18 @@ def shipped_recipes() -> dict[str, str]:
     return {entry.name.removesuffix(".yaml"): entry.read_text(encoding="utf-8") for entry in files}
 
 
-def load_recipe(source: str, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(source: str | None, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe and validate it.
 
     Args:
-        source: The name of a shipped recipe, or a path to a YAML file.
-        overrides: ``key=value`` with dotted keys; values are YAML.
+        source: The name of a shipped recipe, or a path to a YAML file; None for the defaults.
+        overrides: ``key=value`` with dotted keys; values are YAML. A section that has a name may be named in short:
+            ``data=cifar10`` is ``data.name=cifar10``.
 
     Raises:
         RecipeError: All problems of the recipe at once; an unknown key names its nearest neighbours.
     """
-    tree = _read_tree(source)
+    tree = _read_tree(source) if source is not None else {}
     for override in overrides:
         _apply(tree, override)
     return parse_recipe(tree)
@@ -331,6 +358,8 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         value = yaml.safe_load(text)
     except (yaml.YAMLError, RecursionError, ValueError):
         raise RecipeError(f"the value of '{override}' is no valid YAML: quote it") from None
+    if isinstance(value, str) and "name" in getattr(_section_of(_field_type(key)), "model_fields", ()):
+        key += ".name"
     *parents, last = key.split(".")
     place = tree
     for parent in parents:
@@ -338,6 +367,11 @@ def _apply(tree: dict[str, Any], override: str) -> None:
             place[parent] = {}
         place = place[parent]
     place[last] = value
+
+
+def _field_type(key: str) -> Any:
+    field = Recipe.model_fields.get(key)
+    return field.annotation if field is not None else None
 
 
 def _sentence(problem: dict[str, Any]) -> str:

@@ -18,9 +18,19 @@ from deitkit.files import write_text
 from deitkit.recipe import Recipe, dump_recipe
 from deitkit.report import read_metrics
 
-# Fields that say where, not what, so that a run may go on on another machine; and those of the gate, so that a teacher
-# that it refused need not be trained again.
-FREE_TO_CHANGE = {"device", "data.root", "data.download", "teacher.allow_weak", "teacher.min_top1"}
+# Fields that say where or how fast, not what, so that a run may go on on another machine; and those of the gate, so
+# that a teacher that it refused need not be trained again.
+FREE_TO_CHANGE = {
+    "device",
+    "speed",
+    "data.root",
+    "data.download",
+    "data.streaming",
+    "data.workers",
+    "teacher.cache",
+    "teacher.allow_weak",
+    "teacher.min_top1",
+}
 
 
 @runtime_checkable

@@ -28,6 +28,7 @@ from deitkit.models.zoo import Built, create_classifier, reset_head
 from deitkit.recipe import DistillationRecipe, Recipe, TeacherRecipe
 from deitkit.runs import Watcher, train_to_end
 from deitkit.seeding import seeded
+from deitkit.speed import accelerate
 
 IMAGENET_NORMALISATION = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 # A teacher that gains this much from another normalisation or order of classes was given the wrong one.
@@ -41,12 +42,12 @@ class FrozenTeacher(nn.Module):
         super().__init__()
         self.classifier = classifier.requires_grad_(False).eval()
 
-    @torch.no_grad()
     def forward(self, view: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch classes"]:
         """Return logits for views in [0, 1], through the teacher's own normalisation and resolution."""
-        logits = self.classifier(view).class_logits
-        assert logits is not None
-        return logits
+        with torch.inference_mode():
+            logits = self.classifier(view).class_logits
+            assert logits is not None
+        return logits.clone()  # a tensor of inference mode could not be the target of a loss
 
     def train(self, mode: bool = True) -> "FrozenTeacher":
         """Do nothing: a teacher stays in evaluation mode."""
@@ -81,12 +82,13 @@ def prepare_teacher(
     """
     card_path = folder / "card.json"
     if card_path.exists():
-        classifier, _ = load_classifier(folder, precision.device)
+        classifier = accelerate(load_classifier(folder, precision.device)[0], recipe.speed, precision.device)
         stored = json.loads(card_path.read_text(encoding="utf-8"))
         stored |= {name: tuple(stored[name]) for name in ("mean", "std")}
         return FrozenTeacher(classifier), TeacherCard(**stored)
     with seeded(recipe.seeds[0], "teacher"):
-        classifier, card = _draft(recipe.teacher, dataset, precision.device)
+        classifier, card = _draft(recipe.teacher, dataset)
+    accelerate(classifier, recipe.speed, precision.device)
     if card.fit != "none":
         lessons = dataset
         if recipe.teacher.all_images:
@@ -112,7 +114,7 @@ def _model_card(card: TeacherCard, dataset: Dataset) -> dict[str, Any]:
     }
 
 
-def _draft(recipe: TeacherRecipe, dataset: Dataset, device: torch.device) -> tuple[Classifier, TeacherCard]:
+def _draft(recipe: TeacherRecipe, dataset: Dataset) -> tuple[Classifier, TeacherCard]:
     """Build the teacher with the weights that the recipe names; the card's accuracy is not known yet."""
     recipe = _with_own_card(recipe, dataset)
     built = create_classifier(
@@ -151,7 +153,7 @@ def _draft(recipe: TeacherRecipe, dataset: Dataset, device: torch.device) -> tup
         mean=mean,
         std=std,
     )
-    return classifier.to(device), card
+    return classifier, card
 
 
 def _untrained(new_head: bool, new_body: bool) -> str:
@@ -233,6 +235,7 @@ def _train(
         augment=recipe.teacher.augment,
         train=recipe.teacher.train,
         distillation=DistillationRecipe(),
+        speed=recipe.speed,
         precision=precision,
         seed=recipe.seeds[0],
     )

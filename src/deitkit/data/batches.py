@@ -3,6 +3,8 @@
 Batch ``step`` of epoch ``epoch`` is a function of the seed, so a run can go on from any step.
 """
 
+from collections.abc import Iterator
+
 import torch
 from jaxtyping import Int64, UInt8
 from torch import Tensor
@@ -39,3 +41,10 @@ class Batches:
             self._order = (epoch, order.to(self.split.images.device, non_blocking=True))
         indices = self._order[1][step * self.batch_size : (step + 1) * self.batch_size]
         return self.split.images[indices], self.split.labels[indices]
+
+    def epoch(
+        self, epoch: int, first_step: int = 0
+    ) -> Iterator[tuple[UInt8[Tensor, "batch channels height width"], Int64[Tensor, "batch"]]]:
+        """Yield the batches of an epoch (from 0), from a step on."""
+        for step in range(first_step, self.steps_per_epoch):
+            yield self.batch(epoch, step)

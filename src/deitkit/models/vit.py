@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from deitkit.errors import RecipeError
 from deitkit.recipe import ModelRecipe
@@ -21,9 +22,7 @@ TOKENS = ("class", "distillation")
 NORM_EPS = 1e-6
 INIT_STD = 0.02
 MLP_RATIO = 4
-# Up to here a CPU takes two plain products. Where measured (2 busy Xeon cores, torch 2.14, a student's forward and
-# backward pass) that took 2 to 7 % longer than the fused kernel: a limit to measure again, not a known gain.
-SHORT_SEQUENCE = 256
+SHORT_SEQUENCE = 256  # tokens up to which a CPU takes two plain products: docs/benchmarks.md has both
 
 
 @dataclass(frozen=True)
@@ -60,15 +59,15 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
         self.drop = nn.Dropout(dropout)
+        self.kernel = "auto"  # | plain | fused
 
     def forward(self, x: Float[Tensor, "batch tokens width"]) -> Float[Tensor, "batch tokens width"]:
         """Mix the tokens of each image; on a CPU, few tokens by plain products, otherwise by the fused kernel."""
         batch, tokens, width = x.shape
         query, key, value = self.qkv(x).view(batch, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
-        if x.device.type == "cpu" and tokens <= SHORT_SEQUENCE:
-            mixed = plain_attention(query, key, value)
-        else:
-            mixed = F.scaled_dot_product_attention(query, key, value)
+        short = x.device.type == "cpu" and tokens <= SHORT_SEQUENCE
+        plain = self.kernel == "plain" or (self.kernel == "auto" and short)
+        mixed = (plain_attention if plain else F.scaled_dot_product_attention)(query, key, value)
         projected: Tensor = self.drop(self.proj(mixed.transpose(1, 2).reshape(batch, tokens, width)))
         return projected
 
@@ -100,18 +99,25 @@ class MLP(nn.Module):
 
 
 class DropPath(nn.Module):
-    """Stochastic depth, per image: leave a residual branch out, scale it up where it stays (Huang et al. 2016)."""
+    """Stochastic depth, per image: leave a residual branch out, scale it up where it stays (Huang et al. 2016).
+
+    The rate is a tensor, so that the blocks of a student share their compiled code though each has its own.
+    """
+
+    kept: Tensor
 
     def __init__(self, rate: float) -> None:
         super().__init__()
         self.rate = rate
+        self.drops = rate > 0
+        self.register_buffer("kept", torch.tensor(1 - rate), persistent=False)
 
     def forward(self, branch: Float[Tensor, "batch tokens width"]) -> Float[Tensor, "batch tokens width"]:
         """Zero the branch of each image with probability ``rate``; the expectation over draws is the branch itself."""
-        if not self.training or self.rate == 0:
+        if not self.training or not self.drops:
             return branch
-        kept = 1 - self.rate
-        return branch * branch.new_empty(len(branch), 1, 1).bernoulli_(kept).div_(kept)
+        stays = torch.rand(len(branch), 1, 1, device=branch.device) < self.kept
+        return branch * (stays / self.kept).to(branch.dtype)
 
 
 class Block(nn.Module):
@@ -193,6 +199,7 @@ class DeiT(nn.Module):
         self.pos_drop = nn.Dropout(dropout)
         rates = [drop_path * index / max(depth - 1, 1) for index in range(depth)]
         self.blocks = nn.Sequential(*(Block(width, heads, dropout, rate) for rate in rates))
+        self.checkpoint_activations = False
         self.norm = nn.LayerNorm(width, eps=NORM_EPS)
         self.head = nn.Linear(width, classes) if "class" in tokens or not tokens else None
         self.head_dist = nn.Linear(width, classes) if "distillation" in tokens else None
@@ -210,6 +217,8 @@ class DeiT(nn.Module):
                 nn.init.ones_(module.weight)
             if isinstance(module, nn.LayerNorm | nn.Linear | nn.Conv2d) and module.bias is not None:
                 nn.init.zeros_(module.bias)
+            if isinstance(module, DropPath):
+                module.kept.fill_(1 - module.rate)  # no parameter, but lost on the meta device all the same
         patches = self.patch_embed.proj.weight
         bound = 1 / math.sqrt(patches[0].numel())
         nn.init.uniform_(patches, -bound, bound, generator=generator)
@@ -231,12 +240,18 @@ class DeiT(nn.Module):
         x = self.patch_embed(images)
         tokens = [token.expand(len(x), -1, -1) for token in (self.cls_token, self.dist_token) if token is not None]
         x = torch.cat([*tokens, x], dim=1) if tokens else x
-        x = self.norm(self.blocks(self.pos_drop(x + self.pos_embed)))
+        x = self.norm(self._run_blocks(self.pos_drop(x + self.pos_embed)))
         readout = x[:, 0] if tokens else x.mean(dim=1)
         return Output(
             class_logits=self.head(readout) if self.head is not None else None,
             distillation_logits=self.head_dist(x[:, len(tokens) - 1]) if self.head_dist is not None else None,
         )
+
+    def _run_blocks(self, x: Tensor) -> Tensor:
+        forget = self.checkpoint_activations and self.training
+        for block in self.blocks:
+            x = checkpoint(block, x, use_reentrant=False) if forget else block(x)
+        return x
 
     def block_matrices(self) -> list[nn.Parameter]:
         """Return the two-dimensional weights inside the blocks, in order."""

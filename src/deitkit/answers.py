@@ -1,0 +1,139 @@
+"""The teacher's answers on the disk: one comparison asks it, later ones on the same views read what it said.
+
+A view follows from the seed and the step (see ``seeding``), so an answer belongs to an epoch and a step. Always safe to
+delete, never needed.
+"""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from deitkit.data.cache import cache_folder, sha256
+from deitkit.device import Precision
+from deitkit.errors import TeacherError
+from deitkit.files import write_bytes
+from deitkit.models.classifier import Classifier
+from deitkit.recipe import AugmentRecipe
+
+FORMAT = 1  # of the files, and of how a view is made: raise it when either changes
+# Largest mean difference between an answer and its recording, as a share of the answers' standard deviation. Rounding
+# to float16 and other kernels stay under 0.02; the answers to other views, or of another teacher, are at about 1.
+TOLERANCE = 0.1
+
+
+class Answers:
+    """What one teacher says to the views of one seed, epoch by epoch.
+
+    Whether an answer is new or read, it is rounded to float16, so that a second run learns the same as the first.
+
+    Args:
+        teacher: The classifier that answers; its weights are part of the key.
+        fingerprint: Of the data set.
+        augment: How views are made.
+        batch_size: Images in a step.
+        steps: Steps of an epoch.
+        classes: Of the data set.
+        seed: Of the views.
+        precision: Of the teacher's forward pass.
+    """
+
+    def __init__(
+        self,
+        teacher: Classifier,
+        *,
+        fingerprint: str,
+        augment: AugmentRecipe,
+        batch_size: int,
+        steps: int,
+        classes: int,
+        seed: int,
+        precision: Precision,
+    ) -> None:
+        described = {
+            "format": FORMAT,
+            "teacher": _fingerprint(teacher),
+            "data": fingerprint,
+            "augment": augment.model_dump(mode="json"),
+            "batch_size": batch_size,
+            "seed": seed,
+            "precision": precision.name,
+            "device": precision.device.type,  # it draws the noise of erasing
+        }
+        key = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:32]
+        self.folder = cache_folder() / "answers" / key
+        self.shape = (steps, batch_size, classes)
+        self.device = precision.device
+        self.read = 0  # answers that needed no teacher
+        self._epoch = -1
+        self._recorded: Tensor | None = None
+        self._new: Tensor | None = None
+        self._kept = 0
+
+    def find(self, epoch: int, step: int) -> Float[Tensor, "batch classes"] | None:
+        """Return what was recorded for a step (both from 0), or None."""
+        if epoch != self._epoch:
+            self._open(epoch)
+        if self._recorded is None:
+            return None
+        self.read += 1
+        return self._recorded[step].float()
+
+    def keep(self, epoch: int, step: int, answer: Float[Tensor, "batch classes"]) -> Float[Tensor, "batch classes"]:
+        """Record an answer and return it as it will be read; an epoch is written when all its steps are recorded."""
+        if self._new is None:
+            self._require_space()
+            self._new = torch.empty(self.shape, dtype=torch.float16, device=self.device)
+        self._new[step] = answer
+        self._kept += 1
+        rounded = self._new[step].float()
+        if self._kept == len(self._new):
+            self._write(epoch)
+        return rounded
+
+    def check(self, recorded: Float[Tensor, "batch classes"], answer: Float[Tensor, "batch classes"]) -> None:
+        """Raise TeacherError if a recording is not what the teacher says now; waits for the device."""
+        difference = (recorded - answer).abs().mean() / answer.float().std().clamp(min=1e-6)
+        if not float(difference) <= TOLERANCE:
+            raise TeacherError(
+                f"the teacher's recorded answers in {self.folder} are stale (they differ from its present ones by "
+                f"{float(difference):.2f} standard deviations): delete that folder, or set teacher.cache=false"
+            )
+
+    def _path(self, epoch: int) -> Path:
+        return self.folder / f"epoch-{epoch + 1:05d}.safetensors"
+
+    def _open(self, epoch: int) -> None:
+        self._epoch, self._recorded, self._new, self._kept = epoch, None, None, 0
+        try:
+            with safe_open(self._path(epoch), framework="pt") as file:
+                recorded = file.get_tensor("answers")
+        except (OSError, SafetensorError):
+            return  # none, or damaged: the teacher is asked
+        if tuple(recorded.shape) == self.shape and recorded.dtype == torch.float16:
+            self._recorded = recorded.to(self.device)
+
+    def _require_space(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        needed = 2 * torch.Size(self.shape).numel()
+        free = shutil.disk_usage(self.folder).free
+        if needed > 0.9 * free:
+            raise TeacherError(
+                f"teacher.cache needs {needed / 2**30:.1f} GiB for each epoch and {free / 2**30:.1f} GiB are free in "
+                f"{self.folder.parent}: set DEITKIT_CACHE to a larger disk, or teacher.cache=false"
+            )
+
+    def _write(self, epoch: int) -> None:
+        assert self._new is not None
+        write_bytes(self._path(epoch), save({"answers": self._new.cpu()}))
+
+
+def _fingerprint(teacher: Classifier) -> str:
+    tensors = [teacher.mean, teacher.std, *teacher.model.state_dict().values()]
+    return f"{sha256(*(tensor.detach().cpu() for tensor in tensors))} at {teacher.image_px} px"
