@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 from deitkit import __version__
-from deitkit.errors import DeitkitError, Interrupted, RecipeError
+from deitkit.bench.command import app as bench_app
+from deitkit.errors import DeitkitError, Interrupted, RecipeError, is_out_of_memory
 from deitkit.recipe import Recipe, describe_fields, load_recipe, shipped_recipes
 
 app = typer.Typer(
@@ -21,6 +22,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
 )
+app.add_typer(bench_app, name="bench")
 console = Console()
 errors = Console(stderr=True)
 
@@ -285,9 +287,6 @@ def _show_batch(recipe: Recipe, out: Path | None) -> None:
     _say(f"augmented views in {path}")
 
 
-_OUT_OF_MEMORY = ("out of memory", "can't allocate memory")
-
-
 def main() -> None:
     """Run the command line; a user's mistake is one line and exit code 2."""
     try:
@@ -299,8 +298,8 @@ def main() -> None:
         errors.print("stopped; the same command with --resume goes on from here", highlight=False)
         sys.exit(130)
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not any(sign in str(error) for sign in _OUT_OF_MEMORY):
+        if not is_out_of_memory(error):
             raise
-        advice = "halve train.batch_size (and teacher.train.batch_size if the teacher was training)"
-        errors.print(f"error: out of memory: {advice}", style="red", soft_wrap=True)
+        advice = "out of memory: lower train.batch_size, teacher.train.batch_size or data.image_px"
+        errors.print(f"error: {advice}", style="red", soft_wrap=True)
         sys.exit(2)

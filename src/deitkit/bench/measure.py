@@ -1,0 +1,123 @@
+"""Clocks, counters and limits of a measurement; what is measured is in ``training`` and ``inference``."""
+
+import copy
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from deitkit.device import Precision
+from deitkit.models.vit import Attention, Output
+
+# Side of the square matrices whose product stands for what the machine can do at best: large enough to be limited by
+# arithmetic, small enough for a second.
+LIMIT_SIDE = {"cpu": 2048, "cuda": 8192}
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one call: the median over repeats, and the fastest and slowest."""
+
+    median: float
+    fastest: float
+    slowest: float
+
+
+def wait(device: torch.device) -> None:
+    """Wait until the device has done all that it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def time_in_turn(
+    functions: Mapping[str, Callable[[], Any]], *, device: torch.device, repeats: int, calls: int, warm_up: int = 1
+) -> dict[str, Timing]:
+    """Time functions in turn, so that whatever slows the machine for a while slows them all.
+
+    Args:
+        functions: By name.
+        device: Where they run; waited for before and after each measurement.
+        repeats: Measurements of each.
+        calls: Calls in one measurement.
+        warm_up: Calls of each before the first measurement.
+    """
+    for function in functions.values():
+        for _ in range(warm_up):
+            function()
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(repeats):
+        for name, function in functions.items():
+            wait(device)
+            started = time.perf_counter()
+            for _ in range(calls):
+                function()
+            wait(device)
+            seconds[name].append((time.perf_counter() - started) / calls)
+    return {name: Timing(statistics.median(taken), min(taken), max(taken)) for name, taken in seconds.items()}
+
+
+def machine_limit(precision: Precision) -> float:
+    """Return the FLOP/s of a large matrix product on random numbers: what no training gets past in practice."""
+    device = precision.device
+    side = LIMIT_SIDE[device.type]
+    if precision.name == "bf16" and device.type == "cpu" and not _is_quick(precision):
+        side = 256  # emulated
+    left, right = (torch.randn(side, side, device=device).to(precision.dtype) for _ in range(2))
+    taken = time_in_turn({"product": lambda: left @ right}, device=device, repeats=5, calls=3)["product"]
+    return 2 * side**3 / taken.median
+
+
+def _is_quick(precision: Precision) -> bool:
+    from deitkit.device import computes_bf16
+
+    return computes_bf16(precision.device)
+
+
+def count_flops(model: nn.Module, image_shape: tuple[int, ...], *, backward: bool) -> int:
+    """Return the floating-point operations for one image, with the backward pass or without, a multiply-add as two.
+
+    Matrix products, convolutions and attention count, as is usual; nothing is computed for it.
+    """
+    twin = _on_meta(model)
+    images = torch.empty(2, *image_shape, device="meta")
+    with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(backward):
+        output = twin(images)
+        heads = _heads(output)
+        if backward:
+            torch.stack([head.sum() for head in heads]).sum().backward()
+    return int(counter.get_total_flops()) // 2
+
+
+def _on_meta(model: nn.Module) -> nn.Module:
+    twin = copy.deepcopy(model).to("meta")
+    for module in twin.modules():
+        if isinstance(module, Attention):
+            module.kernel = "plain"
+    return twin
+
+
+def _heads(output: Output | Tensor) -> list[Tensor]:
+    if isinstance(output, Tensor):
+        return [output]
+    return [head for head in (output.class_logits, output.distillation_logits) if head is not None]
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Begin a new peak, where the device can forget the old one (a CPU's process cannot)."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Return the most memory that was in use: the device's tensors, or on a CPU the whole process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
