@@ -1,10 +1,10 @@
 """deitkit beside its peers: images/s of training a DeiT with token-hard distillation, the same work for everyone.
 
 Everyone trains the same student from the same teacher on the same images, in batches of the same size, in the same
-precision, under the same augmentation: pad 4 and crop, flip, RandAugment 2,9, erasing 0.25. Turns alternate, so that
-whatever slows the machine for a while slows everyone. RandAugment is torchvision's for all peers: timm's has other
-operations, and fails under Pillow 13 (timm 1.0.31). Loaders of peers get the number of worker processes that serves
-them best.
+precision, under the same augmentation: pad 4 and crop, flip, RandAugment 2,9, erasing 0.25. Each has a process of its
+own, and turns alternate, so that whatever slows the machine for a while slows everyone. RandAugment is torchvision's
+for all peers: timm's has other operations, and fails under Pillow 13 (timm 1.0.31). Loaders of peers get the number of
+worker processes that serves them best.
 
     python benchmarks/peers.py --patch-px 4          # real CIFAR-10 (from $DEITKIT_DATA)
     python benchmarks/peers.py --synthetic --steps 2 # random images
@@ -12,7 +12,10 @@ them best.
 
 import argparse
 import json
+import os
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -31,8 +34,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchvision import transforms
 
-from deitkit.bench.measure import machine_limit, wait
-from deitkit.bench.training import Bench, Stepper, step_flops
+from deitkit.bench.measure import count_flops, machine_limit, wait
+from deitkit.bench.training import Bench, Stepper, step_flops, synthetic_dataset
+from deitkit.data.sources import load_dataset
+from deitkit.device import Precision
 from deitkit.recipe import load_recipe
 
 WORKER_CHOICES = {"cpu": (0, 1, 2), "cuda": (8, 16)}
@@ -43,10 +48,12 @@ class DeitkitPeer:
 
     name = "deitkit"
 
-    def __init__(self, bench: Bench, options: argparse.Namespace) -> None:
+    def __init__(self, options: argparse.Namespace) -> None:
+        bench = Bench(_recipe(options), options.synthetic)
         self.device = bench.device
         self.stepper = Stepper(bench.cohort(bench.students(("token-hard",))))
         self.setting = "as shipped"
+        self.flops = step_flops(bench)
 
     def turn(self, steps: int) -> float:
         """Train so many steps and return the seconds."""
@@ -63,25 +70,31 @@ class LoaderPeer:
 
     name = ""
 
-    def __init__(self, bench: Bench, options: argparse.Namespace) -> None:
-        self.device, self.precision, self.options = bench.device, bench.precision, options
-        self.images = PilImages(bench.dataset.train.images, bench.dataset.train.labels)
-        self.mean, self.std = bench.dataset.mean, bench.dataset.std
-        self.image_px = bench.dataset.image_px[0]
+    def __init__(self, options: argparse.Namespace) -> None:
+        recipe = _recipe(options)
+        dataset = synthetic_dataset(recipe) if options.synthetic else load_dataset(recipe.data)
+        on_gpu = options.device != "cpu" and torch.cuda.is_available()
+        self.device, self.options = torch.device("cuda" if on_gpu else "cpu"), options
+        self.precision = Precision.choose("auto", self.device)
+        self.images = PilImages(dataset.train.images, dataset.train.labels)
+        self.mean, self.std = dataset.mean, dataset.std
+        self.image_px = dataset.image_px[0]
         self.student = timm.create_model(
             f"deit_{options.size}_distilled_patch16_224",
             img_size=self.image_px,
             patch_size=options.patch_px,
-            num_classes=bench.dataset.classes,
+            num_classes=dataset.classes,
         ).to(self.device)
         self.student.set_distilled_training(True)
-        self.teacher = timm.create_model(options.teacher, num_classes=bench.dataset.classes).to(self.device).eval()
+        self.teacher = timm.create_model(options.teacher, num_classes=dataset.classes).to(self.device).eval()
         self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(
             self.student.parameters(), lr=1e-3, weight_decay=0.05, fused=True
         )
         self.prepare()
         self.workers = self._best_workers()
         self.setting = f"{self.workers} workers{self.describe()}"
+        shape = (dataset.channels, *dataset.image_px)
+        self.flops = count_flops(self.student, shape, backward=True) + count_flops(self.teacher, shape, backward=False)
 
     def prepare(self) -> None:
         """Set up whatever else the loop needs."""
@@ -269,24 +282,72 @@ class PilImages:
         return (self.transform(image) if self.transform else image), int(self.labels[index])
 
 
-def main(argv: list[str] | None = None) -> dict[str, Any]:
+class Remote:
+    """A peer in a process of its own: started, asked for turns, and stopped."""
+
+    def __init__(self, key: str, argv: list[str]) -> None:
+        self.name = PEERS[key].name
+        command = [sys.executable, __file__, *argv, "--serve", key]
+        settings = dict(os.environ)
+        if key != "deitkit":
+            settings["THP_MEM_ALLOC_ENABLE"] = "0"  # torch's default, which importing deitkit changes
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=settings)
+        self.about = self._answer()
+
+    def turn(self, steps: int) -> float:
+        """Let the peer train so many steps and return the seconds."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"{steps}\n")
+        self.process.stdin.flush()
+        return float(self._answer()["seconds"])
+
+    def stop(self) -> None:
+        """End the process."""
+        self.process.communicate()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        return json.loads(line) if line else {"problem": "the process ended without a word"}
+
+
+def serve(key: str, options: argparse.Namespace) -> None:
+    """Be a peer: say what it is, then train as many steps as each line asks for."""
+    answers, sys.stdout = sys.stdout, sys.stderr  # whatever a library prints is no answer
+
+    def say(answer: dict[str, Any]) -> None:
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+
+    try:
+        peer = PEERS[key](options)
+        peer.turn(options.warm_up)
+    except Exception as error:  # a peer that cannot run says why in its row
+        say({"problem": f"{type(error).__name__}: {str(error).splitlines()[0]}"})
+        return
+    say({"setting": peer.setting, "gflop_per_image": peer.flops / 1e9})
+    for line in sys.stdin:
+        say({"seconds": peer.turn(int(line))})
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any] | None:
     """Measure, print the table, and return what was measured."""
+    argv = sys.argv[1:] if argv is None else argv
     options = parse(argv)
     if options.threads:
         torch.set_num_threads(options.threads)
-    bench = Bench(_recipe(options), options.synthetic)
-    peers, problems = [], {}
-    for key in options.peers:
-        try:
-            peers.append(PEERS[key](bench, options))
-            peers[-1].turn(options.warm_up)
-        except Exception as error:  # a peer that cannot run says why in its row
-            problems[PEERS[key].name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-    seconds: dict[str, list[float]] = {peer.name: [] for peer in peers}
+    if options.serve:
+        serve(options.serve, options)
+        return None
+    peers = [Remote(key, argv) for key in options.peers]
+    ready = [peer for peer in peers if "problem" not in peer.about]
+    seconds: dict[str, list[float]] = {peer.name: [] for peer in ready}
     for _ in range(options.rounds):
-        for peer in peers:
+        for peer in ready:
             seconds[peer.name].append(peer.turn(options.steps) / options.steps)
-    result = summarise(bench, options, peers, seconds, problems)
+    for peer in peers:
+        peer.stop()
+    result = summarise(Bench(_recipe(options), options.synthetic), options, peers, seconds)
     show(result)
     if options.json:
         options.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
@@ -294,25 +355,22 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
 
 def summarise(
-    bench: Bench,
-    options: argparse.Namespace,
-    peers: list[Any],
-    seconds: dict[str, list[float]],
-    problems: dict[str, str],
+    bench: Bench, options: argparse.Namespace, peers: list[Remote], seconds: dict[str, list[float]]
 ) -> dict[str, Any]:
     """Turn seconds into rows."""
-    limit, flops = machine_limit(bench.precision), step_flops(bench)
+    limit = machine_limit(bench.precision)
     speed = {name: options.batch_size / statistics.median(taken) for name, taken in seconds.items()}
     rows = [
         {
             "name": peer.name,
-            "setting": peer.setting,
+            **peer.about,
             "images_per_second": speed[peer.name],
             "range": [options.batch_size / max(seconds[peer.name]), options.batch_size / min(seconds[peer.name])],
-            "share_of_limit": speed[peer.name] * flops / limit,
+            "share_of_limit": speed[peer.name] * peer.about["gflop_per_image"] * 1e9 / limit,
             "deitkit_is_faster_by": speed["deitkit"] / speed[peer.name] if "deitkit" in speed else None,
         }
         for peer in peers
+        if peer.name in speed
     ]
     versions = {"timm": timm.__version__, "torchvision": torchvision.__version__}
     return (
@@ -320,12 +378,11 @@ def summarise(
         | versions
         | {
             "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-            "gflop_per_image": flops / 1e9,
             "limit_gflop_per_second": limit / 1e9,
             "rounds": options.rounds,
             "steps": options.steps,
             "rows": rows,
-            "problems": problems,
+            "problems": {peer.name: peer.about["problem"] for peer in peers if "problem" in peer.about},
         }
     )
 
@@ -334,7 +391,7 @@ def show(result: dict[str, Any]) -> None:
     """Print the table."""
     machine = result["machine"]
     table = Table(
-        "who", "images/s", "slowest to fastest", "of the limit", "deitkit / it", "setting",
+        "who", "images/s", "slowest to fastest", "GFLOP/image", "of the limit", "deitkit / it", "setting",
         title=f"DeiT {result['image_px'][0]} px, batch {result['batch_size']}, {machine['device']} "
         f"({machine['processor']}, {machine['threads']} threads), {machine['precision']}, torch {machine['torch']}",
     )  # fmt: skip
@@ -343,19 +400,18 @@ def show(result: dict[str, Any]) -> None:
         ratio = row["deitkit_is_faster_by"]
         table.add_row(
             row["name"], f"{row['images_per_second']:,.1f}", f"{low:,.1f} to {high:,.1f}",
-            f"{100 * row['share_of_limit']:.1f} %", f"{ratio:.2f}" if ratio else "", row["setting"],
+            f"{row['gflop_per_image']:.2f}", f"{100 * row['share_of_limit']:.1f} %", f"{ratio:.2f}" if ratio else "",
+            row["setting"],
         )  # fmt: skip
     for name, problem in result["problems"].items():
-        table.add_row(name, "", "", "", "", f"could not run: {problem}")
+        table.add_row(name, "", "", "", "", "", f"could not run: {problem}")
     console = Console()
     console.print(table)
-    console.print(
-        f"{result['gflop_per_image']:.2f} GFLOP per image; a large matrix product reaches "
-        f"{result['limit_gflop_per_second']:,.0f} GFLOP/s in the same precision"
-    )
+    limit = f"{result['limit_gflop_per_second']:,.0f} GFLOP/s"
+    console.print(f"the limit is a large matrix product's {limit} in the same precision, measured in the same run")
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
+def parse(argv: list[str]) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="cifar10", help="data set, as in a recipe's data.name")
@@ -373,6 +429,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, help="of torch; by default torch's own choice")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--json", type=Path, help="write the result here too")
+    parser.add_argument("--serve", choices=tuple(PEERS), help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
 

@@ -104,7 +104,8 @@ def test_operations_of_a_student_are_those_counted_by_hand() -> None:
     width, depth, tokens, patches = 16, 2, 17, 16
     model = DeiT(image_px=8, patch_px=2, channels=3, classes=5, width=width, depth=depth, heads=2, tokens=("class",))
     block = 2 * tokens * width * width * 12 + 2 * 2 * tokens * tokens * width
-    expected = 2 * patches * 12 * width + depth * block + 2 * width * 5
+    last = 2 * tokens * width * width * 3 + 2 * 2 * tokens * width + 2 * width * width * 9  # only the token is read
+    expected = 2 * patches * 12 * width + (depth - 1) * block + last + 2 * width * 5
     assert count_flops(model, (3, 8, 8), backward=False) == expected
     # The backward pass costs twice the forward pass, but for the pixels, whose gradient nobody needs.
     assert count_flops(model, (3, 8, 8), backward=True) == 3 * expected - 2 * patches * 12 * width

@@ -43,17 +43,12 @@ def test_everyone_trains_in_turn(tmp_path: Path) -> None:
         assert row["deitkit_is_faster_by"] == pytest.approx(ratio)
 
 
-def test_a_peer_that_cannot_run_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    peers = script("peers")
-
-    def fail(*_: object) -> None:
-        raise ImportError("no module named timm.task")
-
-    monkeypatch.setattr(peers.TimmTask, "prepare", fail)
+def test_a_peer_that_cannot_run_says_why() -> None:
     options = ["--synthetic", "--patch-px", "8", "--batch-size", "4", "--rounds", "1", "--steps", "1", "--warm-up", "1"]
-    result = peers.main([*options, "--workers", "0", "--device", "cpu", "--peers", "deitkit", "timm"])
-    assert result["problems"] == {"timm TokenDistillationTask": "ImportError: no module named timm.task"}
+    options += ["--workers", "-1", "--device", "cpu", "--peers", "deitkit", "paper"]
+    result = script("peers").main(options)
     assert [row["name"] for row in result["rows"]] == ["deitkit"]
+    assert "num_workers option should be non-negative" in result["problems"]["the paper's loop"]
 
 
 def test_augmentation_is_timed_beside_torchvisions(tmp_path: Path) -> None:

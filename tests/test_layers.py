@@ -15,7 +15,7 @@ LAYERS = (
     {"report"},
     {"cohort", "checkpoint"},
     {"answers"},
-    {"evaluate", "methods", "data", "optim", "speed"},
+    {"evaluate", "methods", "data", "optim", "speed", "parts"},
     {"models", "losses", "muon"},
     {"device", "seeding", "files", "cuda_graph"},
     {"recipe"},

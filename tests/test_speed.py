@@ -12,9 +12,8 @@ from deitkit.compare import build_students
 from deitkit.errors import OutOfMemory
 from deitkit.models.classifier import Classifier
 from deitkit.models.cnn import CifarResNet
-from deitkit.models.vit import DeiT
 from deitkit.recipe import Recipe, SpeedRecipe, load_recipe
-from deitkit.speed import CACHE_ELEMENTS, accelerate, micro_batch_size
+from deitkit.speed import accelerate
 from deitkit.teacher import FrozenTeacher
 
 CPU = torch.device("cpu")
@@ -57,31 +56,20 @@ def losses(chosen: Recipe, speed: SpeedRecipe) -> list[float]:
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize(
-    "fast", [{}, {"micro_batch_size": 7}, {"checkpoint_activations": True}, {"attention": "plain"}]
+    "fast",
+    [
+        {},
+        {"micro_batch_size": 7},
+        {"micro_batch_size": 7, "side_by_side": False},
+        {"checkpoint_activations": True},
+        {"attention": "plain"},
+    ],
 )
 def test_fast_paths_give_the_same_losses(optimizer: str, fast: dict[str, Any]) -> None:
     plain = plain_losses(optimizer)
     assert len(plain) == 15
     trained = losses(recipe(f"train.optimizer={optimizer}"), SpeedRecipe(**fast))
     assert trained == pytest.approx(plain, rel=2e-3)
-
-
-def student(image_px: int = 16, width: int = 32) -> DeiT:
-    return DeiT(
-        image_px=image_px, patch_px=4, channels=3, classes=3, width=width, depth=1, heads=2, tokens=("class",)
-    )  # fmt: skip
-
-
-def test_a_cpu_takes_large_batches_in_parts_that_fit_its_cache() -> None:
-    auto, model = SpeedRecipe(), student(32, 192)
-    part = micro_batch_size(model, 128, auto, CPU)
-    assert part == 32
-    assert part * model.pos_embed.numel() <= CACHE_ELEMENTS < 2 * part * model.pos_embed.numel()
-    assert micro_batch_size(student(8, 32), 128, auto, CPU) == 128
-    assert micro_batch_size(model, 128, auto, torch.device("cuda")) == 128
-    assert micro_batch_size(model, 128, SpeedRecipe(micro_batch_size=None), CPU) == 128
-    assert micro_batch_size(model, 128, SpeedRecipe(micro_batch_size=50), CPU) == 50
-    assert micro_batch_size(CifarResNet(20, classes=3), 128, SpeedRecipe(micro_batch_size=50), CPU) == 128
 
 
 def test_cnns_are_laid_out_with_channels_last_and_answer_the_same() -> None:

@@ -4,7 +4,6 @@ All students of a cohort see the same views and the same answers of the teacher,
 on labels alone (a teacher, the baseline) is a cohort of one student with the method ``none``.
 """
 
-import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -26,9 +25,9 @@ from deitkit.evaluate import predict, readout_scores, top_k_accuracy
 from deitkit.methods import Method
 from deitkit.models.classifier import Classifier
 from deitkit.optim import ExponentialMovingAverage, adopt_layout, build_optimizers, learning_rate, set_rate
+from deitkit.parts import Parts, Terms
 from deitkit.recipe import AugmentRecipe, DistillationRecipe, OptimizerRecipe, SpeedRecipe, TrainRecipe
 from deitkit.seeding import derived_generator, derived_seed
-from deitkit.speed import micro_batch_size
 
 LOG_EVERY = 50  # steps between two looks at the device, which waits for it
 WATCHED = ("step", "waiting", "views", "teacher")
@@ -73,21 +72,18 @@ class Student:
         *,
         settings: DistillationRecipe,
         precision: Precision,
-        micro_batch: int,
+        parts: Parts,
     ) -> dict[str, Float[Tensor, ""]]:
-        """Leave the gradient of the loss in the weights, part by part of the batch, and return the loss's terms."""
+        """Leave the gradient of the loss in the weights, and return the loss's terms."""
+
+        def find_terms(classifier: Classifier, view: Tensor, targets: Tensor, answer: Tensor | None) -> Terms:
+            with precision.autocast():
+                output = classifier(view)
+            return self.method.loss_terms(output, answer, targets, settings)
+
         for optimizer in self.optimizers:
             optimizer.zero_grad()
-        sums: dict[str, Tensor] = {}
-        answers = answer.split(micro_batch) if answer is not None else itertools.repeat(None)
-        for part, part_targets, part_answer in zip(view.split(micro_batch), targets.split(micro_batch), answers):
-            with precision.autocast():
-                output = self.classifier(part)
-            terms = self.method.loss_terms(output, part_answer, part_targets, settings)
-            terms = {name: term * (len(part) / len(view)) for name, term in terms.items()}
-            torch.stack(list(terms.values())).sum().backward()
-            sums = {name: sums.get(name, 0) + term.detach() for name, term in terms.items()}
-        return sums
+        return parts.backward(find_terms, view, targets, answer)
 
     def descend(self) -> None:
         """Clip the gradient and take the optimizers' step; nothing here waits for the device."""
@@ -230,8 +226,8 @@ class Cohort:
         self.ask = self.recorder.replayed(self._ask)
         self.find_gradient, self.descend = {}, {}
         for student in students:
-            part = micro_batch_size(student.classifier.model, train.batch_size, speed, self.device)
-            gradient = partial(student.find_gradient, settings=distillation, precision=precision, micro_batch=part)
+            parts = Parts(student.classifier, train.batch_size, speed, precision)
+            gradient = partial(student.find_gradient, settings=distillation, precision=precision, parts=parts)
             self.find_gradient[student.name] = self.recorder.replayed(gradient)
             self.descend[student.name] = self.recorder.replayed(student.descend)
         self.epoch, self.step = 0, 0  # the next to be trained, from 0

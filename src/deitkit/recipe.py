@@ -132,6 +132,9 @@ class SpeedRecipe(Section):
         description="Split a student's batch and accumulate its gradient: less memory, the same step. auto: on a CPU, "
         "into parts that fit its cache; null: never. CNNs see whole batches, which their BatchNorm needs.",
     )
+    side_by_side: bool = Field(
+        True, description="On a CPU, compute parts of a student's batch at the same time, a core each."
+    )
     checkpoint_activations: bool = Field(
         False, description="Keep only the input of each block and compute the rest again in the backward pass."
     )

@@ -1,4 +1,4 @@
-"""How a classifier is made fast on a device: layout, kernels, compilation, and the parts in which it sees a batch.
+"""How a classifier is made fast on a device: layout, kernels, compilation.
 
 Nothing here changes what is computed by more than rounding; each choice can be switched off in the recipe's ``speed``.
 """
@@ -7,15 +7,10 @@ import sys
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
-from torch import nn
 
 from deitkit.models.classifier import Classifier
 from deitkit.models.vit import Attention, DeiT
 from deitkit.recipe import SpeedRecipe
-
-# Numbers that a block reads in one part of a batch (images x tokens x width). Measured with DeiT-Ti and DeiT-S on two
-# cores that share 32 MiB of cache: larger parts are up to a third slower, smaller ones than a quarter of it too.
-CACHE_ELEMENTS = 2**19
 
 
 def accelerate(classifier: Classifier, speed: SpeedRecipe, device: torch.device) -> Classifier:
@@ -39,21 +34,6 @@ def accelerate(classifier: Classifier, speed: SpeedRecipe, device: torch.device)
         for block in model.blocks:
             block.compile(dynamic=False)  # two token layouts are two shapes, each worth its own code
     return classifier
-
-
-def micro_batch_size(model: nn.Module, batch_size: int, speed: SpeedRecipe, device: torch.device) -> int:
-    """Return how many images of a batch a model sees at once: all, unless the recipe or a CPU's cache says less."""
-    if not isinstance(model, DeiT) or speed.micro_batch_size is None:
-        return batch_size
-    if speed.micro_batch_size != "auto":
-        return min(batch_size, speed.micro_batch_size)
-    if device.type != "cpu":
-        return batch_size
-    elements = model.pos_embed[0].numel()
-    size = batch_size
-    while size * elements > CACHE_ELEMENTS and size % 2 == 0:
-        size //= 2
-    return size
 
 
 def uncompiled() -> AbstractContextManager[object]:

@@ -100,12 +100,14 @@ def _on_meta(model: nn.Module) -> nn.Module:
     for module in twin.modules():
         if isinstance(module, Attention):
             module.kernel = "plain"
+        elif hasattr(module, "fused_attn"):  # timm's
+            module.fused_attn = False  # type: ignore[assignment]
     return twin
 
 
-def _heads(output: Output | Tensor) -> list[Tensor]:
-    if isinstance(output, Tensor):
-        return [output]
+def _heads(output: Output | Tensor | tuple[Tensor, ...]) -> list[Tensor]:
+    if not isinstance(output, Output):
+        return [output] if isinstance(output, Tensor) else list(output)
     return [head for head in (output.class_logits, output.distillation_logits) if head is not None]
 
 

@@ -48,7 +48,7 @@ class Bench:
         self.recipe = recipe
         self.device = choose_device(recipe.device)
         self.precision = Precision.choose(recipe.train.precision, self.device)
-        self.dataset = _synthetic(recipe) if synthetic else load_dataset(recipe.data)
+        self.dataset = synthetic_dataset(recipe) if synthetic else load_dataset(recipe.data)
         self.synthetic = synthetic
         self.teacher = self._build_teacher()
 
@@ -272,7 +272,7 @@ def step_flops(bench: Bench) -> int:
     return total
 
 
-def _synthetic(recipe: Recipe) -> Dataset:
+def synthetic_dataset(recipe: Recipe) -> Dataset:
     """Return random images: speed does not depend on what is in them."""
     side = recipe.data.image_px or SYNTHETIC_PX
     count = max(4 * recipe.train.batch_size, SYNTHETIC_CLASSES)

@@ -61,22 +61,31 @@ class Attention(nn.Module):
         self.drop = nn.Dropout(dropout)
         self.kernel = "auto"  # | plain | fused
 
-    def forward(self, x: Float[Tensor, "batch tokens width"]) -> Float[Tensor, "batch tokens width"]:
-        """Mix the tokens of each image; on a CPU, few tokens by plain products, otherwise by the fused kernel."""
+    def forward(
+        self, x: Float[Tensor, "batch tokens width"], readout: int | None = None
+    ) -> Float[Tensor, "batch readout width"]:
+        """Mix the tokens of each image; on a CPU, few tokens by plain products, otherwise by the fused kernel.
+
+        Only the first ``readout`` tokens are returned: all of them where it is None.
+        """
         batch, tokens, width = x.shape
-        query, key, value = self.qkv(x).view(batch, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        qkv = self.qkv(x).view(batch, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         short = x.device.type == "cpu" and tokens <= SHORT_SEQUENCE
-        plain = self.kernel == "plain" or (self.kernel == "auto" and short)
-        mixed = (plain_attention if plain else F.scaled_dot_product_attention)(query, key, value)
-        projected: Tensor = self.drop(self.proj(mixed.transpose(1, 2).reshape(batch, tokens, width)))
+        if self.kernel == "plain" or (self.kernel == "auto" and short):
+            query, key, value = qkv.contiguous().unbind(0)  # one copy here instead of one in each product
+            mixed = plain_attention(query[:, :, :readout], key, value)
+        else:
+            query, key, value = qkv.unbind(0)
+            mixed = F.scaled_dot_product_attention(query[:, :, :readout], key, value)
+        projected: Tensor = self.drop(self.proj(mixed.transpose(1, 2).reshape(batch, -1, width)))
         return projected
 
 
 def plain_attention(
-    query: Float[Tensor, "batch heads tokens head_width"],
+    query: Float[Tensor, "batch heads readout head_width"],
     key: Float[Tensor, "batch heads tokens head_width"],
     value: Float[Tensor, "batch heads tokens head_width"],
-) -> Float[Tensor, "batch heads tokens head_width"]:
+) -> Float[Tensor, "batch heads readout head_width"]:
     """Return softmax(query key^T / sqrt(head_width)) value, as ``F.scaled_dot_product_attention`` does."""
     # The scale goes onto the query: it has fewer elements than the attention matrix.
     scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)
@@ -131,9 +140,11 @@ class Block(nn.Module):
         self.mlp = MLP(width, dropout)
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, x: Float[Tensor, "batch tokens width"]) -> Float[Tensor, "batch tokens width"]:
-        """Add what attention and the MLP have to say."""
-        x = x + self.drop_path(self.attn(self.norm1(x)))
+    def forward(
+        self, x: Float[Tensor, "batch tokens width"], readout: int | None = None
+    ) -> Float[Tensor, "batch readout width"]:
+        """Add what attention and the MLP have to say, to the first ``readout`` tokens (None: to all)."""
+        x = x[:, :readout] + self.drop_path(self.attn(self.norm1(x), readout))
         added: Tensor = x + self.drop_path(self.mlp(self.norm2(x)))
         return added
 
@@ -249,8 +260,11 @@ class DeiT(nn.Module):
 
     def _run_blocks(self, x: Tensor) -> Tensor:
         forget = self.checkpoint_activations and self.training
+        readout = len(self.config["tokens"]) or None
         for block in self.blocks:
-            x = checkpoint(block, x, use_reentrant=False) if forget else block(x)
+            # Heads read the tokens alone, so the last block does nothing for the patches.
+            wanted = readout if block is self.blocks[-1] else None
+            x = checkpoint(block, x, wanted, use_reentrant=False) if forget else block(x, wanted)
         return x
 
     def block_matrices(self) -> list[nn.Parameter]:
