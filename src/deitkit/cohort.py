@@ -21,7 +21,7 @@ from deitkit.data.mix import Mix
 from deitkit.data.sources import Dataset
 from deitkit.device import Precision, Stopwatch
 from deitkit.errors import OutOfMemory, is_out_of_memory
-from deitkit.evaluate import predict, readout_scores, top_k_accuracy
+from deitkit.evaluate import predict_all, readout_scores, top_k_accuracy
 from deitkit.methods import Method
 from deitkit.models.classifier import Classifier
 from deitkit.optim import ExponentialMovingAverage, adopt_layout, build_optimizers, learning_rate, set_rate
@@ -354,8 +354,7 @@ class Cohort:
         last_step = (self.epoch + 1) * steps - 1
         shares = self.shares()
         records = []
-        for student in self.active:
-            accuracy = self._validate(student.classifier)
+        for student, accuracy in zip(self.active, self._validate(), strict=True):
             terms = {name: float(total) / steps for name, total in student.term_sums.items()}
             records.append(
                 {
@@ -386,11 +385,14 @@ class Cohort:
         parts["students"] = sum(student.watch.seconds for student in self.students) - parts["optimizers"]
         return {name: seconds / self.watches["step"].seconds for name, seconds in parts.items()}
 
-    def _validate(self, classifier: Classifier) -> dict[str, float]:
-        output = predict(classifier, self.validation, self.precision)
-        scores = readout_scores(output)
+    def _validate(self) -> list[dict[str, float]]:
+        """Return each active student's accuracy by every readout."""
+        outputs = predict_all([student.classifier for student in self.active], self.validation, self.precision)
         labels = self.validation.labels.cpu()
-        return {readout: top_k_accuracy(values, labels) for readout, values in scores.items()}
+        return [
+            {readout: top_k_accuracy(scores, labels) for readout, scores in readout_scores(output).items()}
+            for output in outputs
+        ]
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that a resumed cohort needs; random draws need nothing, they follow from the step."""

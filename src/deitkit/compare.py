@@ -18,7 +18,7 @@ from deitkit.data.preview import draw_views
 from deitkit.data.sources import Dataset, load_dataset
 from deitkit.device import Precision, choose_device, describe_machine
 from deitkit.errors import RecipeError
-from deitkit.evaluate import predict, readout_scores
+from deitkit.evaluate import predict, predict_all, readout_scores
 from deitkit.files import write_text
 from deitkit.methods import METHODS, find_method
 from deitkit.models.classifier import Classifier
@@ -168,28 +168,34 @@ def _run_seed(
         watcher=watcher,
         log_folder=folder / "tensorboard" / f"seed-{seed}",
     )
+    weights = {student.name: _weights(student) for student in students}
+    scores: dict[str, dict[str, dict[str, Any]]] = {
+        name: {which: {} for which in classifiers} for name, classifiers in weights.items()
+    }
+    for split in ("validation", "test"):
+        everyone = [(name, which, classifier) for name, some in weights.items() for which, classifier in some.items()]
+        outputs = predict_all([classifier for _, _, classifier in everyone], getattr(dataset, split), precision)
+        for (name, which, _), output in zip(everyone, outputs, strict=True):
+            scores[name][which][split] = readout_scores(output)
     predictions: dict[str, Any] = {}
     for student in students:
-        weights = {"last": student.classifier}
-        if student.average is not None:
-            weights["ema"] = student.average.classifier
         card = _student_card(recipe, dataset, student, seed)
         save_classifier(home / student.name, student.classifier, card)
-        if "ema" in weights:
-            save_classifier(home / f"{student.name}+ema", weights["ema"], card)
+        if "ema" in weights[student.name]:
+            save_classifier(home / f"{student.name}+ema", weights[student.name]["ema"], card)
         predictions[student.name] = {
             "status": student.stopped,
             "parameters": sum(parameter.numel() for parameter in student.classifier.model.parameters()),
-            "scores": {
-                which: {
-                    split: readout_scores(predict(classifier, getattr(dataset, split), precision))
-                    for split in ("validation", "test")
-                }
-                for which, classifier in weights.items()
-            },
+            "scores": scores[student.name],
         }
     save_tree(home / "predictions.safetensors", predictions)
     (home / "checkpoint.safetensors").unlink(missing_ok=True)
+
+
+def _weights(student: Student) -> dict[str, Classifier]:
+    """Return the last weights, and their average if it was kept."""
+    average = {"ema": student.average.classifier} if student.average is not None else {}
+    return {"last": student.classifier, **average}
 
 
 def _student_card(recipe: Recipe, dataset: Dataset, student: Student, seed: int) -> dict[str, Any]:

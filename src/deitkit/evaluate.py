@@ -26,24 +26,32 @@ READOUTS = ("class", "distillation", "joint", "joint-logits")
 EVALUATION_PIXELS = {"cpu": 2**19, "cuda": 2**22}
 
 
-@torch.inference_mode()
 def predict(classifier: Classifier, split: Split, precision: Precision) -> Output:
     """Return the heads' logits for every image of a split, in float32 on the CPU; the mode is restored afterwards."""
-    training = classifier.training
-    classifier.eval()
-    device = classifier.mean.device
-    pixels = split.images[0, 0].numel() if len(split) else 1
-    outputs = []
+    return predict_all([classifier], split, precision)[0]
+
+
+@torch.inference_mode()
+def predict_all(classifiers: Sequence[Classifier], split: Split, precision: Precision) -> list[Output]:
+    """Return what ``predict`` returns for each of some classifiers, with each image decoded and moved once."""
+    modes = [classifier.training for classifier in classifiers]
+    outputs: list[list[Output]] = [[] for _ in classifiers]
+    height, width = split.images.shape[-2:]
+    for classifier in classifiers:
+        classifier.eval()
     with uncompiled(), precision.autocast():
-        for images in split.images.split(max(1, EVALUATION_PIXELS[device.type] // pixels)):
-            outputs.append(classifier(images.to(device, non_blocking=True).float() / 255))
-    classifier.train(training)
+        for images in split.batches(max(1, EVALUATION_PIXELS[precision.device.type] // (height * width))):
+            view = images.to(precision.device, non_blocking=True).float() / 255
+            for classifier, gathered in zip(classifiers, outputs, strict=True):
+                gathered.append(classifier(view))
+    for classifier, training in zip(classifiers, modes, strict=True):
+        classifier.train(training)
+    return [Output(*(_gather(parts, head) for head in ("class_logits", "distillation_logits"))) for parts in outputs]
 
-    def gathered(head: str) -> Tensor | None:
-        logits = [getattr(output, head) for output in outputs]
-        return None if logits[0] is None else torch.cat(logits).float().cpu()
 
-    return Output(class_logits=gathered("class_logits"), distillation_logits=gathered("distillation_logits"))
+def _gather(outputs: list[Output], head: str) -> Tensor | None:
+    logits = [getattr(output, head) for output in outputs]
+    return None if logits[0] is None else torch.cat(logits).float().cpu()
 
 
 def readout_scores(output: Output) -> dict[str, Float[Tensor, "n classes"]]:

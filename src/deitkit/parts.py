@@ -89,7 +89,8 @@ def divide(classifier: Classifier, batch_size: int, speed: SpeedRecipe, precisio
     on_cpu = precision.device.type == "cpu"
     is_random = model.config["drop_path"] > 0 or model.config["dropout"] > 0
     cores = torch.get_num_threads() if on_cpu else 1
-    crew = cores if speed.side_by_side and not is_random else 1
+    # Twins would have to be compiled each, and torch compiles for one thread.
+    crew = cores if speed.side_by_side and not is_random and speed.compile is not True else 1
     if speed.micro_batch_size != "auto":
         size = min(batch_size, speed.micro_batch_size)
         return size, min(crew, math.ceil(batch_size / size))
@@ -127,7 +128,7 @@ def _twin(classifier: Classifier) -> Classifier:
     twin = copy.deepcopy(classifier)
     for weight, original in zip(twin.parameters(), classifier.parameters(), strict=True):
         weight.data = original.data
-    return twin
+    return twin.train()
 
 
 def _move_gradients(source: Classifier, target: Classifier) -> None:

@@ -46,6 +46,12 @@ class DataRecipe(Section):
         0.2, description="Share held out as test set, where the data set comes without one."
     )
     split_seed: NonNegativeInt = Field(0, description="Seed of every split, the same for all training seeds.")
+    streaming: Literal["auto"] | bool = Field(
+        "auto", description="Decode images whenever they are needed instead of once: where they do not fit in memory."
+    )
+    workers: NonNegativeInt | None = Field(
+        None, description="Processes that decode streamed images; by default one for each core."
+    )
     corrupt: Literal["skip", "error"] = Field("skip", description="What to do with a file that cannot be decoded.")
 
 

@@ -28,6 +28,7 @@ class Terminal:
         self._title = ""
         self._losses: dict[str, float] = {}
         self._accuracies: dict[str, float] = {}
+        self._waiting: float | None = None
         self._drawn = 0.0
         self._handlers: dict[int, Any] = {}
         self._progress = Progress(
@@ -91,7 +92,7 @@ class Terminal:
             self._task,
             completed=done,
             description=f"{title}, epoch {progress.epoch}/{progress.epochs}",
-            speed=f"{progress.images_per_second:.0f} images/s",
+            speed=f"{progress.images_per_second:.0f} images/s{self._waited()}",
         )
         assert self._live is not None
         self._live.update(self._picture())
@@ -101,20 +102,28 @@ class Terminal:
         self._accuracies = {
             record["student"]: record["validation"][default_readout(list(record["validation"]))] for record in records
         }
-        if self.console.is_terminal or not records:
+        if not records:
             return
         first = records[0]
+        self._waiting = first["shares"]["waiting"]
+        if self.console.is_terminal:
+            return
         speed = first["cohort_images_per_second"]
         students = "  ".join(
             f"{record['student']} {record['train_loss']:.3f}/{100 * self._accuracies[record['student']]:.1f}%"
             for record in records
         )
         self.console.print(
-            f"{title} epoch {first['epoch']}/{first['epochs']}  {speed:.0f} images/s  loss/validation: {students}",
+            f"{title} epoch {first['epoch']}/{first['epochs']}  {speed:.0f} images/s, "
+            f"{100 * self._waiting:.0f} % waiting for data  loss/validation: {students}",
             soft_wrap=True,
             highlight=False,
             markup=False,
         )
+
+    def _waited(self) -> str:
+        """Say which share of the last epoch was spent waiting for images."""
+        return "" if self._waiting is None else f", {100 * self._waiting:.0f} % waiting for data"
 
     def _picture(self) -> Group:
         table = Table(box=None, pad_edge=False)
@@ -129,7 +138,7 @@ class Terminal:
     def _begin_live(self, title: str, total: int) -> None:
         self._end_live()
         self._title = title
-        self._accuracies, self._losses = {}, {}
+        self._accuracies, self._losses, self._waiting = {}, {}, None
         self._task = self._progress.add_task(title, total=total, speed="")
         self._live = Live(self._progress, console=self.console, refresh_per_second=5)
         self._live.start()

@@ -1,15 +1,17 @@
-"""Epochs of batches from a split that is resident in memory: shuffled by seed and epoch, and nothing else.
+"""Epochs of batches from a split, in memory or decoded on the way: shuffled by seed and epoch, and nothing else.
 
 Batch ``step`` of epoch ``epoch`` is a function of the seed, so a run can go on from any step.
 """
 
+import itertools
 from collections.abc import Iterator
 
 import torch
 from jaxtyping import Int64, UInt8
 from torch import Tensor
 
-from deitkit.data.sources import Split
+from deitkit.data.split import Split
+from deitkit.data.stream import StreamedImages
 from deitkit.errors import RecipeError
 from deitkit.seeding import derived_generator
 
@@ -29,18 +31,49 @@ class Batches:
         self.batch_size = batch_size
         self.seed = seed
         self.steps_per_epoch = len(split) // batch_size
-        self._order: tuple[int, Tensor] | None = None
+        self._order: tuple[int, Tensor, Tensor] | None = None
+        self._flow: tuple[tuple[int, int], Iterator[Tensor]] | None = None  # the step that it yields next
 
     def batch(
         self, epoch: int, step: int
     ) -> tuple[UInt8[Tensor, "batch channels height width"], Int64[Tensor, "batch"]]:
         """Return images and labels of one step (both counted from 0)."""
         assert 0 <= step < self.steps_per_epoch
+        device = self.split.labels.device
+        here, there = (order[step * self.batch_size : (step + 1) * self.batch_size] for order in self._orders(epoch))
+        if not isinstance(self.split.images, Tensor):
+            images = self._streamed(epoch, step, self.split.images)
+        elif self.split.images.device == device:
+            images = self.split.images[there]
+        else:  # a GPU has no room for all images
+            images = self.split.images[here].pin_memory().to(device, non_blocking=True)
+        return images, self.split.labels[there]
+
+    def _orders(self, epoch: int) -> tuple[Int64[Tensor, "n"], Int64[Tensor, "n"]]:
+        """Return an epoch's order in the host's memory and on the device."""
         if self._order is None or self._order[0] != epoch:
-            order = torch.randperm(len(self.split), generator=derived_generator(self.seed, "order", epoch))
-            self._order = (epoch, order.to(self.split.images.device, non_blocking=True))
-        indices = self._order[1][step * self.batch_size : (step + 1) * self.batch_size]
-        return self.split.images[indices], self.split.labels[indices]
+            order = self._shuffled(epoch)
+            self._order = epoch, order, order.to(self.split.labels.device, non_blocking=True)
+        return self._order[1:]
+
+    def _shuffled(self, epoch: int) -> Int64[Tensor, "n"]:
+        return torch.randperm(len(self.split), generator=derived_generator(self.seed, "order", epoch))
+
+    def _streamed(self, epoch: int, step: int, images: StreamedImages) -> UInt8[Tensor, "batch channels height width"]:
+        """Take the batch from worker processes that go on with the next ones, over the end of the epoch too."""
+        device = self.split.labels.device
+        if self._flow is None or self._flow[0] != (epoch, step):
+            self._flow = (epoch, step), images.batches(self._all_indices(epoch, step), pin=device.type == "cuda")
+        batch = next(self._flow[1])
+        following = (epoch, step + 1) if step + 1 < self.steps_per_epoch else (epoch + 1, 0)
+        self._flow = following, self._flow[1]
+        return batch.to(device, non_blocking=True)
+
+    def _all_indices(self, epoch: int, step: int) -> Iterator[Int64[Tensor, "batch"]]:
+        """Yield the indices of every batch from a step on, without end."""
+        for number in itertools.count(epoch):
+            batches = self._shuffled(number).split(self.batch_size)[: self.steps_per_epoch]
+            yield from batches[step if number == epoch else 0 :]
 
     def epoch(
         self, epoch: int, first_step: int = 0

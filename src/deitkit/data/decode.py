@@ -6,7 +6,8 @@ How images are found belongs in ``folders.py`` and ``parquet.py``; what is done 
 import hashlib
 import io
 import warnings
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -117,14 +118,28 @@ def decode_images(
     if cached is not None:
         tensors, names = cached
         return DecodedImages(tensors["images"], tensors["kept"].bool(), tuple(names))
-    decoded = _decode_all(encoded, selection, recipe, progress)
+    target = _Pixels(len(selection), recipe)
+    decode_all(encoded.read, encoded.names, selection, recipe, target, progress, "decoding images")
+    decoded = target.finish()
     cache.store(key, {"images": decoded.images, "kept": decoded.kept.byte()}, list(decoded.skipped))
     return decoded
 
 
-def _decode_all(
-    encoded: EncodedImages, selection: Tensor, recipe: DataRecipe, progress: Progress | None
-) -> DecodedImages:
+def decode_all(
+    read: Callable[[list[int]], Iterator[Path | bytes]],
+    names: Sequence[str],
+    selection: Int64[Tensor, "selected"],
+    recipe: DataRecipe,
+    target: "Target",
+    progress: Progress | None,
+    what: str,
+) -> None:
+    """Decode the selected images on all cores, in ascending order of their positions, and hand them to the target.
+
+    Raises:
+        DataError: No image can be decoded, or the target refused one.
+    """
+
     def attempt(image: Path | bytes) -> np.ndarray | str:
         try:
             return decode_image(image, recipe.channels or 3, recipe.image_px)
@@ -135,54 +150,67 @@ def _decode_all(
 
     slots = selection.argsort().tolist()
     positions = selection[slots].tolist()
-    target = _Target(len(positions), recipe)
-    images = encoded.read(positions)
+    images = read(positions)
     with _strict_pillow(), ThreadPoolExecutor() as pool:
         for start in range(0, len(positions), _WINDOW):
             for offset, pixels in enumerate(pool.map(attempt, islice(images, _WINDOW)), start):
-                target.put(slots[offset], encoded.names[positions[offset]], pixels)
+                target.put(slots[offset], names[positions[offset]], pixels)
             if progress is not None:
-                progress("decoding images", min(start + _WINDOW, len(positions)), len(positions))
-    return target.finish()
+                progress(what, min(start + _WINDOW, len(positions)), len(positions))
+    if not target.kept.any():
+        name, reason = next(iter(target.failures.items()))
+        raise DataError(
+            f"none of the {len(positions)} images of data.name={recipe.name} can be decoded, such as '{name}' "
+            f"({reason}): check the path, or get the data set again"
+        )
 
 
-class _Target:
-    """One array that images are written into; where one is missing, a gap that is closed at the end."""
+class Target(ABC):
+    """Takes decoded images one by one, and refuses those that do not belong together."""
 
     def __init__(self, count: int, recipe: DataRecipe) -> None:
         self.count, self.recipe = count, recipe
-        self.images: np.ndarray | None = None
+        self.pixel_shape: tuple[int, ...] = ()
         self.first_name = ""
         self.kept = torch.zeros(count, dtype=torch.bool)
         self.failures: dict[str, str] = {}
 
     def put(self, slot: int, name: str, pixels: np.ndarray | str) -> None:
-        """Keep an image, or the reason why there is none."""
+        """Take an image, or the reason why there is none."""
         if isinstance(pixels, str):
             if self.recipe.corrupt == "error":
                 raise DataError(f"'{name}' cannot be decoded ({pixels}): remove it or set data.corrupt=skip")
             self.failures[name] = pixels
             return
-        if self.images is None:
+        if not self.pixel_shape:
+            self.pixel_shape, self.first_name = pixels.shape, name
+        if pixels.shape != self.pixel_shape:
+            raise DataError(
+                f"the images differ in size, such as '{self.first_name}' ({_size(self.pixel_shape)}) and '{name}' "
+                f"({_size(pixels.shape)}): set data.image_px, for example data.image_px={min(self.pixel_shape[-2:])}"
+            )
+        self.keep(slot, pixels)
+        self.kept[slot] = True
+
+    @abstractmethod
+    def keep(self, slot: int, pixels: np.ndarray) -> None:
+        """Keep what is wanted of an image."""
+
+
+class _Pixels(Target):
+    """One array that images are written into; where one is missing, a gap that is closed at the end."""
+
+    images: np.ndarray
+
+    def keep(self, slot: int, pixels: np.ndarray) -> None:
+        """Write an image into the array."""
+        if not self.kept.any():
             require_memory((self.count, *pixels.shape))
             self.images = np.empty((self.count, *pixels.shape), np.uint8)
-            self.first_name = name
-        if pixels.shape != self.images.shape[1:]:
-            raise DataError(
-                f"the images differ in size, such as '{self.first_name}' ({_size(self.images)}) and '{name}' "
-                f"({_size(pixels)}): set data.image_px, for example data.image_px={min(self.images.shape[-2:])}"
-            )
         self.images[slot] = pixels
-        self.kept[slot] = True
 
     def finish(self) -> DecodedImages:
         """Close the gaps, and drop two of three channels if all images are grey and nothing else was asked for."""
-        if self.images is None:
-            name, reason = next(iter(self.failures.items()))
-            raise DataError(
-                f"none of the {self.count} images of data.name={self.recipe.name} can be decoded, such as '{name}' "
-                f"({reason}): check the path, or get the data set again"
-            )
         images = torch.from_numpy(self.images)
         if self.failures:
             images = images[self.kept]
@@ -191,8 +219,8 @@ class _Target:
         return DecodedImages(images, self.kept, tuple(self.failures))
 
 
-def _size(pixels: np.ndarray) -> str:
-    return f"{pixels.shape[-1]}x{pixels.shape[-2]}"
+def _size(shape: tuple[int, ...]) -> str:
+    return f"{shape[-1]}x{shape[-2]}"
 
 
 @contextmanager

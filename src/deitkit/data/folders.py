@@ -51,7 +51,9 @@ def list_folder(folder: Path) -> Listing:
             labels += [label] * len(images)
             is_test += [part is test] * len(images)
     return Listing(
-        EncodedImages([str(path.relative_to(folder)) for path in files], _reader(files), _content_key(folder, files)),
+        EncodedImages(
+            [str(path.relative_to(folder)) for path in files], _reader(files), _content_key(folder, files), files
+        ),
         torch.tensor(labels, dtype=torch.int64),
         None if test is None else torch.tensor(is_test),
         tuple(class_names),

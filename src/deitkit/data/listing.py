@@ -18,11 +18,13 @@ class EncodedImages:
         names: What a message calls each image.
         read: Yields the file or the bytes of each image at ascending positions; b"" where there is none.
         key: Changes whenever the images may have changed.
+        files: The file of each image; None where images are no files of their own.
     """
 
     names: Sequence[str]
     read: Callable[[list[int]], Iterator[Path | bytes]]
     key: str
+    files: Sequence[Path] | None = None
 
 
 @dataclass(frozen=True)

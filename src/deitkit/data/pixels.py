@@ -5,7 +5,7 @@ from math import prod
 import psutil
 import torch
 import torch.nn.functional as F
-from jaxtyping import UInt8
+from jaxtyping import Int64, UInt8
 from torch import Tensor
 
 from deitkit.errors import DataError
@@ -59,14 +59,19 @@ def is_grey(images: UInt8[Tensor, "n channels height width"]) -> bool:
 
 
 def mean_and_std(images: UInt8[Tensor, "n channels height width"]) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Return mean and standard deviation of each channel, of values in [0, 1]; exact, from counts of the 256 values.
-
-    The standard deviation is at least 1/255.
-    """
+    """Return mean and standard deviation of each channel, of values in [0, 1]; exact, from counts of the 256 values."""
     counts = torch.zeros(images.shape[1], 256, dtype=torch.int64)
     for chunk in images.split(_CHUNK):
         for channel, count in enumerate(counts):
             count += torch.bincount(chunk[:, channel].flatten(), minlength=256)
+    return mean_and_std_of_counts(counts)
+
+
+def mean_and_std_of_counts(counts: Int64[Tensor, "channels 256"]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return mean and standard deviation of each channel, in [0, 1], from how often each of the 256 values occurs.
+
+    The standard deviation is at least 1/255.
+    """
     values = torch.arange(256, dtype=torch.float64) / 255
     share = counts.double() / counts.sum(dim=1, keepdim=True)
     mean = share @ values

@@ -27,7 +27,7 @@ def draw_views(dataset: Dataset, recipe: AugmentRecipe, label_smoothing: float, 
     """
     augment, mix = Augment(recipe, dataset.mean, dataset.std), Mix(recipe, dataset.classes, label_smoothing)
     chosen = torch.randperm(len(dataset.train), generator=derived_generator(0, "preview"))[:count]
-    images, labels = dataset.train.images[chosen], dataset.train.labels[chosen]
+    images, labels = dataset.train.pixels(chosen), dataset.train.labels[chosen]
     generator = derived_generator(0, "preview", "views")
     rows = [(images.float() / 255, torch.nn.functional.one_hot(labels, dataset.classes).float())]
     rows += [mix(augment(images, generator), labels, generator) for _ in range(3)]

@@ -20,8 +20,9 @@ from deitkit.data.folders import list_folder
 from deitkit.data.listing import EncodedImages, Listing, Progress
 from deitkit.data.named import DOWNLOADABLE, list_named
 from deitkit.data.parquet import list_parquet
-from deitkit.data.pixels import mean_and_std, require_memory, resize, to_channels
+from deitkit.data.pixels import mean_and_std, mean_and_std_of_counts, require_memory, resize, to_channels
 from deitkit.data.split import Split, plan_splits
+from deitkit.data.stream import Survey, survey, wants_streaming
 from deitkit.errors import DataError
 from deitkit.recipe import DataRecipe
 
@@ -32,7 +33,7 @@ DATASETS = ("digits", *DOWNLOADABLE)
 
 @dataclass(frozen=True)
 class Dataset:
-    """A data set in memory, divided, with what describes it.
+    """A data set, divided, with what describes it.
 
     Attributes:
         name: As in the recipe.
@@ -43,7 +44,8 @@ class Dataset:
         mean: Of each channel of the training images, as values in [0, 1].
         std: Of each channel of the training images, as values in [0, 1]; at least 1/255.
         skipped: Names of images that could not be decoded.
-        fingerprint: SHA-256 over images, labels and class names of all splits, in hexadecimal.
+        fingerprint: SHA-256 over images, labels and class names of all splits, in hexadecimal; for streamed images over
+            the names, sizes and times of their files instead.
     """
 
     name: str
@@ -73,7 +75,7 @@ class Dataset:
 
 
 def load_dataset(recipe: DataRecipe, progress: Progress | None = None) -> Dataset:
-    """Load the data set that a recipe names, as uint8 images in memory.
+    """Load the data set that a recipe names, as uint8 images in memory, or as files that are decoded on the way.
 
     Labels are read and divided first (see ``plan_splits``); only images that belong to a split are decoded. An image
     that cannot be decoded is therefore missing from its split, and does not move others between splits.
@@ -94,13 +96,17 @@ def load_dataset(recipe: DataRecipe, progress: Progress | None = None) -> Datase
     indices = plan_splits(listing.labels, listing.official_test, listing.class_names, recipe)
     parts = (indices.train, indices.validation, indices.test)
     selection = torch.cat(parts)
-    decoded = _pixels(listing, selection, recipe, progress)
-    sizes = [int(kept.sum()) for kept in decoded.kept.split([len(part) for part in parts])]
-    labels = listing.labels[selection[decoded.kept]]
-    splits = [Split(*both) for both in zip(decoded.images.split(sizes), labels.split(sizes))]
+    streams = wants_streaming(listing.images, len(selection), recipe)
+    found = (_survey if streams else _pixels)(listing, selection, len(indices.train), recipe, progress)
+    sizes = [int(kept.sum()) for kept in found.kept.split([len(part) for part in parts])]
+    labels = listing.labels[selection[found.kept]].split(sizes)
+    images = found.images.split(sizes)
+    splits = [Split(*both) for both in zip(images, labels, strict=True)]
     _require_all_classes(splits, listing, recipe)
     train, validation, test = splits
-    mean, std = mean_and_std(train.images)
+    mean, std = (
+        mean_and_std_of_counts(found.counts) if isinstance(found, Survey) else mean_and_std(found.images[: sizes[0]])
+    )
     return Dataset(
         name=recipe.name,
         train=train,
@@ -109,8 +115,8 @@ def load_dataset(recipe: DataRecipe, progress: Progress | None = None) -> Datase
         class_names=listing.class_names,
         mean=mean,
         std=std,
-        skipped=listing.skipped + decoded.skipped,
-        fingerprint=_fingerprint(splits, listing.class_names),
+        skipped=listing.skipped + found.skipped,
+        fingerprint=_fingerprint(splits, listing.class_names, found.key if isinstance(found, Survey) else None),
     )
 
 
@@ -140,7 +146,7 @@ def _list_digits() -> Listing:
 
 
 def _pixels(
-    listing: Listing, selection: Int64[Tensor, "selected"], recipe: DataRecipe, progress: Progress | None
+    listing: Listing, selection: Int64[Tensor, "selected"], _: int, recipe: DataRecipe, progress: Progress | None
 ) -> DecodedImages:
     """Return the selected images as the recipe wants them."""
     if isinstance(listing.images, EncodedImages):
@@ -150,6 +156,17 @@ def _pixels(
     require_memory((len(selection), channels, image_px, image_px))
     images = to_channels(resize(listing.images[selection], image_px), channels)
     return DecodedImages(images, torch.ones(len(selection), dtype=torch.bool), ())
+
+
+def _survey(
+    listing: Listing,
+    selection: Int64[Tensor, "selected"],
+    train_count: int,
+    recipe: DataRecipe,
+    progress: Progress | None,
+) -> Survey:
+    assert isinstance(listing.images, EncodedImages)
+    return survey(listing.images, selection, train_count, recipe, progress)
 
 
 def _require_all_classes(splits: list[Split], listing: Listing, recipe: DataRecipe) -> None:
@@ -164,6 +181,11 @@ def _require_all_classes(splits: list[Split], listing: Listing, recipe: DataReci
             )
 
 
-def _fingerprint(splits: list[Split], class_names: tuple[str, ...]) -> str:
-    contents = [sha256(split.images, split.labels) for split in splits]
+def _fingerprint(splits: list[Split], class_names: tuple[str, ...], streamed_key: str | None) -> str:
+    contents = [
+        sha256(split.images, split.labels) if isinstance(split.images, Tensor) else sha256(split.labels)
+        for split in splits
+    ]
+    if streamed_key is not None:
+        contents.append(streamed_key)
     return hashlib.sha256(json.dumps([contents, class_names]).encode()).hexdigest()

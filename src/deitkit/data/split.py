@@ -1,36 +1,55 @@
-"""Labelled images in memory, and how a data set is divided into train, validation and test.
+"""Labelled images, and how a data set is divided into train, validation and test.
 
 Pure functions of labels and the recipe: nothing here reads a file or decodes an image.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Int64, UInt8
 from torch import Tensor
 
+from deitkit.data.stream import StreamedImages
 from deitkit.errors import DataError
 from deitkit.recipe import DataRecipe
+
+MOST_GPU_MEMORY = 0.5  # of what is free, for the images of a split
 
 
 @dataclass(frozen=True)
 class Split:
     """Images (values 0 to 255) with the index of their class."""
 
-    images: UInt8[Tensor, "n channels height width"]
+    images: UInt8[Tensor, "n channels height width"] | StreamedImages
     labels: Int64[Tensor, "n"]
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def take(self, indices: Int64[Tensor, "m"]) -> "Split":
-        """Return the images at these positions, in this order, as a copy."""
-        return Split(self.images[indices], self.labels[indices])
-
     def to(self, device: torch.device) -> "Split":
-        """Return the split on a device; nothing is copied if it is there already."""
-        return Split(self.images.to(device), self.labels.to(device))
+        """Return the split on a device; nothing is copied if it is there already.
+
+        Images that are still encoded, or that a GPU has no room for beside a training, stay where they are.
+        """
+        images = self.images
+        if isinstance(images, Tensor) and _has_room(device, images.nbytes):
+            images = images.to(device)
+        return Split(images, self.labels.to(device))
+
+    def pixels(self, indices: Int64[Tensor, "m"]) -> UInt8[Tensor, "m channels height width"]:
+        """Return the images at these positions, in this order."""
+        return self.images[indices] if isinstance(self.images, Tensor) else self.images.decode(indices)
+
+    def batches(self, size: int) -> Iterator[UInt8[Tensor, "batch channels height width"]]:
+        """Yield all images in order, so many at a time."""
+        if isinstance(self.images, Tensor):
+            return iter(self.images.split(size))
+        return self.images.batches(torch.arange(len(self)).split(size))
+
+
+def _has_room(device: torch.device, size: int) -> bool:
+    return device.type != "cuda" or size < MOST_GPU_MEMORY * torch.cuda.mem_get_info(device)[0]
 
 
 @dataclass(frozen=True)
