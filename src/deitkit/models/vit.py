@@ -22,7 +22,7 @@ TOKENS = ("class", "distillation")
 NORM_EPS = 1e-6
 INIT_STD = 0.02
 MLP_RATIO = 4
-SHORT_SEQUENCE = 256  # tokens up to which a CPU takes two plain products: docs/benchmarks.md has both
+SHORT_SEQUENCE = 640  # tokens up to which a CPU takes two plain products: docs/benchmarks.md has both up to 578
 
 
 @dataclass(frozen=True)
