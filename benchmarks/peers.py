@@ -17,6 +17,7 @@ import statistics
 import subprocess
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import nullcontext
 from datetime import UTC, datetime
@@ -65,7 +66,7 @@ class DeitkitPeer:
         return time.perf_counter() - started
 
 
-class LoaderPeer:
+class LoaderPeer(ABC):
     """A loop over a loader of PIL images; subclasses say which loader, and what a step is."""
 
     name = ""
@@ -96,7 +97,7 @@ class LoaderPeer:
         shape = (dataset.channels, *dataset.image_px)
         self.flops = count_flops(self.student, shape, backward=True) + count_flops(self.teacher, shape, backward=False)
 
-    def prepare(self) -> None:
+    def prepare(self) -> None:  # noqa: B027 - most need nothing else
         """Set up whatever else the loop needs."""
 
     def describe(self) -> str:
@@ -127,9 +128,9 @@ class LoaderPeer:
             ]
         )
 
+    @abstractmethod
     def train_step(self, images: Tensor, labels: Tensor) -> None:
         """Train on one batch."""
-        raise NotImplementedError
 
     def turn(self, steps: int, workers: int | None = None) -> float:
         """Train so many steps and return the seconds; starting the workers and the first batch are not charged."""

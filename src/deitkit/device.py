@@ -51,10 +51,7 @@ def usable_cores() -> int:
 
 
 def _keep_freed_memory() -> None:
-    """Keep what tensors free for the next step; by default glibc gives it back, and the kernel clears each page anew.
-
-    That took up to a sixth of a training step.
-    """
+    """Keep what tensors free for the next step: glibc gives it back, and the kernel then clears each page anew."""
     if platform.libc_ver()[0] == "glibc":
         with suppress(OSError, AttributeError):
             libc = ctypes.CDLL(None)

@@ -1,7 +1,7 @@
 """A student's batch in parts: what the caches of a CPU hold, several side by side, a core each.
 
 The gradient is that of the whole batch, but for the order of the sums. Cores that share every operation wait for each
-other after each; with parts of their own they wait once in a step (docs/benchmarks.md has both).
+other after each; with parts of their own they wait once in a step.
 """
 
 import copy
