@@ -39,7 +39,7 @@ from deitkit.bench.measure import count_flops, machine_limit, wait
 from deitkit.bench.training import Bench, Stepper, step_flops, synthetic_dataset
 from deitkit.data.sources import load_dataset
 from deitkit.device import Precision
-from deitkit.recipe import load_recipe
+from deitkit.recipe_file import load_recipe
 
 WORKER_CHOICES = {"cpu": (0, 1, 2), "cuda": (8, 16)}
 

@@ -23,7 +23,8 @@ from deitkit.data.sources import load_dataset
 from deitkit.errors import CheckpointError, Interrupted, RecipeError
 from deitkit.evaluate import predict, readout_scores, top_k_accuracy
 from deitkit.methods import METHODS
-from deitkit.recipe import Recipe, load_recipe, shipped_recipes
+from deitkit.recipe import Recipe
+from deitkit.recipe_file import load_recipe, shipped_recipes
 from deitkit.report import write_report
 from deitkit.runs import Silent
 

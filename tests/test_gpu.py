@@ -13,7 +13,8 @@ from deitkit.cuda_graph import WARM_UP
 from deitkit.device import Precision
 from deitkit.models.classifier import Classifier
 from deitkit.models.cnn import CifarResNet
-from deitkit.recipe import Recipe, load_recipe
+from deitkit.recipe import Recipe
+from deitkit.recipe_file import load_recipe
 from deitkit.speed import accelerate
 from deitkit.teacher import FrozenTeacher
 

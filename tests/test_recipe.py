@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deitkit.errors import RecipeError
-from deitkit.recipe import Recipe, describe_fields, dump_recipe, field_names, load_recipe, parse_recipe, shipped_recipes
+from deitkit.recipe import Recipe
+from deitkit.recipe_file import describe_fields, dump_recipe, field_names, load_recipe, parse_recipe, shipped_recipes
 
 
 @pytest.mark.parametrize("name", shipped_recipes())

@@ -12,7 +12,8 @@ from deitkit.compare import build_students
 from deitkit.errors import OutOfMemory
 from deitkit.models.classifier import Classifier
 from deitkit.models.cnn import CifarResNet
-from deitkit.recipe import Recipe, SpeedRecipe, load_recipe
+from deitkit.recipe import Recipe, SpeedRecipe
+from deitkit.recipe_file import load_recipe
 from deitkit.speed import accelerate
 from deitkit.teacher import FrozenTeacher
 

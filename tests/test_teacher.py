@@ -14,7 +14,8 @@ from deitkit.data.sources import Dataset, Split
 from deitkit.errors import CheckpointError, TeacherError
 from deitkit.models.classifier import Classifier
 from deitkit.models.zoo import create_classifier
-from deitkit.recipe import Recipe, parse_recipe
+from deitkit.recipe import Recipe
+from deitkit.recipe_file import parse_recipe
 from deitkit.runs import Silent
 from deitkit.teacher import FrozenTeacher, TeacherCard, gate, prepare_teacher
 

@@ -12,7 +12,8 @@ from rich.table import Table
 from deitkit import __version__
 from deitkit.bench.command import app as bench_app
 from deitkit.errors import DeitkitError, Interrupted, RecipeError, is_out_of_memory
-from deitkit.recipe import Recipe, describe_fields, load_recipe, shipped_recipes
+from deitkit.recipe import Recipe
+from deitkit.recipe_file import describe_fields, load_recipe, shipped_recipes
 
 app = typer.Typer(
     name="deitkit",

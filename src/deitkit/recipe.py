@@ -1,18 +1,13 @@
-"""What to run: the schema of a recipe, and how a file plus ``key=value`` overrides becomes one.
+"""What to run: the schema of a recipe. How a file becomes one is in ``recipe_file``.
 
 Every number that influences a result is a field here. Nothing in this file builds a model or touches data.
 """
 
-import difflib
-from collections.abc import Iterator, Sequence
-from importlib import resources
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
-
-from deitkit.errors import RecipeError
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Probability = Annotated[float, Field(ge=0, le=1)]
@@ -257,149 +252,3 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
         section = recipe.train if name == "train" else recipe.teacher.train
         if section.warmup_epochs > section.epochs:
             yield f"{name}.warmup_epochs={section.warmup_epochs:g} exceeds {name}.epochs={section.epochs}: lower it"
-
-
-def shipped_recipes() -> dict[str, str]:
-    """Return the text of every shipped recipe by its name."""
-    folder = resources.files("deitkit") / "recipes"
-    files = sorted((entry for entry in folder.iterdir() if entry.name.endswith(".yaml")), key=lambda entry: entry.name)
-    return {entry.name.removesuffix(".yaml"): entry.read_text(encoding="utf-8") for entry in files}
-
-
-def load_recipe(source: str | None, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe and validate it.
-
-    Args:
-        source: The name of a shipped recipe, or a path to a YAML file; None for the defaults.
-        overrides: ``key=value`` with dotted keys; values are YAML. A section that has a name may be named in short:
-            ``data=cifar10`` is ``data.name=cifar10``.
-
-    Raises:
-        RecipeError: All problems of the recipe at once; an unknown key names its nearest neighbours.
-    """
-    tree = _read_tree(source) if source is not None else {}
-    for override in overrides:
-        _apply(tree, override)
-    return parse_recipe(tree)
-
-
-def parse_recipe(tree: dict[str, Any]) -> Recipe:
-    """Validate a tree of plain values; raises RecipeError with all problems at once."""
-    try:
-        return Recipe.model_validate(tree)
-    except ValidationError as error:
-        problems = [_sentence(dict(problem)) for problem in error.errors()]
-        raise RecipeError("; ".join(problems)) from None
-
-
-def dump_recipe(recipe: Recipe) -> str:
-    """Return the resolved recipe as YAML that loads to an equal recipe."""
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-
-
-def field_names(section: type[BaseModel] = Recipe, prefix: str = "") -> list[str]:
-    """Return every dotted key that a recipe knows."""
-    names: list[str] = []
-    for name, field in section.model_fields.items():
-        names.append(prefix + name)
-        inner = _section_of(field.annotation)
-        if inner is not None:
-            names += field_names(inner, f"{prefix}{name}.")
-    return names
-
-
-def describe_fields(section: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[tuple[str, str, str]]:
-    """Yield every field that holds a value: its dotted key, its default and its meaning."""
-    for name, field in section.model_fields.items():
-        inner = _section_of(field.annotation)
-        if inner is not None:
-            yield from describe_fields(inner, f"{prefix}{name}.")
-        else:
-            default = field.get_default()
-            shown = yaml.safe_dump(_plain_value(default)).removesuffix("...\n").strip()
-            yield prefix + name, shown, _meaning(section, name)
-
-
-def _meaning(section: type[BaseModel], name: str) -> str:
-    """Return a field's description, from the section that it was first described in."""
-    fields = [base.model_fields.get(name) for base in section.__mro__ if issubclass(base, BaseModel)]
-    return next((field.description for field in fields if field is not None and field.description), "")
-
-
-def _plain_value(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
-
-
-def _section_of(annotation: Any) -> type[BaseModel] | None:
-    options = get_args(annotation) or (annotation,)
-    return next((option for option in options if isinstance(option, type) and issubclass(option, BaseModel)), None)
-
-
-def _read_tree(source: str) -> dict[str, Any]:
-    shipped = shipped_recipes()
-    if source in shipped:
-        text = shipped[source]
-    elif Path(source).is_file():
-        text = Path(source).read_text(encoding="utf-8", errors="replace")
-    else:
-        near = _nearest(source, shipped) or f"shipped are {', '.join(shipped)}."
-        raise RecipeError(f"recipe '{source}' is neither a shipped recipe nor a file: {near} See `deitkit recipes`")
-    try:
-        tree = yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        where = getattr(error, "problem_mark", None)
-        line = f" in line {where.line + 1}" if where is not None else ""
-        raise RecipeError(f"recipe '{source}' is no valid YAML{line}: mend the file and run again") from None
-    if tree is None:
-        tree = {}
-    if not isinstance(tree, dict) or not all(isinstance(key, str) for key in tree):
-        raise RecipeError(
-            f"recipe '{source}' must be a mapping of field names to values, such as 'train: {{epochs: 20}}'"
-        )
-    return tree
-
-
-def _apply(tree: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise RecipeError(f"'{override}' is no override: write key=value, such as train.epochs=20")
-    try:
-        value = yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError, ValueError):
-        raise RecipeError(f"the value of '{override}' is no valid YAML: quote it") from None
-    if isinstance(value, str) and "name" in getattr(_section_of(_field_type(key)), "model_fields", ()):
-        key += ".name"
-    *parents, last = key.split(".")
-    place = tree
-    for parent in parents:
-        if not isinstance(place.get(parent), dict):
-            place[parent] = {}
-        place = place[parent]
-    place[last] = value
-
-
-def _field_type(key: str) -> Any:
-    field = Recipe.model_fields.get(key)
-    return field.annotation if field is not None else None
-
-
-def _sentence(problem: dict[str, Any]) -> str:
-    """Turn one of pydantic's problems into: field, value, what is allowed."""
-    where = ".".join(str(part) for part in problem["loc"])
-    if problem["type"] == "extra_forbidden":
-        known = field_names()
-        near = _nearest(where, known) or "see `deitkit recipes --fields`"
-        return f"unknown key '{where}': {near}"
-    message = str(problem["msg"]).removeprefix("Value error, ")
-    if not where:
-        return message
-    value = problem["input"]
-    shown = repr(value) if len(repr(value)) <= 60 else repr(value)[:57] + "..."
-    return f"{where}={shown}: {message[0].lower()}{message[1:]}"
-
-
-def _nearest(name: str, known: Sequence[str] | dict[str, str]) -> str:
-    last = name.rpartition(".")[2]
-    near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.6)
-    near += [key for key in known if key.rpartition(".")[2] == last and key not in near]
-    return f"did you mean {' or '.join(near[:3])}?" if near else ""

@@ -15,7 +15,8 @@ from deitkit.checkpoint import load_tree, save_tree
 from deitkit.cohort import Cohort, Progress
 from deitkit.errors import CheckpointError, Interrupted
 from deitkit.files import write_text
-from deitkit.recipe import Recipe, dump_recipe
+from deitkit.recipe import Recipe
+from deitkit.recipe_file import dump_recipe
 from deitkit.report import read_metrics
 
 # Fields that say where or how fast, not what, so that a run may go on on another machine; and those of the gate, so

@@ -8,7 +8,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from deitkit.recipe import Recipe, load_recipe
+from deitkit.recipe import Recipe
+from deitkit.recipe_file import load_recipe
 
 app = typer.Typer(
     help="Measure how fast this machine trains and classifies. Fields are those of a recipe, as in "
