@@ -12,6 +12,12 @@ from deitkit.recipe import AugmentRecipe
 
 MEAN, STD = (0.5, 0.25, 0.75), (0.1, 0.2, 0.05)
 NOTHING = {"flip": 0.0, "crop": "none"}
+POLICIES = [
+    *({"randaugment": text} for text in ("2,9", "4,30", "rand-m9-mstd0.5-inc1", "rand-m10-n3-p1")),
+    {"autoaugment": "imagenet"},
+    {"three_augment": True},
+    {},
+]
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -148,15 +154,16 @@ def test_erasing_with_pixels_is_standard_normal_after_normalisation_within_the_r
 @settings(max_examples=25, deadline=None)
 @given(
     shape=st.tuples(st.integers(1, 5), st.sampled_from([1, 3]), st.integers(4, 20), st.integers(4, 20)),
-    crop=st.sampled_from(["none", "pad", "random-resized"]),
-    randaugment=st.sampled_from([None, "2,9", "4,30", "rand-m9-mstd0.5-inc1", "rand-m10-n3-p1"]),
+    crop=st.sampled_from(["none", "pad", "random-resized", "simple"]),
+    policy=st.sampled_from(POLICIES),
+    colour_jitter=st.sampled_from([0, 0.3, 2]),
     erase_mode=st.sampled_from(["constant", "pixel"]),
     seed=st.integers(0, 2**32),
 )
-def test_any_recipe_gives_a_view_that_its_seed_decides(shape, crop, randaugment, erase_mode, seed):
+def test_any_recipe_gives_a_view_that_its_seed_decides(shape, crop, policy, colour_jitter, erase_mode, seed):
     images = noise_images(*shape)
     before = images.clone()
-    recipe = AugmentRecipe(crop=crop, randaugment=randaugment, erase=0.7, erase_mode=erase_mode)
+    recipe = AugmentRecipe(crop=crop, colour_jitter=colour_jitter, erase=0.7, erase_mode=erase_mode, **policy)
     augment = Augment(recipe, MEAN[: shape[1]], STD[: shape[1]])
     view = augment(images, generator(seed))
     assert view.shape == shape
@@ -180,11 +187,11 @@ def test_a_malformed_randaugment_is_refused():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("randaugment", ["2,9", "rand-m9-mstd0.5-inc1"])
-@pytest.mark.parametrize("crop", ["pad", "random-resized"])
-def test_a_gpu_gives_the_same_view_without_waiting(crop, randaugment):
+@pytest.mark.parametrize("policy", POLICIES, ids=str)
+@pytest.mark.parametrize("crop", ["pad", "random-resized", "simple"])
+def test_a_gpu_gives_the_same_view_without_waiting(crop, policy):
     images = noise_images(64, 3, 32, 32)
-    augment = Augment(AugmentRecipe(crop=crop, randaugment=randaugment, erase=0.25), MEAN, STD)
+    augment = Augment(AugmentRecipe(crop=crop, colour_jitter=0.3, erase=0.25, **policy), MEAN, STD)
     expected = augment(images, generator())
     on_device = images.cuda()
     augment(on_device, generator())  # the first call may set libraries up

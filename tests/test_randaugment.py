@@ -9,7 +9,8 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import RandAugment as TorchvisionRandAugment
 from torchvision.transforms.autoaugment import _apply_op
 
-from deitkit.data.randaugment import OPERATIONS, RandAugment, apply_operations
+from deitkit.data.operations import OPERATIONS, apply_operations
+from deitkit.data.randaugment import RandAugment
 from deitkit.errors import RecipeError
 
 BLACK = torch.zeros(3, dtype=torch.uint8)
@@ -69,7 +70,7 @@ def apply_one(images: torch.Tensor, name: str, argument: float, **options: objec
 
 
 @pytest.mark.parametrize("shape", [(3, 32, 32), (1, 28, 28), (3, 8, 8), (3, 33, 20), (1, 2, 5)], ids=str)
-@pytest.mark.parametrize("name", [name for name in OPERATIONS if name != "SolarizeAdd"])
+@pytest.mark.parametrize("name", [name for name in OPERATIONS if name not in ("SolarizeAdd", "GaussianBlur")])
 def test_every_operation_equals_torchvisions_on_pil_images(name, shape):
     images = sample_images(*shape)
     for argument in ARGUMENTS[name]:
@@ -214,7 +215,8 @@ def test_operations_and_signs_are_drawn_evenly_for_every_image(text, applied):
 
 def test_timm_policy_fills_with_the_mean_colour_and_torchvisions_with_black():
     assert RandAugment("rand-m9", (0.5, 0.25, 1.0)).fill.tolist() == [128, 64, 255]
-    assert RandAugment("2,9", (0.5, 0.25, 1.0)).fill.tolist() == [0, 0, 0]
+    assert RandAugment("2,9", (0.5, 0.25, 1.0)).fill is None
+    assert apply_one(torch.full((1, 3, 4, 4), 9, dtype=torch.uint8), "TranslateX", 4, fill=None).max() == 0
 
 
 def test_timm_defaults():

@@ -54,8 +54,10 @@ class AugmentRecipe(Section):
     """How a batch of images becomes the view that the teacher and all students see."""
 
     flip: Probability = Field(0.5, description="Probability of a horizontal flip.")
-    crop: Literal["none", "pad", "random-resized"] = Field("pad", description="Pad and crop, or crop and resize.")
-    pad_px: NonNegativeInt = Field(4, description="Zero padding on each side before the crop (crop: pad).")
+    crop: Literal["none", "pad", "random-resized", "simple"] = Field(
+        "pad", description="Pad with black and crop, crop and resize, or pad with reflections and crop (DeiT III)."
+    )
+    pad_px: NonNegativeInt = Field(4, description="Padding on each side before the crop (crop: pad or simple).")
     scale_min: Annotated[float, Field(gt=0, le=1)] = Field(
         0.08, description="Smallest share of the area that a crop keeps (crop: random-resized)."
     )
@@ -70,6 +72,15 @@ class AugmentRecipe(Section):
     cutmix: NonNegativeFloat = Field(0.0, description="Alpha of CutMix's Beta distribution; 0 switches it off.")
     mix_probability: Probability = Field(1.0, description="Share of the batches that are mixed at all.")
     mix_switch: Probability = Field(0.5, description="Share of the mixed batches that use CutMix, if both are on.")
+    autoaugment: Literal["imagenet", "cifar10", "svhn"] | None = Field(
+        None, description="AutoAugment with the policy that was found on this data set, in place of RandAugment."
+    )
+    three_augment: bool = Field(
+        False, description="Grey, solarized or blurred, one for each image (DeiT III, with colour_jitter: 0.3)."
+    )
+    colour_jitter: NonNegativeFloat = Field(
+        0.0, description="Brightness, contrast and saturation by factors of up to 1 - this to 1 + this; 0 is off."
+    )
 
 
 class ModelRecipe(Section):
@@ -248,6 +259,11 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
     for std in recipe.teacher.std or ():
         if std <= 0:
             yield f"teacher.std={list(recipe.teacher.std or ())} must be positive"
+    for name, augment in (("augment", recipe.augment), ("teacher.augment", recipe.teacher.augment)):
+        policies = ("randaugment", "autoaugment", "three_augment")
+        chosen = [f"{name}.{policy}={getattr(augment, policy)}" for policy in policies if getattr(augment, policy)]
+        if len(chosen) > 1:
+            yield f"{' and '.join(chosen)} exclude each other: keep one"
     for name in ("train", "teacher.train"):
         section = recipe.train if name == "train" else recipe.teacher.train
         if section.warmup_epochs > section.epochs:

@@ -1,14 +1,18 @@
-"""From a batch of uint8 images to the view: crop, flip, RandAugment and erasing, all at once and on the images' device.
+"""From a batch of uint8 images to the view: crop, flip, policies and erasing, all at once and on the images' device.
 
 Random numbers are drawn on the CPU, in a few small tensors, so that a seed means the same view on every device and
 nothing waits for the device. Mixing images with each other is in ``mix.py``; normalisation belongs to each model.
 """
+
+from collections.abc import Iterator
 
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 from torch.nn import functional as F
 
+from deitkit.data.operations import Layers
+from deitkit.data.policies import AutoAugment, ColourJitter, ThreeAugment
 from deitkit.data.randaugment import RandAugment
 from deitkit.recipe import AugmentRecipe
 
@@ -33,7 +37,7 @@ class Augment:
             RecipeError: ``recipe.randaugment`` is malformed.
         """
         self.recipe = recipe
-        self.randaugment = RandAugment(recipe.randaugment, mean) if recipe.randaugment is not None else None
+        self.layers = list(_layers(recipe, mean))
         self.mean = torch.tensor(mean)[:, None, None]
         self.std = torch.tensor(std)[:, None, None]
 
@@ -49,16 +53,16 @@ class Augment:
         """
         recipe = self.recipe
         batch, _, height, width = images.shape
-        pad_px = recipe.pad_px if recipe.crop == "pad" else 0
+        pad_px = recipe.pad_px if recipe.crop in ("pad", "simple") else 0
         if recipe.crop == "random-resized":
             boxes = draw_crops(batch, height, width, recipe.scale_min, generator)
             images = resized_crop(images, *boxes)
         if pad_px or recipe.flip:
             tops, lefts = torch.randint(2 * pad_px + 1, (2, batch), generator=generator)
             flipped = torch.rand(batch, generator=generator) < recipe.flip
-            images = shift_and_flip(images, tops, lefts, flipped, pad_px)
-        if self.randaugment is not None:
-            images = self.randaugment(images, generator)
+            images = shift_and_flip(images, tops, lefts, flipped, pad_px, reflect=recipe.crop == "simple")
+        for layer in self.layers:
+            images = layer(images, generator)
         view = images.float().div_(255)
         return self._erase(view, generator) if recipe.erase else view
 
@@ -88,21 +92,35 @@ class Augment:
         return view.index_copy_(0, index, torch.where(erased, colour, kept))
 
 
+def _layers(recipe: AugmentRecipe, mean: tuple[float, ...]) -> Iterator[Layers]:
+    """Yield what changes the colours or the shape of single images, in its order."""
+    if recipe.randaugment is not None:
+        yield RandAugment(recipe.randaugment, mean)
+    if recipe.autoaugment is not None:
+        yield AutoAugment(recipe.autoaugment)
+    if recipe.three_augment:
+        yield ThreeAugment()
+    if recipe.colour_jitter:
+        yield ColourJitter(recipe.colour_jitter)
+
+
 def shift_and_flip(
     images: UInt8[Tensor, "batch channels height width"],
     tops: Tensor,
     lefts: Tensor,
     flipped: Tensor,
     pad_px: int,
+    reflect: bool = False,
 ) -> UInt8[Tensor, "batch channels height width"]:
-    """Pad with black, cut every image at its own corner, and mirror some; one gather for the batch.
+    """Pad, cut every image at its own corner, and mirror some; one gather for the batch.
 
     Args:
         images: On any device.
         tops: Upper edge of each cut in the padded image, 0 to ``2 * pad_px``, on the CPU.
         lefts: Left edge, likewise.
         flipped: Which images are mirrored, on the CPU.
-        pad_px: Black pixels on each side.
+        pad_px: Pixels on each side.
+        reflect: Pad with the image mirrored at its outermost pixels instead of with black.
     """
     channels, height, width = images.shape[1:]
     device = images.device
@@ -110,10 +128,20 @@ def shift_and_flip(
     columns = torch.arange(width, device=device)
     columns = torch.where(flipped, columns.flip(0), columns) + lefts
     rows = torch.arange(height, device=device) + tops
-    padded = F.pad(images, (pad_px, pad_px, pad_px, pad_px))
+    if reflect:
+        padded, rows, columns = images, _reflected(rows - pad_px, height), _reflected(columns - pad_px, width)
+    else:
+        padded = F.pad(images, (pad_px, pad_px, pad_px, pad_px))
     index = rows[:, :, None] * padded.shape[-1] + columns[:, None, :]
     index = index.flatten(1)[:, None].expand(-1, channels, -1)
     return padded.flatten(2).gather(2, index).view_as(images)
+
+
+def _reflected(positions: Tensor, side_px: int) -> Tensor:
+    """Return the pixel that a position outside the image shows: the outermost pixels are mirrors, and not repeated."""
+    period = max(1, 2 * (side_px - 1))
+    positions = positions % period
+    return torch.minimum(positions, period - positions).clamp_(max=side_px - 1)
 
 
 def _draw_boxes(
