@@ -32,8 +32,8 @@ def teacher(seed: int = 0) -> Classifier:
 
 def answers(classifier: Classifier, **changes: Any) -> Answers:
     settings: dict[str, Any] = {
-        "fingerprint": "data", "augment": AugmentRecipe(), "batch_size": 4, "steps": 2, "classes": 3, "seed": 0,
-        "precision": CPU_FP32,
+        "fingerprint": "data", "augment": AugmentRecipe(), "batch_size": 4, "repeats": 1, "steps": 2, "classes": 3,
+        "seed": 0, "precision": CPU_FP32,
     }  # fmt: skip
     return Answers(classifier, **(settings | changes))
 
@@ -103,7 +103,8 @@ def test_an_epoch_that_was_not_recorded_to_its_end_is_not_written() -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"seed": 1}, {"fingerprint": "other"}, {"batch_size": 8}, {"augment": AugmentRecipe(flip=0.0)}]
+    "change",
+    [{"seed": 1}, {"fingerprint": "other"}, {"batch_size": 8}, {"repeats": 3}, {"augment": AugmentRecipe(flip=0.0)}],
 )
 def test_other_views_have_a_folder_of_their_own(change: dict[str, Any]) -> None:
     assert answers(teacher(), **change).folder != answers(teacher()).folder

@@ -55,8 +55,10 @@ def load(name: str, **fields: Any) -> Dataset:
 
 
 @pytest.mark.parametrize("kind", ["folder", "parquet"])
-@pytest.mark.parametrize("workers", [0, 2])
-def test_streamed_batches_are_those_in_memory(kind: str, workers: int, photos: Path, shards: Path) -> None:
+@pytest.mark.parametrize(("workers", "repeats"), [(0, 1), (0, 3), (2, 1)])
+def test_streamed_batches_are_those_in_memory(
+    kind: str, workers: int, repeats: int, photos: Path, shards: Path
+) -> None:
     name = f"folder:{photos}" if kind == "folder" else f"parquet:{shards}"
     resident, streamed = load(name, streaming=False), load(name, streaming=True, workers=workers)
     assert isinstance(resident.train.images, torch.Tensor)
@@ -70,7 +72,7 @@ def test_streamed_batches_are_those_in_memory(kind: str, workers: int, photos: P
         mine, other = getattr(streamed, part), getattr(resident, part)
         assert torch.equal(torch.cat(list(mine.batches(4))), other.images), part
         assert torch.equal(mine.labels, other.labels), part
-    ours, theirs = Batches(streamed.train, 4, 7, CPU), Batches(resident.train, 4, 7, CPU)
+    ours, theirs = (Batches(data.train, 4, 7, CPU, repeats=repeats) for data in (streamed, resident))
     for epoch, first_step in ((0, 0), (1, 0), (3, 2)):
         pairs = list(zip(ours.epoch(epoch, first_step), theirs.epoch(epoch, first_step), strict=True))
         assert len(pairs) == ours.steps_per_epoch - first_step

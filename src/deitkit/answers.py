@@ -38,6 +38,7 @@ class Answers:
         fingerprint: Of the data set.
         augment: How views are made.
         batch_size: Images in a step.
+        repeats: Copies of an image in it.
         steps: Steps of an epoch.
         classes: Of the data set.
         seed: Of the views.
@@ -51,6 +52,7 @@ class Answers:
         fingerprint: str,
         augment: AugmentRecipe,
         batch_size: int,
+        repeats: int,
         steps: int,
         classes: int,
         seed: int,
@@ -62,6 +64,7 @@ class Answers:
             "data": fingerprint,
             "augment": augment.model_dump(mode="json"),
             "batch_size": batch_size,
+            "repeats": repeats,
             "seed": seed,
             "precision": precision.name,
             "device": precision.device.type,  # it draws the noise of erasing

@@ -214,7 +214,7 @@ class Cohort:
         self.students = students
         self.teacher = teacher
         self.device = precision.device
-        self.batches = Batches(dataset.train, train.batch_size, seed, self.device)
+        self.batches = Batches(dataset.train, train.batch_size, seed, self.device, repeats=train.repeats)
         self.validation = dataset.validation.to(self.device)
         self.train_recipe = train
         self.precision = precision

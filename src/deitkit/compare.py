@@ -108,6 +108,7 @@ def build_answers(recipe: Recipe, dataset: Dataset, teacher: FrozenTeacher, seed
         fingerprint=dataset.fingerprint,
         augment=recipe.augment,
         batch_size=recipe.train.batch_size,
+        repeats=recipe.train.repeats,
         steps=len(dataset.train) // recipe.train.batch_size,
         classes=dataset.classes,
         seed=seed,

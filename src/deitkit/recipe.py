@@ -125,6 +125,10 @@ class TrainRecipe(OptimizerRecipe):
         None, description="Keep an exponential moving average of the weights, reported as rows of its own."
     )
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 where the processor has it.")
+    repeats: PositiveInt = Field(
+        1,
+        description="Repeated augmentation: views of an image in a step; an epoch then shows 1/repeats of the images.",
+    )
 
 
 class SpeedRecipe(Section):
@@ -268,3 +272,5 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
         section = recipe.train if name == "train" else recipe.teacher.train
         if section.warmup_epochs > section.epochs:
             yield f"{name}.warmup_epochs={section.warmup_epochs:g} exceeds {name}.epochs={section.epochs}: lower it"
+        if section.repeats > section.batch_size:
+            yield f"{name}.repeats={section.repeats} exceeds {name}.batch_size={section.batch_size}: lower it"

@@ -20,9 +20,24 @@ class Batches:
     """The training images of a run, in the order of its seed.
 
     An epoch leaves out the last, smaller batch, so that every step has the same shape.
+
+    With repeated augmentation (Hoffer et al. 2020; Berman et al. 2019) an image stands in the order several times in a
+    row, and each of its copies becomes a view of its own in the same step. An epoch keeps its number of steps, as with
+    the DeiT code's sampler, and so shows a share of the images; unlike there, on one device too, and of any number of
+    images. Devices that take every k-th place of a batch get one copy each.
+
+    Args:
+        split: The images to train on.
+        batch_size: Images in a step, copies included.
+        seed: Of the order.
+        device: Where batches are wanted.
+        repeats: Copies of an image; of the last one of an epoch there may be fewer.
+
+    Raises:
+        RecipeError: A batch has more images than there are.
     """
 
-    def __init__(self, split: Split, batch_size: int, seed: int, device: torch.device) -> None:
+    def __init__(self, split: Split, batch_size: int, seed: int, device: torch.device, *, repeats: int = 1) -> None:
         if batch_size > len(split):
             raise RecipeError(
                 f"train.batch_size={batch_size} is more than the {len(split)} images to train on: at most {len(split)}"
@@ -30,6 +45,7 @@ class Batches:
         self.split = split.to(device)
         self.batch_size = batch_size
         self.seed = seed
+        self.repeats = repeats
         self.steps_per_epoch = len(split) // batch_size
         self._order: tuple[int, Tensor, Tensor] | None = None
         self._flow: tuple[tuple[int, int], Iterator[Tensor]] | None = None  # the step that it yields next
@@ -57,7 +73,8 @@ class Batches:
         return self._order[1:]
 
     def _shuffled(self, epoch: int) -> Int64[Tensor, "n"]:
-        return torch.randperm(len(self.split), generator=derived_generator(self.seed, "order", epoch))
+        order = torch.randperm(len(self.split), generator=derived_generator(self.seed, "order", epoch))
+        return order.repeat_interleave(self.repeats)[: len(order)]
 
     def _streamed(self, epoch: int, step: int, images: StreamedImages) -> UInt8[Tensor, "batch channels height width"]:
         """Take the batch from worker processes that go on with the next ones, over the end of the epoch too."""

@@ -86,7 +86,9 @@ class StreamedImages:
         """Decode some images here and now; DataError if one has gone or has changed since it was surveyed."""
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module="PIL")  # all was said when they were surveyed
-            return torch.from_numpy(np.stack([self._decode_one(index) for index in indices.tolist()]))
+            # Repeated augmentation asks for an image several times: it is decoded once.
+            decoded = {index: self._decode_one(index) for index in dict.fromkeys(indices.tolist())}
+            return torch.from_numpy(np.stack([decoded[index] for index in indices.tolist()]))
 
     def batches(self, indices: Iterable[Tensor], *, pin: bool = False) -> Iterator[Tensor]:
         """Yield the images of each tensor of indices, decoded ahead by worker processes.
