@@ -208,6 +208,7 @@ def _student_card(recipe: Recipe, dataset: Dataset, student: Student, seed: int)
         "channels": dataset.channels,
         "class_names": list(dataset.class_names),
         "input_px": list(dataset.image_px),
+        "eval_crop": recipe.data.eval_crop,
         "split": {"split_seed": recipe.data.split_seed, "test_fraction": recipe.data.test_fraction},
     }
     if student.name == BASELINE:

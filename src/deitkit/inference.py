@@ -21,6 +21,11 @@ def _input_px(card: dict[str, Any]) -> int:
     return int(min(card["input_px"]))
 
 
+def _eval_crop(card: dict[str, Any]) -> float:
+    """Return by what the side of an image is divided before its centre is cut."""
+    return float(card.get("eval_crop", 1.0))
+
+
 def evaluate_model(folder: Path, data: str, root: Path | None = None) -> dict[str, Any]:
     """Measure a saved model on the test images of a data set.
 
@@ -30,9 +35,8 @@ def evaluate_model(folder: Path, data: str, root: Path | None = None) -> dict[st
     device = choose_device("auto")
     classifier, card = load_classifier(folder, device)
     # Under the split that the model was trained with, no training image is among the test images.
-    recipe = DataRecipe(
-        name=data, root=root, channels=card["channels"], image_px=_input_px(card), **card.get("split", {})
-    )
+    prepared = {"channels": card["channels"], "image_px": _input_px(card), "eval_crop": _eval_crop(card)}
+    recipe = DataRecipe(name=data, root=root, **prepared, **card.get("split", {}))
     dataset = load_dataset(recipe)
     if list(dataset.class_names) != card["class_names"]:
         raise DataError(
@@ -64,7 +68,7 @@ def predict_files(folder: Path, paths: list[Path], *, readout: str | None = None
     """
     classifier, card = load_classifier(folder, choose_device("auto"))
     files = [file for path in paths for file in _image_files(path)]
-    images = torch.stack([_read(file, card["channels"], _input_px(card)) for file in files])
+    images = torch.stack([_read(file, card["channels"], _input_px(card), _eval_crop(card)) for file in files])
     split = Split(images, torch.zeros(len(images), dtype=torch.int64))
     scores = readout_scores(predict(classifier, split, Precision.choose("auto", classifier.mean.device)))
     chosen = readout or card.get("readout") or default_readout(list(scores))
@@ -93,9 +97,9 @@ def _image_files(path: Path) -> list[Path]:
     return files
 
 
-def _read(file: Path, channels: int, image_px: int | None) -> UInt8[Tensor, "channels height width"]:
+def _read(file: Path, channels: int, image_px: int, eval_crop: float) -> UInt8[Tensor, "channels height width"]:
     try:
-        return torch.from_numpy(decode_image(file, channels, image_px).copy())
+        return torch.from_numpy(decode_image(file, channels, image_px, eval_crop).copy())
     except FileNotFoundError:
         raise DataError(f"image {file} does not exist: check its name") from None
     except Exception as error:  # Pillow raises whatever its plug-ins raise

@@ -48,6 +48,11 @@ class DataRecipe(Section):
         None, description="Processes that decode streamed images; by default one for each core."
     )
     corrupt: Literal["skip", "error"] = Field("skip", description="What to do with a file that cannot be decoded.")
+    eval_crop: Annotated[float, Field(gt=0, le=1)] = Field(
+        1.0,
+        description="Resize validation and test images to image_px divided by this, and keep their centre "
+        "(the DeiT code: 0.875).",
+    )
 
 
 class AugmentRecipe(Section):
@@ -255,6 +260,9 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
         yield f"seeds={list(recipe.seeds)} holds a seed twice: give each once"
     if len(set(recipe.methods)) != len(recipe.methods):
         yield f"methods={list(recipe.methods)} holds a method twice: give each once"
+    if recipe.data.eval_crop < 1 and recipe.data.image_px is None:
+        crop = recipe.data.eval_crop
+        yield f"data.eval_crop={crop:g} has no effect on images that are not resized: set data.image_px, or drop it"
     schedule = recipe.train.schedule_epochs
     if schedule is not None and schedule < recipe.train.epochs:
         yield f"train.schedule_epochs={schedule} is less than train.epochs={recipe.train.epochs}: raise it or drop it"

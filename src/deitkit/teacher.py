@@ -96,19 +96,20 @@ def prepare_teacher(
         _train(classifier, card, recipe, lessons, folder=folder, precision=precision, watcher=watcher)
         card = replace(card, source=f"{card.source}, trained here on {len(lessons.train)} images")
     card = gate(classifier, card, dataset, recipe.teacher, precision)
-    save_classifier(folder, classifier, _model_card(card, dataset))
+    save_classifier(folder, classifier, _model_card(card, dataset, recipe))
     write_text(card_path, json.dumps(asdict(card), indent=2) + "\n")
     (folder / "checkpoint.safetensors").unlink(missing_ok=True)
     watcher.say(f"teacher {card.name}: {100 * card.top1:.2f} % on {card.n} validation images, {card.verdict}")
     return FrozenTeacher(classifier), card
 
 
-def _model_card(card: TeacherCard, dataset: Dataset) -> dict[str, Any]:
+def _model_card(card: TeacherCard, dataset: Dataset, recipe: Recipe) -> dict[str, Any]:
     return {
         "architecture": card.name,
         "channels": dataset.channels,
         "class_names": list(dataset.class_names),
         "input_px": list(dataset.image_px),
+        "eval_crop": recipe.data.eval_crop,
         "source": card.source,
         "validation_top1": card.top1,
     }

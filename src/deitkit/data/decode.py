@@ -22,7 +22,7 @@ from torch import Tensor
 
 from deitkit.data import cache
 from deitkit.data.listing import EncodedImages, Progress
-from deitkit.data.pixels import is_grey, require_memory
+from deitkit.data.pixels import evaluation_frame, is_grey, require_memory
 from deitkit.errors import DataError
 from deitkit.recipe import DataRecipe
 
@@ -49,7 +49,7 @@ class DecodedImages:
 
 
 def decode_image(
-    encoded: Path | bytes, channels: int, image_px: int | None = None
+    encoded: Path | bytes, channels: int, image_px: int | None = None, eval_crop: float = 1.0
 ) -> UInt8[np.ndarray, "channels height width"]:
     """Decode the first frame of an image in any of ``SUFFIXES``' formats.
 
@@ -59,18 +59,20 @@ def decode_image(
         encoded: A file, or the content of one.
         channels: 1 for grey (ITU-R 601 luma), 3 for RGB.
         image_px: If given, the shorter side is resized to it (bicubic, antialiased) and the centre square kept.
+        eval_crop: The shorter side is resized to ``image_px`` divided by this.
 
     Raises:
         Exception: Of whatever type Pillow chose, if the image cannot be decoded.
     """
     with Image.open(io.BytesIO(encoded) if isinstance(encoded, bytes) else encoded, formats=_FORMATS) as image:
         if image_px is not None:
-            image.draft(image.mode, (2 * image_px, 2 * image_px))  # a JPEG far too large is decoded at 1/2, 1/4 or 1/8
+            frame_px = 2 * evaluation_frame(image_px, eval_crop)[0]
+            image.draft(image.mode, (frame_px, frame_px))  # a JPEG far too large is decoded at 1/2, 1/4 or 1/8
         image.load()
         ImageOps.exif_transpose(image, in_place=True)
         plain = _to_mode(image, "L" if channels == 1 else "RGB")
     if image_px is not None:
-        plain = _resize_and_crop(plain, image_px)
+        plain = _resize_and_crop(plain, image_px, eval_crop)
     pixels = np.asarray(plain)
     return pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
 
@@ -90,35 +92,47 @@ def _to_mode(image: Image.Image, mode: str) -> Image.Image:
     return image.convert(mode)
 
 
-def _resize_and_crop(image: Image.Image, image_px: int) -> Image.Image:
+def _resize_and_crop(image: Image.Image, image_px: int, eval_crop: float) -> Image.Image:
     """Resize the centre square only: the same pixels, without the huge strip that a panorama would become."""
     side = min(image.size)
     left, top = (image.width - side) / 2, (image.height - side) / 2
-    return image.resize((image_px, image_px), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
+    resized_px, start = evaluation_frame(image_px, eval_crop)
+    box = (left, top, left + side, top + side)
+    square = image.resize((resized_px, resized_px), Image.Resampling.BICUBIC, box=box)
+    return square.crop((start, start, start + image_px, start + image_px))
 
 
 def decode_images(
-    encoded: EncodedImages, selection: Int64[Tensor, "selected"], recipe: DataRecipe, progress: Progress | None = None
+    encoded: EncodedImages,
+    selection: Int64[Tensor, "selected"],
+    recipe: DataRecipe,
+    progress: Progress | None = None,
+    *,
+    train_count: int | None = None,
 ) -> DecodedImages:
     """Decode the selected images on all cores, or take them from the cache.
 
     Args:
         encoded: Where the images come from.
         selection: Positions of the images that are wanted, in the order in which they are wanted.
-        recipe: ``image_px``, ``channels`` (None: 1 if every image is grey, else 3) and ``corrupt``.
+        recipe: ``image_px``, ``eval_crop``, ``channels`` (None: 1 if every image is grey, else 3) and ``corrupt``.
         progress: Called with what is done, how many images are done, and how many there are.
+        train_count: How many of them, the first ones, are training images, which ``eval_crop`` leaves alone; None for
+            all.
 
     Raises:
         DataError: Sizes differ and ``image_px`` is not set, the pixels would not fit in memory, no image can
             be decoded, or one cannot and ``corrupt`` is "error".
     """
+    train_count = len(selection) if train_count is None else train_count
     parts = (_FORMAT_VERSION, encoded.key, cache.sha256(selection), recipe.image_px, recipe.channels, recipe.corrupt)
-    key = hashlib.sha256(repr(parts).encode()).hexdigest()
+    cropped = (train_count, recipe.eval_crop) if recipe.eval_crop < 1 else ()
+    key = hashlib.sha256(repr(parts + cropped).encode()).hexdigest()
     cached = cache.load_cached(key)
     if cached is not None:
         tensors, names = cached
         return DecodedImages(tensors["images"], tensors["kept"].bool(), tuple(names))
-    target = _Pixels(len(selection), recipe)
+    target = _Pixels(len(selection), train_count, recipe)
     decode_all(encoded.read, encoded.names, selection, recipe, target, progress, "decoding images")
     decoded = target.finish()
     cache.store(key, {"images": decoded.images, "kept": decoded.kept.byte()}, list(decoded.skipped))
@@ -140,9 +154,10 @@ def decode_all(
         DataError: No image can be decoded, or the target refused one.
     """
 
-    def attempt(image: Path | bytes) -> np.ndarray | str:
+    def attempt(image: Path | bytes, slot: int) -> np.ndarray | str:
+        eval_crop = 1.0 if slot < target.train_count else recipe.eval_crop
         try:
-            return decode_image(image, recipe.channels or 3, recipe.image_px)
+            return decode_image(image, recipe.channels or 3, recipe.image_px, eval_crop)
         except UnidentifiedImageError:
             return "not an image of a known format"
         except Exception as error:  # Pillow's plug-ins raise whatever a damaged file makes them stumble over
@@ -153,7 +168,8 @@ def decode_all(
     images = read(positions)
     with _strict_pillow(), ThreadPoolExecutor() as pool:
         for start in range(0, len(positions), _WINDOW):
-            for offset, pixels in enumerate(pool.map(attempt, islice(images, _WINDOW)), start):
+            window = pool.map(attempt, islice(images, _WINDOW), slots[start : start + _WINDOW])
+            for offset, pixels in enumerate(window, start):
                 target.put(slots[offset], names[positions[offset]], pixels)
             if progress is not None:
                 progress(what, min(start + _WINDOW, len(positions)), len(positions))
@@ -168,8 +184,8 @@ def decode_all(
 class Target(ABC):
     """Takes decoded images one by one, and refuses those that do not belong together."""
 
-    def __init__(self, count: int, recipe: DataRecipe) -> None:
-        self.count, self.recipe = count, recipe
+    def __init__(self, count: int, train_count: int, recipe: DataRecipe) -> None:
+        self.count, self.train_count, self.recipe = count, train_count, recipe
         self.pixel_shape: tuple[int, ...] = ()
         self.first_name = ""
         self.kept = torch.zeros(count, dtype=torch.bool)

@@ -25,16 +25,40 @@ def require_memory(shape: tuple[int, ...]) -> None:
         )
 
 
+def evaluation_frame(image_px: int, eval_crop: float) -> tuple[int, int]:
+    """Return to what an image is resized before it is evaluated, and where its centre of ``image_px`` begins.
+
+    As in the DeiT code: 224 px at a crop of 0.875 are the centre of an image of 256 px.
+    """
+    resized_px = int(image_px / eval_crop)
+    return resized_px, round((resized_px - image_px) / 2)
+
+
 def resize(
-    images: UInt8[Tensor, "n channels side side"], image_px: int
+    images: UInt8[Tensor, "n channels side side"],
+    image_px: int,
+    *,
+    train_count: int | None = None,
+    eval_crop: float = 1.0,
 ) -> UInt8[Tensor, "n channels {image_px} {image_px}"]:
-    """Resize square images (bicubic, antialiased, rounded and clamped to 0 to 255)."""
-    if images.shape[-1] == image_px:
+    """Resize square images (bicubic, antialiased, rounded and clamped to 0 to 255).
+
+    Args:
+        images: Left unchanged; returned as they are where nothing is to be done.
+        image_px: Side of the result.
+        train_count: How many of them, the first ones, are training images; None for all.
+        eval_crop: All others are resized to ``image_px / eval_crop``, and their centre is kept.
+    """
+    if images.shape[-1] == image_px and eval_crop == 1:
         return images
     resized = images.new_empty((*images.shape[:2], image_px, image_px))
-    for chunk, target in zip(images.split(_CHUNK), resized.split(_CHUNK)):
-        smooth = F.interpolate(chunk.float(), (image_px, image_px), mode="bicubic", antialias=True)
-        target.copy_(smooth.round().clamp(0, 255))
+    end = len(images) if train_count is None else train_count
+    for part, crop in ((slice(0, end), 1.0), (slice(end, None), eval_crop)):
+        whole_px, start = evaluation_frame(image_px, crop)
+        kept = slice(start, start + image_px)
+        for chunk, target in zip(images[part].split(_CHUNK), resized[part].split(_CHUNK)):
+            smooth = F.interpolate(chunk.float(), (whole_px, whole_px), mode="bicubic", antialias=True)
+            target.copy_(smooth[..., kept, kept].round().clamp(0, 255))
     return resized
 
 

@@ -146,15 +146,21 @@ def _list_digits() -> Listing:
 
 
 def _pixels(
-    listing: Listing, selection: Int64[Tensor, "selected"], _: int, recipe: DataRecipe, progress: Progress | None
+    listing: Listing,
+    selection: Int64[Tensor, "selected"],
+    train_count: int,
+    recipe: DataRecipe,
+    progress: Progress | None,
 ) -> DecodedImages:
-    """Return the selected images as the recipe wants them."""
+    """Return the selected images, of which the first ones are training images, as the recipe wants them."""
     if isinstance(listing.images, EncodedImages):
-        return decode_images(listing.images, selection, recipe, progress)
+        return decode_images(listing.images, selection, recipe, progress, train_count=train_count)
     native = listing.images.shape[1:]
     image_px, channels = recipe.image_px or native[1], recipe.channels or native[0]
     require_memory((len(selection), channels, image_px, image_px))
-    images = to_channels(resize(listing.images[selection], image_px), channels)
+    eval_crop = recipe.eval_crop if recipe.image_px is not None else 1.0
+    images = resize(listing.images[selection], image_px, train_count=train_count, eval_crop=eval_crop)
+    images = to_channels(images, channels)
     return DecodedImages(images, torch.ones(len(selection), dtype=torch.bool), ())
 
 

@@ -14,7 +14,7 @@ from typing import BinaryIO
 import numpy as np
 import psutil
 import torch
-from jaxtyping import Bool, Int64, UInt8
+from jaxtyping import Bool, Float64, Int64, UInt8
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -57,6 +57,7 @@ class StreamedImages:
         positions: Which of them belong to the split, in its order.
         image_shape: Channels, height and width.
         image_px: What they are resized to; None leaves them as they are.
+        eval_crops: Of each image: by what ``image_px`` is divided first, before the centre is kept; 1 for training.
         workers: Processes that decode; 0 decodes in this one.
     """
 
@@ -64,6 +65,7 @@ class StreamedImages:
     positions: Int64[Tensor, "n"]
     image_shape: tuple[int, int, int]
     image_px: int | None
+    eval_crops: Float64[Tensor, "n"]
     workers: int
 
     @property
@@ -76,11 +78,12 @@ class StreamedImages:
 
     def __getitem__(self, some: slice) -> "StreamedImages":
         """Return some of the images, still encoded."""
-        return replace(self, positions=self.positions[some])
+        return replace(self, positions=self.positions[some], eval_crops=self.eval_crops[some])
 
     def split(self, sizes: list[int]) -> "list[StreamedImages]":
         """Cut into parts of these sizes, still encoded."""
-        return [replace(self, positions=part) for part in self.positions.split(sizes)]
+        ends = np.cumsum(sizes).tolist()
+        return [self[end - size : end] for end, size in zip(ends, sizes, strict=True)]
 
     def decode(self, indices: Int64[Tensor, "m"]) -> UInt8[Tensor, "m channels height width"]:
         """Decode some images here and now; DataError if one has gone or has changed since it was surveyed."""
@@ -116,7 +119,8 @@ class StreamedImages:
     def _decode_one(self, index: int) -> np.ndarray:
         position = int(self.positions[index])
         try:
-            pixels = decode_image(self.encoded[position], self.image_shape[0], self.image_px)
+            eval_crop = float(self.eval_crops[index])
+            pixels = decode_image(self.encoded[position], self.image_shape[0], self.image_px, eval_crop)
         except Exception as error:  # whatever Pillow stumbles over
             raise DataError(f"{self._name(position)} can no longer be decoded ({error}): put it back") from None
         if pixels.shape != self.image_shape:
@@ -205,7 +209,8 @@ def survey(
         DataError: As ``decode_images``, or the cache is not writable, where images that are no files are laid out.
     """
     chosen = (encoded.key, cache.sha256(selection), train_count, recipe.image_px, recipe.channels, recipe.corrupt)
-    key = hashlib.sha256(repr((_FORMAT_VERSION, "survey", *chosen)).encode()).hexdigest()
+    cropped = (recipe.eval_crop,) if recipe.eval_crop < 1 else ()
+    key = hashlib.sha256(repr((_FORMAT_VERSION, "survey", *chosen, *cropped)).encode()).hexdigest()
     path = cache.cache_folder() / "encoded" / f"{key}.bin"
     known = cache.load_cached(key)
     if known is None or (encoded.files is None and not path.exists()):
@@ -225,11 +230,14 @@ def survey(
     # A flat file holds the images in ascending order of their positions, whatever the selection's.
     where = selection if encoded.files is not None else selection.argsort().argsort()
     workers = usable_cores() if recipe.workers is None else recipe.workers
+    eval_crops = torch.full((len(selection),), recipe.eval_crop, dtype=torch.float64)
+    eval_crops[:train_count] = 1
     images = StreamedImages(
         encoded.files if encoded.files is not None else FlatFile(path, tensors["ends"]),
         where[kept],
         (channels, height, width),
         recipe.image_px,
+        eval_crops[kept],
         workers,
     )
     return Survey(images, kept, tuple(skipped), counts[:channels], key)
@@ -274,8 +282,7 @@ class _Tally(Target):
     """Counts values instead of keeping images."""
 
     def __init__(self, count: int, train_count: int, recipe: DataRecipe) -> None:
-        super().__init__(count, recipe)
-        self.train_count = train_count
+        super().__init__(count, train_count, recipe)
         self.grey = recipe.channels is None
         self.channel_counts = np.zeros((3, 256), np.int64)
 
