@@ -10,7 +10,7 @@ from deitkit.errors import RecipeError
 from deitkit.models.classifier import Classifier
 from deitkit.models.vit import DeiT
 from deitkit.optim import ExponentialMovingAverage, adopt_layout, build_optimizers, learning_rate, parameter_groups
-from deitkit.recipe import OptimizerRecipe, TrainRecipe
+from deitkit.recipe import BaselineRecipe, OptimizerRecipe, TrainRecipe
 
 
 def small_deit() -> DeiT:
@@ -38,6 +38,17 @@ def test_learning_rate_is_torchs_cosine() -> None:
         assert learning_rate(step, 4, train, train) == pytest.approx(optimizer.param_groups[0]["lr"])
         optimizer.step()
         scheduler.step()
+
+
+@pytest.mark.parametrize(("batch_size", "peak"), [(256, 2.5e-4), (512, 5e-4), (1024, 1e-3)])
+def test_the_papers_rate_follows_the_batch_and_its_floors_do_not(batch_size: int, peak: float) -> None:
+    floors = {"warmup_epochs": 5, "warmup_learning_rate": 1e-6, "min_learning_rate": 1e-5}
+    train = TrainRecipe(epochs=300, batch_size=batch_size, learning_rate=5e-4, learning_rate_per=512, **floors)
+    rates = [learning_rate(step, 10, train, train) for step in (0, 25, 50, 3000)]
+    assert rates == pytest.approx([1e-6, (peak + 1e-6) / 2, peak, 1e-5])
+    # A baseline has a rate of its own, for the images of the same step.
+    baseline = BaselineRecipe(learning_rate=0.1, learning_rate_per=128, warmup_epochs=0)
+    assert learning_rate(0, 10, baseline, train) == pytest.approx(0.1 * batch_size / 128)
 
 
 def test_a_schedule_laid_out_for_more_epochs_is_cut_off() -> None:

@@ -24,6 +24,7 @@ from deitkit.methods import METHODS, find_method
 from deitkit.models.classifier import Classifier
 from deitkit.models.vit import create_student
 from deitkit.models.zoo import create_classifier
+from deitkit.optim import peak_learning_rate
 from deitkit.recipe import Recipe
 from deitkit.report import write_report
 from deitkit.rows import summarise
@@ -58,6 +59,11 @@ def compare(recipe: Recipe, folder: Path, *, watcher: Watcher, resume: bool = Fa
         f"data {dataset.name}: {len(dataset.train)} training, {len(dataset.validation)} validation, "
         f"{len(dataset.test)} test images, {dataset.classes} classes"
     )
+    if recipe.train.learning_rate_per is not None:
+        watcher.say(
+            f"learning rate {peak_learning_rate(recipe.train, recipe.train):g}: {recipe.train.learning_rate:g} for "
+            f"{recipe.train.learning_rate_per} images, {recipe.train.batch_size} in a step"
+        )
     # Built once and thrown away: what cannot be built is a mistake to hear of before the teacher trains.
     Batches(dataset.train, recipe.train.batch_size, 0, device)
     build_students(recipe, dataset, recipe.seeds[0], precision)

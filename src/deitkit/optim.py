@@ -74,6 +74,17 @@ def adopt_layout(optimizer: Optimizer) -> None:
                 state[name] = torch.empty_like(weight, dtype=value.dtype).copy_(value)
 
 
+def peak_learning_rate(recipe: OptimizerRecipe, train: TrainRecipe) -> float:
+    """Return the learning rate after the warm-up: as written, or in proportion to the images in a step.
+
+    Source of the rule: Goyal et al. 2017; Touvron et al. 2020, section 6, with 512 images. Where the warm-up starts and
+    where the cosine ends are not scaled, as in the released code.
+    """
+    if recipe.learning_rate_per is None:
+        return recipe.learning_rate
+    return recipe.learning_rate * train.batch_size / recipe.learning_rate_per
+
+
 def learning_rate(step: int, steps_per_epoch: int, recipe: OptimizerRecipe, train: TrainRecipe) -> float:
     """Return the learning rate of a step: a linear warm-up, then a cosine down to the floor.
 
@@ -83,18 +94,16 @@ def learning_rate(step: int, steps_per_epoch: int, recipe: OptimizerRecipe, trai
         step: Steps done so far, from 0.
         steps_per_epoch: Steps of an epoch.
         recipe: Peak, warm-up and floor.
-        train: The number of epochs that the schedule is laid out for.
+        train: The number of epochs that the schedule is laid out for, and the batch size.
     """
+    peak = peak_learning_rate(recipe, train)
     total = (train.schedule_epochs or train.epochs) * steps_per_epoch
     warmup = round(recipe.warmup_epochs * steps_per_epoch)
     if step < warmup:
         share = step / warmup
-        return recipe.warmup_learning_rate + share * (recipe.learning_rate - recipe.warmup_learning_rate)
+        return recipe.warmup_learning_rate + share * (peak - recipe.warmup_learning_rate)
     share = min(1.0, (step - warmup) / max(1, total - warmup))
-    return (
-        recipe.min_learning_rate
-        + (recipe.learning_rate - recipe.min_learning_rate) * (1 + math.cos(math.pi * share)) / 2
-    )
+    return recipe.min_learning_rate + (peak - recipe.min_learning_rate) * (1 + math.cos(math.pi * share)) / 2
 
 
 class ExponentialMovingAverage:

@@ -113,6 +113,10 @@ class OptimizerRecipe(Section):
     warmup_learning_rate: NonNegativeFloat = Field(1e-6, description="Learning rate of the first step of the warm-up.")
     min_learning_rate: NonNegativeFloat = Field(0.0, description="Where the cosine ends.")
     clip_norm: PositiveFloat | None = Field(None, description="Clip the gradient's global norm to this.")
+    learning_rate_per: PositiveInt | None = Field(
+        None,
+        description="learning_rate is for this many images in a step, and scaled with train.batch_size (paper: 512).",
+    )
 
 
 class TrainRecipe(OptimizerRecipe):
