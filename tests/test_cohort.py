@@ -115,6 +115,28 @@ def test_a_stopped_run_goes_on_to_the_same_weights_and_metrics(
         assert_equal(one.average.classifier.state_dict(), other.average.classifier.state_dict())
 
 
+def test_the_average_follows_every_step(stripes: Dataset) -> None:
+    trained = cohort(["none"], stripes)
+    (student,) = trained.students
+    expected, steps = weights(student), 0
+
+    def follow() -> bool:
+        nonlocal steps
+        decay = min(0.9, (1 + steps) / (10 + steps))
+        for name, value in weights(student).items():
+            expected[name] = decay * expected[name] + (1 - decay) * value
+        steps += 1
+        return False
+
+    list(trained.fit(should_stop=follow))
+    assert steps == 2 * trained.batches.steps_per_epoch
+    average = student.average.classifier.state_dict()
+    for name, value in expected.items():
+        torch.testing.assert_close(average[name], value)
+    moved = [name for name, value in weights(student).items() if not torch.allclose(value, average[name])]
+    assert "model.blocks.0.mlp.fc1.weight" in moved
+
+
 def test_it_learns(stripes: Dataset) -> None:
     train = TrainRecipe(epochs=12, batch_size=8, learning_rate=3e-3)
     plain = AugmentRecipe(flip=0.0, crop="none")

@@ -92,6 +92,11 @@ class Student:
         for optimizer in self.optimizers:
             optimizer.step()
 
+    def follow(self) -> None:
+        """Let the average of the weights follow; its decay changes from step to step, which no recording can."""
+        if self.average is not None:
+            self.average.update(self.classifier)
+
     def set_rate(self, rate: float) -> None:
         """Set the learning rate of the next step."""
         for optimizer in self.optimizers:
@@ -256,6 +261,7 @@ class Cohort:
                 with student.optimizer_watch:
                     student.set_rate(self.rate(student, step))
                     self.descend[student.name]()
+                    student.follow()
                 student.note(terms, step)
 
     def make_view(
