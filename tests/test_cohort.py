@@ -94,18 +94,22 @@ def test_the_teacher_is_asked_once_per_step_and_not_at_all_without_need(stripes:
     assert teacher.asked == 0
 
 
-@pytest.mark.parametrize("stop_after", [1, 4, 5, 9])
+@pytest.mark.parametrize(
+    ("optimizer", "stop_after"),
+    [("adamw", 1), ("adamw", 4), ("adamw", 5), ("adamw", 9), ("lamb", 5), ("muon", 5), ("sgd", 5)],
+)
 def test_a_stopped_run_goes_on_to_the_same_weights_and_metrics(
-    stripes: Dataset, tmp_path: Any, stop_after: int
+    stripes: Dataset, tmp_path: Any, optimizer: str, stop_after: int
 ) -> None:
-    whole = cohort(["none", "token-hard"], stripes)
+    train = TRAIN.model_copy(update={"optimizer": optimizer})
+    whole = cohort(["none", "token-hard"], stripes, train=train)
     expected = [record for records in whole.fit() for record in records]
 
-    first = cohort(["none", "token-hard"], stripes)
+    first = cohort(["none", "token-hard"], stripes, train=train)
     steps = iter(range(1000))
     records = [r for rs in first.fit(should_stop=lambda: next(steps) == stop_after - 1) for r in rs]
     save_tree(tmp_path / "state.safetensors", first.state_dict())
-    second = cohort(["none", "token-hard"], stripes)
+    second = cohort(["none", "token-hard"], stripes, train=train)
     second.load_state_dict(load_tree(tmp_path / "state.safetensors"))
     records += [record for rs in second.fit() for record in rs]
 

@@ -54,7 +54,7 @@ def losses(chosen: Recipe) -> list[dict[str, Any]]:
     return [record for records in cohort(chosen).fit() for record in records]
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "lamb"])
 def test_fast_steps_train_as_plain_ones(optimizer: str) -> None:
     chosen = (f"train.optimizer={optimizer}",)
     fast, plain = losses(recipe(*chosen)), losses(recipe(*chosen, *FAST_OFF))

@@ -68,7 +68,7 @@ def test_no_decay_on_biases_norms_tokens_and_positions() -> None:
     }
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "muon"])
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "muon", "lamb"])
 def test_every_parameter_is_updated_once(optimizer: str) -> None:
     torch.manual_seed(0)
     model = small_deit()
@@ -82,6 +82,32 @@ def test_every_parameter_is_updated_once(optimizer: str) -> None:
         opt.step()
     moved = [not torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True)]
     assert all(moved)
+
+
+def test_lamb_is_the_published_algorithm() -> None:
+    torch.manual_seed(0)
+    model = small_deit().double()
+    trained, _ = parameter_groups(model, 0.1)
+    decayed = {id(parameter) for parameter in trained["params"]}
+    parameters = list(model.parameters())
+    recipe = OptimizerRecipe(optimizer="lamb", learning_rate=0.02, weight_decay=0.1)
+    (optimizer,) = build_optimizers(model, recipe)
+    expected = [parameter.detach().clone() for parameter in parameters]
+    first, second = ([torch.zeros_like(value) for value in expected] for _ in range(2))
+    for step in range(1, 4):
+        for index, parameter in enumerate(parameters):
+            parameter.grad = gradient = torch.randn_like(parameter) * 10
+            # You et al. 2020, algorithm 2; a layer without weight decay is not scaled, as in NVIDIA's variant.
+            first[index] = 0.9 * first[index] + 0.1 * gradient
+            second[index] = 0.999 * second[index] + 0.001 * gradient**2
+            update = first[index] / (1 - 0.9**step) / ((second[index] / (1 - 0.999**step)).sqrt() + 1e-6)
+            if id(parameter) in decayed:
+                update += 0.1 * expected[index]
+                update *= expected[index].norm() / update.norm()
+            expected[index] = expected[index] - 0.02 * update
+        optimizer.step()
+    for parameter, value in zip(parameters, expected, strict=True):
+        torch.testing.assert_close(parameter.detach(), value)
 
 
 def test_muon_is_refused_for_a_cnn() -> None:

@@ -24,7 +24,15 @@ from deitkit.errors import OutOfMemory, is_out_of_memory
 from deitkit.evaluate import predict_all, readout_scores, top_k_accuracy
 from deitkit.methods import Method
 from deitkit.models.classifier import Classifier
-from deitkit.optim import ExponentialMovingAverage, adopt_layout, build_optimizers, learning_rate, set_rate
+from deitkit.optim import (
+    ExponentialMovingAverage,
+    build_optimizers,
+    can_be_recorded,
+    gathered_state,
+    learning_rate,
+    restore_state,
+    set_rate,
+)
 from deitkit.parts import Parts, Terms
 from deitkit.recipe import AugmentRecipe, DistillationRecipe, OptimizerRecipe, SpeedRecipe, TrainRecipe
 from deitkit.seeding import derived_generator, derived_seed
@@ -128,7 +136,7 @@ class Student:
         """Return all that a resumed student needs, tensors and plain values only."""
         return {
             "model": self.classifier.model.state_dict(),
-            "optimizers": [optimizer.state_dict()["state"] for optimizer in self.optimizers],
+            "optimizers": [gathered_state(optimizer) for optimizer in self.optimizers],
             "average": self.average.classifier.state_dict() if self.average else None,
             "average_updates": self.average.updates if self.average else 0,
             "good": self.good,
@@ -142,11 +150,8 @@ class Student:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from ``state_dict``."""
         self.classifier.model.load_state_dict(state["model"])
-        for optimizer, optimizer_state in zip(self.optimizers, state["optimizers"], strict=True):
-            # The groups are those of this run's recipe and device; the state alone is of the run that was stopped.
-            groups = optimizer.state_dict()["param_groups"]
-            optimizer.load_state_dict({"state": optimizer_state, "param_groups": groups})
-            adopt_layout(optimizer)
+        for optimizer, gathered in zip(self.optimizers, state["optimizers"], strict=True):
+            restore_state(optimizer, gathered)
         if self.average is not None:
             self.average.classifier.load_state_dict(state["average"])
             self.average.updates = state["average_updates"]
@@ -234,7 +239,8 @@ class Cohort:
             parts = Parts(student.classifier, train.batch_size, speed, precision)
             gradient = partial(student.find_gradient, settings=distillation, precision=precision, parts=parts)
             self.find_gradient[student.name] = self.recorder.replayed(gradient)
-            self.descend[student.name] = self.recorder.replayed(student.descend)
+            recordable = all(can_be_recorded(optimizer) for optimizer in student.optimizers)
+            self.descend[student.name] = self.recorder.replayed(student.descend) if recordable else student.descend
         self.epoch, self.step = 0, 0  # the next to be trained, from 0
         self.reset_watches()
 

@@ -3,8 +3,10 @@
 import copy
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
+from timm.optim import Lamb
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
@@ -40,11 +42,14 @@ def build_optimizers(model: nn.Module, recipe: OptimizerRecipe) -> list[Optimize
     rate = torch.tensor(recipe.learning_rate, device=device) if device.type == "cuda" else recipe.learning_rate
     if recipe.optimizer == "sgd":
         return [SGD(groups, lr=rate, momentum=recipe.momentum, nesterov=recipe.momentum > 0, fused=True)]
+    if recipe.optimizer == "lamb":
+        # What it clips by itself stays whole: clip_norm is there for every optimizer.
+        return [Lamb(groups, lr=recipe.learning_rate, max_grad_norm=None)]
     if recipe.optimizer == "adamw":
         return [_adamw(groups, rate, device)]
     block_matrices: Callable[[], list[nn.Parameter]] | None = getattr(model, "block_matrices", None)
     if block_matrices is None:
-        raise RecipeError("optimizer=muon trains the students only: choose sgd or adamw for a CNN")
+        raise RecipeError("optimizer=muon trains the students only: choose sgd, adamw or lamb for a CNN")
     matrices = block_matrices()
     chosen = {id(matrix) for matrix in matrices}
     for group in groups:
@@ -64,6 +69,26 @@ def set_rate(optimizer: Optimizer, rate: float) -> None:
             group["lr"].fill_(rate)
         else:
             group["lr"] = rate
+
+
+def can_be_recorded(optimizer: Optimizer) -> bool:
+    """Return whether a CUDA graph may replay its step: timm's LAMB counts steps in Python, and would stand still."""
+    return not isinstance(optimizer, Lamb)
+
+
+def gathered_state(optimizer: Optimizer) -> dict[str, Any]:
+    """Return what an optimizer has gathered: tensors of each parameter, and the steps that LAMB counts by group."""
+    whole = optimizer.state_dict()
+    return {"parameters": whole["state"], "steps": [group.get("step") for group in whole["param_groups"]]}
+
+
+def restore_state(optimizer: Optimizer, gathered: dict[str, Any]) -> None:
+    """Continue from ``gathered_state``; all else of the groups is this run's: its recipe's and its device's."""
+    groups = optimizer.state_dict()["param_groups"]
+    for group, step in zip(groups, gathered["steps"], strict=True):
+        group |= {} if step is None else {"step": step}
+    optimizer.load_state_dict({"state": gathered["parameters"], "param_groups": groups})
+    adopt_layout(optimizer)
 
 
 def adopt_layout(optimizer: Optimizer) -> None:

@@ -14,6 +14,7 @@ Probability = Annotated[float, Field(ge=0, le=1)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 Colour = tuple[float, ...]
+OptimizerName = Literal["adamw", "sgd", "muon", "lamb"]
 
 
 class Section(BaseModel):
@@ -103,8 +104,8 @@ class ModelRecipe(Section):
 class OptimizerRecipe(Section):
     """How one model is updated, as a function of the step."""
 
-    optimizer: Literal["adamw", "sgd", "muon"] = Field(
-        "adamw", description="muon: Muon for the matrices of the blocks, AdamW for everything else."
+    optimizer: OptimizerName = Field(
+        "adamw", description="muon: Muon for the matrices of the blocks, AdamW for everything else; lamb: for DeiT III."
     )
     learning_rate: PositiveFloat = Field(1e-3, description="Peak learning rate, after the warm-up.")
     weight_decay: NonNegativeFloat = Field(0.05, description="On matrices only: no biases, norms, tokens, positions.")
@@ -168,7 +169,7 @@ class SpeedRecipe(Section):
 class TeacherTrainRecipe(TrainRecipe):
     """How a teacher is trained here: a CNN's usual recipe."""
 
-    optimizer: Literal["adamw", "sgd", "muon"] = "sgd"
+    optimizer: OptimizerName = "sgd"
     learning_rate: PositiveFloat = 0.1
     weight_decay: NonNegativeFloat = 5e-4
     warmup_epochs: NonNegativeFloat = 1.0
@@ -225,7 +226,7 @@ class BaselineRecipe(OptimizerRecipe):
         "teacher",
         description="'teacher' for the teacher's own architecture, or a name; giving any field of baseline adds it.",
     )
-    optimizer: Literal["adamw", "sgd", "muon"] = "sgd"
+    optimizer: OptimizerName = "sgd"
     learning_rate: PositiveFloat = 0.1
     weight_decay: NonNegativeFloat = 5e-4
     warmup_learning_rate: NonNegativeFloat = 1e-3
