@@ -80,6 +80,36 @@ def test_malformed_files_are_recipe_errors(tmp_path: Path, text: str) -> None:
         load_recipe(str(path))
 
 
+def test_a_recipe_says_only_what_differs_from_its_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("middle.yaml").write_text("base: digits\nname: middle\ntrain: {epochs: 3}\nbaseline: {name: teacher}\n")
+    Path("last.yaml").write_text("name: last\nbase: middle.yaml\ntrain: {batch_size: 8}\nbaseline: null\nseeds: [5]\n")
+    assert load_recipe("last.yaml", ["model.depth=2"]) == load_recipe(
+        "digits", ["name=last", "train.epochs=3", "train.batch_size=8", "seeds=[5]", "model.depth=2"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("base", "words"),
+    [
+        ("digit", ["recipe 'digit'", "did you mean digits"]),
+        ("mine.yaml", ["'mine.yaml' is based on 'mine.yaml'"]),
+        ("other.yaml", ["recipe 'other.yaml' is based on 'mine.yaml'", "take one base out"]),
+        ("[digits]", ["base=['digits'] of recipe 'mine.yaml'"]),
+    ],
+)
+def test_a_base_that_cannot_be_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, base: str, words: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine.yaml").write_text(f"base: {base}\n")
+    Path("other.yaml").write_text("base: mine.yaml\n")
+    with pytest.raises(RecipeError) as error:
+        load_recipe("mine.yaml")
+    for word in words:
+        assert word in str(error.value)
+
+
 values = st.recursive(
     st.none() | st.booleans() | st.integers(-5, 5) | st.floats() | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(field_names()), inner, max_size=3),

@@ -27,7 +27,8 @@ def load_recipe(source: str | None, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe and validate it.
 
     Args:
-        source: The name of a shipped recipe, or a path to a YAML file; None for the defaults.
+        source: The name of a shipped recipe, or a path to a YAML file; None for the defaults. What it does not say is
+            taken from the recipe that it names as its ``base``, if it does.
         overrides: ``key=value`` with dotted keys; values are YAML. A section that has a name may be named in short:
             ``data=cifar10`` is ``data.name=cifar10``.
 
@@ -92,7 +93,31 @@ def _section_of(annotation: Any) -> type[BaseModel] | None:
     return next((option for option in options if isinstance(option, type) and issubclass(option, BaseModel)), None)
 
 
-def _read_tree(source: str) -> dict[str, Any]:
+def _read_tree(source: str, above: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Read a recipe and those that it is based on: a ``base`` gives all that the file does not say itself.
+
+    Args:
+        source: A shipped name or a path.
+        above: The recipes that led here by their ``base``.
+    """
+    tree = _parse(source)
+    base = tree.pop("base", None)
+    if base is None:
+        return tree
+    if not isinstance(base, str):
+        raise RecipeError(f"base={base!r} of recipe '{source}' must be the name of a recipe or a file")
+    if base in (*above, source):
+        raise RecipeError(f"recipe '{source}' is based on '{base}', which is based on it: take one base out")
+    return _merged(_read_tree(base, (*above, source)), tree)
+
+
+def _merged(base: dict[str, Any], tree: dict[str, Any]) -> dict[str, Any]:
+    """Return the base with the tree's values in place of its own; sections are merged field by field."""
+    both = {key for key in base if isinstance(base[key], dict) and isinstance(tree.get(key), dict)}
+    return base | tree | {key: _merged(base[key], tree[key]) for key in both}
+
+
+def _parse(source: str) -> dict[str, Any]:
     shipped = shipped_recipes()
     if source in shipped:
         text = shipped[source]
