@@ -1,0 +1,244 @@
+"""Vision transformers by other names: timm's, the released DeiT's and transformers', and what their shapes tell.
+
+A state dict here maps names to tensors; which file it came from, and how it is changed, is ``exchange``'s business.
+timm and the released checkpoints use the names of ``vit``; transformers has names of its own and keeps query, key and
+value apart.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deitkit.errors import CheckpointError
+from deitkit.models.vit import TOKENS, DeiT
+
+State = dict[str, Tensor]
+
+HEAD_WIDTH = 64  # of one attention head, in every size of DeiT and ViT (Touvron et al. 2021, table 1)
+PARAMETERS = {"class": ("cls_token", "head"), "distillation": ("dist_token", "head_dist")}  # of each token
+
+_EMBEDDINGS = {
+    "cls_token": "embeddings.cls_token",
+    "dist_token": "embeddings.distillation_token",
+    "pos_embed": "embeddings.position_embeddings",
+    "patch_embed.proj": "embeddings.patch_embeddings.projection",
+    "norm": "layernorm",
+}
+_BLOCK = {
+    "norm1": "layernorm_before",
+    "attn.proj": "attention.output.dense",
+    "norm2": "layernorm_after",
+    "mlp.fc1": "intermediate.dense",
+    "mlp.fc2": "output.dense",
+}
+_QKV = ("attention.attention.query", "attention.attention.key", "attention.attention.value")
+# What transformers 5 calls its modules in memory; its files keep the older names, which every version reads.
+_RENAMED = {
+    "attention.q_proj": _QKV[0],
+    "attention.k_proj": _QKV[1],
+    "attention.v_proj": _QKV[2],
+    "attention.o_proj": _BLOCK["attn.proj"],
+    "mlp.fc1": _BLOCK["mlp.fc1"],
+    "mlp.fc2": _BLOCK["mlp.fc2"],
+}
+_CLASSIFIERS = {"classifier": "head", "cls_classifier": "head", "distillation_classifier": "head_dist"}
+_IN_BLOCK = re.compile(r"(?:encoder\.layer|layers)\.(\d+)\.(.+)\.(weight|bias)")
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What has to be known of a vision transformer to build it; ``classes`` is 0 where there is no classifier."""
+
+    image_px: tuple[int, int]  # height, width
+    patch_px: int
+    channels: int
+    classes: int
+    width: int
+    depth: int
+    heads: int
+    tokens: tuple[str, ...]
+
+    @classmethod
+    def of(cls, student: DeiT) -> "Architecture":
+        """Return the architecture of a student."""
+        config = student.config
+        side = config["image_px"]
+        shared = {name: config[name] for name in ("patch_px", "channels", "classes", "width", "depth", "heads")}
+        return cls(image_px=(side, side), tokens=tuple(config["tokens"]), **shared)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        return self.image_px[0] // self.patch_px, self.image_px[1] // self.patch_px
+
+    def build(self) -> DeiT:
+        """Build a student of this architecture, with torch's own random numbers; of square images only."""
+        assert self.image_px[0] == self.image_px[1]
+        return DeiT(**asdict(self) | {"image_px": self.image_px[0]})
+
+
+def from_any(state: Mapping[str, Tensor], source: str) -> tuple[State, list[str]]:
+    """Return a vision transformer's tensors by the names of ``vit``, and what was changed on the way, line by line.
+
+    Args:
+        state: Of ours, of timm, of a released DeiT, or of transformers' ``DeiTForImageClassificationWithTeacher``,
+            ``DeiTForImageClassification`` or ``ViTForImageClassification`` (in its files or in memory).
+        source: What to call it in an error.
+
+    Raises:
+        CheckpointError: It is none of these.
+    """
+    lines = []
+    ours = _from_transformers(state) if any("patch_embeddings." in name for name in state) else dict(state)
+    kernel, positions = ours.get("patch_embed.proj.weight"), ours.get("pos_embed")
+    if kernel is None or positions is None or kernel.ndim != 4 or positions.ndim != 3:
+        raise CheckpointError(
+            f"checkpoint {source} is no vision transformer (patch_embed and pos_embed are not there): give a file of "
+            "deitkit, of a released DeiT, of timm's vit_* or deit_*, or of transformers' ViT or DeiT"
+        )
+    pooler = [name for name in ours if name.startswith("pooler.")]
+    if pooler:
+        ours = {name: value for name, value in ours.items() if name not in pooler}
+        lines.append("pooler: left out, no classifier reads it")
+    if "dist_token" in ours and "head.weight" in ours and "head_dist.weight" not in ours:
+        ours |= {f"head_dist.{part}": ours[f"head.{part}"].clone() for part in ("weight", "bias")}
+        lines.append("distillation head: absent in the file, a copy of the class head")
+    return ours, lines
+
+
+def _from_transformers(state: Mapping[str, Tensor]) -> State:
+    names = {theirs: ours for ours, theirs in _EMBEDDINGS.items()} | _CLASSIFIERS
+    block_names = {theirs: ours for ours, theirs in _BLOCK.items()}
+    ours: State = {}
+    parts: dict[str, dict[str, Tensor]] = {}
+    for full, value in state.items():
+        name = re.sub(r"^(deit|vit)\.", "", full)
+        if inside := _IN_BLOCK.fullmatch(name):
+            number, layer, kind = inside.groups()
+            layer = _RENAMED.get(layer, layer)
+            if layer in _QKV:
+                parts.setdefault(f"blocks.{number}.attn.qkv.{kind}", {})[layer] = value
+            else:
+                ours[f"blocks.{number}.{block_names.get(layer, layer)}.{kind}"] = value
+        elif name in names:
+            ours[names[name]] = value
+        else:
+            layer, _, kind = name.rpartition(".")
+            ours[f"{names.get(layer, layer)}.{kind}"] = value
+    fused = {name: torch.cat([layers[part] for part in _QKV if part in layers]) for name, layers in parts.items()}
+    return ours | fused
+
+
+def to_timm(state: Mapping[str, Tensor]) -> State:
+    """Return a student's tensors by timm's names; the only token of a model is a class token there."""
+    if "dist_token" in state and "cls_token" not in state:
+        names = {"dist_token": "cls_token", "head_dist.weight": "head.weight", "head_dist.bias": "head.bias"}
+        return {names.get(name, name): value for name, value in state.items()}
+    return dict(state)
+
+
+def to_transformers(state: Mapping[str, Tensor]) -> State:
+    """Return a student's tensors by the names in transformers' files.
+
+    A student with both tokens is a ``DeiTForImageClassificationWithTeacher``, one with a single token a
+    ``ViTForImageClassification``.
+
+    Raises:
+        CheckpointError: A student that averages its patches, which transformers has no class for.
+    """
+    state = to_timm(state)
+    if "cls_token" not in state:
+        raise CheckpointError(
+            "transformers has no vision transformer that averages its patches: convert to timm, "
+            "or add a class token with --tokens class"
+        )
+    distilled = "dist_token" in state
+    model, head = ("deit", "cls_classifier") if distilled else ("vit", "classifier")
+    names = {ours: f"{model}.{theirs}" for ours, theirs in _EMBEDDINGS.items()}
+    names |= {"head": head, "head_dist": "distillation_classifier"}
+    theirs: State = {}
+    for name, value in state.items():
+        layer, _, kind = name.rpartition(".")
+        if name in names:
+            theirs[names[name]] = value
+        elif layer in names:
+            theirs[f"{names[layer]}.{kind}"] = value
+        else:
+            _, number, layer = layer.split(".", 2)
+            prefix = f"{model}.encoder.layer.{number}"
+            split = zip(_QKV, value.chunk(3), strict=True) if layer == "attn.qkv" else [(_BLOCK[layer], value)]
+            theirs |= {f"{prefix}.{part}.{kind}": tensor.contiguous() for part, tensor in split}
+    return theirs
+
+
+def describe(
+    state: Mapping[str, Tensor],
+    *,
+    source: str,
+    heads: int | None = None,
+    image_px: tuple[int, int] | None = None,
+) -> Architecture:
+    """Tell the architecture of a student's state dict from its names and shapes.
+
+    Args:
+        state: By the names of ``vit``.
+        source: What to call it in an error.
+        heads: Attention heads of a block, which shapes do not tell; by default one for each 64 of the width.
+        image_px: Height and width of the images; by default that of a square grid of patches.
+
+    Raises:
+        CheckpointError: Layers are missing, unknown, or of a shape that deitkit's students do not have.
+    """
+    kernel, positions = state["patch_embed.proj.weight"], state["pos_embed"]
+    width, channels, patch_px = kernel.shape[:3]
+    tokens = tuple(token for token in TOKENS if PARAMETERS[token][0] in state)
+    patches = positions.shape[1] - len(tokens)
+    side = math.isqrt(max(patches, 0))
+    rows, columns = (image_px[0] // patch_px, image_px[1] // patch_px) if image_px else (side, side)
+    if rows * columns != patches:
+        given = f"images of {image_px[0]} x {image_px[1]} px" if image_px else "a square image"
+        raise CheckpointError(
+            f"checkpoint {source} has position embeddings for {patches} patches of {patch_px} px, which do not make "
+            f"up {given}: give the file with the card or config.json that was written with it"
+        )
+    blocks = [int(name.split(".")[1]) for name in state if name.startswith("blocks.")]
+    classifiers = [state[f"{head}.weight"] for _, head in PARAMETERS.values() if f"{head}.weight" in state]
+    found = Architecture(
+        image_px=image_px or (side * patch_px, side * patch_px),
+        patch_px=patch_px,
+        channels=channels,
+        classes=len(classifiers[0]) if classifiers else 0,
+        width=width,
+        depth=max(blocks, default=-1) + 1,
+        heads=heads or max(width // HEAD_WIDTH, 1),
+        tokens=tokens,
+    )
+    _check_layers(state, found, source)
+    return found
+
+
+def _check_layers(state: Mapping[str, Tensor], found: Architecture, source: str) -> None:
+    """Compare names and shapes with those of a student; only positions, and an absent classifier, may differ."""
+    if found.width % found.heads:
+        raise CheckpointError(
+            f"checkpoint {source} is {found.width} wide, which {found.heads} attention heads do not divide: give the "
+            "file with the card or config.json that was written with it"
+        )
+    with torch.device("meta"):
+        square = replace(found, image_px=(found.patch_px, found.patch_px), classes=max(found.classes, 1)).build()
+    own: dict[str, Any] = {name: tuple(value.shape) for name, value in square.state_dict().items()}
+    theirs: dict[str, Any] = {name: tuple(value.shape) for name, value in state.items()}
+    free = {"pos_embed"} if found.classes else {"pos_embed", *(name for name in own if name.startswith("head"))}
+    wrong = [name for name in {**own, **theirs} if own.get(name) != theirs.get(name) and name not in free]
+    if wrong:
+        sides = (("the file", theirs), ("a student of deitkit", own))
+        told = ", ".join(f"{shapes.get(wrong[0], 'absent')} in {side}" for side, shapes in sides)
+        raise CheckpointError(
+            f"checkpoint {source} is a vision transformer that deitkit does not have: {len(wrong)} of its tensors do "
+            f"not fit (first: {wrong[0]}, {told}); give one of DeiT's or ViT's plain layers"
+        )
