@@ -51,7 +51,7 @@ def adapt(
     Raises:
         CheckpointError: It is no vision transformer, or of another width or depth.
     """
-    given = describe(state, source=source, heads=to.heads, image_px=image_px)
+    given = describe(state, source=source, image_px=image_px)
     if (given.width, given.depth) != (to.width, to.depth):
         raise CheckpointError(
             f"checkpoint {source} is {given.width} wide and has {given.depth} blocks, the student {to.width} and "
@@ -173,17 +173,18 @@ def renormalise(state: Mapping[str, Tensor], old: Normalisation, new: Normalisat
         new: That they are to be used under.
 
     Returns:
-        The new state dict, with as many channels as the wider of both; and a line, unless both are equal.
+        The new state dict, with as many channels as the wider of both; and a line, unless both are equal but for
+        rounding.
     """
-    if old == new:
-        return dict(state), []
     kernel = state[KERNEL].double()
     channels = max(kernel.shape[1], len(new[0]))
-    if kernel.shape[1] != channels:
-        kernel = _with_channels(kernel, channels)
     old_mean, old_std, new_mean, new_std = (
         torch.tensor(values, dtype=torch.float64).expand(channels).view(-1, 1, 1) for values in (*old, *new)
     )
+    if torch.allclose(old_mean, new_mean, atol=1e-6) and torch.allclose(old_std, new_std, atol=1e-6):  # cards round
+        return dict(state), []
+    if kernel.shape[1] != channels:
+        kernel = _with_channels(kernel, channels)
     # w (x - m) / s = (w s' / s) (x - m') / s' + w (m' - m) / s
     shift = (kernel * (new_mean - old_mean) / old_std).sum(dim=(1, 2, 3))
     scaled = {

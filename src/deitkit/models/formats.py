@@ -188,7 +188,8 @@ def describe(
     Args:
         state: By the names of ``vit``.
         source: What to call it in an error.
-        heads: Attention heads of a block, which shapes do not tell; by default one for each 64 of the width.
+        heads: Attention heads of a block, which shapes do not tell; by default one for each 64 of the width,
+            or one where 64 does not divide it.
         image_px: Height and width of the images; by default that of a square grid of patches.
 
     Raises:
@@ -215,7 +216,7 @@ def describe(
         classes=len(classifiers[0]) if classifiers else 0,
         width=width,
         depth=max(blocks, default=-1) + 1,
-        heads=heads or max(width // HEAD_WIDTH, 1),
+        heads=heads or (1 if width % HEAD_WIDTH else width // HEAD_WIDTH),
         tokens=tokens,
     )
     _check_layers(state, found, source)
