@@ -5,6 +5,7 @@ Each stage leaves its result in the run folder, so that a run that was stopped g
 
 import json
 import shutil
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,9 @@ from deitkit.evaluate import predict, predict_all, readout_scores
 from deitkit.files import write_text
 from deitkit.methods import METHODS, find_method
 from deitkit.models.classifier import Classifier
+from deitkit.models.exchange import load_initial, weights_file
 from deitkit.models.vit import create_student
+from deitkit.models.weights import file_sha256
 from deitkit.models.zoo import create_classifier
 from deitkit.optim import peak_learning_rate
 from deitkit.recipe import Recipe
@@ -66,7 +69,10 @@ def compare(recipe: Recipe, folder: Path, *, watcher: Watcher, resume: bool = Fa
         )
     # Built once and thrown away: what cannot be built is a mistake to hear of before the teacher trains.
     Batches(dataset.train, recipe.train.batch_size, 0, device)
-    build_students(recipe, dataset, recipe.seeds[0], precision)
+    start: list[str] = []
+    build_students(recipe, dataset, recipe.seeds[0], precision, start.append)
+    for line in start:
+        watcher.say(line)
     begin_run(folder, recipe)
     machine = describe_machine(device, precision)
     write_text(folder / "environment.json", json.dumps(machine | {"deitkit": __version__}, indent=2) + "\n")
@@ -81,16 +87,23 @@ def compare(recipe: Recipe, folder: Path, *, watcher: Watcher, resume: bool = Fa
         if not (folder / f"seed-{seed}" / "predictions.safetensors").exists():
             _run_seed(recipe, dataset, teacher, seed, folder=folder, precision=precision, watcher=watcher)
     results = _results(recipe, dataset, teacher, card, folder=folder, precision=precision) | {"machine": machine}
+    results["notes"] += [f"{line[0].upper()}{line[1:]}." for line in start]
     _hand_over(results, folder)
     write_text(folder / "results.json", json.dumps(results, indent=2, ensure_ascii=False) + "\n")
     write_report(folder)
     return results
 
 
-def build_students(recipe: Recipe, dataset: Dataset, seed: int, precision: Precision) -> list[Student]:
-    """Build the students of one seed, and the CNN baseline where the recipe has one, all from the same start."""
+def build_students(
+    recipe: Recipe, dataset: Dataset, seed: int, precision: Precision, say: Callable[[str], None] = lambda line: None
+) -> list[Student]:
+    """Build the students of one seed, and the CNN baseline where the recipe has one, all from the same start.
+
+    ``say`` is told what the students start from where that is a checkpoint, and how it was made to fit them.
+    """
     image_px = (dataset.image_px[0], dataset.image_px[1])
     students = []
+    changes: dict[str, list[str]] = {}
     for name in recipe.methods:
         model = create_student(
             recipe.model,
@@ -100,11 +113,32 @@ def build_students(recipe: Recipe, dataset: Dataset, seed: int, precision: Preci
             tokens=METHODS[name].tokens,
             seed=derived_seed(seed, "student"),
         )
+        if recipe.model.checkpoint is not None:
+            lines = load_initial(
+                model,
+                recipe.model.checkpoint,
+                class_names=dataset.class_names,
+                mean=dataset.mean,
+                std=dataset.std,
+            )
+            for line in lines:
+                changes.setdefault(line, []).append(name)
         classifier = accelerate(Classifier(model, mean=dataset.mean, std=dataset.std), recipe.speed, precision.device)
         students.append(Student(name, METHODS[name], classifier, recipe.train, recipe.train.ema_decay))
+    if recipe.model.checkpoint is not None:
+        say(f"students start from {_initial(recipe)}")
+    for line, names in changes.items():
+        say(line if len(names) == len(recipe.methods) else f"{', '.join(names)}: {line}")
     if recipe.baseline is not None:
         students.append(_build_baseline(recipe, dataset, seed, precision))
     return students
+
+
+def _initial(recipe: Recipe) -> str | None:
+    """Name the weights that students start from, as a teacher's are named."""
+    if recipe.model.checkpoint is None:
+        return None
+    return f"{recipe.model.checkpoint.name} (sha256 {file_sha256(weights_file(recipe.model.checkpoint))[:8]})"
 
 
 def build_answers(recipe: Recipe, dataset: Dataset, teacher: FrozenTeacher, seed: int, precision: Precision) -> Answers:
@@ -219,6 +253,8 @@ def _student_card(recipe: Recipe, dataset: Dataset, student: Student, seed: int)
     }
     if student.name == BASELINE:
         card["architecture"] = _baseline_name(recipe)
+    else:
+        card["initial"] = _initial(recipe)
     return card
 
 
@@ -259,6 +295,7 @@ def _results(
             "fingerprint": dataset.fingerprint,
         },
         "teacher": teacher_entry,
+        "initial": _initial(recipe),
         "seeds": list(recipe.seeds),
         **summary,
     }

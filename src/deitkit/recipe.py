@@ -99,6 +99,9 @@ class ModelRecipe(Section):
     heads: PositiveInt | None = Field(None, description="Overrides the size's number of attention heads.")
     drop_path: Fraction = Field(0.0, description="Stochastic depth of the last block, growing linearly from 0.")
     dropout: Fraction = Field(0.0, description="Dropout on embeddings, attention output and MLP.")
+    checkpoint: Path | None = Field(
+        None, description="Weights that every student starts from: of deitkit, timm, a released DeiT or transformers."
+    )
 
 
 class OptimizerRecipe(Section):

@@ -56,8 +56,8 @@ def read_weights(path: Path, heads: int | None = None) -> Weights:
     Raises:
         CheckpointError: It cannot be read, or holds no vision transformer that deitkit has.
     """
-    folder = path / "winner" if (path / "winner" / "model.json").is_file() else path if path.is_dir() else path.parent
-    file = _weights_file(folder) if path.is_dir() else path
+    file = weights_file(path)
+    folder = file.parent
     state, lines = from_any(read_state(file), str(path))
     card: dict[str, Any] = {}
     told: dict[str, Any] = {}
@@ -76,14 +76,18 @@ def read_weights(path: Path, heads: int | None = None) -> Weights:
     return Weights(file, state, architecture, names, mean, std, card, (*lines, *told.get("lines", ())))
 
 
-def _weights_file(folder: Path) -> Path:
-    found = [folder / name for name in _WEIGHTS_FILES if (folder / name).is_file()]
-    if not found:
+def weights_file(path: Path) -> Path:
+    """Return the file that ``read_weights`` takes tensors from; CheckpointError where a folder has none."""
+    if not path.is_dir():
+        return path
+    folder = path / "winner" if (path / "winner" / "model.json").is_file() else path
+    found = next((folder / name for name in _WEIGHTS_FILES if (folder / name).is_file()), None)
+    if found is None:
         raise CheckpointError(
-            f"{folder} holds no {' or '.join(_WEIGHTS_FILES)}: give a weights file, a model folder, or a run folder "
+            f"{path} holds no {' or '.join(_WEIGHTS_FILES)}: give a weights file, a model folder, or a run folder "
             "with a winner"
         )
-    return found[0]
+    return found
 
 
 def _read_json(path: Path) -> dict[str, Any]:
