@@ -13,6 +13,7 @@ LAYERS = (
     {"rows", "teacher"},
     {"runs"},
     {"report"},
+    {"saved_teacher"},
     {"cohort", "checkpoint"},
     {"answers"},
     {"evaluate", "methods", "data", "optim", "speed", "parts"},

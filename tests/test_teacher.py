@@ -1,5 +1,6 @@
 """The teacher: what the gate lets through, what it refuses and how it names the cause."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,11 @@ from torch import nn
 
 from conftest import CPU_FP32, striped_dataset
 from deitkit.checkpoint import load_classifier, save_classifier, save_tensors
+from deitkit.compare import compare
 from deitkit.data.sources import Dataset, Split
 from deitkit.errors import CheckpointError, TeacherError
 from deitkit.models.classifier import Classifier
+from deitkit.models.vit import DeiT
 from deitkit.models.zoo import create_classifier
 from deitkit.recipe import Recipe
 from deitkit.recipe_file import parse_recipe
@@ -186,10 +189,110 @@ def test_the_teacher_resizes_views_to_its_own_resolution() -> None:
     assert seen == [(2, 3, 20, 20)]
 
 
-def test_a_students_folder_is_no_cnn(stripes: Dataset, tmp_path: Path) -> None:
-    from deitkit.models.vit import DeiT
+CLASSES = ["class 0", "class 1", "class 2"]
 
-    student = DeiT(image_px=8, patch_px=4, channels=3, classes=3, width=16, depth=1, heads=1, tokens=("class",))
-    save_classifier(tmp_path / "s", classifier(student), {"class_names": ["a", "b", "c"], "channels": 3})
-    with pytest.raises(TeacherError, match="not a CNN"):
-        prepare(recipe(name=str(tmp_path / "s")), stripes, tmp_path)
+
+def saved_student(folder: Path, tokens: tuple[str, ...], **card: Any) -> DeiT:
+    student = DeiT(image_px=8, patch_px=4, channels=3, classes=3, width=16, depth=1, heads=1, tokens=tokens)
+    for head in (student.head, student.head_dist):
+        if head is not None:
+            head.weight.data *= 50  # answers far apart, so that readouts differ
+    save_classifier(folder, classifier(student), {"class_names": CLASSES, "channels": 3, **card})
+    return student
+
+
+def naive_answers(student: DeiT, view: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return the probabilities of each readout, by the paper's words."""
+    output = student.eval()(view)
+    heads = {"class": output.class_logits, "distillation": output.distillation_logits}
+    heads = {name: logits.double() for name, logits in heads.items() if logits is not None}
+    answers = {name: logits.softmax(dim=-1) for name, logits in heads.items()}
+    if len(heads) == 2:
+        answers["joint"] = (answers["class"] + answers["distillation"]) / 2
+        answers["joint-logits"] = ((heads["class"] + heads["distillation"]) / 2).softmax(dim=-1)
+    return answers
+
+
+@pytest.mark.parametrize(
+    ("tokens", "card", "readout"),
+    [
+        (("class",), {}, "class"),
+        (("distillation",), {}, "distillation"),
+        ((), {}, "class"),
+        (("class", "distillation"), {}, "joint"),
+        (("class", "distillation"), {"readout": "joint-logits"}, "joint-logits"),
+        (("class", "distillation"), {"readout": "distillation"}, "distillation"),
+    ],
+)
+def test_a_student_teaches_by_one_readout(
+    tokens: tuple[str, ...], card: dict[str, str], readout: str, stripes: Dataset, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    student = saved_student(tmp_path / "student", tokens, **card)
+    teacher, told = prepare(recipe(name=str(tmp_path / "student"), allow_weak=True), stripes, tmp_path / "run")
+    assert (told.fit, told.readout, told.image_px) == ("none", readout, 8)
+    view = torch.rand(5, 3, 8, 8)
+    expected = naive_answers(student, view)[readout].float()
+    torch.testing.assert_close(teacher(view).softmax(dim=-1), expected)
+    for again in (recipe(), recipe(name=str(tmp_path / "run" / "teacher"), allow_weak=True)):
+        # On resume, and from its folder in another run.
+        home = tmp_path / "run" if again.teacher.name == "cifar/resnet20" else tmp_path / "other"
+        same, card_again = prepare(again, stripes, home)
+        assert torch.equal(same(view), teacher(view))
+        assert card_again.readout == readout
+    assert teacher(torch.rand(2, 3, 20, 20)).shape == (2, 3)
+
+
+def test_a_student_asks_the_gate_as_any_teacher_does(stripes: Dataset, tmp_path: Path) -> None:
+    saved_student(tmp_path / "student", ("class", "distillation"))
+    with pytest.raises(TeacherError, match="on 60 validation images, which"):
+        prepare(recipe(name=str(tmp_path / "student"), min_top1=1.0), stripes, tmp_path)
+
+
+def test_the_winner_of_a_run_teaches_the_next(tiny_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    first = compare(tiny_recipe("methods=[none]"), tmp_path / "first", watcher=Silent())
+    assert first["winner"] == "none/class"
+    taught = tiny_recipe("methods=[none, token-hard]", f"teacher.name={tmp_path / 'first'}", "teacher.cache=true")
+    second = compare(taught, tmp_path / "second", watcher=Silent())
+    assert second["teacher"]["name"] == str(tmp_path / "first")
+    assert second["teacher"]["readout"] == "class"
+    assert second["teacher"]["test_top1"] == first["rows"][0]["top1"][0]
+
+
+def test_a_timm_transformer_sees_views_at_its_own_resolution(stripes: Dataset, tmp_path: Path) -> None:
+    for image_px, expected in ((None, 160), (32, 32)):
+        vit = recipe(name="timm/test_vit", fit="none", allow_weak=True, image_px=image_px)
+        teacher, card = prepare(vit, stripes, tmp_path / str(image_px))
+        assert card.image_px == expected
+        assert teacher(torch.rand(2, 3, 8, 8)).shape == (2, 3)
+
+
+@pytest.mark.parametrize(
+    ("teacher", "words"),
+    [
+        ({"image_px": 16}, "teacher.image_px=16 does not suit the student .* of 8 px: leave it out"),
+        ({"fit": "head"}, "two classifier layers.*set teacher.fit=none or full"),
+        ({"reset_head": True}, "two classifier layers.*set teacher.fit=none or full"),
+    ],
+)
+def test_what_a_student_cannot_do_as_a_teacher(
+    teacher: dict[str, Any], words: str, stripes: Dataset, tmp_path: Path
+) -> None:
+    saved_student(tmp_path / "student", ("class", "distillation"))
+    with pytest.raises(TeacherError, match=words):
+        prepare(recipe(name=str(tmp_path / "student"), **teacher), stripes, tmp_path)
+
+
+def test_a_student_of_other_classes_does_not_teach(stripes: Dataset, tmp_path: Path) -> None:
+    saved_student(tmp_path / "student", ("class",), class_names=["a", "b", "c"])
+    with pytest.raises(TeacherError, match=r"knows the classes a, b, c\.\.\., the data has class 0"):
+        prepare(recipe(name=str(tmp_path / "student")), stripes, tmp_path)
+
+
+def test_a_student_can_be_trained_further_before_it_teaches(stripes: Dataset, tmp_path: Path) -> None:
+    saved_student(tmp_path / "student", ("class", "distillation"))
+    train = {"optimizer": "adamw", "learning_rate": 0.01, "epochs": 20, "batch_size": 12}
+    own = {"mean": list(stripes.mean), "std": list(stripes.std), "train": train}
+    teacher, card = prepare(recipe(name=str(tmp_path / "student"), fit="full", **own), stripes, tmp_path)
+    assert (card.fit, card.readout, card.top1 > 0.6) == ("full", "joint", True)
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())

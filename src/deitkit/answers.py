@@ -139,4 +139,5 @@ class Answers:
 
 def _fingerprint(teacher: Classifier) -> str:
     tensors = [teacher.mean, teacher.std, *teacher.model.state_dict().values()]
-    return f"{sha256(*(tensor.detach().cpu() for tensor in tensors))} at {teacher.image_px} px"
+    described = f"{sha256(*(tensor.detach().cpu() for tensor in tensors))} at {teacher.image_px} px"
+    return described if teacher.readout is None else f"{described} by {teacher.readout}"

@@ -18,7 +18,7 @@ from deitkit.files import write_bytes, write_text
 from deitkit.models.classifier import Classifier
 from deitkit.models.vit import DeiT
 from deitkit.models.weights import load_into, read_state
-from deitkit.models.zoo import create_classifier
+from deitkit.models.zoo import Built, create_classifier
 
 FORMAT = 1
 
@@ -109,27 +109,33 @@ def _format_of(card: Any) -> Any:
     return card.get("format") if isinstance(card, dict) else "unknown"
 
 
+def model_folder(path: Path) -> Path:
+    """Return the folder of a saved model: of a run its winner's, else the path itself."""
+    return path / "winner" if (path / "winner" / "model.json").exists() else path
+
+
+def build_model(card: dict[str, Any]) -> Built:
+    """Build what a card describes, with new weights."""
+    if card["kind"] == "deit":
+        student = DeiT(**{**card["config"], "tokens": tuple(card["config"]["tokens"])})
+        head = "head" if student.head is not None else "head_dist"
+        return Built(student, head, None, None, card["config"]["image_px"], f"deitkit {card['deitkit']}")
+    return create_classifier(
+        card["architecture"], classes=len(card["class_names"]), channels=card["channels"], image_px=card["image_px"]
+    )
+
+
 def load_classifier(folder: Path, device: torch.device) -> tuple[Classifier, dict[str, Any]]:
     """Rebuild a classifier from its folder, in evaluation mode; returns its card too."""
     card = read_card(folder)
     try:
-        if card["kind"] == "deit":
-            model: torch.nn.Module = DeiT(**{**card["config"], "tokens": tuple(card["config"]["tokens"])})
-            head = "head"
-        else:
-            built = create_classifier(
-                card["architecture"],
-                classes=len(card["class_names"]),
-                channels=card["channels"],
-                image_px=card["image_px"],
-            )
-            model, head = built.model, built.head
+        built = build_model(card)
         mean, std, image_px = tuple(card["mean"]), tuple(card["std"]), card["image_px"]
     except (KeyError, TypeError, AssertionError) as error:
         raise CheckpointError(
             f"{folder / 'model.json'} is incomplete ({error}): copy the folder again from its run"
         ) from None
-    report = load_into(model, read_state(folder / "model.safetensors"), head=head, source=str(folder))
+    report = load_into(built.model, read_state(folder / "model.safetensors"), head=built.head, source=str(folder))
     if report.missing or report.mismatched:
         raise CheckpointError(f"{folder}: model.safetensors does not belong to model.json: copy both from one run")
-    return Classifier(model, mean=mean, std=std, image_px=image_px).to(device).eval(), card
+    return Classifier(built.model, mean=mean, std=std, image_px=image_px).to(device).eval(), card

@@ -274,7 +274,9 @@ def _run_folder(out: Path | None, recipe: Recipe, resume: bool) -> Path:
 
 
 def _model_folder(path: Path) -> Path:
-    return path / "winner" if (path / "winner" / "model.json").exists() else path
+    from deitkit.checkpoint import model_folder
+
+    return model_folder(path)
 
 
 def _show_batch(recipe: Recipe, out: Path | None) -> None:

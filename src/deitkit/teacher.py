@@ -14,11 +14,11 @@ from scipy import stats
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
-from deitkit.checkpoint import load_classifier, read_card, save_classifier
+from deitkit.checkpoint import load_classifier, save_classifier
 from deitkit.cohort import Cohort, Student
 from deitkit.data.sources import Dataset, Split, load_dataset
 from deitkit.device import Precision
-from deitkit.errors import CheckpointError, TeacherError
+from deitkit.errors import TeacherError
 from deitkit.evaluate import predict, top_k_hits
 from deitkit.files import write_text
 from deitkit.methods import METHODS
@@ -27,6 +27,7 @@ from deitkit.models.weights import LoadReport, file_sha256, load_into, read_stat
 from deitkit.models.zoo import Built, create_classifier, reset_head
 from deitkit.recipe import DistillationRecipe, Recipe, TeacherRecipe
 from deitkit.runs import Watcher, train_to_end
+from deitkit.saved_teacher import build_saved
 from deitkit.seeding import seeded
 from deitkit.speed import accelerate
 
@@ -70,6 +71,7 @@ class TeacherCard:
     image_px: int | None
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    readout: str | None = None  # of a student that teaches; a CNN has one answer
 
 
 def prepare_teacher(
@@ -84,6 +86,7 @@ def prepare_teacher(
     if card_path.exists():
         classifier = accelerate(load_classifier(folder, precision.device)[0], recipe.speed, precision.device)
         stored = json.loads(card_path.read_text(encoding="utf-8"))
+        classifier.readout = stored.get("readout")
         stored |= {name: tuple(stored[name]) for name in ("mean", "std")}
         return FrozenTeacher(classifier), TeacherCard(**stored)
     with seeded(recipe.seeds[0], "teacher"):
@@ -110,6 +113,7 @@ def _model_card(card: TeacherCard, dataset: Dataset, recipe: Recipe) -> dict[str
         "class_names": list(dataset.class_names),
         "input_px": list(dataset.image_px),
         "eval_crop": recipe.data.eval_crop,
+        "readout": card.readout,
         "source": card.source,
         "validation_top1": card.top1,
     }
@@ -117,14 +121,7 @@ def _model_card(card: TeacherCard, dataset: Dataset, recipe: Recipe) -> dict[str
 
 def _draft(recipe: TeacherRecipe, dataset: Dataset) -> tuple[Classifier, TeacherCard]:
     """Build the teacher with the weights that the recipe names; the card's accuracy is not known yet."""
-    recipe = _with_own_card(recipe, dataset)
-    built = create_classifier(
-        recipe.name,
-        classes=dataset.classes,
-        channels=dataset.channels,
-        pretrained=recipe.pretrained and recipe.checkpoint is None,
-        image_px=recipe.image_px,
-    )
+    recipe, built, readout = _build(recipe, dataset)
     source, new_head, new_body = built.source, built.new_head, not recipe.pretrained
     if recipe.checkpoint is not None:
         report = _load(built, recipe)
@@ -139,7 +136,7 @@ def _draft(recipe: TeacherRecipe, dataset: Dataset) -> tuple[Classifier, Teacher
     mean, std = _normalisation(recipe, built, dataset)
     trainable = built.head if fit == "head" else None
     image_px = recipe.image_px or built.image_px
-    classifier = Classifier(built.model, mean=mean, std=std, image_px=image_px, trainable=trainable)
+    classifier = Classifier(built.model, mean=mean, std=std, image_px=image_px, trainable=trainable, readout=readout)
     card = TeacherCard(
         name=recipe.name,
         source=source,
@@ -153,8 +150,23 @@ def _draft(recipe: TeacherRecipe, dataset: Dataset) -> tuple[Classifier, Teacher
         image_px=image_px,
         mean=mean,
         std=std,
+        readout=readout,
     )
     return classifier, card
+
+
+def _build(recipe: TeacherRecipe, dataset: Dataset) -> tuple[TeacherRecipe, Built, str | None]:
+    """Build the architecture; of one named by a path, return also what the card there says of its use."""
+    if Path(recipe.name).exists():
+        return build_saved(recipe, dataset)
+    built = create_classifier(
+        recipe.name,
+        classes=dataset.classes,
+        channels=dataset.channels,
+        pretrained=recipe.pretrained and recipe.checkpoint is None,
+        image_px=recipe.image_px,
+    )
+    return recipe, built, None
 
 
 def _untrained(new_head: bool, new_body: bool) -> str:
@@ -162,37 +174,6 @@ def _untrained(new_head: bool, new_body: bool) -> str:
     if new_body:
         return "no weights were loaded (teacher.checkpoint is not set) and none are trained here"
     return "its classifier is new and was not trained" if new_head else ""
-
-
-def _with_own_card(recipe: TeacherRecipe, dataset: Dataset) -> TeacherRecipe:
-    """Resolve a teacher that is named by a file: its architecture and normalisation stand in the card beside it."""
-    path = Path(recipe.name)
-    if not path.exists():
-        return recipe
-    folder = path if path.is_dir() else path.parent
-    try:
-        card = read_card(folder)
-    except CheckpointError:
-        raise TeacherError(
-            f"teacher.name={recipe.name} is a file without a model.json beside it: "
-            f"give the architecture, as in teacher.name=cifar/resnet56 teacher.checkpoint={recipe.name}"
-        ) from None
-    if card["kind"] != "cnn":
-        raise TeacherError(f"teacher.name={recipe.name} is a {card['kind']}, not a CNN: name a CNN's folder")
-    if card["class_names"] != list(dataset.class_names):
-        raise TeacherError(
-            f"teacher.name={recipe.name} knows the classes {', '.join(card['class_names'][:4])}..., the data has "
-            f"{', '.join(dataset.class_names[:4])}...: train it on this data, or give its weights as teacher.checkpoint"
-        )
-    return recipe.model_copy(
-        update={
-            "name": card["architecture"],
-            "checkpoint": folder / "model.safetensors",
-            "mean": recipe.mean or tuple(card["mean"]),
-            "std": recipe.std or tuple(card["std"]),
-            "image_px": recipe.image_px or card["image_px"],
-        }
-    )
 
 
 def _load(built: Built, recipe: TeacherRecipe) -> LoadReport:
@@ -321,7 +302,9 @@ def _likely_cause(classifier: Classifier, logits: Tensor, dataset: Dataset, prec
     sample = Split(dataset.validation.images[:1000], dataset.validation.labels[:1000])
     best_name, best = "", hits[: len(sample)].double().mean().item() + SUSPICIOUS_GAIN
     for name, (mean, std) in _normalisations(dataset).items():
-        other = Classifier(classifier.model, mean=mean, std=std, image_px=classifier.image_px).to(precision.device)
+        other = Classifier(
+            classifier.model, mean=mean, std=std, image_px=classifier.image_px, readout=classifier.readout
+        ).to(precision.device)
         scores = predict(other, sample, precision).class_logits
         assert scores is not None
         top1 = top_k_hits(scores, sample.labels.cpu()).double().mean().item()

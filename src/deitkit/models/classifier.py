@@ -3,12 +3,26 @@
 It puts a model's own normalisation and resolution around the model; it knows nothing of losses or data sets.
 """
 
+import math
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from deitkit.models.vit import Output
+
+# Logits whose softmax is what a readout says, from those of the class and the distillation head.
+READOUT_LOGITS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "class": lambda classes, distillation: classes,
+    "distillation": lambda classes, distillation: distillation,
+    # The log of the mean probability: the paper's sum of both softmax (section 4), which can be distilled from.
+    "joint": lambda classes, distillation: (
+        torch.logaddexp(classes.float().log_softmax(dim=-1), distillation.float().log_softmax(dim=-1)) - math.log(2)
+    ),
+    "joint-logits": lambda classes, distillation: (classes + distillation) / 2,
+}
 
 
 class Classifier(nn.Module):
@@ -21,6 +35,8 @@ class Classifier(nn.Module):
         image_px: The side that views are resized to; None leaves them as they are.
         trainable: Dotted name of the only layer that is trained, the rest staying frozen in evaluation mode; None
             trains everything.
+        readout: Answer with this one of ``READOUT_LOGITS`` alone, as a model with one head does; None keeps the heads
+            apart.
     """
 
     mean: Tensor
@@ -34,11 +50,13 @@ class Classifier(nn.Module):
         std: tuple[float, ...],
         image_px: int | None = None,
         trainable: str | None = None,
+        readout: str | None = None,
     ) -> None:
         super().__init__()
         self.model = model
         self.image_px = image_px
         self.trainable = trainable
+        self.readout = readout
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
         if trainable is not None:
@@ -50,7 +68,11 @@ class Classifier(nn.Module):
         if self.image_px is not None and view.shape[-2:] != (self.image_px, self.image_px):
             view = F.interpolate(view, size=(self.image_px, self.image_px), mode="bicubic", antialias=True).clamp(0, 1)
         output = self.model((view - self.mean) / self.std)
-        return output if isinstance(output, Output) else Output(class_logits=output)
+        if not isinstance(output, Output):
+            return Output(class_logits=output)
+        if self.readout is None:
+            return output
+        return Output(READOUT_LOGITS[self.readout](output.class_logits, output.distillation_logits))  # type: ignore[arg-type]
 
     def train(self, mode: bool = True) -> "Classifier":
         """Switch the mode; frozen layers stay in evaluation mode, so that their statistics do not move."""
