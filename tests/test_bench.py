@@ -7,9 +7,9 @@ import torch
 from typer.testing import CliRunner
 
 from conftest import CPU_FP32
-from deitkit.bench.inference import PAPER_TABLE, PaperModel
 from deitkit.bench.measure import count_flops, machine_limit, time_in_turn
 from deitkit.cli import app
+from deitkit.models.catalogue import CatalogueModel
 from deitkit.models.cnn import CifarResNet
 from deitkit.models.vit import DeiT
 
@@ -74,30 +74,29 @@ def test_infer_times_a_student() -> None:
 
 
 def test_the_papers_table_names_what_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    from deitkit.bench import inference
-
-    assert {model.row for model in PAPER_TABLE} >= {"EfficientNet-B7", "ViT-L/16", "DeiT-B distilled 384"}
     few = (
-        PaperModel("small", "resnet18", 32, 1.0),
-        PaperModel("large", "resnet34", 32, 2.0),
-        PaperModel("ours", "deit_tiny", 32, 3.0, ("class", "distillation")),
+        CatalogueModel("small", 32, teacher="timm/resnet18", images_per_second=1.0),
+        CatalogueModel("large", 32, teacher="timm/resnet34", images_per_second=2.0),
+        CatalogueModel("ours", 32, "deit_tiny", tokens=("class", "distillation"), images_per_second=3.0),
+        CatalogueModel("unmeasured", 32, "micro", 8),
     )
-    build = inference._build
+    build = CatalogueModel.build
 
-    def crowded(model: PaperModel) -> torch.nn.Module:
+    def crowded(model: CatalogueModel) -> torch.nn.Module:
         if model.row == "large":
             raise RuntimeError("CUDA out of memory")
         return build(model)
 
-    monkeypatch.setattr(inference, "PAPER_TABLE", few)
-    monkeypatch.setattr(inference, "_build", crowded)
-    rows = json.loads(run("infer", "--table", "paper", "train.batch_size=2", "device=cpu", *FEW, "--json"))
-    assert [row["row"] for row in rows] == ["small", "large", "ours"]
+    monkeypatch.setattr("deitkit.bench.inference.CATALOGUE", few)
+    monkeypatch.setattr(CatalogueModel, "build", crowded)
+    rows = json.loads(run("infer", "--table", "zoo", "train.batch_size=2", "device=cpu", *FEW, "--json"))
+    assert [row["row"] for row in rows] == ["small", "large", "ours", "unmeasured"]
     assert rows[1]["problem"] == "does not fit in memory at batch 2"
     assert rows[0]["images_per_second"] > 0
-    assert rows[2]["published_images_per_second"] == 3.0
+    assert [row["published_images_per_second"] for row in rows] == [1.0, 2.0, 3.0, None]
     shown = run("infer", "--table", "paper", "train.batch_size=2", "device=cpu", *FEW)
     assert "does not fit" in shown
+    assert "unmeasured" not in shown
 
 
 def test_operations_of_a_student_are_those_counted_by_hand() -> None:

@@ -8,7 +8,7 @@ import deitkit
 # Each may import from the groups after it, and from its own.
 LAYERS = (
     {"cli"},
-    {"terminal", "bench"},
+    {"terminal", "bench", "models_command"},
     {"compare", "inference"},
     {"rows", "teacher"},
     {"runs"},

@@ -39,7 +39,7 @@ def matched_pair(name: str, *, tokens: tuple[str, ...], depth: int, **timm_optio
     return ours, theirs
 
 
-@pytest.mark.parametrize(("name", "depth"), [("deit_tiny", 6), ("deit_small", 2), ("deit_base", 1)])
+@pytest.mark.parametrize(("name", "depth"), [("deit_tiny", 6), ("deit_small", 2), ("deit_base", 1), ("vit_large", 1)])
 def test_class_token_student_equals_timm(name: str, depth: int) -> None:
     ours, theirs = matched_pair(name, tokens=("class",), depth=depth)
     theirs.load_state_dict(ours.state_dict(), strict=True)

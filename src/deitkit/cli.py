@@ -12,6 +12,7 @@ from rich.table import Table
 from deitkit import __version__
 from deitkit.bench.command import app as bench_app
 from deitkit.errors import DeitkitError, Interrupted, RecipeError, is_out_of_memory
+from deitkit.models_command import models
 from deitkit.recipe import Recipe
 from deitkit.recipe_file import describe_fields, load_recipe, shipped_recipes
 
@@ -24,6 +25,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(bench_app, name="bench")
+app.command()(models)
 console = Console()
 errors = Console(stderr=True)
 

@@ -92,7 +92,9 @@ class AugmentRecipe(Section):
 class ModelRecipe(Section):
     """The student: a DeiT."""
 
-    name: Literal["micro", "deit_tiny", "deit_small", "deit_base"] = Field("deit_tiny", description="A named size.")
+    name: Literal["micro", "deit_tiny", "deit_small", "deit_base", "vit_base", "vit_large"] = Field(
+        "deit_tiny", description="A named size."
+    )
     patch_px: PositiveInt = Field(16, description="Side of a patch; must divide the image.")
     width: PositiveInt | None = Field(None, description="Overrides the size's width.")
     depth: PositiveInt | None = Field(None, description="Overrides the size's number of blocks.")

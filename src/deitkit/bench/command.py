@@ -54,13 +54,15 @@ def train(
 def infer(
     overrides: Overrides = None,
     base: Base = None,
-    table: Annotated[str | None, typer.Option("--table", help="'paper': every model of its table of speeds.")] = None,
+    table: Annotated[
+        str | None, typer.Option("--table", help="paper: the models whose speed was published; zoo: all of them.")
+    ] = None,
     repeats: Repeats = 5,
     steps: Steps = 3,
     as_json: Json = False,
 ) -> None:
     """Time classification with random weights: the student of a recipe, or the models of the paper."""
-    from deitkit.bench.inference import bench_infer, bench_paper_table
+    from deitkit.bench.inference import bench_catalogue, bench_infer
 
     recipe = _load(overrides, base)
     if table is None:
@@ -71,15 +73,15 @@ def infer(
             _limit_rows(shown, result)
             console.print(shown)
         return
-    if table != "paper":
-        raise typer.BadParameter(f"'{table}' is no table: write --table paper")
+    if table not in ("paper", "zoo"):
+        raise typer.BadParameter(f"'{table}' is no table: write --table paper or --table zoo")
     rows = []
-    for row in bench_paper_table(recipe, repeats=repeats, steps=steps):
+    for row in bench_catalogue(recipe, table=table, repeats=repeats, steps=steps):
         rows.append(row)
         if not as_json:
             console.print(f"{row['row']}: {_images_per_second(row)}", highlight=False)
     if not _printed_json(rows, as_json):
-        _print_paper_table(rows)
+        _print_catalogue(rows)
 
 
 @app.command()
@@ -170,7 +172,7 @@ def _images_per_second(row: dict[str, Any]) -> str:
     return row["problem"] if "problem" in row else f"{row['images_per_second']:,.1f} images/s"
 
 
-def _print_paper_table(rows: list[dict[str, Any]]) -> None:
+def _print_catalogue(rows: list[dict[str, Any]]) -> None:
     table = Table("model", "px", "images/s here", "published (V100)", "parameters", "GFLOP/image", box=None)
     for row in rows:
         known = "problem" not in row
@@ -178,7 +180,7 @@ def _print_paper_table(rows: list[dict[str, Any]]) -> None:
             row["row"],
             str(row["image_px"]),
             _images_per_second(row),
-            f"{row['published_images_per_second']:,.1f}",
+            f"{row['published_images_per_second']:,.1f}" if row["published_images_per_second"] else "",
             f"{row['parameters'] / 1e6:.1f} M" if known else "",
             f"{row['gflop_per_image']:.1f}" if known else "",
         )

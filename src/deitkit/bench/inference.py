@@ -1,62 +1,23 @@
-"""How many images a second a model classifies: a recipe's student, or every model of the paper's table of speeds."""
+"""How many images a second a model classifies: a recipe's student, or the models of the catalogue."""
 
 import gc
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
-import timm
 import torch
-from torch import nn
 
 from deitkit.bench.measure import count_flops, machine_limit, time_in_turn, wait
 from deitkit.device import Precision, choose_device, describe_machine
 from deitkit.errors import is_out_of_memory
 from deitkit.methods import METHODS
+from deitkit.models.catalogue import CATALOGUE, CLASSES
 from deitkit.models.classifier import Classifier
-from deitkit.models.vit import SIZES, DeiT, create_student
+from deitkit.models.vit import create_student
 from deitkit.recipe import Recipe
 from deitkit.speed import accelerate
 
 DEFAULT_PX = 224
-CLASSES = 1000
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-
-@dataclass(frozen=True)
-class PaperModel:
-    """A row of the paper's table of speeds (Touvron et al. 2020, Table 7; the seed report's second table).
-
-    Attributes:
-        row: Its name there.
-        architecture: timm's name, or a size of ours.
-        image_px: The resolution that the speed was published for.
-        published: Images/s on one V100 with 16 GB, batches as large as fit.
-        tokens: Of ours.
-    """
-
-    row: str
-    architecture: str
-    image_px: int
-    published: float
-    tokens: tuple[str, ...] = ("class",)
-
-
-_BOTH = ("class", "distillation")
-PAPER_TABLE = (
-    PaperModel("Grafit ResNet-50", "resnet50", 224, 1226.1),
-    PaperModel("Grafit RegNetY-8GF", "regnety_080", 224, 591.6),
-    PaperModel("ResNet-152", "resnet152", 224, 526.3),
-    PaperModel("EfficientNet-B7", "tf_efficientnet_b7", 600, 55.1),
-    PaperModel("ViT-B/32", "vit_base_patch32_384", 384, 394.5),
-    PaperModel("ViT-B/16", "vit_base_patch16_384", 384, 85.9),
-    PaperModel("ViT-L/32", "vit_large_patch32_384", 384, 124.1),
-    PaperModel("ViT-L/16", "vit_large_patch16_384", 384, 27.3),
-    PaperModel("DeiT-B", "deit_base", 224, 292.3),
-    PaperModel("DeiT-B 384", "deit_base", 384, 85.9),
-    PaperModel("DeiT-B distilled", "deit_base", 224, 290.9, _BOTH),
-    PaperModel("DeiT-B distilled 384", "deit_base", 384, 85.9, _BOTH),
-)
 
 
 def bench_infer(recipe: Recipe, *, repeats: int, steps: int) -> dict[str, Any]:
@@ -83,14 +44,25 @@ def bench_infer(recipe: Recipe, *, repeats: int, steps: int) -> dict[str, Any]:
     }
 
 
-def bench_paper_table(recipe: Recipe, *, repeats: int, steps: int) -> Iterator[dict[str, Any]]:
-    """Yield the speed of each model of the paper's table at its own resolution; one that does not fit says so."""
+def bench_catalogue(recipe: Recipe, *, table: str, repeats: int, steps: int) -> Iterator[dict[str, Any]]:
+    """Yield the speed of each model of a table at its own resolution; one that does not fit says so.
+
+    Args:
+        recipe: Device, precision and batch size.
+        table: ``paper`` for the models whose speed was published, ``zoo`` for the whole catalogue.
+        repeats: Measurements, of which the median counts.
+        steps: Steps in each.
+    """
     device = choose_device(recipe.device)
     precision = Precision.choose(recipe.train.precision, device)
-    for model in PAPER_TABLE:
-        entry = {"row": model.row, "image_px": model.image_px, "published_images_per_second": model.published}
+    for model in CATALOGUE:
+        if table == "paper" and model.images_per_second is None:
+            continue
+        entry = {
+            "row": model.row, "image_px": model.image_px, "published_images_per_second": model.images_per_second
+        }  # fmt: skip
         try:
-            classifier = Classifier(_build(model), mean=MEAN, std=STD)
+            classifier = Classifier(model.build(), mean=MEAN, std=STD)
             accelerate(classifier, recipe.speed, device).eval()
             measured = _time_model(classifier, model.image_px, recipe.train.batch_size, precision, repeats, steps)
             yield entry | measured
@@ -101,23 +73,6 @@ def bench_paper_table(recipe: Recipe, *, repeats: int, steps: int) -> Iterator[d
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
-
-
-def _build(model: PaperModel) -> nn.Module:
-    if model.architecture not in SIZES:
-        built: nn.Module = timm.create_model(model.architecture, num_classes=CLASSES)
-        return built
-    size = SIZES[model.architecture]
-    return DeiT(
-        image_px=model.image_px,
-        patch_px=16,
-        channels=3,
-        classes=CLASSES,
-        width=size.width,
-        depth=size.depth,
-        heads=size.heads,
-        tokens=model.tokens,
-    )
 
 
 def _time_model(

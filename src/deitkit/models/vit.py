@@ -39,6 +39,8 @@ SIZES: dict[str, Size] = {
     "deit_tiny": Size(width=192, depth=12, heads=3),
     "deit_small": Size(width=384, depth=12, heads=6),
     "deit_base": Size(width=768, depth=12, heads=12),
+    "vit_base": Size(width=768, depth=12, heads=12),
+    "vit_large": Size(width=1024, depth=24, heads=16),
 }
 
 

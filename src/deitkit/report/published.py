@@ -26,7 +26,7 @@ _PAPER = (
     ("token-hard", "distillation", "hard", "DeiT distilled: distil. embedding", (74.6, 81.1, 83.1, 84.4)),
     ("token-hard", "joint", "hard", "DeiT distilled: class + distillation", (74.5, 81.2, 83.4, 84.5)),
 )
-_PAPER_MODEL_OF = {"deit_small": "DeiT-S", "deit_base": "DeiT-B"}
+_PAPER_MODEL_OF = {"deit_small": "DeiT-S", "deit_base": "DeiT-B", "vit_base": "DeiT-B", "vit_large": "DeiT-B"}
 
 
 def published_rows(tables: Sequence[str]) -> list[dict[str, Any]]:

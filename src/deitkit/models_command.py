@@ -1,0 +1,88 @@
+"""``deitkit models``: the catalogue, with parameters and operations counted here beside what was published."""
+
+import json
+import sys
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+console = Console()
+
+
+def models(
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON array, for another program to read.")] = False,
+) -> None:
+    """List the models of the paper's tables: size, operations, published accuracy, and their names in a recipe."""
+    rows = catalogue_rows()
+    if as_json:
+        sys.stdout.write(json.dumps(rows) + "\n")
+        return
+    table = Table(box=None)
+    table.add_column("model", no_wrap=True)
+    for heading in ("px", "parameters", "published", "G multiply-adds", "top-1 %", "images/s (V100)"):
+        table.add_column(heading, justify="right")
+    table.add_column("source")
+    table.add_column("in a recipe", no_wrap=True)
+    for row in rows:
+        table.add_row(
+            row["model"],
+            str(row["image_px"]),
+            f"{row['parameters'] / 1e6:.1f} M",
+            row["published_parameters"] or "-",
+            f"{row['multiply_adds'] / 1e9:.2f}",
+            _figure(row["published_top1"]),
+            _figure(row["published_images_per_second"]),
+            ", ".join(row["sources"]),
+            " ".join(f"{key}={value}" for key, value in list(row["recipe"].items())[:2]),
+        )
+    console.print(table)
+    note = "Parameters and multiply-adds are counted; accuracies (ImageNet) and speeds are published. Sources:"
+    console.print(note, highlight=False, soft_wrap=True)
+    for name, work in sources().items():
+        console.print(f"  {name}: {work}", highlight=False, markup=False, soft_wrap=True)
+
+
+def catalogue_rows() -> list[dict[str, Any]]:
+    """Return every model of the catalogue as plain values; parameters and operations are counted, nothing is computed.
+
+    A multiply-add counts as one, of matrix products, convolutions and attention, for one image. Students' last block
+    leaves the patches out (see ``DeiT``), so they have fewer than is usually stated.
+    """
+    import torch
+
+    from deitkit.bench.measure import count_flops
+    from deitkit.models.catalogue import CATALOGUE, SOURCES
+
+    rows = []
+    for model in CATALOGUE:
+        with torch.device("meta"):
+            built = model.build().eval()
+        flops = count_flops(built, (3, model.image_px, model.image_px), backward=False)
+        rows.append(
+            {
+                "model": model.row,
+                "image_px": model.image_px,
+                "parameters": sum(parameter.numel() for parameter in built.parameters()),
+                "published_parameters": model.millions and f"{model.millions} M",
+                "multiply_adds": flops // 2,
+                "published_top1": model.top1,
+                "published_images_per_second": model.images_per_second,
+                "sources": {name: SOURCES[name] for name in model.sources},
+                "recipe": model.recipe_fields(),
+                "teacher": model.teacher,
+            }
+        )
+    return rows
+
+
+def sources() -> dict[str, str]:
+    """Return what the short names of sources stand for."""
+    from deitkit.models.catalogue import SOURCES
+
+    return SOURCES
+
+
+def _figure(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}"
