@@ -19,29 +19,29 @@ def models(
     if as_json:
         sys.stdout.write(json.dumps(rows) + "\n")
         return
-    table = Table(box=None)
+    numbers = {name: str(number) for number, name in enumerate(sources(), start=1)}
+    table = Table(box=None, padding=(0, 1, 0, 0))  # fits 80 columns
     table.add_column("model", no_wrap=True)
-    for heading in ("px", "parameters", "published", "G multiply-adds", "top-1 %", "images/s (V100)"):
-        table.add_column(heading, justify="right")
-    table.add_column("source")
+    for heading in ("px", "million", "GMAC", "top-1 %", "from"):
+        table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("in a recipe", no_wrap=True)
     for row in rows:
         table.add_row(
             row["model"],
             str(row["image_px"]),
-            f"{row['parameters'] / 1e6:.1f} M",
-            row["published_parameters"] or "-",
+            f"{row['parameters'] / 1e6:.1f}",
             f"{row['multiply_adds'] / 1e9:.2f}",
-            _figure(row["published_top1"]),
-            _figure(row["published_images_per_second"]),
-            ", ".join(row["sources"]),
-            " ".join(f"{key}={value}" for key, value in list(row["recipe"].items())[:2]),
+            "-" if row["published_top1"] is None else f"{row['published_top1']:.1f}",
+            ",".join(numbers[name] for name in row["sources"]),
+            row["recipe"].get("model.name") or row["recipe"]["teacher.name"],
         )
     console.print(table)
-    note = "Parameters and multiply-adds are counted; accuracies (ImageNet) and speeds are published. Sources:"
-    console.print(note, highlight=False, soft_wrap=True)
-    for name, work in sources().items():
-        console.print(f"  {name}: {work}", highlight=False, markup=False, soft_wrap=True)
+    for line in (
+        "Millions of parameters and billions of multiply-adds are counted; accuracies (ImageNet) are published:",
+        *(f"  {numbers[name]} {work}" for name, work in sources().items()),
+        "In a recipe: model.name, with model.patch_px and data.image_px; or teacher.name.",
+    ):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def catalogue_rows() -> list[dict[str, Any]]:
@@ -82,7 +82,3 @@ def sources() -> dict[str, str]:
     from deitkit.models.catalogue import SOURCES
 
     return SOURCES
-
-
-def _figure(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1f}"
