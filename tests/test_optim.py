@@ -1,6 +1,7 @@
 """Learning rates, parameter groups, optimizers and the average."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -13,9 +14,9 @@ from deitkit.optim import ExponentialMovingAverage, adopt_layout, build_optimize
 from deitkit.recipe import BaselineRecipe, OptimizerRecipe, TrainRecipe
 
 
-def small_deit() -> DeiT:
+def small_deit(**more: Any) -> DeiT:
     tokens = ("class", "distillation")
-    return DeiT(image_px=8, patch_px=4, channels=1, classes=3, width=16, depth=2, heads=2, tokens=tokens)
+    return DeiT(image_px=8, patch_px=4, channels=1, classes=3, width=16, depth=2, heads=2, tokens=tokens, **more)
 
 
 def test_learning_rate_warms_up_then_falls_as_a_cosine_to_its_floor() -> None:
@@ -68,10 +69,26 @@ def test_no_decay_on_biases_norms_tokens_and_positions() -> None:
     }
 
 
+def test_layer_scales_do_not_decay_and_a_stem_of_convolutions_is_not_for_muon() -> None:
+    model = small_deit(layer_scale=0.1, stem="conv")
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    muon, adamw = build_optimizers(model, OptimizerRecipe(optimizer="muon", weight_decay=0.05))
+    decays = {
+        names[id(parameter)]: group["weight_decay"] for group in adamw.param_groups for parameter in group["params"]
+    }
+    gammas = {f"blocks.{block}.{scale}.gamma" for block in range(2) for scale in ("ls1", "ls2")}
+    assert {name for name, decay in decays.items() if decay == 0} >= gammas
+    kernels = {name for name in names.values() if name.startswith("patch_embed") and model.get_parameter(name).ndim > 1}
+    assert len(kernels) == 3
+    assert {name for name, decay in decays.items() if decay == 0.05} == kernels | {"head.weight", "head_dist.weight"}
+    assert len(muon.param_groups[0]["params"]) == 2 * 4
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd", "muon", "lamb"])
-def test_every_parameter_is_updated_once(optimizer: str) -> None:
+@pytest.mark.parametrize("more", [{}, {"layer_scale": 0.1, "stem": "conv"}])
+def test_every_parameter_is_updated_once(optimizer: str, more: dict[str, Any]) -> None:
     torch.manual_seed(0)
-    model = small_deit()
+    model = small_deit(**more)
     optimizers = build_optimizers(model, OptimizerRecipe(optimizer=optimizer, learning_rate=0.01))
     held = [id(p) for opt in optimizers for group in opt.param_groups for p in group["params"]]
     assert sorted(held) == sorted(id(parameter) for parameter in model.parameters())

@@ -21,10 +21,10 @@ CUDA = Precision(torch.device("cuda"), torch.bfloat16)
 
 def student(image_px: int = 32, width: int = 192, **options: Any) -> Classifier:
     torch.manual_seed(0)
-    model = DeiT(
-        image_px=image_px, patch_px=4, channels=3, classes=3, width=width, depth=2, heads=3, tokens=("class",),
-        **options,
-    )  # fmt: skip
+    model = DeiT(**{
+        "image_px": image_px, "patch_px": 4, "channels": 3, "classes": 3, "width": width, "depth": 2, "heads": 3,
+        "tokens": ("class",), **options,
+    })  # fmt: skip
     return Classifier(model, mean=(0.5,) * 3, std=(0.5,) * 3)
 
 
@@ -64,6 +64,7 @@ def test_who_sees_whole_batches() -> None:
     assert divide(student(), 128, given, CUDA) == (50, 1)
     cnn = Classifier(CifarResNet(20, classes=3), mean=(0.5,) * 3, std=(0.5,) * 3)
     assert divide(cnn, 128, given, BF16) == (128, 1)
+    assert divide(student(stem="conv"), 128, given, BF16) == (128, 1), "its BatchNorm must see all images"
 
 
 def find_terms(classifier: Classifier, images: Tensor, labels: Tensor, weight: Tensor | None) -> dict[str, Tensor]:
@@ -84,6 +85,18 @@ def test_the_gradient_of_the_parts_is_the_batchs(count: int, size: int) -> None:
     assert len(parts.twins) == min(2, -(-count // size))
     terms = parts.backward(find_terms, images, labels, None)
     assert terms == {name: pytest.approx(value.item(), rel=1e-5) for name, value in expected.items()}
+    for mine, other in zip(whole.parameters(), parted.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, other.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.usefixtures("two_cores")
+def test_patches_of_two_pixels_come_in_parts_with_the_batchs_gradient() -> None:
+    size, crew = divide(student(patch_px=2), 64, SpeedRecipe(), CPU_FP32)
+    assert (size, crew) == (5, 2)
+    whole, parted = (student(patch_px=2, width=12, layer_scale=0.5) for _ in range(2))
+    images, labels = torch.rand(6, 3, 32, 32), torch.arange(6) % 3
+    Parts(whole, 6, SpeedRecipe(micro_batch_size=None), CPU_FP32).backward(find_terms, images, labels, None)
+    Parts(parted, 6, SpeedRecipe(micro_batch_size=2), CPU_FP32).backward(find_terms, images, labels, None)
     for mine, other in zip(whole.parameters(), parted.parameters(), strict=True):
         torch.testing.assert_close(mine.grad, other.grad, rtol=1e-4, atol=1e-6)
 

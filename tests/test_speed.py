@@ -73,6 +73,14 @@ def test_fast_paths_give_the_same_losses(optimizer: str, fast: dict[str, Any]) -
     assert trained == pytest.approx(plain, rel=2e-3)
 
 
+def test_fast_paths_give_the_same_losses_with_layer_scale_and_a_stem_of_convolutions() -> None:
+    chosen = recipe(
+        "model.layer_scale=0.1", "model.stem=conv", "train.optimizer=muon", "train.ema_decay=0.9",
+        "train.learning_rate=0.0003",
+    )  # fmt: skip
+    assert losses(chosen, SpeedRecipe(micro_batch_size=7)) == pytest.approx(losses(chosen, PLAIN), rel=2e-3)
+
+
 def test_cnns_are_laid_out_with_channels_last_and_answer_the_same() -> None:
     def classifier(speed: SpeedRecipe) -> Classifier:
         torch.manual_seed(0)

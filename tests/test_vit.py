@@ -74,6 +74,77 @@ def test_mean_pooling_equals_timm() -> None:
         )
 
 
+def test_layer_scale_equals_timm() -> None:
+    recipe = ModelRecipe(name="deit_tiny", depth=3, layer_scale=0.1)
+    ours = create_student(recipe, image_px=(224, 224), channels=3, classes=11, tokens=("class",), seed=3)
+    theirs = timm.create_model("deit_tiny_patch16_224", num_classes=11, depth=3, init_values=0.1)
+    gammas = {name: value for name, value in ours.state_dict().items() if "gamma" in name}
+    assert len(gammas) == 6
+    assert all(torch.equal(value, theirs.state_dict()[name]) for name, value in gammas.items())
+    with torch.no_grad():
+        for parameter in ours.parameters():
+            parameter.normal_(std=0.2)
+    theirs.load_state_dict(ours.state_dict(), strict=True)
+    images = torch.randn(2, 3, 224, 224)
+    torch.testing.assert_close(ours(images).class_logits, theirs(images), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("patch_px", "sizes"), [(1, []), (2, [16]), (4, [8, 16]), (8, [4, 8, 16])])
+def test_the_convolutional_stem_by_hand(patch_px: int, sizes: list[int]) -> None:
+    model = tiny(patch_px=patch_px, stem="conv")
+    stem = model.patch_embed
+    state = {name: value + 0.1 * torch.randn_like(value) for name, value in stem.state_dict().items() if value.ndim}
+    stem.load_state_dict(state, strict=False)
+    images = torch.randn(4, 3, 8, 8)
+    x = images
+    for layer, size in enumerate(sizes):
+        x = F.conv2d(F.pad(x, (1, 1, 1, 1)), state[f"layers.{3 * layer}.weight"])[:, :, ::2, ::2]
+        assert x.shape[1] == size
+        mean = x.mean(dim=(0, 2, 3), keepdim=True)
+        std = ((x - mean).square().mean(dim=(0, 2, 3), keepdim=True) + 1e-5).sqrt()
+        gain, shift = (state[f"layers.{3 * layer + 1}.{name}"].view(1, -1, 1, 1) for name in ("weight", "bias"))
+        x = ((x - mean) / std * gain + shift).clamp(min=0)
+    pixels = x.permute(0, 2, 3, 1).reshape(4, (8 // patch_px) ** 2, -1)
+    expected = pixels @ state["proj.weight"][:, :, 0, 0].T + state["proj.bias"]
+    torch.testing.assert_close(stem.train()(images), expected, rtol=1e-4, atol=1e-5)
+    assert len([name for name in state if name.startswith("layers")]) == 5 * len(sizes)
+
+
+def test_the_stem_of_deit_tiny_has_the_channels_of_its_paper() -> None:
+    recipe = ModelRecipe(name="deit_tiny", patch_px=16, depth=1, stem="conv")
+    model = create_student(recipe, image_px=(32, 32), channels=3, classes=2, tokens=("class",), seed=0)
+    convolutions = [*model.patch_embed.layers[::3], model.patch_embed.proj]
+    assert [layer.out_channels for layer in convolutions] == [24, 48, 96, 192, 192]
+    assert [layer.kernel_size[0] for layer in convolutions] == [3, 3, 3, 3, 1]
+    assert model(torch.randn(2, 3, 32, 32)).class_logits.shape == (2, 2)
+
+
+def test_a_stem_of_convolutions_is_initialised_whole_and_the_same_for_a_seed() -> None:
+    model = student(("class",), stem="conv", patch_px=4, layer_scale=1e-4)
+    for name, value in model.state_dict().items():
+        assert torch.isfinite(value).all(), name
+        if "running_var" in name or ("norm" in name and name.endswith("weight")):
+            assert torch.equal(value, torch.ones_like(value)), name
+        if "gamma" in name:
+            assert torch.equal(value, torch.full_like(value, 1e-4)), name
+    kernel = model.patch_embed.layers[3].weight  # 32 channels to 64
+    assert kernel.std().item() == pytest.approx((2 / (9 * 64)) ** 0.5, rel=0.05)
+    again = student(("class",), stem="conv", patch_px=4, layer_scale=1e-4).state_dict()
+    assert all(torch.equal(value, again[name]) for name, value in model.state_dict().items())
+
+
+def test_a_patch_of_two_pixels_at_32_px() -> None:
+    recipe = ModelRecipe(name="micro", depth=2, patch_px=2)
+    model = create_student(recipe, image_px=(32, 32), channels=3, classes=5, tokens=("class",), seed=0)
+    theirs = timm.create_model(
+        "deit_tiny_patch16_224", img_size=32, patch_size=2, embed_dim=64, depth=2, num_heads=2, num_classes=5
+    )
+    theirs.load_state_dict(model.state_dict(), strict=True)
+    images = torch.randn(2, 3, 32, 32)
+    assert model.pos_embed.shape == (1, 257, 64)
+    torch.testing.assert_close(model(images).class_logits, theirs(images), rtol=1e-4, atol=1e-5)
+
+
 def test_distillation_only_student_is_a_class_token_student_by_other_names() -> None:
     plain, renamed = tiny(("class",)), tiny(("distillation",))
     names = {"cls_token": "dist_token", "head.weight": "head_dist.weight", "head.bias": "head_dist.bias"}
@@ -143,7 +214,7 @@ def test_every_value_is_initialised_and_torchs_random_numbers_are_left_alone() -
 
 @pytest.mark.parametrize("tokens", LAYOUTS)
 def test_config_survives_json_and_rebuilds_the_student(tokens: tuple[str, ...]) -> None:
-    model = tiny(tokens, drop_path=0.1, dropout=0.2)
+    model = tiny(tokens, drop_path=0.1, dropout=0.2, layer_scale=0.1, stem="conv")
     rebuilt = DeiT(**json.loads(json.dumps(model.config)))
     rebuilt.load_state_dict(model.state_dict(), strict=True)
     images = torch.randn(2, 3, 8, 8)
@@ -204,8 +275,9 @@ def test_images_do_not_influence_one_another() -> None:
 
 
 @pytest.mark.parametrize("tokens", LAYOUTS)
-def test_every_parameter_learns(tokens: tuple[str, ...]) -> None:
-    model = tiny(tokens)
+@pytest.mark.parametrize("more", [{}, {"layer_scale": 0.1, "stem": "conv"}])
+def test_every_parameter_learns(more: dict[str, Any], tokens: tuple[str, ...]) -> None:
+    model = tiny(tokens, **more)
     output = model(torch.randn(3, 3, 8, 8))
     heads = [logits for logits in (output.class_logits, output.distillation_logits) if logits is not None]
     sum(logits.square().sum() for logits in heads).backward()
@@ -220,6 +292,8 @@ def test_block_matrices_and_parameters_without_decay() -> None:
         f"blocks.{index}.{layer}.weight" for index in range(2) for layer in layers
     ]
     assert model.no_decay() == {"cls_token", "dist_token", "pos_embed"}
+    more = tiny(("class", "distillation"), layer_scale=0.1, stem="conv")
+    assert [matrix.shape for matrix in more.block_matrices()] == [matrix.shape for matrix in model.block_matrices()]
     assert tiny(()).no_decay() == {"pos_embed"}
 
 
@@ -236,10 +310,16 @@ def test_bfloat16_autocast_is_close_to_float32() -> None:
         ((8, 12), {}, "the images are 8 x 12 px and a DeiT takes square ones: set data.image_px=8"),
         ((8, 8), {"patch_px": 16}, "model.patch_px=16 is larger than the images of 8 px: choose from 1, 2, 4, 8"),
         ((28, 28), {"patch_px": 16}, "model.patch_px=16 does not divide the images of 28 px: choose from 1, 2, 4, 7"),
+        (
+            (24, 24),
+            {"patch_px": 6, "stem": "conv"},
+            "model.stem=conv halves the image with each layer and cannot make "
+            "model.patch_px=6: choose from 2, 4, 8, or model.stem=patch",
+        ),
         ((8, 8), {"width": 10, "heads": 3}, "model.width=10 is not divisible by model.heads=3: choose heads from 1, 2"),
     ],
 )
-def test_a_student_that_cannot_be_is_refused(image_px: tuple[int, int], fields: dict[str, int], sentence: str) -> None:
+def test_a_student_that_cannot_be_is_refused(image_px: tuple[int, int], fields: dict[str, Any], sentence: str) -> None:
     recipe = ModelRecipe(**{"name": "micro", "patch_px": 2, **fields})
     with pytest.raises(RecipeError) as caught:
         create_student(recipe, image_px=image_px, channels=1, classes=2, tokens=(), seed=0)

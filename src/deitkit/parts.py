@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from deitkit.device import Precision
 from deitkit.models.classifier import Classifier
@@ -80,11 +80,12 @@ class Parts:
 def divide(classifier: Classifier, batch_size: int, speed: SpeedRecipe, precision: Precision) -> tuple[int, int]:
     """Return how many images a part has, and how many parts are computed side by side.
 
-    A GPU, and a CNN, whose BatchNorm needs it, see the whole batch, unless the recipe says less; so does a student that
-    draws random numbers, since torch has one sequence of them for all parts and threads.
+    A GPU sees the whole batch unless the recipe says less; so does a student that draws random numbers, since torch has
+    one sequence of them for all parts and threads. BatchNorm, of a CNN or a convolutional stem, always sees all of it.
     """
     model = classifier.model
-    if not isinstance(model, DeiT) or speed.micro_batch_size is None:
+    has_batch_norm = any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+    if not isinstance(model, DeiT) or has_batch_norm or speed.micro_batch_size is None:
         return batch_size, 1
     on_cpu = precision.device.type == "cpu"
     is_random = model.config["drop_path"] > 0 or model.config["dropout"] > 0

@@ -104,6 +104,12 @@ class ModelRecipe(Section):
     checkpoint: Path | None = Field(
         None, description="Weights that every student starts from: of deitkit, timm, a released DeiT or transformers."
     )
+    layer_scale: PositiveFloat | None = Field(
+        None, description="Learn a factor for each channel of every branch, from this value on (DeiT III: 1e-4)."
+    )
+    stem: Literal["patch", "conv"] = Field(
+        "patch", description="conv: cut patches by 3x3 convolutions of stride 2; the patch must be a power of two."
+    )
 
 
 class OptimizerRecipe(Section):

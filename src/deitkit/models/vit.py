@@ -4,7 +4,6 @@ Parameter names and values are interchangeable with timm's ``deit_*`` and ``vit_
 compared with, and how heads are combined at evaluation, is not decided here.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from deitkit.errors import RecipeError
+from deitkit.models.embedding import STEMS
 from deitkit.recipe import ModelRecipe
 
 TOKENS = ("class", "distillation")
@@ -131,37 +131,41 @@ class DropPath(nn.Module):
         return branch * (stays / self.kept).to(branch.dtype)
 
 
-class Block(nn.Module):
-    """A pre-norm transformer block."""
+class LayerScale(nn.Module):
+    """A learnt factor for each channel of a residual branch (Touvron et al. 2021, "Going deeper", section 2)."""
 
-    def __init__(self, width: int, heads: int, dropout: float, drop_path: float) -> None:
+    def __init__(self, width: int, initial: float) -> None:
+        super().__init__()
+        self.initial = initial
+        self.gamma = nn.Parameter(torch.full((width,), initial))
+
+    def forward(self, branch: Float[Tensor, "batch tokens width"]) -> Float[Tensor, "batch tokens width"]:
+        """Scale the branch."""
+        return branch * self.gamma
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block, with LayerScale unless ``layer_scale``, its initial value, is None."""
+
+    def __init__(
+        self, width: int, heads: int, dropout: float, drop_path: float, layer_scale: float | None = None
+    ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(width, eps=NORM_EPS)
         self.attn = Attention(width, heads, dropout)
+        self.ls1 = LayerScale(width, layer_scale) if layer_scale is not None else nn.Identity()
         self.norm2 = nn.LayerNorm(width, eps=NORM_EPS)
         self.mlp = MLP(width, dropout)
+        self.ls2 = LayerScale(width, layer_scale) if layer_scale is not None else nn.Identity()
         self.drop_path = DropPath(drop_path)
 
     def forward(
         self, x: Float[Tensor, "batch tokens width"], readout: int | None = None
     ) -> Float[Tensor, "batch readout width"]:
         """Add what attention and the MLP have to say, to the first ``readout`` tokens (None: to all)."""
-        x = x[:, :readout] + self.drop_path(self.attn(self.norm1(x), readout))
-        added: Tensor = x + self.drop_path(self.mlp(self.norm2(x)))
+        x = x[:, :readout] + self.drop_path(self.ls1(self.attn(self.norm1(x), readout)))
+        added: Tensor = x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
         return added
-
-
-class PatchEmbedding(nn.Module):
-    """A linear map of every patch, as a convolution whose kernels do not overlap."""
-
-    def __init__(self, patch_px: int, channels: int, width: int) -> None:
-        super().__init__()
-        self.proj = nn.Conv2d(channels, width, kernel_size=patch_px, stride=patch_px)
-
-    def forward(self, images: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch patches features"]:
-        """Return the patches row by row."""
-        embedded: Tensor = self.proj(images).flatten(2).transpose(1, 2)
-        return embedded
 
 
 class DeiT(nn.Module):
@@ -181,6 +185,8 @@ class DeiT(nn.Module):
         tokens: A subset of ``TOKENS``, in that order; empty for mean pooling.
         drop_path: Stochastic depth of the last block, growing linearly from 0.
         dropout: Dropout on embeddings, attention output and MLP.
+        layer_scale: Initial factor of each block's branches; None for none.
+        stem: A name of ``STEMS``.
     """
 
     def __init__(
@@ -196,6 +202,8 @@ class DeiT(nn.Module):
         tokens: Sequence[str],
         drop_path: float = 0.0,
         dropout: float = 0.0,
+        layer_scale: float | None = None,
+        stem: str = "patch",
     ) -> None:
         super().__init__()
         assert image_px % patch_px == 0
@@ -204,14 +212,15 @@ class DeiT(nn.Module):
         self.config: dict[str, Any] = {
             "image_px": image_px, "patch_px": patch_px, "channels": channels, "classes": classes, "width": width,
             "depth": depth, "heads": heads, "tokens": list(tokens), "drop_path": drop_path, "dropout": dropout,
+            "layer_scale": layer_scale, "stem": stem,
         }  # fmt: skip
-        self.patch_embed = PatchEmbedding(patch_px, channels, width)
+        self.patch_embed = STEMS[stem](patch_px, channels, width)
         self.cls_token = _token(width) if "class" in tokens else None
         self.dist_token = _token(width) if "distillation" in tokens else None
         self.pos_embed = nn.Parameter(torch.empty(1, len(tokens) + (image_px // patch_px) ** 2, width))
         self.pos_drop = nn.Dropout(dropout)
         rates = [drop_path * index / max(depth - 1, 1) for index in range(depth)]
-        self.blocks = nn.Sequential(*(Block(width, heads, dropout, rate) for rate in rates))
+        self.blocks = nn.Sequential(*(Block(width, heads, dropout, rate, layer_scale) for rate in rates))
         self.checkpoint_activations = False
         self.norm = nn.LayerNorm(width, eps=NORM_EPS)
         self.head = nn.Linear(width, classes) if "class" in tokens or not tokens else None
@@ -222,19 +231,19 @@ class DeiT(nn.Module):
     def initialise(self, generator: torch.Generator | None) -> None:
         """Draw every parameter anew, what all token layouts share first, from a CPU generator (None: torch's own).
 
-        Matrices, tokens and positions are truncated normals of deviation 0.02, biases 0, norms the identity. As in the
-        released code the patch embedding is uniform in +-1/sqrt(fan in), which keeps small patches from fading.
+        Matrices, tokens and positions are truncated normals of deviation 0.02, biases 0, norms the identity; the stem
+        draws its own, before them.
         """
         for module in self.modules():
             if isinstance(module, nn.LayerNorm):
                 nn.init.ones_(module.weight)
             if isinstance(module, nn.LayerNorm | nn.Linear | nn.Conv2d) and module.bias is not None:
                 nn.init.zeros_(module.bias)
+            if isinstance(module, LayerScale):
+                nn.init.constant_(module.gamma, module.initial)
             if isinstance(module, DropPath):
                 module.kept.fill_(1 - module.rate)  # no parameter, but lost on the meta device all the same
-        patches = self.patch_embed.proj.weight
-        bound = 1 / math.sqrt(patches[0].numel())
-        nn.init.uniform_(patches, -bound, bound, generator=generator)
+        self.patch_embed.initialise(generator)
         prefix = len(self.config["tokens"])
         shared = [*self.block_matrices(), self.pos_embed[:, prefix:]]
         own = [self.pos_embed[:, :prefix], self.cls_token, self.dist_token]
@@ -301,11 +310,12 @@ def create_student(
         seed: Decides all initial values.
 
     Raises:
-        RecipeError: Images that are not square or cannot be cut into patches, or a width that the heads do not divide.
+        RecipeError: Images that are not square or cannot be cut into patches, a width that the heads do not divide, or
+            a patch that the stem cannot make.
     """
     size = SIZES[recipe.name]
     width, heads = recipe.width or size.width, recipe.heads or size.heads
-    _check_patches(image_px, recipe.patch_px)
+    _check_patches(image_px, recipe.patch_px, recipe.stem)
     if width % heads:
         fitting = ", ".join(str(count) for count in range(1, 17) if width % count == 0)
         raise RecipeError(f"model.width={width} is not divisible by model.heads={heads}: choose heads from {fitting}")
@@ -321,13 +331,15 @@ def create_student(
             tokens=tokens,
             drop_path=recipe.drop_path,
             dropout=recipe.dropout,
+            layer_scale=recipe.layer_scale,
+            stem=recipe.stem,
         )
     student.to_empty(device="cpu")
     student.initialise(torch.Generator().manual_seed(seed))
     return student
 
 
-def _check_patches(image_px: tuple[int, int], patch_px: int) -> None:
+def _check_patches(image_px: tuple[int, int], patch_px: int, stem: str) -> None:
     height, width = image_px
     if height != width:
         raise RecipeError(
@@ -337,6 +349,12 @@ def _check_patches(image_px: tuple[int, int], patch_px: int) -> None:
         fitting = ", ".join(str(side) for side in range(1, height + 1) if height % side == 0)
         problem = "is larger than" if patch_px > height else "does not divide"
         raise RecipeError(f"model.patch_px={patch_px} {problem} the images of {height} px: choose from {fitting}")
+    if stem == "conv" and patch_px & (patch_px - 1):
+        fitting = ", ".join(str(2**power) for power in range(1, 7) if height % 2**power == 0)
+        raise RecipeError(
+            f"model.stem=conv halves the image with each layer and cannot make model.patch_px={patch_px}: "
+            f"choose from {fitting or '1'}, or model.stem=patch"
+        )
 
 
 def _token(width: int) -> nn.Parameter:
