@@ -1,7 +1,7 @@
 """Images in class folders: ``train/<class>/*`` with ``test/<class>/*``, or ``<class>/*``."""
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -13,17 +13,24 @@ from deitkit.errors import DataError
 TEST_NAMES = ("test", "val", "valid", "validation")
 
 
-def has_class_folders(folder: Path) -> bool:
-    """Return whether there is a ``train`` folder with class folders in it."""
-    return bool(_subfolders(folder / "train"))
+def class_folders(folder: Path) -> list[str]:
+    """Return the sorted names of the class folders in a folder; none where there is no such folder."""
+    if not folder.is_dir():
+        return []
+    return sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
 
 
-def list_folder(folder: Path) -> Listing:
+def list_folder(folder: Path, *, test_names: Sequence[str] = TEST_NAMES, more_training: Sequence[str] = ()) -> Listing:
     """List the images in class folders; classes are numbered in the order of their sorted names.
 
     ``train/<class>/*`` goes with ``test``, ``val``, ``valid`` or ``validation``, the first that is there; without any,
     and where class folders lie in ``folder`` itself, there is no official test split. Hidden files and folders, and
     files of other kinds, are ignored.
+
+    Args:
+        folder: Where they lie.
+        test_names: What the test split may be called, for data sets whose ``test`` comes without labels.
+        more_training: Splits that are trained on too, where they are there.
 
     Raises:
         DataError: There is no such folder, a class holds no images, or train and test differ in their classes.
@@ -32,32 +39,53 @@ def list_folder(folder: Path) -> Listing:
         raise DataError(
             f"there is no folder '{folder}': data.name=folder:PATH needs <class>/* or train/<class>/* in PATH"
         )
-    train, test = folder, None
-    if has_class_folders(folder):
-        train = folder / "train"
-        test = next((folder / name for name in TEST_NAMES if _subfolders(folder / name)), None)
-    class_names = _subfolders(train)
+    train, test = [folder], []
+    if class_folders(folder / "train"):
+        train, test = (
+            [folder / name for name in names if class_folders(folder / name)]
+            for names in (("train", *more_training), test_names)
+        )
+    class_names = class_folders(train[0])
     if not class_names:
         raise DataError(f"'{folder}' holds no class folders: lay the images out as <class>/* or train/<class>/*")
-    if test is not None:
-        require_same_classes(set(class_names), set(_subfolders(test)), f"'{train}'", f"'{test}'")
+    parts = [*train, *test[:1]]
+    for part in parts[1:]:
+        require_same_classes(set(class_names), set(class_folders(part)), f"'{train[0]}'", f"'{part}'")
     files: list[Path] = []
     labels: list[int] = []
     is_test: list[bool] = []
-    for part in (train,) if test is None else (train, test):
+    for part in parts:
         for label, name in enumerate(class_names):
             images = _images(part / name)
             files += images
             labels += [label] * len(images)
-            is_test += [part is test] * len(images)
+            is_test += [part in test] * len(images)
     return Listing(
-        EncodedImages(
-            [str(path.relative_to(folder)) for path in files], _reader(files), _content_key(folder, files), files
-        ),
-        torch.tensor(labels, dtype=torch.int64),
-        None if test is None else torch.tensor(is_test),
-        tuple(class_names),
+        encoded_files(folder, files), torch.tensor(labels), torch.tensor(is_test) if test else None, tuple(class_names)
     )
+
+
+def encoded_files(folder: Path, files: list[Path]) -> EncodedImages:
+    """Return images that are files of their own, somewhere in a folder; DataError if some are not there."""
+    names, missing = [str(path.relative_to(folder)) for path in files], []
+
+    def read(positions: list[int]) -> Iterator[Path | bytes]:
+        return (files[position] for position in positions)
+
+    digest = hashlib.sha256(repr(folder.resolve()).encode())
+    for name, path in zip(names, files, strict=True):
+        try:
+            stat = path.stat()
+        except FileNotFoundError:
+            missing.append(name)
+            continue
+        digest.update(repr((name, stat.st_size, stat.st_mtime_ns)).encode())
+    if missing:
+        raise DataError(
+            f"{len(missing)} of {len(files)} images are not in '{folder}', such as '{missing[0]}': "
+            "unpack the archive there again"
+        )
+    return EncodedImages(names, read, digest.hexdigest(), files)
 
 
 def require_same_classes(train: set[str], test: set[str], train_place: str, test_place: str) -> None:
@@ -73,12 +101,6 @@ def _shown(names: list[str]) -> str:
     return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more"
 
 
-def _subfolders(folder: Path) -> list[str]:
-    if not folder.is_dir():
-        return []
-    return sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-
-
 def _images(folder: Path) -> list[Path]:
     images = sorted(
         entry
@@ -89,18 +111,3 @@ def _images(folder: Path) -> list[Path]:
         kinds = ", ".join(sorted(suffix[1:] for suffix in SUFFIXES))
         raise DataError(f"class folder '{folder}' holds no images ({kinds}): add some or remove the folder")
     return images
-
-
-def _reader(files: list[Path]) -> Callable[[list[int]], Iterator[Path | bytes]]:
-    def read(positions: list[int]) -> Iterator[Path | bytes]:
-        return (files[position] for position in positions)
-
-    return read
-
-
-def _content_key(folder: Path, files: list[Path]) -> str:
-    digest = hashlib.sha256(repr(folder.resolve()).encode())
-    for path in files:
-        stat = path.stat()
-        digest.update(repr((str(path.relative_to(folder)), stat.st_size, stat.st_mtime_ns)).encode())
-    return digest.hexdigest()

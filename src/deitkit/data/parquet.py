@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,7 +28,7 @@ def has_shards(folder: Path) -> bool:
     return bool(_shards(folder).get("train"))
 
 
-def list_parquet(path: Path) -> Listing:
+def list_parquet(path: Path, *, test_names: Sequence[str] = TEST_NAMES, more_training: Sequence[str] = ()) -> Listing:
     """List the images in a parquet file, or in a folder of them.
 
     In a folder, ``train-*.parquet`` goes with ``test-*.parquet`` (or ``val``, ``valid``, ``validation``, the first that
@@ -37,25 +37,15 @@ def list_parquet(path: Path) -> Listing:
     ``labels``, ``fine_label`` or the column that the metadata calls a class label. Class names come from the metadata,
     or are the sorted strings of a column of strings, or else "0", "1", ...
 
+    Args:
+        path: A file, or a folder of them.
+        test_names: What the test split may be called, for data sets whose ``test`` comes without labels.
+        more_training: Splits that are trained on too, where they are there.
+
     Raises:
         DataError: There is no such file, it cannot be read, or a shard, a column or a label is missing or wrong.
     """
-    if path.is_dir():
-        shards = _shards(path)
-        if "train" not in shards and "" not in shards:
-            raise DataError(f"'{path}' holds no train-*.parquet: name such a file, a folder of them, or folder:PATH")
-        train_files = shards.get("train") or shards[""]
-        test_files = next((shards[name] for name in TEST_NAMES if name in shards), []) if "train" in shards else []
-        if "train" not in shards and len(shards) > 1:
-            raise DataError(
-                f"'{path}' holds parquet files of a test split but no train-*.parquet: add them or move it away"
-            )
-    elif path.is_file():
-        train_files, test_files = [path], []
-    else:
-        raise DataError(f"there is no '{path}': data.name=parquet:PATH needs a parquet file or a folder of them")
-    for part in (train_files, test_files):
-        _require_every_shard(part)
+    train_files, test_files = _choose_files(path, test_names, more_training)
     files = train_files + test_files
     columns = _columns(files[0])
     train, test = ([_read_labels(file, columns) for file in part] for part in (train_files, test_files))
@@ -70,6 +60,27 @@ def list_parquet(path: Path) -> Listing:
     is_test = torch.arange(len(labels)) >= sum(len(column) for column in train)
     encoded = EncodedImages(names, partial(_read_images, files, columns.image), _content_key(files))
     return Listing(encoded, torch.from_numpy(labels), is_test if test else None, class_names)
+
+
+def _choose_files(path: Path, test_names: Sequence[str], more_training: Sequence[str]) -> tuple[list[Path], list[Path]]:
+    """Return the files to train on and those to test on, each with all of its shards."""
+    if path.is_file():
+        splits, test = [[path]], []
+    elif path.is_dir():
+        shards = _shards(path)
+        if "train" not in shards and "" not in shards:
+            raise DataError(f"'{path}' holds no train-*.parquet: name such a file, a folder of them, or folder:PATH")
+        if "train" not in shards and len(shards) > 1:
+            raise DataError(
+                f"'{path}' holds parquet files of a test split but no train-*.parquet: add them or move it away"
+            )
+        splits = [shards[name] for name in ("train", *more_training) if name in shards] or [shards[""]]
+        test = next((shards[name] for name in test_names if name in shards), [])
+    else:
+        raise DataError(f"there is no '{path}': data.name=parquet:PATH needs a parquet file or a folder of them")
+    for part in (*splits, test):
+        _require_every_shard(part)
+    return [file for part in splits for file in part], test
 
 
 def _shards(folder: Path) -> dict[str, list[Path]]:

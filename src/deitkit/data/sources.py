@@ -18,7 +18,7 @@ from deitkit.data.cache import sha256
 from deitkit.data.decode import DecodedImages, decode_images
 from deitkit.data.folders import list_folder
 from deitkit.data.listing import EncodedImages, Listing, Progress
-from deitkit.data.named import DOWNLOADABLE, list_named
+from deitkit.data.named import NAMED_SETS, list_named
 from deitkit.data.parquet import list_parquet
 from deitkit.data.pixels import mean_and_std, mean_and_std_of_counts, require_memory, resize, to_channels
 from deitkit.data.split import Split, plan_splits
@@ -28,7 +28,7 @@ from deitkit.recipe import DataRecipe
 
 __all__ = ["DATASETS", "Dataset", "Split", "load_dataset"]
 
-DATASETS = ("digits", *DOWNLOADABLE)
+DATASETS = ("digits", *NAMED_SETS)
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ def _list(recipe: DataRecipe, progress: Progress | None) -> Listing:
         return (list_folder if kind == "folder" else list_parquet)(Path(path).expanduser())
     if recipe.name == "digits":
         return _list_digits()
-    if recipe.name in DOWNLOADABLE:
+    if recipe.name in NAMED_SETS:
         return list_named(recipe, progress)
     near = difflib.get_close_matches(recipe.name, DATASETS, n=1)
     hint = f"did you mean {near[0]}? " if near else ""
