@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deitkit.data.pixels import resize, to_channels
-from deitkit.data.sources import DATASETS
+from deitkit.data.sources import DATASETS, load_dataset, load_test
 from deitkit.data.split import plan_splits
 from deitkit.recipe import DataRecipe
 from source_helpers import all_values, load, png, refused, values, write_classes, write_parquet
@@ -278,6 +278,22 @@ def test_parquet_that_cannot_be_used_says_why(tmp_path):
     write_parquet(tmp_path / "str" / "train-0.parquet", ["a", "b"])
     write_parquet(tmp_path / "str" / "test-0.parquet", ["a", "c"])
     refused(f"parquet:{tmp_path / 'str'}", "'b'", "'c'")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_test_images_alone_are_those_of_the_whole_data_set(tmp_path, streaming):
+    write_classes(tmp_path / "pictures", {"a": 30, "b": 20})
+    (tmp_path / "pictures" / "a" / "007.png").write_bytes(b"no image")
+    for name in (f"folder:{tmp_path / 'pictures'}", "digits"):
+        for fields in ({}, {"train_images": 20}, {"test_images": 10}, {"split_seed": 3}):
+            streams = {"streaming": True, "workers": 0} if streaming and name != "digits" else {}
+            recipe = DataRecipe(name=name, image_px=4, channels=3, **fields, **streams)
+            whole = load_dataset(recipe)
+            alone, class_names = load_test(recipe)
+            everything = torch.arange(len(whole.test))
+            assert torch.equal(alone.pixels(everything), whole.test.pixels(everything))
+            assert torch.equal(alone.labels, whole.test.labels)
+            assert class_names == whole.class_names
 
 
 @pytest.mark.skipif(not (SHARED / "cifar10").is_dir(), reason="the real CIFAR-10 is not on this machine")

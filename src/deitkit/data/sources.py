@@ -21,12 +21,12 @@ from deitkit.data.listing import EncodedImages, Listing, Progress
 from deitkit.data.named import NAMED_SETS, list_named
 from deitkit.data.parquet import list_parquet
 from deitkit.data.pixels import mean_and_std, mean_and_std_of_counts, require_memory, resize, to_channels
-from deitkit.data.split import Split, plan_splits
+from deitkit.data.split import Split, SplitIndices, plan_splits
 from deitkit.data.stream import Survey, survey, wants_streaming
 from deitkit.errors import DataError
 from deitkit.recipe import DataRecipe
 
-__all__ = ["DATASETS", "Dataset", "Split", "load_dataset"]
+__all__ = ["DATASETS", "Dataset", "Split", "load_dataset", "load_test"]
 
 DATASETS = ("digits", *NAMED_SETS)
 
@@ -87,22 +87,15 @@ def load_dataset(recipe: DataRecipe, progress: Progress | None = None) -> Datase
     Raises:
         DataError: The data set is missing, malformed, does not fit the recipe or would not fit in memory.
     """
-    try:
-        listing = _list(recipe, progress)
-    except OSError as error:
-        raise DataError(
-            f"data.name={recipe.name} cannot be read ({error}): check the path and its permissions"
-        ) from None
-    indices = plan_splits(listing.labels, listing.official_test, listing.class_names, recipe)
+    listing, indices = _plan(recipe, progress)
     parts = (indices.train, indices.validation, indices.test)
     selection = torch.cat(parts)
-    streams = wants_streaming(listing.images, len(selection), recipe)
-    found = (_survey if streams else _pixels)(listing, selection, len(indices.train), recipe, progress)
+    found = _read(listing, selection, len(indices.train), recipe, progress)
     sizes = [int(kept.sum()) for kept in found.kept.split([len(part) for part in parts])]
     labels = listing.labels[selection[found.kept]].split(sizes)
     images = found.images.split(sizes)
     splits = [Split(*both) for both in zip(images, labels, strict=True)]
-    _require_all_classes(splits, listing, recipe)
+    _require_all_classes(dict(zip(("train", "validation", "test"), splits, strict=True)), listing, recipe)
     train, validation, test = splits
     mean, std = (
         mean_and_std_of_counts(found.counts) if isinstance(found, Survey) else mean_and_std(found.images[: sizes[0]])
@@ -118,6 +111,38 @@ def load_dataset(recipe: DataRecipe, progress: Progress | None = None) -> Datase
         skipped=listing.skipped + found.skipped,
         fingerprint=_fingerprint(splits, listing.class_names, found.key if isinstance(found, Survey) else None),
     )
+
+
+def load_test(recipe: DataRecipe, progress: Progress | None = None) -> tuple[Split, tuple[str, ...]]:
+    """Load the test images that ``load_dataset`` would, without the others, and the names of the classes."""
+    listing, indices = _plan(recipe, progress)
+    found = _read(listing, indices.test, 0, recipe, progress)
+    split = Split(found.images, listing.labels[indices.test[found.kept]])
+    _require_all_classes({"test": split}, listing, recipe)
+    return split, listing.class_names
+
+
+def _plan(recipe: DataRecipe, progress: Progress | None) -> tuple[Listing, SplitIndices]:
+    """Find the data set, and which image belongs to which split."""
+    try:
+        listing = _list(recipe, progress)
+    except OSError as error:
+        raise DataError(
+            f"data.name={recipe.name} cannot be read ({error}): check the path and its permissions"
+        ) from None
+    return listing, plan_splits(listing.labels, listing.official_test, listing.class_names, recipe)
+
+
+def _read(
+    listing: Listing,
+    selection: Int64[Tensor, "selected"],
+    train_count: int,
+    recipe: DataRecipe,
+    progress: Progress | None,
+) -> DecodedImages | Survey:
+    """Decode the selected images, of which the first ones are training images, or look at them where they stream."""
+    streams = wants_streaming(listing.images, len(selection), recipe)
+    return (_survey if streams else _pixels)(listing, selection, train_count, recipe, progress)
 
 
 def _list(recipe: DataRecipe, progress: Progress | None) -> Listing:
@@ -175,9 +200,9 @@ def _survey(
     return survey(listing.images, selection, train_count, recipe, progress)
 
 
-def _require_all_classes(splits: list[Split], listing: Listing, recipe: DataRecipe) -> None:
+def _require_all_classes(splits: dict[str, Split], listing: Listing, recipe: DataRecipe) -> None:
     """Raise DataError if so many images could not be decoded that a split lacks a class."""
-    for name, split in zip(("train", "validation", "test"), splits):
+    for name, split in splits.items():
         counts = torch.bincount(split.labels, minlength=len(listing.class_names))
         if int(counts.min()) == 0:
             missing = listing.class_names[int(counts.argmin())]
