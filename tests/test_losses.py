@@ -7,8 +7,19 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.stats import pearsonr
 
-from deitkit.losses import hard_distillation_loss, label_loss, soft_distillation_loss
+from deitkit.losses import (
+    decoupled_distillation_loss,
+    hard_distillation_loss,
+    label_loss,
+    relation_distillation_loss,
+    soft_distillation_loss,
+    standardised_distillation_loss,
+)
+
+DKD = {"target_weight": 0.7, "others_weight": 3.0, "temperature": 2.0}
+DIST = {"inter_weight": 0.7, "intra_weight": 3.0, "temperature": 2.0}
 
 
 def naive_softmax(row: list[float], temperature: float) -> list[float]:
@@ -23,6 +34,97 @@ def naive_soft_loss(student: list[list[float]], teacher: list[list[float]], temp
         p, q = naive_softmax(teacher_row, temperature), naive_softmax(student_row, temperature)
         total += sum(a * (math.log(a) - math.log(b)) for a, b in zip(p, q, strict=True))
     return temperature**2 * total / len(student)
+
+
+def naive_divergence(p: list[float], q: list[float]) -> float:
+    return sum(a * (math.log(a) - math.log(b)) for a, b in zip(p, q, strict=True))
+
+
+def naive_decoupled_loss(
+    student: list[list[float]], teacher: list[list[float]], labels: list[int],
+    target_weight: float, others_weight: float, temperature: float,
+) -> float:  # fmt: skip
+    """Zhao et al. 2022, image by image and class by class."""
+    total = 0.0
+    for student_row, teacher_row, label in zip(student, teacher, labels, strict=True):
+        p, q = naive_softmax(teacher_row, temperature)[label], naive_softmax(student_row, temperature)[label]
+        total += target_weight * naive_divergence([p, 1 - p], [q, 1 - q])
+        rest = [[value for c, value in enumerate(row) if c != label] for row in (teacher_row, student_row)]
+        total += others_weight * naive_divergence(*(naive_softmax(row, temperature) for row in rest))
+    return temperature**2 * total / len(student)
+
+
+def naive_relation_loss(
+    student: list[list[float]], teacher: list[list[float]], inter_weight: float, intra_weight: float, temperature: float
+) -> float:
+    """Huang et al. 2022, with SciPy's correlation."""
+    p, q = ([naive_softmax(row, temperature) for row in logits] for logits in (teacher, student))
+    inter = sum(1 - pearsonr(a, b).statistic for a, b in zip(p, q, strict=True)) / len(p)
+    columns = list(zip(zip(*p, strict=True), zip(*q, strict=True), strict=True))
+    intra = sum(1 - pearsonr(a, b).statistic for a, b in columns) / len(columns)
+    return temperature**2 * (inter_weight * inter + intra_weight * intra)
+
+
+def naive_z_scores(row: list[float]) -> list[float]:
+    mean = sum(row) / len(row)
+    deviation = math.sqrt(sum((value - mean) ** 2 for value in row) / len(row))
+    return [(value - mean) / deviation for value in row]
+
+
+@given(st.floats(0.5, 10), st.integers(1, 4), st.integers(2, 6), st.integers(0, 10_000))
+def test_decoupled_loss_is_the_naive_loop(temperature: float, batch: int, classes: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    student, teacher, targets = torch.randn(3, batch, classes, generator=generator)
+    weights = {**DKD, "temperature": temperature}
+    expected = naive_decoupled_loss(student.tolist(), teacher.tolist(), targets.argmax(dim=-1).tolist(), **weights)
+    value = decoupled_distillation_loss(student, teacher, targets.softmax(dim=-1), **weights)
+    assert value.item() == pytest.approx(expected, rel=1e-3, abs=1e-3)
+
+
+def test_decoupled_loss_is_the_soft_loss_where_the_others_have_the_teachers_weight() -> None:
+    # Zhao et al. 2022, section 3.1: KD = TCKD + (1 - p_y) NCKD, for one image.
+    student, teacher = torch.randn(2, 1, 7)
+    targets = F.one_hot(torch.tensor([3]), 7).float()
+    others_weight = 1 - (teacher / 2).softmax(dim=-1)[0, 3].item()
+    decoupled = decoupled_distillation_loss(
+        student, teacher, targets, target_weight=1.0, others_weight=others_weight, temperature=2.0
+    )
+    assert torch.isclose(decoupled, soft_distillation_loss(student, teacher, temperature=2.0), rtol=1e-4)
+
+
+@given(st.floats(0.5, 10), st.integers(3, 6), st.integers(3, 6), st.integers(0, 10_000))
+def test_relation_loss_is_the_naive_loop(temperature: float, batch: int, classes: int, seed: int) -> None:
+    student, teacher = torch.randn(2, batch, classes, generator=torch.Generator().manual_seed(seed))
+    weights = {**DIST, "temperature": temperature}
+    expected = naive_relation_loss(student.tolist(), teacher.tolist(), **weights)
+    value = relation_distillation_loss(student, teacher, **weights)
+    assert value.item() == pytest.approx(expected, rel=1e-3, abs=1e-3)
+
+
+def test_relation_loss_of_the_parts_is_not_that_of_the_batch() -> None:
+    student, teacher = torch.randn(2, 8, 5, generator=torch.Generator().manual_seed(0))
+    whole = relation_distillation_loss(student, teacher, **DIST)
+    parts = [relation_distillation_loss(s, t, **DIST) for s, t in zip(student.split(4), teacher.split(4), strict=True)]
+    assert (whole - sum(parts) / 2).abs() > 0.1
+
+
+@given(st.floats(0.5, 10), st.integers(1, 4), st.integers(2, 6), st.integers(0, 10_000))
+def test_standardised_loss_is_the_naive_loop(temperature: float, batch: int, classes: int, seed: int) -> None:
+    student, teacher = torch.randn(2, batch, classes, generator=torch.Generator().manual_seed(seed))
+    scores = ([naive_z_scores(row) for row in logits.tolist()] for logits in (student, teacher))
+    expected = naive_soft_loss(*scores, temperature)
+    value = standardised_distillation_loss(student, teacher, temperature=temperature)
+    assert value.item() == pytest.approx(expected, rel=1e-3, abs=1e-3)
+
+
+def test_standardised_loss_does_not_see_the_size_of_logits_and_stands_logits_that_are_all_equal() -> None:
+    student, teacher = torch.randn(2, 6, 5, generator=torch.Generator().manual_seed(0))
+    losses = [standardised_distillation_loss(a * student, b * teacher, temperature=2.0) for a, b in ((1, 1), (7, 3))]
+    assert torch.isclose(*losses, rtol=1e-4)
+    flat = torch.zeros(6, 5, requires_grad=True)
+    standardised_distillation_loss(flat, teacher, temperature=2.0).backward()
+    assert flat.grad.isfinite().all()
+    assert flat.grad.abs().sum() > 0
 
 
 def test_soft_loss_of_a_case_computed_by_hand() -> None:
@@ -94,6 +196,9 @@ def test_losses_are_finite_at_huge_logits(dtype: torch.dtype) -> None:
         label_loss(student, targets),
         hard_distillation_loss(student, teacher),
         soft_distillation_loss(student, teacher, temperature=1.0),
+        decoupled_distillation_loss(student, teacher, targets, **DKD),
+        relation_distillation_loss(student, teacher, **DIST),
+        standardised_distillation_loss(student, teacher, temperature=1.0),
     )
     for loss in losses:
         assert torch.isfinite(loss)
@@ -109,5 +214,8 @@ def test_losses_do_not_change_when_all_logits_shift(shift: float) -> None:
         lambda s, t: label_loss(s, targets),
         hard_distillation_loss,
         lambda s, t: soft_distillation_loss(s, t, temperature=3.0),
+        lambda s, t: decoupled_distillation_loss(s, t, targets, **DKD),
+        lambda s, t: relation_distillation_loss(s, t, **DIST),
+        lambda s, t: standardised_distillation_loss(s, t, temperature=3.0),
     ):
         assert torch.isclose(loss(student, teacher), loss(student + shift, teacher + 2 * shift), atol=2e-4)

@@ -236,7 +236,7 @@ class Cohort:
         self.ask = self.recorder.replayed(self._ask)
         self.find_gradient, self.descend = {}, {}
         for student in students:
-            parts = Parts(student.classifier, train.batch_size, speed, precision)
+            parts = Parts(student.classifier, train.batch_size, speed, precision, student.method.needs_whole_batch)
             gradient = partial(student.find_gradient, settings=distillation, precision=precision, parts=parts)
             self.find_gradient[student.name] = self.recorder.replayed(gradient)
             recordable = all(can_be_recorded(optimizer) for optimizer in student.optimizers)

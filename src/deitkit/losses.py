@@ -5,6 +5,7 @@ All are computed in float32 whatever the logits' precision, so that bf16 logits 
 
 from typing import TypeAlias
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
@@ -49,3 +50,103 @@ def soft_distillation_loss(
     teacher = F.log_softmax(teacher_logits.float() / temperature, dim=-1)
     divergence = F.kl_div(student, teacher, reduction="batchmean", log_target=True) * temperature**2
     return divergence / student_logits.shape[-1] if scale == "legacy" else divergence
+
+
+def decoupled_distillation_loss(
+    student_logits: Logits,
+    teacher_logits: Logits,
+    targets: Logits,
+    *,
+    target_weight: float,
+    others_weight: float,
+    temperature: float,
+) -> Float[Tensor, ""]:
+    """Decoupled distillation (DKD): the target class against all others, and the others among themselves.
+
+    With p_y the probability of the target class at temperature t, the loss is t^2 times target_weight KL(teacher's
+    (p_y, 1 - p_y) || student's) + others_weight KL(teacher's others || student's), where the others are the softmax
+    over the other classes alone. Usual distillation weighs the second by the teacher's 1 - p_y, which is nearly nothing
+    where the teacher is sure.
+
+    Source: Zhao et al. 2022, section 3 (alpha and beta are the two weights). Labels are not mixed there; the class of a
+    mixed target is here that of its largest share, as in the code of Hao et al. 2023 (OFA-KD), which mixes too.
+
+    Args:
+        student_logits: The student's logits.
+        teacher_logits: The teacher's logits.
+        targets: Rows that sum to 1, from the labels; only the place of their maximum counts.
+        target_weight: Weight of the target class against the rest.
+        others_weight: Weight of the other classes among themselves.
+        temperature: t, greater than 0.
+    """
+    target = targets.argmax(dim=-1, keepdim=True)
+    others = torch.arange(targets.shape[-1] - 1, device=targets.device)
+    others = others + (others >= target)  # every class but the target, row by row
+
+    def decouple(logits: Tensor) -> tuple[Tensor, Tensor]:
+        log_p = F.log_softmax(logits.float() / temperature, dim=-1)
+        rest = log_p.gather(-1, others)
+        binary = torch.cat([log_p.gather(-1, target), rest.logsumexp(dim=-1, keepdim=True)], dim=-1)
+        return binary, F.log_softmax(rest, dim=-1)
+
+    student_target, student_others = decouple(student_logits)
+    teacher_target, teacher_others = decouple(teacher_logits)
+    target_loss = F.kl_div(student_target, teacher_target, reduction="batchmean", log_target=True)
+    others_loss = F.kl_div(student_others, teacher_others, reduction="batchmean", log_target=True)
+    return temperature**2 * (target_weight * target_loss + others_weight * others_loss)
+
+
+def relation_distillation_loss(
+    student_logits: Logits, teacher_logits: Logits, *, inter_weight: float, intra_weight: float, temperature: float
+) -> Float[Tensor, ""]:
+    """Distillation of relations (DIST): Pearson correlations with the teacher instead of equal probabilities.
+
+    With the softmax at temperature t, the loss is t^2 times inter_weight (1 - the mean over images of the correlation
+    over classes) + intra_weight (1 - the mean over classes of the correlation over images). The second relates all
+    images of a batch, so the loss of a batch is not the mean of those of its parts.
+
+    Source: Huang et al. 2022 (DIST; beta and gamma are the two weights), with the t^2 of the released code.
+
+    Args:
+        student_logits: The student's logits.
+        teacher_logits: The teacher's logits.
+        inter_weight: Weight of the correlation between the classes of an image.
+        intra_weight: Weight of the correlation within a class, between images.
+        temperature: t, greater than 0.
+    """
+    student = F.softmax(student_logits.float() / temperature, dim=-1)
+    teacher = F.softmax(teacher_logits.float() / temperature, dim=-1)
+    inter_loss = 1 - _row_correlations(student, teacher).mean()
+    intra_loss = 1 - _row_correlations(student.T, teacher.T).mean()
+    return temperature**2 * (inter_weight * inter_loss + intra_weight * intra_loss)
+
+
+def _row_correlations(
+    first: Float[Tensor, "rows columns"], second: Float[Tensor, "rows columns"]
+) -> Float[Tensor, "rows"]:
+    """Return Pearson's correlation of each row with the other's; 0 where a row is constant."""
+    first, second = (values - values.mean(dim=-1, keepdim=True) for values in (first, second))
+    return F.cosine_similarity(first, second, dim=-1)
+
+
+def standardised_distillation_loss(
+    student_logits: Logits, teacher_logits: Logits, *, temperature: float
+) -> Float[Tensor, ""]:
+    """Soft distillation of standardised logits: each row of both is brought to mean 0 and deviation 1 beforehand.
+
+    A small student then need not reach the size of its teacher's logits, only their relations. Of two classes nothing
+    is left but their order, which has no gradient.
+
+    Source: Sun et al. 2024, algorithm 1. The deviation is the paper's, over all classes; the released code divides by
+    one class less.
+
+    Args:
+        student_logits: The student's logits.
+        teacher_logits: The teacher's logits.
+        temperature: The paper's base temperature, greater than 0.
+    """
+    # layer_norm is the z-score; its epsilon is for a head whose logits are all equal, as before its first step.
+    student, teacher = (
+        F.layer_norm(logits.float(), logits.shape[-1:], eps=1e-7) for logits in (student_logits, teacher_logits)
+    )
+    return soft_distillation_loss(student, teacher, temperature=temperature)

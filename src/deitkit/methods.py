@@ -7,13 +7,20 @@ project asks for a method's name.
 import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from jaxtyping import Float
 from torch import Tensor
 
 from deitkit.errors import RecipeError
-from deitkit.losses import hard_distillation_loss, label_loss, soft_distillation_loss
+from deitkit.losses import (
+    decoupled_distillation_loss,
+    hard_distillation_loss,
+    label_loss,
+    relation_distillation_loss,
+    soft_distillation_loss,
+    standardised_distillation_loss,
+)
 from deitkit.models.vit import Output
 from deitkit.recipe import DistillationRecipe
 
@@ -21,29 +28,72 @@ Logits: TypeAlias = Float[Tensor, "batch classes"]
 
 
 @dataclass(frozen=True)
-class Term:
-    """One term of a loss: a head, what it learns from, and its share."""
+class Signal:
+    """What a head can learn from.
 
-    head: str  # class | distillation
-    signal: str  # labels | soft | hard
-    weight: Callable[[DistillationRecipe], float]
+    Args:
+        loss: Maps the head's logits, the teacher's, the targets and the settings to a loss.
+        teacher: What it takes from the teacher: ``soft`` (its probabilities), ``hard`` (its decision) or None.
+        whole_batch: Whether the images of a batch enter each other's loss, so that it is no mean over parts of it.
+    """
 
-    def value(self, output: Output, answer: Logits | None, targets: Logits, settings: DistillationRecipe) -> Tensor:
-        """Return the weighted term."""
-        logits = output.class_logits if self.head == "class" else output.distillation_logits
-        assert logits is not None, f"the student has no {self.head} head"
-        return self.weight(settings) * SIGNALS[self.signal](logits, answer, targets, settings)
+    loss: Callable[[Logits, Any, Logits, DistillationRecipe], Tensor]
+    teacher: str | None = None
+    whole_batch: bool = False
 
 
 def _soft(logits: Logits, answer: Logits, targets: Logits, settings: DistillationRecipe) -> Tensor:
     return soft_distillation_loss(logits, answer, temperature=settings.temperature, scale=settings.soft_scale)
 
 
-SIGNALS: dict[str, Callable[..., Tensor]] = {
-    "labels": lambda logits, answer, targets, settings: label_loss(logits, targets),
-    "hard": lambda logits, answer, targets, settings: hard_distillation_loss(logits, answer),
-    "soft": _soft,
+def _decoupled(logits: Logits, answer: Logits, targets: Logits, settings: DistillationRecipe) -> Tensor:
+    return decoupled_distillation_loss(
+        logits,
+        answer,
+        targets,
+        target_weight=settings.dkd_target_weight,
+        others_weight=settings.dkd_others_weight,
+        temperature=settings.dkd_temperature,
+    )
+
+
+def _relations(logits: Logits, answer: Logits, targets: Logits, settings: DistillationRecipe) -> Tensor:
+    return relation_distillation_loss(
+        logits,
+        answer,
+        inter_weight=settings.dist_inter_weight,
+        intra_weight=settings.dist_intra_weight,
+        temperature=settings.dist_temperature,
+    )
+
+
+def _standardised(logits: Logits, answer: Logits, targets: Logits, settings: DistillationRecipe) -> Tensor:
+    return standardised_distillation_loss(logits, answer, temperature=settings.standardised_temperature)
+
+
+SIGNALS: dict[str, Signal] = {
+    "labels": Signal(lambda logits, answer, targets, settings: label_loss(logits, targets)),
+    "hard": Signal(lambda logits, answer, targets, settings: hard_distillation_loss(logits, answer), "hard"),
+    "soft": Signal(_soft, "soft"),
+    "dkd": Signal(_decoupled, "soft"),
+    "dist": Signal(_relations, "soft", whole_batch=True),
+    "standardised": Signal(_standardised, "soft"),
 }
+
+
+@dataclass(frozen=True)
+class Term:
+    """One term of a loss: a head, what it learns from, and its share."""
+
+    head: str  # class | distillation
+    signal: str  # a key of SIGNALS
+    weight: Callable[[DistillationRecipe], float]
+
+    def value(self, output: Output, answer: Logits | None, targets: Logits, settings: DistillationRecipe) -> Tensor:
+        """Return the weighted term."""
+        logits = output.class_logits if self.head == "class" else output.distillation_logits
+        assert logits is not None, f"the student has no {self.head} head"
+        return self.weight(settings) * SIGNALS[self.signal].loss(logits, answer, targets, settings)
 
 
 @dataclass(frozen=True)
@@ -81,7 +131,12 @@ class Method:
     @property
     def teacher_signal(self) -> str | None:
         """What the teacher gives: ``soft``, ``hard`` or None."""
-        return next((term.signal for term in self.terms if term.signal != "labels"), None)
+        return next((SIGNALS[term.signal].teacher for term in self.terms if SIGNALS[term.signal].teacher), None)
+
+    @property
+    def needs_whole_batch(self) -> bool:
+        """Whether the loss of a batch is not the mean of the losses of its parts."""
+        return any(SIGNALS[term.signal].whole_batch for term in self.terms)
 
     @property
     def token_layout(self) -> str:
@@ -101,10 +156,22 @@ def _shared(signal: str, weight: str, heads: tuple[str, str] = ("class", "class"
     )
 
 
+def _beside(
+    signal: str, labels: Callable[[DistillationRecipe], float], teacher: Callable[..., float]
+) -> tuple[Term, ...]:
+    """Labels and the teacher on one head, each with a weight of its own."""
+    return Term("class", "labels", labels), Term("class", signal, teacher)
+
+
 _LABELS = (Term("class", "labels", _all),)
 _SOFT = _shared("soft", "soft_weight")
 _HARD = _shared("hard", "hard_weight")
 _BOTH = ("class", "distillation")
+_STANDARDISED = _beside(
+    "standardised",
+    lambda settings: settings.standardised_label_weight,
+    lambda settings: settings.standardised_weight,
+)
 
 METHODS: dict[str, Method] = {
     method.name: method
@@ -124,6 +191,17 @@ METHODS: dict[str, Method] = {
         Method("mean-pool-none", (), _LABELS, "'none' without any token, as the seed built it"),
         Method("mean-pool-soft", (), _SOFT, "'soft' without any token, as the seed built it"),
         Method("mean-pool-hard", (), _HARD, "'hard' without any token, as the seed built it"),
+        Method("dkd", ("class",), _beside("dkd", _all, _all), "decoupled: the target class, and the others, apart"),
+        Method("dist", ("class",), _beside("dist", _all, _all), "correlations with the teacher, by image and by class"),
+        Method("standardised", ("class",), _STANDARDISED, "labels and the teacher's softmax, logits standardised"),
+        Method("token-dkd", _BOTH, _shared("dkd", "token_weight", _BOTH), "DeiT with the loss of 'dkd'"),
+        Method("token-dist", _BOTH, _shared("dist", "token_weight", _BOTH), "DeiT with the loss of 'dist'"),
+        Method(
+            "token-standardised",
+            _BOTH,
+            _shared("standardised", "token_weight", _BOTH),
+            "DeiT with the teacher's softmax, logits standardised",
+        ),
     )
 }
 

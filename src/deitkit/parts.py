@@ -36,10 +36,18 @@ class Parts:
         batch_size: Images of a batch.
         speed: How large the parts are, and whether several are computed side by side.
         precision: Of the forward pass.
+        undivided: Whether the loss relates the images of a batch, which it must then see as one part.
     """
 
-    def __init__(self, classifier: Classifier, batch_size: int, speed: SpeedRecipe, precision: Precision) -> None:
-        self.size, self.crew = divide(classifier, batch_size, speed, precision)
+    def __init__(
+        self,
+        classifier: Classifier,
+        batch_size: int,
+        speed: SpeedRecipe,
+        precision: Precision,
+        undivided: bool = False,
+    ) -> None:
+        self.size, self.crew = (batch_size, 1) if undivided else divide(classifier, batch_size, speed, precision)
         # Twins have the weights of the first, and gradients of their own, which nobody else adds to meanwhile.
         self.twins = [classifier, *(_twin(classifier) for _ in range(self.crew - 1))]
 

@@ -167,7 +167,7 @@ class SpeedRecipe(Section):
     micro_batch_size: Literal["auto"] | PositiveInt | None = Field(
         "auto",
         description="Split a student's batch and accumulate its gradient: less memory, the same step. auto: on a CPU, "
-        "into parts that fit its cache; null: never. CNNs see whole batches, which their BatchNorm needs.",
+        "into parts that fit its cache; null: never. CNNs see whole batches, which their BatchNorm needs; 'dist' too.",
     )
     side_by_side: bool = Field(
         True, description="On a CPU, compute parts of a student's batch at the same time, a core each."
@@ -227,6 +227,29 @@ class DistillationRecipe(Section):
     token_weight: Probability = Field(0.5, description="Share of the distillation head in the token methods.")
     soft_scale: Literal["batch-mean", "legacy"] = Field(
         "batch-mean", description="legacy: also divide by the number of classes, as the released code does."
+    )
+    dkd_target_weight: NonNegativeFloat = Field(
+        1.0, description="Weight of the target class against the rest in 'dkd' (Zhao et al.: alpha = 1)."
+    )
+    dkd_others_weight: NonNegativeFloat = Field(
+        8.0, description="Weight of the other classes among themselves in 'dkd' (Zhao et al., CIFAR-100: beta = 8)."
+    )
+    dkd_temperature: PositiveFloat = Field(4.0, description="Of 'dkd' (Zhao et al., CIFAR-100: 4).")
+    dist_inter_weight: NonNegativeFloat = Field(
+        2.0, description="Weight of the correlation over the classes of an image in 'dist' (Huang et al.: beta = 2)."
+    )
+    dist_intra_weight: NonNegativeFloat = Field(
+        2.0, description="Weight of the correlation over the images of a class in 'dist' (Huang et al.: gamma = 2)."
+    )
+    dist_temperature: PositiveFloat = Field(1.0, description="Of 'dist' (Huang et al., ImageNet: 1; CIFAR-100: 4).")
+    standardised_label_weight: NonNegativeFloat = Field(
+        0.1, description="Weight of the labels in 'standardised' (Sun et al.: 0.1)."
+    )
+    standardised_weight: NonNegativeFloat = Field(
+        9.0, description="Weight of the teacher in 'standardised' (Sun et al.: 9)."
+    )
+    standardised_temperature: PositiveFloat = Field(
+        2.0, description="Of 'standardised', in standard deviations of the logits (Sun et al.: 2)."
     )
 
 

@@ -45,6 +45,9 @@ TITLES = {
     ("mean-pool-none", "class"): "no distillation, mean pooling",
     ("mean-pool-soft", "class"): "usual distillation, mean pooling",
     ("mean-pool-hard", "class"): "hard distillation, mean pooling",
+    ("dkd", "class"): "decoupled distillation (DKD)",
+    ("dist", "class"): "distillation of relations (DIST)",
+    ("standardised", "class"): "distillation of standardised logits",
 }
 
 
