@@ -19,6 +19,7 @@ SETTINGS = DistillationRecipe(
     dkd_target_weight=0.9, dkd_others_weight=5.0, dkd_temperature=4.0,
     dist_inter_weight=1.5, dist_intra_weight=2.5, dist_temperature=5.0,
     standardised_label_weight=0.2, standardised_weight=8.0, standardised_temperature=3.0,
+    consistent_temperature=1.5,
 )  # fmt: skip
 every_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 
@@ -86,11 +87,12 @@ def correlation(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 def naive_losses(head: torch.Tensor, answer: torch.Tensor, targets: torch.Tensor) -> dict[str, torch.Tensor]:
     """Every signal written out once more, from the papers' equations, one image at a time; weights are SETTINGS'."""
-    sums = dict.fromkeys(("labels", "hard", "soft", "standardised", "dkd", "dist"), 0.0)
+    sums = dict.fromkeys(("labels", "hard", "soft", "consistent", "standardised", "dkd", "dist"), 0.0)
     for s, z, y in zip(head, answer, targets, strict=True):
         sums["labels"] -= (y * s.log_softmax(-1)).sum()
         sums["hard"] -= s.log_softmax(-1)[z.argmax()]
         sums["soft"] += 4 * divergence((z / 2).softmax(-1), (s / 2).softmax(-1))
+        sums["consistent"] += 2.25 * divergence((z / 1.5).softmax(-1), (s / 1.5).softmax(-1))
         z_scores = [(x - x.mean()) / x.std(correction=0) for x in (z, s)]
         sums["standardised"] += 9 * divergence(*((x / 3).softmax(-1) for x in z_scores))
         p, q, place = (z / 4).softmax(-1), (s / 4).softmax(-1), int(y.argmax())
@@ -108,7 +110,7 @@ def naive_losses(head: torch.Tensor, answer: torch.Tensor, targets: torch.Tensor
 NAIVE = {
     "none": ("labels", 1, 0), "class-only": ("labels", 1, 0), "distillation-only": ("hard", 0, 1),
     "soft": ("soft", 0.7, 0.3), "hard": ("hard", 0.6, 0.4), "dkd": ("dkd", 1, 1), "dist": ("dist", 1, 1),
-    "standardised": ("standardised", 0.2, 8),
+    "standardised": ("standardised", 0.2, 8), "consistent": ("consistent", 0, 1),
 }  # fmt: skip
 
 

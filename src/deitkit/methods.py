@@ -71,6 +71,10 @@ def _standardised(logits: Logits, answer: Logits, targets: Logits, settings: Dis
     return standardised_distillation_loss(logits, answer, temperature=settings.standardised_temperature)
 
 
+def _consistent(logits: Logits, answer: Logits, targets: Logits, settings: DistillationRecipe) -> Tensor:
+    return soft_distillation_loss(logits, answer, temperature=settings.consistent_temperature)
+
+
 SIGNALS: dict[str, Signal] = {
     "labels": Signal(lambda logits, answer, targets, settings: label_loss(logits, targets)),
     "hard": Signal(lambda logits, answer, targets, settings: hard_distillation_loss(logits, answer), "hard"),
@@ -78,6 +82,7 @@ SIGNALS: dict[str, Signal] = {
     "dkd": Signal(_decoupled, "soft"),
     "dist": Signal(_relations, "soft", whole_batch=True),
     "standardised": Signal(_standardised, "soft"),
+    "consistent": Signal(_consistent, "soft"),
 }
 
 
@@ -201,6 +206,9 @@ METHODS: dict[str, Method] = {
             _BOTH,
             _shared("standardised", "token_weight", _BOTH),
             "DeiT with the teacher's softmax, logits standardised",
+        ),
+        Method(
+            "consistent", ("class",), (Term("class", "consistent", _all),), "the teacher's softmax alone, and no labels"
         ),
     )
 }

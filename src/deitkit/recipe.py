@@ -251,6 +251,7 @@ class DistillationRecipe(Section):
     standardised_temperature: PositiveFloat = Field(
         2.0, description="Of 'standardised', in standard deviations of the logits (Sun et al.: 2)."
     )
+    consistent_temperature: PositiveFloat = Field(1.0, description="Of 'consistent' (Beyer et al., ImageNet: 1).")
 
 
 class BaselineRecipe(OptimizerRecipe):

@@ -48,6 +48,7 @@ TITLES = {
     ("dkd", "class"): "decoupled distillation (DKD)",
     ("dist", "class"): "distillation of relations (DIST)",
     ("standardised", "class"): "distillation of standardised logits",
+    ("consistent", "class"): "consistent distillation, without labels",
 }
 
 
