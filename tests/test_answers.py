@@ -35,7 +35,7 @@ def answers(classifier: Classifier, **changes: Any) -> Answers:
         "fingerprint": "data", "augment": AugmentRecipe(), "batch_size": 4, "repeats": 1, "steps": 2, "classes": 3,
         "seed": 0, "precision": CPU_FP32,
     }  # fmt: skip
-    return Answers(classifier, **(settings | changes))
+    return Answers([classifier], **(settings | changes))
 
 
 def results(recipe: Recipe, folder: Path) -> list[Any]:

@@ -10,7 +10,7 @@ LAYERS = (
     {"cli"},
     {"terminal", "bench", "models_command"},
     {"compare", "inference"},
-    {"rows", "teacher"},
+    {"rows", "teacher", "teachers"},
     {"runs"},
     {"report"},
     {"saved_teacher"},

@@ -7,6 +7,7 @@ delete, never needed.
 import hashlib
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -29,12 +30,12 @@ TOLERANCE = 0.1
 
 
 class Answers:
-    """What one teacher says to the views of one seed, epoch by epoch.
+    """What the teachers say to the views of one seed, epoch by epoch.
 
     Whether an answer is new or read, it is rounded to float16, so that a second run learns the same as the first.
 
     Args:
-        teacher: The classifier that answers; its weights are part of the key.
+        teachers: The classifiers whose common answer it is; their weights are part of the key.
         fingerprint: Of the data set.
         augment: How views are made.
         batch_size: Images in a step.
@@ -42,12 +43,12 @@ class Answers:
         steps: Steps of an epoch.
         classes: Of the data set.
         seed: Of the views.
-        precision: Of the teacher's forward pass.
+        precision: Of the teachers' forward pass.
     """
 
     def __init__(
         self,
-        teacher: Classifier,
+        teachers: Sequence[Classifier],
         *,
         fingerprint: str,
         augment: AugmentRecipe,
@@ -60,7 +61,7 @@ class Answers:
     ) -> None:
         described = {
             "format": FORMAT,
-            "teacher": _fingerprint(teacher),
+            "teacher": " and ".join(_fingerprint(teacher) for teacher in teachers),
             "data": fingerprint,
             "augment": augment.model_dump(mode="json"),
             "batch_size": batch_size,

@@ -118,14 +118,14 @@ def _compare(recipe: Recipe, out: Path | None, resume: bool, as_json: bool) -> N
 def teacher(
     recipe: RecipeArgument, overrides: Overrides = None, out: Out = None, resume: Resume = False, as_json: Json = False
 ) -> None:
-    """Train (or load) the teacher of a recipe alone, check it, and print its card.
+    """Train (or load) the teachers of a recipe alone, check them, and print their cards.
 
     Its folder can teach later: `deitkit compare RECIPE teacher.name=OUT/teacher`.
     """
     from deitkit.data.sources import load_dataset
     from deitkit.device import Precision, choose_device
     from deitkit.runs import begin_run, check_run
-    from deitkit.teacher import prepare_teacher
+    from deitkit.teachers import common_card, prepare_teachers
     from deitkit.terminal import Terminal
 
     loaded = _load(recipe, overrides, None)
@@ -135,15 +135,22 @@ def teacher(
         check_run(folder, loaded, resume)
         dataset = load_dataset(loaded.data, terminal.reading)
         begin_run(folder, loaded)
-        _, card = prepare_teacher(loaded, dataset, folder=folder / "teacher", precision=precision, watcher=terminal)
+        teachers, cards = prepare_teachers(
+            loaded, dataset, folder=folder / "teacher", precision=precision, watcher=terminal
+        )
+        together = common_card(teachers, cards, dataset, precision)
     if as_json:
-        sys.stdout.write(json.dumps(card.__dict__) + "\n")
+        sys.stdout.write(json.dumps({**together.__dict__, "teachers": [card.__dict__ for card in cards]}) + "\n")
         return
-    table = Table(box=None, show_header=False)
-    for key, value in card.__dict__.items():
-        table.add_row(key, f"{100 * value:.2f} %" if key in ("top1", "chance") else str(value))
-    console.print(table)
-    _say(f"teacher in {folder / 'teacher'}: use it with teacher.name={folder / 'teacher'}")
+    for number, card in enumerate(cards, start=1):
+        table = Table(box=None, show_header=False)
+        for key, value in card.__dict__.items():
+            table.add_row(key, f"{100 * value:.2f} %" if key in ("top1", "chance") else str(value))
+        console.print(table)
+        home = folder / ("teacher" if number == 1 else f"teacher-{number}")
+        _say(f"teacher in {home}: use it with teacher.name={home}")
+    if len(cards) > 1:
+        _say(f"their mean answer: {100 * together.top1:.2f} % on {together.n} validation images")
 
 
 @app.command()

@@ -19,7 +19,7 @@ from deitkit.data.preview import draw_views
 from deitkit.data.sources import Dataset, load_dataset
 from deitkit.device import Precision, choose_device, describe_machine
 from deitkit.errors import RecipeError
-from deitkit.evaluate import predict, predict_all, readout_scores
+from deitkit.evaluate import predict_all, readout_scores, top_k_accuracy
 from deitkit.files import write_text
 from deitkit.methods import METHODS, find_method
 from deitkit.models.classifier import Classifier
@@ -34,7 +34,8 @@ from deitkit.rows import summarise
 from deitkit.runs import Watcher, begin_run, check_run, train_to_end
 from deitkit.seeding import derived_seed, seeded
 from deitkit.speed import accelerate
-from deitkit.teacher import FrozenTeacher, TeacherCard, prepare_teacher
+from deitkit.teacher import TeacherCard
+from deitkit.teachers import Teachers, common_card, mean_answer, prepare_teachers
 
 BASELINE = "cnn-baseline"
 
@@ -78,15 +79,16 @@ def compare(recipe: Recipe, folder: Path, *, watcher: Watcher, resume: bool = Fa
     write_text(folder / "environment.json", json.dumps(machine | {"deitkit": __version__}, indent=2) + "\n")
     draw_views(dataset, recipe.augment, recipe.train.label_smoothing, folder / "views.png")
 
-    teacher, card = None, None
+    teachers: Teachers | None = None
+    cards: list[TeacherCard] = []
     if any(METHODS[name].teacher_signal for name in recipe.methods):
-        teacher, card = prepare_teacher(
+        teachers, cards = prepare_teachers(
             recipe, dataset, folder=folder / "teacher", precision=precision, watcher=watcher
         )
     for seed in recipe.seeds:
         if not (folder / f"seed-{seed}" / "predictions.safetensors").exists():
-            _run_seed(recipe, dataset, teacher, seed, folder=folder, precision=precision, watcher=watcher)
-    results = _results(recipe, dataset, teacher, card, folder=folder, precision=precision) | {"machine": machine}
+            _run_seed(recipe, dataset, teachers, seed, folder=folder, precision=precision, watcher=watcher)
+    results = _results(recipe, dataset, teachers, cards, folder=folder, precision=precision) | {"machine": machine}
     results["notes"] += [f"{line[0].upper()}{line[1:]}." for line in start]
     _hand_over(results, folder)
     write_text(folder / "results.json", json.dumps(results, indent=2, ensure_ascii=False) + "\n")
@@ -141,10 +143,10 @@ def _initial(recipe: Recipe) -> str | None:
     return f"{recipe.model.checkpoint.name} (sha256 {file_sha256(weights_file(recipe.model.checkpoint))[:8]})"
 
 
-def build_answers(recipe: Recipe, dataset: Dataset, teacher: FrozenTeacher, seed: int, precision: Precision) -> Answers:
-    """Open what the teacher said, or will say, to the views of one seed."""
+def build_answers(recipe: Recipe, dataset: Dataset, teachers: Teachers, seed: int, precision: Precision) -> Answers:
+    """Open what the teachers said, or will say, to the views of one seed."""
     return Answers(
-        teacher.classifier,
+        teachers.classifiers,
         fingerprint=dataset.fingerprint,
         augment=recipe.augment,
         batch_size=recipe.train.batch_size,
@@ -176,7 +178,7 @@ def _build_baseline(recipe: Recipe, dataset: Dataset, seed: int, precision: Prec
 def _run_seed(
     recipe: Recipe,
     dataset: Dataset,
-    teacher: FrozenTeacher | None,
+    teachers: Teachers | None,
     seed: int,
     *,
     folder: Path,
@@ -186,11 +188,11 @@ def _run_seed(
     """Train one cohort to its end, save its students, and ask them about the test images, once."""
     students = build_students(recipe, dataset, seed, precision)
     answers = None
-    if teacher is not None and recipe.teacher.cache:
-        answers = build_answers(recipe, dataset, teacher, seed, precision)
+    if teachers is not None and recipe.teacher.cache:
+        answers = build_answers(recipe, dataset, teachers, seed, precision)
     cohort = Cohort(
         students,
-        teacher=teacher,
+        teacher=teachers,
         dataset=dataset,
         augment=recipe.augment,
         train=recipe.train,
@@ -261,17 +263,22 @@ def _student_card(recipe: Recipe, dataset: Dataset, student: Student, seed: int)
 def _results(
     recipe: Recipe,
     dataset: Dataset,
-    teacher: FrozenTeacher | None,
-    card: TeacherCard | None,
+    teachers: Teachers | None,
+    cards: list[TeacherCard],
     *,
     folder: Path,
     precision: Precision,
 ) -> dict[str, Any]:
     """Gather the seeds' predictions into rows, in the format of docs/design.md."""
-    answers, teacher_entry = None, None
-    if teacher is not None and card is not None:
-        answers = predict(teacher.classifier, dataset.test, precision).class_logits
-        teacher_entry = {**card.__dict__}
+    answers, teacher_entry, each = None, None, []
+    if teachers is not None:
+        said = teachers.answers(dataset.test, precision)
+        each = [
+            {**card.__dict__, "test_top1": top_k_accuracy(answer, dataset.test.labels)}
+            for card, answer in zip(cards, said, strict=True)
+        ]
+        answers = mean_answer(said)
+        teacher_entry = {**common_card(teachers, cards, dataset, precision).__dict__}
     predictions = {seed: load_tree(folder / f"seed-{seed}" / "predictions.safetensors") for seed in recipe.seeds}
     summary = summarise(recipe, dataset, predictions, answers, folder / "metrics.jsonl")
     if teacher_entry is not None:
@@ -295,6 +302,7 @@ def _results(
             "fingerprint": dataset.fingerprint,
         },
         "teacher": teacher_entry,
+        "teachers": each,
         "initial": _initial(recipe),
         "seeds": list(recipe.seeds),
         **summary,

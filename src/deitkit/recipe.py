@@ -212,10 +212,23 @@ class TeacherRecipe(Section):
         False, description="Train it on all training images, also those that data.train_images keeps from the students."
     )
     min_top1: Probability | None = Field(None, description="Refuse a teacher below this validation accuracy.")
-    cache: bool = Field(
-        False, description="Keep its answers on the disk, so that another comparison on the same views asks it nothing."
-    )
     allow_weak: bool = Field(False, description="Let a teacher that the gate refused teach all the same.")
+
+
+class TeachersRecipe(TeacherRecipe):
+    """The teacher, others that teach with it, and what concerns their common answer."""
+
+    cache: bool = Field(
+        False, description="Keep the answers on the disk, so that another comparison on the same views asks nothing."
+    )
+    also: tuple[TeacherRecipe, ...] = Field(
+        (), description="More teachers, each with the fields of this section; the mean of all their answers teaches."
+    )
+
+    @property
+    def everyone(self) -> tuple[TeacherRecipe, ...]:
+        """All teachers, the first of them first."""
+        return (self, *self.also)
 
 
 class DistillationRecipe(Section):
@@ -277,7 +290,7 @@ class Recipe(Section):
     methods: tuple[str, ...] = Field(
         ("none", "soft", "hard", "token-hard"), min_length=1, description="Names of methods: see `deitkit methods`."
     )
-    teacher: TeacherRecipe = TeacherRecipe()
+    teacher: TeachersRecipe = TeachersRecipe()
     distillation: DistillationRecipe = DistillationRecipe()
     baseline: BaselineRecipe | None = None
     train: TrainRecipe = TrainRecipe()
@@ -306,18 +319,23 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
     schedule = recipe.train.schedule_epochs
     if schedule is not None and schedule < recipe.train.epochs:
         yield f"train.schedule_epochs={schedule} is less than train.epochs={recipe.train.epochs}: raise it or drop it"
-    if (recipe.teacher.mean is None) != (recipe.teacher.std is None):
-        yield "teacher.mean and teacher.std belong together: give both or neither"
-    for std in recipe.teacher.std or ():
-        if std <= 0:
-            yield f"teacher.std={list(recipe.teacher.std or ())} must be positive"
-    for name, augment in (("augment", recipe.augment), ("teacher.augment", recipe.teacher.augment)):
+    teachers = {"teacher": recipe.teacher} | {
+        f"teacher.also.{number}": teacher for number, teacher in enumerate(recipe.teacher.also)
+    }
+    for name, teacher in teachers.items():
+        if (teacher.mean is None) != (teacher.std is None):
+            yield f"{name}.mean and {name}.std belong together: give both or neither"
+        if any(std <= 0 for std in teacher.std or ()):
+            yield f"{name}.std={list(teacher.std or ())} must be positive"
+    augments = {"augment": recipe.augment} | {f"{name}.augment": one.augment for name, one in teachers.items()}
+    for name, augment in augments.items():
         policies = ("randaugment", "autoaugment", "three_augment")
         chosen = [f"{name}.{policy}={getattr(augment, policy)}" for policy in policies if getattr(augment, policy)]
         if len(chosen) > 1:
             yield f"{' and '.join(chosen)} exclude each other: keep one"
-    for name in ("train", "teacher.train"):
-        section = recipe.train if name == "train" else recipe.teacher.train
+    for name, section in (
+        {"train": recipe.train} | {f"{name}.train": one.train for name, one in teachers.items()}
+    ).items():
         if section.warmup_epochs > section.epochs:
             yield f"{name}.warmup_epochs={section.warmup_epochs:g} exceeds {name}.epochs={section.epochs}: lower it"
         if section.repeats > section.batch_size:

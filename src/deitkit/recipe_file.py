@@ -7,7 +7,7 @@ import difflib
 from collections.abc import Iterator, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -89,6 +89,8 @@ def _plain_value(value: Any) -> Any:
 
 
 def _section_of(annotation: Any) -> type[BaseModel] | None:
+    if get_origin(annotation) is tuple:
+        return None  # a list of sections is one value: its entries have no dotted keys
     options = get_args(annotation) or (annotation,)
     return next((option for option in options if isinstance(option, type) and issubclass(option, BaseModel)), None)
 

@@ -31,6 +31,8 @@ FREE_TO_CHANGE = {
     "teacher.cache",
     "teacher.allow_weak",
     "teacher.min_top1",
+    "teacher.also.allow_weak",
+    "teacher.also.min_top1",
 }
 
 
@@ -102,7 +104,13 @@ def _changes(old: Any, new: Any, key: str = "") -> list[str]:
     if isinstance(old, dict) and isinstance(new, dict):
         names = [name for name in {**old, **new} if f"{key}{name}" not in FREE_TO_CHANGE]
         return [change for name in names for change in _changes(old.get(name), new.get(name), f"{key}{name}.")]
+    if _are_sections(old) and _are_sections(new) and len(old) == len(new):
+        return [change for pair in zip(old, new, strict=True) for change in _changes(*pair, key)]
     return [] if old == new else [f"{key.rstrip('.')} was {old}, now {new}"]
+
+
+def _are_sections(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(entry, dict) for entry in value)
 
 
 def train_to_end(

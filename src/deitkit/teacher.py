@@ -89,7 +89,7 @@ def prepare_teacher(
         classifier.readout = stored.get("readout")
         stored |= {name: tuple(stored[name]) for name in ("mean", "std")}
         return FrozenTeacher(classifier), TeacherCard(**stored)
-    with seeded(recipe.seeds[0], "teacher"):
+    with seeded(recipe.seeds[0], folder.name):
         classifier, card = _draft(recipe.teacher, dataset)
     accelerate(classifier, recipe.speed, precision.device)
     if card.fit != "none":
@@ -209,7 +209,7 @@ def _train(
     """Train the teacher on labels alone: a cohort of one."""
     part = "classifier layer" if card.fit == "head" else "every layer"
     watcher.say(f"teacher {card.name}: training {part} for {recipe.teacher.train.epochs} epochs")
-    student = Student("teacher", METHODS["none"], classifier, recipe.teacher.train)
+    student = Student(folder.name, METHODS["none"], classifier, recipe.teacher.train)
     cohort = Cohort(
         [student],
         teacher=None,
@@ -223,11 +223,11 @@ def _train(
     )
     train_to_end(
         cohort,
-        title="teacher",
+        title=folder.name,
         checkpoint=folder / "checkpoint.safetensors",
         metrics=folder / "metrics.jsonl",
         watcher=watcher,
-        log_folder=folder.parent / "tensorboard" / "teacher",
+        log_folder=folder.parent / "tensorboard" / folder.name,
     )
     if student.stopped:
         raise TeacherError(f"teacher {card.name} {student.stopped}: lower teacher.train.learning_rate")

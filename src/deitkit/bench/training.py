@@ -27,10 +27,11 @@ from deitkit.data.sources import Dataset, Split, load_dataset
 from deitkit.device import Precision, choose_device, describe_machine
 from deitkit.models.classifier import Classifier
 from deitkit.models.zoo import create_classifier
-from deitkit.recipe import Recipe
+from deitkit.recipe import Recipe, TeacherRecipe
 from deitkit.seeding import seeded
 from deitkit.speed import accelerate
 from deitkit.teacher import FrozenTeacher
+from deitkit.teachers import Teachers
 
 SYNTHETIC_PX = 32
 SYNTHETIC_CLASSES = 10
@@ -50,10 +51,10 @@ class Bench:
         self.precision = Precision.choose(recipe.train.precision, self.device)
         self.dataset = synthetic_dataset(recipe) if synthetic else load_dataset(recipe.data)
         self.synthetic = synthetic
-        self.teacher = self._build_teacher()
+        self.teachers = Teachers([self._build_teacher(teacher) for teacher in recipe.teacher.everyone])
 
-    def _build_teacher(self) -> FrozenTeacher:
-        recipe, dataset = self.recipe.teacher, self.dataset
+    def _build_teacher(self, recipe: TeacherRecipe) -> FrozenTeacher:
+        dataset = self.dataset
         with seeded(0, "teacher"):
             built = create_classifier(
                 recipe.name, classes=dataset.classes, channels=dataset.channels, image_px=recipe.image_px
@@ -72,7 +73,7 @@ class Bench:
         recipe = self.recipe
         cohort = Cohort(
             students,
-            teacher=self.teacher,
+            teacher=self.teachers,
             dataset=self.dataset,
             augment=recipe.augment,
             train=recipe.train,
@@ -95,7 +96,7 @@ class Bench:
             "image_px": [height, width],
             "model": recipe.model.model_dump(mode="json"),
             "methods": list(recipe.methods),
-            "teacher": recipe.teacher.name,
+            "teacher": " + ".join(teacher.name for teacher in recipe.teacher.everyone),
             "batch_size": recipe.train.batch_size,
         }
 
@@ -213,12 +214,12 @@ def bench_cohort(recipe: Recipe, *, synthetic: bool, repeats: int, steps: int) -
 
 def _recorded(bench: Bench) -> Stepper:
     """Return the cohort's steps on an epoch whose answers were recorded before."""
-    answers = build_answers(bench.recipe, bench.dataset, bench.teacher, bench.recipe.seeds[0], bench.precision)
+    answers = build_answers(bench.recipe, bench.dataset, bench.teachers, bench.recipe.seeds[0], bench.precision)
     scribe = bench.cohort(bench.students(("none",)), answers)
     for step, (images, labels) in enumerate(scribe.batches.epoch(0)):
         view, _ = scribe.make_view(images, labels, step)
         answers.keep(0, step, scribe.ask(scribe.recorder.hold("view", view)))
-    again = build_answers(bench.recipe, bench.dataset, bench.teacher, bench.recipe.seeds[0], bench.precision)
+    again = build_answers(bench.recipe, bench.dataset, bench.teachers, bench.recipe.seeds[0], bench.precision)
     cohort = bench.cohort(bench.students(bench.recipe.methods), again)
     assert again.find(0, 0) is not None
     return Stepper(cohort, first_epoch_only=True)
@@ -267,8 +268,9 @@ def step_flops(bench: Bench) -> int:
     students = bench.students(bench.recipe.methods)
     total = sum(count_flops(student.classifier.model, shape, backward=True) for student in students)
     if any(student.method.teacher_signal for student in students):
-        px = bench.teacher.classifier.image_px
-        total += count_flops(bench.teacher.classifier.model, (shape[0], px, px) if px else shape, backward=False)
+        for classifier in bench.teachers.classifiers:
+            px = classifier.image_px
+            total += count_flops(classifier.model, (shape[0], px, px) if px else shape, backward=False)
     return total
 
 

@@ -41,7 +41,8 @@ def write_report(folder: Path) -> list[Path]:
     """
     results, metrics = read_results(folder), read_metrics(folder)
     written = write_tables(results, folder) + write_curves(results, metrics, folder)
-    return written + write_page(results, metrics, read_metrics(folder / "teacher"), folder)
+    lessons = [line for home in sorted(folder.glob("teacher*")) for line in read_metrics(home)]
+    return written + write_page(results, metrics, lessons, folder)
 
 
 def read_results(folder: Path) -> dict[str, Any]:

@@ -52,8 +52,7 @@ def lay_out(results: dict[str, Any]) -> Layout:
     beside = published_beside(results)
     lines = [_line(row, results, beside) for row in results["rows"]]
     lines.sort(key=lambda line: line.group == "baseline")
-    if results.get("teacher"):
-        lines.append(_teacher_line(results))
+    lines += _teacher_lines(results)
     used = {key for line in lines for key, cell in line.cells.items() if cell != NOTHING}
     return Layout(
         title=title_of(results),
@@ -143,14 +142,29 @@ def _line(row: dict[str, Any], results: dict[str, Any], beside: dict[str, dict[s
     )
 
 
-def _teacher_line(results: dict[str, Any]) -> Line:
-    teacher, keys = results["teacher"], [column.key for column in _columns(results)]
+def teachers_of(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the card of every teacher; a run of a former version names the only one."""
+    only = [results["teacher"]] if results.get("teacher") else []
+    return results.get("teachers") or only
+
+
+def _teacher_lines(results: dict[str, Any]) -> list[Line]:
+    """Return a line for every teacher, and one for the mean answer of several."""
+    teachers = teachers_of(results)
+    lines = [_teacher_line(f"teacher: {teacher['name']}", teacher, results) for teacher in teachers]
+    if len(teachers) > 1:
+        lines.append(_teacher_line("teachers: mean answer", results["teacher"], results))
+    return lines
+
+
+def _teacher_line(name: str, teacher: dict[str, Any], results: dict[str, Any]) -> Line:
+    keys = [column.key for column in _columns(results)]
     tested = teacher.get("test_top1") is not None
     images = results["dataset"]["test"] if tested else teacher["n"]
     cells = dict.fromkeys(keys, NOTHING)
     cells["top1"] = percent(teacher["test_top1"] if tested else teacher["top1"], images)
     cells["parameters"] = millions(teacher.get("parameters"))
-    name = f"teacher: {teacher['name']}" + ("" if tested else " (validation images)")
+    name += "" if tested else " (validation images)"
     return Line(name=name, label=name, cells=cells, group="teacher")
 
 
@@ -191,9 +205,7 @@ def _footnotes(results: dict[str, Any]) -> list[str]:
             "class-only and distillation-only are students of their own, with that one token (the seed's reading)."
         )
     notes += [f"{STATUS_MARK} {row['row']}: {row['status']}." for row in rows if row["status"] != "ok"]
-    teacher = results.get("teacher")
-    if teacher is not None and teacher.get("weak"):
-        notes.append(f"teacher: {teacher['verdict']}.")
+    notes += [f"teacher: {teacher['verdict']}." for teacher in teachers_of(results) if teacher.get("weak")]
     return notes + list(results.get("notes", [])) + _published_notes(results)
 
 

@@ -12,7 +12,7 @@ from plotly.offline import get_plotlyjs
 
 from deitkit.files import write_text
 from deitkit.report.charts import accuracy_chart, curve_charts
-from deitkit.report.layout import NOTHING, WINNER_MARK, lay_out, millions, percent, reference_row
+from deitkit.report.layout import NOTHING, WINNER_MARK, lay_out, millions, percent, reference_row, teachers_of
 
 _UNITS = {"memory_gib": "memory (GiB)"}
 
@@ -52,6 +52,7 @@ def render_page(
     return template.render(
         results=results,
         layout=layout,
+        teachers=teachers_of(results),
         mark=WINNER_MARK,
         nothing=NOTHING,
         reference=reference_row(results),
