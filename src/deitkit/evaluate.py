@@ -72,6 +72,11 @@ def readout_scores(output: Output) -> dict[str, Float[Tensor, "n classes"]]:
     }
 
 
+def readout_probabilities(readout: str, scores: Float[Tensor, "n classes"]) -> Float[Tensor, "n classes"]:
+    """Turn a readout's scores into probabilities: those of ``joint`` are a sum of two softmax, all others logits."""
+    return scores / 2 if readout == "joint" else scores.softmax(dim=-1)
+
+
 def default_readout(names: Sequence[str]) -> str:
     """Return the readout that a student is judged by: the paper's joint one where there are two heads."""
     return "joint" if "joint" in names else names[0]

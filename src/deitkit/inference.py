@@ -12,7 +12,15 @@ from deitkit.data.decode import SUFFIXES, decode_image
 from deitkit.data.sources import Split, load_dataset
 from deitkit.device import Precision, choose_device
 from deitkit.errors import DataError, RecipeError
-from deitkit.evaluate import default_readout, predict, readout_scores, top_k_accuracy, top_k_hits, wilson_interval
+from deitkit.evaluate import (
+    default_readout,
+    predict,
+    readout_probabilities,
+    readout_scores,
+    top_k_accuracy,
+    top_k_hits,
+    wilson_interval,
+)
 from deitkit.recipe import DataRecipe
 
 
@@ -75,7 +83,7 @@ def predict_files(folder: Path, paths: list[Path], *, readout: str | None = None
     if chosen not in scores:
         raise RecipeError(f"--readout {chosen}: this model has {', '.join(scores)}")
     values = scores[chosen]
-    probabilities = values / 2 if chosen == "joint" else values.softmax(dim=-1)
+    probabilities = readout_probabilities(chosen, values)
     best = probabilities.topk(min(top, probabilities.shape[-1]), dim=-1)
     names = card["class_names"]
     return [

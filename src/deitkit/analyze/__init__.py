@@ -1,0 +1,1 @@
+"""What a finished run has learned, beyond accuracy: reads run folders, and never trains."""

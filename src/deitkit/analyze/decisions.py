@@ -1,0 +1,103 @@
+"""How classifiers decide about the same images: where they differ, which classes they confuse, whom they follow.
+
+Pure functions of decisions and labels; whose decisions they are is not known here.
+"""
+
+from collections.abc import Mapping
+from typing import Any, TypeAlias
+
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor
+
+Decisions: TypeAlias = Int64[Tensor, "n"]
+
+
+def disagreement(judges: Mapping[str, Mapping[int, Decisions]]) -> list[list[float | None]]:
+    """Return the share of images that each two judges classify differently, the mean over the seeds of both.
+
+    Source: Touvron et al. 2020, Table 4.
+
+    Args:
+        judges: The decisions of each by seed, about the same images.
+
+    Returns:
+        A symmetric matrix in the order of ``judges``; None where two have no seed in common.
+    """
+    return [[_differing(first, second) for second in judges.values()] for first in judges.values()]
+
+
+def _differing(first: Mapping[int, Decisions], second: Mapping[int, Decisions]) -> float | None:
+    shares = [share_of(first[seed] != second[seed]) for seed in first if seed in second]
+    return mean([share for share in shares if share is not None])
+
+
+def confusion_matrix(decisions: Decisions, labels: Int64[Tensor, "n"], classes: int) -> Int64[Tensor, "true decided"]:
+    """Return how many images of each class were decided to be of each class."""
+    return (labels * classes + decisions).bincount(minlength=classes * classes).view(classes, classes)
+
+
+def per_class_accuracy(counts: Int64[Tensor, "true decided"]) -> list[float | None]:
+    """Return the share of each class's images that were decided rightly; None for a class without images."""
+    shares = counts.diagonal().double() / counts.sum(dim=1)
+    return [None if share.isnan() else share.item() for share in shares]
+
+
+def most_confused(counts: Int64[Tensor, "true decided"], pairs: int = 5) -> list[dict[str, Any]]:
+    """Return the commonest mistakes, first by number, then by class.
+
+    Returns:
+        ``true`` and ``decided`` (classes), ``count``, ``of`` (images of that class) and ``share``.
+    """
+    mistakes = counts.clone().fill_diagonal_(0).flatten()
+    order = mistakes.argsort(descending=True, stable=True)[:pairs]
+    totals = counts.sum(dim=1).tolist()
+    found = []
+    for place in order[mistakes[order] > 0].tolist():
+        true, decided = divmod(place, len(counts))
+        count = int(mistakes[place])
+        found.append(
+            {"true": true, "decided": decided, "count": count, "of": totals[true], "share": count / totals[true]}
+        )
+    return found
+
+
+def agreement(decisions: Decisions, teacher: Decisions, labels: Int64[Tensor, "n"]) -> dict[str, float | None]:
+    """Return how often a classifier decides as its teacher does, and what becomes of the teacher's mistakes.
+
+    Returns:
+        Shares of the images: ``overall`` is agreement; ``teacher_right`` and ``teacher_wrong`` the same among the
+        images that the teacher gets right, and wrong (an inherited mistake); ``corrected`` the share of the teacher's
+        mistakes that the classifier gets right. None where there is no such image.
+    """
+    agrees, teacher_right = decisions == teacher, teacher == labels
+    return {
+        "overall": share_of(agrees),
+        "teacher_right": share_of(agrees[teacher_right]),
+        "teacher_wrong": share_of(agrees[~teacher_right]),
+        "corrected": share_of((decisions == labels)[~teacher_right]),
+    }
+
+
+def divergence(probabilities: Float[Tensor, "n classes"], teacher: Float[Tensor, "n classes"]) -> float:
+    """Return the mean Kullback-Leibler divergence in nats from a classifier's probabilities to its teacher's.
+
+    KL(teacher || classifier), the term that soft distillation brings down, at temperature 1.
+    """
+    ratio = log_probabilities(teacher) - log_probabilities(probabilities)
+    return (teacher.double() * ratio).sum(dim=-1).mean().item()
+
+
+def log_probabilities(probabilities: Float[Tensor, "n classes"]) -> Float[Tensor, "n classes"]:
+    """Return logarithms in float64; a probability that float32 rounded to 0 counts as its smallest normal number."""
+    return probabilities.double().clamp(min=torch.finfo(torch.float32).tiny).log()
+
+
+def share_of(chosen: Bool[Tensor, "m"]) -> float | None:
+    """Return the share of images that are chosen; None of no image."""
+    return chosen.double().mean().item() if len(chosen) else None
+
+
+def mean(values: list[float]) -> float | None:
+    """Return the mean over seeds; None of no seed."""
+    return sum(values) / len(values) if values else None
