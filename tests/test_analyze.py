@@ -3,7 +3,9 @@
 import math
 
 import pytest
+import timm
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -17,8 +19,18 @@ from deitkit.analyze.decisions import (
     most_confused,
     per_class_accuracy,
 )
+from deitkit.analyze.tokens import (
+    attention_by_block,
+    learned_similarity,
+    patch_maps,
+    recorded,
+    rollout,
+    token_similarity,
+    tokens_by_block,
+)
 from deitkit.evaluate import readout_probabilities, readout_scores
-from deitkit.models.vit import Output
+from deitkit.models.classifier import Classifier
+from deitkit.models.vit import DeiT, Output
 
 
 def drawn(seed: int, n: int = 300, classes: int = 6) -> tuple[Tensor, Tensor]:
@@ -134,3 +146,101 @@ def test_likelihood_is_torchs_cross_entropy() -> None:
     probabilities, labels = drawn(4)
     expected = torch.nn.functional.nll_loss(probabilities.log(), labels).item()
     assert negative_log_likelihood(probabilities, labels) == pytest.approx(expected, rel=1e-5)
+
+
+def random_student(tokens: tuple[str, ...], depth: int = 3) -> tuple[DeiT, Classifier]:
+    """A student with parameters far from their start, so that attention is not uniform."""
+    model = DeiT(
+        image_px=32, patch_px=8, channels=3, classes=5, width=24, depth=depth, heads=3, tokens=tokens
+    ).eval()  # fmt: skip
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.6, generator=generator)
+    return model, Classifier(model, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.2)).eval()
+
+
+def views(count: int = 4) -> Tensor:
+    return torch.rand(count, 3, 32, 32, generator=torch.Generator().manual_seed(2))
+
+
+def timm_twin(model: DeiT) -> timm.models.VisionTransformerDistilled:
+    """The same student as timm has it, attending by plain products."""
+    twin = timm.models.deit.VisionTransformerDistilled(
+        img_size=32, patch_size=8, num_classes=5, embed_dim=24, depth=len(model.blocks), num_heads=3
+    )
+    twin.load_state_dict(model.state_dict(), strict=True)
+    for block in twin.blocks:
+        block.attn.fused_attn = False
+    return twin.eval()
+
+
+def test_attention_is_that_of_timm() -> None:
+    model, classifier = random_student(("class", "distillation"))
+    found = attention_by_block(classifier, views())
+    twin = timm_twin(model)
+    with recorded([block.attn.attn_drop for block in twin.blocks]) as expected, torch.no_grad():
+        twin((views() - classifier.mean) / classifier.std)
+    torch.testing.assert_close(found, torch.stack(expected), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(found.sum(dim=-1), torch.ones(3, 4, 3, 18))
+    assert found.max() > 0.5, "uniform attention would show nothing"
+
+
+def test_attention_is_what_the_fused_kernel_does_to_identity_values() -> None:
+    model, classifier = random_student(("class",), depth=1)
+    with recorded([model.blocks[0].attn.qkv]) as found:
+        classifier(views())
+    query, key, _ = found[0].view(4, 17, 3, 3, 8).permute(2, 0, 3, 1, 4)
+    expected = F.scaled_dot_product_attention(query, key, torch.eye(17).expand(4, 3, 17, 17))
+    torch.testing.assert_close(attention_by_block(classifier, views())[0], expected)
+
+
+def test_tokens_by_block_are_those_of_timm() -> None:
+    model, classifier = random_student(("class", "distillation"))
+    found = tokens_by_block(classifier, views())
+    twin = timm_twin(model)
+    with recorded([twin.norm_pre, *twin.blocks]) as expected, torch.no_grad():
+        twin((views() - classifier.mean) / classifier.std)
+    torch.testing.assert_close(found, torch.stack(expected)[:, :, :2], rtol=1e-4, atol=1e-4)
+    cosines = token_similarity(found)
+    one, other = found[3, 1].double()
+    assert cosines[3, 1] == pytest.approx((one @ other / one.norm() / other.norm()).item(), abs=1e-5)
+    # Before the first block nothing depends on the image.
+    torch.testing.assert_close(cosines[0], cosines[0, :1].expand(4))
+    with torch.no_grad():
+        model.dist_token.copy_(-2 * model.cls_token)
+    assert learned_similarity(classifier) == pytest.approx(-1)
+
+
+def test_looking_leaves_a_student_as_it_was() -> None:
+    model, classifier = random_student(("class",))
+    before = classifier(views()).class_logits
+    attention_by_block(classifier, views())
+    tokens_by_block(classifier, views())
+    torch.testing.assert_close(classifier(views()).class_logits, before, rtol=0, atol=0)
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_rollout_of_one_block_and_of_three() -> None:
+    _, classifier = random_student(("class", "distillation"))
+    attention = attention_by_block(classifier, views())
+    first = attention[0].mean(dim=1)
+    half = first + torch.eye(18)
+    torch.testing.assert_close(rollout(attention[:1]), half / half.sum(dim=-1, keepdim=True))
+    found = rollout(attention)
+    torch.testing.assert_close(found.sum(dim=-1), torch.ones(4, 18))
+    # Entry by entry: from token i after the last block down every path to token j of the input.
+    mixes = [(block.mean(dim=1)[0] + torch.eye(18)) / 2 for block in attention]
+    expected = sum(mixes[2][1, a] * mixes[1][a, b] * mixes[0][b, 5] for a in range(18) for b in range(18))
+    assert found[0, 1, 5] == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_maps_are_rows_of_the_tokens_on_the_grid_of_patches() -> None:
+    _, classifier = random_student(("class", "distillation"))
+    rows = torch.arange(18 * 18.0).view(1, 18, 18)
+    maps = patch_maps(rows, classifier)
+    assert list(maps) == ["class", "distillation"]
+    assert maps["distillation"].shape == (1, 4, 4)
+    assert maps["distillation"][0, 2, 3] == rows[0, 1, 2 + 4 * 2 + 3]
+    _, pooled = random_student(())
+    assert patch_maps(rows[:, :16, :16], pooled) == {}

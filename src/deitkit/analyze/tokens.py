@@ -1,0 +1,121 @@
+"""A student from inside: its tokens after each block, and what they attend to.
+
+Everything is recorded by hooks during an ordinary forward pass, so that what is looked at is what answers, and the
+student's own code pays nothing for being looked at.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from deitkit.models.classifier import Classifier
+from deitkit.models.vit import Attention, DeiT
+
+
+@contextmanager
+def recorded(modules: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
+    """Record what modules return inside the block, in the order in which they run."""
+    outputs: list[Tensor] = []
+    handles = [module.register_forward_hook(lambda _, __, output: outputs.append(output)) for module in modules]
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.inference_mode()
+def tokens_by_block(
+    classifier: Classifier, view: Float[Tensor, "batch channels height width"]
+) -> Float[Tensor, "layers batch tokens features"]:
+    """Return a student's class and distillation tokens, as many as it has: before the first block and after each.
+
+    They are in the residual stream: not normalised, and before the first block with their position embeddings.
+
+    Args:
+        classifier: Around a DeiT.
+        view: Images in [0, 1].
+    """
+    student = student_of(classifier)
+    with recorded([student.pos_drop, *student.blocks]) as found:
+        classifier(view)
+    prefix = len(student.config["tokens"])
+    return torch.stack([x[:, :prefix] for x in found])
+
+
+def token_similarity(tokens: Float[Tensor, "layers batch 2 features"]) -> Float[Tensor, "layers batch"]:
+    """Return the cosine of class and distillation token (Touvron et al. 2020, section 4), layer by layer."""
+    return F.cosine_similarity(tokens[:, :, 0], tokens[:, :, 1], dim=-1)
+
+
+def learned_similarity(classifier: Classifier) -> float:
+    """Return the cosine of the two learned vectors that enter every image's sequence, without their positions."""
+    student = student_of(classifier)
+    assert student.cls_token is not None
+    assert student.dist_token is not None
+    return F.cosine_similarity(student.cls_token.flatten(), student.dist_token.flatten(), dim=0).item()
+
+
+@torch.inference_mode()
+def attention_by_block(
+    classifier: Classifier, view: Float[Tensor, "batch channels height width"]
+) -> Float[Tensor, "blocks batch heads tokens tokens"]:
+    """Return softmax(query key^T / sqrt(head width)) of every block, in float32; each row sums to 1.
+
+    The last block of a student computes it for the tokens that heads read; here it is whole.
+
+    Args:
+        classifier: Around a DeiT.
+        view: Images in [0, 1].
+    """
+    blocks = student_of(classifier).blocks
+    with recorded([block.get_submodule("norm1") for block in blocks]) as inputs:
+        classifier(view)
+    layers = [block.get_submodule("attn") for block in blocks]
+    return torch.stack([_attention(layer, x) for layer, x in zip(layers, inputs, strict=True)])
+
+
+def _attention(layer: nn.Module, x: Float[Tensor, "batch tokens width"]) -> Float[Tensor, "batch heads tokens tokens"]:
+    assert isinstance(layer, Attention)
+    query, key, _ = layer.qkv(x).unflatten(-1, (3, layer.heads, -1)).permute(2, 0, 3, 1, 4)
+    return (query @ key.transpose(-2, -1) / query.shape[-1] ** 0.5).softmax(dim=-1)
+
+
+def rollout(
+    attention: Float[Tensor, "blocks batch heads tokens tokens"],
+) -> Float[Tensor, "batch tokens tokens"]:
+    """Return how much of each input token reaches each output token, if values were only averaged; rows sum to 1.
+
+    Heads are averaged, and the residual branch counts as much as attention: the product of (A + I) / 2 over the blocks.
+    Source: Abnar and Zuidema 2020 (arXiv 2005.00928), section 3.
+    """
+    identity = torch.eye(attention.shape[-1], device=attention.device)
+    reached = identity.expand(attention.shape[1], -1, -1)
+    for block in attention.mean(dim=2):
+        reached = (block + identity) / 2 @ reached
+    return reached
+
+
+def patch_maps(
+    rows: Float[Tensor, "batch tokens tokens"], classifier: Classifier
+) -> dict[str, Float[Tensor, "batch height width"]]:
+    """Return what of each patch a student's tokens attend to, by token, on the grid of patches.
+
+    Args:
+        rows: Attention of one block (a mean of heads), or rollout.
+        classifier: Whose rows they are.
+    """
+    student = student_of(classifier)
+    names = student.config["tokens"]
+    side = student.config["image_px"] // student.config["patch_px"]
+    return {name: rows[:, place, len(names) :].unflatten(-1, (side, side)) for place, name in enumerate(names)}
+
+
+def student_of(classifier: Classifier) -> DeiT:
+    """Return the DeiT in a classifier that has one."""
+    assert isinstance(classifier.model, DeiT)
+    return classifier.model
