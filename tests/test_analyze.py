@@ -21,12 +21,12 @@ from deitkit.analyze.decisions import (
 )
 from deitkit.analyze.tokens import (
     attention_by_block,
+    attention_maps,
     learned_similarity,
     patch_maps,
     recorded,
+    recorded_similarity,
     rollout,
-    token_similarity,
-    tokens_by_block,
 )
 from deitkit.evaluate import readout_probabilities, readout_scores
 from deitkit.models.classifier import Classifier
@@ -195,28 +195,32 @@ def test_attention_is_what_the_fused_kernel_does_to_identity_values() -> None:
     torch.testing.assert_close(attention_by_block(classifier, views())[0], expected)
 
 
-def test_tokens_by_block_are_those_of_timm() -> None:
+def test_similarity_of_tokens_is_that_of_timms_by_image_and_layer() -> None:
     model, classifier = random_student(("class", "distillation"))
-    found = tokens_by_block(classifier, views())
+    with recorded_similarity(classifier) as found, torch.no_grad():
+        for batch in views().split([3, 1]):
+            classifier(batch)
     twin = timm_twin(model)
     with recorded([twin.norm_pre, *twin.blocks]) as expected, torch.no_grad():
         twin((views() - classifier.mean) / classifier.std)
-    torch.testing.assert_close(found, torch.stack(expected)[:, :, :2], rtol=1e-4, atol=1e-4)
-    cosines = token_similarity(found)
-    one, other = found[3, 1].double()
-    assert cosines[3, 1] == pytest.approx((one @ other / one.norm() / other.norm()).item(), abs=1e-5)
-    # Before the first block nothing depends on the image.
-    torch.testing.assert_close(cosines[0], cosines[0, :1].expand(4))
+    assert [[len(batch) for batch in layer] for layer in found] == [[3, 1]] * 4
+    for layer, x in zip(found, expected, strict=True):
+        for image, cosine in enumerate(torch.cat(layer)):
+            one, other = x[image, 0].double(), x[image, 1].double()
+            assert cosine == pytest.approx((one @ other / one.norm() / other.norm()).item(), abs=1e-5)
+    assert torch.cat(found[0]).std() < 1e-6, "before the first block nothing depends on the image"
+    assert torch.cat(found[3]).std() > 1e-3
     with torch.no_grad():
         model.dist_token.copy_(-2 * model.cls_token)
     assert learned_similarity(classifier) == pytest.approx(-1)
 
 
 def test_looking_leaves_a_student_as_it_was() -> None:
-    model, classifier = random_student(("class",))
+    model, classifier = random_student(("class", "distillation"))
     before = classifier(views()).class_logits
     attention_by_block(classifier, views())
-    tokens_by_block(classifier, views())
+    with recorded_similarity(classifier):
+        classifier(views())
     torch.testing.assert_close(classifier(views()).class_logits, before, rtol=0, atol=0)
     assert not any(module._forward_hooks for module in model.modules())
 
@@ -244,3 +248,15 @@ def test_maps_are_rows_of_the_tokens_on_the_grid_of_patches() -> None:
     assert maps["distillation"][0, 2, 3] == rows[0, 1, 2 + 4 * 2 + 3]
     _, pooled = random_student(())
     assert patch_maps(rows[:, :16, :16], pooled) == {}
+
+
+def test_maps_of_an_image_are_those_of_its_batch() -> None:
+    _, classifier = random_student(("class", "distillation"))
+    attention = attention_by_block(classifier, views())
+    found = attention_maps(classifier, views()[2:3])
+    kinds = ["class, last block", "class, rollout", "distillation, last block", "distillation, rollout"]
+    assert list(found) == kinds
+    heads = [attention[2, 2, head, 1, 2:].view(4, 4) for head in range(3)]
+    torch.testing.assert_close(found["distillation, last block"], sum(heads) / 3)
+    torch.testing.assert_close(found["class, rollout"], rollout(attention)[2, 0, 2:].view(4, 4))
+    assert attention_maps(random_student(())[1], views()[:1]) == {}

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from deitkit import __version__
+from deitkit.analyze.command import analyze
 from deitkit.bench.command import app as bench_app
 from deitkit.errors import DeitkitError, Interrupted, RecipeError, is_out_of_memory
 from deitkit.models_command import models
@@ -211,6 +212,9 @@ def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder
         _say(str(path))
 
 
+app.command()(analyze)
+
+
 @app.command()
 def recipes(
     name: Annotated[str | None, typer.Argument(metavar="[RECIPE]", help="Print this recipe.")] = None,
@@ -306,8 +310,8 @@ def main() -> None:
     except DeitkitError as error:
         errors.print(f"error: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
         sys.exit(2)
-    except (Interrupted, KeyboardInterrupt):
-        errors.print("stopped; the same command with --resume goes on from here", highlight=False)
+    except (Interrupted, KeyboardInterrupt) as stop:
+        errors.print(str(stop) or "stopped; the same command with --resume goes on from here", highlight=False)
         sys.exit(130)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):

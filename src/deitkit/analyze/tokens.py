@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from deitkit.models.classifier import Classifier
-from deitkit.models.vit import Attention, DeiT
+from deitkit.models.vit import TOKENS, Attention, DeiT
 
 
 @contextmanager
@@ -28,28 +28,36 @@ def recorded(modules: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
             handle.remove()
 
 
-@torch.inference_mode()
-def tokens_by_block(
-    classifier: Classifier, view: Float[Tensor, "batch channels height width"]
-) -> Float[Tensor, "layers batch tokens features"]:
-    """Return a student's class and distillation tokens, as many as it has: before the first block and after each.
+@contextmanager
+def recorded_similarity(classifier: Classifier) -> Iterator[list[list[Float[Tensor, "batch"]]]]:
+    """Record, whenever a student answers inside the block, the cosine of its class and distillation token.
 
-    They are in the residual stream: not normalised, and before the first block with their position embeddings.
+    The tokens are those of the residual stream: not normalised, and before the first block with their position
+    embeddings. Touvron et al. 2020, section 4, give its mean over images.
 
     Args:
-        classifier: Around a DeiT.
-        view: Images in [0, 1].
+        classifier: Around a DeiT with both tokens.
+
+    Yields:
+        For each layer (before the first block, and after each block) one tensor for each batch.
     """
     student = student_of(classifier)
-    with recorded([student.pos_drop, *student.blocks]) as found:
-        classifier(view)
-    prefix = len(student.config["tokens"])
-    return torch.stack([x[:, :prefix] for x in found])
+    assert student.config["tokens"] == list(TOKENS)
+    layers = [student.pos_drop, *student.blocks]
+    found: list[list[Tensor]] = [[] for _ in layers]
 
+    def keep(layer: list[Tensor], x: Tensor) -> None:
+        layer.append(F.cosine_similarity(x[:, 0].float(), x[:, 1].float(), dim=-1))
 
-def token_similarity(tokens: Float[Tensor, "layers batch 2 features"]) -> Float[Tensor, "layers batch"]:
-    """Return the cosine of class and distillation token (Touvron et al. 2020, section 4), layer by layer."""
-    return F.cosine_similarity(tokens[:, :, 0], tokens[:, :, 1], dim=-1)
+    handles = [
+        module.register_forward_hook(lambda _, __, x, layer=layer: keep(layer, x))
+        for module, layer in zip(layers, found, strict=True)
+    ]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def learned_similarity(classifier: Classifier) -> float:
@@ -98,6 +106,25 @@ def rollout(
     for block in attention.mean(dim=2):
         reached = (block + identity) / 2 @ reached
     return reached
+
+
+def attention_maps(
+    classifier: Classifier, view: Float[Tensor, "1 channels height width"]
+) -> dict[str, Float[Tensor, "rows columns"]]:
+    """Return what a student's tokens see of an image, on the grid of its patches: ``last block`` and ``rollout``.
+
+    ``TOKEN, last block`` is that token's attention in the last block, the mean of the heads; what it pays to the tokens
+    themselves is left out. One image at a time, since attention of all blocks is as large as a training batch's.
+
+    Args:
+        classifier: Around a DeiT; without tokens it has no map.
+        view: One image in [0, 1].
+    """
+    attention = attention_by_block(classifier, view)
+    kinds = {"last block": attention[-1].mean(dim=1), "rollout": rollout(attention)}
+    maps = {kind: patch_maps(rows, classifier) for kind, rows in kinds.items()}
+    tokens = student_of(classifier).config["tokens"]
+    return {f"{token}, {kind}": maps[kind][token][0].cpu() for token in tokens for kind in kinds}
 
 
 def patch_maps(
