@@ -10,7 +10,7 @@ from deitkit.report.layout import WINNER_MARK, Number, percent, reference_row
 Chart = dict[str, Any]
 Value = Callable[[dict[str, Any]], Number | None]
 
-_INK = "#76808f"  # legible on the page's light and dark ground alike
+INK = "#76808f"  # legible on the page's light and dark ground alike
 _GRID = "rgba(128,136,150,0.22)"
 _ROW_PX = 50
 
@@ -31,7 +31,7 @@ def accuracy_chart(results: dict[str, Any], metrics: list[dict[str, Any]]) -> Ch
         # the short name, above its bar rather than beside the axis: it then fits a phone; hovering gives the label
         place = {"xref": "paper", "x": 0, "xanchor": "left", "y": index, "yshift": 15}
         notes.append({**place, "text": text, "align": "left", "showarrow": False, "font": {"size": 12.5}})
-    layout = _layout(height=_ROW_PX * len(rows) + 60, margin={"l": 4, "r": 4, "t": 12, "b": 44})
+    layout = chart_layout(height=_ROW_PX * len(rows) + 60, margin={"l": 4, "r": 4, "t": 12, "b": 44})
     layout["yaxis"] = {"range": [len(rows) - 0.35, -0.75], "visible": False, "fixedrange": True}
     layout["xaxis"] |= {"title": {"text": "top-1 on the test set (%)"}, "fixedrange": True, "range": _padded(data)}
     layout["annotations"] = notes
@@ -113,7 +113,7 @@ def _none_line(results: dict[str, Any]) -> list[Chart]:
     if base is None or base["top1_mean"] is None:
         return []
     place = 100 * base["top1_mean"]
-    line = {"color": _INK, "width": 1, "dash": "dot"}
+    line = {"color": INK, "width": 1, "dash": "dot"}
     return [
         {"type": "line", "yref": "paper", "x0": place, "x1": place, "y0": 0, "y1": 1, "line": line, "layer": "below"}
     ]
@@ -127,7 +127,7 @@ def _curve_chart(metrics: list[dict[str, Any]], values: dict[str, Value], title:
         curves = sorted(curves_of(metrics, value), key=lambda curve: curve.over_seeds(mean)[-1], reverse=True)
         for curve in curves:
             data += _curve_traces(curve, term, colours[curve.student], dash)
-    layout = _layout(height=460, margin={"l": 56, "r": 12, "t": 12, "b": 50})
+    layout = chart_layout(height=460, margin={"l": 56, "r": 12, "t": 12, "b": 50})
     last = max(line["epoch"] for line in metrics)
     layout["xaxis"] |= {"title": {"text": "epoch"}, "tickformat": "d", "dtick": 1 if last <= 10 else None}
     layout["yaxis"]["title"] = {"text": title}
@@ -185,12 +185,12 @@ def _reference_lines(results: dict[str, Any]) -> list[Chart]:
             "x1": 1,
             "y0": 100 * accuracy,
             "y1": 100 * accuracy,
-            "line": {"color": _INK, "width": 1.2, "dash": dash},
+            "line": {"color": INK, "width": 1.2, "dash": dash},
             "label": {
                 "text": escape(name),
                 "textposition": "start",
                 "yanchor": anchor,
-                "font": {"color": _INK, "size": 11},
+                "font": {"color": INK, "size": 11},
             },
         }
         for name, accuracy, dash, anchor in references
@@ -209,14 +209,15 @@ def _term(name: str) -> Value:
     return lambda line: (line.get("terms") or {}).get(name)
 
 
-def _layout(height: int, margin: dict[str, int]) -> Chart:
+def chart_layout(height: int, margin: dict[str, int]) -> Chart:
+    """Return what all charts share: grounds that show the page's, colours legible in light and dark."""
     axis = {"gridcolor": _GRID, "zeroline": False, "linecolor": _GRID, "automargin": True}
     return {
         "height": height,
         "margin": margin,
         "paper_bgcolor": "rgba(0,0,0,0)",
         "plot_bgcolor": "rgba(0,0,0,0)",
-        "font": {"family": "inherit", "size": 12.5, "color": _INK},
+        "font": {"family": "inherit", "size": 12.5, "color": INK},
         "xaxis": dict(axis),
         "yaxis": dict(axis),
     }

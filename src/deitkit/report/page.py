@@ -1,17 +1,18 @@
 """The page: one self-contained HTML file that explains a comparison. Charts and table are made elsewhere."""
 
 import base64
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import yaml
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from deitkit.files import write_text
+from deitkit.report.analysis import Section, lay_out_analysis, read_analysis
 from deitkit.report.charts import accuracy_chart, curve_charts
+from deitkit.report.figures import colours_of
 from deitkit.report.layout import NOTHING, WINNER_MARK, lay_out, millions, percent, reference_row, teachers_of
 
 _UNITS = {"memory_gib": "memory (GiB)"}
@@ -20,7 +21,7 @@ _UNITS = {"memory_gib": "memory (GiB)"}
 def write_page(
     results: dict[str, Any], metrics: list[dict[str, Any]], teacher_metrics: list[dict[str, Any]], folder: Path
 ) -> list[Path]:
-    """Write ``report.html``, which needs no network; ``views.png`` of the folder goes into it where there is one.
+    """Write ``report.html``, which needs no network, with ``views.png`` and ``analysis.json`` where there are any.
 
     Args:
         results: What `read_results` returned.
@@ -31,7 +32,10 @@ def write_page(
     Raises:
         CheckpointError: The folder cannot be written.
     """
-    write_text(folder / "report.html", render_page(results, metrics, teacher_metrics, _picture(folder / "views.png")))
+    found = read_analysis(folder)
+    section = None if found is None else lay_out_analysis(found, results, colours_of(metrics), folder)
+    page = render_page(results, metrics, teacher_metrics, _picture(folder / "views.png"), section)
+    write_text(folder / "report.html", page)
     return [folder / "report.html"]
 
 
@@ -40,14 +44,22 @@ def render_page(
     metrics: list[dict[str, Any]],
     teacher_metrics: list[dict[str, Any]],
     views: str | None,
+    analysis: Section | None = None,
 ) -> str:
-    """Return the page; ``views`` is a data URI of augmented views."""
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    """Return the page; ``views`` is a data URI of augmented views, ``analysis`` what `deitkit analyze` found."""
+    environment = Environment(
+        loader=PackageLoader("deitkit.report", package_path=""),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
     environment.filters |= {"percent": percent, "millions": millions}
-    template = environment.from_string((resources.files("deitkit.report") / "page.html.j2").read_text(encoding="utf-8"))
+    template = environment.get_template("page.html.j2")
     charts: dict[str, Any] = {"rows": {"": accuracy_chart(results, metrics)}}
     charts["curves"] = curve_charts(results, metrics)
     charts["teacher"] = curve_charts(results | {"teacher": None}, teacher_metrics)
+    charts |= analysis.charts if analysis is not None else {}
     layout = lay_out(results)
     return template.render(
         results=results,
@@ -59,6 +71,7 @@ def render_page(
         charts={name: views for name, views in charts.items() if views},
         several_seeds=len({line["seed"] for line in metrics}) > 1,
         views=views,
+        analysis=analysis,
         published=_published_tables(results),
         recipe=yaml.safe_dump(results["recipe"], sort_keys=False, allow_unicode=True),
         machine={
