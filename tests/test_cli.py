@@ -156,6 +156,16 @@ def test_a_run_is_compared_evaluated_reported_and_used(run: Run, tmp_path: Path,
     assert code == 0
     assert (out / "table.md").exists()
     assert "<b>dog&" not in (out / "report.html").read_text()
+    code, text, errors = run("analyze", out, "--images", "2", "--json")
+    assert code == 0, errors
+    assert {judge["judge"]: judge["top1"] for judge in json.loads(text)["judges"]}.items() >= {
+        (f"token-hard/{readout}", value) for readout, value in top1.items()
+    }
+    code, text, _ = run("analyze", out, "--images", "1")
+    assert code == 0
+    assert "attention-token-hard.png" in text
+    assert "<b>dog&" not in (out / "report.html").read_text()
+    refused(run("analyze", out, "--seed", "7"), "--seed 7", "choose from 0")
     refused(run("predict", out, tmp_path / "nowhere.png"), "nowhere.png")
     refused(run("predict", out, out / "results.json"), "cannot be decoded")
     refused(run("predict", out / "seed-0" / "none", photos / "test" / "cat", "--readout", "joint"), "--readout joint")
@@ -164,6 +174,7 @@ def test_a_run_is_compared_evaluated_reported_and_used(run: Run, tmp_path: Path,
 
 def test_folders_that_hold_no_run(run: Run, tmp_path: Path) -> None:
     refused(run("report", tmp_path), "results.json")
+    refused(run("analyze", tmp_path), "results.json", "finish the comparison first")
     refused(run("predict", tmp_path, tmp_path), "model.json")
     refused(run("evaluate", tmp_path / "nowhere", "--data", "digits"), "model.json")
 

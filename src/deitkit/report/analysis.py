@@ -2,7 +2,6 @@
 
 import base64
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,7 +75,10 @@ def lay_out_analysis(
         folder: Of the run.
     """
     names = results["dataset"]["class_names"]
-    colour: Callable[[str], str] = lambda judge: colours.get(judge.removesuffix("+ema"), COLOURS[-1])  # noqa: E731
+
+    def colour(student: str) -> str:
+        return colours.get(student.removesuffix("+ema"), COLOURS[-1])  # the teacher's is grey
+
     charts = {
         "similarity": {"": similarity_chart(analysis["tokens"], colour)} if analysis["tokens"] else {},
         "by-class": {"": accuracy_by_class_chart(analysis["classes"], names, colour)},

@@ -95,8 +95,8 @@ def accuracy_by_class_chart(classes: list[dict[str, Any]], names: list[str], col
             "x": [None if (share := entry["accuracy"][p]) is None else 100 * share for p in order],
             "y": [labels[p] for p in order],
             "marker": {
-                "color": colour(entry["judge"].partition("/")[0]), "size": 9, "opacity": 0.85,
-                "symbol": _SYMBOLS[number % len(_SYMBOLS)],
+                "color": colour(entry["judge"].partition("/")[0]), "opacity": 0.85,
+                "size": 9 if len(order) <= 40 else 5, "symbol": _SYMBOLS[number % len(_SYMBOLS)],
             },
             "hovertemplate": "%{y}: %{x:.1f} %<extra>%{data.name}</extra>",
         }
