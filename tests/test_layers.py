@@ -9,6 +9,7 @@ import deitkit
 LAYERS = (
     {"cli"},
     {"terminal", "bench", "models_command", "analyze"},
+    {"variants"},
     {"compare", "inference"},
     {"rows", "teacher", "teachers"},
     {"runs"},

@@ -68,6 +68,9 @@ def compare(
     For example `deitkit compare digits`, or `deitkit compare cifar10-cpu train.epochs=40 --seeds 3 --out runs/mine`,
     or with your own images `deitkit compare own-images data.name=folder:photos`.
 
+    A recipe with `variants` is an ablation, such as `deitkit compare ablation-cifar10-cpu`: the recipe as it is, then
+    each variant in a folder of its own under variants/, and one table of the differences to the base.
+
     The run folder then holds table.md, table.csv, table.tex, curves.png, curves.svg, report.html, results.json, and
     the winner, ready for `deitkit predict`. Ctrl-C stops and saves; the same command with --resume goes on.
     """
@@ -96,21 +99,24 @@ def train(
 
 
 def _compare(recipe: Recipe, out: Path | None, resume: bool, as_json: bool) -> None:
-    from deitkit.compare import compare as run_comparison
+    from deitkit.compare import compare
     from deitkit.report.table import rich_table
     from deitkit.terminal import Terminal
+    from deitkit.variants import compare_variants
 
     folder = _run_folder(out, recipe, resume)
     output = errors if as_json else console
     with Terminal(output) as terminal:
         terminal.say(f"run folder {folder}")
-        results = run_comparison(recipe, folder, watcher=terminal, resume=resume)
+        results = (compare_variants if recipe.variants else compare)(recipe, folder, watcher=terminal, resume=resume)
     if as_json:
         sys.stdout.write(json.dumps(results) + "\n")
         return
     console.print(rich_table(results))
     _say(f"page     {folder / 'report.html'}")
     _say(f"curves   {folder / 'curves.png'}")
+    for name in results.get("variants", {}):
+        _say(f"variant  {folder / 'variants' / name}")
     if results["winner"] is not None:
         _say(f"winner   {folder / 'winner'}   (deitkit predict {folder} IMAGE...)")
 

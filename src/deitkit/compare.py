@@ -40,7 +40,9 @@ from deitkit.teachers import Teachers, common_card, mean_answer, prepare_teacher
 BASELINE = "cnn-baseline"
 
 
-def compare(recipe: Recipe, folder: Path, *, watcher: Watcher, resume: bool = False) -> dict[str, Any]:
+def compare(
+    recipe: Recipe, folder: Path, *, watcher: Watcher, resume: bool = False, dataset: Dataset | None = None
+) -> dict[str, Any]:
     """Run a comparison into a folder and return its ``results.json``.
 
     Args:
@@ -48,6 +50,7 @@ def compare(recipe: Recipe, folder: Path, *, watcher: Watcher, resume: bool = Fa
         folder: New or empty; with ``resume`` one that this recipe has begun.
         watcher: Is told how it goes, and asked whether to stop.
         resume: Go on with a run that was stopped; one that ended is only reported again.
+        dataset: What ``recipe.data`` names, if it is loaded already.
 
     Raises:
         Interrupted: The watcher asked to stop; the run can be resumed.
@@ -58,7 +61,8 @@ def compare(recipe: Recipe, folder: Path, *, watcher: Watcher, resume: bool = Fa
         find_method(name)
     check_run(folder, recipe, resume)
     watcher.say(f"device {device}, precision {precision.name}")
-    dataset = load_dataset(recipe.data, watcher.reading)
+    if dataset is None:
+        dataset = load_dataset(recipe.data, watcher.reading)
     watcher.say(
         f"data {dataset.name}: {len(dataset.train)} training, {len(dataset.validation)} validation, "
         f"{len(dataset.test)} test images, {dataset.classes} classes"
@@ -68,11 +72,7 @@ def compare(recipe: Recipe, folder: Path, *, watcher: Watcher, resume: bool = Fa
             f"learning rate {peak_learning_rate(recipe.train, recipe.train):g}: {recipe.train.learning_rate:g} for "
             f"{recipe.train.learning_rate_per} images, {recipe.train.batch_size} in a step"
         )
-    # Built once and thrown away: what cannot be built is a mistake to hear of before the teacher trains.
-    Batches(dataset.train, recipe.train.batch_size, 0, device)
-    start: list[str] = []
-    build_students(recipe, dataset, recipe.seeds[0], precision, start.append)
-    for line in start:
+    for line in rehearse(recipe, dataset, precision):
         watcher.say(line)
     begin_run(folder, recipe)
     machine = describe_machine(device, precision)
@@ -81,7 +81,7 @@ def compare(recipe: Recipe, folder: Path, *, watcher: Watcher, resume: bool = Fa
 
     teachers: Teachers | None = None
     cards: list[TeacherCard] = []
-    if any(METHODS[name].teacher_signal for name in recipe.methods):
+    if needs_teacher(recipe):
         teachers, cards = prepare_teachers(
             recipe, dataset, folder=folder / "teacher", precision=precision, watcher=watcher
         )
@@ -94,6 +94,23 @@ def compare(recipe: Recipe, folder: Path, *, watcher: Watcher, resume: bool = Fa
     write_text(folder / "results.json", json.dumps(results, indent=2, ensure_ascii=False) + "\n")
     write_report(folder)
     return results
+
+
+def needs_teacher(recipe: Recipe) -> bool:
+    """Return whether any method of a recipe learns from a teacher."""
+    return any(find_method(name).teacher_signal for name in recipe.methods)
+
+
+def rehearse(recipe: Recipe, dataset: Dataset, precision: Precision) -> list[str]:
+    """Build once and throw away: what cannot be built is a mistake to hear of before the teacher trains.
+
+    Returns:
+        What the students start from, line by line, where that is a checkpoint.
+    """
+    Batches(dataset.train, recipe.train.batch_size, 0, precision.device)
+    start: list[str] = []
+    build_students(recipe, dataset, recipe.seeds[0], precision, start.append)
+    return start
 
 
 def build_students(

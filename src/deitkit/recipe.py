@@ -3,11 +3,12 @@
 Every number that influences a result is a field here. Nothing in this file builds a model or touches data.
 """
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Probability = Annotated[float, Field(ge=0, le=1)]
@@ -15,6 +16,9 @@ NonNegativeFloat = Annotated[float, Field(ge=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 Colour = tuple[float, ...]
 OptimizerName = Literal["adamw", "sgd", "muon", "lamb"]
+
+BASE = "base"  # what the recipe itself is called among its variants
+VARIANT_NAME = re.compile("[a-z0-9][a-z0-9_-]{0,63}")
 
 
 class Section(BaseModel):
@@ -298,6 +302,21 @@ class Recipe(Section):
     seeds: tuple[NonNegativeInt, ...] = Field((0,), min_length=1, description="A cohort is trained for each.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is one.")
     published: tuple[Literal["seed", "paper"], ...] = Field((), description="Published tables to print beside ours.")
+    variants: dict[str, dict[str, Any]] = Field(
+        {}, description="By name, fields that another comparison changes; all of them in one table (an ablation)."
+    )
+
+    @field_validator("variants", mode="before")
+    @classmethod
+    def _by_dotted_field(cls, variants: Any) -> Any:
+        """Write nested mappings as dotted fields; of a field given twice the later counts; null drops a variant."""
+        if not isinstance(variants, dict):
+            return {} if variants is None else variants
+        return {
+            name: dict(_flat(changes)) if isinstance(changes, dict) else changes
+            for name, changes in variants.items()
+            if changes is not None
+        }
 
     @model_validator(mode="after")
     def _consistent(self) -> "Recipe":
@@ -305,6 +324,14 @@ class Recipe(Section):
         if problems:
             raise ValueError("; ".join(problems))
         return self
+
+
+def _flat(tree: dict[Any, Any], prefix: str = "") -> Iterator[tuple[Any, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def _contradictions(recipe: Recipe) -> Iterator[str]:
@@ -340,3 +367,8 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
             yield f"{name}.warmup_epochs={section.warmup_epochs:g} exceeds {name}.epochs={section.epochs}: lower it"
         if section.repeats > section.batch_size:
             yield f"{name}.repeats={section.repeats} exceeds {name}.batch_size={section.batch_size}: lower it"
+    for name in recipe.variants:
+        if not VARIANT_NAME.fullmatch(name) or name == BASE:
+            yield (
+                f"variants: '{name}' names a folder: write it in small letters, digits, - and _, other than '{BASE}'"
+            )

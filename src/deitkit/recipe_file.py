@@ -13,7 +13,16 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from deitkit.errors import RecipeError
-from deitkit.recipe import Recipe
+from deitkit.recipe import BASE, Recipe
+
+# What a variant must leave as it is, and why: what its rows share with those of the base.
+PAIRED_BY = {
+    "seeds": "seeds",
+    "data.name": "test images",
+    "data.test_images": "test images",
+    "data.test_fraction": "test images",
+    "data.split_seed": "test images",
+}
 
 
 def shipped_recipes() -> dict[str, str]:
@@ -42,12 +51,65 @@ def load_recipe(source: str | None, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def parse_recipe(tree: dict[str, Any]) -> Recipe:
-    """Validate a tree of plain values; raises RecipeError with all problems at once."""
+    """Validate a tree of plain values, variants included; raises RecipeError with all problems at once."""
     try:
-        return Recipe.model_validate(tree)
+        recipe = Recipe.model_validate(tree)
     except ValidationError as error:
         problems = [_sentence(dict(problem)) for problem in error.errors()]
         raise RecipeError("; ".join(problems)) from None
+    expand_variants(recipe)
+    return recipe
+
+
+def expand_variants(recipe: Recipe) -> dict[str, Recipe]:
+    """Return the recipe itself as ``base`` and each of its variants, none of which has variants of its own.
+
+    Raises:
+        RecipeError: A variant is no recipe, or cannot be compared with the base; all problems at once.
+    """
+    base = recipe.model_copy(update={"variants": {}})
+    expanded, problems = {BASE: base}, []
+    for name, changes in recipe.variants.items():
+        tree = base.model_dump() | {"name": f"{recipe.name}-{name}"}
+        for key, value in changes.items():
+            _set(tree, _path(key, value), value)
+        try:
+            expanded[name] = Recipe.model_validate(tree)
+        except ValidationError as error:
+            problems += [f"variants.{name}: {_sentence(dict(problem))}" for problem in error.errors()]
+        else:
+            problems += [f"variants.{name}: {problem}" for problem in _incomparable(expanded[name], base)]
+    if problems:
+        raise RecipeError("; ".join(problems))
+    return expanded
+
+
+def changed_fields(old: Any, new: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Yield the dotted key, the old and the new value of what differs between two dumped recipes."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for name in {**old, **new}:
+            yield from changed_fields(old.get(name), new.get(name), f"{key}.{name}" if key else name)
+    elif _are_sections(old) and _are_sections(new) and len(old) == len(new):
+        for pair in zip(old, new, strict=True):
+            yield from changed_fields(*pair, key)
+    elif old != new:
+        yield key, old, new
+
+
+def _are_sections(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(entry, dict) for entry in value)
+
+
+def _incomparable(variant: Recipe, base: Recipe) -> Iterator[str]:
+    """Yield why a variant's figures could not stand in one table with the base's."""
+    changes = [change for change in changed_fields(base.model_dump(), variant.model_dump()) if change[0] != "name"]
+    for key, old, new in changes:
+        if key in PAIRED_BY:
+            yield f"{key}={new!r} must stay {old!r}: differences to the base are taken over the same {PAIRED_BY[key]}"
+    if variant.variants:
+        yield "a variant has no variants of its own: name the fields that it changes"
+    if not changes:
+        yield "changes nothing: name a field that differs from the base, or set it to null, which drops it"
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -151,14 +213,25 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         value = yaml.safe_load(text)
     except (yaml.YAMLError, RecursionError, ValueError):
         raise RecipeError(f"the value of '{override}' is no valid YAML: quote it") from None
+    # the fields of a variant stay dotted: variants, its name, the field
+    _set(tree, key.split(".", 2) if key.startswith("variants.") else _path(key, value), value)
+
+
+def _path(key: str, value: Any) -> list[str]:
+    """Return the steps to a field; a section that has a name may be named in short."""
     if isinstance(value, str) and "name" in getattr(_section_of(_field_type(key)), "model_fields", ()):
         key += ".name"
-    *parents, last = key.split(".")
+    return key.split(".")
+
+
+def _set(tree: dict[str, Any], path: list[str], value: Any) -> None:
+    *parents, last = path
     place = tree
     for parent in parents:
         if not isinstance(place.get(parent), dict):
             place[parent] = {}
         place = place[parent]
+    place.pop(last, None)  # of a variant's field that is given in two ways the later counts
     place[last] = value
 
 

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from deitkit.data.sources import Dataset
 from deitkit.evaluate import (
+    Difference,
     default_readout,
     mean_interval,
     paired_difference,
@@ -106,7 +107,7 @@ def _row(
     labels = dataset.test.labels
     finished = [seed for seed in recipe.seeds if predictions[seed][name]["status"] is None]
     scores = {seed: predictions[seed][name]["scores"][weights] for seed in finished}
-    hits = {seed: top_k_hits(scores[seed]["test"][readout], labels) for seed in finished}
+    hits = row_hits(predictions, name, weights, readout, labels)
     top1 = [hits[seed].double().mean().item() if seed in hits else None for seed in recipe.seeds]
     values = [value for value in top1 if value is not None]
     top5 = None
@@ -147,6 +148,18 @@ def _row(
     }
 
 
+def row_hits(
+    predictions: dict[int, Any], name: str, weights: str, readout: str, labels: Int64[Tensor, "n"]
+) -> dict[int, Bool[Tensor, "n"]]:
+    """Return which test images a row gets right, for each seed that did not stop."""
+    students = {seed: students[name] for seed, students in predictions.items()}
+    return {
+        seed: top_k_hits(student["scores"][weights]["test"][readout], labels)
+        for seed, student in students.items()
+        if student["status"] is None
+    }
+
+
 def _interval(values: list[float], n: int) -> tuple[float, float] | None:
     if not values:
         return None
@@ -170,20 +183,22 @@ def _against_none(name: str, hits: dict[int, Tensor], dataset: Dataset, predicti
     reference = next((candidate for candidate in REFERENCES if candidate in students), None)
     if reference is None or name == reference:
         return empty
-    seeds = [seed for seed in hits if predictions[seed][reference]["status"] is None]
-    if not seeds:
+    other = row_hits(predictions, reference, "last", "class", dataset.test.labels)
+    difference = paired_over_seeds(hits, other)
+    if difference is None:
         return empty
-    other = [
-        top_k_hits(predictions[seed][reference]["scores"]["last"]["test"]["class"], dataset.test.labels)
-        for seed in seeds
-    ]
-    difference = paired_difference([hits[seed] for seed in seeds], other)
     return {
         "difference_vs_none": difference.mean,
         "difference_ci95": difference.ci95,
         "p_vs_none": difference.p,
         "p_test": difference.test,
     }
+
+
+def paired_over_seeds(hits: dict[int, Bool[Tensor, "n"]], other: dict[int, Bool[Tensor, "n"]]) -> Difference | None:
+    """Return how far one row lies above another over the seeds that both finished; None where there is no such seed."""
+    seeds = [seed for seed in hits if seed in other]
+    return paired_difference([hits[seed] for seed in seeds], [other[seed] for seed in seeds]) if seeds else None
 
 
 _NO_SPEED = {"images_per_second": None, "train_seconds": None}
@@ -210,17 +225,16 @@ def _winner(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
 
     Of a student with two heads only the joint readout of the paper may win; of equals the first.
     """
+    candidates = [row for row in reported_rows(rows) if row["method"] in METHODS and row["status"] == "ok"]
+    return max(candidates, key=_validation_mean, default=None)
+
+
+def reported_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the rows by which students are judged: of a student with two heads the paper's joint readout."""
     readouts: dict[str, list[str]] = {}
     for row in rows:
         readouts.setdefault(row["method"], []).append(row["readout"])
-    candidates = [
-        row
-        for row in rows
-        if row["method"] in METHODS
-        and row["status"] == "ok"
-        and row["readout"] == default_readout(readouts[row["method"]])
-    ]
-    return max(candidates, key=_validation_mean, default=None)
+    return [row for row in rows if row["readout"] == default_readout(readouts[row["method"]])]
 
 
 def _validation_mean(row: dict[str, Any]) -> float:

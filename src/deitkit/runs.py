@@ -16,11 +16,12 @@ from deitkit.cohort import Cohort, Progress
 from deitkit.errors import CheckpointError, Interrupted
 from deitkit.files import write_text
 from deitkit.recipe import Recipe
-from deitkit.recipe_file import dump_recipe
+from deitkit.recipe_file import changed_fields, dump_recipe
 from deitkit.report import read_metrics
 
 # Fields that say where or how fast, not what, so that a run may go on on another machine; and those of the gate, so
 # that a teacher that it refused need not be trained again.
+# Variants are free too: a run may go on with more of them, and each one's own folder refuses a change.
 FREE_TO_CHANGE = {
     "device",
     "speed",
@@ -33,6 +34,7 @@ FREE_TO_CHANGE = {
     "teacher.min_top1",
     "teacher.also.allow_weak",
     "teacher.also.min_top1",
+    "variants",
 }
 
 
@@ -100,17 +102,11 @@ def begin_run(folder: Path, recipe: Recipe) -> None:
     write_text(folder / "recipe.yaml", dump_recipe(recipe))
 
 
-def _changes(old: Any, new: Any, key: str = "") -> list[str]:
-    if isinstance(old, dict) and isinstance(new, dict):
-        names = [name for name in {**old, **new} if f"{key}{name}" not in FREE_TO_CHANGE]
-        return [change for name in names for change in _changes(old.get(name), new.get(name), f"{key}{name}.")]
-    if _are_sections(old) and _are_sections(new) and len(old) == len(new):
-        return [change for pair in zip(old, new, strict=True) for change in _changes(*pair, key)]
-    return [] if old == new else [f"{key.rstrip('.')} was {old}, now {new}"]
+def _changes(old: Any, new: Any) -> list[str]:
+    def free(key: str) -> bool:
+        return any(key == field or key.startswith(f"{field}.") for field in FREE_TO_CHANGE)
 
-
-def _are_sections(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(entry, dict) for entry in value)
+    return [f"{key} was {was}, now {now}" for key, was, now in changed_fields(old, new) if not free(key)]
 
 
 def train_to_end(

@@ -10,6 +10,7 @@ from deitkit.report.figures import write_curves
 from deitkit.report.page import write_page
 from deitkit.report.published import published_rows
 from deitkit.report.table import rich_table, write_tables
+from deitkit.report.variants import write_differences
 
 __all__ = ["published_rows", "read_metrics", "read_results", "rich_table", "write_report"]
 
@@ -28,21 +29,44 @@ _REQUIRED_OF_ROW = (
     "top1_mean",
     "status",
 )
+_REQUIRED_OF_VARIANT = (
+    "variant",
+    "changed",
+    "teacher_name",
+    "teacher_test_top1",
+    "difference_vs_base",
+    "difference_vs_base_ci95",
+    "p_vs_base",
+    "p_vs_base_test",
+)
 
 
 def write_report(folder: Path) -> list[Path]:
     """Write tables, curves and the page of a run folder, from what lies in it alone.
 
     Returns:
-        The files: ``table.md|csv|tex``, ``curves.png|svg`` (where there are metrics) and ``report.html``.
+        The files: ``table.md|csv|tex``, ``curves.png|svg`` (where there are metrics), of an ablation
+        ``differences.png|svg``, and ``report.html``.
 
     Raises:
         CheckpointError: ``results.json`` is missing or malformed, or the folder cannot be written.
     """
-    results, metrics = read_results(folder), read_metrics(folder)
+    results = read_results(folder)
+    metrics = _metrics_of(results, folder)
     written = write_tables(results, folder) + write_curves(results, metrics, folder)
+    if "variants" in results:
+        written += write_differences(results, folder)
     lessons = [line for home in sorted(folder.glob("teacher*")) for line in read_metrics(home)]
     return written + write_page(results, metrics, lessons, folder)
+
+
+def _metrics_of(results: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
+    """Return a run's metrics; of an ablation those of all variants, whose students then bear the variant's name."""
+    return read_metrics(folder) + [
+        line | {"student": f"{name}: {line['student']}"}
+        for name in results.get("variants", {})
+        for line in read_metrics(folder / "variants" / name)
+    ]
 
 
 def read_results(folder: Path) -> dict[str, Any]:
@@ -66,8 +90,9 @@ def read_results(folder: Path) -> dict[str, Any]:
             f"'{path}' has format {found!r}, this version reads format {_FORMAT}: use the deitkit that wrote it"
         )
     lacking = [name for name in _REQUIRED if name not in results]
+    required = _REQUIRED_OF_ROW + (_REQUIRED_OF_VARIANT if "variants" in results else ())
     for row in results.get("rows") or []:
-        lacking += [f"rows.{name}" for name in _REQUIRED_OF_ROW if name not in row]
+        lacking += [f"rows.{name}" for name in required if name not in row]
     if lacking or not results["rows"]:
         what = ", ".join(dict.fromkeys(lacking)) or "rows"
         raise CheckpointError(f"'{path}' lacks {what}: run the comparison again with --resume")

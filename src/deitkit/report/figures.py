@@ -84,15 +84,24 @@ def write_curves(results: dict[str, Any], metrics: list[dict[str, Any]], folder:
     curves = curves_of(metrics, validation_accuracy)
     if not curves:
         return []
+    return write_figure(lambda: _draw(results, curves), folder, "curves")
+
+
+def write_figure(draw: Callable[[], Figure], folder: Path, name: str) -> list[Path]:
+    """Write a figure as PNG and SVG; the same run gives the same files.
+
+    Raises:
+        CheckpointError: The folder cannot be written.
+    """
     written = []
-    # a fixed salt, no date and text as text: the same run gives the same file
+    # a fixed salt, no date and text as text
     with matplotlib.rc_context({"svg.hashsalt": "deitkit", "svg.fonttype": "none", "font.size": 10}):
-        figure = _draw(results, curves)
+        figure = draw()
         for suffix, metadata in (("png", {"Software": None}), ("svg", {"Date": None, "Creator": None})):
             buffer = io.BytesIO()
             figure.savefig(buffer, format=suffix, dpi=160, metadata=metadata)
-            write_bytes(folder / f"curves.{suffix}", buffer.getvalue())
-            written.append(folder / f"curves.{suffix}")
+            write_bytes(folder / f"{name}.{suffix}", buffer.getvalue())
+            written.append(folder / f"{name}.{suffix}")
     return written
 
 

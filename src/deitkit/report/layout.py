@@ -26,13 +26,17 @@ class Column:
 
 @dataclass(frozen=True)
 class Line:
-    """One line of the table; ``cells`` by column key, ``name`` as a recipe spells it, ``label`` as a person does."""
+    """One line of the table; ``cells`` by column key, ``name`` as a recipe spells it, ``label`` as a person does.
+
+    ``link`` is a page of its own, relative to the run folder. Lines of one ``group`` stand together.
+    """
 
     name: str
     label: str
     cells: dict[str, str]
-    group: str  # students | baseline | teacher
+    group: str  # students | baseline | teacher, or what else divides a table
     winner: bool = False
+    link: str | None = None
 
 
 @dataclass(frozen=True)
@@ -116,10 +120,10 @@ def _line(row: dict[str, Any], results: dict[str, Any], beside: dict[str, dict[s
     cells = {
         "labels": labels + LABELS_MARK if _on_one_head(row) else labels,
         "teacher": row["teacher"] or "none",
-        "top1": _top1(row) + (STATUS_MARK if row["status"] != "ok" else ""),
-        "difference": _points(row.get("difference_vs_none"), images),
-        "interval": NOTHING if low is None else f"[{_points(low, images)}, {_points(high, images)}]",
-        "p": _p_value(row.get("p_vs_none")),
+        "top1": accuracy(row) + (STATUS_MARK if row["status"] != "ok" else ""),
+        "difference": points(row.get("difference_vs_none"), images),
+        "interval": NOTHING if low is None else f"[{points(low, images)}, {points(high, images)}]",
+        "p": p_value(row.get("p_vs_none")),
         "top5": percent(_mean(row.get("top5")), images),
         "agreement": percent(row.get("teacher_agreement"), images),
         "parameters": millions(row.get("parameters")),
@@ -168,7 +172,8 @@ def _teacher_line(name: str, teacher: dict[str, Any], results: dict[str, Any]) -
     return Line(name=name, label=name, cells=cells, group="teacher")
 
 
-def _top1(row: dict[str, Any]) -> str:
+def accuracy(row: dict[str, Any]) -> str:
+    """Return a row's top-1 with its spread over seeds, or the Wilson interval of its one seed."""
     finished = [value for value in row["top1"] if value is not None]
     mean, images = row.get("top1_mean"), row["n"]
     if mean is None:
@@ -236,13 +241,15 @@ def _on_one_head(row: dict[str, Any]) -> bool:
     return row["method"].removeprefix("mean-pool-") in ("soft", "hard") and row["labels"]
 
 
-def _points(value: Number | None, images: int) -> str:
+def points(value: Number | None, images: int) -> str:
+    """Return a difference of fractions in points, with a sign."""
     if value is None:
         return NOTHING
     return f"{100 * value:+.{2 if images >= 1000 else 1}f}".replace("-", "−")
 
 
-def _p_value(p: Number | None) -> str:
+def p_value(p: Number | None) -> str:
+    """Return a p value as a table shows it."""
     if p is None:
         return NOTHING
     return "<0.001" if p < 0.001 else f"{p:.3f}"

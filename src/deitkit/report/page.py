@@ -13,7 +13,8 @@ from deitkit.files import write_text
 from deitkit.report.analysis import Section, lay_out_analysis, read_analysis
 from deitkit.report.charts import accuracy_chart, curve_charts
 from deitkit.report.figures import colours_of
-from deitkit.report.layout import NOTHING, WINNER_MARK, lay_out, millions, percent, reference_row, teachers_of
+from deitkit.report.layout import NOTHING, WINNER_MARK, millions, percent, reference_row, teachers_of
+from deitkit.report.variants import difference_chart, lay_out_any
 
 _UNITS = {"memory_gib": "memory (GiB)"}
 
@@ -56,11 +57,12 @@ def render_page(
     )
     environment.filters |= {"percent": percent, "millions": millions}
     template = environment.get_template("page.html.j2")
-    charts: dict[str, Any] = {"rows": {"": accuracy_chart(results, metrics)}}
+    rows = difference_chart(results) if "variants" in results else accuracy_chart(results, metrics)
+    charts: dict[str, Any] = {"rows": {"": rows}}
     charts["curves"] = curve_charts(results, metrics)
     charts["teacher"] = curve_charts(results | {"teacher": None}, teacher_metrics)
     charts |= analysis.charts if analysis is not None else {}
-    layout = lay_out(results)
+    layout = lay_out_any(results)
     return template.render(
         results=results,
         layout=layout,

@@ -14,8 +14,9 @@ from rich.table import Table
 from rich.text import Text
 
 from deitkit.files import write_text
-from deitkit.report.layout import WINNER_MARK, Column, Layout, Line, lay_out
+from deitkit.report.layout import WINNER_MARK, Column, Layout, Line
 from deitkit.report.published import published_beside
+from deitkit.report.variants import lay_out_any
 
 _ASCII = str.maketrans({"±": "+-", "−": "-", "–": "-", "★": ">", "†": "!", "⚗": "*", "’": "'"})
 _LATEX = {
@@ -59,7 +60,7 @@ class TerminalTable:
 
 def rich_table(results: dict[str, Any]) -> TerminalTable:
     """Return the table as a rich renderable; where the terminal is narrow the least important columns are left out."""
-    return TerminalTable(lay_out(results))
+    return TerminalTable(lay_out_any(results))
 
 
 def write_tables(results: dict[str, Any], folder: Path) -> list[Path]:
@@ -68,7 +69,7 @@ def write_tables(results: dict[str, Any], folder: Path) -> list[Path]:
     Raises:
         CheckpointError: The folder cannot be written.
     """
-    layout = lay_out(results)
+    layout = lay_out_any(results)
     texts = {"md": _markdown(layout), "csv": _csv(results), "tex": _latex(layout)}
     for suffix, text in texts.items():
         write_text(folder / f"table.{suffix}", text)
