@@ -27,6 +27,7 @@ from deitkit.recipe import Recipe
 from deitkit.recipe_file import load_recipe, shipped_recipes
 from deitkit.report import write_report
 from deitkit.runs import Silent
+from deitkit.variants import compare_variants
 
 TinyRecipe = Callable[..., Recipe]
 
@@ -184,7 +185,15 @@ def test_every_shipped_recipe_trains_two_steps(name: str, tmp_path: Path, monkey
     channels = 1 if recipe.data.name in ("digits", "fashion_mnist") else 3
     data = striped_dataset(classes=10, per_class=4, image_px=px, channels=channels)
     monkeypatch.setattr("deitkit.compare.load_dataset", lambda *_: data)
-    results = compare(recipe, tmp_path / "run", watcher=Silent())
+    if recipe.variants:
+        monkeypatch.setattr("deitkit.variants.load_dataset", lambda *_: data)
+        # thirteen times the pictures of one run would take longer than all that this test is about
+        monkeypatch.setattr("deitkit.compare.write_report", lambda *_: [])
+        monkeypatch.setattr("deitkit.compare.draw_views", lambda *_: None)
+        results = compare_variants(recipe, tmp_path / "run", watcher=Silent())
+        assert {row["variant"] for row in results["rows"]} == {"base", *recipe.variants}
+    else:
+        results = compare(recipe, tmp_path / "run", watcher=Silent())
     assert {row["method"] for row in results["rows"]} - {"cnn-baseline"} == set(recipe.methods)
     assert all(row["status"] == "ok" for row in results["rows"])
 
