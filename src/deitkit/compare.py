@@ -72,7 +72,8 @@ def compare(
             f"learning rate {peak_learning_rate(recipe.train, recipe.train):g}: {recipe.train.learning_rate:g} for "
             f"{recipe.train.learning_rate_per} images, {recipe.train.batch_size} in a step"
         )
-    for line in rehearse(recipe, dataset, precision):
+    start = rehearse(recipe, dataset, precision)
+    for line in start:
         watcher.say(line)
     begin_run(folder, recipe)
     machine = describe_machine(device, precision)
