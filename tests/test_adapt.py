@@ -219,3 +219,49 @@ def test_positions_that_make_no_square_need_the_image() -> None:
     state["pos_embed"] = torch.zeros(1, 2 + 24, 16)
     with pytest.raises(CheckpointError, match=r"position embeddings for 24 patches of 4 px, .* a square image"):
         adapt(state, to=BASE)
+
+
+@pytest.mark.parametrize("tokens", LAYOUTS)
+def test_layer_scale_comes_and_goes_without_changing_an_answer(tokens: tuple[str, ...]) -> None:
+    images = torch.randn(3, 3, 16, 16)
+    for given, wanted, line in (
+        (True, False, "layer scale: its factors go into the layers before it"),
+        (False, True, "layer scale: absent in the file, its factors start at 1"),
+    ):
+        source = model(tokens=tokens, layer_scale=given)
+        ours, lines = fitted(source, layer_scale=wanted)
+        assert lines == [line]
+        torch.testing.assert_close(vars(ours(images)), vars(source(images)), rtol=1e-4, atol=1e-5)
+
+
+def test_a_stem_of_convolutions_goes_on_at_another_resolution_with_other_tokens_classes_and_channels() -> None:
+    source = model(stem="conv", layer_scale=True, tokens=("class",))
+    for name, value in source.named_buffers():
+        if "running" in name:
+            value.uniform_(0.5, 1.5)
+    changes = {"image_px": (24, 24), "tokens": ("class", "distillation"), "channels": 1, "classes": 3}
+    ours, lines = fitted(source, **changes)
+    assert [line.partition(":")[0] for line in lines] == ["channels", "resolution", "tokens", "classes"]
+    grey = torch.randn(2, 1, 24, 24)
+    torch.testing.assert_close(ours.patch_embed(grey), source.patch_embed(grey.expand(-1, 3, -1, -1)))
+    assert Architecture.of(ours) == replace(Architecture.of(source), **changes)
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted", "words"),
+    [
+        ({"stem": "conv"}, {"stem": "patch"}, "has model.stem=conv and the student patch: set model.stem=conv"),
+        ({}, {"stem": "conv"}, "has model.stem=patch and the student conv: set model.stem=patch"),
+        ({"stem": "conv"}, {"patch_px": 8}, "for patches of 4 px, which cannot be resized: set model.patch_px=4"),
+    ],
+)
+def test_a_stem_that_does_not_fit_is_refused(given: dict[str, Any], wanted: dict[str, Any], words: str) -> None:
+    with pytest.raises(CheckpointError, match=words):
+        fitted(model(**given), **wanted)
+
+
+def test_a_stem_of_convolutions_keeps_its_normalisation_and_says_so() -> None:
+    state = model(stem="conv").state_dict()
+    same, (line,) = renormalise(state, ((0.5,) * 3, (0.5,) * 3), ((0.4,) * 3, (0.5,) * 3))
+    assert line.endswith("a stem of convolutions stays as it is")
+    assert all(torch.equal(same[name], value) for name, value in state.items())

@@ -293,7 +293,9 @@ def test_what_is_no_vision_transformer_is_refused_in_one_sentence(tmp_path: Path
     assert "is no vision transformer" in refusal({**state, "patch_embed.proj.weight": torch.zeros(192, 48)})
     lacking = {name: value for name, value in state.items() if name != "blocks.1.attn.qkv.bias"}
     assert "1 of its tensors do not fit (first: blocks.1.attn.qkv.bias, absent in the file" in refusal(lacking)
-    assert "first: blocks.0.ls1.gamma" in refusal({**state, "blocks.0.ls1.gamma": torch.zeros(192)})
+    assert "first: blocks.0.ls2.gamma" in refusal({**state, "blocks.0.ls1.gamma": torch.zeros(192)})
+    normed = {**state, "blocks.0.attn.q_norm.weight": torch.zeros(64)}
+    assert "first: blocks.0.attn.q_norm.weight" in refusal(normed)
     narrow = {**state, "blocks.0.mlp.fc1.bias": torch.zeros(300)}
     assert "first: blocks.0.mlp.fc1.bias, (300,) in the file, (768,) in a student of deitkit" in refusal(narrow)
 
@@ -309,3 +311,32 @@ def test_folders_without_weights_and_broken_cards_are_refused(tmp_path: Path) ->
     (tmp_path / "model.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"model.json is damaged"):
         read_weights(tmp_path)
+
+
+def test_layer_scale_is_timms_and_is_folded_for_transformers() -> None:
+    model = student(("class",), "micro", layer_scale=0.3)
+    state = dict(model.state_dict())
+    theirs = timm.create_model(
+        "vit_tiny_patch16_224", img_size=PX, embed_dim=64, depth=4, num_heads=2, num_classes=CLASSES, init_values=1.0
+    )
+    theirs.load_state_dict(to_timm(state), strict=True)
+    images = torch.randn(2, 3, PX, PX)
+    logits = model(images).class_logits
+    torch.testing.assert_close(theirs.eval()(images), logits, rtol=1e-4, atol=1e-5)
+    back, _ = from_any(to_transformers(state), "test")
+    plain = student(("class",), "micro")
+    plain.load_state_dict(back, strict=True)
+    torch.testing.assert_close(plain(images).class_logits, logits, rtol=1e-4, atol=1e-5)
+
+
+def test_a_stem_of_convolutions_is_read_from_our_folders_and_not_converted(tmp_path: Path) -> None:
+    model = student(("class", "distillation"), "micro", stem="conv", layer_scale=0.1)
+    weights = read_weights(saved(tmp_path, model))
+    assert weights.architecture == Architecture.of(model)
+    assert weights.remarks == ()
+    other = student(("class", "distillation"), "micro", stem="conv", layer_scale=0.1, image_px=2 * PX)
+    (line,) = load_initial(other, tmp_path)
+    assert line.startswith("resolution: 32 x 32 -> 64 x 64 px")
+    for convert in (to_timm, to_transformers):
+        with pytest.raises(CheckpointError, match="no vision transformer with a stem of convolutions"):
+            convert(dict(model.state_dict()))

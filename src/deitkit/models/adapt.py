@@ -11,7 +11,7 @@ from timm.layers import resample_abs_pos_embed, resample_patch_embed
 from torch import Tensor
 
 from deitkit.errors import CheckpointError
-from deitkit.models.formats import PARAMETERS, Architecture, State, describe
+from deitkit.models.formats import PARAMETERS, Architecture, State, describe, fold_layer_scale, stem_kernels
 
 KERNEL, POSITIONS = "patch_embed.proj.weight", "pos_embed"
 Values = tuple[float, ...]  # one for each channel
@@ -38,6 +38,8 @@ def adapt(
       heads begin with what one knows and their teachers part them; without any other, at zero. One that is not
       wanted is dropped. No source prescribes this; the paper trains its distilled models from scratch.
     - *Classes*: a classifier for another number of them starts at zero (Dosovitskiy et al. 2021, section 3.2).
+    - *LayerScale*: where the student has none the layers before take its factors up, where the file has none they
+      start at 1: both answer as before.
 
     Args:
         state: By the names of ``vit``; not changed.
@@ -49,7 +51,8 @@ def adapt(
         The new state dict, and one line for each change: none where it fits as it is.
 
     Raises:
-        CheckpointError: It is no vision transformer, or of another width or depth.
+        CheckpointError: It is no vision transformer, of another width or depth, or with another stem; or with a stem of
+            convolutions for another patch.
     """
     given = describe(state, source=source, image_px=image_px)
     if (given.width, given.depth) != (to.width, to.depth):
@@ -57,11 +60,38 @@ def adapt(
             f"checkpoint {source} is {given.width} wide and has {given.depth} blocks, the student {to.width} and "
             f"{to.depth}: set model.width={given.width} model.depth={given.depth}, or the model.name of that size"
         )
+    _check_stem(given, to, source)
     changed = dict(state)
     lines = []
-    for change in (_change_channels, _change_patch, _change_resolution, _change_tokens, _change_classes):
+    changes = _change_channels, _change_patch, _change_resolution, _change_tokens, _change_classes, _change_layer_scale
+    for change in changes:
         lines += change(changed, given, to)
     return changed, lines
+
+
+def _check_stem(given: Architecture, to: Architecture, source: str) -> None:
+    if given.stem != to.stem:
+        raise CheckpointError(
+            f"checkpoint {source} has model.stem={given.stem} and the student {to.stem}: set model.stem={given.stem}"
+        )
+    if given.stem == "conv" and given.patch_px != to.patch_px:
+        raise CheckpointError(
+            f"checkpoint {source} has a stem of convolutions for patches of {given.patch_px} px, which cannot be "
+            f"resized: set model.patch_px={given.patch_px}"
+        )
+
+
+def _change_layer_scale(state: State, given: Architecture, to: Architecture) -> list[str]:
+    if given.layer_scale == to.layer_scale:
+        return []
+    if given.layer_scale:
+        folded = fold_layer_scale(state)
+        state.clear()
+        state |= folded
+        return ["layer scale: its factors go into the layers before it"]
+    ones = state[POSITIONS].new_ones(to.width)
+    state |= {f"blocks.{block}.{branch}.gamma": ones.clone() for block in range(to.depth) for branch in ("ls1", "ls2")}
+    return ["layer scale: absent in the file, its factors start at 1"]
 
 
 def _change_channels(state: State, given: Architecture, to: Architecture) -> list[str]:
@@ -71,7 +101,7 @@ def _change_channels(state: State, given: Architecture, to: Architecture) -> lis
         raise CheckpointError(
             f"weights for {given.channels} channels cannot be made to fit {to.channels}: one of them must be 1"
         )
-    state[KERNEL] = _with_channels(state[KERNEL], to.channels)
+    state[given.first_kernel] = _with_channels(state[given.first_kernel], to.channels)
     how = "summed over colours" if to.channels == 1 else "shared among colours"
     return [f"channels: {given.channels} -> {to.channels}; the patch kernel is {how}"]
 
@@ -165,7 +195,8 @@ def renormalise(state: Mapping[str, Tensor], old: Normalisation, new: Normalisat
     """Make a state dict answer to images under one normalisation as it does to the same images under another.
 
     The patch embedding is linear, so it takes up the difference: exactly, but for rounding. One channel where the
-    other side has three stands for a grey image, its value repeated.
+    other side has three stands for a grey image, its value repeated. A stem of convolutions stays as it is, since the
+    black around an image would have to change with it.
 
     Args:
         state: By the names of ``vit``; not changed.
@@ -176,13 +207,20 @@ def renormalise(state: Mapping[str, Tensor], old: Normalisation, new: Normalisat
         The new state dict, with as many channels as the wider of both; and a line, unless both are equal but for
         rounding.
     """
-    kernel = state[KERNEL].double()
+    stem = stem_kernels(state)
+    kernel = (stem[0] if stem else state[KERNEL]).double()
     channels = max(kernel.shape[1], len(new[0]))
     old_mean, old_std, new_mean, new_std = (
         torch.tensor(values, dtype=torch.float64).expand(channels).view(-1, 1, 1) for values in (*old, *new)
     )
     if torch.allclose(old_mean, new_mean, atol=1e-6) and torch.allclose(old_std, new_std, atol=1e-6):  # cards round
         return dict(state), []
+    told = " -> ".join(
+        f"mean {', '.join(f'{value:.3g}' for value in mean)} std {', '.join(f'{value:.3g}' for value in std)}"
+        for mean, std in (old, new)
+    )
+    if stem:
+        return dict(state), [f"normalisation: {told}; a stem of convolutions stays as it is"]
     if kernel.shape[1] != channels:
         kernel = _with_channels(kernel, channels)
     # w (x - m) / s = (w s' / s) (x - m') / s' + w (m' - m) / s
@@ -191,8 +229,4 @@ def renormalise(state: Mapping[str, Tensor], old: Normalisation, new: Normalisat
         KERNEL: (kernel * new_std / old_std).to(state[KERNEL].dtype),
         "patch_embed.proj.bias": (state["patch_embed.proj.bias"].double() + shift).to(state[KERNEL].dtype),
     }
-    told = " -> ".join(
-        f"mean {', '.join(f'{value:.3g}' for value in mean)} std {', '.join(f'{value:.3g}' for value in std)}"
-        for mean, std in (old, new)
-    )
     return {**state, **scaled}, [f"normalisation: {told}; the patch embedding takes up the difference"]

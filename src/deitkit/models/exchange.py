@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from deitkit.errors import CheckpointError
 from deitkit.models.adapt import Values, adapt, renormalise
 from deitkit.models.formats import Architecture, State, describe, from_any
@@ -67,8 +69,11 @@ def read_weights(path: Path, heads: int | None = None) -> Weights:
             told = _from_card(card, folder)
         elif (folder / "config.json").is_file():
             told = _from_config(folder)
-    kinds = {str(value.dtype).removeprefix("torch.") for value in state.values()} - {"float32"}
-    lines += [f"precision: {kind} in the file, float32 from here on" for kind in sorted(kinds)]
+    kinds = {value.dtype for value in state.values() if value.is_floating_point()} - {torch.float32}
+    lines += [
+        f"precision: {str(kind).removeprefix('torch.')} in the file, float32 from here on"
+        for kind in sorted(kinds, key=str)
+    ]
     architecture = describe(state, source=str(path), heads=told.get("heads") or heads, image_px=told.get("image_px"))
     names = tuple(told["class_names"]) if told.get("class_names") else None
     mean, std = (tuple(map(float, told[key])) if told.get(key) else None for key in ("mean", "std"))

@@ -46,6 +46,7 @@ _RENAMED = {
     "mlp.fc1": _BLOCK["mlp.fc1"],
     "mlp.fc2": _BLOCK["mlp.fc2"],
 }
+_SCALED = {"ls1": "attn.proj", "ls2": "mlp.fc2"}  # the layer whose output each LayerScale multiplies
 _CLASSIFIERS = {"classifier": "head", "cls_classifier": "head", "distillation_classifier": "head_dist"}
 _IN_BLOCK = re.compile(r"(?:encoder\.layer|layers)\.(\d+)\.(.+)\.(weight|bias)")
 
@@ -62,6 +63,8 @@ class Architecture:
     depth: int
     heads: int
     tokens: tuple[str, ...]
+    layer_scale: bool = False
+    stem: str = "patch"
 
     @classmethod
     def of(cls, student: DeiT) -> "Architecture":
@@ -69,7 +72,8 @@ class Architecture:
         config = student.config
         side = config["image_px"]
         shared = {name: config[name] for name in ("patch_px", "channels", "classes", "width", "depth", "heads")}
-        return cls(image_px=(side, side), tokens=tuple(config["tokens"]), **shared)
+        more = {"layer_scale": config["layer_scale"] is not None, "stem": config["stem"]}
+        return cls(image_px=(side, side), tokens=tuple(config["tokens"]), **shared, **more)
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -79,7 +83,13 @@ class Architecture:
     def build(self) -> DeiT:
         """Build a student of this architecture, with torch's own random numbers; of square images only."""
         assert self.image_px[0] == self.image_px[1]
-        return DeiT(**asdict(self) | {"image_px": self.image_px[0]})
+        own = {"image_px": self.image_px[0], "layer_scale": 1.0 if self.layer_scale else None}
+        return DeiT(**asdict(self) | own)
+
+    @property
+    def first_kernel(self) -> str:
+        """Name of the kernel that sees the image's channels."""
+        return "patch_embed.layers.0.weight" if self.stem == "conv" else "patch_embed.proj.weight"
 
 
 def from_any(state: Mapping[str, Tensor], source: str) -> tuple[State, list[str]]:
@@ -134,8 +144,32 @@ def _from_transformers(state: Mapping[str, Tensor]) -> State:
     return ours | fused
 
 
+def stem_kernels(state: Mapping[str, Tensor]) -> list[Tensor]:
+    """Return the kernels of a stem of convolutions, each of which halves the image; none where patches are cut."""
+    return [value for name, value in state.items() if name.startswith("patch_embed.layers.") and value.ndim == 4]
+
+
+def fold_layer_scale(state: Mapping[str, Tensor]) -> State:
+    """Return a state dict without LayerScale that answers the same: the layers before it take up its factors."""
+    folded = {name: value for name, value in state.items() if not name.endswith(".gamma")}
+    for name, gamma in state.items():
+        block, _, branch = name.removesuffix(".gamma").rpartition(".")
+        if branch in _SCALED:
+            weight, bias = (f"{block}.{_SCALED[branch]}.{part}" for part in ("weight", "bias"))
+            folded |= {weight: state[weight] * gamma[:, None], bias: state[bias] * gamma}
+    return folded
+
+
 def to_timm(state: Mapping[str, Tensor]) -> State:
-    """Return a student's tensors by timm's names; the only token of a model is a class token there."""
+    """Return a student's tensors by timm's names; the only token of a model is a class token there.
+
+    Raises:
+        CheckpointError: A stem of convolutions, which neither timm nor transformers has.
+    """
+    if stem_kernels(state):
+        raise CheckpointError(
+            "timm and transformers have no vision transformer with a stem of convolutions: use the folder with deitkit"
+        )
     if "dist_token" in state and "cls_token" not in state:
         names = {"dist_token": "cls_token", "head_dist.weight": "head.weight", "head_dist.bias": "head.bias"}
         return {names.get(name, name): value for name, value in state.items()}
@@ -149,9 +183,10 @@ def to_transformers(state: Mapping[str, Tensor]) -> State:
     ``ViTForImageClassification``.
 
     Raises:
-        CheckpointError: A student that averages its patches, which transformers has no class for.
+        CheckpointError: A student that averages its patches, or with a stem of convolutions, which transformers has no
+            class for.
     """
-    state = to_timm(state)
+    state = fold_layer_scale(to_timm(state))
     if "cls_token" not in state:
         raise CheckpointError(
             "transformers has no vision transformer that averages its patches: convert to timm, "
@@ -195,8 +230,11 @@ def describe(
     Raises:
         CheckpointError: Layers are missing, unknown, or of a shape that deitkit's students do not have.
     """
-    kernel, positions = state["patch_embed.proj.weight"], state["pos_embed"]
-    width, channels, patch_px = kernel.shape[:3]
+    positions = state["pos_embed"]
+    stem = stem_kernels(state)
+    width, channels, patch_px = state["patch_embed.proj.weight"].shape[:3]
+    if stem:
+        channels, patch_px = stem[0].shape[1], 2 ** len(stem)
     tokens = tuple(token for token in TOKENS if PARAMETERS[token][0] in state)
     patches = positions.shape[1] - len(tokens)
     side = math.isqrt(max(patches, 0))
@@ -218,6 +256,8 @@ def describe(
         depth=max(blocks, default=-1) + 1,
         heads=heads or (1 if width % HEAD_WIDTH else width // HEAD_WIDTH),
         tokens=tokens,
+        layer_scale="blocks.0.ls1.gamma" in state,
+        stem="conv" if stem else "patch",
     )
     _check_layers(state, found, source)
     return found
