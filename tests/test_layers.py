@@ -8,7 +8,7 @@ import deitkit
 # Each may import from the groups after it, and from its own.
 LAYERS = (
     {"cli"},
-    {"terminal", "bench", "models_command", "analyze"},
+    {"terminal", "bench", "models_command", "analyze", "convert"},
     {"variants"},
     {"compare", "inference"},
     {"rows", "teacher", "teachers"},

@@ -12,6 +12,7 @@ from rich.table import Table
 from deitkit import __version__
 from deitkit.analyze.command import analyze
 from deitkit.bench.command import app as bench_app
+from deitkit.convert.command import convert
 from deitkit.errors import DeitkitError, Interrupted, RecipeError, is_out_of_memory
 from deitkit.models_command import models
 from deitkit.recipe import Recipe
@@ -27,6 +28,7 @@ app = typer.Typer(
 )
 app.add_typer(bench_app, name="bench")
 app.command()(models)
+app.command()(convert)
 console = Console()
 errors = Console(stderr=True)
 

@@ -129,10 +129,12 @@ def _from_config(folder: Path) -> dict[str, Any]:
     normalisation = config.get("pretrained_cfg") or {}
     if seen.get("do_normalize"):
         normalisation = {"mean": seen.get("image_mean"), "std": seen.get("image_std")}
-    size, names, epsilon = config.get("image_size"), config.get("id2label"), config.get("layer_norm_eps", NORM_EPS)
+    arguments = config.get("model_args") or {}  # timm's
+    size = config.get("image_size", arguments.get("img_size"))
+    names, epsilon = config.get("id2label"), config.get("layer_norm_eps", NORM_EPS)
     lines = [f"layer_norm_eps: {epsilon:g} in config.json, {NORM_EPS:g} here; logits differ by little"]
     return {
-        "heads": config.get("num_attention_heads"),
+        "heads": config.get("num_attention_heads", arguments.get("num_heads")),
         "image_px": (size, size) if isinstance(size, int) else tuple(size) if size else None,
         "class_names": [names[key] for key in sorted(names, key=int)] if names else config.get("label_names"),
         "mean": normalisation.get("mean"),
