@@ -11,7 +11,7 @@ LAYERS = (
     {"terminal", "bench", "models_command", "analyze", "convert"},
     {"variants"},
     {"compare", "inference"},
-    {"rows", "teacher", "teachers"},
+    {"rows", "teacher", "teachers", "finetune"},
     {"runs"},
     {"report"},
     {"saved_teacher"},

@@ -39,6 +39,7 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Fields to change, as `train.epochs=40`.")
 ]
 Out = Annotated[Path | None, typer.Option("--out", help="The run folder; by default a new one under runs/.")]
+Seeds = Annotated[int | None, typer.Option("--seeds", min=1, help="Train this many seeds, from 0.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in --out (or the newest of this recipe).")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for another program to read.")]
 ModelArgument = Annotated[
@@ -58,7 +59,7 @@ def compare(
     recipe: RecipeArgument,
     overrides: Overrides = None,
     out: Out = None,
-    seeds: Annotated[int | None, typer.Option("--seeds", min=1, help="Train this many seeds, from 0.")] = None,
+    seeds: Seeds = None,
     resume: Resume = False,
     show_batch: Annotated[
         bool, typer.Option("--show-batch", help="Only draw augmented views with their labels, and train nothing.")
@@ -98,6 +99,29 @@ def train(
     name = find_method(method).name
     loaded = _load(recipe, [*(overrides or []), f"methods=[{name}]", "baseline=null"], None)
     _compare(loaded, out, resume, as_json)
+
+
+@app.command()
+def finetune(
+    checkpoint: Annotated[
+        Path,
+        typer.Argument(metavar="CHECKPOINT", help="A run folder (its winner), a model folder, or a weights file."),
+    ],
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    out: Out = None,
+    seeds: Seeds = None,
+    resume: Resume = False,
+    as_json: Json = False,
+) -> None:
+    """Go on with a trained student: at a higher resolution, or on other data, with and without a teacher.
+
+    For example `deitkit finetune runs/cifar10-cpu finetune-cpu`. The students of the recipe's methods start from the
+    checkpoint, whose architecture they have, and the table compares them with it as it was before.
+    """
+    from deitkit.finetune import start_from
+
+    _compare(start_from(_load(recipe, overrides, seeds), checkpoint), out, resume, as_json)
 
 
 def _compare(recipe: Recipe, out: Path | None, resume: bool, as_json: bool) -> None:

@@ -21,6 +21,7 @@ from deitkit.device import Precision, choose_device, describe_machine
 from deitkit.errors import RecipeError
 from deitkit.evaluate import predict_all, readout_scores, top_k_accuracy
 from deitkit.files import write_text
+from deitkit.finetune import Before, ask_checkpoint, beside_checkpoint
 from deitkit.methods import METHODS, find_method
 from deitkit.models.classifier import Classifier
 from deitkit.models.exchange import load_initial, weights_file
@@ -75,6 +76,7 @@ def compare(
     start = rehearse(recipe, dataset, precision)
     for line in start:
         watcher.say(line)
+    before = ask_checkpoint(recipe, dataset, precision, watcher)
     begin_run(folder, recipe)
     machine = describe_machine(device, precision)
     write_text(folder / "environment.json", json.dumps(machine | {"deitkit": __version__}, indent=2) + "\n")
@@ -89,7 +91,8 @@ def compare(
     for seed in recipe.seeds:
         if not (folder / f"seed-{seed}" / "predictions.safetensors").exists():
             _run_seed(recipe, dataset, teachers, seed, folder=folder, precision=precision, watcher=watcher)
-    results = _results(recipe, dataset, teachers, cards, folder=folder, precision=precision) | {"machine": machine}
+    results = _results(recipe, dataset, teachers, cards, before, folder=folder, precision=precision)
+    results["machine"] = machine
     results["notes"] += [f"{line[0].upper()}{line[1:]}." for line in start]
     _hand_over(results, folder)
     write_text(folder / "results.json", json.dumps(results, indent=2, ensure_ascii=False) + "\n")
@@ -283,6 +286,7 @@ def _results(
     dataset: Dataset,
     teachers: Teachers | None,
     cards: list[TeacherCard],
+    before: Before | None,
     *,
     folder: Path,
     precision: Precision,
@@ -299,6 +303,8 @@ def _results(
         teacher_entry = {**common_card(teachers, cards, dataset, precision).__dict__}
     predictions = {seed: load_tree(folder / f"seed-{seed}" / "predictions.safetensors") for seed in recipe.seeds}
     summary = summarise(recipe, dataset, predictions, answers, folder / "metrics.jsonl")
+    if before is not None:
+        summary = beside_checkpoint(summary, before, dataset, predictions, answers)
     if teacher_entry is not None:
         teacher_entry["test_top1"] = summary.pop("teacher_test_top1")
     return {

@@ -103,6 +103,8 @@ def _columns(results: dict[str, Any]) -> tuple[Column, ...]:
         Column("difference", "vs none", 1),
         Column("interval", "95 % interval", 7),
         Column("p", "p", 2),
+        Column("gain", "vs before", 1),
+        Column("gain_p", "p (before)", 2),
         Column("top5", "top-5 %", 12),
         Column("agreement", "agreement %", 8),
         Column("parameters", "params", 9),
@@ -116,10 +118,10 @@ def _columns(results: dict[str, Any]) -> tuple[Column, ...]:
 def _line(row: dict[str, Any], results: dict[str, Any], beside: dict[str, dict[str, dict[str, Any]]]) -> Line:
     images = row["n"]
     low, high = row.get("difference_ci95") or (None, None)
-    labels = "yes" if row["labels"] else "no"
+    labels = NOTHING if row["labels"] is None else "yes" if row["labels"] else "no"
     cells = {
         "labels": labels + LABELS_MARK if _on_one_head(row) else labels,
-        "teacher": row["teacher"] or "none",
+        "teacher": NOTHING if row["labels"] is None else row["teacher"] or "none",
         "top1": accuracy(row) + (STATUS_MARK if row["status"] != "ok" else ""),
         "difference": points(row.get("difference_vs_none"), images),
         "interval": NOTHING if low is None else f"[{points(low, images)}, {points(high, images)}]",
@@ -129,6 +131,8 @@ def _line(row: dict[str, Any], results: dict[str, Any], beside: dict[str, dict[s
         "parameters": millions(row.get("parameters")),
         "images_per_second": _plain(row.get("images_per_second"), "{:,.0f}"),
         "seconds": _plain(row.get("train_seconds"), "{:,.0f}"),
+        "gain": points(row.get("difference_vs_before"), images),
+        "gain_p": p_value(row.get("p_vs_before")),
     }
     for table in ("seed", "paper"):
         entry = beside.get(table, {}).get(row["row"])
@@ -198,6 +202,9 @@ def _footnotes(results: dict[str, Any]) -> list[str]:
         notes.append(
             f"vs none: points of top-1 more than '{reference['row']}', with their 95 % interval; p: {', '.join(tests)}."
         )
+    gains = sorted({row["p_vs_before_test"] for row in rows if row.get("p_vs_before_test")})
+    if gains:
+        notes.append(f"vs before: points of top-1 more than the model before fine-tuning; p: {', '.join(gains)}.")
     if any(_on_one_head(row) for row in rows):
         notes.append(
             f"{LABELS_MARK} The paper prints 'labels: no' for these rows; true labels are in their loss (deit#215)."
