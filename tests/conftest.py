@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from deitkit.cohort import Student
 from deitkit.data.sources import Dataset, Split
 from deitkit.device import Precision
 from deitkit.recipe import Recipe
 from deitkit.recipe_file import load_recipe
+from deitkit.student import Student
 
 CPU_FP32 = Precision(torch.device("cpu"), torch.float32)
 

@@ -8,12 +8,13 @@ from torch import nn
 
 from conftest import CPU_FP32, poisoned_gradient
 from deitkit.checkpoint import load_tree, save_tree
-from deitkit.cohort import Cohort, Student
+from deitkit.cohort import Cohort
 from deitkit.data.sources import Dataset
 from deitkit.methods import METHODS
 from deitkit.models.classifier import Classifier
 from deitkit.models.vit import DeiT
 from deitkit.recipe import AugmentRecipe, DistillationRecipe, SpeedRecipe, TrainRecipe
+from deitkit.student import Student
 
 TRAIN = TrainRecipe(epochs=2, batch_size=16, learning_rate=2e-3, ema_decay=0.9, clip_norm=1.0)
 AUGMENT = AugmentRecipe(randaugment="2,9", erase=0.25, mixup=0.4, cutmix=0.4)

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from conftest import CPU_FP32, TINY, poisoned_gradient, striped_dataset
 from deitkit.checkpoint import load_classifier
-from deitkit.cohort import Cohort, Student
+from deitkit.cohort import Cohort
 from deitkit.compare import build_students, compare
 from deitkit.data.sources import load_dataset
 from deitkit.errors import CheckpointError, Interrupted, RecipeError
@@ -27,6 +27,7 @@ from deitkit.recipe import Recipe
 from deitkit.recipe_file import load_recipe, shipped_recipes
 from deitkit.report import write_report
 from deitkit.runs import Silent
+from deitkit.student import Student
 from deitkit.variants import compare_variants
 
 TinyRecipe = Callable[..., Recipe]

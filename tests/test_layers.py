@@ -15,7 +15,7 @@ LAYERS = (
     {"runs"},
     {"report"},
     {"saved_teacher"},
-    {"cohort", "checkpoint"},
+    {"cohort", "student", "checkpoint"},
     {"answers"},
     {"evaluate", "methods", "data", "optim", "speed", "parts"},
     {"models", "losses", "muon"},

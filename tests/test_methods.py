@@ -5,13 +5,14 @@ import torch
 from torch import nn
 
 from conftest import CPU_FP32, striped_dataset
-from deitkit.cohort import Cohort, Student
+from deitkit.cohort import Cohort
 from deitkit.errors import RecipeError
 from deitkit.evaluate import readout_scores
 from deitkit.methods import METHODS, Method, find_method
 from deitkit.models.classifier import Classifier
 from deitkit.models.vit import DeiT
 from deitkit.recipe import AugmentRecipe, DistillationRecipe, SpeedRecipe, TrainRecipe
+from deitkit.student import Student
 from deitkit.teacher import FrozenTeacher
 
 SETTINGS = DistillationRecipe(

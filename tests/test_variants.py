@@ -14,13 +14,13 @@ from scipy.stats import binomtest, ttest_rel
 
 from conftest import poisoned_gradient
 from deitkit.checkpoint import load_classifier
-from deitkit.cohort import Student
 from deitkit.data.sources import load_dataset
 from deitkit.errors import CheckpointError, DataError, Interrupted, RecipeError
 from deitkit.recipe import Recipe
 from deitkit.recipe_file import expand_variants, load_recipe
 from deitkit.report import write_report
 from deitkit.runs import Silent
+from deitkit.student import Student
 from deitkit.variants import compare_variants
 
 TinyRecipe = Callable[..., Recipe]

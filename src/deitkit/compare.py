@@ -13,7 +13,7 @@ from typing import Any
 from deitkit import __version__
 from deitkit.answers import Answers
 from deitkit.checkpoint import load_tree, save_classifier, save_tree
-from deitkit.cohort import Cohort, Student
+from deitkit.cohort import Cohort
 from deitkit.data.batches import Batches
 from deitkit.data.preview import draw_views
 from deitkit.data.sources import Dataset, load_dataset
@@ -35,6 +35,7 @@ from deitkit.rows import summarise
 from deitkit.runs import Watcher, begin_run, check_run, train_to_end
 from deitkit.seeding import derived_seed, seeded
 from deitkit.speed import accelerate
+from deitkit.student import Student
 from deitkit.teacher import TeacherCard
 from deitkit.teachers import Teachers, common_card, mean_answer, prepare_teachers
 

@@ -15,7 +15,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from deitkit.checkpoint import load_classifier, save_classifier
-from deitkit.cohort import Cohort, Student
+from deitkit.cohort import Cohort
 from deitkit.data.sources import Dataset, Split, load_dataset
 from deitkit.device import Precision
 from deitkit.errors import TeacherError
@@ -30,6 +30,7 @@ from deitkit.runs import Watcher, train_to_end
 from deitkit.saved_teacher import build_saved
 from deitkit.seeding import seeded
 from deitkit.speed import accelerate
+from deitkit.student import Student
 
 IMAGENET_NORMALISATION = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 # A teacher that gains this much from another normalisation or order of classes was given the wrong one.

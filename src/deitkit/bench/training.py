@@ -20,7 +20,7 @@ from deitkit.bench.measure import (
     time_in_turn,
     wait,
 )
-from deitkit.cohort import Cohort, Student
+from deitkit.cohort import Cohort
 from deitkit.compare import build_answers, build_students
 from deitkit.cuda_graph import WARM_UP
 from deitkit.data.sources import Dataset, Split, load_dataset
@@ -30,6 +30,7 @@ from deitkit.models.zoo import create_classifier
 from deitkit.recipe import Recipe, TeacherRecipe
 from deitkit.seeding import seeded
 from deitkit.speed import accelerate
+from deitkit.student import Student
 from deitkit.teacher import FrozenTeacher
 from deitkit.teachers import Teachers
 
