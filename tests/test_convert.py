@@ -41,12 +41,15 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
     return call
 
 
-def saved(folder: Path, tokens: tuple[str, ...] = BOTH, channels: int = 3, **card: Any) -> Classifier:
+def saved(
+    folder: Path, tokens: tuple[str, ...] = BOTH, channels: int = 3, *, layers: Any = None, **card: Any
+) -> Classifier:
     """Write a student with random values everywhere, whose two heads no shape tells."""
     torch.manual_seed(0)
     model = DeiT(
-        image_px=16, patch_px=4, channels=channels, classes=5, width=64, depth=2, heads=2, tokens=tokens, drop_path=0.1
-    )
+        image_px=16, patch_px=4, channels=channels, classes=5, width=64, depth=2, heads=2, tokens=tokens, drop_path=0.1,
+        **(layers or {}),
+    )  # fmt: skip
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(std=0.2)
@@ -99,6 +102,28 @@ def test_what_is_written_opens_as_printed_and_answers_as_before(
 
 
 @pytest.mark.parametrize("to", ["timm", "transformers", "released", "ours"])
+def test_layer_scale_goes_along(to: str, run: Run, tmp_path: Path) -> None:
+    classifier = saved(tmp_path / "model", layers={"layer_scale": 0.1})
+    out = tmp_path / ("out.pth" if to == "released" else "out")
+    code, output, errors = run(tmp_path / "model", "--to", to, "--out", out, "--check")
+    assert code == 0, errors
+    images = torch.randn(3, 3, 16, 16)
+    theirs = opened(output)
+    logits = mean_logits(theirs, images) if to == "ours" else theirs(images)
+    expected = mean_logits(classifier, images)
+    torch.testing.assert_close(getattr(logits, "logits", logits), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("to", ["timm", "transformers", "released"])
+def test_a_stem_of_convolutions_stays_at_home(to: str, run: Run, tmp_path: Path) -> None:
+    saved(tmp_path / "model", layers={"stem": "conv"})
+    code, _, errors = run(tmp_path / "model", "--to", to, "--out", tmp_path / "out.pth")
+    assert code == 2
+    assert "a stem of convolutions" in errors
+    assert run(tmp_path / "model", "--to", "ours", "--out", tmp_path / "ours", "--check")[0] == 0
+
+
+@pytest.mark.parametrize("to", ["timm", "transformers", "released", "ours"])
 def test_there_and_back_is_the_same_bit_for_bit(to: str, run: Run, tmp_path: Path) -> None:
     saved(tmp_path / "a")
     between = tmp_path / ("b.pth" if to == "released" else "b")
@@ -125,20 +150,33 @@ def test_timm_opens_the_folder_with_its_arguments_normalisation_and_names(run: R
 
 
 @pytest.mark.parametrize(("size", "mode"), [((16, 16), "RGB"), ((40, 24), "RGB"), ((11, 30), "L")])
-def test_transformers_sees_a_file_as_predict_does(size: tuple[int, int], mode: str, run: Run, tmp_path: Path) -> None:
+@pytest.mark.parametrize("eval_crop", [1.0, 0.7])
+def test_transformers_and_timm_see_a_file_as_predict_does(
+    eval_crop: float, size: tuple[int, int], mode: str, run: Run, tmp_path: Path
+) -> None:
     from PIL import Image
     from transformers import AutoImageProcessor
 
-    saved(tmp_path / "a")
+    saved(tmp_path / "a", eval_crop=eval_crop)
     pixels = torch.randint(0, 256, (size[1], size[0], 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     image = Image.fromarray(pixels.numpy()).convert(mode)
     image.save(tmp_path / "image.png")
     (ours,) = predict_files(tmp_path / "a", [tmp_path / "image.png"], readout="joint-logits", top=5)
+
     _, output, _ = run(tmp_path / "a", "--to", "transformers", "--out", tmp_path / "b")
     model = opened(output)
     processor = AutoImageProcessor.from_pretrained(tmp_path / "b")
     shares = model(**processor(image, return_tensors="pt")).logits.softmax(dim=-1)[0]
-    theirs = {model.config.id2label[index]: share for index, share in enumerate(shares.tolist())}
+    agree(dict(zip(model.config.id2label.values(), shares.tolist(), strict=True)), ours)
+
+    _, output, _ = run(tmp_path / "a", "--to", "timm", "--out", tmp_path / "c")
+    model = opened(output, "model = timm.create_model('local-dir:")
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+    shares = model(transform(image.convert("RGB"))[None]).softmax(dim=-1)[0]
+    agree(dict(zip(model.pretrained_cfg["label_names"], shares.tolist(), strict=True)), ours)
+
+
+def agree(theirs: dict[str, float], ours: dict[str, Any]) -> None:
     assert theirs == pytest.approx(dict(ours["classes"]), abs=0.02)  # resizing rounds to whole grey levels in between
     assert max(theirs, key=theirs.__getitem__) == ours["classes"][0][0]
 

@@ -31,6 +31,7 @@ class Plan:
         class_names: As many as there are classes.
         mean: Per channel, of values in [0, 1].
         std: As ``mean``.
+        eval_crop: Share of the resized side that is kept of a test image, as ``data.eval_crop``.
         about: What else a card of deitkit is to hold.
         lines: What was changed or assumed, line by line.
     """
@@ -40,6 +41,7 @@ class Plan:
     class_names: tuple[str, ...]
     mean: Values
     std: Values
+    eval_crop: float
     about: dict[str, Any]
     lines: tuple[str, ...]
 
@@ -110,7 +112,8 @@ def plan(
     about = {"source": f"{source.name} (sha256 {file_sha256(weights.file)[:8]})", "changes": changes}
     if not changes:
         about = {name: weights.card[name] for name in _ABOUT_TRAINING if name in weights.card} | about
-    return Plan(state, target, names, mean, std, about, (*lines, *changes))
+    eval_crop = float(weights.card.get("eval_crop", 1.0))
+    return Plan(state, target, names, mean, std, eval_crop, about, (*lines, *changes))
 
 
 def _parse_tokens(text: str) -> tuple[str, ...]:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from deitkit.checkpoint import load_classifier, save_classifier, save_tensors
 from deitkit.convert.plan import Plan, mean_logits
+from deitkit.data.pixels import evaluation_frame
 from deitkit.errors import RecipeError
 from deitkit.files import write_bytes, write_text
 from deitkit.models.classifier import Classifier
@@ -62,6 +63,7 @@ def _write_ours(plan: Plan, out: Path) -> list[str]:
         "channels": plan.architecture.channels,
         "class_names": list(plan.class_names),
         "input_px": list(plan.architecture.image_px),
+        "eval_crop": plan.eval_crop,
         **plan.about,
     }
     save_classifier(out, Classifier(plan.build(), mean=plan.mean, std=plan.std), card)
@@ -95,6 +97,8 @@ def timm_arguments(plan: Plan) -> tuple[str, dict[str, Any]]:
         "num_heads": (config.heads, standard.heads),
     }
     arguments: dict[str, Any] = {key: value for key, (value, usual) in wanted.items() if value != usual}
+    if config.layer_scale:
+        arguments["init_values"] = 1.0  # any value makes the layers, which the file then fills
     if not config.tokens:
         arguments |= {"global_pool": "avg", "class_token": False, "fc_norm": False}  # fc_norm would replace norm
     return name, {"num_classes": config.classes, **arguments}
@@ -127,7 +131,7 @@ def _write_timm(plan: Plan, out: Path) -> list[str]:
             "input_size": [config.channels, *config.image_px],
             "fixed_input_size": True,
             "interpolation": "bicubic",
-            "crop_pct": 1.0,
+            "crop_pct": plan.eval_crop,
             "crop_mode": "center",
             "mean": list(plan.mean),
             "std": list(plan.std),
@@ -190,7 +194,7 @@ def _write_transformers(plan: Plan, out: Path) -> list[str]:
         "image_processor_type": "CLIPImageProcessor",
         "do_convert_rgb": config.channels == 3,
         "do_resize": True,
-        "size": {"shortest_edge": side},
+        "size": {"shortest_edge": evaluation_frame(side, plan.eval_crop)[0]},
         "resample": 3,
         "do_center_crop": True,
         "crop_size": {"height": side, "width": side},
