@@ -5,7 +5,7 @@ of ``models/exchange``, how students are trained that of ``compare``.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,14 +34,15 @@ from deitkit.runs import Watcher
 from deitkit.teacher import IMAGENET_NORMALISATION
 
 BEFORE = "before"  # stands where a row has its method
-ADAPTABLE = ("patch_px",)  # of the architecture, what weights can be made to fit
+ADAPTABLE = ("patch_px", "layer_scale")  # of the architecture, what weights can be made to fit
 
 
 def start_from(recipe: Recipe, checkpoint: Path) -> Recipe:
     """Return the recipe with students that start from a checkpoint, and have its architecture.
 
-    What the recipe leaves open is the checkpoint's. It may name another patch, to which the patch embedding is resized;
-    and the number of heads of a file that no card tells of, which otherwise has one for each 64 of its width.
+    What the recipe leaves open is the checkpoint's. It may name another patch, to which the patch embedding is resized,
+    and have LayerScale or not; and say how many heads a file has that no card tells of, otherwise one for each 64 of
+    its width.
 
     Args:
         recipe: What to train on, and how.
@@ -57,11 +58,12 @@ def start_from(recipe: Recipe, checkpoint: Path) -> Recipe:
             f"model.checkpoint={model.checkpoint} in the recipe, but {checkpoint} on the command line: drop one of them"
         )
     weights = read_weights(checkpoint, heads=model.heads)
-    names = [field.name for field in fields(weights.architecture) if field.name in ModelRecipe.model_fields]
-    found = {name: getattr(weights.architecture, name) for name in names}
+    given = weights.architecture
+    found = {name: getattr(given, name) for name in ("width", "depth", "heads", "stem", "patch_px")}
+    found["layer_scale"] = 1.0 if given.layer_scale else None  # where its factors start; they are the checkpoint's
+    found |= {name: getattr(model, name) for name in ADAPTABLE if name in model.model_fields_set}
     named = _named(model)
-    found |= {name: named[name] for name in ADAPTABLE if name in named}
-    wrong = [f"model.{name}={named[name]}" for name in names if name in named and named[name] != found[name]]
+    wrong = [f"model.{name}={named[name]}" for name, value in found.items() if named.get(name, value) != value]
     if wrong:
         told = " ".join(f"model.{name}={value}" for name, value in found.items() if name not in ADAPTABLE)
         raise RecipeError(
