@@ -3,7 +3,9 @@
 Nothing is pickled. Tensors are safetensors, everything else is JSON.
 """
 
+import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,20 +26,76 @@ FORMAT = 1
 
 
 def save_tree(path: Path, tree: Any) -> None:
-    """Write nested dicts and lists of tensors and plain values; CheckpointError if the disk does not take them."""
+    """Write nested dicts and lists of tensors and plain values, with their checksum.
+
+    Raises:
+        CheckpointError: The disk does not take them; what was there before is untouched.
+    """
     tensors: dict[str, Tensor] = {}
     structure = json.dumps(_encode(tree, tensors))
-    write_bytes(path, save(tensors, metadata={"format": str(FORMAT), "tree": structure}))
+    metadata = {"format": str(FORMAT), "tree": structure, "sha256": _checksum(structure, tensors)}
+    write_bytes(path, save(tensors, metadata=metadata))
 
 
 def load_tree(path: Path) -> Any:
-    """Read what ``save_tree`` wrote, on the CPU; CheckpointError for anything else."""
+    """Read what ``save_tree`` wrote, on the CPU; CheckpointError for anything else, be it one bit."""
     try:
         with safe_open(path, framework="pt") as file:
-            structure = json.loads((file.metadata() or {})["tree"])
-            return _decode(structure, {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if metadata["sha256"] != _checksum(metadata["tree"], tensors):
+            raise ValueError("the checksum differs")
+        return _decode(json.loads(metadata["tree"]), tensors)
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged or no checkpoint of deitkit: delete it and resume again") from error
+
+
+def save_state(path: Path, tree: Any) -> None:
+    """Write the state of a run as ``save_tree`` does, and keep the one before it as well."""
+    if path.exists():
+        path.replace(_before(path))
+    save_tree(path, tree)
+
+
+def load_state(path: Path, say: Callable[[str], None]) -> Any:
+    """Read the newest state that ``save_state`` wrote and that is whole; None if there is none.
+
+    Args:
+        path: Of the newest.
+        say: Is told in a sentence of a damaged one.
+
+    Raises:
+        CheckpointError: None of those that are there is whole.
+    """
+    there = [file for file in (path, _before(path)) if file.exists()]
+    for file in there:
+        try:
+            return load_tree(file)
+        except CheckpointError:
+            say(f"{file} is damaged")
+    if there:
+        names = " and ".join(file.name for file in there)
+        raise CheckpointError(f"{path.parent}: {names} damaged: delete them, and what they held is trained again")
+    return None
+
+
+def drop_state(path: Path) -> None:
+    """Delete the states of a run that has come to its end."""
+    for file in (path, _before(path)):
+        file.unlink(missing_ok=True)
+
+
+def _before(path: Path) -> Path:
+    return path.with_suffix(f".before{path.suffix}")
+
+
+def _checksum(structure: str, tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256(structure.encode())
+    for name in sorted(tensors, key=int):
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _encode(value: Any, tensors: dict[str, Tensor]) -> Any:

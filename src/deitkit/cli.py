@@ -127,12 +127,13 @@ def finetune(
 def _compare(recipe: Recipe, out: Path | None, resume: bool, as_json: bool) -> None:
     from deitkit.compare import compare
     from deitkit.report.table import rich_table
+    from deitkit.runs import occupied
     from deitkit.terminal import Terminal
     from deitkit.variants import compare_variants
 
     folder = _run_folder(out, recipe, resume)
     output = errors if as_json else console
-    with Terminal(output) as terminal:
+    with Terminal(output) as terminal, occupied(folder):
         terminal.say(f"run folder {folder}")
         results = (compare_variants if recipe.variants else compare)(recipe, folder, watcher=terminal, resume=resume)
     if as_json:
@@ -157,14 +158,14 @@ def teacher(
     """
     from deitkit.data.sources import load_dataset
     from deitkit.device import Precision, choose_device
-    from deitkit.runs import begin_run, check_run
+    from deitkit.runs import begin_run, check_run, occupied
     from deitkit.teachers import common_card, prepare_teachers
     from deitkit.terminal import Terminal
 
     loaded = _load(recipe, overrides, None)
     folder = _run_folder(out, loaded.model_copy(update={"name": f"{loaded.name}-teacher"}), resume)
     precision = Precision.choose(loaded.teacher.train.precision, choose_device(loaded.device))
-    with Terminal(errors if as_json else console) as terminal:
+    with Terminal(errors if as_json else console) as terminal, occupied(folder):
         check_run(folder, loaded, resume)
         dataset = load_dataset(loaded.data, terminal.reading)
         begin_run(folder, loaded)
@@ -344,7 +345,7 @@ def main() -> None:
         sys.exit(2)
     except (Interrupted, KeyboardInterrupt) as stop:
         errors.print(str(stop) or "stopped; the same command with --resume goes on from here", highlight=False)
-        sys.exit(130)
+        sys.exit(getattr(stop, "exit_code", Interrupted.exit_code))
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise

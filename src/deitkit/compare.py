@@ -12,7 +12,7 @@ from typing import Any
 
 from deitkit import __version__
 from deitkit.answers import Answers
-from deitkit.checkpoint import load_tree, save_classifier, save_tree
+from deitkit.checkpoint import drop_state, load_tree, save_classifier, save_tree
 from deitkit.cohort import Cohort
 from deitkit.data.batches import Batches
 from deitkit.data.preview import draw_views
@@ -254,7 +254,7 @@ def _run_seed(
             "scores": scores[student.name],
         }
     save_tree(home / "predictions.safetensors", predictions)
-    (home / "checkpoint.safetensors").unlink(missing_ok=True)
+    drop_state(home / "checkpoint.safetensors")
 
 
 def _weights(student: Student) -> dict[str, Classifier]:

@@ -43,4 +43,6 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 class Interrupted(Exception):  # noqa: N818 - nothing went wrong
-    """The user stopped a run; everything up to the present step is saved."""
+    """Somebody stopped a run; it goes on from what is on the disk."""
+
+    exit_code = 130  # as shells tell of Ctrl-C

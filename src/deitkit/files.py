@@ -15,6 +15,8 @@ def write_text(path: Path, text: str) -> None:
 def write_bytes(path: Path, data: bytes) -> None:
     """Write to a temporary name beside ``path``, then rename; makes the folder if it is not there.
 
+    When it returns, the file is on the disk under its name: a loss of power takes nothing back.
+
     Raises:
         CheckpointError: The path cannot be written; what was there before is untouched.
     """
@@ -27,6 +29,7 @@ def write_bytes(path: Path, data: bytes) -> None:
                 file.flush()
                 os.fsync(file.fileno())  # the rename must not reach the disk before the data
             temporary.replace(path)
+            _sync_folder(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
     except OSError as error:
@@ -34,3 +37,14 @@ def write_bytes(path: Path, data: bytes) -> None:
         raise CheckpointError(
             f"cannot write '{path}': {reason}; mend that, or choose another folder with --out"
         ) from error
+
+
+def _sync_folder(folder: Path) -> None:
+    """Bring a rename to the disk; Windows, which cannot open folders, does it by itself."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

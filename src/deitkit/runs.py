@@ -4,20 +4,24 @@ The layout is in docs/design.md. Nothing here knows what a teacher or a method i
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import yaml
+from filelock import FileLock, Timeout
 from torch.utils.tensorboard import SummaryWriter
 
-from deitkit.checkpoint import load_tree, save_tree
+from deitkit.checkpoint import load_state, save_state
 from deitkit.cohort import Cohort, Progress
 from deitkit.errors import CheckpointError, Interrupted
 from deitkit.files import write_text
 from deitkit.recipe import Recipe
 from deitkit.recipe_file import changed_fields, dump_recipe
 from deitkit.report import read_metrics
+
+LOCK = ".lock"
 
 # Fields that say where or how fast, not what, so that a run may go on on another machine; and those of the gate, so
 # that a teacher that it refused need not be trained again.
@@ -77,6 +81,37 @@ class Silent:
         return False
 
 
+@contextmanager
+def occupied(folder: Path) -> Iterator[None]:
+    """Keep a run folder to this process; where it wrote nothing it leaves nothing behind.
+
+    The operating system gives the lock up when the process ends, however it ends.
+
+    Raises:
+        CheckpointError: Another process has it, or it cannot be written.
+    """
+    is_new = not folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / LOCK, timeout=0)
+        lock.acquire()
+    except Timeout:
+        raise CheckpointError(
+            f"another deitkit is at work in {folder}: wait for it to end, or name another folder with --out"
+        ) from None
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise CheckpointError(f"cannot write into {folder}: {reason}; name another folder with --out") from error
+    try:
+        yield
+    finally:
+        lock.release()
+        if all(path.name == LOCK for path in folder.iterdir()):
+            (folder / LOCK).unlink(missing_ok=True)
+            if is_new:
+                folder.rmdir()
+
+
 def check_run(folder: Path, recipe: Recipe, resume: bool) -> None:
     """Check that a run folder is new, or may go on under this recipe; ``begin_run`` then occupies it.
 
@@ -84,14 +119,14 @@ def check_run(folder: Path, recipe: Recipe, resume: bool) -> None:
         CheckpointError: A folder in use without ``resume``, a recipe that changed, or a path that is no folder.
     """
     path = folder / "recipe.yaml"
-    occupied = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
-    if occupied and not path.exists():
+    in_use = folder.exists() and (not folder.is_dir() or any(file.name != LOCK for file in folder.iterdir()))
+    if in_use and not path.exists():
         raise CheckpointError(f"--out {folder} holds other files: name a new or empty folder")
-    if occupied and not resume:
+    if in_use and not resume:
         raise CheckpointError(
             f"--out {folder} holds a run already: add --resume to go on with it, or name a new folder"
         )
-    if occupied:
+    if in_use:
         changed = _changes(yaml.safe_load(path.read_text(encoding="utf-8")), recipe.model_dump(mode="json"))
         if changed:
             raise CheckpointError(f"{folder} was begun with another recipe ({'; '.join(changed)}): name a new folder")
@@ -125,8 +160,9 @@ def train_to_end(
     Raises:
         Interrupted: The watcher asked to stop; the state is saved.
     """
-    if checkpoint.exists():
-        cohort.load_state_dict(load_tree(checkpoint))
+    state = load_state(checkpoint, watcher.say)
+    if state is not None:
+        cohort.load_state_dict(state)
         watcher.say(f"{title}: goes on at epoch {cohort.epoch + 1}, step {cohort.step + 1}")
     kept = [
         record
@@ -142,11 +178,11 @@ def train_to_end(
             _to_board(board, records)
             watcher.epoch(title, records)
             # The iterator has not begun the next epoch yet; what is saved is the state that it will begin from.
-            save_tree(checkpoint, cohort.state_dict())
+            save_state(checkpoint, cohort.state_dict())
             if watcher.should_stop():
                 raise Interrupted
     if cohort.step > 0:
-        save_tree(checkpoint, cohort.state_dict())
+        save_state(checkpoint, cohort.state_dict())
         raise Interrupted
 
 

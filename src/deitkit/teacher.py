@@ -14,7 +14,7 @@ from scipy import stats
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
-from deitkit.checkpoint import load_classifier, save_classifier
+from deitkit.checkpoint import drop_state, load_classifier, save_classifier
 from deitkit.cohort import Cohort
 from deitkit.data.sources import Dataset, Split, load_dataset
 from deitkit.device import Precision
@@ -102,7 +102,7 @@ def prepare_teacher(
     card = gate(classifier, card, dataset, recipe.teacher, precision)
     save_classifier(folder, classifier, _model_card(card, dataset, recipe))
     write_text(card_path, json.dumps(asdict(card), indent=2) + "\n")
-    (folder / "checkpoint.safetensors").unlink(missing_ok=True)
+    drop_state(folder / "checkpoint.safetensors")
     watcher.say(f"teacher {card.name}: {100 * card.top1:.2f} % on {card.n} validation images, {card.verdict}")
     return FrozenTeacher(classifier), card
 

@@ -11,18 +11,26 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from deitkit.cohort import Progress as Standing
+from deitkit.errors import Interrupted
 from deitkit.evaluate import default_readout
 
 
 class Terminal:
-    """A watcher on a console. Use it as a context: inside it, Ctrl-C and SIGTERM ask the run to stop, and save.
+    """A watcher on a console. Use it as a context: inside it, Ctrl-C and SIGTERM end the run.
 
-    A second Ctrl-C ends the process at once; what is on the disk by then can still be resumed.
+    Training ends after its step, and saves; everything else at once, since it is done again when the run goes on. A
+    second Ctrl-C ends the process there and then; what is on the disk can still be resumed.
+
+    Args:
+        console: Where to talk.
+        farewell: What to say of a run that was stopped at once; by default that --resume goes on with it.
     """
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, *, farewell: str = "") -> None:
         self.console = console
-        self._stop = False
+        self._farewell = farewell
+        self._stop: int | None = None  # the signal that came
+        self._training = False  # between the first step of an epoch that was told of and the epoch's end
         self._live: Live | None = None
         self._task: Any = None
         self._title = ""
@@ -48,21 +56,25 @@ class Terminal:
             self._handlers[number] = signal.signal(number, self._ask_to_stop)
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self._end_live()
+        if isinstance(error, Interrupted) and self._stop is not None:
+            error.exit_code = 128 + self._stop
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
 
     def _ask_to_stop(self, number: int, frame: FrameType | None) -> None:
-        if self._stop:
+        if self._stop is not None:
             signal.signal(number, signal.SIG_DFL)
             raise KeyboardInterrupt
-        self._stop = True
+        self._stop = number
+        if not self._training:
+            raise Interrupted(self._farewell)
         self.console.print("[yellow]stopping after this step, and saving; once more to stop at once[/]")
 
     def should_stop(self) -> bool:
         """Whether Ctrl-C or SIGTERM has come."""
-        return self._stop
+        return self._stop is not None
 
     def say(self, text: str) -> None:
         """Print a line."""
@@ -81,6 +93,7 @@ class Terminal:
 
     def step(self, title: str, progress: Standing) -> None:
         """Move the bar; the table of losses is drawn a few times a second."""
+        self._training = True
         if not self.console.is_terminal or time.monotonic() - self._drawn < 0.2:
             return
         self._drawn = time.monotonic()
@@ -99,6 +112,7 @@ class Terminal:
 
     def epoch(self, title: str, records: list[dict[str, Any]]) -> None:
         """Note the validation accuracies; where there is no terminal, print the epoch's line."""
+        self._training = False
         self._accuracies = {
             record["student"]: record["validation"][default_readout(list(record["validation"]))] for record in records
         }

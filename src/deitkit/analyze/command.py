@@ -29,7 +29,7 @@ def analyze(
     from deitkit.analyze.analysis import analyze_run
     from deitkit.terminal import Terminal
 
-    with Terminal(errors if as_json else console) as terminal:
+    with Terminal(errors if as_json else console, farewell="stopped; nothing was written") as terminal:
         analysis = analyze_run(run, images=images, seed=seed, watcher=terminal)
     if as_json:
         sys.stdout.write(json.dumps(analysis, ensure_ascii=False) + "\n")
