@@ -82,6 +82,7 @@ def test_a_run_keeps_and_reports_every_teacher(tiny_recipe: Any, tmp_path: Path)
         assert {key: card[key] for key in kept} == {**kept, "mean": tuple(kept["mean"]), "std": tuple(kept["std"])}
     assert results["teacher"]["name"] == "cifar/resnet20 + cifar/resnet20"
     assert results["teacher"]["parameters"] == first["parameters"] + second["parameters"]
+    assert (results["teacher"]["image_px"], results["teacher"]["mean"]) == (None, ())
     names = [line.name for line in lay_out(results).lines if line.group == "teacher"]
     assert names == ["teacher: cifar/resnet20", "teacher: cifar/resnet20", "teachers: mean answer"]
     page = (tmp_path / "report.html").read_text()

@@ -99,4 +99,8 @@ def common_card(
         verdict="; ".join(dict.fromkeys(card.verdict for card in cards)),
         weak=any(card.weak for card in cards),
         parameters=sum(card.parameters for card in cards),
+        image_px=None,  # each has a resolution, a normalisation and a readout of its own
+        mean=(),
+        std=(),
+        readout=None,
     )
