@@ -195,6 +195,33 @@ def test_a_student_that_stopped_is_left_out(tmp_path: Path) -> None:
     analysis = analyze_run(folder, images=1, watcher=Silent())
     assert analysis["disagreement"]["judges"] == ["truth", "class-only/class"]
     assert [entry["student"] for entry in analysis["attention"]] == ["class-only"]
+    assert analysis["notes"] == ["none/class is left out: it stopped, or the run does not hold its model."]
+
+
+def test_two_teachers_answer_by_their_mean_and_a_row_without_a_model_is_left_out(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    results = compared(
+        folder, "methods=[soft]", "train.epochs=1",
+        "teacher.also=[{name: cifar/resnet20, allow_weak: true, train: {batch_size: 16, epochs: 2}}]",
+    )  # fmt: skip
+    before = results["rows"][0] | {"row": "before/class", "method": "before", "top1": [0.5]}
+    (folder / "results.json").write_text(json.dumps(results | {"rows": [before, *results["rows"]]}), encoding="utf-8")
+    analysis = analyze_run(folder, images=0, watcher=Silent())
+    teacher, student = analysis["judges"]
+    assert teacher["top1"] == results["teacher"]["test_top1"]
+    images = load_dataset(load_recipe(str(folder / "recipe.yaml")).data).test.images.float() / 255
+    shares = []
+    for name in ("teacher", "teacher-2"):
+        with torch.no_grad():
+            shares.append(load_classifier(folder / name, CPU)[0](images).class_logits.softmax(dim=-1))
+    decisions = (shares[0] + shares[1]).argmax(dim=-1)
+    (scores,) = load_tree(folder / "seed-0" / "predictions.safetensors")["soft"]["scores"]["last"]["test"].values()
+    agrees = (scores.argmax(dim=-1) == decisions).double().mean().item()
+    assert student["agreement_overall"] == pytest.approx(agrees)
+    assert analysis["notes"] == ["before/class is left out: it stopped, or the run does not hold its model."]
+    (folder / "teacher-2" / "card.json").unlink()
+    with pytest.raises(CheckpointError, match=r"teacher-2 holds no card.json"):
+        analyze_run(folder, watcher=Silent())
 
 
 class Impatient(Silent):
@@ -219,5 +246,11 @@ def test_what_cannot_be_analyzed_is_told_in_one_sentence(tmp_path: Path) -> None
         analyze_run(folder, watcher=Silent())
     (folder / "results.json").write_text(text, encoding="utf-8")
     (folder / "seed-0" / "none" / "model.json").unlink()
-    with pytest.raises(CheckpointError, match=r"none holds no model.json"):
+    with pytest.raises(CheckpointError, match=r"run holds no student that ended its training, as seed-0/METHOD"):
+        analyze_run(folder, watcher=Silent())
+    added = ("variant", "changed", "teacher_name", "teacher_test_top1", "difference_vs_base", "p_vs_base")
+    row = results["rows"][0] | dict.fromkeys((*added, "difference_vs_base_ci95", "p_vs_base_test"))
+    ablation = results | {"variants": {"base": {}}, "rows": [row]}
+    (folder / "results.json").write_text(json.dumps(ablation), encoding="utf-8")
+    with pytest.raises(CheckpointError, match=r"analyze one of its variants, such as .*run/variants/base"):
         analyze_run(folder, watcher=Silent())

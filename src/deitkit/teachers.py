@@ -71,8 +71,8 @@ def prepare_teachers(
         TeacherError: The gate refused one.
     """
     teachers, cards = [], []
-    for number, chosen in enumerate(recipe.teacher.everyone):
-        home = folder.with_name(f"{folder.name}-{number + 1}") if number else folder
+    homes = teacher_folders(recipe, folder)
+    for number, (chosen, home) in enumerate(zip(recipe.teacher.everyone, homes, strict=True)):
         alone = recipe.model_copy(update={"teacher": chosen})
         try:
             teacher, card = prepare_teacher(alone, dataset, folder=home, precision=precision, watcher=watcher)
@@ -82,6 +82,12 @@ def prepare_teachers(
         teachers.append(teacher)
         cards.append(card)
     return Teachers(teachers), cards
+
+
+def teacher_folders(recipe: Recipe, folder: Path) -> list[Path]:
+    """Return the folder of every teacher of a recipe: ``folder``, ``folder-2``, ..."""
+    more = range(2, len(recipe.teacher.everyone) + 1)
+    return [folder, *(folder.with_name(f"{folder.name}-{number}") for number in more)]
 
 
 def common_card(

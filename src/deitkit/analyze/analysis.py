@@ -16,12 +16,12 @@ from torch import Tensor
 from deitkit import __version__
 from deitkit.analyze.decisions import disagreement, mean
 from deitkit.analyze.judges import Judge
-from deitkit.analyze.panel import ask, has_both_tokens, load_as_trained, student_name, students_of
+from deitkit.analyze.panel import ask, has_both_tokens, load_as_trained, student_name, students_of, teachers_of
 from deitkit.analyze.pictures import Example, draw_attention
 from deitkit.analyze.tokens import attention_maps, learned_similarity
 from deitkit.data.sources import Dataset, load_dataset
 from deitkit.device import Precision, choose_device
-from deitkit.errors import DataError, Interrupted, RecipeError
+from deitkit.errors import CheckpointError, DataError, Interrupted, RecipeError
 from deitkit.evaluate import default_readout, readout_probabilities, readout_scores
 from deitkit.files import write_text
 from deitkit.models.classifier import Classifier
@@ -31,6 +31,7 @@ from deitkit.report import read_results, write_report
 from deitkit.report.analysis import FORMAT
 from deitkit.runs import Watcher
 from deitkit.seeding import derived_generator
+from deitkit.teachers import mean_answer
 
 TRUTH, TEACHER = "truth", "teacher"
 PAPER_READOUTS = ("class", "distillation", "joint")  # of Table 4
@@ -52,6 +53,8 @@ def analyze_run(folder: Path, *, images: int = 8, seed: int | None = None, watch
         Interrupted: The watcher asked to stop; nothing was written.
     """
     results = read_results(folder)
+    if results.get("variants"):
+        raise CheckpointError(f"{folder} is an ablation: analyze one of its variants, such as {folder}/variants/base")
     if seed is not None and seed not in results["seeds"]:
         raise RecipeError(f"--seed {seed} is no seed of {folder}: choose from {', '.join(map(str, results['seeds']))}")
     recipe = load_recipe(str(folder / "recipe.yaml"))
@@ -61,11 +64,17 @@ def analyze_run(folder: Path, *, images: int = 8, seed: int | None = None, watch
     _require_same_data(dataset, results)
     hearing = Hearing(dataset, results)
     load = partial(load_as_trained, speed=recipe.speed, device=device)
-    teacher = None if results["teacher"] is None else load(folder / "teacher")
+    seeds = results["seeds"] if seed is None else [seed]
+    homes = {number: students_of(folder, results, number) for number in seeds}
+    if not any(homes.values()):
+        raise CheckpointError(
+            f"{folder} holds no student that ended its training, as seed-{seeds[0]}/METHOD: train one"
+        )
+    teachers = [] if results["teacher"] is None else teachers_of(folder, recipe, dataset, precision, watcher)
     pictures: list[dict[str, Any]] = []
-    for number in results["seeds"] if seed is None else [seed]:
-        students = {name: load(path) for name, path in students_of(folder, results, number).items()}
-        hearing.hold(number, students, teacher, precision, watcher)
+    for number in seeds:
+        students = {name: load(path) for name, path in homes[number].items()}
+        hearing.hold(number, students, teachers, precision, watcher)
         if not pictures and images:
             chosen = torch.randperm(len(dataset.test), generator=derived_generator(0, "analysis"))[:images]
             last = {student_name(row) for row in results["rows"] if row["weights"] == "last"}
@@ -127,26 +136,25 @@ class Hearing:
         self,
         seed: int,
         students: dict[str, Classifier],
-        teacher: Classifier | None,
+        teachers: list[Classifier],
         precision: Precision,
         watcher: Watcher,
     ) -> None:
-        """Ask the students of a seed, and the teacher unless it has answered already."""
+        """Ask the students of a seed, and the teachers unless they have answered already."""
 
         def tell(done: int) -> None:
             if watcher.should_stop():
                 raise Interrupted("stopped; nothing was written")
             watcher.reading(f"seed {seed}: asking {len(panel)} models", done, len(self.labels))
 
-        panel = dict(students)
-        if teacher is not None and self._answer is None:
-            panel = {TEACHER: teacher, **panel}
+        asked = teachers if self._answer is None else []
+        names = [f"{TEACHER} {number}" for number in range(len(asked))]
+        panel = dict(zip(names, asked, strict=True)) | students
         outputs, cosines = ask(panel, self.dataset.test, precision, tell)
         self.seeds.append(seed)
-        if TEACHER in outputs:
-            logits = outputs[TEACHER].class_logits
-            assert logits is not None
-            self._answer = logits.softmax(dim=-1)
+        if asked:
+            logits = [outputs[name].class_logits for name in names]
+            self._answer = mean_answer([answer for answer in logits if answer is not None]).softmax(dim=-1)
         if self._answer is not None:
             self.teacher.hear(seed, self._answer, self.labels)
         for row in self.results["rows"]:
@@ -215,6 +223,9 @@ class Hearing:
             notes.append(
                 "The data do not have the fingerprint of the run's: files were changed since, or are read another way."
             )
+        for name, judge in self.rows.items():
+            if not judge.decisions:
+                notes.append(f"{name} is left out: it stopped, or the run does not hold its model.")
         return notes
 
 

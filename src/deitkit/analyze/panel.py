@@ -12,13 +12,17 @@ from torch import Tensor
 
 from deitkit.analyze.tokens import recorded_similarity
 from deitkit.checkpoint import load_classifier
+from deitkit.data.sources import Dataset
 from deitkit.data.split import Split
 from deitkit.device import Precision
+from deitkit.errors import CheckpointError
 from deitkit.evaluate import predict_all
 from deitkit.models.classifier import Classifier
 from deitkit.models.vit import TOKENS, DeiT, Output
-from deitkit.recipe import SpeedRecipe
+from deitkit.recipe import Recipe, SpeedRecipe
+from deitkit.runs import Watcher
 from deitkit.speed import accelerate
+from deitkit.teachers import prepare_teachers, teacher_folders
 
 
 @dataclass(frozen=True)
@@ -36,8 +40,25 @@ class Told(Split):
             self.tell(done)
 
 
+def teachers_of(
+    folder: Path, recipe: Recipe, dataset: Dataset, precision: Precision, watcher: Watcher
+) -> list[Classifier]:
+    """Load the teachers of a run, as they taught.
+
+    Raises:
+        CheckpointError: One of them is not in the run folder.
+    """
+    for home in teacher_folders(recipe, folder / "teacher"):
+        if not (home / "card.json").exists():
+            raise CheckpointError(f"{home} holds no card.json: copy the teacher's folder back into its run")
+    teachers, _ = prepare_teachers(recipe, dataset, folder=folder / "teacher", precision=precision, watcher=watcher)
+    return teachers.classifiers
+
+
 def students_of(folder: Path, results: dict[str, Any], seed: int) -> dict[str, Path]:
     """Return the folders of the students that reached the end of their training under a seed; ``+ema`` for averages.
+
+    A row whose model the run does not hold, such as that of a model before it was fine-tuned, has none.
 
     Args:
         folder: Of the run.
@@ -45,8 +66,9 @@ def students_of(folder: Path, results: dict[str, Any], seed: int) -> dict[str, P
         seed: Of the run.
     """
     place = results["seeds"].index(seed)
-    names = dict.fromkeys(student_name(row) for row in results["rows"] if row["top1"][place] is not None)
-    return {name: folder / f"seed-{seed}" / name for name in names}
+    homes = {student_name(row): folder / f"seed-{seed}" / student_name(row) for row in results["rows"]}
+    stopped = {student_name(row) for row in results["rows"] if row["top1"][place:] and row["top1"][place] is None}
+    return {name: home for name, home in homes.items() if name not in stopped and (home / "model.json").exists()}
 
 
 def load_as_trained(folder: Path, speed: SpeedRecipe, device: torch.device) -> Classifier:
