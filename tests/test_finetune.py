@@ -10,14 +10,15 @@ import torch
 from scipy import stats
 from timm.models.vision_transformer import VisionTransformer
 
-from conftest import TINY
+from conftest import CPU_FP32, TINY
 from deitkit.checkpoint import load_tree, save_classifier
-from deitkit.compare import compare
+from deitkit.compare import build_students, compare
 from deitkit.data.sources import load_dataset
 from deitkit.errors import CheckpointError, RecipeError
 from deitkit.finetune import start_from
 from deitkit.inference import evaluate_model
 from deitkit.models.classifier import Classifier
+from deitkit.models.vit import DeiT
 from deitkit.models.zoo import create_classifier
 from deitkit.recipe import Recipe
 from deitkit.recipe_file import load_recipe, shipped_recipes
@@ -160,6 +161,24 @@ def test_the_architecture_is_the_checkpoints(plain: Path, tmp_path: Path) -> Non
     assert start_from(load_recipe(str(tmp_path / "again.yaml")), plain) == recipe
     other = start_from(recipe_of(tmp_path, "model.patch_px=2"), plain)
     assert other.model.patch_px == 2, "the patch may be another, to which the embedding is resized"
+
+
+def test_layer_scale_and_a_stem_of_convolutions_are_the_checkpoints_too(plain: Path, tmp_path: Path) -> None:
+    assert start_from(recipe_of(tmp_path), plain).model.layer_scale is None
+    added = start_from(recipe_of(tmp_path, "model.layer_scale=0.0001"), plain).model
+    assert added.layer_scale == 1e-4, "a plain student may get it: its factors start at 1"
+    config = json.loads((plain / "winner" / "model.json").read_text())["config"]
+    model = DeiT(**config | {"layer_scale": 0.1, "stem": "conv"})
+    names = {"channels": 1, "class_names": [str(digit) for digit in range(10)], "input_px": [8, 8]}
+    save_classifier(tmp_path / "more", Classifier(model, mean=(0.5,), std=(0.5,)), names)
+    recipe = start_from(recipe_of(tmp_path), tmp_path / "more")
+    assert (recipe.model.stem, recipe.model.layer_scale is None) == ("conv", False)
+    dataset = load_dataset(recipe.data)
+    (student,) = build_students(recipe.model_copy(update={"methods": ("none",)}), dataset, 0, CPU_FP32)
+    for name, value in model.state_dict().items():
+        assert torch.equal(student.classifier.model.state_dict()[name], value), name
+    with pytest.raises(RecipeError, match=r"model.stem=patch in the recipe, but .* has .*model.stem=conv"):
+        start_from(recipe_of(tmp_path, "model.stem=patch"), tmp_path / "more")
 
 
 def test_contradictions_are_one_sentence(plain: Path, tmp_path: Path) -> None:
