@@ -33,19 +33,20 @@ def save_tree(path: Path, tree: Any) -> None:
     """
     tensors: dict[str, Tensor] = {}
     structure = json.dumps(_encode(tree, tensors))
-    metadata = {"format": str(FORMAT), "tree": structure, "sha256": _checksum(structure, tensors)}
-    write_bytes(path, save(tensors, metadata=metadata))
+    # In one entry: safetensors writes several in a random order, and equal states are to be equal files.
+    entry = json.dumps({"format": FORMAT, "sha256": _checksum(structure, tensors), "tree": structure})
+    write_bytes(path, save(tensors, metadata={"deitkit": entry}))
 
 
 def load_tree(path: Path) -> Any:
     """Read what ``save_tree`` wrote, on the CPU; CheckpointError for anything else, be it one bit."""
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
+            entry = json.loads((file.metadata() or {})["deitkit"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        if metadata["sha256"] != _checksum(metadata["tree"], tensors):
+        if entry["sha256"] != _checksum(entry["tree"], tensors):
             raise ValueError("the checksum differs")
-        return _decode(json.loads(metadata["tree"]), tensors)
+        return _decode(json.loads(entry["tree"]), tensors)
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged or no checkpoint of deitkit: delete it and resume again") from error
 

@@ -5,7 +5,7 @@ The layout is in docs/design.md. Nothing here knows what a teacher or a method i
 
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -58,6 +58,9 @@ class Watcher(Protocol):
     def epoch(self, title: str, records: list[dict[str, Any]]) -> None:
         """An epoch has been done."""
 
+    def patient(self) -> AbstractContextManager[None]:
+        """While inside, a request to stop waits until ``should_stop`` is asked; outside it may end the run at once."""
+
     def should_stop(self) -> bool:
         """Whether the user asked to stop."""
 
@@ -76,6 +79,9 @@ class Silent:
 
     def epoch(self, title: str, records: list[dict[str, Any]]) -> None:
         pass
+
+    def patient(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def should_stop(self) -> bool:
         return False
@@ -171,7 +177,7 @@ def train_to_end(
     ]
     lines = [json.dumps(record) for record in kept]
     on_step: Callable[[Progress], None] = lambda progress: watcher.step(title, progress)  # noqa: E731
-    with SummaryWriter(log_folder, purge_step=cohort.epoch + 1) as board:
+    with watcher.patient(), SummaryWriter(log_folder, purge_step=cohort.epoch + 1) as board:
         for records in cohort.fit(on_step, watcher.should_stop):
             lines += [json.dumps(record) for record in records]
             write_text(metrics, "\n".join(lines) + "\n")
@@ -181,9 +187,9 @@ def train_to_end(
             save_state(checkpoint, cohort.state_dict())
             if watcher.should_stop():
                 raise Interrupted
-    if cohort.step > 0:
-        save_state(checkpoint, cohort.state_dict())
-        raise Interrupted
+        if cohort.step > 0:
+            save_state(checkpoint, cohort.state_dict())
+            raise Interrupted
 
 
 def _to_board(board: SummaryWriter, records: list[dict[str, Any]]) -> None:

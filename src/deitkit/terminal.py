@@ -2,6 +2,8 @@
 
 import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
@@ -30,7 +32,7 @@ class Terminal:
         self.console = console
         self._farewell = farewell
         self._stop: int | None = None  # the signal that came
-        self._training = False  # between the first step of an epoch that was told of and the epoch's end
+        self._patient = False
         self._live: Live | None = None
         self._task: Any = None
         self._title = ""
@@ -68,9 +70,20 @@ class Terminal:
             signal.signal(number, signal.SIG_DFL)
             raise KeyboardInterrupt
         self._stop = number
-        if not self._training:
+        if not self._patient:
             raise Interrupted(self._farewell)
         self.console.print("[yellow]stopping after this step, and saving; once more to stop at once[/]")
+
+    @contextmanager
+    def patient(self) -> Iterator[None]:
+        """While inside, a request to stop waits until ``should_stop`` is asked."""
+        self._patient = True
+        try:
+            yield
+        finally:
+            self._patient = False
+        if self._stop is not None:
+            raise Interrupted(self._farewell)
 
     def should_stop(self) -> bool:
         """Whether Ctrl-C or SIGTERM has come."""
@@ -93,7 +106,6 @@ class Terminal:
 
     def step(self, title: str, progress: Standing) -> None:
         """Move the bar; the table of losses is drawn a few times a second."""
-        self._training = True
         if not self.console.is_terminal or time.monotonic() - self._drawn < 0.2:
             return
         self._drawn = time.monotonic()
@@ -112,7 +124,6 @@ class Terminal:
 
     def epoch(self, title: str, records: list[dict[str, Any]]) -> None:
         """Note the validation accuracies; where there is no terminal, print the epoch's line."""
-        self._training = False
         self._accuracies = {
             record["student"]: record["validation"][default_readout(list(record["validation"]))] for record in records
         }
