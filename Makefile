@@ -1,4 +1,4 @@
-# make demo | test | lint | check | clean. Needs Python 3.11 or newer, make and a package index; nothing is
+# make demo | test | lint | check | chaos | clean. Needs Python 3.11 or newer, make and a package index; nothing is
 # installed outside .venv.
 PYTHON ?= python3
 VENV ?= .venv
@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 DEVELOPED := $(VENV)/.developed
 
-.PHONY: demo test lint check clean
+.PHONY: demo test lint check chaos clean
 
 demo: $(INSTALLED)
 	$(BIN)/deitkit compare digits
@@ -20,6 +20,9 @@ lint: $(DEVELOPED)
 	$(BIN)/mypy
 
 check: lint test
+
+chaos: $(DEVELOPED)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/chaos/chaos.py --kills 50 --faults 10
 
 $(INSTALLED): pyproject.toml
 	$(PYTHON) -m venv $(VENV)

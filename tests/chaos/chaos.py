@@ -104,8 +104,8 @@ class Chaos:
         code = self.wait(process)
         if time.monotonic() - asked > GRACE_S:
             raise LostError(f"signal {number} took {time.monotonic() - asked:.0f} s to end a run")
-        if code == 0:
-            return False
+        if code == 0 or (code == -number and number != signal.SIGKILL):
+            return False  # it had ended, or not begun: before that a signal does what it does to any process
         expected = -number if number == signal.SIGKILL else 128 + number
         if code != expected:
             raise LostError(f"signal {number} ended a run with code {code}:\n{self.log.read_text()[-3000:]}")
