@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from deitkit import cli
 from deitkit.checkpoint import drop_state, load_state, load_tree, save_state, save_tree
 from deitkit.errors import CheckpointError
 from deitkit.runs import occupied
@@ -114,3 +115,15 @@ def test_a_signal_before_training_ends_the_command_at_once(number: int, code: in
     assert process.returncode == code
     assert "--resume goes on from here" in errors
     assert "Traceback" not in errors
+
+
+def test_a_worker_that_died_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def die() -> None:
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+
+    monkeypatch.setattr(cli, "app", die)
+    with pytest.raises(SystemExit, match="2"):
+        cli.main()
+    assert "a process that decodes images died" in capsys.readouterr().err

@@ -13,7 +13,7 @@ from deitkit import __version__
 from deitkit.analyze.command import analyze
 from deitkit.bench.command import app as bench_app
 from deitkit.convert.command import convert
-from deitkit.errors import DeitkitError, Interrupted, RecipeError, is_out_of_memory
+from deitkit.errors import DeitkitError, Interrupted, RecipeError, is_dead_worker, is_out_of_memory
 from deitkit.models_command import models
 from deitkit.recipe import Recipe
 from deitkit.recipe_file import describe_fields, load_recipe, shipped_recipes
@@ -347,8 +347,11 @@ def main() -> None:
         errors.print(str(stop) or "stopped; the same command with --resume goes on from here", highlight=False)
         sys.exit(getattr(stop, "exit_code", Interrupted.exit_code))
     except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
+        if is_dead_worker(error):
+            advice = "a process that decodes images died, killed or out of memory: --resume goes on; lower data.workers"
+        elif is_out_of_memory(error):
+            advice = "out of memory: lower train.batch_size, teacher.train.batch_size or data.image_px"
+        else:
             raise
-        advice = "out of memory: lower train.batch_size, teacher.train.batch_size or data.image_px"
         errors.print(f"error: {advice}", style="red", soft_wrap=True)
         sys.exit(2)

@@ -42,7 +42,15 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or any(sign in str(error) for sign in signs)
 
 
-class Interrupted(Exception):  # noqa: N818 - nothing went wrong
-    """Somebody stopped a run; it goes on from what is on the disk."""
+def is_dead_worker(error: BaseException) -> bool:
+    """Return whether an exception, which torch raises wherever it is just then, tells of a dead worker process."""
+    return isinstance(error, RuntimeError) and "DataLoader worker" in str(error)
+
+
+class Interrupted(BaseException):
+    """Somebody stopped a run; it goes on from what is on the disk.
+
+    It comes out of the middle of anything, so whoever catches all exceptions must not catch this one.
+    """
 
     exit_code = 130  # as shells tell of Ctrl-C
