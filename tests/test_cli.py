@@ -172,6 +172,20 @@ def test_a_run_is_compared_evaluated_reported_and_used(run: Run, tmp_path: Path,
     refused(run("evaluate", out, "--data", "digits"), "classes")
 
 
+def test_an_ablation_prints_one_table_and_where_its_variants_are(run: Run, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    code, text, errors = run("compare", "digits", *FAST, "variants.sgd.train.optimizer=sgd", "--out", out)
+    assert code == 0, errors
+    assert "vs base" in text
+    assert f"variant  {out / 'variants' / 'sgd'}" in text
+    (out / "table.md").unlink()
+    code, text, _ = run("report", out)
+    assert code == 0
+    assert "vs base" in text
+    assert (out / "table.md").exists()
+    refused(run("compare", "digits", "variants.sgd.train.optimiser=sgd"), "variants.sgd", "train.optimizer")
+
+
 def test_folders_that_hold_no_run(run: Run, tmp_path: Path) -> None:
     refused(run("report", tmp_path), "results.json")
     refused(run("analyze", tmp_path), "results.json", "finish the comparison first")
