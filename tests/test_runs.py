@@ -127,3 +127,12 @@ def test_a_worker_that_died_is_one_sentence(
     with pytest.raises(SystemExit, match="2"):
         cli.main()
     assert "a process that decodes images died" in capsys.readouterr().err
+
+
+def test_a_place_that_cannot_be_written_is_told_before_anything_is_done(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no folder")
+    with (
+        pytest.raises(CheckpointError, match="cannot write into"),
+        occupied(tmp_path / "file"),
+    ):
+        pass
