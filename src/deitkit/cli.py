@@ -27,8 +27,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(bench_app, name="bench")
-app.command()(models)
-app.command()(convert)
 console = Console()
 errors = Console(stderr=True)
 
@@ -285,6 +283,10 @@ def methods() -> None:
         labels = "yes" if method.uses_labels else "no"
         table.add_row(method.name, method.token_layout, labels, method.teacher_signal or "-", method.summary)
     console.print(table)
+
+
+app.command()(models)
+app.command()(convert)
 
 
 def _say(text: str) -> None:
