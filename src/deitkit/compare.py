@@ -6,6 +6,7 @@ Each stage leaves its result in the run folder, so that a run that was stopped g
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,8 @@ def compare(
         f"data {dataset.name}: {len(dataset.train)} training, {len(dataset.validation)} validation, "
         f"{len(dataset.test)} test images, {dataset.classes} classes"
     )
+    if dataset.duplicates.count:
+        watcher.say(dataset.duplicates.told())
     if recipe.train.learning_rate_per is not None:
         watcher.say(
             f"learning rate {peak_learning_rate(recipe.train, recipe.train):g}: {recipe.train.learning_rate:g} for "
@@ -325,6 +328,7 @@ def _results(
             "skipped": len(dataset.skipped),
             "skipped_files": list(dataset.skipped),
             "fingerprint": dataset.fingerprint,
+            "duplicates": asdict(dataset.duplicates),
         },
         "teacher": teacher_entry,
         "teachers": each,

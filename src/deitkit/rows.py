@@ -269,4 +269,6 @@ def _notes(dataset: Dataset) -> list[str]:
     notes = []
     if dataset.skipped:
         notes.append(f"{len(dataset.skipped)} files could not be read and were left out, first {dataset.skipped[0]}.")
+    if dataset.duplicates.count:
+        notes.append(f"{dataset.duplicates.told()}.")
     return notes

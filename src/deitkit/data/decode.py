@@ -21,6 +21,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from deitkit.data import cache
+from deitkit.data.duplicates import pixel_hashes
 from deitkit.data.listing import EncodedImages, Progress
 from deitkit.data.pixels import evaluation_frame, is_grey, require_memory
 from deitkit.errors import DataError
@@ -29,7 +30,7 @@ from deitkit.recipe import DataRecipe
 SUFFIXES = frozenset((".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"))
 # Closed, because Pillow would otherwise go by content and hand an EPS file named .png to Ghostscript.
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
-_FORMAT_VERSION = 1  # of what is stored: raise it when decoding changes
+_FORMAT_VERSION = 2  # of what is stored: raise it when decoding changes
 _WINDOW = 256  # encoded images held in memory at a time
 
 
@@ -41,11 +42,13 @@ class DecodedImages:
         images: Pixels of the images that could be decoded.
         kept: Which images of the selection these are.
         skipped: Names of the others.
+        hashes: Of the pixels of each image of the selection, cut as a training image is; 0 of those that were skipped.
     """
 
     images: UInt8[Tensor, "kept channels height width"]
     kept: Bool[Tensor, "selected"]
     skipped: tuple[str, ...]
+    hashes: Int64[Tensor, "selected"]
 
 
 def decode_image(
@@ -131,11 +134,12 @@ def decode_images(
     cached = cache.load_cached(key)
     if cached is not None:
         tensors, names = cached
-        return DecodedImages(tensors["images"], tensors["kept"].bool(), tuple(names))
+        return DecodedImages(tensors["images"], tensors["kept"].bool(), tuple(names), tensors["hashes"])
     target = _Pixels(len(selection), train_count, recipe)
     decode_all(encoded.read, encoded.names, selection, recipe, target, progress, "decoding images")
     decoded = target.finish()
-    cache.store(key, {"images": decoded.images, "kept": decoded.kept.byte()}, list(decoded.skipped))
+    tensors = {"images": decoded.images, "kept": decoded.kept.byte(), "hashes": decoded.hashes}
+    cache.store(key, tensors, list(decoded.skipped))
     return decoded
 
 
@@ -154,14 +158,17 @@ def decode_all(
         DataError: No image can be decoded, or the target refused one.
     """
 
-    def attempt(image: Path | bytes, slot: int) -> np.ndarray | str:
+    def attempt(image: Path | bytes, slot: int) -> tuple[np.ndarray | str, int]:
         eval_crop = 1.0 if slot < target.train_count else recipe.eval_crop
         try:
-            return decode_image(image, recipe.channels or 3, recipe.image_px, eval_crop)
+            pixels = decode_image(image, recipe.channels or 3, recipe.image_px, eval_crop)
+            # Another crop of a training image is still that image.
+            whole = pixels if eval_crop == 1 else decode_image(image, recipe.channels or 3, recipe.image_px)
+            return pixels, int(pixel_hashes(whole[None])[0])
         except UnidentifiedImageError:
-            return "not an image of a known format"
+            return "not an image of a known format", 0
         except Exception as error:  # Pillow's plug-ins raise whatever a damaged file makes them stumble over
-            return str(error) or type(error).__name__
+            return str(error) or type(error).__name__, 0
 
     slots = selection.argsort().tolist()
     positions = selection[slots].tolist()
@@ -169,8 +176,9 @@ def decode_all(
     with _strict_pillow(), ThreadPoolExecutor() as pool:
         for start in range(0, len(positions), _WINDOW):
             window = pool.map(attempt, islice(images, _WINDOW), slots[start : start + _WINDOW])
-            for offset, pixels in enumerate(window, start):
+            for offset, (pixels, pixel_hash) in enumerate(window, start):
                 target.put(slots[offset], names[positions[offset]], pixels)
+                target.hashes[slots[offset]] = pixel_hash
             if progress is not None:
                 progress(what, min(start + _WINDOW, len(positions)), len(positions))
     if not target.kept.any():
@@ -189,6 +197,7 @@ class Target(ABC):
         self.pixel_shape: tuple[int, ...] = ()
         self.first_name = ""
         self.kept = torch.zeros(count, dtype=torch.bool)
+        self.hashes = torch.zeros(count, dtype=torch.int64)
         self.failures: dict[str, str] = {}
 
     def put(self, slot: int, name: str, pixels: np.ndarray | str) -> None:
@@ -232,7 +241,7 @@ class _Pixels(Target):
             images = images[self.kept]
         if self.recipe.channels is None and is_grey(images):
             images = images[:, :1].contiguous()
-        return DecodedImages(images, self.kept, tuple(self.failures))
+        return DecodedImages(images, self.kept, tuple(self.failures), self.hashes)
 
 
 def _size(shape: tuple[int, ...]) -> str:

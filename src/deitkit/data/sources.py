@@ -7,15 +7,17 @@ are not known here.
 import difflib
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 from jaxtyping import Int64
 from torch import Tensor
 
 from deitkit.data.cache import sha256
 from deitkit.data.decode import DecodedImages, decode_images
+from deitkit.data.duplicates import MOST_EXAMPLES, Duplicates, find_duplicates, pixel_hashes
 from deitkit.data.folders import list_folder
 from deitkit.data.listing import EncodedImages, Listing, Progress
 from deitkit.data.named import NAMED_SETS, list_named
@@ -29,6 +31,7 @@ from deitkit.recipe import DataRecipe
 __all__ = ["DATASETS", "Dataset", "Split", "load_dataset", "load_test"]
 
 DATASETS = ("digits", *NAMED_SETS)
+_CHUNK = 1024  # images copied at a time to be hashed
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,7 @@ class Dataset:
         skipped: Names of images that could not be decoded.
         fingerprint: SHA-256 over images, labels and class names of all splits, in hexadecimal; for streamed images over
             the names, sizes and times of their files instead.
+        duplicates: Test images that are training images too.
     """
 
     name: str
@@ -57,6 +61,7 @@ class Dataset:
     std: tuple[float, ...]
     skipped: tuple[str, ...]
     fingerprint: str
+    duplicates: Duplicates = field(default_factory=Duplicates)
 
     @property
     def classes(self) -> int:
@@ -92,7 +97,8 @@ def load_dataset(recipe: DataRecipe, progress: Progress | None = None) -> Datase
     selection = torch.cat(parts)
     found = _read(listing, selection, len(indices.train), recipe, progress)
     sizes = [int(kept.sum()) for kept in found.kept.split([len(part) for part in parts])]
-    labels = listing.labels[selection[found.kept]].split(sizes)
+    places, hashes = selection[found.kept].split(sizes), found.hashes[found.kept].split(sizes)
+    labels = [listing.labels[some] for some in places]
     images = found.images.split(sizes)
     splits = [Split(*both) for both in zip(images, labels, strict=True)]
     _require_all_classes(dict(zip(("train", "validation", "test"), splits, strict=True)), listing, recipe)
@@ -110,6 +116,7 @@ def load_dataset(recipe: DataRecipe, progress: Progress | None = None) -> Datase
         std=std,
         skipped=listing.skipped + found.skipped,
         fingerprint=_fingerprint(splits, listing.class_names, found.key if isinstance(found, Survey) else None),
+        duplicates=_duplicates(listing, (places[0], places[2]), find_duplicates(hashes[0], hashes[2])),
     )
 
 
@@ -186,7 +193,9 @@ def _pixels(
     eval_crop = recipe.eval_crop if recipe.image_px is not None else 1.0
     images = resize(listing.images[selection], image_px, train_count=train_count, eval_crop=eval_crop)
     images = to_channels(images, channels)
-    return DecodedImages(images, torch.ones(len(selection), dtype=torch.bool), ())
+    hashes = [pixel_hashes(listing.images[some].numpy()) for some in selection.split(_CHUNK)]
+    kept = torch.ones(len(selection), dtype=torch.bool)
+    return DecodedImages(images, kept, (), torch.from_numpy(np.concatenate(hashes)))
 
 
 def _survey(
@@ -210,6 +219,26 @@ def _require_all_classes(splits: dict[str, Split], listing: Listing, recipe: Dat
                 f"class '{missing}' of data.name={recipe.name} has no image in the {name} split that can be decoded: "
                 "mend or replace its files"
             )
+
+
+def _duplicates(listing: Listing, places: tuple[Tensor, Tensor], pairs: Int64[Tensor, "pairs 2"]) -> Duplicates:
+    """Name some of the test images that were found among the training images."""
+    train, test = places
+    few = pairs[:MOST_EXAMPLES].tolist()
+    return Duplicates(
+        len(pairs), tuple((_name(listing, int(test[one])), _name(listing, int(train[other]))) for one, other in few)
+    )
+
+
+def _name(listing: Listing, position: int) -> str:
+    """Return what a message calls an image: its file, or its place in its split where it came without names."""
+    if isinstance(listing.images, EncodedImages):
+        return listing.images.names[position]
+    if listing.official_test is None:
+        return f"image {position}"
+    is_test = bool(listing.official_test[position])
+    place = int((listing.official_test[:position] == is_test).sum())
+    return f"{'test' if is_test else 'training'} image {place}"
 
 
 def _fingerprint(splits: list[Split], class_names: tuple[str, ...], streamed_key: str | None) -> str:

@@ -25,7 +25,7 @@ from deitkit.device import usable_cores
 from deitkit.errors import DataError
 from deitkit.recipe import DataRecipe
 
-_FORMAT_VERSION = 1  # of a survey: raise it when decoding changes
+_FORMAT_VERSION = 2  # of a survey: raise it when decoding changes
 _MOST_MEMORY = 0.6  # of what is free, for decoded images
 
 
@@ -156,6 +156,7 @@ class Survey:
         skipped: Names of the others.
         counts: How often each value occurs in each channel of the training images.
         key: Changes whenever the images may have changed.
+        hashes: Of the pixels of each image of the selection, as of ``DecodedImages``.
     """
 
     images: StreamedImages
@@ -163,6 +164,7 @@ class Survey:
     skipped: tuple[str, ...]
     counts: Int64[Tensor, "channels values"]
     key: str
+    hashes: Int64[Tensor, "selected"]
 
 
 def wants_streaming(images: Tensor | EncodedImages, count: int, recipe: DataRecipe) -> bool:
@@ -221,7 +223,7 @@ def survey(
         else:
             ends = _lay_out(encoded, selection, recipe, tally, progress, path)
         tensors = {"kept": tally.kept.byte(), "counts": tally.counts, "shape": torch.tensor(tally.shape), "ends": ends}
-        known = (tensors, list(tally.failures))
+        known = (tensors | {"hashes": tally.hashes}, list(tally.failures))
         cache.store(key, *known)
     tensors, skipped = known
     kept = tensors["kept"].bool()
@@ -240,7 +242,7 @@ def survey(
         eval_crops[kept],
         workers,
     )
-    return Survey(images, kept, tuple(skipped), counts[:channels], key)
+    return Survey(images, kept, tuple(skipped), counts[:channels], key, tensors["hashes"])
 
 
 def _lay_out(
