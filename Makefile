@@ -1,12 +1,12 @@
-# make demo | test | lint | check | chaos | clean. Needs Python 3.11 or newer, make and a package index; nothing is
-# installed outside .venv.
+# make demo | test | lint | check | chaos | fuzz | clean. Needs Python 3.11 or newer, make and a package index;
+# nothing is installed outside .venv.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 DEVELOPED := $(VENV)/.developed
 
-.PHONY: demo test lint check chaos clean
+.PHONY: demo test lint check chaos fuzz clean
 
 demo: $(INSTALLED)
 	$(BIN)/deitkit compare digits
@@ -23,6 +23,9 @@ check: lint test
 
 chaos: $(DEVELOPED)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/chaos/chaos.py --kills 50 --faults 10
+
+fuzz: $(DEVELOPED)
+	$(BIN)/python -m pytest tests/test_fuzz_recipes.py --hypothesis-profile=fuzz
 
 $(INSTALLED): pyproject.toml
 	$(PYTHON) -m venv $(VENV)

@@ -7,12 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
 
 from deitkit.data.sources import Dataset, Split
 from deitkit.device import Precision
 from deitkit.recipe import Recipe
 from deitkit.recipe_file import load_recipe
 from deitkit.student import Student
+
+settings.register_profile("fuzz", max_examples=1000)  # `make fuzz`; what it scales is in fuzz_helpers
 
 CPU_FP32 = Precision(torch.device("cpu"), torch.float32)
 

@@ -24,6 +24,8 @@ PAIRED_BY = {
     "data.split_seed": "test images",
 }
 
+MOST_VALUES, MOST_LEVELS = 10_000, 20  # of a recipe; the shipped ones stay below 100 and 5
+
 
 def shipped_recipes() -> dict[str, str]:
     """Return the text of every shipped recipe by its name."""
@@ -185,17 +187,12 @@ def _parse(source: str) -> dict[str, Any]:
     shipped = shipped_recipes()
     if source in shipped:
         text = shipped[source]
-    elif Path(source).is_file():
-        text = Path(source).read_text(encoding="utf-8", errors="replace")
+    elif (read := _read_file(source)) is not None:
+        text = read
     else:
         near = _nearest(source, shipped) or f"shipped are {', '.join(shipped)}."
         raise RecipeError(f"recipe '{source}' is neither a shipped recipe nor a file: {near} See `deitkit recipes`")
-    try:
-        tree = yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        where = getattr(error, "problem_mark", None)
-        line = f" in line {where.line + 1}" if where is not None else ""
-        raise RecipeError(f"recipe '{source}' is no valid YAML{line}: mend the file and run again") from None
+    tree = _load_yaml(text, f"recipe '{source}'", "mend the file and run again")
     if tree is None:
         tree = {}
     if not isinstance(tree, dict) or not all(isinstance(key, str) for key in tree):
@@ -205,14 +202,48 @@ def _parse(source: str) -> dict[str, Any]:
     return tree
 
 
+def _read_file(source: str) -> str | None:
+    """Return the text of a recipe's file; None where there is no such file."""
+    try:
+        return Path(source).read_text(encoding="utf-8", errors="replace") if Path(source).is_file() else None
+    except (OSError, ValueError) as error:  # a name too long for a file, or a file that must not be read
+        reason = getattr(error, "strerror", None) or str(error)
+        raise RecipeError(f"recipe '{source[:200]}' cannot be read ({reason.lower()}): name another file") from None
+
+
+def _load_yaml(text: str, what: str, remedy: str) -> Any:
+    """Return what YAML says, without objects of Python's, and of a size that everything after it can bear.
+
+    Raises:
+        RecipeError: It is no YAML, or aliases make it larger than any recipe (or endless).
+    """
+    try:
+        tree = yaml.safe_load(text)
+    except Exception as error:  # PyYAML's constructors stumble over a tag that does not suit its value in many ways
+        where = getattr(error, "problem_mark", None)
+        line = f" in line {where.line + 1}" if where is not None else ""
+        raise RecipeError(f"{what} is no valid YAML{line}: {remedy}") from None
+    rest, count = [(tree, 0)], 0
+    while rest:
+        value, level = rest.pop()
+        inner = (
+            (*value, *value.values()) if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+        )
+        rest += [(entry, level + 1) for entry in inner]
+        count += 1
+        if count > MOST_VALUES or level > MOST_LEVELS:
+            raise RecipeError(
+                f"{what} has more than {MOST_VALUES} values or {MOST_LEVELS} levels, which aliases can bring about "
+                f"too: {remedy}"
+            )
+    return tree
+
+
 def _apply(tree: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise RecipeError(f"'{override}' is no override: write key=value, such as train.epochs=20")
-    try:
-        value = yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError, ValueError):
-        raise RecipeError(f"the value of '{override}' is no valid YAML: quote it") from None
+    value = _load_yaml(text, f"the value of '{override}'", "quote it")
     # the fields of a variant stay dotted: variants, its name, the field
     _set(tree, key.split(".", 2) if key.startswith("variants.") else _path(key, value), value)
 
