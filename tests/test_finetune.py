@@ -138,14 +138,16 @@ def test_a_released_file_is_asked_as_timm_would(tmp_path: Path) -> None:
     with torch.no_grad():
         model.head.weight.normal_()
     torch.save({"model": model.state_dict()}, tmp_path / "released.pth")
-    rows, results = finetune(tmp_path / "released.pth", tmp_path, "methods=[none]", "data.channels=3", *FROZEN)
-    data = load_dataset(recipe_of(tmp_path, "data.image_px=16", "data.channels=3").data)
+    sees = ("data.image_px=16", "data.channels=3")
+    rows, results = finetune(tmp_path / "released.pth", tmp_path, *sees, "methods=[none]", *FROZEN)
+    data = load_dataset(recipe_of(tmp_path, *sees).data)
     assert any("nothing names its classes" in note for note in results["notes"])
     mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
     with torch.no_grad():
         answers = model((data.test.images / 255 - mean) / std).argmax(-1)
     expected = (answers == data.test.labels).double().mean().item()
     assert rows["before/class"]["top1"] == [expected]
+    assert rows["none/class"]["top1"] == [pytest.approx(expected, abs=0.01)], "another normalisation, taken up"
     assert results["recipe"]["model"]["patch_px"] == 8
     assert len(set(answers.tolist())) > 3, "an answer that never changes would agree with anything"
 

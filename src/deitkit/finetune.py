@@ -31,7 +31,6 @@ from deitkit.models.exchange import Weights, read_weights
 from deitkit.models.vit import SIZES
 from deitkit.recipe import DataRecipe, ModelRecipe, Recipe
 from deitkit.runs import Watcher
-from deitkit.teacher import IMAGENET_NORMALISATION
 
 BEFORE = "before"  # stands where a row has its method
 ADAPTABLE = ("patch_px", "layer_scale")  # of the architecture, what weights can be made to fit
@@ -157,8 +156,8 @@ def _obstacle(weights: Weights, dataset: Dataset) -> str | None:
 def _build(weights: Weights) -> Classifier:
     model = weights.architecture.build()
     model.load_state_dict(weights.state)
-    mean, std = IMAGENET_NORMALISATION
-    return Classifier(model, mean=weights.mean or mean, std=weights.std or std)
+    mean, std = weights.normalisation
+    return Classifier(model, mean=mean, std=std)
 
 
 def beside_checkpoint(

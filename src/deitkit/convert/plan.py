@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
 from deitkit.errors import CheckpointError, RecipeError
@@ -150,13 +149,9 @@ def _normalisation(weights: Weights, mean: Values | None, std: Values | None) ->
         if len(mean) != count or len(std) != count or min(std) <= 0:
             raise RecipeError(f"--mean and --std need {count} values each, and deviations above 0")
         return mean, std, []
-    if weights.mean is not None and weights.std is not None:
-        return weights.mean, weights.std, []
+    told = weights.mean is not None and weights.std is not None
     line = "normalisation: not told by the source; ImageNet's is written (--mean and --std say another)"
-    if count == 3:
-        return tuple(IMAGENET_DEFAULT_MEAN), tuple(IMAGENET_DEFAULT_STD), [line]
-    grey = [(sum(values) / 3,) for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)]
-    return grey[0], grey[1], [line]
+    return *weights.normalisation, [] if told else [line]
 
 
 def mean_logits(output: Any) -> Tensor:

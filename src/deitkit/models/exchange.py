@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from deitkit.errors import CheckpointError
-from deitkit.models.adapt import Values, adapt, renormalise
+from deitkit.models.adapt import Normalisation, Values, adapt, renormalise
 from deitkit.models.formats import Architecture, State, describe, from_any
 from deitkit.models.vit import NORM_EPS, DeiT
 from deitkit.models.weights import read_state
@@ -43,6 +44,14 @@ class Weights:
     std: Values | None
     card: dict[str, Any]
     remarks: tuple[str, ...]
+
+    @property
+    def normalisation(self) -> Normalisation:
+        """What the images were normalised by: as told, else ImageNet's, as of the released DeiTs; its mean for grey."""
+        if self.mean is not None and self.std is not None:
+            return self.mean, self.std
+        mean, std = tuple(IMAGENET_DEFAULT_MEAN), tuple(IMAGENET_DEFAULT_STD)
+        return (mean, std) if self.architecture.channels == 3 else ((sum(mean) / 3,), (sum(std) / 3,))
 
 
 def read_weights(path: Path, heads: int | None = None) -> Weights:
@@ -158,8 +167,8 @@ def load_initial(
         file: A weights file, or a folder with one: see ``read_weights``.
         class_names: Of the student's data. Where the weights come with as many but other names, the classifier starts
             anew all the same.
-        mean: Per channel, that the student's images are normalised by. Where the weights come with a normalisation of
-            their own, the patch embedding takes up the difference, exactly.
+        mean: Per channel, that the student's images are normalised by. The patch embedding takes up the difference to
+            the normalisation of the weights, exactly: what lies beside them tells it, or it is taken to be ImageNet's.
         std: As ``mean``.
 
     Returns:
@@ -171,8 +180,8 @@ def load_initial(
     target = Architecture.of(student)
     weights = read_weights(file, heads=target.heads)
     state, lines = weights.state, list(weights.remarks)
-    if mean is not None and std is not None and weights.mean is not None and weights.std is not None:
-        state, changes = renormalise(state, (weights.mean, weights.std), (tuple(mean), tuple(std)))
+    if mean is not None and std is not None:
+        state, changes = renormalise(state, weights.normalisation, (tuple(mean), tuple(std)))
         lines += changes
     if class_names is not None and weights.class_names not in (None, tuple(class_names)):
         state = {name: value for name, value in state.items() if not name.startswith("head")}
