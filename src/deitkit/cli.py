@@ -1,6 +1,7 @@
 """The command line: parse, call one function, and turn a user's mistake into one line and exit code 2."""
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -307,11 +308,16 @@ def _load(source: str, overrides: list[str] | None, seeds: int | None) -> Recipe
     return load_recipe(source, changes)
 
 
+def folder_name(name: str) -> str:
+    """Return the name of a recipe as that of a folder, which leads nowhere else: a recipe may be a stranger's."""
+    return re.sub(r"[^\w .-]", "-", name).strip(" .")[:100] or "custom"
+
+
 def _run_folder(out: Path | None, recipe: Recipe, resume: bool) -> Path:
     """Return --out; else a new folder under runs/, or with --resume the newest of this recipe's."""
     if out is not None:
         return out
-    base = Path("runs") / recipe.name
+    base = Path("runs") / folder_name(recipe.name)
     numbered = [base, *(base.with_name(f"{base.name}-{number}") for number in range(2, 10_000))]
     if not resume:
         return next(path for path in numbered if not path.exists())
@@ -333,7 +339,7 @@ def _show_batch(recipe: Recipe, out: Path | None) -> None:
 
     folder = out or Path("runs")
     dataset = load_dataset(recipe.data)
-    path = folder / f"{recipe.name}-views.png"
+    path = folder / f"{folder_name(recipe.name)}-views.png"
     draw_views(dataset, recipe.augment, recipe.train.label_smoothing, path)
     _say(f"augmented views in {path}")
 
