@@ -1,6 +1,9 @@
 """Images, files and names as they lie about: every kind of bad data, in memory and streamed."""
 
+import io
+import itertools
 import json
+import os
 
 import numpy as np
 import pyarrow as pa
@@ -8,13 +11,16 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from torchvision.io import decode_image
 
 from deitkit.compare import compare
 from deitkit.data.duplicates import find_duplicates, pixel_hashes
 from deitkit.data.listing import Listing
 from deitkit.data.sources import load_dataset
+from deitkit.errors import DataError
 from deitkit.recipe import DataRecipe
 from deitkit.runs import Silent
+from source_helpers import png, refused, write_classes
 
 STREAMED = pytest.mark.parametrize("fields", [{"streaming": False}, {"streaming": True, "workers": 0}])
 
@@ -26,6 +32,153 @@ def _own_cache(tmp_path_factory, monkeypatch):
 
 def load(name, **fields):
     return load_dataset(DataRecipe(name=str(name), **fields))
+
+
+# Images
+
+
+def encode(image, kind="PNG", **options):
+    stream = io.BytesIO()
+    (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(stream, kind, **options)
+    return stream.getvalue()
+
+
+def on_white(image):
+    """Composite by hand: pixel times alpha, and white times the rest."""
+    pixels = np.asarray(image.convert("RGBA")).astype(float)
+    alpha = pixels[..., 3:] / 255
+    return pixels[..., :3] * alpha + 255 * (1 - alpha)
+
+
+COLOURS = np.random.default_rng(1).integers(0, 256, (8, 8, 4), dtype=np.uint8)
+RGB, RGBA = Image.fromarray(COLOURS[..., :3].copy()), Image.fromarray(COLOURS)
+CMYK, PALETTE, GREY = RGB.convert("CMYK"), RGB.quantize(16), RGB.convert("L")
+DEEP = np.random.default_rng(2).integers(0, 65536, (8, 8), dtype=np.uint16)
+FRAMES = {"save_all": True, "append_images": [Image.new("RGB", (8, 8), "blue")]}
+
+# What is in the file, what it must look like, and by how much a lossy or rounded one may differ.
+KINDS = {
+    "plain": (encode(RGB), RGB, 0),
+    "grey": (encode(GREY), GREY.convert("RGB"), 0),
+    "bilevel": (encode(GREY.convert("1")), GREY.convert("1").convert("RGB"), 0),
+    "palette": (encode(PALETTE), PALETTE.convert("RGB"), 0),
+    "alpha": (encode(RGBA), on_white(RGBA), 1),
+    "alpha, webp": (encode(RGBA, "WEBP", lossless=True, exact=True), on_white(RGBA), 1),
+    "grey and alpha": (encode(RGBA.convert("LA")), on_white(RGBA.convert("LA")), 1),
+    "cmyk, tiff": (encode(CMYK, "TIFF"), CMYK.convert("RGB"), 0),
+    "cmyk, jpeg": (encode(Image.new("CMYK", (8, 8), (0, 200, 100, 50)), "JPEG", quality=100), (205, 44, 125), 4),
+    "16 bits, png": (encode(DEEP), np.repeat(DEEP[..., None] / 257, 3, axis=2), 0.5),
+    "16 bits, tiff": (encode(DEEP, "TIFF"), np.repeat(DEEP[..., None] / 257, 3, axis=2), 0.5),
+    "animated gif": (encode(Image.new("RGB", (8, 8), "red"), "GIF", **FRAMES), (255, 0, 0), 0),
+    "animated png": (encode(RGB, **FRAMES), RGB, 0),
+    "animated webp": (encode(RGB, "WEBP", lossless=True, **FRAMES), RGB, 0),
+    "pages of a tiff": (encode(RGB, "TIFF", **FRAMES), RGB, 0),
+    "damaged metadata": (encode(RGB, exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff\0"), RGB, 0),
+}
+
+
+def one_of_many(root, content):
+    """Write a data set of which one training image is this file."""
+    for part, label in itertools.product(("train", "test"), "ab"):
+        (root / part / label).mkdir(parents=True)
+        for index in range(3 if part == "train" else 1):
+            (root / part / label / f"{index}.png").write_bytes(png(index, size=(8, 8)))
+    (root / "train" / "a" / "odd.png").write_bytes(content)
+    return f"folder:{root}"
+
+
+def all_images(data):
+    splits = (data.train, data.validation, data.test)
+    return torch.cat([split.pixels(torch.arange(len(split))) for split in splits]).permute(0, 2, 3, 1).double()
+
+
+@STREAMED
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_image_looks_as_it_is_meant(tmp_path, kind, fields):
+    content, expected, tolerance = KINDS[kind]
+    images = all_images(load(one_of_many(tmp_path, content), **fields))
+    assert len(images) == 9
+    expected = torch.from_numpy(np.broadcast_to(np.asarray(expected, dtype=float), (8, 8, 3)).copy())
+    assert ((images - expected).abs().flatten(1).max(dim=1).values <= tolerance + 1e-9).sum() == 1
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_torchvisions(tmp_path, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    quadrants = np.zeros((16, 16, 3), np.uint8)
+    quadrants[:8, :8], quadrants[:8, 8:], quadrants[8:, :8] = (255, 0, 0), (0, 255, 0), (0, 0, 255)
+    content = encode(quadrants, "JPEG", exif=exif, quality=100, subsampling=0)
+    encoded = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+    expected = decode_image(encoded, mode="RGB", apply_exif_orientation=True).permute(1, 2, 0)
+    images = all_images(load(one_of_many(tmp_path, content), image_px=16))
+    assert ((images - expected).abs().flatten(1).max(dim=1).values <= 3).sum() == 1
+
+
+BOMB = encode(np.zeros((90, 90), np.uint8))
+
+
+@STREAMED
+@pytest.mark.parametrize("content", [b"", encode(COLOURS)[:-60], encode(RGB, "JPEG")[:300], b"<html>404</html>", BOMB])
+def test_what_cannot_be_decoded_is_left_out_and_named(tmp_path, content, fields, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 5000)
+    name = one_of_many(tmp_path, content)
+    data = load(name, image_px=8, **fields)
+    assert data.skipped == ("train/a/odd.png",)
+    assert len(all_images(data)) == 8
+    refused(name, "'train/a/odd.png' cannot be decoded", "set data.corrupt=skip", corrupt="error", **fields)
+
+
+# Files
+
+
+@STREAMED
+def test_links_and_hidden_files(tmp_path, fields):
+    photos = write_classes(tmp_path / "photos", {"a": 20, "b": 20})
+    for name in (".DS_Store", "._000.png", "Thumbs.db", "desktop.ini", ".hidden.png"):
+        (photos / "a" / name).write_bytes(b"\0\5\x16\7")
+        (photos / name).write_bytes(b"")
+    (photos / ".cache").mkdir()
+    os.mkfifo(photos / "a" / "pipe.png")
+    (photos / "a" / "up").symlink_to(photos, target_is_directory=True)
+    (photos / "loop").symlink_to("loop")
+    assert load(f"folder:{photos}", **fields).skipped == ()
+    (photos / "a" / "itself.png").symlink_to("itself.png")
+    (photos / "a" / "gone.png").symlink_to("nowhere.png")
+    (photos / "a" / "linked.png").symlink_to("000.png")
+    data = load(f"folder:{photos}", **fields)
+    assert data.skipped == ("a/gone.png", "a/itself.png")
+    assert data.class_names == ("a", "b")
+    assert len(all_images(data)) == 41
+    refused(f"folder:{photos}", "'a/gone.png' cannot be decoded", corrupt="error", **fields)
+
+
+def test_one_class_or_one_image_is_a_sentence(tmp_path):
+    refused(f"folder:{write_classes(tmp_path / 'one', {'cat': 5})}", "holds 1 class", "at least 2")
+    few = write_classes(tmp_path / "few", {"cat": 5, "dog": 1})
+    refused(f"folder:{few}", "class 'dog'", "has 1 image for train, validation and test", "at least 3: add images")
+    write_classes(tmp_path / "split" / "train", {"cat": 5, "dog": 1})
+    write_classes(tmp_path / "split" / "test", {"cat": 1, "dog": 1})
+    refused(f"folder:{tmp_path / 'split'}", "class 'dog'", "has 1 image for train and validation", "at least 2")
+
+
+@STREAMED
+def test_rows_without_an_image_are_named_and_those_without_a_label_refused(tmp_path, fields):
+    images = [{"bytes": png(index), "path": None} for index in range(20)]
+    images[3], images[8] = None, {"bytes": None, "path": "elsewhere.png"}
+    table = pa.table({"image": pa.array(images), "label": [0, 1] * 10, "caption": [None] * 20, "box": [[1.5]] * 20})
+    pq.write_table(table, tmp_path / "set.parquet")
+    data = load(f"parquet:{tmp_path}", **fields)
+    assert data.skipped == ("set.parquet row 3", "set.parquet row 8")
+    assert len(all_images(data)) == 18
+    for labels, told in (([None] * 20, "20 of 20 labels"), ([0, 1] * 9 + [0, 7 * 10**9], "1 of 20 labels are outside")):
+        pq.write_table(table.set_column(1, "label", pa.array(labels)), tmp_path / "set.parquet")
+        refused(f"parquet:{tmp_path}", told, "set.parquet", **fields)
+
+
+def test_hostile_names_are_one_line_and_any_script_stays():
+    error = DataError("class 'a\nb\x1b[31m\u2028\udce9' of 貓, قطة, می\u200cخواهم")
+    assert str(error) == r"class 'a\nb\x1b[31m\u2028\udce9' of 貓, قطة, می" + "\u200cخواهم"
 
 
 # Duplicates

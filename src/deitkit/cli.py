@@ -14,7 +14,7 @@ from deitkit import __version__
 from deitkit.analyze.command import analyze
 from deitkit.bench.command import app as bench_app
 from deitkit.convert.command import convert
-from deitkit.errors import DeitkitError, Interrupted, RecipeError, is_dead_worker, is_out_of_memory
+from deitkit.errors import DeitkitError, Interrupted, RecipeError, is_dead_worker, is_out_of_memory, one_line
 from deitkit.models_command import models
 from deitkit.recipe import Recipe
 from deitkit.recipe_file import describe_fields, load_recipe, shipped_recipes
@@ -292,13 +292,13 @@ app.command()(convert)
 
 def _say(text: str) -> None:
     """Print a line that may hold paths: unwrapped, and nothing in it is markup."""
-    console.print(text, highlight=False, markup=False, soft_wrap=True)
+    console.print(one_line(text), highlight=False, markup=False, soft_wrap=True)
 
 
 def _plain(text: Any) -> str:
     from rich.markup import escape
 
-    return escape(str(text))
+    return escape(one_line(str(text)))
 
 
 def _load(source: str, overrides: list[str] | None, seeds: int | None) -> Recipe:

@@ -3,9 +3,14 @@
 The command line turns them into one line and exit code 2. Our own invariants are ``assert``s, never these.
 """
 
+import unicodedata
+
 
 class DeitkitError(Exception):
-    """Something that a user can put right; the message is all that they need to see."""
+    """Something that a user can put right; the message is all that they need to see, one line whatever it names."""
+
+    def __str__(self) -> str:
+        return one_line(super().__str__())
 
 
 class RecipeError(DeitkitError):
@@ -34,6 +39,18 @@ class OutOfMemory(DeitkitError):  # noqa: N818 - as torch names it
             f"training of the students in smaller parts, or train.batch_size={half} (teacher.train.batch_size={half} "
             "if the teacher was training); speed.checkpoint_activations=true saves memory too, at a third more time"
         )
+
+
+def one_line(text: str) -> str:
+    """Return text in which all that would break a line, steer a terminal or is no Unicode is spelt out.
+
+    Files and classes may be called anything.
+    """
+    harmful = ("Cc", "Cs", "Zl", "Zp")  # controls, lone surrogates, separators of lines and paragraphs
+    return "".join(
+        character.encode("unicode_escape").decode() if unicodedata.category(character) in harmful else character
+        for character in text
+    )
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -1,10 +1,16 @@
 """Writing files so that a reader never sees half of one. What is in them is other modules' business."""
 
+import io
 import os
+import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 from deitkit.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def write_text(path: Path, text: str) -> None:
@@ -37,6 +43,19 @@ def write_bytes(path: Path, data: bytes) -> None:
         raise CheckpointError(
             f"cannot write '{path}': {reason}; mend that, or choose another folder with --out"
         ) from error
+
+
+def write_figure(path: Path, figure: "Figure", **options: Any) -> None:
+    """Write a figure as its suffix says; a letter of a class's name that the font lacks is a box, without a warning.
+
+    Raises:
+        CheckpointError: As of ``write_bytes``.
+    """
+    picture = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from|Matplotlib currently does not support .* natively")
+        figure.savefig(picture, format=path.suffix.removeprefix("."), **options)
+    write_bytes(path, picture.getvalue())
 
 
 def _sync_folder(folder: Path) -> None:

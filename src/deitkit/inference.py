@@ -8,7 +8,9 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from deitkit.checkpoint import load_classifier
-from deitkit.data.decode import SUFFIXES, decode_image
+from deitkit.data.decode import SUFFIXES, decode_image, strict_pillow
+from deitkit.data.folders import image_files
+from deitkit.data.listing import writable
 from deitkit.data.sources import Split, load_dataset
 from deitkit.device import Precision, choose_device
 from deitkit.errors import DataError, RecipeError
@@ -76,7 +78,8 @@ def predict_files(folder: Path, paths: list[Path], *, readout: str | None = None
     """
     classifier, card = load_classifier(folder, choose_device("auto"))
     files = [file for path in paths for file in _image_files(path)]
-    images = torch.stack([_read(file, card["channels"], _input_px(card), _eval_crop(card)) for file in files])
+    with strict_pillow():
+        images = torch.stack([_read(file, card["channels"], _input_px(card), _eval_crop(card)) for file in files])
     split = Split(images, torch.zeros(len(images), dtype=torch.int64))
     scores = readout_scores(predict(classifier, split, Precision.choose("auto", classifier.mean.device)))
     chosen = readout or card.get("readout") or default_readout(list(scores))
@@ -88,7 +91,7 @@ def predict_files(folder: Path, paths: list[Path], *, readout: str | None = None
     names = card["class_names"]
     return [
         {
-            "image": str(file),
+            "image": writable(str(file)),
             "readout": chosen,
             "classes": [(names[index], value) for index, value in zip(indices.tolist(), shares.tolist(), strict=True)],
         }
@@ -99,7 +102,7 @@ def predict_files(folder: Path, paths: list[Path], *, readout: str | None = None
 def _image_files(path: Path) -> list[Path]:
     if not path.is_dir():
         return [path]
-    files = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
+    files = image_files(path)
     if not files:
         raise DataError(f"{path} holds no image ({', '.join(sorted(SUFFIXES))}): name image files, or folders of them")
     return files

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from deitkit.cohort import Progress as Standing
-from deitkit.errors import Interrupted
+from deitkit.errors import Interrupted, one_line
 from deitkit.evaluate import default_readout
 
 
@@ -92,7 +92,7 @@ class Terminal:
     def say(self, text: str) -> None:
         """Print a line."""
         self._end_live()
-        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        self.console.print(one_line(text), highlight=False, markup=False, soft_wrap=True)
 
     def reading(self, what: str, done: int, total: int) -> None:
         """Show how much of the data has been read."""

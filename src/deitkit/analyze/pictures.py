@@ -1,6 +1,5 @@
 """Contact sheets: example images, and what a student's tokens attend to in each."""
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from deitkit.files import write_bytes
+from deitkit.errors import one_line
+from deitkit.files import write_figure
 
 CELL_INCHES = 1.15
 DIM = 0.25  # brightness of a pixel that is not attended to at all
@@ -51,9 +51,9 @@ def draw_attention(examples: Sequence[Example], path: Path) -> None:
     for row, example in zip(cells, examples, strict=True):
         _show(row[0], example.image.permute(1, 2, 0).squeeze(-1).numpy())
         right = example.decision == example.label
-        says = "right" if right else f"says {example.decision[:14]}"
+        says = "right" if right else f"says {one_line(example.decision)[:14]}"
         row[0].set_ylabel(
-            f"{example.label[:14]}\n{says}",
+            f"{one_line(example.label)[:14]}\n{says}",
             fontsize=7,
             rotation="horizontal",
             ha="right",
@@ -63,9 +63,7 @@ def draw_attention(examples: Sequence[Example], path: Path) -> None:
         )
         for axes, attention in zip(row[1:], example.maps.values(), strict=True):
             _show(axes, tinted(example.image, attention))
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=110, metadata={"Software": None})
-    write_bytes(path, picture.getvalue())
+    write_figure(path, figure, dpi=110, metadata={"Software": None})
 
 
 def tinted(image: Float[Tensor, "channels height width"], attention: Float[Tensor, "rows columns"]) -> np.ndarray:

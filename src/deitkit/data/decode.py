@@ -173,7 +173,7 @@ def decode_all(
     slots = selection.argsort().tolist()
     positions = selection[slots].tolist()
     images = read(positions)
-    with _strict_pillow(), ThreadPoolExecutor() as pool:
+    with strict_pillow(), ThreadPoolExecutor() as pool:
         for start in range(0, len(positions), _WINDOW):
             window = pool.map(attempt, islice(images, _WINDOW), slots[start : start + _WINDOW])
             for offset, (pixels, pixel_hash) in enumerate(window, start):
@@ -249,7 +249,7 @@ def _size(shape: tuple[int, ...]) -> str:
 
 
 @contextmanager
-def _strict_pillow() -> Iterator[None]:
+def strict_pillow() -> Iterator[None]:
     """Make a decompression bomb an error and silence what Pillow has to say about sloppy metadata.
 
     Around the whole pool, since warning filters are the process's and not the thread's.

@@ -1,13 +1,14 @@
 """Images in class folders: ``train/<class>/*`` with ``test/<class>/*``, or ``<class>/*``."""
 
 import hashlib
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 
 from deitkit.data.decode import SUFFIXES
-from deitkit.data.listing import EncodedImages, Listing
+from deitkit.data.listing import EncodedImages, Listing, writable
 from deitkit.errors import DataError
 
 TEST_NAMES = ("test", "val", "valid", "validation")
@@ -67,7 +68,7 @@ def list_folder(folder: Path, *, test_names: Sequence[str] = TEST_NAMES, more_tr
 
 def encoded_files(folder: Path, files: list[Path]) -> EncodedImages:
     """Return images that are files of their own, somewhere in a folder; DataError if some are not there."""
-    names, missing = [str(path.relative_to(folder)) for path in files], []
+    names, missing = [writable(str(path.relative_to(folder))) for path in files], []
 
     def read(positions: list[int]) -> Iterator[Path | bytes]:
         return (files[position] for position in positions)
@@ -75,7 +76,7 @@ def encoded_files(folder: Path, files: list[Path]) -> EncodedImages:
     digest = hashlib.sha256(repr(folder.resolve()).encode())
     for name, path in zip(names, files, strict=True):
         try:
-            stat = path.stat()
+            stat = _stat(path)
         except FileNotFoundError:
             missing.append(name)
             continue
@@ -101,12 +102,32 @@ def _shown(names: list[str]) -> str:
     return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more"
 
 
-def _images(folder: Path) -> list[Path]:
-    images = sorted(
+def image_files(folder: Path) -> list[Path]:
+    """Return the images in a folder, sorted; links to nowhere too, so that they are told of as damaged files."""
+    return sorted(
         entry
         for entry in folder.iterdir()
-        if entry.suffix.lower() in SUFFIXES and not entry.name.startswith(".") and entry.is_file()
+        if entry.suffix.lower() in SUFFIXES
+        and not entry.name.startswith(".")
+        and (entry.is_file() or _leads_nowhere(entry))
     )
+
+
+def _stat(path: Path) -> os.stat_result:
+    """Return what the system says of a file, or of a link to nowhere; FileNotFoundError where there is neither."""
+    try:
+        return path.stat()
+    except OSError:
+        return path.lstat()
+
+
+def _leads_nowhere(path: Path) -> bool:
+    """Return whether a path is a link to what is not there, or to itself."""
+    return path.is_symlink() and not os.path.exists(path)  # noqa: PTH110 - Path.exists raises on a loop before 3.12
+
+
+def _images(folder: Path) -> list[Path]:
+    images = image_files(folder)
     if not images:
         kinds = ", ".join(sorted(suffix[1:] for suffix in SUFFIXES))
         raise DataError(f"class folder '{folder}' holds no images ({kinds}): add some or remove the folder")

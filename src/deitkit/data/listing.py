@@ -10,6 +10,11 @@ from torch import Tensor
 Progress = Callable[[str, int, int], None]
 
 
+def writable(name: str) -> str:
+    """Return a name as UTF-8 can hold it: odd bytes, such as an old archive's, are spelt out."""
+    return name.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
 @dataclass(frozen=True)
 class EncodedImages:
     """Images that are still files, or bytes inside of one.

@@ -1,6 +1,5 @@
 """A grid of augmented views with their labels: what the teacher and the students will see."""
 
-import io
 from pathlib import Path
 
 import torch
@@ -10,7 +9,8 @@ from matplotlib.figure import Figure
 from deitkit.data.augment import Augment
 from deitkit.data.mix import Mix
 from deitkit.data.sources import Dataset
-from deitkit.files import write_bytes
+from deitkit.errors import one_line
+from deitkit.files import write_figure
 from deitkit.recipe import AugmentRecipe
 from deitkit.seeding import derived_generator
 
@@ -42,13 +42,13 @@ def draw_views(dataset: Dataset, recipe: AugmentRecipe, label_smoothing: float, 
             axes.set_yticks([])
             if column == 0:
                 axes.set_ylabel("as it is" if row == 0 else f"view {row}", fontsize=8)
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=110)
-    write_bytes(path, picture.getvalue())
+    write_figure(path, figure, dpi=110)
 
 
 def _shares(target: torch.Tensor, names: tuple[str, ...], *, mixed: bool) -> str:
     best = target.topk(min(2, len(target)))
-    shares = [(names[int(index)], float(share)) for share, index in zip(best.values, best.indices, strict=True)]
+    shares = [
+        (one_line(names[int(index)]), float(share)) for share, index in zip(best.values, best.indices, strict=True)
+    ]
     kept = [(name, share) for name, share in shares if share >= 0.05]
     return "\n".join(f"{name[:14]} {100 * share:.0f} %" if mixed else name[:14] for name, share in kept)

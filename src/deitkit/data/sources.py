@@ -7,7 +7,7 @@ are not known here.
 import difflib
 import hashlib
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,7 @@ from deitkit.data.cache import sha256
 from deitkit.data.decode import DecodedImages, decode_images
 from deitkit.data.duplicates import MOST_EXAMPLES, Duplicates, find_duplicates, pixel_hashes
 from deitkit.data.folders import list_folder
-from deitkit.data.listing import EncodedImages, Listing, Progress
+from deitkit.data.listing import EncodedImages, Listing, Progress, writable
 from deitkit.data.named import NAMED_SETS, list_named
 from deitkit.data.parquet import list_parquet
 from deitkit.data.pixels import mean_and_std, mean_and_std_of_counts, require_memory, resize, to_channels
@@ -137,6 +137,7 @@ def _plan(recipe: DataRecipe, progress: Progress | None) -> tuple[Listing, Split
         raise DataError(
             f"data.name={recipe.name} cannot be read ({error}): check the path and its permissions"
         ) from None
+    listing = replace(listing, class_names=tuple(writable(name) for name in listing.class_names))
     return listing, plan_splits(listing.labels, listing.official_test, listing.class_names, recipe)
 
 

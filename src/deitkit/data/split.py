@@ -114,8 +114,9 @@ class _Draws:
         counts = self._counts(pool)
         if int(counts.min()) < least:
             rare = int(counts.argmin())
+            images = "1 image" if int(counts[rare]) == 1 else f"{int(counts[rare])} images"
             raise DataError(
-                f"class '{self.class_names[rare]}' of data.name={self.recipe.name} has {int(counts[rare])} images for "
+                f"class '{self.class_names[rare]}' of data.name={self.recipe.name} has {images} for "
                 f"{splits}, but needs at least {least}: add images or remove the class"
             )
 

@@ -1,6 +1,5 @@
 """Validation accuracy by epoch as a static figure (matplotlib), and the curves and colours that the page shares."""
 
-import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from deitkit.files import write_bytes
+from deitkit import files
 from deitkit.report.layout import Number, percent
 
 # Okabe and Ito's palette, which stays apart under colour blindness, without its yellow, which white paper swallows.
@@ -98,10 +97,8 @@ def write_figure(draw: Callable[[], Figure], folder: Path, name: str) -> list[Pa
     with matplotlib.rc_context({"svg.hashsalt": "deitkit", "svg.fonttype": "none", "font.size": 10}):
         figure = draw()
         for suffix, metadata in (("png", {"Software": None}), ("svg", {"Date": None, "Creator": None})):
-            buffer = io.BytesIO()
-            figure.savefig(buffer, format=suffix, dpi=160, metadata=metadata)
-            write_bytes(folder / f"{name}.{suffix}", buffer.getvalue())
             written.append(folder / f"{name}.{suffix}")
+            files.write_figure(written[-1], figure, dpi=160, metadata=metadata)
     return written
 
 
