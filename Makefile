@@ -1,4 +1,4 @@
-# make demo | test | lint | check | chaos | fuzz | clean. Needs Python 3.11 or newer, make and a package index;
+# make demo | test | lint | check | chaos | fuzz | audit | clean. Needs Python 3.11 or newer, make and a package index;
 # nothing is installed outside .venv.
 PYTHON ?= python3
 VENV ?= .venv
@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 DEVELOPED := $(VENV)/.developed
 
-.PHONY: demo test lint check chaos fuzz clean
+.PHONY: demo test lint check chaos fuzz audit clean
 
 demo: $(INSTALLED)
 	$(BIN)/deitkit compare digits
@@ -25,7 +25,12 @@ chaos: $(DEVELOPED)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/chaos/chaos.py --kills 50 --faults 10
 
 fuzz: $(DEVELOPED)
-	$(BIN)/python -m pytest tests/test_fuzz_recipes.py --hypothesis-profile=fuzz
+	$(BIN)/python -m pytest tests/test_fuzz_recipes.py tests/test_fuzz_files.py --hypothesis-profile=fuzz
+
+# Asks the package index for known vulnerabilities of what is installed, so it needs the network.
+audit: $(DEVELOPED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check pip-audit
+	$(BIN)/python -m pip_audit --local --skip-editable
 
 $(INSTALLED): pyproject.toml
 	$(PYTHON) -m venv $(VENV)

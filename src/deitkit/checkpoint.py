@@ -47,7 +47,7 @@ def load_tree(path: Path) -> Any:
         if entry["sha256"] != _checksum(entry["tree"], tensors):
             raise ValueError("the checksum differs")
         return _decode(json.loads(entry["tree"]), tensors)
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged or no checkpoint of deitkit: delete it and resume again") from error
 
 
@@ -189,12 +189,15 @@ def load_classifier(folder: Path, device: torch.device) -> tuple[Classifier, dic
     card = read_card(folder)
     try:
         built = build_model(card)
-        mean, std, image_px = tuple(card["mean"]), tuple(card["std"]), card["image_px"]
-    except (KeyError, TypeError, AssertionError) as error:
+        classifier = Classifier(
+            built.model, mean=tuple(card["mean"]), std=tuple(card["std"]), image_px=card["image_px"]
+        )
+    except Exception as error:  # whatever values of a wrong type or size make a model stumble over
+        reason = str(error).partition("\n")[0] or type(error).__name__
         raise CheckpointError(
-            f"{folder / 'model.json'} is incomplete ({error}): copy the folder again from its run"
+            f"{folder / 'model.json'} is incomplete or wrong ({reason}): copy the folder again from its run"
         ) from None
     report = load_into(built.model, read_state(folder / "model.safetensors"), head=built.head, source=str(folder))
     if report.missing or report.mismatched:
         raise CheckpointError(f"{folder}: model.safetensors does not belong to model.json: copy both from one run")
-    return Classifier(built.model, mean=mean, std=std, image_px=image_px).to(device).eval(), card
+    return classifier.to(device).eval(), card
