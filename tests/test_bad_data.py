@@ -1,9 +1,11 @@
 """Images, files and names as they lie about: every kind of bad data, in memory and streamed."""
 
+import html
 import io
 import itertools
 import json
 import os
+import re
 
 import numpy as np
 import pyarrow as pa
@@ -13,11 +15,13 @@ import torch
 from PIL import Image
 from torchvision.io import decode_image
 
+from deitkit import cli
 from deitkit.compare import compare
 from deitkit.data.duplicates import find_duplicates, pixel_hashes
 from deitkit.data.listing import Listing
 from deitkit.data.sources import load_dataset
 from deitkit.errors import DataError
+from deitkit.inference import predict_files
 from deitkit.recipe import DataRecipe
 from deitkit.runs import Silent
 from source_helpers import png, refused, write_classes
@@ -282,3 +286,59 @@ def compare_once(tiny_recipe, tmp_path, said, *overrides):
         "augment.crop=none", *overrides,
     )  # fmt: skip
     return compare(recipe, tmp_path / "run", watcher=watcher)
+
+
+# Names
+
+NAMES = (
+    "貓", "قطة", "کتاب\u200cخانه", "naïve café", "a/b\\..", "two\nlines", 'quo"te\'s', "<script>alert(1)</script>",
+    "$x_1^2$ & [red]", "\x1b[31m",
+)  # fmt: skip
+
+
+def test_class_names_of_any_kind_go_all_the_way(tiny_recipe, tmp_path, capsys, monkeypatch):
+    rows = [
+        {"image": png(8 * label + index, size=(8, 8)), "label": name}
+        for label, name in enumerate(NAMES)
+        for index in range(8)
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "train-0.parquet")
+    pq.write_table(pa.Table.from_pylist(rows[::4]), tmp_path / "test-0.parquet")
+    results = compare_once(tiny_recipe, tmp_path, [], f"data.name=parquet:{tmp_path}")
+    run = tmp_path / "run"
+    names = sorted(NAMES)
+    assert results["dataset"]["class_names"] == names
+    assert json.loads((run / "results.json").read_text(encoding="utf-8"))["dataset"]["class_names"] == names
+    page = (run / "report.html").read_text(encoding="utf-8")
+    listed = re.search('<ul class="names">(.*?)</ul>', page, re.DOTALL)[1]
+    assert [html.unescape(item) for item in re.findall("<li>(.*?)</li>", listed, re.DOTALL)] == names
+    assert "<script>alert" not in page
+    assert all((run / f"table.{suffix}").stat().st_size for suffix in ("md", "csv", "tex"))
+    photo = tmp_path / "photos" / "1.png"
+    photo.parent.mkdir()
+    photo.write_bytes(png(1, size=(8, 8)))
+    photo.with_name("._1.png").write_bytes(b"\0")
+    (answer,) = predict_files(run / "winner", [photo.parent], top=10)
+    assert sorted(name for name, _ in answer["classes"]) == names
+    cli.predict(run / "winner", [photo.parent], top=10)
+    table = capsys.readouterr().out
+    assert "\x1b" not in table
+    assert r"two\nlines" in table
+    assert "<script>alert(1)</script>" in table
+    assert "[red]" in table
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 5000)
+    photo.write_bytes(BOMB)
+    with pytest.raises(DataError, match=r"1\.png cannot be decoded .*decompression bomb"):
+        predict_files(run / "winner", [photo])
+
+
+@STREAMED
+def test_folders_with_names_that_are_no_utf8(tmp_path, fields):
+    photos = write_classes(tmp_path / "photos", {"b": 8})
+    old, bad = (os.fsdecode(name) for name in (b"caf\xe9", b"\xe9.png"))
+    write_classes(photos, {old: 20}, start=8)
+    (photos / old / bad).write_bytes(b"no image")
+    data = load(f"folder:{photos}", **fields)
+    assert data.class_names == ("b", r"caf\udce9")
+    assert data.skipped == (r"caf\udce9/\udce9.png",)
+    assert json.dumps([data.class_names, data.skipped], ensure_ascii=False).encode("utf-8")
