@@ -8,7 +8,7 @@ import deitkit
 # Each may import from the groups after it, and from its own.
 LAYERS = (
     {"cli"},
-    {"terminal", "bench", "models_command", "analyze", "convert"},
+    {"terminal", "bench", "models_command", "analyze", "convert", "verify"},
     {"variants"},
     {"compare", "inference"},
     {"rows", "teacher", "teachers", "finetune"},

@@ -18,6 +18,7 @@ from deitkit.errors import DeitkitError, Interrupted, RecipeError, is_dead_worke
 from deitkit.models_command import models
 from deitkit.recipe import Recipe
 from deitkit.recipe_file import describe_fields, load_recipe, shipped_recipes
+from deitkit.verify import verify
 
 app = typer.Typer(
     name="deitkit",
@@ -245,6 +246,7 @@ def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder
 
 
 app.command()(analyze)
+app.command()(verify)
 
 
 @app.command()

@@ -1,0 +1,99 @@
+"""`deitkit verify`: a finished run's saved students, asked once more; does its table hold?
+
+Each row's accuracy is measured anew and compared with what ``results.json`` says. Nothing is written.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+console = Console()
+errors = Console(stderr=True)
+
+# Of another processor or version of torch: this many images in a thousand may lie so close to a boundary between two
+# classes that rounding decides. On the machine of the run a row holds exactly or not at all.
+ELSEWHERE = 0.005
+
+
+def verify(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder with results.json.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for another program to read.")] = False,
+) -> None:
+    """Measure a finished run's saved students again, and say row by row whether its table holds.
+
+    On the machine that made it every figure must come out the same; on another, within half a point. Ends with code 1
+    if a figure does not hold, or the data are not the run's.
+    """
+    from deitkit.terminal import Terminal
+
+    with Terminal(errors if as_json else console, farewell="stopped; nothing was written") as terminal:
+        found = verify_run(run, terminal)
+    if as_json:
+        sys.stdout.write(json.dumps(found, ensure_ascii=False) + "\n")
+    else:
+        table = Table("row", "seed", "recorded %", "measured %", "holds", box=None)
+        for row in found["rows"]:
+            shown = ["-" if row[key] is None else f"{100 * row[key]:.2f}" for key in ("recorded", "measured")]
+            holds = {True: "yes", False: "NO", None: "no model"}[row["holds"]]
+            table.add_row(escape(row["row"]), str(row["seed"]), *shown, holds)
+        console.print(table)
+        data = "the run's" if found["same_data"] else "NOT the run's (another fingerprint)"
+        console.print(f"data: {data}; tolerance {100 * found['tolerance']:.2f} points", highlight=False)
+    if not found["holds"]:
+        raise typer.Exit(1)
+
+
+def verify_run(folder: Path, watcher: Any) -> dict[str, Any]:
+    """Return what is recorded and what is measured of every row and seed, and whether all of it holds.
+
+    Args:
+        folder: Of a finished run.
+        watcher: Is told how it goes.
+
+    Raises:
+        CheckpointError: The run is not finished, an ablation, or one of its models cannot be read.
+        DataError: The data cannot be loaded.
+    """
+    from deitkit.analyze.panel import load_as_trained, student_name, students_of
+    from deitkit.data.sources import load_dataset
+    from deitkit.device import Precision, choose_device, describe_machine
+    from deitkit.errors import CheckpointError
+    from deitkit.evaluate import predict_all, readout_scores, top_k_accuracy
+    from deitkit.recipe_file import load_recipe
+    from deitkit.report import read_results
+
+    results = read_results(folder)
+    if results.get("variants"):
+        raise CheckpointError(f"{folder} is an ablation: verify one of its variants, such as {folder}/variants/base")
+    recipe = load_recipe(str(folder / "recipe.yaml"))
+    device = choose_device("auto")
+    precision = Precision.choose(recipe.train.precision, device)
+    dataset = load_dataset(recipe.data, watcher.reading)
+    same_data = dataset.fingerprint == results["dataset"]["fingerprint"]
+    tolerance = 0.0 if results.get("machine") == describe_machine(device, precision) else ELSEWHERE
+    rows = []
+    for place, seed in enumerate(results["seeds"]):
+        watcher.say(f"seed {seed}: measuring its students on {len(dataset.test)} test images")
+        homes = students_of(folder, results, seed)
+        students = [load_as_trained(home, recipe.speed, device) for home in homes.values()]
+        outputs = dict(zip(homes, predict_all(students, dataset.test, precision), strict=True))
+        for row in results["rows"]:
+            recorded = row["top1"][place] if place < len(row["top1"]) else None
+            output = outputs.get(student_name(row))
+            measured = None
+            if output is not None:
+                measured = top_k_accuracy(readout_scores(output)[row["readout"]], dataset.test.labels)
+            holds = None if recorded is None or measured is None else abs(recorded - measured) <= tolerance + 1e-9
+            rows.append({"row": row["row"], "seed": seed, "recorded": recorded, "measured": measured, "holds": holds})
+    # A row whose student stopped, or was never the run's, has nothing to hold; one whose model is gone does not hold.
+    lost = any(
+        row["recorded"] is not None and row["measured"] is None and not row["row"].startswith("before/") for row in rows
+    )
+    holds = same_data and not lost and all(row["holds"] is not False for row in rows)
+    return {"holds": holds, "same_data": same_data, "tolerance": tolerance, "rows": rows}
