@@ -16,6 +16,7 @@ from deitkit.data.sources import Dataset, Split
 from deitkit.errors import CheckpointError, TeacherError
 from deitkit.models.classifier import Classifier
 from deitkit.models.vit import DeiT
+from deitkit.models.weights import file_sha256
 from deitkit.models.zoo import create_classifier
 from deitkit.recipe import Recipe
 from deitkit.recipe_file import parse_recipe
@@ -140,6 +141,11 @@ def test_a_backbone_with_another_class_count_gets_its_new_head_trained(stripes: 
     after = teacher.classifier.state_dict()
     moved = [name for name in after if name in before and not torch.equal(before[name], after[name])]
     assert moved == ["model.linear.weight", "model.linear.bias"]
+    assert f"backbone.safetensors (sha256 {file_sha256(checkpoint)[:8]})" in card.source
+    checkpoint.unlink()  # the run has its own copy
+    resumed, same = prepare(recipe(checkpoint=str(checkpoint)), stripes, tmp_path / "run")
+    assert same == card
+    assert all(torch.equal(value, after[name]) for name, value in resumed.classifier.state_dict().items())
 
 
 def test_a_reset_head_without_training_is_the_seeds_mistake_and_is_refused(stripes: Dataset, tmp_path: Path) -> None:
