@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import pytest
 import yaml
-from hypothesis import assume, given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
@@ -116,6 +116,7 @@ def accepts(section: type[BaseModel], name: str, value: Any) -> bool:
 
 @cases(2)
 @given(tree=sections(), changes=st.dictionaries(st.sampled_from(field_names()), st.integers(1, 9), max_size=1))
+@example(tree={"baseline": {"name": "\x85"}}, changes={})  # a line break to YAML
 def test_any_valid_recipe_survives_being_written_and_read(tree: dict[str, Any], changes: dict[str, int]) -> None:
     for variants in ({"one": changes}, {}):
         try:

@@ -116,7 +116,11 @@ def _incomparable(variant: Recipe, base: Recipe) -> Iterator[str]:
 
 def dump_recipe(recipe: Recipe) -> str:
     """Return the resolved recipe as YAML that loads to an equal recipe."""
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    content = recipe.model_dump(mode="json")
+    text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+    if yaml.safe_load(text) != content:  # PyYAML writes the line break of a mainframe, U+0085, as it is
+        text = yaml.safe_dump(content, sort_keys=False)
+    return text
 
 
 def field_names(section: type[BaseModel] = Recipe, prefix: str = "") -> list[str]:
