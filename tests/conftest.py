@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import settings
 
+from deitkit.cli import main
 from deitkit.data.sources import Dataset, Split
 from deitkit.device import Precision
 from deitkit.recipe import Recipe
@@ -108,3 +109,20 @@ def write_images() -> Callable[..., Path]:
         return root
 
     return write
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str, str]]:
+    """Return a function that runs the command line: exit code, standard output, standard error."""
+
+    def call(*arguments: str | Path) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["deitkit", *map(str, arguments)])
+        code = 0
+        try:
+            main()
+        except SystemExit as exit_:
+            code = int(exit_.code or 0)
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call

@@ -9,26 +9,8 @@ from pathlib import Path
 import pytest
 
 from conftest import TINY
-from deitkit.cli import main
 
 FAST = [*TINY, "methods=[none]", "train.epochs=1"]
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str, str]]:
-    """Return a function that runs the command line: exit code, standard output, standard error."""
-
-    def call(*arguments: str | Path) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["deitkit", *map(str, arguments)])
-        code = 0
-        try:
-            main()
-        except SystemExit as exit_:
-            code = int(exit_.code or 0)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
 
 
 Run = Callable[..., tuple[int, str, str]]

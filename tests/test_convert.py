@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from deitkit.checkpoint import load_classifier, save_classifier
-from deitkit.cli import main
 from deitkit.inference import predict_files
 from deitkit.models.classifier import Classifier
 from deitkit.models.exchange import read_weights
@@ -25,20 +25,9 @@ Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Return a function that runs ``deitkit convert``: exit code, standard output, standard error."""
-
-    def call(*arguments: str | Path) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["deitkit", "convert", *map(str, arguments)])
-        code = 0
-        try:
-            main()
-        except SystemExit as exit_:
-            code = int(exit_.code or 0)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
+def convert(run: Run) -> Run:
+    """Return a function that runs ``deitkit convert``."""
+    return partial(run, "convert")
 
 
 def saved(
@@ -78,11 +67,11 @@ def opened(output: str, line: str = "model = ") -> Any:
 @pytest.mark.parametrize("tokens", [("class",), BOTH, ("distillation",), ()])
 @pytest.mark.parametrize("to", ["timm", "released", "transformers", "ours"])
 def test_what_is_written_opens_as_printed_and_answers_as_before(
-    to: str, tokens: tuple[str, ...], channels: int, run: Run, tmp_path: Path
+    to: str, tokens: tuple[str, ...], channels: int, convert: Run, tmp_path: Path
 ) -> None:
     source, out = tmp_path / "model", tmp_path / ("out.pth" if to == "released" else "out")
     classifier = saved(source, tokens, channels)
-    code, output, errors = run(source, "--to", to, "--out", out, "--check")
+    code, output, errors = convert(source, "--to", to, "--out", out, "--check")
     if to == "transformers" and not tokens:
         assert code == 2
         assert "averages its patches" in errors
@@ -102,10 +91,10 @@ def test_what_is_written_opens_as_printed_and_answers_as_before(
 
 
 @pytest.mark.parametrize("to", ["timm", "transformers", "released", "ours"])
-def test_layer_scale_goes_along(to: str, run: Run, tmp_path: Path) -> None:
+def test_layer_scale_goes_along(to: str, convert: Run, tmp_path: Path) -> None:
     classifier = saved(tmp_path / "model", layers={"layer_scale": 0.1})
     out = tmp_path / ("out.pth" if to == "released" else "out")
-    code, output, errors = run(tmp_path / "model", "--to", to, "--out", out, "--check")
+    code, output, errors = convert(tmp_path / "model", "--to", to, "--out", out, "--check")
     assert code == 0, errors
     images = torch.randn(3, 3, 16, 16)
     theirs = opened(output)
@@ -115,28 +104,28 @@ def test_layer_scale_goes_along(to: str, run: Run, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("to", ["timm", "transformers", "released"])
-def test_a_stem_of_convolutions_stays_at_home(to: str, run: Run, tmp_path: Path) -> None:
+def test_a_stem_of_convolutions_stays_at_home(to: str, convert: Run, tmp_path: Path) -> None:
     saved(tmp_path / "model", layers={"stem": "conv"})
-    code, _, errors = run(tmp_path / "model", "--to", to, "--out", tmp_path / "out.pth")
+    code, _, errors = convert(tmp_path / "model", "--to", to, "--out", tmp_path / "out.pth")
     assert code == 2
     assert "a stem of convolutions" in errors
-    assert run(tmp_path / "model", "--to", "ours", "--out", tmp_path / "ours", "--check")[0] == 0
+    assert convert(tmp_path / "model", "--to", "ours", "--out", tmp_path / "ours", "--check")[0] == 0
 
 
 @pytest.mark.parametrize("to", ["timm", "transformers", "released", "ours"])
-def test_there_and_back_is_the_same_bit_for_bit(to: str, run: Run, tmp_path: Path) -> None:
+def test_there_and_back_is_the_same_bit_for_bit(to: str, convert: Run, tmp_path: Path) -> None:
     saved(tmp_path / "a")
     between = tmp_path / ("b.pth" if to == "released" else "b")
-    assert run(tmp_path / "a", "--to", to, "--out", between)[0] == 0
-    assert run(between, "--to", "ours", "--out", tmp_path / "c", "--heads", 2)[0] == 0
+    assert convert(tmp_path / "a", "--to", to, "--out", between)[0] == 0
+    assert convert(between, "--to", "ours", "--out", tmp_path / "c", "--heads", 2)[0] == 0
     first, last = (load_file(tmp_path / name / "model.safetensors") for name in ("a", "c"))
     assert first.keys() == last.keys()
     assert all(torch.equal(first[name], last[name]) for name in first)
 
 
-def test_timm_opens_the_folder_with_its_arguments_normalisation_and_names(run: Run, tmp_path: Path) -> None:
+def test_timm_opens_the_folder_with_its_arguments_normalisation_and_names(convert: Run, tmp_path: Path) -> None:
     classifier = saved(tmp_path / "a", channels=1)
-    _, output, _ = run(tmp_path / "a", "--to", "timm", "--out", tmp_path / "b")
+    _, output, _ = convert(tmp_path / "a", "--to", "timm", "--out", tmp_path / "b")
     model = opened(output, "model = timm.create_model('local-dir:")
     images = torch.randn(2, 1, 16, 16)
     torch.testing.assert_close(model(images), mean_logits(classifier, images), rtol=1e-4, atol=1e-4)
@@ -152,7 +141,7 @@ def test_timm_opens_the_folder_with_its_arguments_normalisation_and_names(run: R
 @pytest.mark.parametrize(("size", "mode"), [((16, 16), "RGB"), ((40, 24), "RGB"), ((11, 30), "L")])
 @pytest.mark.parametrize("eval_crop", [1.0, 0.7])
 def test_transformers_and_timm_see_a_file_as_predict_does(
-    eval_crop: float, size: tuple[int, int], mode: str, run: Run, tmp_path: Path
+    eval_crop: float, size: tuple[int, int], mode: str, convert: Run, tmp_path: Path
 ) -> None:
     from PIL import Image
     from transformers import AutoImageProcessor
@@ -163,13 +152,13 @@ def test_transformers_and_timm_see_a_file_as_predict_does(
     image.save(tmp_path / "image.png")
     (ours,) = predict_files(tmp_path / "a", [tmp_path / "image.png"], readout="joint-logits", top=5)
 
-    _, output, _ = run(tmp_path / "a", "--to", "transformers", "--out", tmp_path / "b")
+    _, output, _ = convert(tmp_path / "a", "--to", "transformers", "--out", tmp_path / "b")
     model = opened(output)
     processor = AutoImageProcessor.from_pretrained(tmp_path / "b")
     shares = model(**processor(image, return_tensors="pt")).logits.softmax(dim=-1)[0]
     agree(dict(zip(model.config.id2label.values(), shares.tolist(), strict=True)), ours)
 
-    _, output, _ = run(tmp_path / "a", "--to", "timm", "--out", tmp_path / "c")
+    _, output, _ = convert(tmp_path / "a", "--to", "timm", "--out", tmp_path / "c")
     model = opened(output, "model = timm.create_model('local-dir:")
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
     shares = model(transform(image.convert("RGB"))[None]).softmax(dim=-1)[0]
@@ -181,10 +170,10 @@ def agree(theirs: dict[str, float], ours: dict[str, Any]) -> None:
     assert max(theirs, key=theirs.__getitem__) == ours["classes"][0][0]
 
 
-def test_changes_on_the_way_are_told_and_kept_in_the_card(run: Run, tmp_path: Path) -> None:
+def test_changes_on_the_way_are_told_and_kept_in_the_card(convert: Run, tmp_path: Path) -> None:
     saved(tmp_path / "a", ("class",), readout="class", test_top1=0.9)
     arguments = ("--image-px", 48, "--patch-px", 8, "--channels", 1, "--tokens", "class+distillation")
-    code, output, _ = run(tmp_path / "a", "--to", "ours", "--out", tmp_path / "b", *arguments, "--check")
+    code, output, _ = convert(tmp_path / "a", "--to", "ours", "--out", tmp_path / "b", *arguments, "--check")
     assert code == 0
     for word in ("normalisation", "channels", "patch", "resolution", "tokens"):
         assert f"\n{word}: " in f"\n{output}"
@@ -197,39 +186,41 @@ def test_changes_on_the_way_are_told_and_kept_in_the_card(run: Run, tmp_path: Pa
     assert classifier(torch.rand(1, 1, 48, 48)).distillation_logits.shape == (1, 5)
 
 
-def test_a_grey_copy_sees_grey_images_as_the_colour_model_does(run: Run, tmp_path: Path) -> None:
+def test_a_grey_copy_sees_grey_images_as_the_colour_model_does(convert: Run, tmp_path: Path) -> None:
     colour = saved(tmp_path / "a")
-    assert run(tmp_path / "a", "--to", "ours", "--out", tmp_path / "b", "--channels", 1)[0] == 0
+    assert convert(tmp_path / "a", "--to", "ours", "--out", tmp_path / "b", "--channels", 1)[0] == 0
     grey, _ = load_classifier(tmp_path / "b", torch.device("cpu"))
     view = torch.rand(2, 1, 16, 16)
     expected = colour(view.expand(-1, 3, -1, -1)).class_logits
     torch.testing.assert_close(grey(view).class_logits, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_what_a_card_tells_stays_where_nothing_changes(run: Run, tmp_path: Path) -> None:
+def test_what_a_card_tells_stays_where_nothing_changes(convert: Run, tmp_path: Path) -> None:
     saved(tmp_path / "run" / "winner", readout="joint", test_top1=0.9, method="token-hard")
-    assert run(tmp_path / "run", "--to", "ours", "--out", tmp_path / "b")[0] == 0
+    assert convert(tmp_path / "run", "--to", "ours", "--out", tmp_path / "b")[0] == 0
     card = json.loads((tmp_path / "b" / "model.json").read_text(encoding="utf-8"))
     assert (card["readout"], card["test_top1"], card["method"]) == ("joint", 0.9, "token-hard")
     assert card["source"].startswith("run (sha256 ")
 
 
-def test_a_bare_file_gets_what_it_does_not_tell(run: Run, tmp_path: Path) -> None:
+def test_a_bare_file_gets_what_it_does_not_tell(convert: Run, tmp_path: Path) -> None:
     saved(tmp_path / "a")
     bare = tmp_path / "bare.safetensors"
     (tmp_path / "a" / "model.safetensors").rename(bare)
-    code, output, _ = run(bare, "--to", "ours", "--out", tmp_path / "b", "--classes", 7, "--check")
+    code, output, _ = convert(bare, "--to", "ours", "--out", tmp_path / "b", "--classes", 7, "--check")
     assert code == 0
     assert "normalisation: not told by the source; ImageNet's is written" in output
     assert "class names: not told by the source; class 0 to class 6 are written" in output
     assert "not checked: the classifier is new" in output
-    assert run(bare, "--to", "ours", "--out", tmp_path / "c", "--mean", "0.5,0.5,0.5", "--std", "1,1,1")[0] == 0
+    assert convert(bare, "--to", "ours", "--out", tmp_path / "c", "--mean", "0.5,0.5,0.5", "--std", "1,1,1")[0] == 0
     assert json.loads((tmp_path / "c" / "model.json").read_text())["std"] == [1, 1, 1]
 
 
-def test_json_is_for_another_program(run: Run, tmp_path: Path) -> None:
+def test_json_is_for_another_program(convert: Run, tmp_path: Path) -> None:
     saved(tmp_path / "a")
-    _, output, _ = run(tmp_path / "a", "--to", "timm", "--out", tmp_path / "b", "--image-px", 32, "--check", "--json")
+    _, output, _ = convert(
+        tmp_path / "a", "--to", "timm", "--out", tmp_path / "b", "--image-px", 32, "--check", "--json"
+    )
     result = json.loads(output)
     assert result["architecture"]["image_px"] == [32, 32]
     assert result["largest_difference"] < 1e-4
@@ -251,18 +242,18 @@ def test_json_is_for_another_program(run: Run, tmp_path: Path) -> None:
     ],
 )
 def test_mistakes_are_one_line(
-    arguments: tuple[Any, ...], words: str, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    arguments: tuple[Any, ...], words: str, convert: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     saved(Path("a"))
-    code, _, errors = run("a", *arguments)
+    code, _, errors = convert("a", *arguments)
     assert code == 2
     assert words in errors
     assert len(errors.strip().splitlines()) == 1
     assert not Path("b").exists()
 
 
-def test_a_check_that_fails_says_so(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_check_that_fails_says_so(convert: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saved(tmp_path / "a")
     create = timm.create_model
 
@@ -272,6 +263,6 @@ def test_a_check_that_fails_says_so(run: Run, tmp_path: Path, monkeypatch: pytes
         return model
 
     monkeypatch.setattr(timm, "create_model", other_epsilon)
-    code, _, errors = run(tmp_path / "a", "--to", "timm", "--out", tmp_path / "b", "--check")
+    code, _, errors = convert(tmp_path / "a", "--to", "timm", "--out", tmp_path / "b", "--check")
     assert code == 2
     assert "its logits differ by up to" in errors

@@ -40,7 +40,7 @@ def verify(
         table = Table("row", "seed", "recorded %", "measured %", "holds", box=None)
         for row in found["rows"]:
             shown = ["-" if row[key] is None else f"{100 * row[key]:.2f}" for key in ("recorded", "measured")]
-            holds = {True: "yes", False: "NO", None: "no model"}[row["holds"]]
+            holds = {True: "yes", False: "NO", None: "-"}[row["holds"]]
             table.add_row(escape(row["row"]), str(row["seed"]), *shown, holds)
         console.print(table)
         data = "the run's" if found["same_data"] else "NOT the run's (another fingerprint)"
@@ -65,6 +65,7 @@ def verify_run(folder: Path, watcher: Any) -> dict[str, Any]:
     from deitkit.device import Precision, choose_device, describe_machine
     from deitkit.errors import CheckpointError
     from deitkit.evaluate import predict_all, readout_scores, top_k_accuracy
+    from deitkit.finetune import BEFORE
     from deitkit.recipe_file import load_recipe
     from deitkit.report import read_results
 
@@ -89,11 +90,10 @@ def verify_run(folder: Path, watcher: Any) -> dict[str, Any]:
             measured = None
             if output is not None:
                 measured = top_k_accuracy(readout_scores(output)[row["readout"]], dataset.test.labels)
-            holds = None if recorded is None or measured is None else abs(recorded - measured) <= tolerance + 1e-9
+            # A student that stopped, or that was never the run's, has nothing to hold; one that is gone does not hold.
+            holds: bool | None = None
+            if recorded is not None and row["method"] != BEFORE:
+                holds = measured is not None and abs(recorded - measured) <= tolerance + 1e-9
             rows.append({"row": row["row"], "seed": seed, "recorded": recorded, "measured": measured, "holds": holds})
-    # A row whose student stopped, or was never the run's, has nothing to hold; one whose model is gone does not hold.
-    lost = any(
-        row["recorded"] is not None and row["measured"] is None and not row["row"].startswith("before/") for row in rows
-    )
-    holds = same_data and not lost and all(row["holds"] is not False for row in rows)
-    return {"holds": holds, "same_data": same_data, "tolerance": tolerance, "rows": rows}
+    holds_all = same_data and all(row["holds"] is not False for row in rows)
+    return {"holds": holds_all, "same_data": same_data, "tolerance": tolerance, "rows": rows}

@@ -67,11 +67,7 @@ def convert(
     )
     opening = layout.write(planned, out)
     difference = largest_difference(planned, layout, out) if check else None
-    if difference is not None and not difference <= TOLERANCE:
-        raise CheckpointError(
-            f"{out} answers otherwise than {source}: its logits differ by up to {difference:.2g}; "
-            "another version of the library may read it differently, so do not use it"
-        )
+    _refuse_other_answers(difference, source, out)
     if as_json:
         result = {
             "source": str(source), "to": to, "out": str(out), "architecture": asdict(planned.architecture),
@@ -79,16 +75,25 @@ def convert(
         }  # fmt: skip
         sys.stdout.write(json.dumps(result) + "\n")
         return
-    for line in planned.lines:
+    checked = [_checked(difference)] if check else []
+    for line in (*planned.lines, f"wrote {out}: {layout.holds}", *checked, "open it with"):
         _say(line)
-    _say(f"wrote {out}: {layout.holds}")
-    if difference is not None:
-        _say(f"checked: on 8 random images the logits differ by {difference:.1e} at most")
-    elif check:
-        _say("not checked: the classifier is new and answers zero to everything, so there is nothing to compare")
-    _say("open it with")
     for line in opening:
         _say(f"  {line}")
+
+
+def _refuse_other_answers(difference: float | None, source: Path, out: Path) -> None:
+    if difference is not None and not difference <= TOLERANCE:
+        raise CheckpointError(
+            f"{out} answers otherwise than {source}: its logits differ by up to {difference:.2g}; "
+            "another version of the library may read it differently, so do not use it"
+        )
+
+
+def _checked(difference: float | None) -> str:
+    if difference is None:
+        return "not checked: the classifier is new and answers zero to everything, so there is nothing to compare"
+    return f"checked: on 8 random images the logits differ by {difference:.1e} at most"
 
 
 def _layout(to: str, out: Path) -> "Layout":

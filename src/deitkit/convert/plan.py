@@ -108,11 +108,16 @@ def plan(
     if names is None or len(names) != target.classes:
         names = tuple(f"class {number}" for number in range(target.classes))
         lines.append(f"class names: not told by the source; {names[0]} to {names[-1]} are written")
-    about = {"source": f"{source.name} (sha256 {file_sha256(weights.file)[:8]})", "changes": changes}
-    if not changes:
-        about = {name: weights.card[name] for name in _ABOUT_TRAINING if name in weights.card} | about
+    about = _about(weights, source, changes)
     eval_crop = float(weights.card.get("eval_crop", 1.0))
     return Plan(state, target, names, mean, std, eval_crop, about, (*lines, *changes))
+
+
+def _about(weights: Weights, source: Path, changes: list[str]) -> dict[str, Any]:
+    """Say where the weights are from; of their training only while they are as they were trained."""
+    kept = () if changes else (name for name in _ABOUT_TRAINING if name in weights.card)
+    origin = f"{source.name} (sha256 {file_sha256(weights.file)[:8]})"
+    return {name: weights.card[name] for name in kept} | {"source": origin, "changes": changes}
 
 
 def _parse_tokens(text: str) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ SOURCES = {
     "DeiT": "Touvron et al. 2020, arXiv 2012.12877v2, Tables 1, 2, 3, 5 and 7 (ImageNet, 300 epochs; V100 with 16 GB)",
     "EfficientNet": "Tan and Le 2019, arXiv 1905.11946, Table 2",
     "Grafit": "Touvron et al. 2020, arXiv 2011.12982; as DeiT's Table 7 quotes it",
-    "RegNet": "Radosavovic et al. 2020, arXiv 2003.13678, its best RegNetX and RegNetY models",
+    "RegNet": "Radosavovic et al. 2020, arXiv 2003.13678; as the model zoo of its authors (pycls) has it",
     "ResNet": "He et al. 2016; as DeiT's Table 5 quotes it",
     "ViT": "Dosovitskiy et al. 2020, arXiv 2010.11929, Tables 1 and 5 (ImageNet alone)",
 }
@@ -132,10 +132,10 @@ CATALOGUE = (
     _vit("ViT-L/16", "vit_large", 16, "307", 76.5, 27.3),
     _cnn("ResNet-50", "resnet50", "25", 79.6, 1226.1, ("Grafit", "DeiT")),
     _cnn("ResNet-152", "resnet152", "60", 78.3, 526.3, ("ResNet", "DeiT")),
-    _cnn("RegNetY-4GF", "regnety_040", "20.6", 80.0, 1156.7, ("DeiT", "RegNet")),
+    _cnn("RegNetY-4GF", "regnety_040", "20.6", 80.0, None, ("DeiT", "RegNet")),
     _cnn("RegNetY-8GF", "regnety_080", "39.2", 81.7, 591.6, ("DeiT", "RegNet")),
     _cnn("RegNetY-12GF", "regnety_120", "51.8", 82.4, None, ("DeiT", "RegNet")),
     _cnn("RegNetY-16GF", "regnety_160", "83.6", 82.9, 334.7, ("DeiT", "RegNet")),
     _cnn("EfficientNet-B7", "tf_efficientnet_b7", "66", 84.3, 55.1, ("EfficientNet", "DeiT"), px=600),
-    _cnn("RegNetX-400MF", "regnetx_004", "5.2", 72.7, None, ("RegNet",)),
+    _cnn("RegNetX-400MF", "regnetx_004", "5.2", 72.6, None, ("RegNet",)),
 )
