@@ -16,7 +16,8 @@ import torch
 
 from deitkit.errors import RecipeError
 
-MALLOPT_TRIM_THRESHOLD, MALLOPT_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
+MALLOPT_TRIM_THRESHOLD, MALLOPT_TOP_PAD, MALLOPT_MMAP_THRESHOLD = -1, -2, -3  # glibc's malloc.h
+HEAP_OF_A_THREAD = 2**26  # glibc's HEAP_MAX_SIZE
 CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 
@@ -57,6 +58,9 @@ def _keep_freed_memory() -> None:
             libc = ctypes.CDLL(None)
             libc.mallopt(MALLOPT_MMAP_THRESHOLD, 2**30)
             libc.mallopt(MALLOPT_TRIM_THRESHOLD, 2**31 - 1)
+            # The memory of a thread comes in heaps. An empty one is given back whatever the threshold, unless less than
+            # this is free in the one before it.
+            libc.mallopt(MALLOPT_TOP_PAD, HEAP_OF_A_THREAD)
 
 
 @dataclass(frozen=True)

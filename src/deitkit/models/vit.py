@@ -22,6 +22,7 @@ TOKENS = ("class", "distillation")
 NORM_EPS = 1e-6
 INIT_STD = 0.02
 MLP_RATIO = 4
+SHORT_ROW = 64  # numbers up to which a softmax is faster in float32 than in bf16, casts included
 SHORT_SEQUENCE = 640  # tokens up to which a CPU takes two plain products: docs/benchmarks.md has both up to 578
 
 
@@ -91,7 +92,9 @@ def plain_attention(
     """Return softmax(query key^T / sqrt(head_width)) value, as ``F.scaled_dot_product_attention`` does."""
     # The scale goes onto the query: it has fewer elements than the attention matrix.
     scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)
-    return scores.softmax(dim=-1) @ value
+    # A CPU takes short rows of bf16 one number at a time.
+    dtype = torch.promote_types(scores.dtype, torch.float32) if scores.shape[-1] < SHORT_ROW else scores.dtype
+    return scores.softmax(dim=-1, dtype=dtype).to(value.dtype) @ value
 
 
 class MLP(nn.Module):
