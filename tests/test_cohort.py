@@ -1,5 +1,6 @@
 """The cohort: that students do not disturb each other, resume exactly, and stop alone."""
 
+import itertools
 from typing import Any
 
 import pytest
@@ -8,8 +9,9 @@ from torch import nn
 
 from conftest import CPU_FP32, poisoned_gradient
 from deitkit.checkpoint import load_tree, save_tree
-from deitkit.cohort import Cohort
+from deitkit.cohort import Cohort, Progress
 from deitkit.data.sources import Dataset
+from deitkit.errors import Interrupted
 from deitkit.methods import METHODS
 from deitkit.models.classifier import Classifier
 from deitkit.models.vit import DeiT
@@ -96,8 +98,8 @@ def test_the_teacher_is_asked_once_per_step_and_not_at_all_without_need(stripes:
 
 
 @pytest.mark.parametrize(
-    ("optimizer", "stop_after"),
-    [("adamw", 1), ("adamw", 4), ("adamw", 5), ("adamw", 9), ("lamb", 5), ("muon", 5), ("sgd", 5)],
+    ("optimizer", "stop_after"),  # asked after each step, and after the batch of each validation
+    [("adamw", asked) for asked in (1, 4, 5, 6, 9, 10)] + [("lamb", 6), ("muon", 6), ("sgd", 6)],
 )
 def test_a_stopped_run_goes_on_to_the_same_weights_and_metrics(
     stripes: Dataset, tmp_path: Any, optimizer: str, stop_after: int
@@ -107,8 +109,14 @@ def test_a_stopped_run_goes_on_to_the_same_weights_and_metrics(
     expected = [record for records in whole.fit() for record in records]
 
     first = cohort(["none", "token-hard"], stripes, train=train)
-    steps = iter(range(1000))
-    records = [r for rs in first.fit(should_stop=lambda: next(steps) == stop_after - 1) for r in rs]
+    asked = itertools.count(1)
+    records = []
+    with pytest.raises(Interrupted):
+        for told in first.fit(should_stop=lambda: next(asked) == stop_after):
+            records += told
+    steps = first.batches.steps_per_epoch
+    epoch, before = divmod(stop_after - 1, steps + 1)
+    assert (first.epoch, first.step) == (epoch, min(before + 1, steps))
     save_tree(tmp_path / "state.safetensors", first.state_dict())
     second = cohort(["none", "token-hard"], stripes, train=train)
     second.load_state_dict(load_tree(tmp_path / "state.safetensors"))
@@ -125,15 +133,14 @@ def test_the_average_follows_every_step(stripes: Dataset) -> None:
     (student,) = trained.students
     expected, steps = weights(student), 0
 
-    def follow() -> bool:
+    def follow(_: Progress) -> None:
         nonlocal steps
         decay = min(0.9, (1 + steps) / (10 + steps))
         for name, value in weights(student).items():
             expected[name] = decay * expected[name] + (1 - decay) * value
         steps += 1
-        return False
 
-    list(trained.fit(should_stop=follow))
+    list(trained.fit(on_step=follow))
     assert steps == 2 * trained.batches.steps_per_epoch
     average = student.average.classifier.state_dict()
     for name, value in expected.items():

@@ -34,7 +34,7 @@ TinyRecipe = Callable[..., Recipe]
 
 
 class StopAfter(Silent):
-    """Stops a run after some steps of the cohorts and the teacher together."""
+    """Stops a run after some steps of the cohorts and the teacher together; a validation counts as steps, too."""
 
     def __init__(self, steps: int) -> None:
         self.left = steps
@@ -97,7 +97,7 @@ def test_rows_over_seeds_have_spread_and_a_paired_test(tiny_recipe: TinyRecipe, 
     assert len(set(soft["top1"])) > 1, "three seeds gave one figure"
 
 
-@pytest.mark.parametrize("steps", [1, 6, 9, 13, 17])
+@pytest.mark.parametrize("steps", [1, 5, 6, 9, 13, 17, 23])
 def test_a_run_that_was_stopped_ends_as_one_that_was_not(tiny_recipe: TinyRecipe, tmp_path: Path, steps: int) -> None:
     recipe = tiny_recipe("methods=[none, token-hard]", "model.drop_path=0.1", "seeds=[0, 1]")
     whole = tmp_path.parent / "undisturbed"

@@ -20,7 +20,7 @@ from deitkit.data.batches import Batches
 from deitkit.data.mix import Mix
 from deitkit.data.sources import Dataset
 from deitkit.device import Precision, Stopwatch
-from deitkit.errors import OutOfMemory, is_out_of_memory
+from deitkit.errors import Interrupted, OutOfMemory, is_out_of_memory
 from deitkit.evaluate import predict_all, readout_scores, top_k_accuracy
 from deitkit.optim import can_be_recorded, learning_rate
 from deitkit.parts import Parts
@@ -159,11 +159,14 @@ class Cohort:
     ) -> Iterator[list[dict[str, Any]]]:
         """Train until the last epoch, and yield each epoch's metrics, one record per student.
 
-        The cohort can be saved whenever the iterator waits or has ended; ``should_stop`` ends it after a step.
+        The cohort can be saved whenever the iterator waits or has ended, however it ended.
 
         Args:
             on_step: Called every few steps, when the device has been waited for.
-            should_stop: Asked after every step.
+            should_stop: Asked after every step, and after every batch of a validation, which is then begun anew.
+
+        Raises:
+            Interrupted: ``should_stop`` said so.
         """
         for student in self.students:
             student.classifier.train()
@@ -176,8 +179,8 @@ class Cohort:
                     if on_step is not None:
                         on_step(self._progress())
                 if should_stop():
-                    return
-            records = self._close_epoch()
+                    raise Interrupted
+            records = self._close_epoch(should_stop)
             self.epoch, self.step = self.epoch + 1, 0
             yield records
 
@@ -214,13 +217,13 @@ class Cohort:
             losses={student.name: float(sum(student.term_sums.values())) / self.step for student in self.active},
         )
 
-    def _close_epoch(self) -> list[dict[str, Any]]:
+    def _close_epoch(self, should_stop: Callable[[], bool]) -> list[dict[str, Any]]:
         """Validate, describe the epoch, and begin the next one's sums."""
         steps = self.batches.steps_per_epoch
         last_step = (self.epoch + 1) * steps - 1
         shares = self.shares()
         records = []
-        for student, accuracy in zip(self.active, self._validate(), strict=True):
+        for student, accuracy in zip(self.active, self._validate(should_stop), strict=True):
             terms = {name: float(total) / steps for name, total in student.term_sums.items()}
             records.append(
                 {
@@ -251,9 +254,10 @@ class Cohort:
         parts["students"] = sum(student.watch.seconds for student in self.students) - parts["optimizers"]
         return {name: seconds / self.watches["step"].seconds for name, seconds in parts.items()}
 
-    def _validate(self) -> list[dict[str, float]]:
+    def _validate(self, should_stop: Callable[[], bool]) -> list[dict[str, float]]:
         """Return each active student's accuracy by every readout."""
-        outputs = predict_all([student.classifier for student in self.active], self.validation, self.precision)
+        classifiers = [student.classifier for student in self.active]
+        outputs = predict_all(classifiers, self.validation, self.precision, should_stop)
         labels = self.validation.labels.cpu()
         return [
             {readout: top_k_accuracy(scores, labels) for readout, scores in readout_scores(output).items()}

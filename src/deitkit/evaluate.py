@@ -4,7 +4,7 @@ Nothing here trains, and nothing here chooses a model by its test accuracy.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from deitkit.data.sources import Split
 from deitkit.device import Precision
+from deitkit.errors import Interrupted
 from deitkit.models.classifier import Classifier
 from deitkit.models.vit import Output
 from deitkit.speed import uncompiled
@@ -32,8 +33,17 @@ def predict(classifier: Classifier, split: Split, precision: Precision) -> Outpu
 
 
 @torch.inference_mode()
-def predict_all(classifiers: Sequence[Classifier], split: Split, precision: Precision) -> list[Output]:
-    """Return what ``predict`` returns for each of some classifiers, with each image decoded and moved once."""
+def predict_all(
+    classifiers: Sequence[Classifier],
+    split: Split,
+    precision: Precision,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> list[Output]:
+    """Return what ``predict`` returns for each of some classifiers, with each image decoded and moved once.
+
+    Raises:
+        Interrupted: ``should_stop``, which is asked after every batch, said so.
+    """
     modes = [classifier.training for classifier in classifiers]
     outputs: list[list[Output]] = [[] for _ in classifiers]
     height, width = split.images.shape[-2:]
@@ -44,6 +54,8 @@ def predict_all(classifiers: Sequence[Classifier], split: Split, precision: Prec
             view = images.to(precision.device, non_blocking=True).float() / 255
             for classifier, gathered in zip(classifiers, outputs, strict=True):
                 gathered.append(classifier(view))
+            if should_stop():
+                raise Interrupted
     for classifier, training in zip(classifiers, modes, strict=True):
         classifier.train(training)
     return [Output(*(_gather(parts, head) for head in ("class_logits", "distillation_logits"))) for parts in outputs]

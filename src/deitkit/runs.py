@@ -178,18 +178,20 @@ def train_to_end(
     lines = [json.dumps(record) for record in kept]
     on_step: Callable[[Progress], None] = lambda progress: watcher.step(title, progress)  # noqa: E731
     with watcher.patient(), SummaryWriter(log_folder, purge_step=cohort.epoch + 1) as board:
-        for records in cohort.fit(on_step, watcher.should_stop):
-            lines += [json.dumps(record) for record in records]
-            write_text(metrics, "\n".join(lines) + "\n")
-            _to_board(board, records)
-            watcher.epoch(title, records)
-            # The iterator has not begun the next epoch yet; what is saved is the state that it will begin from.
-            save_state(checkpoint, cohort.state_dict())
-            if watcher.should_stop():
-                raise Interrupted
-        if cohort.step > 0:
-            save_state(checkpoint, cohort.state_dict())
-            raise Interrupted
+        try:
+            for records in cohort.fit(on_step, watcher.should_stop):
+                lines += [json.dumps(record) for record in records]
+                write_text(metrics, "\n".join(lines) + "\n")
+                _to_board(board, records)
+                watcher.epoch(title, records)
+                # The iterator has not begun the next epoch yet; what is saved is the state that it will begin from.
+                save_state(checkpoint, cohort.state_dict())
+                if watcher.should_stop():
+                    raise Interrupted
+        except Interrupted:
+            if cohort.step > 0:
+                save_state(checkpoint, cohort.state_dict())
+            raise
 
 
 def _to_board(board: SummaryWriter, records: list[dict[str, Any]]) -> None:
