@@ -3,10 +3,13 @@
 import json
 from pathlib import Path
 
+import pytest
 import torch
 
 from deitkit.checkpoint import load_classifier, save_classifier
+from deitkit.errors import CheckpointError
 from deitkit.models.classifier import Classifier
+from deitkit.models.cnn import CifarResNet
 from deitkit.models.vit import create_student
 from deitkit.optim import ExponentialMovingAverage
 from deitkit.recipe import ModelRecipe
@@ -49,3 +52,38 @@ def test_a_card_from_before_these_fields_is_a_student_without_them(tmp_path: Pat
     path.write_text(json.dumps(card))
     view = torch.rand(2, 3, 16, 16)
     assert torch.equal(load_classifier(tmp_path, CPU)[0](view).class_logits, plain(view).class_logits)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("width", 2**20), ("depth", 2**40), ("classes", 2**40), ("image_px", 2**20), ("channels", 2**40)],
+)
+def test_a_card_may_not_ask_for_more_memory_than_its_weights_take(tmp_path: Path, field: str, value: int) -> None:
+    save_classifier(tmp_path, student(), CARD)
+    path = tmp_path / "model.json"
+    card = json.loads(path.read_text())
+    card["config"][field] = value
+    path.write_text(json.dumps(card))
+    with pytest.raises(CheckpointError, match=r"asks for more than model.safetensors holds"):
+        load_classifier(tmp_path, CPU)
+
+
+@pytest.mark.parametrize(("field", "value"), [("channels", 2**40), ("image_px", 2**30), ("class_names", [""] * 10**6)])
+def test_nor_may_that_of_a_cnn(tmp_path: Path, field: str, value: object) -> None:
+    cnn = Classifier(CifarResNet(20, channels=3, classes=3), mean=(0.4,) * 3, std=(0.3,) * 3)
+    save_classifier(tmp_path, cnn, CARD | {"architecture": "cifar/resnet20"})
+    path = tmp_path / "model.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
+    with pytest.raises(CheckpointError, match=r"asks for more than|more than 8192"):
+        load_classifier(tmp_path, CPU)
+
+
+@pytest.mark.parametrize("field", ["kind", "config", "mean", "std", "image_px", "class_names"])
+def test_a_card_without_a_field_is_one_sentence(tmp_path: Path, field: str) -> None:
+    save_classifier(tmp_path, student(), CARD)
+    path = tmp_path / "model.json"
+    card = json.loads(path.read_text())
+    del card[field]
+    path.write_text(json.dumps(card))
+    with pytest.raises(CheckpointError, match=rf"model.json is incomplete or wrong \(see {field}\)"):
+        load_classifier(tmp_path, CPU)

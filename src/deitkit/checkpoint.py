@@ -7,6 +7,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import UnionType
 from typing import Any
 
 import torch
@@ -23,6 +24,12 @@ from deitkit.models.weights import load_into, read_state
 from deitkit.models.zoo import Built, create_classifier
 
 FORMAT = 1
+# Fields that every card has.
+CARD: dict[str, type | UnionType] = {
+    "kind": str, "config": dict | None, "mean": list, "std": list, "image_px": int | None, "class_names": list,
+}  # fmt: skip
+# What a card from a stranger may ask of a CNN, whose weights do not tell.
+MOST_PX, MOST_CHANNELS = 2**13, 3
 
 
 def save_tree(path: Path, tree: Any) -> None:
@@ -161,6 +168,9 @@ def read_card(folder: Path) -> dict[str, Any]:
         ) from None
     if not isinstance(card, dict) or card.get("format") != FORMAT:
         raise CheckpointError(f"{path} has format {_format_of(card)}; this deitkit reads format {FORMAT}")
+    wrong = [name for name, kind in CARD.items() if name not in card or not isinstance(card[name], kind)]
+    if wrong:
+        raise _wrong_card(folder, f"see {', '.join(wrong)}")
     return card
 
 
@@ -173,31 +183,69 @@ def model_folder(path: Path) -> Path:
     return path / "winner" if (path / "winner" / "model.json").exists() else path
 
 
-def build_model(card: dict[str, Any]) -> Built:
-    """Build what a card describes, with new weights."""
+def build_model(card: dict[str, Any], state: dict[str, Tensor], folder: Path) -> Built:
+    """Build what a card describes, with new weights.
+
+    Args:
+        card: A ``model.json``.
+        state: The weights beside it: a card may not ask for more memory than they take.
+        folder: Of both, for the error.
+
+    Raises:
+        CheckpointError: The card is incomplete or wrong.
+    """
+    try:
+        _check_size(card, state)
+        if card["kind"] == "deit":
+            student = _student(card)
+            head = "head" if student.head is not None else "head_dist"
+            return Built(student, head, None, None, card["config"]["image_px"], f"deitkit {card['deitkit']}")
+        return create_classifier(
+            card["architecture"], classes=len(card["class_names"]), channels=card["channels"], image_px=card["image_px"]
+        )
+    except Exception as error:  # whatever values of a wrong type or size make a model stumble over
+        raise _wrong_card(folder, str(error).partition("\n")[0] or type(error).__name__) from None
+
+
+def _student(card: dict[str, Any]) -> DeiT:
+    return DeiT(**{**card["config"], "tokens": tuple(card["config"]["tokens"])})
+
+
+def _check_size(card: dict[str, Any], state: dict[str, Tensor]) -> None:
+    """Raise ValueError for a card that asks for more than its weights hold, before any memory is taken for it."""
+    if card["image_px"] is not None and card["image_px"] > MOST_PX:
+        raise ValueError(f"image_px is {card['image_px']}, more than {MOST_PX}")
     if card["kind"] == "deit":
-        student = DeiT(**{**card["config"], "tokens": tuple(card["config"]["tokens"])})
-        head = "head" if student.head is not None else "head_dist"
-        return Built(student, head, None, None, card["config"]["image_px"], f"deitkit {card['deitkit']}")
-    return create_classifier(
-        card["architecture"], classes=len(card["class_names"]), channels=card["channels"], image_px=card["image_px"]
-    )
+        fits = card["config"]["depth"] <= len(state)
+        if fits:
+            with torch.device("meta"):
+                asked = sum(value.numel() for value in _student(card).state_dict().values())
+            fits = asked <= sum(value.numel() for value in state.values())
+    else:
+        fits = card["channels"] <= MOST_CHANNELS and any(
+            len(card["class_names"]) in value.shape for value in state.values()
+        )
+    if not fits:
+        raise ValueError("it asks for more than model.safetensors holds")
 
 
 def load_classifier(folder: Path, device: torch.device) -> tuple[Classifier, dict[str, Any]]:
     """Rebuild a classifier from its folder, in evaluation mode; returns its card too."""
-    card = read_card(folder)
+    card, state = read_card(folder), read_state(folder / "model.safetensors")
+    built = build_model(card, state, folder)
     try:
-        built = build_model(card)
         classifier = Classifier(
             built.model, mean=tuple(card["mean"]), std=tuple(card["std"]), image_px=card["image_px"]
         )
-    except Exception as error:  # whatever values of a wrong type or size make a model stumble over
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        raise CheckpointError(
-            f"{folder / 'model.json'} is incomplete or wrong ({reason}): copy the folder again from its run"
-        ) from None
-    report = load_into(built.model, read_state(folder / "model.safetensors"), head=built.head, source=str(folder))
+    except Exception as error:
+        raise _wrong_card(folder, str(error).partition("\n")[0] or type(error).__name__) from None
+    report = load_into(built.model, state, head=built.head, source=str(folder))
     if report.missing or report.mismatched:
         raise CheckpointError(f"{folder}: model.safetensors does not belong to model.json: copy both from one run")
     return classifier.to(device).eval(), card
+
+
+def _wrong_card(folder: Path, reason: str) -> CheckpointError:
+    return CheckpointError(
+        f"{folder / 'model.json'} is incomplete or wrong ({reason}): copy the folder again from its run"
+    )

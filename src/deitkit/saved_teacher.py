@@ -9,6 +9,7 @@ from typing import Any
 from deitkit.checkpoint import build_model, model_folder, read_card
 from deitkit.data.sources import Dataset
 from deitkit.errors import CheckpointError, TeacherError
+from deitkit.models.weights import read_state
 from deitkit.models.zoo import Built
 from deitkit.recipe import TeacherRecipe
 
@@ -42,9 +43,10 @@ def build_saved(recipe: TeacherRecipe, dataset: Dataset) -> tuple[TeacherRecipe,
         "std": recipe.std or tuple(card["std"]),
         "image_px": recipe.image_px or card["image_px"],
     }
+    state = read_state(folder / "model.safetensors")
+    built = build_model(card | {"image_px": own["image_px"]}, state, folder)
     if card["kind"] == "deit":
         _check_student(recipe, card["config"])
-    built = build_model(card | {"image_px": own["image_px"]})
     return recipe.model_copy(update=own), built, card.get("readout") or _readout(card["config"])
 
 
