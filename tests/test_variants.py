@@ -22,6 +22,7 @@ from deitkit.report import write_report
 from deitkit.runs import Silent
 from deitkit.student import Student
 from deitkit.variants import compare_variants
+from deitkit.verify import verify_run
 
 TinyRecipe = Callable[..., Recipe]
 ONE_EPOCH = ("methods=[none]", "train.epochs=1", "data.train_images=160", "train.learning_rate=0.004")
@@ -87,6 +88,16 @@ def test_the_difference_is_that_of_the_saved_predictions(tiny_recipe: TinyRecipe
         assert row["difference_vs_base_ci95"] == pytest.approx(
             ((gained - lost) / 100 - half, (gained - lost) / 100 + half)
         )
+    found = verify_run(tmp_path / "run", Silent())
+    assert found["holds"]
+    assert [(row["row"], [row["measured"]]) for row in found["rows"]] == [
+        (row["row"], pytest.approx(row["top1"])) for row in results["rows"]
+    ]
+    told = json.loads((tmp_path / "run" / "results.json").read_text())
+    told["rows"][2]["top1"][0] += 0.01
+    (tmp_path / "run" / "results.json").write_text(json.dumps(told))
+    found = verify_run(tmp_path / "run", Silent())
+    assert [row["row"] for row in found["rows"] if not row["holds"]] == [results["rows"][2]["row"]]
     assert results["variants"] == {
         "base": {}, "sgd": {"train.optimizer": ("adamw", "sgd")}, "shallow": {"model.depth": (2, 1)},
     }  # fmt: skip

@@ -5,6 +5,7 @@ Each row's accuracy is measured anew and compared with what ``results.json`` say
 
 import json
 import sys
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -53,29 +54,46 @@ def verify_run(folder: Path, watcher: Any) -> dict[str, Any]:
     """Return what is recorded and what is measured of every row and seed, and whether all of it holds.
 
     Args:
-        folder: Of a finished run.
+        folder: Of a finished run; of an ablation every variant is measured.
         watcher: Is told how it goes.
 
     Raises:
-        CheckpointError: The run is not finished, an ablation, or one of its models cannot be read.
+        CheckpointError: The run is not finished, or one of its models cannot be read.
         DataError: The data cannot be loaded.
     """
-    from deitkit.analyze.panel import load_as_trained, student_name, students_of
     from deitkit.data.sources import load_dataset
+    from deitkit.report import read_results
+
+    results = read_results(folder)
+    load = lru_cache(maxsize=1)(lambda data: load_dataset(data, watcher.reading))
+    if not results.get("variants"):
+        return _verify(folder, results["rows"], load, watcher)
+    found = []
+    for name in results["variants"]:
+        watcher.say(f"variant {name}")
+        rows = [row for row in results["rows"] if row["variant"] == name]
+        found.append(_verify(folder / "variants" / name, rows, load, watcher))
+    return {
+        "holds": all(part["holds"] for part in found),
+        "same_data": all(part["same_data"] for part in found),
+        "tolerance": max(part["tolerance"] for part in found),
+        "rows": [row for part in found for row in part["rows"]],
+    }
+
+
+def _verify(folder: Path, recorded_rows: list[dict[str, Any]], load: Any, watcher: Any) -> dict[str, Any]:
+    """Measure the students in a folder, and compare them with rows of its own table or of the ablation's."""
+    from deitkit.analyze.panel import load_as_trained, student_name, students_of
     from deitkit.device import Precision, choose_device, describe_machine
-    from deitkit.errors import CheckpointError
     from deitkit.evaluate import predict_all, readout_scores, top_k_accuracy
     from deitkit.finetune import BEFORE
     from deitkit.recipe_file import load_recipe
     from deitkit.report import read_results
 
-    results = read_results(folder)
-    if results.get("variants"):
-        raise CheckpointError(f"{folder} is an ablation: verify one of its variants, such as {folder}/variants/base")
-    recipe = load_recipe(str(folder / "recipe.yaml"))
+    results, recipe = read_results(folder), load_recipe(str(folder / "recipe.yaml"))
     device = choose_device("auto")
     precision = Precision.choose(recipe.train.precision, device)
-    dataset = load_dataset(recipe.data, watcher.reading)
+    dataset = load(recipe.data)
     same_data = dataset.fingerprint == results["dataset"]["fingerprint"]
     tolerance = 0.0 if results.get("machine") == describe_machine(device, precision) else ELSEWHERE
     rows = []
@@ -84,7 +102,7 @@ def verify_run(folder: Path, watcher: Any) -> dict[str, Any]:
         homes = students_of(folder, results, seed)
         students = [load_as_trained(home, recipe.speed, device) for home in homes.values()]
         outputs = dict(zip(homes, predict_all(students, dataset.test, precision), strict=True))
-        for row in results["rows"]:
+        for row in recorded_rows:
             recorded = row["top1"][place] if place < len(row["top1"]) else None
             output = outputs.get(student_name(row))
             measured = None
