@@ -487,18 +487,26 @@ def test_page_is_self_contained(page: Page) -> None:
     assert any("default-src 'none'" in (value or "") for name, value in page.attributes if name == "content")
 
 
+def make_hostile(
+    results: dict[str, Any], metrics: list[dict[str, Any]], name: str = HOSTILE
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Call everything by a hostile name that data, files or a recipe may call."""
+    for place, key in ((results["dataset"], "name"), (results["teacher"], "name"), (results["teacher"], "source")):
+        place[key] = name
+    results["recipe"]["name"] = results["verdict"] = results["notes"][0] = name
+    results["dataset"]["class_names"] = [name] * 10
+    results["machine"] = {name: name}
+    for row in results["rows"]:
+        row["label"] = row["status"] = name
+    for line in metrics:
+        line["terms"] = {name: 1.0}
+    return results, metrics
+
+
 def test_page_escapes_hostile_names(tmp_path: Path) -> None:
     results, metrics = make_results(), make_metrics()
     plain = Page(write_report(make_folder(tmp_path / "plain", results, metrics))[-1].read_text(encoding="utf-8"))
-    for place, key in ((results["dataset"], "name"), (results["teacher"], "name"), (results["teacher"], "source")):
-        place[key] = HOSTILE
-    results["recipe"]["name"] = results["verdict"] = results["notes"][0] = HOSTILE
-    results["dataset"]["class_names"] = [HOSTILE] * 10
-    results["machine"] = {HOSTILE: HOSTILE}
-    for row in results["rows"]:
-        row["label"] = row["status"] = HOSTILE
-    for line in metrics:
-        line["terms"] = {HOSTILE: 1.0}
+    make_hostile(results, metrics)
     hostile = Page(write_report(make_folder(tmp_path / "hostile", results, metrics))[-1].read_text(encoding="utf-8"))
     assert hostile.tags["script"] == plain.tags["script"] == len(hostile.scripts)
     assert not [name for name, _ in hostile.attributes if name.startswith("on")]

@@ -148,14 +148,20 @@ def test_labels_are_short_safe_and_all_different() -> None:
     assert max(len(label) for label in labels) < 40
 
 
+def make_hostile_analysis(analysis: dict[str, Any], name: str = HOSTILE) -> dict[str, Any]:
+    """Call everything by a hostile name that a run may call."""
+    analysis["notes"] = [name]
+    for entry in (*analysis["judges"], *analysis["classes"]):
+        entry["judge"] = f"{name}{entry['judge']}"
+    analysis["tokens"][0]["student"] = analysis["attention"][0]["student"] = name
+    return analysis
+
+
 def test_hostile_names_stay_text(tmp_path: Path) -> None:
     results, analysis = make_results(), make_analysis()
     plain = page_of(make_analyzed(tmp_path / "plain", analysis, results))
     results["dataset"]["class_names"] = [f"{HOSTILE}{place}" for place in range(len(CLASSES))]
-    analysis["notes"] = [HOSTILE]
-    for entry in (*analysis["judges"], *analysis["classes"]):
-        entry["judge"] = f"{HOSTILE}{entry['judge']}"
-    analysis["tokens"][0]["student"] = analysis["attention"][0]["student"] = HOSTILE
+    make_hostile_analysis(analysis)
     hostile = page_of(make_analyzed(tmp_path / "hostile", analysis, results))
     assert hostile.tags["script"] == plain.tags["script"] == len(hostile.scripts)
     assert not [name for name, _ in hostile.attributes if name.startswith("on")]
