@@ -1,5 +1,6 @@
 """The comparison end to end: what a run folder holds, that a stopped run ends the same, and every shipped recipe."""
 
+import itertools
 import json
 import math
 import os
@@ -115,6 +116,20 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(tiny_recipe: TinyRecipe
         other = load_file(tmp_path / "run" / path.relative_to(whole))
         for name, value in load_file(path).items():
             assert torch.equal(value, other[name]), (path, name)
+
+
+def test_a_clock_that_jumps_changes_nothing(
+    tiny_recipe: TinyRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = tiny_recipe("methods=[none, token-hard]")
+    steady = compare(recipe, tmp_path / "steady", watcher=Silent())
+    now, jumps = time.time, itertools.cycle((0, -(10**9), 3600, 10**9))
+    monkeypatch.setattr(time, "time", lambda: now() + next(jumps))
+    with pytest.raises(Interrupted):
+        compare(recipe, tmp_path / "jumping", watcher=StopAfter(9))
+    jumping = compare(recipe, tmp_path / "jumping", watcher=Silent(), resume=True)
+    assert timeless(jumping) == timeless(steady)
+    assert all(0 < row["train_seconds"] < 3600 for row in jumping["rows"])
 
 
 def test_resume_of_an_ended_run_trains_nothing(tiny_recipe: TinyRecipe, tmp_path: Path) -> None:
