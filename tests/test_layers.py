@@ -19,7 +19,7 @@ LAYERS = (
     {"answers"},
     {"evaluate", "methods", "data", "optim", "speed", "parts"},
     {"models", "losses", "muon"},
-    {"device", "seeding", "files", "cuda_graph"},
+    {"code", "device", "seeding", "files", "cuda_graph"},
     {"recipe_file"},
     {"recipe"},
     {"errors"},

@@ -361,6 +361,21 @@ def test_markdown_has_a_cell_per_column_and_escapes(tmp_path: Path) -> None:
     assert "**DeiT⚗ class + distillation (token-hard, joint)** ★" in text
 
 
+def test_tables_say_where_their_figures_come_from(tmp_path: Path) -> None:
+    results = make_results()
+    results |= {"code": "c0de" * 16}
+    results["teacher"]["sha256"] = "7eac" * 16
+    told = (
+        "recipe cifar10-small; deitkit 0.1.0 (c0dec0de); data cifar10 (a3f19c); teacher cifar/resnet56 (7eac7eac); "
+        "seeds 0, 1; A processor, 2 cores, 24 GiB, cpu, fp32; 2026-11-22"
+    )
+    markdown, _, latex = (path.read_text(encoding="utf-8") for path in write_tables(results, tmp_path))
+    assert f"*{told}*" in markdown
+    assert told in latex
+    del results["code"], results["teacher"]["sha256"]  # as in results from before these were recorded
+    assert "deitkit 0.1.0; data" in write_tables(results, tmp_path)[0].read_text(encoding="utf-8")
+
+
 def test_latex_balances_and_escapes(tmp_path: Path) -> None:
     results = make_results()
     results["rows"][2]["label"] = "soft " + HOSTILE

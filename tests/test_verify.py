@@ -1,5 +1,6 @@
 """`deitkit verify` on a real run, a small one: whole, with a figure changed, with a student lost, and on other data."""
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -41,6 +42,14 @@ def test_a_table_holds_until_a_student_or_the_data_change(tmp_path: Path) -> Non
     (run / "seed-0" / "none" / "model.json").rename(tmp_path / "model.json")
     assert verified()[0] == 1, "a student that is gone"
     (tmp_path / "model.json").rename(run / "seed-0" / "none" / "model.json")
+    assert found["same_teachers"]
+    teacher = run / "teacher" / "model.safetensors"
+    weights = teacher.read_bytes()
+    assert told["teacher"]["sha256"] == hashlib.sha256(weights).hexdigest()
+    teacher.write_bytes(weights[:-1] + bytes([weights[-1] ^ 1]))
+    code, found = verified()
+    assert (code, found["same_teachers"]) == (1, False)
+    teacher.write_bytes(weights)
     told["dataset"]["fingerprint"] = "0" * 64
     (run / "results.json").write_text(json.dumps(told))
     code, found = verified()

@@ -14,6 +14,7 @@ from typing import Any
 from deitkit import __version__
 from deitkit.answers import Answers
 from deitkit.checkpoint import drop_state, load_tree, save_classifier, save_tree
+from deitkit.code import code_sha256
 from deitkit.cohort import Cohort
 from deitkit.data.batches import Batches
 from deitkit.data.preview import draw_views
@@ -83,7 +84,8 @@ def compare(
     before = ask_checkpoint(recipe, dataset, precision, watcher)
     begin_run(folder, recipe)
     machine = describe_machine(device, precision)
-    write_text(folder / "environment.json", json.dumps(machine | {"deitkit": __version__}, indent=2) + "\n")
+    environment = machine | {"deitkit": __version__, "code": code_sha256()}
+    write_text(folder / "environment.json", json.dumps(environment, indent=2) + "\n")
     draw_views(dataset, recipe.augment, recipe.train.label_smoothing, folder / "views.png")
 
     teachers: Teachers | None = None
@@ -314,6 +316,7 @@ def _results(
     return {
         "format": 1,
         "deitkit": __version__,
+        "code": code_sha256(),
         "created": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "recipe": recipe.model_dump(mode="json"),
         "dataset": {

@@ -73,6 +73,7 @@ class TeacherCard:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     readout: str | None = None  # of a student that teaches; a CNN has one answer
+    sha256: str | None = None  # of the weights that taught, as they lie in the run folder
 
 
 def prepare_teacher(
@@ -101,6 +102,7 @@ def prepare_teacher(
         card = replace(card, source=f"{card.source}, trained here on {len(lessons.train)} images")
     card = gate(classifier, card, dataset, recipe.teacher, precision)
     save_classifier(folder, classifier, _model_card(card, dataset, recipe))
+    card = replace(card, sha256=file_sha256(folder / "model.safetensors"))
     write_text(card_path, json.dumps(asdict(card), indent=2) + "\n")
     drop_state(folder / "checkpoint.safetensors")
     watcher.say(f"teacher {card.name}: {100 * card.top1:.2f} % on {card.n} validation images, {card.verdict}")

@@ -109,4 +109,5 @@ def common_card(
         mean=(),
         std=(),
         readout=None,
+        sha256=None,
     )

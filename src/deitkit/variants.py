@@ -19,6 +19,7 @@ from torch import Tensor
 
 from deitkit import __version__
 from deitkit.checkpoint import load_tree
+from deitkit.code import code_sha256
 from deitkit.compare import compare, needs_teacher, rehearse
 from deitkit.data.sources import Dataset, load_dataset
 from deitkit.device import Precision, choose_device
@@ -147,6 +148,7 @@ def _results(
     return {
         "format": 1,
         "deitkit": __version__,
+        "code": code_sha256(),
         "created": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "recipe": recipe.model_dump(mode="json"),
         "dataset": each[BASE]["dataset"],
@@ -191,6 +193,7 @@ def _row(
         "variant": name,
         "changed": _in_words(name, recipes),
         "teacher_name": None if teacher is None or row["teacher"] is None else teacher["name"],
+        "teacher_sha256": None if teacher is None or row["teacher"] is None else teacher.get("sha256"),
         "teacher_test_top1": None if teacher is None or row["teacher"] is None else teacher["test_top1"],
         "difference_vs_base": None if difference is None else difference.mean,
         "difference_vs_base_ci95": None if difference is None else difference.ci95,

@@ -5,6 +5,7 @@ Each row's accuracy is measured anew and compared with what ``results.json`` say
 
 import json
 import sys
+from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any
@@ -29,7 +30,7 @@ def verify(
     """Measure a finished run's saved students again, and say row by row whether its table holds.
 
     On the machine that made it every figure must come out the same; on another, within half a point. Ends with code 1
-    if a figure does not hold, or the data are not the run's.
+    if a figure does not hold, or the data or the teacher are not the run's.
     """
     from deitkit.terminal import Terminal
 
@@ -45,7 +46,11 @@ def verify(
             table.add_row(escape(row["row"]), str(row["seed"]), *shown, holds)
         console.print(table)
         data = "the run's" if found["same_data"] else "NOT the run's (another fingerprint)"
-        console.print(f"data: {data}; tolerance {100 * found['tolerance']:.2f} points", highlight=False)
+        teachers = {True: "the run's", False: "NOT the run's (other weights)", None: "none on record"}[
+            found["same_teachers"]
+        ]
+        tolerance = f"{100 * found['tolerance']:.2f} points"
+        console.print(f"data: {data}; teacher: {teachers}; tolerance: {tolerance}", highlight=False)
     if not found["holds"]:
         raise typer.Exit(1)
 
@@ -76,6 +81,7 @@ def verify_run(folder: Path, watcher: Any) -> dict[str, Any]:
     return {
         "holds": all(part["holds"] for part in found),
         "same_data": all(part["same_data"] for part in found),
+        "same_teachers": _all_or_none(part["same_teachers"] for part in found),
         "tolerance": max(part["tolerance"] for part in found),
         "rows": [row for part in found for row in part["rows"]],
     }
@@ -89,12 +95,19 @@ def _verify(folder: Path, recorded_rows: list[dict[str, Any]], load: Any, watche
     from deitkit.finetune import BEFORE
     from deitkit.recipe_file import load_recipe
     from deitkit.report import read_results
+    from deitkit.teachers import teacher_folders
 
     results, recipe = read_results(folder), load_recipe(str(folder / "recipe.yaml"))
     device = choose_device("auto")
     precision = Precision.choose(recipe.train.precision, device)
     dataset = load(recipe.data)
     same_data = dataset.fingerprint == results["dataset"]["fingerprint"]
+    homes_of_teachers = teacher_folders(recipe, folder / "teacher")
+    same_teachers = _all_or_none(
+        _has_sha256(home / "model.safetensors", card["sha256"])
+        for card, home in zip(results.get("teachers", []), homes_of_teachers, strict=False)
+        if card.get("sha256")
+    )
     tolerance = 0.0 if results.get("machine") == describe_machine(device, precision) else ELSEWHERE
     rows = []
     for place, seed in enumerate(results["seeds"]):
@@ -113,5 +126,22 @@ def _verify(folder: Path, recorded_rows: list[dict[str, Any]], load: Any, watche
             if recorded is not None and row["method"] != BEFORE:
                 holds = measured is not None and abs(recorded - measured) <= tolerance + 1e-9
             rows.append({"row": row["row"], "seed": seed, "recorded": recorded, "measured": measured, "holds": holds})
-    holds_all = same_data and all(row["holds"] is not False for row in rows)
-    return {"holds": holds_all, "same_data": same_data, "tolerance": tolerance, "rows": rows}
+    return {
+        "holds": same_data and same_teachers is not False and all(row["holds"] is not False for row in rows),
+        "same_data": same_data,
+        "same_teachers": same_teachers,
+        "tolerance": tolerance,
+        "rows": rows,
+    }
+
+
+def _has_sha256(path: Path, sha256: str) -> bool:
+    from deitkit.models.weights import file_sha256
+
+    return path.exists() and file_sha256(path) == sha256
+
+
+def _all_or_none(answers: Iterable[bool | None]) -> bool | None:
+    """Return whether all that are known are True; None where nothing is known."""
+    known = [answer for answer in answers if answer is not None]
+    return all(known) if known else None

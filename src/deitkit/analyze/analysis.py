@@ -19,6 +19,7 @@ from deitkit.analyze.judges import Judge
 from deitkit.analyze.panel import ask, has_both_tokens, load_as_trained, student_name, students_of, teachers_of
 from deitkit.analyze.pictures import Example, draw_attention
 from deitkit.analyze.tokens import attention_maps, learned_similarity
+from deitkit.code import code_sha256
 from deitkit.data.sources import Dataset, load_dataset
 from deitkit.device import Precision, choose_device
 from deitkit.errors import CheckpointError, DataError, Interrupted, RecipeError
@@ -174,6 +175,7 @@ class Hearing:
         return {
             "format": FORMAT,
             "deitkit": __version__,
+            "code": code_sha256(),
             "created": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
             "seeds": self.seeds,
             "n": len(self.labels),

@@ -49,6 +49,7 @@ class Layout:
     published_only: tuple[str, ...]
     footnotes: tuple[str, ...]
     verdict: str
+    provenance: str
 
 
 def lay_out(results: dict[str, Any]) -> Layout:
@@ -65,6 +66,7 @@ def lay_out(results: dict[str, Any]) -> Layout:
         published_only=tuple(_published_text(entry) for entry in published_only(results)),
         footnotes=tuple(_footnotes(results)),
         verdict=results.get("verdict") or "",
+        provenance=provenance_of(results),
     )
 
 
@@ -73,6 +75,34 @@ def title_of(results: dict[str, Any]) -> str:
     data = results["dataset"]
     train, test = data["train"], data["test"]
     return f"{data['name']}: {train:,} training images, {test:,} test images, {_count(len(results['seeds']), 'seed')}"
+
+
+def provenance_of(results: dict[str, Any]) -> str:
+    """Return one line that says where the figures come from: recipe, code, data, teacher, seeds, machine, day."""
+
+    def hashed(name: str, sha256: str | None) -> str:
+        return f"{name} ({sha256[:8]})" if sha256 else name
+
+    units = {"cores": " cores", "memory_gib": " GiB"}
+    machine = [
+        f"{name} {value}" if name == "torch" else f"{value}{units.get(name, '')}"
+        for name, value in results["machine"].items()
+        if name not in ("platform", "python")
+    ]
+    teachers = [(card["name"], card.get("sha256")) for card in results.get("teachers") or [results["teacher"]] if card]
+    # An ablation names them row by row.
+    teachers += [(row["teacher_name"], row.get("teacher_sha256")) for row in results["rows"] if row.get("teacher_name")]
+    return "; ".join(
+        [
+            f"recipe {results['recipe'].get('name') or 'custom'}",
+            hashed(f"deitkit {results['deitkit']}", results.get("code")),
+            "data " + hashed(results["dataset"]["name"], results["dataset"]["fingerprint"]),
+            *("teacher " + hashed(*teacher) for teacher in dict.fromkeys(teachers)),
+            "seeds " + ", ".join(str(seed) for seed in results["seeds"]),
+            ", ".join(machine),
+            results["created"][:10],
+        ]
+    )
 
 
 def reference_row(results: dict[str, Any]) -> dict[str, Any] | None:

@@ -117,6 +117,7 @@ def _markdown(layout: Layout) -> str:
     parts += [_escape_markdown(note) for note in layout.footnotes]
     if layout.verdict:
         parts.append(f"**{_escape_markdown(layout.verdict)}**")
+    parts.append(f"*{_escape_markdown(layout.provenance)}*")
     return "\n\n".join(parts) + "\n"
 
 
@@ -141,7 +142,8 @@ def _latex(layout: Layout) -> str:
             lines.append(r"    \midrule")
         lines.append("    " + " & ".join(_latex_cells(line, columns)) + r" \\")
     lines += [r"    \bottomrule", r"  \end{tabular}", ""]
-    notes = [f"published only: {text}." for text in layout.published_only] + list(layout.footnotes) + [layout.verdict]
+    notes = [f"published only: {text}." for text in layout.published_only] + list(layout.footnotes)
+    notes += [layout.verdict, layout.provenance]
     lines += [rf"  \par\smallskip\footnotesize {_escape_latex(note)}" for note in notes if note]
     return "\n".join([*lines, r"\end{table*}", ""])
 

@@ -20,6 +20,7 @@ from deitkit.report.layout import (
     p_value,
     percent,
     points,
+    provenance_of,
     title_of,
 )
 
@@ -53,6 +54,7 @@ def lay_out_variants(results: dict[str, Any]) -> Layout:
         published_only=(),
         footnotes=tuple(_footnotes(results)),
         verdict=results["verdict"],
+        provenance=provenance_of(results),
     )
 
 
