@@ -259,6 +259,11 @@ def test_table_gives_difference_interval_and_p() -> None:
     assert [cells_of(worse)["soft/class"][key] for key in ("difference", "p")] == ["−2.00", "0.042"]
 
 
+def test_a_table_of_one_seed_says_what_that_cannot_tell() -> None:
+    assert any("--seeds 5" in note for note in lay_out(make_results(seeds=(0,))).footnotes)
+    assert not any("--seeds 5" in note for note in lay_out(make_results(seeds=(0, 1))).footnotes)
+
+
 def test_a_seed_reading_is_compared_with_its_own_student_without_teacher() -> None:
     results = make_results()
     results["rows"] = [make_row("class-only", "class", [0.58, 0.59], label="only a class token"), results["rows"][2]]

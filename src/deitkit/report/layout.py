@@ -11,6 +11,10 @@ NOTHING = "–"
 WINNER_MARK = "★"
 LABELS_MARK = "*"
 STATUS_MARK = "†"
+ONE_SEED = (
+    "Of one seed, intervals and p are those of the test images: they tell these students apart, and not yet what trained "
+    "them; --seeds 5 does."
+)
 
 
 @dataclass(frozen=True)
@@ -232,6 +236,8 @@ def _footnotes(results: dict[str, Any]) -> list[str]:
         notes.append(
             f"vs none: points of top-1 more than '{reference['row']}', with their 95 % interval; p: {', '.join(tests)}."
         )
+    if tests and seeds == 1:
+        notes.append(ONE_SEED)
     gains = sorted({row["p_vs_before_test"] for row in rows if row.get("p_vs_before_test")})
     if gains:
         notes.append(f"vs before: points of top-1 more than the model before fine-tuning; p: {', '.join(gains)}.")

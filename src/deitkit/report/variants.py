@@ -10,6 +10,7 @@ from deitkit.report.charts import Chart, chart_layout
 from deitkit.report.figures import COLOURS, write_figure
 from deitkit.report.layout import (
     NOTHING,
+    ONE_SEED,
     STATUS_MARK,
     Column,
     Layout,
@@ -94,6 +95,8 @@ def _footnotes(results: dict[str, Any]) -> list[str]:
             "vs base: points of top-1 more than the base's same row on the same test images, with their 95 % interval; "
             f"p: {', '.join(tests)}, of one row each, not corrected for the number of rows."
         )
+    if tests and seeds == 1:
+        notes.append(ONE_SEED)
     return notes + [f"{STATUS_MARK} {row['row']}: {row['status']}." for row in rows if row["status"] != "ok"]
 
 
