@@ -12,7 +12,7 @@ WINNER_MARK = "★"
 LABELS_MARK = "*"
 STATUS_MARK = "†"
 ONE_SEED = (
-    "Of one seed, intervals and p are those of the test images: they tell these students apart, and not yet what trained "
+    "Of one seed, intervals and p are those of the test images: they tell these students apart, and not what trained "
     "them; --seeds 5 does."
 )
 
