@@ -52,11 +52,24 @@ def test_a_damaged_state_gives_way_to_the_one_before(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1])
     assert load_state(path, said.append) == {"epoch": 1}
     assert said == [f"{path} is damaged"]
+    save_state(path, {"epoch": 2})
+    path.write_bytes(b"")
+    assert load_state(path, said.append) == {"epoch": 1}, "the damaged one had taken the place of the one before"
+    save_state(path, {"epoch": 2})
     for file in tmp_path.iterdir():
         file.write_bytes(b"")
     with pytest.raises(CheckpointError, match="delete them, and what they held is trained again"):
         load_state(path, said.append)
     drop_state(path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_where_the_first_state_is_damaged_a_run_starts_anew(tmp_path: Path) -> None:
+    path, said = tmp_path / "checkpoint.safetensors", []
+    save_state(path, {"epoch": 0})
+    path.write_bytes(b"")
+    assert load_state(path, said.append) is None
+    assert said == [f"{path} is damaged"]
     assert list(tmp_path.iterdir()) == []
 
 

@@ -66,24 +66,31 @@ def save_state(path: Path, tree: Any) -> None:
 
 
 def load_state(path: Path, say: Callable[[str], None]) -> Any:
-    """Read the newest state that ``save_state`` wrote and that is whole; None if there is none.
+    """Read the newest state that ``save_state`` wrote and that is whole; None if there is none to go on from.
+
+    A damaged state gives way to the one before it, and the very first, after which there is but one, to the beginning.
 
     Args:
         path: Of the newest.
         say: Is told in a sentence of a damaged one.
 
     Raises:
-        CheckpointError: None of those that are there is whole.
+        CheckpointError: The newest is damaged or gone, and so is the one before.
     """
-    there = [file for file in (path, _before(path)) if file.exists()]
+    before = _before(path)
+    there = [file for file in (path, before) if file.exists()]
     for file in there:
         try:
-            return load_tree(file)
+            tree = load_tree(file)
         except CheckpointError:
             say(f"{file} is damaged")
-    if there:
+            continue
+        file.replace(path)  # or the next save would put the damaged one in the place of this
+        return tree
+    if before in there:
         names = " and ".join(file.name for file in there)
         raise CheckpointError(f"{path.parent}: {names} damaged: delete them, and what they held is trained again")
+    drop_state(path)
     return None
 
 
