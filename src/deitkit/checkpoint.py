@@ -211,7 +211,7 @@ def build_model(card: dict[str, Any], state: dict[str, Tensor], folder: Path) ->
             card["architecture"], classes=len(card["class_names"]), channels=card["channels"], image_px=card["image_px"]
         )
     except Exception as error:  # whatever values of a wrong type or size make a model stumble over
-        raise _wrong_card(folder, str(error).partition("\n")[0] or type(error).__name__) from None
+        raise _wrong_card(folder, error) from None
 
 
 def _student(card: dict[str, Any]) -> DeiT:
@@ -245,14 +245,14 @@ def load_classifier(folder: Path, device: torch.device) -> tuple[Classifier, dic
             built.model, mean=tuple(card["mean"]), std=tuple(card["std"]), image_px=card["image_px"]
         )
     except Exception as error:
-        raise _wrong_card(folder, str(error).partition("\n")[0] or type(error).__name__) from None
+        raise _wrong_card(folder, error) from None
     report = load_into(built.model, state, head=built.head, source=str(folder))
     if report.missing or report.mismatched:
         raise CheckpointError(f"{folder}: model.safetensors does not belong to model.json: copy both from one run")
     return classifier.to(device).eval(), card
 
 
-def _wrong_card(folder: Path, reason: str) -> CheckpointError:
-    return CheckpointError(
-        f"{folder / 'model.json'} is incomplete or wrong ({reason}): copy the folder again from its run"
-    )
+def _wrong_card(folder: Path, reason: object) -> CheckpointError:
+    told = str(reason).partition("\n")[0] or type(reason).__name__
+    path = folder / "model.json"
+    return CheckpointError(f"{path} is incomplete or wrong ({told}): copy the folder again from its run")
