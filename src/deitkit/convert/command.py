@@ -76,10 +76,9 @@ def convert(
         sys.stdout.write(json.dumps(result) + "\n")
         return
     checked = [_checked(difference)] if check else []
-    for line in (*planned.lines, f"wrote {out}: {layout.holds}", *checked, "open it with"):
+    how = ("open it with", *(f"  {line}" for line in opening))
+    for line in (*planned.lines, f"wrote {out}: {layout.holds}", *checked, *how):
         _say(line)
-    for line in opening:
-        _say(f"  {line}")
 
 
 def _refuse_other_answers(difference: float | None, source: Path, out: Path) -> None:
