@@ -4,7 +4,8 @@
 #   benchmarks/gpu.sh check   OUT   the tests that need a GPU
 #   benchmarks/gpu.sh speed   OUT   training, inference, augmentation and cohorts: images/s and shares of the limit
 #   benchmarks/gpu.sh peers   OUT   beside timm and plain loops
-#   benchmarks/gpu.sh cifar10 OUT   the recipe cifar10 from nothing to its report, timed (needs CIFAR-10 in $DEITKIT_DATA)
+#   benchmarks/gpu.sh cifar10 OUT   the recipe cifar10 with five seeds (SEEDS=N: another number), from nothing to its report,
+#                                   timed (needs CIFAR-10 in $DEITKIT_DATA)
 #   benchmarks/gpu.sh all     OUT
 #
 # SMALL=1 runs the same commands at sizes that a CPU does in a minute, to try the script; its figures mean nothing.
@@ -21,7 +22,7 @@ if [ -n "${SMALL:-}" ]; then
   turns=(--rounds 1 --steps 1 --warm-up 1 --batch-size 8 --patch-px 8 --workers 0)
   short=(data=digits model=micro model.patch_px=2 model.drop_path=0 train.epochs=1 train.batch_size=32 train.warmup_epochs=0
     teacher.name=cifar/resnet20 teacher.train.epochs=1 teacher.train.batch_size=32 teacher.train.warmup_epochs=0 teacher.min_top1=null
-    teacher.allow_weak=true baseline.warmup_epochs=0)
+    teacher.allow_weak=true)
 else
   few=(--repeats 5 --steps 20) tiny=1024 large=256 px=224 table=64 many=256
   turns=(--rounds 5 --steps 20 --warm-up 10 --batch-size 1024 --patch-px 4)
@@ -54,7 +55,7 @@ peers() { "$PYTHON" benchmarks/peers.py --synthetic "${turns[@]}" --json "$out/p
 
 cifar10() {
   local started=$SECONDS
-  deitkit compare cifar10 "${short[@]}" --out "$out/cifar10"
+  deitkit compare cifar10 "${short[@]}" --seeds "${SEEDS:-5}" --out "$out/cifar10"
   echo "cifar10: from nothing to the report in $((SECONDS - started)) s" | tee "$out/cifar10-seconds.txt"
 }
 

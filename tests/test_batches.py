@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import CPU_FP32
+from deitkit.build import build_students
 from deitkit.cohort import Cohort
-from deitkit.compare import build_students
 from deitkit.data.batches import Batches
 from deitkit.data.sources import load_dataset
 from deitkit.data.split import Split

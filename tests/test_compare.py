@@ -17,9 +17,10 @@ import torch
 from safetensors.torch import load_file
 
 from conftest import CPU_FP32, TINY, poisoned_gradient, striped_dataset
+from deitkit.build import build_students
 from deitkit.checkpoint import load_classifier
 from deitkit.cohort import Cohort
-from deitkit.compare import build_students, compare
+from deitkit.compare import compare
 from deitkit.data.sources import load_dataset
 from deitkit.errors import CheckpointError, Interrupted, RecipeError
 from deitkit.evaluate import predict, readout_scores, top_k_accuracy

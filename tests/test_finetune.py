@@ -11,8 +11,9 @@ from scipy import stats
 from timm.models.vision_transformer import VisionTransformer
 
 from conftest import CPU_FP32, TINY
+from deitkit.build import build_students
 from deitkit.checkpoint import load_tree, save_classifier
-from deitkit.compare import build_students, compare
+from deitkit.compare import compare
 from deitkit.data.sources import load_dataset
 from deitkit.errors import CheckpointError, RecipeError
 from deitkit.finetune import start_from

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from conftest import striped_dataset
+from deitkit.build import build_students
 from deitkit.cohort import Cohort
-from deitkit.compare import build_students
 from deitkit.cuda_graph import WARM_UP
 from deitkit.device import Precision
 from deitkit.models.classifier import Classifier

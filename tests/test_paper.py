@@ -10,8 +10,9 @@ import torch
 from PIL import Image
 
 from conftest import CPU_FP32, striped_dataset
+from deitkit.build import build_students
 from deitkit.cohort import Cohort
-from deitkit.compare import build_students, compare
+from deitkit.compare import compare
 from deitkit.optim import peak_learning_rate
 from deitkit.recipe import Recipe
 from deitkit.recipe_file import load_recipe

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from conftest import CPU_FP32, striped_dataset
+from deitkit.build import build_students
 from deitkit.cohort import Cohort
-from deitkit.compare import build_students
 from deitkit.errors import OutOfMemory
 from deitkit.models.classifier import Classifier
 from deitkit.models.cnn import CifarResNet

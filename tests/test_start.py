@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file
 
 from conftest import CPU_FP32
-from deitkit.compare import build_students, compare
+from deitkit.build import build_students
+from deitkit.compare import compare
 from deitkit.data.sources import load_dataset
 from deitkit.errors import CheckpointError
 from deitkit.models.weights import file_sha256

@@ -10,8 +10,9 @@ import torch
 from safetensors.torch import load_file
 
 from conftest import CPU_FP32
+from deitkit.build import build_answers
 from deitkit.cohort import Progress
-from deitkit.compare import build_answers, compare
+from deitkit.compare import compare
 from deitkit.data.sources import load_dataset
 from deitkit.errors import CheckpointError, Interrupted, TeacherError
 from deitkit.models.classifier import Classifier

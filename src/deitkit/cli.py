@@ -16,6 +16,7 @@ from deitkit.bench.command import app as bench_app
 from deitkit.convert.command import convert
 from deitkit.errors import DeitkitError, Interrupted, RecipeError, is_dead_worker, is_out_of_memory, one_line
 from deitkit.models_command import models
+from deitkit.process import configure_process
 from deitkit.recipe import Recipe
 from deitkit.recipe_file import describe_fields, load_recipe, shipped_recipes
 from deitkit.verify import verify
@@ -348,6 +349,7 @@ def _show_batch(recipe: Recipe, out: Path | None) -> None:
 
 def main() -> None:
     """Run the command line; a user's mistake is one line and exit code 2."""
+    configure_process()
     try:
         app()
     except DeitkitError as error:

@@ -42,6 +42,7 @@ class Progress:
     step: int  # of the epoch, from 1
     steps_per_epoch: int
     images_per_second: float
+    seconds_left: float  # of this cohort's training, at the speed of this epoch
     losses: dict[str, float] = field(default_factory=dict)
 
 
@@ -207,6 +208,8 @@ class Cohort:
             student.check(lambda step, student=student: self.rate(student, step))  # type: ignore[misc]
 
     def _progress(self) -> Progress:
+        steps = self.train_recipe.epochs * self.batches.steps_per_epoch
+        left = steps - self.epoch * self.batches.steps_per_epoch - self.step
         return Progress(
             seed=self.seed,
             epoch=self.epoch + 1,
@@ -214,6 +217,7 @@ class Cohort:
             step=self.step,
             steps_per_epoch=self.batches.steps_per_epoch,
             images_per_second=self.step * self.batches.batch_size / self.watches["step"].seconds,
+            seconds_left=left * self.watches["step"].seconds / self.step,
             losses={student.name: float(sum(student.term_sums.values())) / self.step for student in self.active},
         )
 

@@ -97,6 +97,14 @@ def computes_bf16(device: torch.device) -> bool:
     return "amx_bf16" in flags or "avx512_bf16" in flags
 
 
+def duration_text(seconds: float) -> str:
+    """Return a duration as a person says it: "40 s", "12 min", "3 h 5 min"."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
 class Stopwatch:
     """Adds up the time spent inside ``with`` blocks, on the device's clock; only reading it waits for the device."""
 

@@ -176,6 +176,10 @@ class SpeedRecipe(Section):
     side_by_side: bool = Field(
         True, description="On a CPU, compute parts of a student's batch at the same time, a core each."
     )
+    save_seconds: PositiveFloat = Field(
+        300.0,
+        description="A run that is killed loses no more than this: its state is saved so often, within epochs too.",
+    )
     checkpoint_activations: bool = Field(
         False, description="Keep only the input of each block and compute the rest again in the backward pass."
     )

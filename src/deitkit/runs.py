@@ -4,8 +4,9 @@ The layout is in docs/design.md. Nothing here knows what a teacher or a method i
 """
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -22,10 +23,12 @@ from deitkit.recipe_file import changed_fields, dump_recipe
 from deitkit.report import read_metrics
 
 LOCK = ".lock"
+# At the end of an epoch a state is smaller and a resumed run repeats nothing: worth saving sooner than in its middle.
+EPOCH_END_SHARE = 0.2
 
 # Fields that say where or how fast, not what, so that a run may go on on another machine; and those of the gate, so
 # that a teacher that it refused need not be trained again.
-# Variants are free too: a run may go on with more of them, and each one's own folder refuses a change.
+# Variants, methods and seeds are free too: a run may go on with more of them, or fewer; each has its own folder.
 FREE_TO_CHANGE = {
     "device",
     "speed",
@@ -39,6 +42,7 @@ FREE_TO_CHANGE = {
     "teacher.also.allow_weak",
     "teacher.also.min_top1",
     "variants",
+    "methods",
 }
 
 
@@ -121,6 +125,9 @@ def occupied(folder: Path) -> Iterator[None]:
 def check_run(folder: Path, recipe: Recipe, resume: bool) -> None:
     """Check that a run folder is new, or may go on under this recipe; ``begin_run`` then occupies it.
 
+    It may go on with other methods, and with other seeds than the first: what is missing is trained, what is no longer
+    named leaves the table.
+
     Raises:
         CheckpointError: A folder in use without ``resume``, a recipe that changed, or a path that is no folder.
     """
@@ -147,21 +154,65 @@ def _changes(old: Any, new: Any) -> list[str]:
     def free(key: str) -> bool:
         return any(key == field or key.startswith(f"{field}.") for field in FREE_TO_CHANGE)
 
-    return [f"{key} was {was}, now {now}" for key, was, now in changed_fields(old, new) if not free(key)]
+    changes = [(key, was, now) for key, was, now in changed_fields(old, new) if not free(key)]
+    # The first seed is that of the teachers' training.
+    changes = [change for change in changes if change[0] != "seeds" or list(change[1])[:1] != list(change[2])[:1]]
+    return [f"{key} was {was}, now {now}" for key, was, now in changes]
+
+
+class StateSaver:
+    """Saves the state of a cohort by the clock: a killed run loses little, and training seldom waits for the disk.
+
+    Args:
+        cohort: Whose state.
+        path: Of the newest state.
+        seconds: At most so long apart, but for the time of a step; at the end of an epoch a fifth of it is enough.
+    """
+
+    def __init__(self, cohort: Cohort, path: Path, seconds: float) -> None:
+        self.cohort = cohort
+        self.path = path
+        self.seconds = seconds
+        self._saved_at = time.monotonic()
+        self._saved = self._place()
+
+    def _place(self) -> tuple[int, int]:
+        return self.cohort.epoch, self.cohort.step
+
+    def save_if_due(self) -> None:
+        """Save if the last state is old enough."""
+        due = self.seconds if self.cohort.step > 0 else self.seconds * EPOCH_END_SHARE
+        if time.monotonic() - self._saved_at >= due:
+            self.save()
+
+    def save(self) -> None:
+        """Save unless nothing was trained since."""
+        if self._place() != self._saved:
+            save_state(self.path, self.cohort.state_dict())
+            self._saved = self._place()
+        self._saved_at = time.monotonic()
 
 
 def train_to_end(
-    cohort: Cohort, *, title: str, checkpoint: Path, metrics: Path, watcher: Watcher, log_folder: Path
+    cohort: Cohort,
+    *,
+    title: str,
+    checkpoint: Path,
+    metrics: Path,
+    watcher: Watcher,
+    log_folder: Path,
+    save_seconds: float,
 ) -> None:
-    """Train a cohort, from its checkpoint if there is one; save it after every epoch and when the user stops it.
+    """Train a cohort, from its checkpoint if there is one; save it by the clock and when the user stops it.
 
     Args:
         cohort: Freshly built.
         title: For whoever watches.
-        checkpoint: Where its state lies between two epochs.
+        checkpoint: Where its state lies.
         metrics: One line per student and epoch is appended here.
         watcher: Is told of every step, and asked whether to stop.
-        log_folder: Of TensorBoard.
+        log_folder: Of TensorBoard; each student has a folder of its own in it.
+        save_seconds: The longest time between two states, see ``StateSaver``.
 
     Raises:
         Interrupted: The watcher asked to stop; the state is saved.
@@ -170,34 +221,42 @@ def train_to_end(
     if state is not None:
         cohort.load_state_dict(state)
         watcher.say(f"{title}: goes on at epoch {cohort.epoch + 1}, step {cohort.step + 1}")
+    names = {student.name for student in cohort.students}
     kept = [
         record
         for record in read_metrics(metrics.parent)
-        if record["seed"] != cohort.seed or record["epoch"] <= cohort.epoch
+        if record["seed"] != cohort.seed or record["student"] not in names or record["epoch"] <= cohort.epoch
     ]
     lines = [json.dumps(record) for record in kept]
-    on_step: Callable[[Progress], None] = lambda progress: watcher.step(title, progress)  # noqa: E731
-    with watcher.patient(), SummaryWriter(log_folder, purge_step=cohort.epoch + 1) as board:
+    saver = StateSaver(cohort, checkpoint, save_seconds)
+
+    def on_step(progress: Progress) -> None:
+        watcher.step(title, progress)
+        saver.save_if_due()
+
+    with watcher.patient(), ExitStack() as stack:
+        boards = {
+            name: stack.enter_context(SummaryWriter(log_folder / name, purge_step=cohort.epoch + 1)) for name in names
+        }
         try:
             for records in cohort.fit(on_step, watcher.should_stop):
                 lines += [json.dumps(record) for record in records]
                 write_text(metrics, "\n".join(lines) + "\n")
-                _to_board(board, records)
+                for record in records:
+                    _to_board(boards[record["student"]], record)
                 watcher.epoch(title, records)
                 # The iterator has not begun the next epoch yet; what is saved is the state that it will begin from.
-                save_state(checkpoint, cohort.state_dict())
+                saver.save_if_due()
                 if watcher.should_stop():
                     raise Interrupted
         except Interrupted:
-            if cohort.step > 0:
-                save_state(checkpoint, cohort.state_dict())
+            saver.save()
             raise
 
 
-def _to_board(board: SummaryWriter, records: list[dict[str, Any]]) -> None:
-    for record in records:
-        name, epoch = record["student"], record["epoch"]
-        board.add_scalar(f"{name}/train_loss", record["train_loss"], epoch)
-        board.add_scalar(f"{name}/learning_rate", record["learning_rate"], epoch)
-        for readout, accuracy in record["validation"].items():
-            board.add_scalar(f"{name}/validation/{readout}", accuracy, epoch)
+def _to_board(board: SummaryWriter, record: dict[str, Any]) -> None:
+    epoch = record["epoch"]
+    board.add_scalar("train_loss", record["train_loss"], epoch)
+    board.add_scalar("learning_rate", record["learning_rate"], epoch)
+    for readout, accuracy in record["validation"].items():
+        board.add_scalar(f"validation/{readout}", accuracy, epoch)

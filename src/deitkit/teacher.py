@@ -92,7 +92,7 @@ def prepare_teacher(
         stored |= {name: tuple(stored[name]) for name in ("mean", "std")}
         return FrozenTeacher(classifier), TeacherCard(**stored)
     with seeded(recipe.seeds[0], folder.name):
-        classifier, card = _draft(recipe.teacher, dataset)
+        classifier, card = draft_teacher(recipe.teacher, dataset)
     accelerate(classifier, recipe.speed, precision.device)
     if card.fit != "none":
         lessons = dataset
@@ -122,8 +122,8 @@ def _model_card(card: TeacherCard, dataset: Dataset, recipe: Recipe) -> dict[str
     }
 
 
-def _draft(recipe: TeacherRecipe, dataset: Dataset) -> tuple[Classifier, TeacherCard]:
-    """Build the teacher with the weights that the recipe names; the card's accuracy is not known yet."""
+def draft_teacher(recipe: TeacherRecipe, dataset: Dataset) -> tuple[Classifier, TeacherCard]:
+    """Build a teacher with the weights that its recipe names; the card's accuracy is not known yet."""
     recipe, built, readout = _build(recipe, dataset)
     source, new_head, new_body = built.source, built.new_head, not recipe.pretrained
     if recipe.checkpoint is not None:
@@ -230,7 +230,8 @@ def _train(
         checkpoint=folder / "checkpoint.safetensors",
         metrics=folder / "metrics.jsonl",
         watcher=watcher,
-        log_folder=folder.parent / "tensorboard" / folder.name,
+        log_folder=folder.parent / "tensorboard",
+        save_seconds=recipe.speed.save_seconds,
     )
     if student.stopped:
         raise TeacherError(f"teacher {card.name} {student.stopped}: lower teacher.train.learning_rate")

@@ -13,8 +13,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from deitkit.cohort import Progress as Standing
+from deitkit.device import duration_text
 from deitkit.errors import Interrupted, one_line
 from deitkit.evaluate import default_readout
+
+LINE_SECONDS = 60.0  # without a terminal, the longest time between two lines of a training
 
 
 class Terminal:
@@ -92,6 +95,10 @@ class Terminal:
     def say(self, text: str) -> None:
         """Print a line."""
         self._end_live()
+        self._line(text)
+
+    def _line(self, text: str) -> None:
+        self._drawn = time.monotonic()
         self.console.print(one_line(text), highlight=False, markup=False, soft_wrap=True)
 
     def reading(self, what: str, done: int, total: int) -> None:
@@ -105,10 +112,16 @@ class Terminal:
             self._end_live()
 
     def step(self, title: str, progress: Standing) -> None:
-        """Move the bar; the table of losses is drawn a few times a second."""
-        if not self.console.is_terminal or time.monotonic() - self._drawn < 0.2:
+        """Move the bar, with the losses a few times a second; where there is no terminal, print a line each minute."""
+        if time.monotonic() - self._drawn < (0.2 if self.console.is_terminal else LINE_SECONDS):
             return
         self._drawn = time.monotonic()
+        if not self.console.is_terminal:
+            place = f"epoch {progress.epoch}/{progress.epochs} step {progress.step}/{progress.steps_per_epoch}"
+            speed = f"{progress.images_per_second:.0f} images/s, {duration_text(progress.seconds_left)} left"
+            losses = "  ".join(f"{name} {loss:.3f}" for name, loss in progress.losses.items())
+            self._line(f"{title} {place}  {speed}  loss: {losses}")
+            return
         done = (progress.epoch - 1) * progress.steps_per_epoch + progress.step
         if self._title != title:
             self._begin_live(title, progress.epochs * progress.steps_per_epoch)
@@ -138,12 +151,9 @@ class Terminal:
             f"{record['student']} {record['train_loss']:.3f}/{100 * self._accuracies[record['student']]:.1f}%"
             for record in records
         )
-        self.console.print(
+        self._line(
             f"{title} epoch {first['epoch']}/{first['epochs']}  {speed:.0f} images/s, "
-            f"{100 * self._waiting:.0f} % waiting for data  loss/validation: {students}",
-            soft_wrap=True,
-            highlight=False,
-            markup=False,
+            f"{100 * self._waiting:.0f} % waiting for data  loss/validation: {students}"
         )
 
     def _waited(self) -> str:

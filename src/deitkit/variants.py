@@ -18,18 +18,19 @@ from jaxtyping import Bool, Int64
 from torch import Tensor
 
 from deitkit import __version__
-from deitkit.checkpoint import load_tree
 from deitkit.code import code_sha256
-from deitkit.compare import compare, needs_teacher, rehearse
+from deitkit.compare import compare, has_finished, needs_teacher, rehearse
 from deitkit.data.sources import Dataset, load_dataset
 from deitkit.device import Precision, choose_device
 from deitkit.errors import DataError, DeitkitError
 from deitkit.files import write_text
+from deitkit.finetune import BEFORE
 from deitkit.recipe import BASE, DataRecipe, Recipe
 from deitkit.recipe_file import changed_fields, expand_variants
 from deitkit.report import read_results, write_report
 from deitkit.rows import paired_over_seeds, reported_rows, row_hits
 from deitkit.runs import Watcher, begin_run, check_run
+from deitkit.seed_run import load_predictions
 from deitkit.teachers import prepare_teachers
 
 Hits = dict[tuple[str, str, str], dict[int, Bool[Tensor, "n"]]]  # method, weights, readout -> seed -> images got right
@@ -60,7 +61,7 @@ def compare_variants(recipe: Recipe, folder: Path, *, watcher: Watcher, resume: 
     load = lru_cache(maxsize=1)(lambda data: load_dataset(data, watcher.reading))
     labels = _rehearse_all(recipes, load)
     begin_run(folder, recipe)
-    unfinished = [name for name in recipes if not (homes[name] / "results.json").exists()]
+    unfinished = [name for name in recipes if not has_finished(homes[name], recipes[name])]
     for name in unfinished:
         begin_run(homes[name], recipes[name])
         if needs_teacher(recipes[name]):
@@ -165,7 +166,8 @@ def _results(
 
 
 def _hits(results: dict[str, Any], home: Path, labels: Int64[Tensor, "n"]) -> Hits:
-    predictions = {seed: load_tree(home / f"seed-{seed}" / "predictions.safetensors") for seed in results["seeds"]}
+    methods = list(dict.fromkeys(row["method"] for row in results["rows"] if row["method"] != BEFORE))
+    predictions = load_predictions(home, results["seeds"], methods)
     keys = [(row["method"], row["weights"], row["readout"]) for row in reported_rows(results["rows"])]
     return {key: row_hits(predictions, *key, labels) for key in keys}
 

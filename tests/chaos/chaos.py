@@ -31,7 +31,7 @@ RECIPE = (
     "model.heads=2", "train.epochs=12", "train.batch_size=16", "train.ema_decay=0.9", "train.warmup_epochs=1",
     "model.drop_path=0.1", "methods=[none, token-hard, dist]", "teacher.cache=true", "teacher.all_images=false",
     "teacher.train.batch_size=16", "teacher.train.epochs=6", "teacher.min_top1=null", "teacher.allow_weak=true",
-    "seeds=[0, 1]",
+    "seeds=[0, 1]", "speed.save_seconds=0.5",
 )  # fmt: skip
 DISK_MIB = 24
 GRACE_S = 60  # in which a run that was asked to stop has to stop

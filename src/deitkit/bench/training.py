@@ -20,8 +20,8 @@ from deitkit.bench.measure import (
     time_in_turn,
     wait,
 )
+from deitkit.build import build_answers, build_students
 from deitkit.cohort import Cohort
-from deitkit.compare import build_answers, build_students
 from deitkit.cuda_graph import WARM_UP
 from deitkit.data.sources import Dataset, Split, load_dataset
 from deitkit.device import Precision, choose_device, describe_machine

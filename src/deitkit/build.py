@@ -1,0 +1,119 @@
+"""The students of a comparison before they train, and what keeps the teacher's answers to their views."""
+
+from collections.abc import Callable, Collection
+from pathlib import Path
+
+from deitkit.answers import Answers
+from deitkit.data.sources import Dataset
+from deitkit.device import Precision
+from deitkit.errors import RecipeError
+from deitkit.methods import METHODS
+from deitkit.models.classifier import Classifier
+from deitkit.models.exchange import load_initial, weights_file
+from deitkit.models.vit import create_student
+from deitkit.models.weights import file_sha256
+from deitkit.models.zoo import create_classifier
+from deitkit.recipe import Recipe
+from deitkit.seeding import derived_seed, seeded
+from deitkit.speed import accelerate
+from deitkit.student import Student
+from deitkit.teachers import Teachers
+
+BASELINE = "cnn-baseline"
+
+
+def student_names(recipe: Recipe) -> list[str]:
+    """Return the names of a comparison's students, in the order of its table: its methods, then the CNN baseline."""
+    return [*recipe.methods, *([BASELINE] if recipe.baseline is not None else [])]
+
+
+def build_students(
+    recipe: Recipe,
+    dataset: Dataset,
+    seed: int,
+    precision: Precision,
+    say: Callable[[str], None] = lambda line: None,
+    names: Collection[str] | None = None,
+) -> list[Student]:
+    """Build students of one seed, all from the same start.
+
+    Args:
+        recipe: Of the comparison.
+        dataset: Its classes, resolution and normalisation.
+        seed: Of the initial weights.
+        precision: Its device.
+        say: Receives what the students start from where that is a checkpoint, and how it was made to fit them.
+        names: Which of ``student_names``; by default all.
+    """
+    names = student_names(recipe) if names is None else names
+    image_px = (dataset.image_px[0], dataset.image_px[1])
+    students = []
+    changes: dict[str, list[str]] = {}
+    for name in (method for method in recipe.methods if method in names):
+        model = create_student(
+            recipe.model,
+            image_px=image_px,
+            channels=dataset.channels,
+            classes=dataset.classes,
+            tokens=METHODS[name].tokens,
+            seed=derived_seed(seed, "student"),
+        )
+        if recipe.model.checkpoint is not None:
+            lines = load_initial(
+                model,
+                recipe.model.checkpoint,
+                class_names=dataset.class_names,
+                mean=dataset.mean,
+                std=dataset.std,
+            )
+            for line in lines:
+                changes.setdefault(line, []).append(name)
+        classifier = accelerate(Classifier(model, mean=dataset.mean, std=dataset.std), recipe.speed, precision.device)
+        students.append(Student(name, METHODS[name], classifier, recipe.train, recipe.train.ema_decay))
+    if recipe.model.checkpoint is not None:
+        say(f"students start from {initial_weights(recipe)}")
+    for line, changed in changes.items():
+        say(line if len(changed) == len(students) else f"{', '.join(changed)}: {line}")
+    if recipe.baseline is not None and BASELINE in names:
+        students.append(_build_baseline(recipe, dataset, seed, precision))
+    return students
+
+
+def initial_weights(recipe: Recipe) -> str | None:
+    """Return the name and hash of the weights that students start from; None where that is a random start."""
+    if recipe.model.checkpoint is None:
+        return None
+    return f"{recipe.model.checkpoint.name} (sha256 {file_sha256(weights_file(recipe.model.checkpoint))[:8]})"
+
+
+def build_answers(recipe: Recipe, dataset: Dataset, teachers: Teachers, seed: int, precision: Precision) -> Answers:
+    """Open what the teachers said, or will say, to the views of one seed."""
+    return Answers(
+        teachers.classifiers,
+        fingerprint=dataset.fingerprint,
+        augment=recipe.augment,
+        batch_size=recipe.train.batch_size,
+        repeats=recipe.train.repeats,
+        steps=len(dataset.train) // recipe.train.batch_size,
+        classes=dataset.classes,
+        seed=seed,
+        precision=precision,
+    )
+
+
+def baseline_architecture(recipe: Recipe) -> str:
+    """Return the name of the CNN baseline's architecture."""
+    assert recipe.baseline is not None
+    return recipe.teacher.name if recipe.baseline.name == "teacher" else recipe.baseline.name
+
+
+def _build_baseline(recipe: Recipe, dataset: Dataset, seed: int, precision: Precision) -> Student:
+    assert recipe.baseline is not None
+    if Path(baseline_architecture(recipe)).exists():
+        raise RecipeError(
+            f"baseline.name={recipe.baseline.name} is a path: name an architecture, such as cifar/resnet56"
+        )
+    with seeded(seed, BASELINE):
+        built = create_classifier(baseline_architecture(recipe), classes=dataset.classes, channels=dataset.channels)
+    classifier = accelerate(Classifier(built.model, mean=dataset.mean, std=dataset.std), recipe.speed, precision.device)
+    return Student(BASELINE, METHODS["none"], classifier, recipe.baseline, recipe.train.ema_decay)
