@@ -6,6 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from deitkit.process import configure_process
+
+configure_process()  # before torch is imported: threads of the tests, too, wait without keeping a core from others
+
 import torch
 from hypothesis import settings
 

@@ -49,7 +49,8 @@ def decided(analyzed: Analyzed) -> dict[str, list[list[int]]]:
         answer = load_classifier(folder / "teacher", CPU)[0](test.images.float() / 255).class_logits
     found = {"truth": [test.labels.tolist()] * 2, "teacher": [answer.argmax(dim=-1).tolist()] * 2}
     for seed in (3, 5):
-        for name, student in load_tree(folder / f"seed-{seed}" / "predictions.safetensors").items():
+        for name in ("none", "token-hard", "mean-pool-none", "cnn-baseline"):
+            student = load_tree(folder / f"seed-{seed}" / name / "predictions.safetensors")
             for weights, splits in student["scores"].items():
                 for readout, scores in splits["test"].items():
                     row = f"{name}/{readout}" + ("+ema" if weights == "ema" else "")
@@ -215,7 +216,7 @@ def test_two_teachers_answer_by_their_mean_and_a_row_without_a_model_is_left_out
         with torch.no_grad():
             shares.append(load_classifier(folder / name, CPU)[0](images).class_logits.softmax(dim=-1))
     decisions = (shares[0] + shares[1]).argmax(dim=-1)
-    (scores,) = load_tree(folder / "seed-0" / "predictions.safetensors")["soft"]["scores"]["last"]["test"].values()
+    (scores,) = load_tree(folder / "seed-0" / "soft" / "predictions.safetensors")["scores"]["last"]["test"].values()
     agrees = (scores.argmax(dim=-1) == decisions).double().mean().item()
     assert student["agreement_overall"] == pytest.approx(agrees)
     assert analysis["notes"] == ["before/class is left out: it stopped, or the run does not hold its model."]

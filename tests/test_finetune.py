@@ -79,8 +79,8 @@ def test_the_row_before_is_what_evaluate_says_and_gains_are_paired_with_it(plain
     assert 0.3 < expected["top1"] < 0.99, "a model that is neither new nor perfect tells rows apart"
 
     test = load_dataset(recipe_of(tmp_path).data).test
-    predictions = load_tree(tmp_path / "tuned" / "seed-0" / "predictions.safetensors")
-    after = predictions["token-hard"]["scores"]["last"]["test"]["joint"].argmax(-1) == test.labels
+    predictions = load_tree(tmp_path / "tuned" / "seed-0" / "token-hard" / "predictions.safetensors")
+    after = predictions["scores"]["last"]["test"]["joint"].argmax(-1) == test.labels
     row = rows["token-hard/joint"]
     assert row["difference_vs_before"] == pytest.approx(after.double().mean().item() - expected["top1"])
     assert row["p_vs_before_test"] == "McNemar"

@@ -66,8 +66,9 @@ def naive_relation_loss(
 
 
 def naive_z_scores(row: list[float]) -> list[float]:
+    """Scores of mean 0 and deviation 1, with the loss's epsilon in the variance."""
     mean = sum(row) / len(row)
-    deviation = math.sqrt(sum((value - mean) ** 2 for value in row) / len(row))
+    deviation = math.sqrt(sum((value - mean) ** 2 for value in row) / len(row) + 1e-7)
     return [(value - mean) / deviation for value in row]
 
 

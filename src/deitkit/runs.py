@@ -252,6 +252,7 @@ def train_to_end(
         except Interrupted:
             saver.save()
             raise
+        saver.save()  # what follows, the gate or predictions, may fail, and must not cost the training
 
 
 def _to_board(board: SummaryWriter, record: dict[str, Any]) -> None:
