@@ -26,9 +26,9 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 from torchvision.transforms import v2
 
-from deitkit.data.augment import Augment
-from deitkit.device import Precision, describe_machine
-from deitkit.recipe import AugmentRecipe
+from deitkit.data.augment.augment import Augment
+from deitkit.recipe.schema import AugmentRecipe
+from deitkit.system.device import Precision, describe_machine
 
 MEAN, STD = (0.49, 0.48, 0.45), (0.25, 0.24, 0.26)
 

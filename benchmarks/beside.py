@@ -25,12 +25,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from deitkit.bench.training import Bench, Stepper
-from deitkit.data.sources import Split
-from deitkit.evaluate import predict
-from deitkit.optim import build_optimizers
-from deitkit.process import WAIT_SETTINGS
-from deitkit.recipe_file import load_recipe
+from deitkit.bench.training_speed import Bench, Stepper
+from deitkit.data.dataset import Split
+from deitkit.evaluation.predict import predict
+from deitkit.recipe.load import load_recipe
+from deitkit.system.process import WAIT_SETTINGS
+from deitkit.training.optim import build_optimizers
 
 SETTINGS = {
     "as torch has it": {},
@@ -57,7 +57,7 @@ def build_task(name: str, options: argparse.Namespace) -> tuple[Callable[[], Any
     images, labels = next(cohort.batches.epoch(0))
     view, _ = cohort.make_view(images, labels, 0)
     if name == "teacher":
-        return lambda: cohort.ask(view), options.batch_size
+        return lambda: cohort.teacher_forward(view), options.batch_size
     if name == "evaluate":
         split = Split(images, labels)
         return lambda: predict(student.classifier, split, bench.precision), options.batch_size

@@ -31,7 +31,7 @@ fi
 
 check() {
   # The shape checks of the test suite do not go through torch.compile.
-  "$PYTHON" -m pytest tests/test_gpu.py tests/test_augment.py -q -o addopts= -W default -p no:cacheprovider
+  "$PYTHON" -m pytest tests/training/test_gpu.py tests/data/test_augment.py -q -o addopts= -W default -p no:cacheprovider
 }
 
 speed() {

@@ -18,10 +18,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from deitkit.cohort import Progress
-from deitkit.compare import compare
-from deitkit.recipe_file import load_recipe
-from deitkit.runs import Silent
+from deitkit.comparison.compare import compare
+from deitkit.recipe.load import load_recipe
+from deitkit.run.observer import Progress, Silent
 
 
 class Recorder(Silent):

@@ -36,10 +36,10 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 
 from deitkit.bench.measure import count_flops, machine_limit, wait
-from deitkit.bench.training import Bench, Stepper, step_flops, synthetic_dataset
-from deitkit.data.sources import load_dataset
-from deitkit.device import Precision
-from deitkit.recipe_file import load_recipe
+from deitkit.bench.training_speed import Bench, Stepper, step_flops, synthetic_dataset
+from deitkit.data.dataset import load_dataset
+from deitkit.recipe.load import load_recipe
+from deitkit.system.device import Precision
 
 WORKER_CHOICES = {"cpu": (0, 1, 2), "cuda": (8, 16)}
 

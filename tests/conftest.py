@@ -7,19 +7,19 @@ from typing import Any
 
 import pytest
 
-from deitkit.process import configure_process
+from deitkit.system.process import configure_process
 
 configure_process()  # before torch is imported: threads of the tests, too, wait without keeping a core from others
 
 import torch
 from hypothesis import settings
 
-from deitkit.cli import main
-from deitkit.data.sources import Dataset, Split
-from deitkit.device import Precision
-from deitkit.recipe import Recipe
-from deitkit.recipe_file import load_recipe
-from deitkit.student import Student
+from deitkit.cli.main import main
+from deitkit.data.dataset import Dataset, Split
+from deitkit.recipe.load import load_recipe
+from deitkit.recipe.schema import Recipe
+from deitkit.system.device import Precision
+from deitkit.training.student import Student
 
 settings.register_profile("fuzz", max_examples=1000)  # `make fuzz`; what it scales is in fuzz_helpers
 

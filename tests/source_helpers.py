@@ -8,9 +8,9 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from deitkit.data.sources import load_dataset
+from deitkit.data.dataset import load_dataset
 from deitkit.errors import DataError
-from deitkit.recipe import DataRecipe
+from deitkit.recipe.schema import DataRecipe
 
 
 def png(value, size=(6, 6)):

@@ -21,16 +21,17 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from conftest import striped_dataset
-from deitkit.checkpoint import load_classifier, load_tree, save_classifier, save_tree
 from deitkit.data.decode import SUFFIXES, decode_images
 from deitkit.data.listing import EncodedImages
 from deitkit.errors import CheckpointError, DataError
 from deitkit.models.classifier import Classifier
 from deitkit.models.cnn import CifarResNet
-from deitkit.models.exchange import read_weights
+from deitkit.models.saved import load_classifier, save_classifier
 from deitkit.models.vit import DeiT
-from deitkit.models.weights import read_state
-from deitkit.recipe import DataRecipe
+from deitkit.models.weights.initialise import read_weights
+from deitkit.models.weights.read import read_state
+from deitkit.recipe.schema import DataRecipe
+from deitkit.run.state import load_tree, save_tree
 from fuzz_helpers import cases, mutated
 
 TREE = {"step": 3, "loss": [0.5, None], "model": {"weight": torch.arange(6.0).view(2, 3), "n": torch.tensor(4)}}
@@ -99,7 +100,7 @@ json_values = st.recursive(
 @cases(0.5)
 @given(tree=json_values)
 def test_a_state_that_somebody_made_up_is_refused_or_read(folder: Path, tree: Any) -> None:
-    from deitkit.checkpoint import _checksum
+    from deitkit.run.state import _checksum
 
     tensors = {"0": torch.zeros(2)}
     text = json.dumps(tree)

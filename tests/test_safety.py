@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 
 import deitkit
-from deitkit.cli import folder_name
-from deitkit.data.annotated import _inside
+from deitkit.cli.main import folder_name
+from deitkit.data.sources.archives import _inside
+from deitkit.distillation.methods import find_method
 from deitkit.errors import RecipeError
-from deitkit.methods import find_method
-from deitkit.recipe_file import parse_recipe
+from deitkit.recipe.load import parse_recipe
 
 SOURCE = Path(deitkit.__file__).parent
 FORBIDDEN = {

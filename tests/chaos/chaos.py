@@ -24,7 +24,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from deitkit.cli import main
+from deitkit.cli.main import main
 
 RECIPE = (
     "compare", "digits", "data.test_images=200", "data.train_images=96", "model.width=16", "model.depth=2",

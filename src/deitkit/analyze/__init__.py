@@ -1,1 +1,1 @@
-"""What a finished run has learned, beyond accuracy: reads run folders, and never trains."""
+"""A finished run, analysed: agreement, calibration, confusions, attention."""

@@ -14,25 +14,27 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from deitkit import __version__
-from deitkit.analyze.decisions import disagreement, mean
-from deitkit.analyze.judges import Judge
-from deitkit.analyze.panel import ask, has_both_tokens, load_as_trained, student_name, students_of, teachers_of
+from deitkit.analyze.agreement import disagreement, mean
+from deitkit.analyze.collect import ask, has_both_tokens
 from deitkit.analyze.pictures import Example, draw_attention
+from deitkit.analyze.row_statistics import Judge
 from deitkit.analyze.tokens import attention_maps, learned_similarity
-from deitkit.code import code_sha256
-from deitkit.data.sources import Dataset, load_dataset
-from deitkit.device import Precision, choose_device
+from deitkit.comparison.finished_run import load_as_trained, student_name, students_of, teachers_of
+from deitkit.data.dataset import Dataset, load_dataset
 from deitkit.errors import CheckpointError, DataError, Interrupted, RecipeError
-from deitkit.evaluate import default_readout, readout_probabilities, readout_scores
-from deitkit.files import write_text
+from deitkit.evaluation.readouts import default_readout, readout_probabilities, readout_scores
 from deitkit.models.classifier import Classifier
 from deitkit.models.vit import DeiT
-from deitkit.recipe_file import load_recipe
-from deitkit.report import read_results, write_report
+from deitkit.recipe.load import load_recipe
 from deitkit.report.analysis import FORMAT
-from deitkit.runs import Watcher
-from deitkit.seeding import derived_generator
-from deitkit.teachers import mean_answer
+from deitkit.report.write import write_report
+from deitkit.run.observer import Watcher
+from deitkit.run.provenance import code_sha256
+from deitkit.run.results import read_results
+from deitkit.system.device import Precision, choose_device
+from deitkit.system.files import write_text
+from deitkit.system.seeding import derived_generator
+from deitkit.teachers.frozen import mean_answer
 
 TRUTH, TEACHER = "truth", "teacher"
 PAPER_READOUTS = ("class", "distillation", "joint")  # of Table 4

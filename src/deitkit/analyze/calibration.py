@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from deitkit.analyze.decisions import log_probabilities
+from deitkit.analyze.agreement import log_probabilities
 
 BINS = 15  # Guo et al. 2017, section 5
 

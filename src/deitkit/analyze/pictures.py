@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from deitkit.errors import one_line
-from deitkit.files import write_figure
+from deitkit.system.files import write_figure
 
 CELL_INCHES = 1.15
 DIM = 0.25  # brightness of a pixel that is not attended to at all

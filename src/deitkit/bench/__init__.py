@@ -1,1 +1,1 @@
-"""How fast this machine trains and classifies: measured as a user would run it, beside what the machine could do."""
+"""How fast training and inference are. Nothing here is part of a run."""

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from deitkit.device import Precision
 from deitkit.models.vit import Attention, Output
+from deitkit.system.device import Precision
 
 # Side of the square matrices whose product stands for what the machine can do at best: large enough to be limited by
 # arithmetic, small enough for a second.
@@ -75,7 +75,7 @@ def machine_limit(precision: Precision) -> float:
 
 
 def _is_quick(precision: Precision) -> bool:
-    from deitkit.device import computes_bf16
+    from deitkit.system.device import computes_bf16
 
     return computes_bf16(precision.device)
 

@@ -1,1 +1,1 @@
-"""From a data set as it lies on the disk to augmented batches on the device."""
+"""Images and labels: found, divided, decoded, batched. Layouts on the disk are in ``sources``, views in ``augment``."""

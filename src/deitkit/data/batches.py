@@ -13,7 +13,7 @@ from torch import Tensor
 from deitkit.data.split import Split
 from deitkit.data.stream import StreamedImages
 from deitkit.errors import RecipeError
-from deitkit.seeding import derived_generator
+from deitkit.system.seeding import derived_generator
 
 
 class Batches:

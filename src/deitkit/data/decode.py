@@ -25,7 +25,7 @@ from deitkit.data.duplicates import pixel_hashes
 from deitkit.data.listing import EncodedImages, Progress
 from deitkit.data.pixels import evaluation_frame, is_grey, require_memory
 from deitkit.errors import DataError
-from deitkit.recipe import DataRecipe
+from deitkit.recipe.schema import DataRecipe
 
 SUFFIXES = frozenset((".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"))
 # Closed, because Pillow would otherwise go by content and hand an EPS file named .png to Ghostscript.

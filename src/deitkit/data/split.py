@@ -12,7 +12,7 @@ from torch import Tensor
 
 from deitkit.data.stream import StreamedImages
 from deitkit.errors import DataError
-from deitkit.recipe import DataRecipe
+from deitkit.recipe.schema import DataRecipe
 
 MOST_GPU_MEMORY = 0.5  # of what is free, for the images of a split
 

@@ -21,9 +21,9 @@ from torch.utils.data import DataLoader
 from deitkit.data import cache
 from deitkit.data.decode import Target, decode_all, decode_image
 from deitkit.data.listing import EncodedImages, Progress
-from deitkit.device import usable_cores
 from deitkit.errors import DataError
-from deitkit.recipe import DataRecipe
+from deitkit.recipe.schema import DataRecipe
+from deitkit.system.device import usable_cores
 
 _FORMAT_VERSION = 2  # of a survey: raise it when decoding changes
 _MOST_MEMORY = 0.6  # of what is free, for decoded images

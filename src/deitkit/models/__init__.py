@@ -1,1 +1,1 @@
-"""Students (vit), CNNs for small images (cnn), classifiers by name (zoo), their inputs (classifier), weights files."""
+"""Students, CNNs, and the classifier around either. Reading, changing and writing weights is in ``weights``."""

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from deitkit.errors import RecipeError
-from deitkit.models.embedding import STEMS
-from deitkit.recipe import ModelRecipe
+from deitkit.models.patch_embed import STEMS
+from deitkit.recipe.schema import ModelRecipe
 
 TOKENS = ("class", "distillation")
 NORM_EPS = 1e-6

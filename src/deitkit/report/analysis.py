@@ -16,8 +16,8 @@ from deitkit.report.analysis_charts import (
     similarity_chart,
 )
 from deitkit.report.figures import COLOURS
-from deitkit.report.layout import percent
 from deitkit.report.published import PAPER_DISAGREEMENT
+from deitkit.report.table_layout import percent
 
 FORMAT = 1
 MOST_PAIRS = 10

@@ -5,7 +5,7 @@ from html import escape
 from typing import Any
 
 from deitkit.report.figures import COLOURS, Curve, colours_of, curves_of, mean, validation_accuracy
-from deitkit.report.layout import WINNER_MARK, Number, percent, reference_row
+from deitkit.report.table_layout import WINNER_MARK, Number, percent, reference_row
 
 Chart = dict[str, Any]
 Value = Callable[[dict[str, Any]], Number | None]

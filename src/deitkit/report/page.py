@@ -9,12 +9,12 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from deitkit.files import write_text
+from deitkit.report.ablation import difference_chart, lay_out_any
 from deitkit.report.analysis import Section, lay_out_analysis, read_analysis
 from deitkit.report.charts import accuracy_chart, curve_charts
 from deitkit.report.figures import colours_of
-from deitkit.report.layout import NOTHING, WINNER_MARK, millions, percent, reference_row, teachers_of
-from deitkit.report.variants import difference_chart, lay_out_any
+from deitkit.report.table_layout import NOTHING, WINNER_MARK, millions, percent, reference_row, teachers_of
+from deitkit.system.files import write_text
 
 _UNITS = {"memory_gib": "memory (GiB)"}
 

@@ -13,10 +13,10 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from deitkit.files import write_text
-from deitkit.report.layout import WINNER_MARK, Column, Layout, Line
+from deitkit.report.ablation import lay_out_any
 from deitkit.report.published import published_beside
-from deitkit.report.variants import lay_out_any
+from deitkit.report.table_layout import WINNER_MARK, Column, Layout, Line
+from deitkit.system.files import write_text
 
 _ASCII = str.maketrans({"±": "+-", "−": "-", "–": "-", "★": ">", "†": "!", "⚗": "*", "’": "'"})
 _LATEX = {

@@ -1,0 +1,99 @@
+"""How many images a second a model classifies: a recipe's student, or the models of the catalogue."""
+
+import gc
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from deitkit.bench.measure import count_flops, machine_limit, time_in_turn, wait
+from deitkit.distillation.methods import METHODS
+from deitkit.errors import is_out_of_memory
+from deitkit.models.accelerate import accelerate
+from deitkit.models.catalogue import CATALOGUE, CLASSES
+from deitkit.models.classifier import Classifier
+from deitkit.models.vit import create_student
+from deitkit.recipe.schema import Recipe
+from deitkit.system.device import Precision, choose_device, describe_machine
+
+DEFAULT_PX = 224
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def bench_infer(recipe: Recipe, *, repeats: int, steps: int) -> dict[str, Any]:
+    """Time the classification of random images by the student of the recipe's first method, with random weights."""
+    device = choose_device(recipe.device)
+    precision = Precision.choose(recipe.train.precision, device)
+    side, channels = recipe.data.image_px or DEFAULT_PX, recipe.data.channels or 3
+    method = METHODS[recipe.methods[0]]
+    student = create_student(
+        recipe.model, image_px=(side, side), channels=channels, classes=CLASSES, tokens=method.tokens, seed=0
+    )
+    classifier = Classifier(student, mean=MEAN[:channels], std=STD[:channels])
+    accelerate(classifier, recipe.speed, device).eval()
+    result = _time_model(classifier, side, recipe.train.batch_size, precision, repeats, steps)
+    limit = machine_limit(precision)
+    return {
+        "machine": describe_machine(device, precision) | {"threads": torch.get_num_threads()},
+        "model": recipe.model.model_dump(mode="json"),
+        "method": method.name,
+        "image_px": side,
+        **result,
+        "limit_gflop_per_second": limit / 1e9,
+        "share_of_limit": result["gflop_per_second"] * 1e9 / limit,
+    }
+
+
+def bench_catalogue(recipe: Recipe, *, table: str, repeats: int, steps: int) -> Iterator[dict[str, Any]]:
+    """Yield the speed of each model of a table at its own resolution; one that does not fit says so.
+
+    Args:
+        recipe: Device, precision and batch size.
+        table: ``paper`` for the models whose speed was published, ``zoo`` for the whole catalogue.
+        repeats: Measurements, of which the median counts.
+        steps: Steps in each.
+    """
+    device = choose_device(recipe.device)
+    precision = Precision.choose(recipe.train.precision, device)
+    for model in CATALOGUE:
+        if table == "paper" and model.images_per_second is None:
+            continue
+        entry = {
+            "row": model.row, "image_px": model.image_px, "published_images_per_second": model.images_per_second
+        }  # fmt: skip
+        try:
+            classifier = Classifier(model.build(), mean=MEAN, std=STD)
+            accelerate(classifier, recipe.speed, device).eval()
+            measured = _time_model(classifier, model.image_px, recipe.train.batch_size, precision, repeats, steps)
+            yield entry | measured
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            yield entry | {"problem": f"does not fit in memory at batch {recipe.train.batch_size}"}
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _time_model(
+    classifier: Classifier, side: int, batch_size: int, precision: Precision, repeats: int, steps: int
+) -> dict[str, Any]:
+    device = precision.device
+    view = torch.rand(batch_size, classifier.mean.shape[1], side, side, device=device)
+
+    @torch.inference_mode()
+    def classify() -> None:
+        with precision.autocast():
+            classifier(view)
+
+    taken = time_in_turn({"classify": classify}, device=device, repeats=repeats, calls=steps, warm_up=2)["classify"]
+    wait(device)
+    flops = count_flops(classifier.model, (view.shape[1], side, side), backward=False)
+    return {
+        "batch_size": batch_size,
+        "parameters": sum(parameter.numel() for parameter in classifier.model.parameters()),
+        "images_per_second": batch_size / taken.median,
+        "images_per_second_range": [batch_size / taken.slowest, batch_size / taken.fastest],
+        "gflop_per_image": flops / 1e9,
+        "gflop_per_second": flops * batch_size / taken.median / 1e9,
+    }

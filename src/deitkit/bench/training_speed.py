@@ -1,0 +1,291 @@
+"""What a step of training costs, and what a cohort saves: the same code that trains, timed step by step."""
+
+import itertools
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from deitkit.bench.measure import (
+    Timing,
+    count_flops,
+    machine_limit,
+    peak_memory_gib,
+    reset_peak_memory,
+    time_in_turn,
+    wait,
+)
+from deitkit.data.dataset import Dataset, Split, load_dataset
+from deitkit.models.accelerate import accelerate
+from deitkit.models.classifier import Classifier
+from deitkit.models.zoo import create_classifier
+from deitkit.recipe.schema import Recipe, TeacherRecipe
+from deitkit.system.device import Precision, choose_device, describe_machine
+from deitkit.system.seeding import seeded
+from deitkit.teachers.frozen import FrozenTeacher, Teachers
+from deitkit.teachers.logit_cache import LogitCache, open_logit_cache
+from deitkit.training.build import build_students
+from deitkit.training.cohort import Cohort
+from deitkit.training.cuda_graph import WARM_UP
+from deitkit.training.student import Student
+
+SYNTHETIC_PX = 32
+SYNTHETIC_CLASSES = 10
+
+
+class Bench:
+    """The parts of a recipe's training, ready to be timed; the teacher is untrained, since speed asks for no more.
+
+    Args:
+        recipe: What would be trained.
+        synthetic: Random images instead of the recipe's data set.
+    """
+
+    def __init__(self, recipe: Recipe, synthetic: bool) -> None:
+        self.recipe = recipe
+        self.device = choose_device(recipe.device)
+        self.precision = Precision.choose(recipe.train.precision, self.device)
+        self.dataset = synthetic_dataset(recipe) if synthetic else load_dataset(recipe.data)
+        self.synthetic = synthetic
+        self.teachers = Teachers([self._build_teacher(teacher) for teacher in recipe.teacher.everyone])
+
+    def _build_teacher(self, recipe: TeacherRecipe) -> FrozenTeacher:
+        dataset = self.dataset
+        with seeded(0, "teacher"):
+            built = create_classifier(
+                recipe.name, classes=dataset.classes, channels=dataset.channels, image_px=recipe.image_px
+            )
+        mean, std = built.mean or dataset.mean, built.std or dataset.std
+        classifier = Classifier(built.model, mean=mean, std=std, image_px=recipe.image_px or built.image_px)
+        return FrozenTeacher(accelerate(classifier, self.recipe.speed, self.device))
+
+    def students(self, methods: tuple[str, ...]) -> list[Student]:
+        """Build students (no baseline) as a comparison would."""
+        recipe = self.recipe.model_copy(update={"methods": methods})
+        return build_students(recipe, self.dataset, recipe.seeds[0], self.precision)
+
+    def cohort(self, students: list[Student], logit_cache: LogitCache | None = None) -> Cohort:
+        """Build a cohort as a comparison would; one that is asked for steps without end."""
+        recipe = self.recipe
+        cohort = Cohort(
+            students,
+            teacher=self.teachers,
+            dataset=self.dataset,
+            augment=recipe.augment,
+            train=recipe.train,
+            distillation=recipe.distillation,
+            speed=recipe.speed,
+            precision=self.precision,
+            seed=recipe.seeds[0],
+            logit_cache=logit_cache,
+        )
+        for student in students:
+            student.classifier.train()
+        return cohort
+
+    def describe(self) -> dict[str, Any]:
+        """Return what a figure of this bench belongs to."""
+        recipe, (height, width) = self.recipe, self.dataset.image_px
+        return {
+            "machine": describe_machine(self.device, self.precision) | {"threads": torch.get_num_threads()},
+            "data": "synthetic" if self.synthetic else self.dataset.name,
+            "image_px": [height, width],
+            "model": recipe.model.model_dump(mode="json"),
+            "methods": list(recipe.methods),
+            "teacher": " + ".join(teacher.name for teacher in recipe.teacher.everyone),
+            "batch_size": recipe.train.batch_size,
+        }
+
+
+class Stepper:
+    """Trains a cohort one step at each call, epoch after epoch; or the first epoch again and again, but for the step
+    that checks recorded answers.
+    """
+
+    def __init__(self, cohort: Cohort, first_epoch_only: bool = False) -> None:
+        self.cohort = cohort
+        self.first_epoch_only = first_epoch_only
+        self._batches: Iterator[Any] | None = None
+
+    def __call__(self) -> None:
+        cohort = self.cohort
+        if self._batches is None:
+            cohort.step = 1 if self.first_epoch_only else 0
+            self._batches = cohort.batches.epoch(cohort.epoch, cohort.step)
+        cohort.next_step(self._batches)
+        if cohort.step == cohort.batches.steps_per_epoch:
+            cohort.epoch += 0 if self.first_epoch_only else 1
+            self._batches = None
+
+
+def bench_train(recipe: Recipe, *, synthetic: bool, repeats: int, steps: int) -> dict[str, Any]:
+    """Time training steps of all the recipe's methods together, and say where the time goes.
+
+    Args:
+        recipe: What is trained.
+        synthetic: On random images.
+        repeats: Measurements, of which the median counts.
+        steps: Steps in each.
+    """
+    bench = Bench(recipe, synthetic)
+    reset_peak_memory(bench.device)
+    cohort = bench.cohort(bench.students(recipe.methods))
+    stepper = Stepper(cohort)
+    for _ in range(WARM_UP + 1 if bench.device.type == "cuda" else 1):
+        stepper()
+    cohort.reset_watches()
+    for student in cohort.students:
+        student.reset_meters()
+    taken = time_in_turn({"step": stepper}, device=bench.device, repeats=repeats, calls=steps)["step"]
+    flops = step_flops(bench)
+    limit = machine_limit(bench.precision)
+    speed = _images_per_second(taken, recipe.train.batch_size)
+    return bench.describe() | {
+        **speed,
+        "shares": cohort.shares(),
+        "gflop_per_image": flops / 1e9,
+        "gflop_per_second": flops * speed["images_per_second"] / 1e9,
+        "limit_gflop_per_second": limit / 1e9,
+        "share_of_limit": flops * speed["images_per_second"] / limit,
+        "peak_memory_gib": peak_memory_gib(bench.device),
+        "repeats": repeats,
+        "steps": steps,
+    }
+
+
+def bench_data(recipe: Recipe, *, synthetic: bool, repeats: int, steps: int) -> dict[str, Any]:
+    """Time reading and augmenting alone, without any model."""
+    bench = Bench(recipe, synthetic)
+    cohort = bench.cohort([])
+    batches = itertools.chain.from_iterable(cohort.batches.epoch(epoch) for epoch in itertools.count())
+    number = itertools.count()
+    read = lambda: next(batches)  # noqa: E731
+    taken = time_in_turn(
+        {"read": read, "read and augment": lambda: cohort.make_view(*next(batches), next(number))},
+        device=bench.device,
+        repeats=repeats,
+        calls=steps,
+        warm_up=2,
+    )
+    size = recipe.train.batch_size
+    return bench.describe() | {
+        **_images_per_second(taken["read and augment"], size),
+        "read_images_per_second": size / taken["read"].median,
+        "augment": recipe.augment.model_dump(mode="json"),
+        "repeats": repeats,
+        "steps": steps,
+    }
+
+
+def bench_cohort(recipe: Recipe, *, synthetic: bool, repeats: int, steps: int) -> dict[str, Any]:
+    """Time the recipe's methods in one cohort beside the same methods alone, each on the same views.
+
+    The ratio is the cohort's time over the sum of the lone ones'; with recorded answers the teacher is not asked.
+    Peak memory is given for cohorts of 1, 2, ... students.
+    """
+    bench = Bench(recipe, synthetic)
+    methods = recipe.methods
+    memory = _memory_by_students(bench)
+    with _own_cache(), suppress(KeyboardInterrupt):
+        functions = {"cohort": Stepper(bench.cohort(bench.students(methods)))}
+        functions |= {name: Stepper(bench.cohort(bench.students((name,)))) for name in methods}
+        functions["cohort, recorded answers"] = _recorded(bench)
+        warm_up = WARM_UP + 2 if bench.device.type == "cuda" else 1
+        taken = time_in_turn(functions, device=bench.device, repeats=repeats, calls=steps, warm_up=warm_up)
+    shares = functions["cohort"].cohort.shares()
+    alone = sum(taken[name].median for name in methods)
+    per_student = (shares["students"] + shares["optimizers"]) / len(methods)
+    return bench.describe() | {
+        "seconds_per_step": {name: asdict(timing) for name, timing in taken.items()},
+        "alone_seconds": alone,
+        "ratio": taken["cohort"].median / alone,
+        "ratio_recorded": taken["cohort, recorded answers"].median / alone,
+        "teacher_per_student_step": shares["teacher"] / per_student,
+        "shares": shares,
+        "peak_memory_gib": memory,
+        "repeats": repeats,
+        "steps": steps,
+    }
+
+
+def _recorded(bench: Bench) -> Stepper:
+    """Return the cohort's steps on an epoch whose answers were recorded before."""
+    cache = open_logit_cache(bench.recipe, bench.dataset, bench.teachers, bench.recipe.seeds[0], bench.precision)
+    scribe = bench.cohort(bench.students(("none",)), cache)
+    for step, (images, labels) in enumerate(scribe.batches.epoch(0)):
+        view, _ = scribe.make_view(images, labels, step)
+        cache.keep(0, step, scribe.teacher_forward(scribe.recorder.hold("view", view)))
+    again = open_logit_cache(bench.recipe, bench.dataset, bench.teachers, bench.recipe.seeds[0], bench.precision)
+    cohort = bench.cohort(bench.students(bench.recipe.methods), again)
+    assert again.find(0, 0) is not None
+    return Stepper(cohort, first_epoch_only=True)
+
+
+def _memory_by_students(bench: Bench) -> list[float]:
+    """Return the peak memory of cohorts of 1, 2, ... students, in GiB."""
+    peaks = []
+    for count in range(1, len(bench.recipe.methods) + 1):
+        reset_peak_memory(bench.device)
+        stepper = Stepper(bench.cohort(bench.students(bench.recipe.methods[:count])))
+        for _ in range(WARM_UP + 1 if bench.device.type == "cuda" else 1):
+            stepper()
+        wait(bench.device)
+        peaks.append(peak_memory_gib(bench.device))
+        del stepper
+    return peaks
+
+
+@contextmanager
+def _own_cache() -> Iterator[None]:
+    """Keep recorded answers in a folder that goes away."""
+    before = os.environ.get("DEITKIT_CACHE")
+    with tempfile.TemporaryDirectory(prefix="deitkit-bench-") as folder:
+        os.environ["DEITKIT_CACHE"] = folder
+        try:
+            yield
+        finally:
+            if before is None:
+                del os.environ["DEITKIT_CACHE"]
+            else:
+                os.environ["DEITKIT_CACHE"] = before
+
+
+def _images_per_second(taken: Timing, batch_size: int) -> dict[str, Any]:
+    return {
+        "images_per_second": batch_size / taken.median,
+        "images_per_second_range": [batch_size / taken.slowest, batch_size / taken.fastest],
+        "seconds_per_step": taken.median,
+    }
+
+
+def step_flops(bench: Bench) -> int:
+    """Return the operations of a step for one image: every student forward and backward, the teacher forward."""
+    shape = (bench.dataset.channels, *bench.dataset.image_px)
+    students = bench.students(bench.recipe.methods)
+    total = sum(count_flops(student.classifier.model, shape, backward=True) for student in students)
+    if any(student.method.teacher_signal for student in students):
+        for classifier in bench.teachers.classifiers:
+            px = classifier.image_px
+            total += count_flops(classifier.model, (shape[0], px, px) if px else shape, backward=False)
+    return total
+
+
+def synthetic_dataset(recipe: Recipe) -> Dataset:
+    """Return random images: speed does not depend on what is in them."""
+    side = recipe.data.image_px or SYNTHETIC_PX
+    count = max(4 * recipe.train.batch_size, SYNTHETIC_CLASSES)
+    generator = torch.Generator().manual_seed(0)
+    channels = recipe.data.channels or 3
+
+    def split(size: int) -> Split:
+        images = torch.randint(0, 256, (size, channels, side, side), dtype=torch.uint8, generator=generator)
+        return Split(images, torch.arange(size) % SYNTHETIC_CLASSES)
+
+    names = tuple(f"class {number}" for number in range(SYNTHETIC_CLASSES))
+    half = (0.5,) * channels
+    small = split(SYNTHETIC_CLASSES)
+    return Dataset("synthetic", split(count), small, small, names, half, half, (), "synthetic")

@@ -1,0 +1,187 @@
+"""``deitkit bench``: parse, measure, print."""
+
+import json
+import sys
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from deitkit.recipe.load import load_recipe
+from deitkit.recipe.schema import Recipe
+
+app = typer.Typer(
+    help="Measure how fast this machine trains and classifies. Fields are those of a recipe, as in "
+    "`deitkit bench train data=cifar10 model.patch_px=4 train.batch_size=128 method=token-hard teacher=timm/resnet18`.",
+    no_args_is_help=True,
+)
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Fields of the recipe.")]
+Base = Annotated[str | None, typer.Option("--recipe", help="Begin with this recipe, not with the defaults.")]
+Synthetic = Annotated[bool, typer.Option("--synthetic", help="Random images, no data set.")]
+Repeats = Annotated[int, typer.Option("--repeats", min=1, help="Measurements, of which the median counts.")]
+Steps = Annotated[int, typer.Option("--steps", min=1, help="Steps in each measurement.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object (or array), for another program to read.")]
+
+console = Console()
+
+
+@app.command()
+def train(
+    overrides: Overrides = None,
+    base: Base = None,
+    synthetic: Synthetic = False,
+    repeats: Repeats = 5,
+    steps: Steps = 3,
+    as_json: Json = False,
+) -> None:
+    """Time training steps: images/s, where the time goes, and the share of what a large matrix product reaches."""
+    from deitkit.bench.training_speed import bench_train
+
+    result = bench_train(_load(overrides, base), synthetic=synthetic, repeats=repeats, steps=steps)
+    if _printed_json(result, as_json):
+        return
+    table = _table(result, "training")
+    _speed_rows(table, result)
+    for name, share in result["shares"].items():
+        table.add_row(f"time in {name}", f"{100 * share:.1f} %")
+    _limit_rows(table, result)
+    table.add_row("peak memory", f"{result['peak_memory_gib']:.2f} GiB")
+    console.print(table)
+
+
+@app.command()
+def infer(
+    overrides: Overrides = None,
+    base: Base = None,
+    table: Annotated[
+        str | None, typer.Option("--table", help="paper: the models whose speed was published; zoo: all of them.")
+    ] = None,
+    repeats: Repeats = 5,
+    steps: Steps = 3,
+    as_json: Json = False,
+) -> None:
+    """Time classification with random weights: the student of a recipe, or the models of the paper."""
+    from deitkit.bench.inference_speed import bench_catalogue, bench_infer
+
+    recipe = _load(overrides, base)
+    if table is None:
+        result = bench_infer(recipe, repeats=repeats, steps=steps)
+        if not _printed_json(result, as_json):
+            shown = _table(result, "classification")
+            _speed_rows(shown, result)
+            _limit_rows(shown, result)
+            console.print(shown)
+        return
+    if table not in ("paper", "zoo"):
+        raise typer.BadParameter(f"'{table}' is no table: write --table paper or --table zoo")
+    rows = []
+    for row in bench_catalogue(recipe, table=table, repeats=repeats, steps=steps):
+        rows.append(row)
+        if not as_json:
+            console.print(f"{row['row']}: {_images_per_second(row)}", highlight=False)
+    if not _printed_json(rows, as_json):
+        _print_catalogue(rows)
+
+
+@app.command()
+def data(
+    overrides: Overrides = None,
+    base: Base = None,
+    synthetic: Synthetic = False,
+    repeats: Repeats = 5,
+    steps: Steps = 10,
+    as_json: Json = False,
+) -> None:
+    """Time reading and augmenting, without any model."""
+    from deitkit.bench.training_speed import bench_data
+
+    result = bench_data(_load(overrides, base), synthetic=synthetic, repeats=repeats, steps=steps)
+    if _printed_json(result, as_json):
+        return
+    table = _table(result, "reading and augmenting")
+    table.add_row("read only", f"{result['read_images_per_second']:,.0f} images/s")
+    _speed_rows(table, result)
+    console.print(table)
+
+
+@app.command()
+def cohort(
+    overrides: Overrides = None,
+    base: Base = None,
+    synthetic: Synthetic = False,
+    repeats: Repeats = 5,
+    steps: Steps = 1,
+    as_json: Json = False,
+) -> None:
+    """Time all methods in one cohort beside the same methods alone, and show what each student adds in memory."""
+    from deitkit.bench.training_speed import bench_cohort
+
+    result = bench_cohort(_load(overrides, base), synthetic=synthetic, repeats=repeats, steps=steps)
+    if _printed_json(result, as_json):
+        return
+    table = _table(result, "a cohort and its students alone")
+    for name, seconds in result["seconds_per_step"].items():
+        table.add_row(f"step of {name}", f"{1000 * seconds['median']:.1f} ms")
+    table.add_row("teacher, in student's steps", f"{result['teacher_per_student_step']:.2f}")
+    table.add_row("cohort / alone", f"{result['ratio']:.3f}")
+    table.add_row("cohort with recorded answers / alone", f"{result['ratio_recorded']:.3f}")
+    peaks = ", ".join(f"{peak:.2f}" for peak in result["peak_memory_gib"])
+    table.add_row("peak memory of 1, 2, ... students", f"{peaks} GiB")
+    console.print(table)
+
+
+def _load(overrides: list[str] | None, base: str | None) -> Recipe:
+    changes = [
+        f"methods=[{change.partition('=')[2]}]" if change.startswith("method=") else change
+        for change in overrides or []
+    ]
+    return load_recipe(base, changes)
+
+
+def _printed_json(result: Any, as_json: bool) -> bool:
+    if as_json:
+        sys.stdout.write(json.dumps(result) + "\n")
+    return as_json
+
+
+def _table(result: dict[str, Any], title: str) -> Table:
+    machine = result["machine"]
+    where = machine["device"] if machine["device"] != "cpu" else f"{machine['cores']} cores of {machine['processor']}"
+    title = f"{title}: {result['model']['name']}, {where}, {machine['precision']}, torch {machine['torch']}"
+    table = Table(title=title, show_header=False, box=None, title_justify="left")
+    table.add_column(no_wrap=True)
+    table.add_column(justify="right")
+    return table
+
+
+def _speed_rows(table: Table, result: dict[str, Any]) -> None:
+    low, high = result["images_per_second_range"]
+    table.add_row("images/s", f"{result['images_per_second']:,.1f}")
+    table.add_row("slowest and fastest", f"{low:,.1f} to {high:,.1f}")
+
+
+def _limit_rows(table: Table, result: dict[str, Any]) -> None:
+    table.add_row("GFLOP per image", f"{result['gflop_per_image']:.3f}")
+    table.add_row("GFLOP/s", f"{result['gflop_per_second']:,.1f}")
+    table.add_row("a large matrix product's", f"{result['limit_gflop_per_second']:,.1f}")
+    table.add_row("share of it", f"{100 * result['share_of_limit']:.1f} %")
+
+
+def _images_per_second(row: dict[str, Any]) -> str:
+    return row["problem"] if "problem" in row else f"{row['images_per_second']:,.1f} images/s"
+
+
+def _print_catalogue(rows: list[dict[str, Any]]) -> None:
+    table = Table("model", "px", "images/s here", "published (V100)", "parameters", "GFLOP/image", box=None)
+    for row in rows:
+        known = "problem" not in row
+        table.add_row(
+            row["row"],
+            str(row["image_px"]),
+            _images_per_second(row),
+            f"{row['published_images_per_second']:,.1f}" if row["published_images_per_second"] else "",
+            f"{row['parameters'] / 1e6:.1f} M" if known else "",
+            f"{row['gflop_per_image']:.1f}" if known else "",
+        )
+    console.print(table)

@@ -1,0 +1,121 @@
+"""``deitkit convert``: parse, convert, print."""
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from deitkit.errors import CheckpointError, RecipeError
+
+if TYPE_CHECKING:
+    from deitkit.models.weights.export_layouts import Layout
+
+TOLERANCE = 1e-3  # of logits; what float32 rounds in twelve blocks is a hundred times less
+
+console = Console()
+
+
+def convert(
+    source: Annotated[
+        Path,
+        typer.Argument(metavar="SOURCE", help="A model or run folder (its winner), or a .safetensors or .pth file."),
+    ],
+    to: Annotated[str, typer.Option("--to", help="ours, timm, transformers or released.")],
+    out: Annotated[Path, typer.Option("--out", help="A new folder; for --to released a new .pth file.")],
+    image_px: Annotated[int | None, typer.Option("--image-px", min=1, help="Another resolution.")] = None,
+    patch_px: Annotated[int | None, typer.Option("--patch-px", min=1, help="Another patch size.")] = None,
+    channels: Annotated[int | None, typer.Option("--channels", min=1, help="1 for grey, 3 for colour.")] = None,
+    classes: Annotated[int | None, typer.Option("--classes", min=1, help="A new classifier of so many.")] = None,
+    tokens: Annotated[
+        str | None, typer.Option("--tokens", help="class, distillation, class+distillation or none (mean pooling).")
+    ] = None,
+    heads: Annotated[
+        int | None, typer.Option("--heads", min=1, help="Attention heads, where the source does not tell them.")
+    ] = None,
+    mean: Annotated[
+        str | None, typer.Option("--mean", help="Normalisation, as 0.5,0.5,0.5, where the source does not tell it.")
+    ] = None,
+    std: Annotated[str | None, typer.Option("--std", help="As --mean.")] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Open the result with its library and compare logits.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for another program to read.")] = False,
+) -> None:
+    """Write a student for timm or transformers, or read theirs, at another resolution, patch, class count or layout.
+
+    For example `deitkit convert runs/digits --to timm --out digits-timm --check`, or
+    `deitkit convert deit_tiny_distilled_patch16_224-b40b3cf7.pth --to ours --out deit-tiny --image-px 384`.
+    """
+    from deitkit.models.weights.export import plan
+    from deitkit.models.weights.export_layouts import largest_difference
+
+    layout = _layout(to, out)
+    planned = plan(
+        source,
+        image_px=image_px,
+        patch_px=patch_px,
+        channels=channels,
+        classes=classes,
+        tokens=tokens,
+        heads=heads,
+        mean=_numbers("--mean", mean),
+        std=_numbers("--std", std),
+    )
+    opening = layout.write(planned, out)
+    difference = largest_difference(planned, layout, out) if check else None
+    _refuse_other_answers(difference, source, out)
+    if as_json:
+        result = {
+            "source": str(source), "to": to, "out": str(out), "architecture": asdict(planned.architecture),
+            "changes": list(planned.lines), "open": opening, "largest_difference": difference,
+        }  # fmt: skip
+        sys.stdout.write(json.dumps(result) + "\n")
+        return
+    checked = [_checked(difference)] if check else []
+    how = ("open it with", *(f"  {line}" for line in opening))
+    for line in (*planned.lines, f"wrote {out}: {layout.holds}", *checked, *how):
+        _say(line)
+
+
+def _refuse_other_answers(difference: float | None, source: Path, out: Path) -> None:
+    if difference is not None and not difference <= TOLERANCE:
+        raise CheckpointError(
+            f"{out} answers otherwise than {source}: its logits differ by up to {difference:.2g}; "
+            "another version of the library may read it differently, so do not use it"
+        )
+
+
+def _checked(difference: float | None) -> str:
+    if difference is None:
+        return "not checked: the classifier is new and answers zero to everything, so there is nothing to compare"
+    return f"checked: on 8 random images the logits differ by {difference:.1e} at most"
+
+
+def _layout(to: str, out: Path) -> "Layout":
+    from deitkit.models.weights.export_layouts import LAYOUTS
+
+    if to not in LAYOUTS:
+        raise RecipeError(f"--to {to}: choose {', '.join(LAYOUTS)}")
+    layout = LAYOUTS[to]
+    if layout.suffix and out.suffix != layout.suffix:
+        raise RecipeError(f"--out {out}: --to {to} writes a file, so give a name that ends in {layout.suffix}")
+    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+        raise RecipeError(f"--out {out} is there already: name a new {'file' if layout.suffix else 'folder'}")
+    return layout
+
+
+def _numbers(option: str, text: str | None) -> tuple[float, ...] | None:
+    if text is None:
+        return None
+    try:
+        return tuple(float(number) for number in text.split(","))
+    except ValueError:
+        raise RecipeError(f"{option} {text}: give numbers with commas between them, as 0.5,0.5,0.5") from None
+
+
+def _say(text: str) -> None:
+    console.print(text, highlight=False, markup=False, soft_wrap=True)

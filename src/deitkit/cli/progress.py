@@ -1,0 +1,185 @@
+"""What a person sees while a run goes on: bars on a terminal, one line per epoch elsewhere; and Ctrl-C."""
+
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from deitkit.errors import Interrupted, one_line
+from deitkit.evaluation.readouts import default_readout
+from deitkit.run.observer import Progress as Standing
+from deitkit.system.timer import duration_text
+
+LINE_SECONDS = 60.0  # without a terminal, the longest time between two lines of a training
+
+
+class Terminal:
+    """A watcher on a console. Use it as a context: inside it, Ctrl-C and SIGTERM end the run.
+
+    Training ends after its step, and saves; everything else at once, since it is done again when the run goes on. A
+    second Ctrl-C ends the process there and then; what is on the disk can still be resumed.
+
+    Args:
+        console: Where to talk.
+        farewell: What to say of a run that was stopped at once; by default that --resume goes on with it.
+    """
+
+    def __init__(self, console: Console, *, farewell: str = "") -> None:
+        self.console = console
+        self._farewell = farewell
+        self._stop: int | None = None  # the signal that came
+        self._patient = False
+        self._live: Live | None = None
+        self._task: Any = None
+        self._title = ""
+        self._losses: dict[str, float] = {}
+        self._accuracies: dict[str, float] = {}
+        self._waiting: float | None = None
+        self._drawn = 0.0
+        self._handlers: dict[int, Any] = {}
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[speed]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(elapsed_when_finished=True),
+            console=console,
+            expand=True,
+        )
+
+    def __enter__(self) -> "Terminal":
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._handlers[number] = signal.signal(number, self._ask_to_stop)
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        self._end_live()
+        if isinstance(error, Interrupted) and self._stop is not None:
+            error.exit_code = 128 + self._stop
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+
+    def _ask_to_stop(self, number: int, frame: FrameType | None) -> None:
+        if self._stop is not None:
+            signal.signal(number, signal.SIG_DFL)
+            raise KeyboardInterrupt
+        self._stop = number
+        if not self._patient:
+            raise Interrupted(self._farewell)
+        self.console.print("[yellow]stopping after this step, and saving; once more to stop at once[/]")
+
+    @contextmanager
+    def patient(self) -> Iterator[None]:
+        """While inside, a request to stop waits until ``should_stop`` is asked."""
+        self._patient = True
+        try:
+            yield
+        finally:
+            self._patient = False
+        if self._stop is not None:
+            raise Interrupted(self._farewell)
+
+    def should_stop(self) -> bool:
+        """Whether Ctrl-C or SIGTERM has come."""
+        return self._stop is not None
+
+    def say(self, text: str) -> None:
+        """Print a line."""
+        self._end_live()
+        self._line(text)
+
+    def _line(self, text: str) -> None:
+        self._drawn = time.monotonic()
+        self.console.print(one_line(text), highlight=False, markup=False, soft_wrap=True)
+
+    def reading(self, what: str, done: int, total: int) -> None:
+        """Show how much of the data has been read."""
+        if not self.console.is_terminal:
+            return
+        if self._title != what:
+            self._begin_live(what, total)
+        self._progress.update(self._task, completed=done)
+        if done >= total:
+            self._end_live()
+
+    def step(self, title: str, progress: Standing) -> None:
+        """Move the bar, with the losses a few times a second; where there is no terminal, print a line each minute."""
+        if time.monotonic() - self._drawn < (0.2 if self.console.is_terminal else LINE_SECONDS):
+            return
+        self._drawn = time.monotonic()
+        if not self.console.is_terminal:
+            place = f"epoch {progress.epoch}/{progress.epochs} step {progress.step}/{progress.steps_per_epoch}"
+            speed = f"{progress.images_per_second:.0f} images/s, {duration_text(progress.seconds_left)} left"
+            losses = "  ".join(f"{name} {loss:.3f}" for name, loss in progress.losses.items())
+            self._line(f"{title} {place}  {speed}  loss: {losses}")
+            return
+        done = (progress.epoch - 1) * progress.steps_per_epoch + progress.step
+        if self._title != title:
+            self._begin_live(title, progress.epochs * progress.steps_per_epoch)
+        self._losses = progress.losses
+        self._progress.update(
+            self._task,
+            completed=done,
+            description=f"{title}, epoch {progress.epoch}/{progress.epochs}",
+            speed=f"{progress.images_per_second:.0f} images/s{self._waited()}",
+        )
+        assert self._live is not None
+        self._live.update(self._picture())
+
+    def epoch(self, title: str, records: list[dict[str, Any]]) -> None:
+        """Note the validation accuracies; where there is no terminal, print the epoch's line."""
+        self._accuracies = {
+            record["student"]: record["validation"][default_readout(list(record["validation"]))] for record in records
+        }
+        if not records:
+            return
+        first = records[0]
+        self._waiting = first["shares"]["waiting"]
+        if self.console.is_terminal:
+            return
+        speed = first["cohort_images_per_second"]
+        students = "  ".join(
+            f"{record['student']} {record['train_loss']:.3f}/{100 * self._accuracies[record['student']]:.1f}%"
+            for record in records
+        )
+        self._line(
+            f"{title} epoch {first['epoch']}/{first['epochs']}  {speed:.0f} images/s, "
+            f"{100 * self._waiting:.0f} % waiting for data  loss/validation: {students}"
+        )
+
+    def _waited(self) -> str:
+        """Say which share of the last epoch was spent waiting for images."""
+        return "" if self._waiting is None else f", {100 * self._waiting:.0f} % waiting for data"
+
+    def _picture(self) -> Group:
+        table = Table(box=None, pad_edge=False)
+        table.add_column("student")
+        table.add_column("loss", justify="right")
+        table.add_column("validation", justify="right")
+        for name, loss in self._losses.items():
+            accuracy = f"{100 * self._accuracies[name]:.1f} %" if name in self._accuracies else ""
+            table.add_row(name, f"{loss:.3f}", accuracy)
+        return Group(self._progress, table)
+
+    def _begin_live(self, title: str, total: int) -> None:
+        self._end_live()
+        self._title = title
+        self._accuracies, self._losses, self._waiting = {}, {}, None
+        self._task = self._progress.add_task(title, total=total, speed="")
+        self._live = Live(self._progress, console=self.console, refresh_per_second=5)
+        self._live.start()
+
+    def _end_live(self) -> None:
+        if self._live is not None:
+            self._live.stop()
+            self._progress.remove_task(self._task)
+        self._live, self._title = None, ""

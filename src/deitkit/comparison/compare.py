@@ -1,0 +1,198 @@
+"""A comparison, whole: recipe -> teacher -> cohorts over seeds -> test set, once -> results.json -> report.
+
+Each stage leaves its result in the run folder, so that a run that was stopped goes on where it was.
+"""
+
+import json
+import shutil
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from deitkit import __version__
+from deitkit.comparison.estimate import estimate_training
+from deitkit.comparison.finetune import Before, ask_checkpoint, beside_checkpoint
+from deitkit.comparison.rows import summarise
+from deitkit.comparison.seed_run import adopt_older_layout, gather_metrics, load_predictions, run_seed
+from deitkit.data.augment.preview import draw_views
+from deitkit.data.batches import Batches
+from deitkit.data.dataset import Dataset, load_dataset
+from deitkit.distillation.methods import find_method
+from deitkit.evaluation.readouts import top_k_accuracy
+from deitkit.recipe.schema import Recipe
+from deitkit.report.write import write_report
+from deitkit.run.folder import begin_run, check_run
+from deitkit.run.observer import Watcher
+from deitkit.run.provenance import code_sha256
+from deitkit.run.results import read_results
+from deitkit.system.device import Precision, choose_device, describe_machine
+from deitkit.system.files import write_text
+from deitkit.teachers.frozen import Teachers, mean_answer
+from deitkit.teachers.gate import TeacherCard
+from deitkit.teachers.prepare import common_card, prepare_teachers
+from deitkit.training.build import build_students, initial_weights, student_names
+from deitkit.training.optim import peak_learning_rate
+
+MODEL_FILES = ("model.safetensors", "model.json")
+
+
+def compare(
+    recipe: Recipe, folder: Path, *, watcher: Watcher, resume: bool = False, dataset: Dataset | None = None
+) -> dict[str, Any]:
+    """Run a comparison into a folder and return its ``results.json``.
+
+    Args:
+        recipe: What to compare.
+        folder: New or empty; with ``resume`` one that this recipe has begun.
+        watcher: Is told how it goes, and asked whether to stop.
+        resume: Go on with a run that was stopped, or train what the recipe has more than it; one that ended is only
+            reported again.
+        dataset: What ``recipe.data`` names, if it is loaded already.
+
+    Raises:
+        Interrupted: The watcher asked to stop; the run can be resumed.
+    """
+    device = choose_device(recipe.device)
+    precision = Precision.choose(recipe.train.precision, device)
+    for name in recipe.methods:
+        find_method(name)
+    check_run(folder, recipe, resume)
+    watcher.say(f"device {device}, precision {precision.name}")
+    if dataset is None:
+        dataset = load_dataset(recipe.data, watcher.reading)
+    watcher.say(
+        f"data {dataset.name}: {len(dataset.train)} training, {len(dataset.validation)} validation, "
+        f"{len(dataset.test)} test images, {dataset.classes} classes"
+    )
+    if dataset.duplicates.count:
+        watcher.say(dataset.duplicates.told())
+    if recipe.train.learning_rate_per is not None:
+        watcher.say(
+            f"learning rate {peak_learning_rate(recipe.train, recipe.train):g}: {recipe.train.learning_rate:g} for "
+            f"{recipe.train.learning_rate_per} images, {recipe.train.batch_size} in a step"
+        )
+    start = rehearse(recipe, dataset, precision)
+    for line in start:
+        watcher.say(line)
+    before = ask_checkpoint(recipe, dataset, precision, watcher)
+    begin_run(folder, recipe)
+    adopt_older_layout(folder)
+    machine = describe_machine(device, precision)
+    environment = machine | {"deitkit": __version__, "code": code_sha256()}
+    write_text(folder / "environment.json", json.dumps(environment, indent=2) + "\n")
+    draw_views(dataset, recipe.augment, recipe.train.label_smoothing, folder / "views.png")
+
+    estimate = estimate_training(recipe, dataset, folder, precision)
+    if estimate is not None:
+        watcher.say(str(estimate))
+    teachers: Teachers | None = None
+    cards: list[TeacherCard] = []
+    if needs_teacher(recipe):
+        teachers, cards = prepare_teachers(
+            recipe, dataset, folder=folder / "teacher", precision=precision, watcher=watcher
+        )
+    for seed in recipe.seeds:
+        run_seed(recipe, dataset, teachers, seed, folder=folder, precision=precision, watcher=watcher)
+    results = _results(recipe, dataset, teachers, cards, before, folder=folder, precision=precision)
+    results["machine"] = machine
+    results["notes"] += [f"{line[0].upper()}{line[1:]}." for line in start]
+    _hand_over(results, folder)
+    write_text(folder / "results.json", json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+    write_report(folder)
+    return results
+
+
+def has_finished(folder: Path, recipe: Recipe) -> bool:
+    """Return whether a run folder holds the results of all methods and seeds of a recipe, and of no others."""
+    if not (folder / "results.json").exists():
+        return False
+    results = read_results(folder)
+    return results["recipe"]["methods"] == list(recipe.methods) and results["seeds"] == list(recipe.seeds)
+
+
+def needs_teacher(recipe: Recipe) -> bool:
+    """Return whether any method of a recipe learns from a teacher."""
+    return any(find_method(name).teacher_signal for name in recipe.methods)
+
+
+def rehearse(recipe: Recipe, dataset: Dataset, precision: Precision) -> list[str]:
+    """Build once and throw away: what cannot be built is a mistake to hear of before the teacher trains.
+
+    Returns:
+        What the students start from, line by line, where that is a checkpoint.
+    """
+    Batches(dataset.train, recipe.train.batch_size, 0, precision.device)
+    start: list[str] = []
+    build_students(recipe, dataset, recipe.seeds[0], precision, start.append)
+    return start
+
+
+def _results(
+    recipe: Recipe,
+    dataset: Dataset,
+    teachers: Teachers | None,
+    cards: list[TeacherCard],
+    before: Before | None,
+    *,
+    folder: Path,
+    precision: Precision,
+) -> dict[str, Any]:
+    """Gather the seeds' predictions into rows, in the format of docs/design.md."""
+    answers, teacher_entry, each = None, None, []
+    if teachers is not None:
+        said = teachers.answers(dataset.test, precision)
+        each = [
+            {**card.__dict__, "test_top1": top_k_accuracy(answer, dataset.test.labels)}
+            for card, answer in zip(cards, said, strict=True)
+        ]
+        answers = mean_answer(said)
+        teacher_entry = {**common_card(teachers, cards, dataset, precision).__dict__}
+    predictions = load_predictions(folder, recipe.seeds, student_names(recipe))
+    gather_metrics(folder, recipe.seeds, student_names(recipe))
+    summary = summarise(recipe, dataset, predictions, answers, folder / "metrics.jsonl")
+    if before is not None:
+        summary = beside_checkpoint(summary, before, dataset, predictions, answers)
+    if teacher_entry is not None:
+        teacher_entry["test_top1"] = summary.pop("teacher_test_top1")
+    return {
+        "format": 1,
+        "deitkit": __version__,
+        "code": code_sha256(),
+        "created": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "recipe": recipe.model_dump(mode="json"),
+        "dataset": {
+            "name": dataset.name,
+            "train": len(dataset.train),
+            "validation": len(dataset.validation),
+            "test": len(dataset.test),
+            "classes": dataset.classes,
+            "class_names": list(dataset.class_names),
+            "image_px": list(dataset.image_px),
+            "channels": dataset.channels,
+            "skipped": len(dataset.skipped),
+            "skipped_files": list(dataset.skipped),
+            "fingerprint": dataset.fingerprint,
+            "duplicates": asdict(dataset.duplicates),
+        },
+        "teacher": teacher_entry,
+        "teachers": each,
+        "initial": initial_weights(recipe),
+        "seeds": list(recipe.seeds),
+        **summary,
+    }
+
+
+def _hand_over(results: dict[str, Any], folder: Path) -> None:
+    """Copy the winner's model to ``winner/``, with the readout that it won by."""
+    if results["winner"] is None:
+        return
+    row = next(row for row in results["rows"] if row["row"] == results["winner"])
+    seed = max(zip(row["validation_top1"], results["seeds"], strict=True), key=lambda pair: pair[0] or 0.0)[1]
+    source = folder / f"seed-{seed}" / (row["method"] + ("+ema" if row["weights"] == "ema" else ""))
+    (folder / "winner").mkdir(exist_ok=True)
+    for name in MODEL_FILES:
+        shutil.copy2(source / name, folder / "winner" / name)
+    card = json.loads((folder / "winner" / "model.json").read_text(encoding="utf-8"))
+    card |= {"readout": row["readout"], "test_top1": row["top1"][results["seeds"].index(seed)]}
+    write_text(folder / "winner" / "model.json", json.dumps(card, indent=2, ensure_ascii=False) + "\n")

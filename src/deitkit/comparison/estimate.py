@@ -1,0 +1,99 @@
+"""How long a comparison will train on this machine, from a few steps of its own; nothing that it builds is kept."""
+
+import gc
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from deitkit.comparison.seed_run import missing_students, training_has_begun
+from deitkit.data.dataset import Dataset
+from deitkit.distillation.methods import METHODS
+from deitkit.models.accelerate import accelerate
+from deitkit.recipe.schema import AugmentRecipe, Recipe, TrainRecipe
+from deitkit.system.device import Precision
+from deitkit.system.timer import duration_text
+from deitkit.teachers.frozen import FrozenTeacher, Teachers
+from deitkit.teachers.prepare import draft_teacher, teacher_folders
+from deitkit.training.build import build_students, student_names
+from deitkit.training.cohort import Cohort
+from deitkit.training.student import Student
+
+# Views of all students together under which a run takes about a minute, and an estimate would cost a part of it.
+LEAST_VIEWS = 100_000
+WARM_UP_STEPS, TIMED_STEPS = 1, 2
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Seconds of training that are left; validation and reports come on top."""
+
+    teachers: float
+    students: float
+
+    def __str__(self) -> str:
+        parts = {"teacher": self.teachers, "students": self.students}
+        told = ", ".join(f"{name} {duration_text(seconds)}" for name, seconds in parts.items() if seconds > 0)
+        return f"training will take about {duration_text(self.teachers + self.students)} on this machine ({told})"
+
+
+def estimate_training(recipe: Recipe, dataset: Dataset, folder: Path, precision: Precision) -> Estimate | None:
+    """Time a few steps of what a run folder lacks, and return how long all of it will take.
+
+    Returns:
+        None where the steps' speed is not that of the run: on a GPU, which records its first steps; where the run is
+        too short to be worth it; and where a training has begun, whose own progress tells.
+    """
+    missing = {seed: missing_students(folder, seed, student_names(recipe)) for seed in recipe.seeds}
+    count = sum(len(names) for names in missing.values())
+    views = count * recipe.train.epochs * len(dataset.train)
+    homes = teacher_folders(recipe, folder / "teacher")
+    begun = any(training_has_begun(home) for home in (*homes, *(folder / f"seed-{seed}" for seed in recipe.seeds)))
+    if precision.device.type != "cpu" or count == 0 or views < LEAST_VIEWS or begun:
+        return None
+    teachers = []
+    seconds_of_teachers = 0.0
+    for one, home in zip(recipe.teacher.everyone, homes, strict=True):
+        classifier, card = draft_teacher(one, dataset)
+        accelerate(classifier, recipe.speed, precision.device)
+        if card.fit != "none" and not (home / "card.json").exists():
+            student = Student("teacher", METHODS["none"], classifier, one.train)
+            seconds_of_teachers += _seconds([student], None, recipe, dataset, one.augment, one.train, precision)
+        teachers.append(FrozenTeacher(classifier))
+    students = build_students(recipe, dataset, recipe.seeds[0], precision, names=max(missing.values(), key=len))
+    each = _seconds(students, Teachers(teachers), recipe, dataset, recipe.augment, recipe.train, precision)
+    gc.collect()  # the cohorts, before the run builds its own
+    return Estimate(seconds_of_teachers, each * count / len(students))
+
+
+def _seconds(
+    students: list[Student],
+    teachers: Teachers | None,
+    recipe: Recipe,
+    dataset: Dataset,
+    augment: AugmentRecipe,
+    train: TrainRecipe,
+    precision: Precision,
+) -> float:
+    """Return how long a cohort will train, by its first steps."""
+    cohort = Cohort(
+        students,
+        teacher=teachers,
+        dataset=dataset,
+        augment=augment,
+        train=train,
+        distillation=recipe.distillation,
+        speed=recipe.speed,
+        precision=precision,
+        seed=recipe.seeds[0],
+    )
+    for student in students:
+        student.classifier.train()
+    steps = min(WARM_UP_STEPS + TIMED_STEPS, cohort.batches.steps_per_epoch)
+    batches = cohort.batches.epoch(0, 0)
+    started = time.perf_counter()
+    for step in range(steps):
+        if step == min(WARM_UP_STEPS, steps - 1):
+            started = time.perf_counter()
+        cohort.next_step(batches)
+    timed = max(1, steps - WARM_UP_STEPS)
+    return (time.perf_counter() - started) / timed * cohort.batches.steps_per_epoch * train.epochs

@@ -1,0 +1,230 @@
+"""One seed of a comparison: the cohorts that its unfinished students train in, and what is kept of the finished ones.
+
+A student learns the same alone as beside others, so a comparison may grow: only students that are missing train. What
+is kept of one lies in its own folder, `seed-N/STUDENT/`.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from deitkit.data.dataset import Dataset
+from deitkit.evaluation.predict import predict_all
+from deitkit.evaluation.readouts import readout_scores
+from deitkit.models.classifier import Classifier
+from deitkit.models.saved import save_classifier
+from deitkit.recipe.schema import Recipe
+from deitkit.run.metrics import read_metrics
+from deitkit.run.observer import Watcher
+from deitkit.run.state import drop_state, load_state, load_tree, save_tree
+from deitkit.system.device import Precision
+from deitkit.system.files import write_text
+from deitkit.teachers.frozen import Teachers
+from deitkit.teachers.logit_cache import open_logit_cache
+from deitkit.training.build import BASELINE, baseline_architecture, build_students, initial_weights, student_names
+from deitkit.training.cohort import Cohort
+from deitkit.training.fit import train_to_end
+from deitkit.training.student import Student
+
+PREDICTIONS, STATE = "predictions.safetensors", "checkpoint.safetensors"
+
+
+@dataclass(frozen=True)
+class PlannedCohort:
+    """Students that train in lock-step, and the file of their state."""
+
+    names: tuple[str, ...]
+    state: Path
+
+
+def run_seed(
+    recipe: Recipe,
+    dataset: Dataset,
+    teachers: Teachers | None,
+    seed: int,
+    *,
+    folder: Path,
+    precision: Precision,
+    watcher: Watcher,
+) -> None:
+    """Train the students of a seed that are not finished, save them, and predict the test images once.
+
+    Raises:
+        Interrupted: The watcher asked to stop; the run can be resumed.
+    """
+    for planned in plan_cohorts(folder / f"seed-{seed}", student_names(recipe), watcher.say):
+        if planned.state.parent.name in planned.names:
+            _return_metrics(planned.state.parent, folder)
+        students = build_students(recipe, dataset, seed, precision, names=planned.names)
+        logit_cache = None
+        if teachers is not None and recipe.teacher.cache:
+            logit_cache = open_logit_cache(recipe, dataset, teachers, seed, precision)
+        cohort = Cohort(
+            students,
+            teacher=teachers,
+            dataset=dataset,
+            augment=recipe.augment,
+            train=recipe.train,
+            distillation=recipe.distillation,
+            speed=recipe.speed,
+            precision=precision,
+            seed=seed,
+            logit_cache=logit_cache,
+        )
+        train_to_end(
+            cohort,
+            title=f"seed {seed}",
+            checkpoint=planned.state,
+            metrics=folder / "metrics.jsonl",
+            watcher=watcher,
+            log_folder=folder / "tensorboard" / f"seed-{seed}",
+            save_seconds=recipe.speed.save_seconds,
+        )
+        _keep(students, recipe, dataset, seed, folder=folder, precision=precision)
+        for state in (planned.state, *(planned.state.parent / name / STATE for name in planned.names)):
+            drop_state(state)
+
+
+def plan_cohorts(home: Path, names: Sequence[str], say: Callable[[str], None]) -> list[PlannedCohort]:
+    """Divide the unfinished students of a seed into cohorts, those that are furthest first.
+
+    Students that a state holds go on together. One that a state holds and that is no longer in the comparison is set
+    aside, its training so far in a state of its own, and goes on alone when it comes back.
+
+    Args:
+        home: The seed's folder.
+        names: Of the students in the comparison.
+        say: Receives a line for each student that is set aside.
+    """
+    missing = missing_students(home.parent, int(home.name.removeprefix("seed-")), names)
+    shared = home / STATE
+    begun = _students_in(load_state(shared, say)) if (home / STATE).exists() else ()
+    for name in begun:
+        if name not in names and not (home / name / PREDICTIONS).exists():
+            _set_aside(name, home)
+            say(f"{name} is not in the comparison any more: its training so far stays in {home / name}")
+    together = tuple(name for name in missing if name in begun)
+    if begun and not together:
+        drop_state(shared)
+    alone = [name for name in missing if name not in begun and (home / name / STATE).exists()]
+    rest = tuple(name for name in missing if name not in (*together, *alone))
+    cohorts = [PlannedCohort((name,), home / name / STATE) for name in alone]
+    return (
+        [PlannedCohort(some, shared) for some in (together,) if some]
+        + cohorts
+        + [PlannedCohort(some, shared) for some in (rest,) if some]
+    )
+
+
+def missing_students(folder: Path, seed: int, names: Sequence[str]) -> list[str]:
+    """Return those of some students of a seed that are not finished."""
+    return [name for name in names if not (folder / f"seed-{seed}" / name / PREDICTIONS).exists()]
+
+
+def training_has_begun(home: Path) -> bool:
+    """Return whether a state of a training lies in a seed's or a teacher's folder."""
+    return (home / STATE).exists()
+
+
+def _students_in(state: dict[str, Any] | None) -> tuple[str, ...]:
+    return () if state is None else tuple(state["students"])
+
+
+def _set_aside(name: str, home: Path) -> None:
+    """Write what the cohort's state holds of one student as the state of a cohort of its own, and its metrics."""
+    state = load_tree(home / STATE)
+    _write_metrics(home / name, read_metrics(home.parent), int(home.name.removeprefix("seed-")))
+    save_tree(home / name / STATE, state | {"students": {name: state["students"][name]}})
+
+
+def _keep(
+    students: Sequence[Student], recipe: Recipe, dataset: Dataset, seed: int, *, folder: Path, precision: Precision
+) -> None:
+    """Write each student's weights, metrics and predictions; the last come last, and mark it as finished."""
+    weights = {student.name: _weights(student) for student in students}
+    scores: dict[str, dict[str, dict[str, Any]]] = {
+        name: {which: {} for which in classifiers} for name, classifiers in weights.items()
+    }
+    for split in ("validation", "test"):
+        everyone = [(name, which, classifier) for name, some in weights.items() for which, classifier in some.items()]
+        outputs = predict_all([classifier for _, _, classifier in everyone], getattr(dataset, split), precision)
+        for (name, which, _), output in zip(everyone, outputs, strict=True):
+            scores[name][which][split] = readout_scores(output)
+    for student in students:
+        home = folder / f"seed-{seed}" / student.name
+        card = _student_card(recipe, dataset, student, seed)
+        save_classifier(home, student.classifier, card)
+        if "ema" in weights[student.name]:
+            save_classifier(home.with_name(f"{student.name}+ema"), weights[student.name]["ema"], card)
+        _write_metrics(home, read_metrics(folder), seed)
+        prediction = {
+            "status": student.stopped,
+            "parameters": sum(parameter.numel() for parameter in student.classifier.model.parameters()),
+            "scores": scores[student.name],
+        }
+        save_tree(home / PREDICTIONS, prediction)
+
+
+def _write_metrics(home: Path, records: Sequence[dict[str, Any]], seed: int) -> None:
+    """Write the records of one student among those of a run into its folder."""
+    own = [record for record in records if (record["seed"], record["student"]) == (seed, home.name)]
+    write_text(home / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in own))
+
+
+def _return_metrics(home: Path, folder: Path) -> None:
+    """Put the metrics of a student that was set aside back among those of the run."""
+    records = read_metrics(folder) + read_metrics(home)
+    write_text(folder / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in records))
+
+
+def load_predictions(folder: Path, seeds: Sequence[int], names: Sequence[str]) -> dict[int, dict[str, Any]]:
+    """Return what finished students predicted: seed -> student -> status, parameters and scores.
+
+    Scores are by weights (``last``, ``ema``), split and readout, as float32 on the CPU.
+    """
+    adopt_older_layout(folder)
+    return {seed: {name: load_tree(folder / f"seed-{seed}" / name / PREDICTIONS) for name in names} for seed in seeds}
+
+
+def gather_metrics(folder: Path, seeds: Sequence[int], names: Sequence[str]) -> None:
+    """Write the metrics of finished students as those of the run, in the order of one cohort a seed."""
+    records = [record for seed in seeds for name in names for record in read_metrics(folder / f"seed-{seed}" / name)]
+    records.sort(key=lambda record: (seeds.index(record["seed"]), record["epoch"], names.index(record["student"])))
+    write_text(folder / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in records))
+
+
+def adopt_older_layout(folder: Path) -> None:
+    """Divide what version 0.1 kept of all students of a seed in one file among the students' own folders."""
+    for path in sorted(folder.glob(f"seed-*/{PREDICTIONS}")):
+        seed, records = int(path.parent.name.removeprefix("seed-")), read_metrics(folder)
+        for name, prediction in load_tree(path).items():
+            _write_metrics(path.parent / name, records, seed)
+            save_tree(path.parent / name / PREDICTIONS, prediction)
+        path.unlink()
+
+
+def _weights(student: Student) -> dict[str, Classifier]:
+    """Return the last weights, and their average if it was kept."""
+    average = {"ema": student.average.classifier} if student.average is not None else {}
+    return {"last": student.classifier, **average}
+
+
+def _student_card(recipe: Recipe, dataset: Dataset, student: Student, seed: int) -> dict[str, Any]:
+    card = {
+        "method": student.name,
+        "seed": seed,
+        "recipe": recipe.name,
+        "dataset": dataset.name,
+        "channels": dataset.channels,
+        "class_names": list(dataset.class_names),
+        "input_px": list(dataset.image_px),
+        "eval_crop": recipe.data.eval_crop,
+        "split": {"split_seed": recipe.data.split_seed, "test_fraction": recipe.data.test_fraction},
+    }
+    if student.name == BASELINE:
+        card["architecture"] = baseline_architecture(recipe)
+    else:
+        card["initial"] = initial_weights(recipe)
+    return card

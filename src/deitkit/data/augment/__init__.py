@@ -1,0 +1,1 @@
+"""How a batch of images becomes a view, on the images' device, with one draw an image."""

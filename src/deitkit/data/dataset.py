@@ -1,0 +1,250 @@
+"""From a recipe to a data set: found, divided, decoded, described.
+
+How each kind of source is laid out belongs in ``named.py``, ``folders.py`` and ``parquet.py``; batches and augmentation
+are not known here.
+"""
+
+import difflib
+import hashlib
+import json
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+
+from deitkit.data.cache import sha256
+from deitkit.data.decode import DecodedImages, decode_images
+from deitkit.data.duplicates import MOST_EXAMPLES, Duplicates, find_duplicates, pixel_hashes
+from deitkit.data.listing import EncodedImages, Listing, Progress, writable
+from deitkit.data.pixels import mean_and_std, mean_and_std_of_counts, require_memory, resize, to_channels
+from deitkit.data.sources.folders import list_folder
+from deitkit.data.sources.named import NAMED_SETS, list_named
+from deitkit.data.sources.parquet import list_parquet
+from deitkit.data.split import Split, SplitIndices, plan_splits
+from deitkit.data.stream import Survey, survey, wants_streaming
+from deitkit.errors import DataError
+from deitkit.recipe.schema import DataRecipe
+
+DATASETS = ("digits", *NAMED_SETS)
+_CHUNK = 1024  # images copied at a time to be hashed
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A data set, divided, with what describes it.
+
+    Attributes:
+        name: As in the recipe.
+        train: Images to learn from.
+        validation: Images carved from the training images, to check the teacher and draw curves.
+        test: Images for the final figures only.
+        class_names: Names of the classes, by label.
+        mean: Of each channel of the training images, as values in [0, 1].
+        std: Of each channel of the training images, as values in [0, 1]; at least 1/255.
+        skipped: Names of images that could not be decoded.
+        fingerprint: SHA-256 over images, labels and class names of all splits, in hexadecimal; for streamed images over
+            the names, sizes and times of their files instead.
+        duplicates: Test images that are training images too.
+    """
+
+    name: str
+    train: Split
+    validation: Split
+    test: Split
+    class_names: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    skipped: tuple[str, ...]
+    fingerprint: str
+    duplicates: Duplicates = field(default_factory=Duplicates)
+
+    @property
+    def classes(self) -> int:
+        """Number of classes."""
+        return len(self.class_names)
+
+    @property
+    def channels(self) -> int:
+        """1 for grey, 3 for colour."""
+        return self.train.images.shape[1]
+
+    @property
+    def image_px(self) -> tuple[int, int]:
+        """Height and width."""
+        return self.train.images.shape[2], self.train.images.shape[3]
+
+
+def load_dataset(recipe: DataRecipe, progress: Progress | None = None) -> Dataset:
+    """Load the data set that a recipe names, as uint8 images in memory, or as files that are decoded on the way.
+
+    Labels are read and divided first (see ``plan_splits``); only images that belong to a split are decoded. An image
+    that cannot be decoded is therefore missing from its split, and does not move others between splits.
+
+    Args:
+        recipe: What to load, and how to divide it.
+        progress: Called with what is being done, how many images are done, and how many there are.
+
+    Raises:
+        DataError: The data set is missing, malformed, does not fit the recipe or would not fit in memory.
+    """
+    listing, indices = _plan(recipe, progress)
+    parts = (indices.train, indices.validation, indices.test)
+    selection = torch.cat(parts)
+    found = _read(listing, selection, len(indices.train), recipe, progress)
+    sizes = [int(kept.sum()) for kept in found.kept.split([len(part) for part in parts])]
+    places, hashes = selection[found.kept].split(sizes), found.hashes[found.kept].split(sizes)
+    labels = [listing.labels[some] for some in places]
+    images = found.images.split(sizes)
+    splits = [Split(*both) for both in zip(images, labels, strict=True)]
+    _require_all_classes(dict(zip(("train", "validation", "test"), splits, strict=True)), listing, recipe)
+    train, validation, test = splits
+    mean, std = (
+        mean_and_std_of_counts(found.counts) if isinstance(found, Survey) else mean_and_std(found.images[: sizes[0]])
+    )
+    return Dataset(
+        name=recipe.name,
+        train=train,
+        validation=validation,
+        test=test,
+        class_names=listing.class_names,
+        mean=mean,
+        std=std,
+        skipped=listing.skipped + found.skipped,
+        fingerprint=_fingerprint(splits, listing.class_names, found.key if isinstance(found, Survey) else None),
+        duplicates=_duplicates(listing, (places[0], places[2]), find_duplicates(hashes[0], hashes[2])),
+    )
+
+
+def load_test(recipe: DataRecipe, progress: Progress | None = None) -> tuple[Split, tuple[str, ...]]:
+    """Load the test images that ``load_dataset`` would, without the others, and the names of the classes."""
+    listing, indices = _plan(recipe, progress)
+    found = _read(listing, indices.test, 0, recipe, progress)
+    split = Split(found.images, listing.labels[indices.test[found.kept]])
+    _require_all_classes({"test": split}, listing, recipe)
+    return split, listing.class_names
+
+
+def _plan(recipe: DataRecipe, progress: Progress | None) -> tuple[Listing, SplitIndices]:
+    """Find the data set, and which image belongs to which split."""
+    try:
+        listing = _list(recipe, progress)
+    except OSError as error:
+        raise DataError(
+            f"data.name={recipe.name} cannot be read ({error}): check the path and its permissions"
+        ) from None
+    listing = replace(listing, class_names=tuple(writable(name) for name in listing.class_names))
+    return listing, plan_splits(listing.labels, listing.official_test, listing.class_names, recipe)
+
+
+def _read(
+    listing: Listing,
+    selection: Int64[Tensor, "selected"],
+    train_count: int,
+    recipe: DataRecipe,
+    progress: Progress | None,
+) -> DecodedImages | Survey:
+    """Decode the selected images, of which the first ones are training images, or look at them where they stream."""
+    streams = wants_streaming(listing.images, len(selection), recipe)
+    return (_survey if streams else _pixels)(listing, selection, train_count, recipe, progress)
+
+
+def _list(recipe: DataRecipe, progress: Progress | None) -> Listing:
+    kind, colon, path = recipe.name.partition(":")
+    if colon and kind in ("folder", "parquet"):
+        if not path:
+            raise DataError(f"data.name={recipe.name} names no path: write {kind}:PATH")
+        return (list_folder if kind == "folder" else list_parquet)(Path(path).expanduser())
+    if recipe.name == "digits":
+        return _list_digits()
+    if recipe.name in NAMED_SETS:
+        return list_named(recipe, progress)
+    near = difflib.get_close_matches(recipe.name, DATASETS, n=1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    known = ", ".join(DATASETS)
+    raise DataError(f"data.name={recipe.name} is no data set: {hint}Known are {known}, folder:PATH and parquet:PATH")
+
+
+def _list_digits() -> Listing:
+    from sklearn.datasets import load_digits  # here, since it takes a second to import
+
+    digits = load_digits()
+    images = (torch.from_numpy(digits.images) * (255 / 16)).round().to(torch.uint8)
+    names = tuple(str(name) for name in digits.target_names)
+    return Listing(images[:, None], torch.from_numpy(digits.target).long(), None, names)
+
+
+def _pixels(
+    listing: Listing,
+    selection: Int64[Tensor, "selected"],
+    train_count: int,
+    recipe: DataRecipe,
+    progress: Progress | None,
+) -> DecodedImages:
+    """Return the selected images, of which the first ones are training images, as the recipe wants them."""
+    if isinstance(listing.images, EncodedImages):
+        return decode_images(listing.images, selection, recipe, progress, train_count=train_count)
+    native = listing.images.shape[1:]
+    image_px, channels = recipe.image_px or native[1], recipe.channels or native[0]
+    require_memory((len(selection), channels, image_px, image_px))
+    eval_crop = recipe.eval_crop if recipe.image_px is not None else 1.0
+    images = resize(listing.images[selection], image_px, train_count=train_count, eval_crop=eval_crop)
+    images = to_channels(images, channels)
+    hashes = [pixel_hashes(listing.images[some].numpy()) for some in selection.split(_CHUNK)]
+    kept = torch.ones(len(selection), dtype=torch.bool)
+    return DecodedImages(images, kept, (), torch.from_numpy(np.concatenate(hashes)))
+
+
+def _survey(
+    listing: Listing,
+    selection: Int64[Tensor, "selected"],
+    train_count: int,
+    recipe: DataRecipe,
+    progress: Progress | None,
+) -> Survey:
+    assert isinstance(listing.images, EncodedImages)
+    return survey(listing.images, selection, train_count, recipe, progress)
+
+
+def _require_all_classes(splits: dict[str, Split], listing: Listing, recipe: DataRecipe) -> None:
+    """Raise DataError if so many images could not be decoded that a split lacks a class."""
+    for name, split in splits.items():
+        counts = torch.bincount(split.labels, minlength=len(listing.class_names))
+        if int(counts.min()) == 0:
+            missing = listing.class_names[int(counts.argmin())]
+            raise DataError(
+                f"class '{missing}' of data.name={recipe.name} has no image in the {name} split that can be decoded: "
+                "mend or replace its files"
+            )
+
+
+def _duplicates(listing: Listing, places: tuple[Tensor, Tensor], pairs: Int64[Tensor, "pairs 2"]) -> Duplicates:
+    """Name some of the test images that were found among the training images."""
+    train, test = places
+    few = pairs[:MOST_EXAMPLES].tolist()
+    return Duplicates(
+        len(pairs), tuple((_name(listing, int(test[one])), _name(listing, int(train[other]))) for one, other in few)
+    )
+
+
+def _name(listing: Listing, position: int) -> str:
+    """Return what a message calls an image: its file, or its place in its split where it came without names."""
+    if isinstance(listing.images, EncodedImages):
+        return listing.images.names[position]
+    if listing.official_test is None:
+        return f"image {position}"
+    is_test = bool(listing.official_test[position])
+    place = int((listing.official_test[:position] == is_test).sum())
+    return f"{'test' if is_test else 'training'} image {place}"
+
+
+def _fingerprint(splits: list[Split], class_names: tuple[str, ...], streamed_key: str | None) -> str:
+    contents = [
+        sha256(split.images, split.labels) if isinstance(split.images, Tensor) else sha256(split.labels)
+        for split in splits
+    ]
+    if streamed_key is not None:
+        contents.append(streamed_key)
+    return hashlib.sha256(json.dumps([contents, class_names]).encode()).hexdigest()

@@ -1,0 +1,285 @@
+"""The named data sets: where each may lie, in which forms, and how one that is absent is downloaded."""
+
+import gzip
+import os
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision import datasets
+
+from deitkit.data.decode import decode_images
+from deitkit.data.listing import EncodedImages, Listing, Progress
+from deitkit.data.sources.archives import (
+    IMAGENET_TEST,
+    imagenet_names,
+    read_cars,
+    read_flowers,
+    read_imagenet,
+    read_inaturalist,
+)
+from deitkit.data.sources.folders import TEST_NAMES, class_folders, list_folder
+from deitkit.data.sources.parquet import has_shards, list_parquet
+from deitkit.errors import DataError
+from deitkit.recipe.schema import DataRecipe
+
+
+@dataclass(frozen=True)
+class NamedSet:
+    """A data set with a name: how to recognise it, and where to get it.
+
+    Attributes:
+        classes: How many there are.
+        aliases: What its folder may be called, besides its name.
+        read: Reads its own layout, torchvision's or that of its archives; None where a folder holds something else.
+        download: Downloads it into a folder; None where only a person can, or should.
+        fetch: What that person fetches, from where, and how large it is.
+        shape: Of its images, which are then decoded at once; None where their sizes differ.
+        test_names: What its test split may be called in class folders and parquet files.
+        more_training: Splits that are trained on too.
+        spellings: Returns the names of its classes in their official order, and then other ways to write all of them.
+    """
+
+    classes: int
+    aliases: tuple[str, ...]
+    read: Callable[[Path], Listing | None]
+    download: Callable[[Path], object] | None = None
+    fetch: str = ""
+    shape: tuple[int, int, int] | None = None
+    test_names: tuple[str, ...] = TEST_NAMES
+    more_training: tuple[str, ...] = ()
+    spellings: Callable[[], Sequence[Sequence[str]]] = tuple
+
+
+def list_named(recipe: DataRecipe, progress: Progress | None = None) -> Listing:
+    """Find a data set of ``NAMED_SETS`` on the disk, or download it; images of one size come decoded.
+
+    Looked for in ``recipe.root``, else ``$DEITKIT_DATA``, else ``~/.cache/deitkit``: in a folder called like the data
+    set and in the root itself, as parquet shards, in torchvision's layout or that of its archives, or in class folders.
+
+    Raises:
+        DataError: It is nowhere and cannot be downloaded, or what lies there is another data set or damaged.
+    """
+    named = NAMED_SETS[recipe.name]
+    root = (recipe.root or Path(os.environ.get("DEITKIT_DATA") or "~/.cache/deitkit")).expanduser()
+    places = [*(root / alias for alias in (recipe.name, *named.aliases)), root]
+    listing = _find(named, places, recipe, progress)
+    if listing is None:
+        absent = f"{recipe.name} is neither in '{places[0]}' nor in '{root}', and "
+        if named.download is None:
+            raise DataError(
+                f"{absent}is not downloaded by deitkit: {named.fetch} there (docs/own-data.md has the layouts), or "
+                "point data.root or DEITKIT_DATA to it"
+            )
+        if not recipe.download:
+            raise DataError(absent + _remedy("data.download=false: set it to true"))
+        try:
+            named.download(root)
+        except (OSError, RuntimeError, EOFError, zlib.error) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise DataError(f"{absent}cannot be downloaded ({reason}): {_remedy('connect to the internet')}") from None
+        listing = _find(named, places, recipe, progress)
+    assert listing is not None, "a completed download is found"
+    return listing
+
+
+def _remedy(first: str) -> str:
+    return f"{first}, put it there, point data.root or DEITKIT_DATA to it, or use data.name=digits, which is built in"
+
+
+def _find(named: NamedSet, places: list[Path], recipe: DataRecipe, progress: Progress | None) -> Listing | None:
+    for place in places:
+        listing = _list_at(named, place, recipe.name)
+        if listing is None:
+            continue
+        if listing.official_test is None:
+            raise DataError(f"'{place}' holds no test split of {recipe.name}: add it or point data.root elsewhere")
+        if named.shape is not None:
+            listing = _decoded(listing, named.shape, place, recipe, progress)
+        return _in_official_order(listing, named.spellings())
+    return None
+
+
+def _list_at(named: NamedSet, place: Path, name: str) -> Listing | None:
+    """List the data set if it lies in this very folder, in whatever form; the folder may well hold another one."""
+    if has_shards(place):
+        listing = list_parquet(place, test_names=named.test_names, more_training=named.more_training)
+    elif (found := named.read(place)) is not None:
+        if len(found.class_names) != named.classes:
+            raise DataError(
+                f"'{place}' has {len(found.class_names)} of the {named.classes} classes of {name}: unpack it again"
+            )
+        return found
+    elif len(class_folders(place / "train")) == named.classes:
+        listing = list_folder(place, test_names=named.test_names, more_training=named.more_training)
+    else:
+        return None
+    return listing if len(listing.class_names) == named.classes else None
+
+
+def _in_official_order(listing: Listing, spellings: Sequence[Sequence[str]]) -> Listing:
+    """Number the classes as everyone does, whatever they are called here; leave names that nobody knows as they are."""
+    given = listing.class_names
+    for names in spellings:
+        if set(names) == set(given):
+            place = {name: label for label, name in enumerate(names)}
+            labels = torch.tensor([place[name] for name in given])[listing.labels]
+            return replace(listing, labels=labels, class_names=tuple(spellings[0]))
+        # Names that agree nine times in ten, each in its place, are the same ones, a few of them written otherwise.
+        if sum(one == other for one, other in zip(names, given, strict=False)) >= 0.9 * max(len(names), len(given)):
+            return replace(listing, class_names=tuple(spellings[0]))
+    return listing
+
+
+def _decoded(
+    listing: Listing, shape: tuple[int, int, int], place: Path, recipe: DataRecipe, progress: Progress | None
+) -> Listing:
+    """Decode images of one size at that size, where they do not come as pixels."""
+    if isinstance(listing.images, EncodedImages):
+        native = recipe.model_copy(update={"image_px": None, "channels": shape[0]})
+        decoded = decode_images(listing.images, torch.arange(len(listing.labels)), native, progress)
+        assert listing.official_test is not None
+        labels, official_test = listing.labels[decoded.kept], listing.official_test[decoded.kept]
+        listing = Listing(decoded.images, labels, official_test, listing.class_names, decoded.skipped)
+    assert not isinstance(listing.images, EncodedImages)
+    found = tuple(listing.images.shape[1:])
+    if found != shape:
+        raise DataError(
+            f"what lies in '{place}' is not {recipe.name}, its images are {found} instead of {shape}: "
+            "set data.root to another folder, or data.name=folder:PATH or parquet:PATH"
+        )
+    return listing
+
+
+def _read_cifar(kind: type[datasets.CIFAR10], place: Path) -> Listing | None:
+    """Read torchvision's layout of CIFAR; only torchvision unpickles it, and only after its own checksum."""
+    first_batch = kind.train_list[0][0]
+    folder = next((f for f in (place / kind.base_folder, place) if (f / first_batch).is_file()), None)
+    if folder is None:
+        return None
+    # A subclass without the subfolder reads the batches wherever they lie.
+    here = type(kind.__name__, (kind,), {"base_folder": ""})
+    try:
+        train, test = here(str(folder), train=True), here(str(folder), train=False)
+    except (OSError, RuntimeError) as error:
+        raise DataError(f"'{folder}' is incomplete or damaged ({error}): delete it and run again") from None
+    pixels = np.concatenate([train.data, test.data]).transpose(0, 3, 1, 2)
+    return _listing(pixels, train.targets, test.targets, train.classes)
+
+
+def _read_fashion_mnist(place: Path) -> Listing | None:
+    for folder in (place / "FashionMNIST" / "raw", place / "raw", place):
+        arrays = [
+            _read_idx(folder, f"{split}-{kind}")
+            for kind in ("images-idx3-ubyte", "labels-idx1-ubyte")
+            for split in ("train", "t10k")
+        ]
+        train_images, test_images, train_labels, test_labels = arrays
+        if train_images is None or test_images is None or train_labels is None or test_labels is None:
+            continue
+        images = np.concatenate([train_images, test_images])[:, None]
+        return _listing(images, train_labels, test_labels, datasets.FashionMNIST.classes)
+    return None
+
+
+def _read_idx(folder: Path, name: str) -> np.ndarray | None:
+    """Return the array in an idx file (LeCun's format for MNIST), plain or gzipped; None if there is none."""
+    path = next((p for p in (folder / name, folder / f"{name}.gz") if p.is_file()), None)
+    if path is None:
+        return None
+    try:
+        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        if content[:3] != b"\0\0\x08":  # two zeros, then the type: unsigned bytes
+            raise ValueError("no idx file of bytes")
+        axes = content[3]
+        shape = np.frombuffer(content, ">u4", axes, offset=4).astype(int)
+        return np.frombuffer(content, np.uint8, offset=4 + 4 * axes).reshape(shape)
+    except (OSError, EOFError, zlib.error, ValueError, IndexError) as error:
+        raise DataError(f"'{path}' is damaged ({error}): delete it and run again") from None
+
+
+def _listing(pixels: np.ndarray, train_labels: object, test_labels: object, class_names: list[str]) -> Listing:
+    train, test = np.asarray(train_labels, np.int64), np.asarray(test_labels, np.int64)
+    labels = torch.from_numpy(np.concatenate([train, test]))
+    official_test: Tensor = torch.arange(len(labels)) >= len(train)
+    return Listing(torch.from_numpy(np.ascontiguousarray(pixels)), labels, official_test, tuple(class_names))
+
+
+def _flower_names() -> tuple[tuple[str, ...], ...]:
+    names = tuple(datasets.Flowers102.classes)
+    return names, tuple(str(number) for number in range(1, len(names) + 1))
+
+
+def _inaturalist(year: int, classes: int, size: str) -> NamedSet:
+    return NamedSet(
+        classes,
+        (f"inaturalist-{year}", f"iNaturalist{year}", f"iNat{year}"),
+        partial(read_inaturalist, year),
+        fetch=(
+            f"fetch train_val{year}.tar.gz ({size}), train{year}.json.tar.gz, val{year}.json.tar.gz and "
+            f"categories.json.tar.gz of {year} from github.com/visipedia/inat_comp and unpack them"
+        ),
+        test_names=("val", "valid", "validation"),  # the images in its ``test`` come without labels
+        spellings=lambda: (tuple(str(number) for number in range(classes)),),
+    )
+
+
+NAMED_SETS = {
+    "cifar10": NamedSet(
+        10,
+        ("cifar-10", "CIFAR10", "CIFAR-10", "cifar-10-batches-py"),
+        partial(_read_cifar, datasets.CIFAR10),
+        download=lambda root: datasets.CIFAR10(str(root), download=True),
+        shape=(3, 32, 32),
+    ),
+    "cifar100": NamedSet(
+        100,
+        ("cifar-100", "CIFAR100", "CIFAR-100", "cifar-100-python"),
+        partial(_read_cifar, datasets.CIFAR100),
+        download=lambda root: datasets.CIFAR100(str(root), download=True),
+        shape=(3, 32, 32),
+    ),
+    "fashion_mnist": NamedSet(
+        10,
+        ("fashion-mnist", "FashionMNIST", "Fashion-MNIST"),
+        _read_fashion_mnist,
+        download=lambda root: datasets.FashionMNIST(str(root), download=True),
+        shape=(1, 28, 28),
+    ),
+    "flowers102": NamedSet(
+        102,
+        ("flowers-102", "Flowers102", "oxford-flowers", "oxford_flowers102"),
+        read_flowers,
+        download=lambda root: datasets.Flowers102(str(root), download=True),
+        test_names=("test",),
+        more_training=("val", "valid", "validation"),
+        spellings=_flower_names,
+    ),
+    "stanford_cars": NamedSet(
+        196,
+        ("stanford-cars", "StanfordCars", "cars", "car_data"),
+        read_cars,
+        fetch=(
+            "its own address is gone, so fetch cars_train, cars_test, car_devkit and cars_test_annos_withlabels.mat (2 "
+            "GB) as github.com/pytorch/vision/issues/7545 tells and unpack them"
+        ),
+    ),
+    "inat2018": _inaturalist(2018, 8142, "120 GB"),
+    "inat2019": _inaturalist(2019, 1010, "74 GB"),
+    "imagenet": NamedSet(
+        1000,
+        ("ImageNet", "imagenet-1k", "ILSVRC2012", "ilsvrc2012"),
+        read_imagenet,
+        fetch=(
+            "sign in at image-net.org, fetch ILSVRC2012_img_train.tar (138 GB), ILSVRC2012_img_val.tar (6.3 GB) and "
+            "ILSVRC2012_devkit_t12.tar.gz and unpack them"
+        ),
+        test_names=IMAGENET_TEST,
+        spellings=imagenet_names,
+    ),
+}

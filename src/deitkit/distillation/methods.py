@@ -1,0 +1,222 @@
+"""The table of methods: which tokens a student has, and which loss terms train it.
+
+Adding a method means adding a row to ``METHODS``, and at most one pure function to ``losses``. Nothing else in the
+project asks for a method's name.
+"""
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from jaxtyping import Float
+from torch import Tensor
+
+from deitkit.distillation.losses import (
+    decoupled_distillation_loss,
+    hard_distillation_loss,
+    label_loss,
+    relation_distillation_loss,
+    soft_distillation_loss,
+    standardised_distillation_loss,
+)
+from deitkit.errors import RecipeError
+from deitkit.models.vit import Output
+from deitkit.recipe.schema import DistillationRecipe
+
+Logits: TypeAlias = Float[Tensor, "batch classes"]
+
+
+@dataclass(frozen=True)
+class Signal:
+    """What a head can learn from.
+
+    Args:
+        loss: Maps the head's logits, the teacher's, the targets and the settings to a loss.
+        teacher: What it takes from the teacher: ``soft`` (its probabilities), ``hard`` (its decision) or None.
+        whole_batch: Whether the images of a batch enter each other's loss, so that it is no mean over parts of it.
+    """
+
+    loss: Callable[[Logits, Any, Logits, DistillationRecipe], Tensor]
+    teacher: str | None = None
+    whole_batch: bool = False
+
+
+def _soft(logits: Logits, answer: Logits, targets: Logits, settings: DistillationRecipe) -> Tensor:
+    return soft_distillation_loss(logits, answer, temperature=settings.temperature, scale=settings.soft_scale)
+
+
+def _decoupled(logits: Logits, answer: Logits, targets: Logits, settings: DistillationRecipe) -> Tensor:
+    return decoupled_distillation_loss(
+        logits,
+        answer,
+        targets,
+        target_weight=settings.dkd_target_weight,
+        others_weight=settings.dkd_others_weight,
+        temperature=settings.dkd_temperature,
+    )
+
+
+def _relations(logits: Logits, answer: Logits, targets: Logits, settings: DistillationRecipe) -> Tensor:
+    return relation_distillation_loss(
+        logits,
+        answer,
+        inter_weight=settings.dist_inter_weight,
+        intra_weight=settings.dist_intra_weight,
+        temperature=settings.dist_temperature,
+    )
+
+
+def _standardised(logits: Logits, answer: Logits, targets: Logits, settings: DistillationRecipe) -> Tensor:
+    return standardised_distillation_loss(logits, answer, temperature=settings.standardised_temperature)
+
+
+def _consistent(logits: Logits, answer: Logits, targets: Logits, settings: DistillationRecipe) -> Tensor:
+    return soft_distillation_loss(logits, answer, temperature=settings.consistent_temperature)
+
+
+SIGNALS: dict[str, Signal] = {
+    "labels": Signal(lambda logits, answer, targets, settings: label_loss(logits, targets)),
+    "hard": Signal(lambda logits, answer, targets, settings: hard_distillation_loss(logits, answer), "hard"),
+    "soft": Signal(_soft, "soft"),
+    "dkd": Signal(_decoupled, "soft"),
+    "dist": Signal(_relations, "soft", whole_batch=True),
+    "standardised": Signal(_standardised, "soft"),
+    "consistent": Signal(_consistent, "soft"),
+}
+
+
+@dataclass(frozen=True)
+class Term:
+    """One term of a loss: a head, what it learns from, and its share."""
+
+    head: str  # class | distillation
+    signal: str  # a key of SIGNALS
+    weight: Callable[[DistillationRecipe], float]
+
+    def value(self, output: Output, answer: Logits | None, targets: Logits, settings: DistillationRecipe) -> Tensor:
+        """Return the weighted term."""
+        logits = output.class_logits if self.head == "class" else output.distillation_logits
+        assert logits is not None, f"the student has no {self.head} head"
+        return self.weight(settings) * SIGNALS[self.signal].loss(logits, answer, targets, settings)
+
+
+@dataclass(frozen=True)
+class Method:
+    """A supervision scheme: one line of the table below."""
+
+    name: str
+    tokens: tuple[str, ...]
+    terms: tuple[Term, ...]
+    summary: str
+
+    def loss_terms(
+        self, output: Output, answer: Logits | None, targets: Logits, settings: DistillationRecipe
+    ) -> dict[str, Float[Tensor, ""]]:
+        """Return the weighted terms by name; their sum is the loss.
+
+        Args:
+            output: The student's heads.
+            answer: The teacher's logits on the same view; None only for methods that need no teacher.
+            targets: Dense targets from the labels.
+            settings: Weights and temperature.
+        """
+        values: dict[str, Tensor] = {}
+        for term in self.terms:
+            name = "labels" if term.signal == "labels" else "teacher"
+            value = term.value(output, answer, targets, settings)
+            values[name] = values[name] + value if name in values else value
+        return values
+
+    @property
+    def uses_labels(self) -> bool:
+        """Whether true labels enter the loss."""
+        return any(term.signal == "labels" for term in self.terms)
+
+    @property
+    def teacher_signal(self) -> str | None:
+        """What the teacher gives: ``soft``, ``hard`` or None."""
+        return next((SIGNALS[term.signal].teacher for term in self.terms if SIGNALS[term.signal].teacher), None)
+
+    @property
+    def needs_whole_batch(self) -> bool:
+        """Whether the loss of a batch is not the mean of the losses of its parts."""
+        return any(SIGNALS[term.signal].whole_batch for term in self.terms)
+
+    @property
+    def token_layout(self) -> str:
+        """The tokens as a person reads them."""
+        return "+".join(self.tokens) or "mean pool"
+
+
+def _all(settings: DistillationRecipe) -> float:
+    return 1.0
+
+
+def _shared(signal: str, weight: str, heads: tuple[str, str] = ("class", "class")) -> tuple[Term, ...]:
+    """Labels and the teacher share the loss: 1 - weight for the labels, weight for the teacher."""
+    return (
+        Term(heads[0], "labels", lambda settings: 1 - getattr(settings, weight)),
+        Term(heads[1], signal, lambda settings: getattr(settings, weight)),
+    )
+
+
+def _beside(
+    signal: str, labels: Callable[[DistillationRecipe], float], teacher: Callable[..., float]
+) -> tuple[Term, ...]:
+    """Labels and the teacher on one head, each with a weight of its own."""
+    return Term("class", "labels", labels), Term("class", signal, teacher)
+
+
+_LABELS = (Term("class", "labels", _all),)
+_SOFT = _shared("soft", "soft_weight")
+_HARD = _shared("hard", "hard_weight")
+_BOTH = ("class", "distillation")
+_STANDARDISED = _beside(
+    "standardised",
+    lambda settings: settings.standardised_label_weight,
+    lambda settings: settings.standardised_weight,
+)
+
+METHODS: dict[str, Method] = {
+    method.name: method
+    for method in (
+        Method("none", ("class",), _LABELS, "labels alone: a plain ViT"),
+        Method("soft", ("class",), _SOFT, "usual distillation: labels and the teacher's softmax, on one head"),
+        Method("hard", ("class",), _HARD, "labels and the teacher's decision, on one head"),
+        Method("token-hard", _BOTH, _shared("hard", "token_weight", _BOTH), "DeiT: a token and a head for the teacher"),
+        Method("token-soft", _BOTH, _shared("soft", "token_weight", _BOTH), "DeiT with the teacher's softmax"),
+        Method("class-only", ("class",), _LABELS, "the seed's reading of 'class embedding': only a class token"),
+        Method(
+            "distillation-only",
+            ("distillation",),
+            (Term("distillation", "hard", _all),),
+            "the seed's reading of 'distil embedding': only a distillation token, only the teacher's decision",
+        ),
+        Method("mean-pool-none", (), _LABELS, "'none' without any token, as the seed built it"),
+        Method("mean-pool-soft", (), _SOFT, "'soft' without any token, as the seed built it"),
+        Method("mean-pool-hard", (), _HARD, "'hard' without any token, as the seed built it"),
+        Method("dkd", ("class",), _beside("dkd", _all, _all), "decoupled: the target class, and the others, apart"),
+        Method("dist", ("class",), _beside("dist", _all, _all), "correlations with the teacher, by image and by class"),
+        Method("standardised", ("class",), _STANDARDISED, "labels and the teacher's softmax, logits standardised"),
+        Method("token-dkd", _BOTH, _shared("dkd", "token_weight", _BOTH), "DeiT with the loss of 'dkd'"),
+        Method("token-dist", _BOTH, _shared("dist", "token_weight", _BOTH), "DeiT with the loss of 'dist'"),
+        Method(
+            "token-standardised",
+            _BOTH,
+            _shared("standardised", "token_weight", _BOTH),
+            "DeiT with the teacher's softmax, logits standardised",
+        ),
+        Method(
+            "consistent", ("class",), (Term("class", "consistent", _all),), "the teacher's softmax alone, and no labels"
+        ),
+    )
+}
+
+
+def find_method(name: str) -> Method:
+    """Return a method by name; RecipeError names the nearest."""
+    if name not in METHODS:
+        near = difflib.get_close_matches(name, METHODS, n=2) or list(METHODS)
+        raise RecipeError(f"methods: '{name}' is no method; did you mean {' or '.join(near)}? See `deitkit methods`")
+    return METHODS[name]

@@ -1,0 +1,121 @@
+"""What a saved model is used for: measuring it on a data set, and classifying files."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import UInt8
+from torch import Tensor
+
+from deitkit.data.dataset import Split, load_dataset
+from deitkit.data.decode import SUFFIXES, decode_image, strict_pillow
+from deitkit.data.listing import writable
+from deitkit.data.sources.folders import image_files
+from deitkit.errors import DataError, RecipeError
+from deitkit.evaluation.predict import predict
+from deitkit.evaluation.readouts import (
+    default_readout,
+    readout_probabilities,
+    readout_scores,
+    top_k_accuracy,
+    top_k_hits,
+)
+from deitkit.evaluation.statistics import wilson_interval
+from deitkit.models.saved import load_classifier
+from deitkit.recipe.schema import DataRecipe
+from deitkit.system.device import Precision, choose_device
+
+
+def _input_px(card: dict[str, Any]) -> int:
+    """Return the side of the images that a model was trained on."""
+    return int(min(card["input_px"]))
+
+
+def _eval_crop(card: dict[str, Any]) -> float:
+    """Return by what the side of an image is divided before its centre is cut."""
+    return float(card.get("eval_crop", 1.0))
+
+
+def evaluate_model(folder: Path, data: str, root: Path | None = None) -> dict[str, Any]:
+    """Measure a saved model on the test images of a data set.
+
+    Raises:
+        DataError: The data set has other classes than the model.
+    """
+    device = choose_device("auto")
+    classifier, card = load_classifier(folder, device)
+    # Under the split that the model was trained with, no training image is among the test images.
+    prepared = {"channels": card["channels"], "image_px": _input_px(card), "eval_crop": _eval_crop(card)}
+    recipe = DataRecipe(name=data, root=root, **prepared, **card.get("split", {}))
+    dataset = load_dataset(recipe)
+    if list(dataset.class_names) != card["class_names"]:
+        raise DataError(
+            f"data {data} has the classes {_some(list(dataset.class_names))}, "
+            f"the model knows {_some(card['class_names'])}: evaluate it on data with its own classes"
+        )
+    scores = readout_scores(predict(classifier, dataset.test, Precision.choose("auto", device)))
+    labels, n = dataset.test.labels, len(dataset.test)
+    rows = []
+    for readout, values in scores.items():
+        hits = int(top_k_hits(values, labels).sum())
+        top5 = top_k_accuracy(values, labels, 5) if dataset.classes > 5 else None
+        rows.append({"readout": readout, "top1": hits / n, "top1_ci95": wilson_interval(hits, n), "top5": top5})
+    return {"model": str(folder), "dataset": dataset.name, "n": n, "readouts": rows}
+
+
+def predict_files(folder: Path, paths: list[Path], *, readout: str | None = None, top: int = 3) -> list[dict[str, Any]]:
+    """Classify image files.
+
+    Args:
+        folder: Of the model.
+        paths: Image files, or folders of them.
+        readout: Which heads answer; by default the one that the model won by.
+        top: How many classes to return for each image, with their probabilities.
+
+    Raises:
+        DataError: A file that cannot be read.
+        RecipeError: A readout that the model does not have.
+    """
+    classifier, card = load_classifier(folder, choose_device("auto"))
+    files = [file for path in paths for file in _image_files(path)]
+    with strict_pillow():
+        images = torch.stack([_read(file, card["channels"], _input_px(card), _eval_crop(card)) for file in files])
+    split = Split(images, torch.zeros(len(images), dtype=torch.int64))
+    scores = readout_scores(predict(classifier, split, Precision.choose("auto", classifier.mean.device)))
+    chosen = readout or card.get("readout") or default_readout(list(scores))
+    if chosen not in scores:
+        raise RecipeError(f"--readout {chosen}: this model has {', '.join(scores)}")
+    values = scores[chosen]
+    probabilities = readout_probabilities(chosen, values)
+    best = probabilities.topk(min(top, probabilities.shape[-1]), dim=-1)
+    names = card["class_names"]
+    return [
+        {
+            "image": writable(str(file)),
+            "readout": chosen,
+            "classes": [(names[index], value) for index, value in zip(indices.tolist(), shares.tolist(), strict=True)],
+        }
+        for file, indices, shares in zip(files, best.indices, best.values, strict=True)
+    ]
+
+
+def _image_files(path: Path) -> list[Path]:
+    if not path.is_dir():
+        return [path]
+    files = image_files(path)
+    if not files:
+        raise DataError(f"{path} holds no image ({', '.join(sorted(SUFFIXES))}): name image files, or folders of them")
+    return files
+
+
+def _read(file: Path, channels: int, image_px: int, eval_crop: float) -> UInt8[Tensor, "channels height width"]:
+    try:
+        return torch.from_numpy(decode_image(file, channels, image_px, eval_crop).copy())
+    except FileNotFoundError:
+        raise DataError(f"image {file} does not exist: check its name") from None
+    except Exception as error:  # Pillow raises whatever its plug-ins raise
+        raise DataError(f"image {file} cannot be decoded ({error}): convert it to PNG or leave it out") from None
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

@@ -1,0 +1,55 @@
+"""Logits of classifiers for all images of a split."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from deitkit.data.dataset import Split
+from deitkit.errors import Interrupted
+from deitkit.models.accelerate import uncompiled
+from deitkit.models.classifier import Classifier
+from deitkit.models.vit import Output
+from deitkit.system.device import Precision
+
+# Pixels of a batch that is only classified: a CPU's caches hold less, a GPU wants more to do at once.
+EVALUATION_PIXELS = {"cpu": 2**19, "cuda": 2**22}
+
+
+def predict(classifier: Classifier, split: Split, precision: Precision) -> Output:
+    """Return the heads' logits for every image of a split, in float32 on the CPU; the mode is restored afterwards."""
+    return predict_all([classifier], split, precision)[0]
+
+
+@torch.inference_mode()
+def predict_all(
+    classifiers: Sequence[Classifier],
+    split: Split,
+    precision: Precision,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> list[Output]:
+    """Return what ``predict`` returns for each of some classifiers, with each image decoded and moved once.
+
+    Raises:
+        Interrupted: ``should_stop``, which is asked after every batch, said so.
+    """
+    modes = [classifier.training for classifier in classifiers]
+    outputs: list[list[Output]] = [[] for _ in classifiers]
+    height, width = split.images.shape[-2:]
+    for classifier in classifiers:
+        classifier.eval()
+    with uncompiled(), precision.autocast():
+        for images in split.batches(max(1, EVALUATION_PIXELS[precision.device.type] // (height * width))):
+            view = images.to(precision.device, non_blocking=True).float() / 255
+            for classifier, gathered in zip(classifiers, outputs, strict=True):
+                gathered.append(classifier(view))
+            if should_stop():
+                raise Interrupted
+    for classifier, training in zip(classifiers, modes, strict=True):
+        classifier.train(training)
+    return [Output(*(_gather(parts, head) for head in ("class_logits", "distillation_logits"))) for parts in outputs]
+
+
+def _gather(outputs: list[Output], head: str) -> Tensor | None:
+    logits = [getattr(output, head) for output in outputs]
+    return None if logits[0] is None else torch.cat(logits).float().cpu()

@@ -1,0 +1,50 @@
+"""Readouts: what a student's heads say together, and how often they are right."""
+
+from collections.abc import Sequence
+
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor
+
+from deitkit.models.vit import Output
+
+READOUTS = ("class", "distillation", "joint", "joint-logits")
+
+
+def readout_scores(output: Output) -> dict[str, Float[Tensor, "n classes"]]:
+    """Return the scores of every readout that the heads allow, highest wins.
+
+    ``joint`` adds the softmax of both heads (Touvron et al. 2020, section 4); ``joint-logits`` averages their logits
+    (the released code, timm and transformers).
+    """
+    classes, distillation = output.class_logits, output.distillation_logits
+    if classes is None or distillation is None:
+        return {"class": classes} if classes is not None else {"distillation": distillation}  # type: ignore[dict-item]
+    joint = classes.softmax(dim=-1) + distillation.softmax(dim=-1)
+    return {
+        "class": classes,
+        "distillation": distillation,
+        "joint": joint,
+        "joint-logits": (classes + distillation) / 2,
+    }
+
+
+def readout_probabilities(readout: str, scores: Float[Tensor, "n classes"]) -> Float[Tensor, "n classes"]:
+    """Turn a readout's scores into probabilities: those of ``joint`` are a sum of two softmax, all others logits."""
+    return scores / 2 if readout == "joint" else scores.softmax(dim=-1)
+
+
+def default_readout(names: Sequence[str]) -> str:
+    """Return the readout that a student is judged by: the paper's joint one where there are two heads."""
+    return "joint" if "joint" in names else names[0]
+
+
+def top_k_hits(scores: Float[Tensor, "n classes"], labels: Int64[Tensor, "n"], k: int = 1) -> Bool[Tensor, "n"]:
+    """Return for each image whether its label is among the k highest scores."""
+    if k == 1:
+        return scores.argmax(dim=-1) == labels
+    return (scores.topk(k, dim=-1).indices == labels[:, None]).any(dim=-1)
+
+
+def top_k_accuracy(scores: Float[Tensor, "n classes"], labels: Int64[Tensor, "n"], k: int = 1) -> float:
+    """Return the share of images whose label is among the k highest scores."""
+    return top_k_hits(scores, labels, k).double().mean().item()

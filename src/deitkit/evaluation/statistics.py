@@ -1,0 +1,71 @@
+"""What a trained classifier is worth: its readouts, their accuracy, agreement, and the statistics of a comparison.
+
+Nothing here trains, and nothing here chooses a model by its test accuracy.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Bool
+from scipy import stats
+from torch import Tensor
+
+
+def wilson_interval(hits: int, n: int) -> tuple[float, float]:
+    """Return the 95 % Wilson score interval of a share (Wilson 1927)."""
+    interval = stats.binomtest(hits, n).proportion_ci(0.95, method="wilson")
+    return float(interval.low), float(interval.high)
+
+
+def mean_interval(values: Sequence[float]) -> tuple[float, float]:
+    """Return the 95 % Student t interval of a mean over at least two seeds."""
+    assert len(values) >= 2
+    half = stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / math.sqrt(len(values))
+    return float(np.mean(values) - half), float(np.mean(values) + half)
+
+
+def mcnemar_p(hits: Bool[Tensor, "n"], other: Bool[Tensor, "n"]) -> float:
+    """Return the exact two-sided p value of McNemar's test: are two classifiers equally right on the same images?
+
+    Source: McNemar 1947; the exact form is a binomial test on the images that only one of the two gets right.
+    """
+    only_first = int((hits & ~other).sum())
+    only_second = int((other & ~hits).sum())
+    if only_first + only_second == 0:
+        return 1.0
+    return float(stats.binomtest(only_first, only_first + only_second).pvalue)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far one row lies above another, as a difference of shares."""
+
+    mean: float
+    ci95: tuple[float, float] | None
+    p: float
+    test: str
+
+
+def paired_difference(hits: Sequence[Bool[Tensor, "n"]], other: Sequence[Bool[Tensor, "n"]]) -> Difference:
+    """Compare two rows that were trained under the same seeds and tested on the same images.
+
+    One seed: McNemar's exact test over the images, and the interval of the difference of two paired shares (Wald).
+    Several seeds: the paired t test and interval over the seeds' differences, which asks whether the method would win
+    again under a new seed.
+
+    Args:
+        hits: For each seed, which test images the row gets right.
+        other: The same of the row that it is compared with.
+    """
+    differences = [(a.double() - b.double()).mean().item() for a, b in zip(hits, other, strict=True)]
+    mean = float(np.mean(differences))
+    if len(differences) == 1:
+        per_image = hits[0].double() - other[0].double()
+        half = 1.96 * per_image.std().item() / math.sqrt(len(per_image))
+        return Difference(mean, (mean - half, mean + half), mcnemar_p(hits[0], other[0]), "McNemar")
+    if np.std(differences) == 0:
+        return Difference(mean, (mean, mean), 1.0 if mean == 0 else 0.0, "paired t")
+    p = float(stats.ttest_1samp(differences, 0.0).pvalue)
+    return Difference(mean, mean_interval(differences), p, "paired t")

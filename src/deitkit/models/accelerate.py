@@ -1,0 +1,42 @@
+"""How a classifier is made fast on a device: layout, kernels, compilation.
+
+Nothing here changes what is computed by more than rounding; each choice can be switched off in the recipe's ``speed``.
+"""
+
+import sys
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+from deitkit.models.classifier import Classifier
+from deitkit.models.vit import Attention, DeiT
+from deitkit.recipe.schema import SpeedRecipe
+
+
+def accelerate(classifier: Classifier, speed: SpeedRecipe, device: torch.device) -> Classifier:
+    """Move a classifier to its device and prepare it for speed, in place.
+
+    A student's blocks are compiled one by one: all blocks of all students of a width share the code of one.
+    """
+    classifier.to(device)
+    model = classifier.model
+    if not isinstance(model, DeiT):
+        if speed.channels_last:
+            model.to(memory_format=torch.channels_last)
+        if speed.compile is True:
+            model.compile()
+        return classifier
+    model.checkpoint_activations = speed.checkpoint_activations
+    for module in model.modules():
+        if isinstance(module, Attention):
+            module.kernel = speed.attention
+    if speed.compile is True or (speed.compile == "auto" and device.type == "cuda"):
+        for block in model.blocks:
+            block.compile(dynamic=False)  # two token layouts are two shapes, each worth its own code
+    return classifier
+
+
+def uncompiled() -> AbstractContextManager[object]:
+    """Return a context without compiled code, which compiling anew for few batches of another size would not repay."""
+    compiler_is_loaded = "torch._dynamo" in sys.modules
+    return torch.compiler.set_stance("force_eager") if compiler_is_loaded else nullcontext()

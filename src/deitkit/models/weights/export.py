@@ -1,0 +1,165 @@
+"""What is to be written: weights from anywhere, made to fit what was asked for, with all that a library wants to know.
+
+How each library lays it out in files is ``write``'s business.
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from deitkit.errors import CheckpointError, RecipeError
+from deitkit.models.vit import TOKENS
+from deitkit.models.weights.adapt import Values, adapt, renormalise
+from deitkit.models.weights.formats import Architecture, State
+from deitkit.models.weights.initialise import Weights, read_weights
+from deitkit.models.weights.read import file_sha256
+
+# What a student's card says of its training and holds only while the weights are as they were trained.
+_ABOUT_TRAINING = ("method", "seed", "recipe", "dataset", "split", "readout", "test_top1", "initial")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A vision transformer that is to be written.
+
+    Attributes:
+        state: By the names of ``vit``.
+        architecture: Of square images, with a classifier.
+        class_names: As many as there are classes.
+        mean: Per channel, of values in [0, 1].
+        std: As ``mean``.
+        eval_crop: Share of the resized side that is kept of a test image, as ``data.eval_crop``.
+        about: What else a card of deitkit is to hold.
+        lines: What was changed or assumed, line by line.
+    """
+
+    state: State
+    architecture: Architecture
+    class_names: tuple[str, ...]
+    mean: Values
+    std: Values
+    eval_crop: float
+    about: dict[str, Any]
+    lines: tuple[str, ...]
+
+    def build(self) -> nn.Module:
+        """Return the student itself, in evaluation mode."""
+        student = self.architecture.build()
+        student.load_state_dict(self.state, strict=True)
+        return student.eval()
+
+
+def plan(
+    source: Path,
+    *,
+    image_px: int | None = None,
+    patch_px: int | None = None,
+    channels: int | None = None,
+    classes: int | None = None,
+    tokens: str | None = None,
+    heads: int | None = None,
+    mean: Values | None = None,
+    std: Values | None = None,
+) -> Plan:
+    """Read weights and make them fit; None leaves a property as it is.
+
+    Args:
+        source: See ``read_weights``.
+        image_px: Side of the square images.
+        patch_px: Side of a patch.
+        channels: 1 or 3.
+        classes: Number of classes.
+        tokens: As ``class+distillation``; ``none`` for mean pooling.
+        heads: Attention heads of a block, where nothing beside a file tells them.
+        mean: Normalisation that the weights were trained under, where nothing beside a file tells it.
+        std: As ``mean``.
+
+    Raises:
+        RecipeError: What is asked for cannot be.
+        CheckpointError: The weights cannot be read.
+    """
+    weights = read_weights(source, heads)
+    given = weights.architecture
+    sides = (image_px, image_px) if image_px else given.image_px
+    target = replace(
+        given,
+        image_px=sides,
+        patch_px=patch_px or given.patch_px,
+        channels=channels or given.channels,
+        classes=classes or given.classes,
+        tokens=given.tokens if tokens is None else _parse_tokens(tokens),
+    )
+    _check(target, source)
+    lines = list(weights.remarks)
+    mean, std, told = _normalisation(weights, mean, std)
+    lines += told
+    state: State = weights.state
+    changes: list[str] = []
+    if target.channels != given.channels:  # the new channels share one normalisation, or repeat the only one
+        single = (sum(mean) / len(mean),), (sum(std) / len(std),)
+        new = (single[0] * target.channels, single[1] * target.channels)
+        state, changes = renormalise(state, (mean, std), new)
+        mean, std = new
+    state, told = adapt(state, to=target, source=str(source), image_px=given.image_px)
+    changes += told
+    names = weights.class_names
+    if names is None or len(names) != target.classes:
+        names = tuple(f"class {number}" for number in range(target.classes))
+        lines.append(f"class names: not told by the source; {names[0]} to {names[-1]} are written")
+    about = _about(weights, source, changes)
+    eval_crop = float(weights.card.get("eval_crop", 1.0))
+    return Plan(state, target, names, mean, std, eval_crop, about, (*lines, *changes))
+
+
+def _about(weights: Weights, source: Path, changes: list[str]) -> dict[str, Any]:
+    """Say where the weights are from; of their training only while they are as they were trained."""
+    kept = () if changes else (name for name in _ABOUT_TRAINING if name in weights.card)
+    origin = f"{source.name} (sha256 {file_sha256(weights.file)[:8]})"
+    return {name: weights.card[name] for name in kept} | {"source": origin, "changes": changes}
+
+
+def _parse_tokens(text: str) -> tuple[str, ...]:
+    tokens = () if text == "none" else tuple(text.split("+"))
+    if tokens != tuple(name for name in TOKENS if name in tokens):
+        raise RecipeError(f"--tokens {text}: choose class, distillation, class+distillation or none")
+    return tokens
+
+
+def _check(target: Architecture, source: Path) -> None:
+    height, width = target.image_px
+    if height != width:
+        raise RecipeError(
+            f"{source} is for images of {height} x {width} px and a student takes square ones: add --image-px {height}"
+        )
+    if height % target.patch_px:
+        fitting = ", ".join(str(side) for side in range(1, height + 1) if height % side == 0)
+        raise RecipeError(
+            f"--patch-px {target.patch_px} does not divide images of {height} px: choose from {fitting}, "
+            "or another --image-px"
+        )
+    if target.channels not in (1, 3):
+        raise RecipeError(f"--channels {target.channels}: choose 1 or 3")
+    if not target.classes:
+        raise CheckpointError(f"{source} holds no classifier: add --classes N for a new one")
+
+
+def _normalisation(weights: Weights, mean: Values | None, std: Values | None) -> tuple[Values, Values, list[str]]:
+    """Return what the weights were trained under: as given, else as the source tells, else ImageNet's."""
+    count = weights.architecture.channels
+    if (mean is None) != (std is None):
+        raise RecipeError("--mean and --std belong together: give both or neither")
+    if mean is not None and std is not None:
+        if len(mean) != count or len(std) != count or min(std) <= 0:
+            raise RecipeError(f"--mean and --std need {count} values each, and deviations above 0")
+        return mean, std, []
+    told = weights.mean is not None and weights.std is not None
+    line = "normalisation: not told by the source; ImageNet's is written (--mean and --std say another)"
+    return *weights.normalisation, [] if told else [line]
+
+
+def mean_logits(output: Any) -> Tensor:
+    """Return what timm and transformers answer with: the mean of the logits of those heads that are there."""
+    heads = [head for head in (output.class_logits, output.distillation_logits) if head is not None]
+    return sum(heads[1:], heads[0]) / len(heads)

@@ -1,0 +1,243 @@
+"""Vision transformers in the layouts of other libraries: which files they want, and how each is opened again.
+
+None of these libraries but timm has to be there to write; ``--check`` opens what was written with the library itself.
+"""
+
+import io
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from deitkit.data.pixels import evaluation_frame
+from deitkit.errors import RecipeError
+from deitkit.models.classifier import Classifier
+from deitkit.models.saved import load_classifier, save_classifier, save_tensors
+from deitkit.models.vit import INIT_STD, MLP_RATIO, NORM_EPS, SIZES
+from deitkit.models.weights.export import Plan, mean_logits
+from deitkit.models.weights.formats import to_timm, to_transformers
+from deitkit.system.files import write_bytes, write_text
+
+Logits = Callable[[Float[Tensor, "batch channels height width"]], Float[Tensor, "batch classes"]]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A library's way of keeping a model.
+
+    Attributes:
+        holds: What --out names, for a reader.
+        suffix: That --out must have; empty for a folder.
+        write: Plan and path -> files; returns lines of Python that open them.
+        open: Plan and path -> normalised images to logits, by the library's own implementation.
+    """
+
+    holds: str
+    suffix: str
+    write: Callable[[Plan, Path], list[str]]
+    open: Callable[[Plan, Path], Logits]
+
+
+def largest_difference(plan: Plan, layout: Layout, out: Path) -> float | None:
+    """Return by how much logits of what was written, opened by its library, differ from the student's, at most.
+
+    The eight images are drawn from a normal distribution, always the same. None where the classifier is new: it answers
+    zero to everything, so equal logits would show nothing.
+    """
+    config = plan.architecture
+    shape = (8, config.channels, *config.image_px)
+    images = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        theirs, ours = layout.open(plan, out)(images), mean_logits(plan.build()(images))
+    return float((theirs - ours).abs().max()) if ours.any() else None
+
+
+def _write_ours(plan: Plan, out: Path) -> list[str]:
+    card = {
+        "channels": plan.architecture.channels,
+        "class_names": list(plan.class_names),
+        "input_px": list(plan.architecture.image_px),
+        "eval_crop": plan.eval_crop,
+        **plan.about,
+    }
+    save_classifier(out, Classifier(plan.build(), mean=plan.mean, std=plan.std), card)
+    return [
+        "from deitkit.checkpoint import load_classifier",
+        f"classifier, card = load_classifier(Path({str(out)!r}), torch.device('cpu'))  # takes values in [0, 1]",
+    ]
+
+
+def _open_ours(plan: Plan, out: Path) -> Logits:
+    classifier, _ = load_classifier(out, torch.device("cpu"))
+    return lambda images: mean_logits(classifier.model(images))
+
+
+def timm_arguments(plan: Plan) -> tuple[str, dict[str, Any]]:
+    """Return timm's name for a model, and the arguments of ``timm.create_model`` in which it differs from that name."""
+    config = plan.architecture
+    distilled = "_distilled" if len(config.tokens) == 2 else ""
+    names = {f"{size}{distilled}_patch16_224": value for size, value in SIZES.items()}
+    named = {name: value for name, value in names.items() if timm.is_model(name)}
+    size = (config.width, config.depth, config.heads)
+    fitting = [name for name, value in named.items() if (value.width, value.depth, value.heads) == size]
+    name = (fitting or list(named))[0]
+    standard = named[name]
+    wanted: dict[str, tuple[Any, Any]] = {
+        "img_size": (config.image_px[0], 224),
+        "patch_size": (config.patch_px, 16),
+        "in_chans": (config.channels, 3),
+        "embed_dim": (config.width, standard.width),
+        "depth": (config.depth, standard.depth),
+        "num_heads": (config.heads, standard.heads),
+    }
+    arguments: dict[str, Any] = {key: value for key, (value, usual) in wanted.items() if value != usual}
+    if config.layer_scale:
+        arguments["init_values"] = 1.0  # any value makes the layers, which the file then fills
+    if not config.tokens:
+        arguments |= {"global_pool": "avg", "class_token": False, "fc_norm": False}  # fc_norm would replace norm
+    return name, {"num_classes": config.classes, **arguments}
+
+
+def _timm_line(plan: Plan, file: Path) -> str:
+    name, arguments = timm_arguments(plan)
+    told = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
+    return f"model = timm.create_model({name!r}, checkpoint_path={str(file)!r}, {told}).eval()"
+
+
+def _normalisation_line(plan: Plan) -> str:
+    mean, std = (", ".join(f"{value:.6g}" for value in values) for values in (plan.mean, plan.std))
+    return f"# takes values in [0, 1] less mean ({mean}), divided by std ({std})"
+
+
+def _write_timm(plan: Plan, out: Path) -> list[str]:
+    name, arguments = timm_arguments(plan)
+    config = plan.architecture
+    heads = ["head", "head_dist"] if len(config.tokens) == 2 else ["head"]
+    card = {
+        "architecture": name,
+        "num_classes": config.classes,
+        "num_features": config.width,
+        "global_pool": "token" if config.tokens else "avg",
+        "model_args": {key: value for key, value in arguments.items() if key != "num_classes"},
+        "label_names": list(plan.class_names),
+        "pretrained_cfg": {
+            "tag": "deitkit",
+            "input_size": [config.channels, *config.image_px],
+            "fixed_input_size": True,
+            "interpolation": "bicubic",
+            "crop_pct": plan.eval_crop,
+            "crop_mode": "center",
+            "mean": list(plan.mean),
+            "std": list(plan.std),
+            "num_classes": config.classes,
+            "first_conv": "patch_embed.proj",
+            "classifier": heads if len(heads) > 1 else heads[0],
+        },
+    }
+    save_tensors(out / "model.safetensors", to_timm(plan.state))
+    _write_json(out / "config.json", card)
+    return [
+        "import timm",
+        _timm_line(plan, out / "model.safetensors"),
+        f"model = timm.create_model({f'local-dir:{out}'!r}, pretrained=True).eval()  # the same, by its config.json",
+        _normalisation_line(plan),
+    ]
+
+
+def _open_timm(plan: Plan, out: Path) -> Logits:
+    name, arguments = timm_arguments(plan)
+    file = out / "model.safetensors" if out.is_dir() else out
+    model: Logits = timm.create_model(name, checkpoint_path=str(file), **arguments).eval()
+    return model
+
+
+def _write_released(plan: Plan, out: Path) -> list[str]:
+    buffer = io.BytesIO()
+    torch.save({"model": to_timm(plan.state)}, buffer)
+    write_bytes(out, buffer.getvalue())
+    return ["import timm", _timm_line(plan, out), _normalisation_line(plan)]
+
+
+def _write_transformers(plan: Plan, out: Path) -> list[str]:
+    tensors = to_transformers(plan.state)
+    config = plan.architecture
+    distilled = len(config.tokens) == 2
+    card = {
+        "architectures": ["DeiTForImageClassificationWithTeacher" if distilled else "ViTForImageClassification"],
+        "model_type": "deit" if distilled else "vit",
+        "hidden_size": config.width,
+        "num_hidden_layers": config.depth,
+        "num_attention_heads": config.heads,
+        "intermediate_size": MLP_RATIO * config.width,
+        "hidden_act": "gelu",
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+        "initializer_range": INIT_STD,
+        "layer_norm_eps": NORM_EPS,
+        "image_size": config.image_px[0],
+        "patch_size": config.patch_px,
+        "num_channels": config.channels,
+        "qkv_bias": True,
+        "id2label": {str(number): name for number, name in enumerate(plan.class_names)},
+        "label2id": {name: number for number, name in enumerate(plan.class_names)},
+        "torch_dtype": "float32",
+    }
+    side = config.image_px[0]
+    # As deitkit reads files: the shorter side to the resolution, bicubic, then the centre; ViT's own would squeeze.
+    processor = {
+        "image_processor_type": "CLIPImageProcessor",
+        "do_convert_rgb": config.channels == 3,
+        "do_resize": True,
+        "size": {"shortest_edge": evaluation_frame(side, plan.eval_crop)[0]},
+        "resample": 3,
+        "do_center_crop": True,
+        "crop_size": {"height": side, "width": side},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(plan.mean),
+        "image_std": list(plan.std),
+    }
+    save_tensors(out / "model.safetensors", tensors)
+    _write_json(out / "config.json", card)
+    _write_json(out / "preprocessor_config.json", processor)
+    return [
+        "from transformers import AutoImageProcessor, AutoModelForImageClassification",
+        f"processor = AutoImageProcessor.from_pretrained({str(out)!r})  # normalises, and resizes where need be",
+        f"model = AutoModelForImageClassification.from_pretrained({str(out)!r}).eval()",
+        "logits = model(**processor(image, return_tensors='pt')).logits",
+    ]
+
+
+def _open_transformers(plan: Plan, out: Path) -> Logits:
+    try:
+        from transformers import AutoModelForImageClassification
+        from transformers.utils.logging import disable_progress_bar
+    except ImportError:
+        raise RecipeError("--check needs transformers, which is not installed: pip install transformers") from None
+    disable_progress_bar()
+    model = AutoModelForImageClassification.from_pretrained(out).eval()
+    return lambda images: model(images).logits
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+LAYOUTS: dict[str, Layout] = {
+    "ours": Layout("model.json and model.safetensors of deitkit", "", _write_ours, _open_ours),
+    "timm": Layout("config.json and model.safetensors of timm", "", _write_timm, _open_timm),
+    "released": Layout("a file as Facebook released DeiT", ".pth", _write_released, _open_timm),
+    "transformers": Layout(
+        "config.json, preprocessor_config.json and model.safetensors of transformers",
+        "",
+        _write_transformers,
+        _open_transformers,
+    ),
+}

@@ -1,0 +1,297 @@
+"""How a recipe is read and written: a YAML file plus ``key=value`` overrides, and what is said of a mistake in them.
+
+What its fields are is in ``recipe``.
+"""
+
+import difflib
+from collections.abc import Iterator, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from deitkit.errors import RecipeError
+from deitkit.recipe.schema import BASE, Recipe
+
+# What a variant must leave as it is, and why: what its rows share with those of the base.
+PAIRED_BY = {
+    "seeds": "seeds",
+    "data.name": "test images",
+    "data.test_images": "test images",
+    "data.test_fraction": "test images",
+    "data.split_seed": "test images",
+}
+
+MOST_VALUES, MOST_LEVELS = 10_000, 20  # of a recipe; the shipped ones stay below 100 and 5
+
+
+def shipped_recipes() -> dict[str, str]:
+    """Return the text of every shipped recipe by its name."""
+    folder = resources.files("deitkit.recipe") / "shipped"
+    files = sorted((entry for entry in folder.iterdir() if entry.name.endswith(".yaml")), key=lambda entry: entry.name)
+    return {entry.name.removesuffix(".yaml"): entry.read_text(encoding="utf-8") for entry in files}
+
+
+def load_recipe(source: str | None, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe and validate it.
+
+    Args:
+        source: The name of a shipped recipe, or a path to a YAML file; None for the defaults. What it does not say is
+            taken from the recipe that it names as its ``base``, if it does.
+        overrides: ``key=value`` with dotted keys; values are YAML. A section that has a name may be named in short:
+            ``data=cifar10`` is ``data.name=cifar10``.
+
+    Raises:
+        RecipeError: All problems of the recipe at once; an unknown key names its nearest neighbours.
+    """
+    tree = _read_tree(source) if source is not None else {}
+    for override in overrides:
+        _apply(tree, override)
+    return parse_recipe(tree)
+
+
+def parse_recipe(tree: dict[str, Any]) -> Recipe:
+    """Validate a tree of plain values, variants included; raises RecipeError with all problems at once."""
+    try:
+        recipe = Recipe.model_validate(tree)
+    except ValidationError as error:
+        problems = [_sentence(dict(problem)) for problem in error.errors()]
+        raise RecipeError("; ".join(problems)) from None
+    expand_variants(recipe)
+    return recipe
+
+
+def expand_variants(recipe: Recipe) -> dict[str, Recipe]:
+    """Return the recipe itself as ``base`` and each of its variants, none of which has variants of its own.
+
+    Raises:
+        RecipeError: A variant is no recipe, or cannot be compared with the base; all problems at once.
+    """
+    base = recipe.model_copy(update={"variants": {}})
+    expanded, problems = {BASE: base}, []
+    for name, changes in recipe.variants.items():
+        tree = base.model_dump() | {"name": f"{recipe.name}-{name}"}
+        for key, value in changes.items():
+            _set(tree, _path(key, value), value)
+        try:
+            expanded[name] = Recipe.model_validate(tree)
+        except ValidationError as error:
+            problems += [f"variants.{name}: {_sentence(dict(problem))}" for problem in error.errors()]
+        else:
+            problems += [f"variants.{name}: {problem}" for problem in _incomparable(expanded[name], base)]
+    if problems:
+        raise RecipeError("; ".join(problems))
+    return expanded
+
+
+def changed_fields(old: Any, new: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Yield the dotted key, the old and the new value of what differs between two dumped recipes."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for name in {**old, **new}:
+            yield from changed_fields(old.get(name), new.get(name), f"{key}.{name}" if key else name)
+    elif _are_sections(old) and _are_sections(new) and len(old) == len(new):
+        for pair in zip(old, new, strict=True):
+            yield from changed_fields(*pair, key)
+    elif old != new:
+        yield key, old, new
+
+
+def _are_sections(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(entry, dict) for entry in value)
+
+
+def _incomparable(variant: Recipe, base: Recipe) -> Iterator[str]:
+    """Yield why a variant's figures could not stand in one table with the base's."""
+    changes = [change for change in changed_fields(base.model_dump(), variant.model_dump()) if change[0] != "name"]
+    for key, old, new in changes:
+        if key in PAIRED_BY:
+            yield f"{key}={new!r} must stay {old!r}: differences to the base are taken over the same {PAIRED_BY[key]}"
+    if variant.variants:
+        yield "a variant has no variants of its own: name the fields that it changes"
+    if not changes:
+        yield "changes nothing: name a field that differs from the base, or set it to null, which drops it"
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """Return the resolved recipe as YAML that loads to an equal recipe."""
+    content = recipe.model_dump(mode="json")
+    text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+    if yaml.safe_load(text) != content:  # PyYAML writes the line break of a mainframe, U+0085, as it is
+        text = yaml.safe_dump(content, sort_keys=False)
+    return text
+
+
+def field_names(section: type[BaseModel] = Recipe, prefix: str = "") -> list[str]:
+    """Return every dotted key that a recipe knows."""
+    names: list[str] = []
+    for name, field in section.model_fields.items():
+        names.append(prefix + name)
+        inner = _section_of(field.annotation)
+        if inner is not None:
+            names += field_names(inner, f"{prefix}{name}.")
+    return names
+
+
+def describe_fields(section: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[tuple[str, str, str]]:
+    """Yield every field that holds a value: its dotted key, its default and its meaning."""
+    for name, field in section.model_fields.items():
+        inner = _section_of(field.annotation)
+        if inner is not None:
+            yield from describe_fields(inner, f"{prefix}{name}.")
+        else:
+            default = field.get_default()
+            shown = yaml.safe_dump(_plain_value(default)).removesuffix("...\n").strip()
+            yield prefix + name, shown, _meaning(section, name)
+
+
+def _meaning(section: type[BaseModel], name: str) -> str:
+    """Return a field's description, from the section that it was first described in."""
+    fields = [base.model_fields.get(name) for base in section.__mro__ if issubclass(base, BaseModel)]
+    return next((field.description for field in fields if field is not None and field.description), "")
+
+
+def _plain_value(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _section_of(annotation: Any) -> type[BaseModel] | None:
+    if get_origin(annotation) is tuple:
+        return None  # a list of sections is one value: its entries have no dotted keys
+    options = get_args(annotation) or (annotation,)
+    return next((option for option in options if isinstance(option, type) and issubclass(option, BaseModel)), None)
+
+
+def _read_tree(source: str, above: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Read a recipe and those that it is based on: a ``base`` gives all that the file does not say itself.
+
+    Args:
+        source: A shipped name or a path.
+        above: The recipes that led here by their ``base``.
+    """
+    tree = _parse(source)
+    base = tree.pop("base", None)
+    if base is None:
+        return tree
+    if not isinstance(base, str):
+        raise RecipeError(f"base={base!r} of recipe '{source}' must be the name of a recipe or a file")
+    if base in (*above, source):
+        raise RecipeError(f"recipe '{source}' is based on '{base}', which is based on it: take one base out")
+    return _merged(_read_tree(base, (*above, source)), tree)
+
+
+def _merged(base: dict[str, Any], tree: dict[str, Any]) -> dict[str, Any]:
+    """Return the base with the tree's values in place of its own; sections are merged field by field."""
+    both = {key for key in base if isinstance(base[key], dict) and isinstance(tree.get(key), dict)}
+    return base | tree | {key: _merged(base[key], tree[key]) for key in both}
+
+
+def _parse(source: str) -> dict[str, Any]:
+    shipped = shipped_recipes()
+    if source in shipped:
+        text = shipped[source]
+    elif (read := _read_file(source)) is not None:
+        text = read
+    else:
+        near = _nearest(source, shipped) or f"shipped are {', '.join(shipped)}."
+        raise RecipeError(f"recipe '{source}' is neither a shipped recipe nor a file: {near} See `deitkit recipes`")
+    tree = _load_yaml(text, f"recipe '{source}'", "mend the file and run again")
+    if tree is None:
+        tree = {}
+    if not isinstance(tree, dict) or not all(isinstance(key, str) for key in tree):
+        raise RecipeError(
+            f"recipe '{source}' must be a mapping of field names to values, such as 'train: {{epochs: 20}}'"
+        )
+    return tree
+
+
+def _read_file(source: str) -> str | None:
+    """Return the text of a recipe's file; None where there is no such file."""
+    try:
+        return Path(source).read_text(encoding="utf-8", errors="replace") if Path(source).is_file() else None
+    except (OSError, ValueError) as error:  # a name too long for a file, or a file that must not be read
+        reason = getattr(error, "strerror", None) or str(error)
+        raise RecipeError(f"recipe '{source[:200]}' cannot be read ({reason.lower()}): name another file") from None
+
+
+def _load_yaml(text: str, what: str, remedy: str) -> Any:
+    """Return what YAML says, without objects of Python's, and of a size that everything after it can bear.
+
+    Raises:
+        RecipeError: It is no YAML, or aliases make it larger than any recipe (or endless).
+    """
+    try:
+        tree = yaml.safe_load(text)
+    except Exception as error:  # PyYAML's constructors stumble over a tag that does not suit its value in many ways
+        where = getattr(error, "problem_mark", None)
+        line = f" in line {where.line + 1}" if where is not None else ""
+        raise RecipeError(f"{what} is no valid YAML{line}: {remedy}") from None
+    rest, count = [(tree, 0)], 0
+    while rest:
+        value, level = rest.pop()
+        inner = (
+            (*value, *value.values()) if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+        )
+        rest += [(entry, level + 1) for entry in inner]
+        count += 1
+        if count > MOST_VALUES or level > MOST_LEVELS:
+            raise RecipeError(
+                f"{what} has more than {MOST_VALUES} values or {MOST_LEVELS} levels, which aliases can bring about "
+                f"too: {remedy}"
+            )
+    return tree
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise RecipeError(f"'{override}' is no override: write key=value, such as train.epochs=20")
+    value = _load_yaml(text, f"the value of '{override}'", "quote it")
+    # the fields of a variant stay dotted: variants, its name, the field
+    _set(tree, key.split(".", 2) if key.startswith("variants.") else _path(key, value), value)
+
+
+def _path(key: str, value: Any) -> list[str]:
+    """Return the steps to a field; a section that has a name may be named in short."""
+    if isinstance(value, str) and "name" in getattr(_section_of(_field_type(key)), "model_fields", ()):
+        key += ".name"
+    return key.split(".")
+
+
+def _set(tree: dict[str, Any], path: list[str], value: Any) -> None:
+    *parents, last = path
+    place = tree
+    for parent in parents:
+        if not isinstance(place.get(parent), dict):
+            place[parent] = {}
+        place = place[parent]
+    place.pop(last, None)  # of a variant's field that is given in two ways the later counts
+    place[last] = value
+
+
+def _field_type(key: str) -> Any:
+    field = Recipe.model_fields.get(key)
+    return field.annotation if field is not None else None
+
+
+def _sentence(problem: dict[str, Any]) -> str:
+    """Turn one of pydantic's problems into: field, value, what is allowed."""
+    where = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        known = field_names()
+        near = _nearest(where, known) or "see `deitkit recipes --fields`"
+        return f"unknown key '{where}': {near}"
+    message = str(problem["msg"]).removeprefix("Value error, ")
+    if not where:
+        return message
+    value = problem["input"]
+    shown = repr(value) if len(repr(value)) <= 60 else repr(value)[:57] + "..."
+    return f"{where}={shown}: {message[0].lower()}{message[1:]}"
+
+
+def _nearest(name: str, known: Sequence[str] | dict[str, str]) -> str:
+    last = name.rpartition(".")[2]
+    near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.6)
+    near += [key for key in known if key.rpartition(".")[2] == last and key not in near]
+    return f"did you mean {' or '.join(near[:3])}?" if near else ""

@@ -1,0 +1,172 @@
+"""The report of an ablation: its table and its differences to the base, drawn. That of a comparison is elsewhere."""
+
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from deitkit.report.charts import Chart, chart_layout
+from deitkit.report.figures import COLOURS, write_figure
+from deitkit.report.table_layout import (
+    NOTHING,
+    ONE_SEED,
+    STATUS_MARK,
+    Column,
+    Layout,
+    Line,
+    accuracy,
+    lay_out,
+    millions,
+    p_value,
+    percent,
+    points,
+    provenance_of,
+    title_of,
+)
+
+_COLUMNS = (
+    Column("changed", "what changed", 5, numeric=False),
+    Column("teacher", "teacher", 4, numeric=False),
+    Column("teacher_top1", "teacher %", 3),
+    Column("top1", "top-1 %", 0),
+    Column("difference", "vs base", 1),
+    Column("interval", "95 % interval", 6),
+    Column("p", "p", 2),
+    Column("agreement", "agreement %", 8),
+    Column("parameters", "params", 9),
+    Column("seconds", "seconds", 10),
+)
+
+
+def lay_out_any(results: dict[str, Any]) -> Layout:
+    """Lay out an ablation by its variants, any other comparison by its methods."""
+    return lay_out_variants(results) if "variants" in results else lay_out(results)
+
+
+def lay_out_variants(results: dict[str, Any]) -> Layout:
+    """Turn an ablation's results into columns, lines and footnotes; columns that say nothing are left out."""
+    lines = tuple(_line(row, results) for row in results["rows"])
+    used = {key for line in lines for key, cell in line.cells.items() if cell != NOTHING}
+    return Layout(
+        title=title_of(results),
+        columns=tuple(column for column in _COLUMNS if column.key in used),
+        lines=lines,
+        published_only=(),
+        footnotes=tuple(_footnotes(results)),
+        verdict=results["verdict"],
+        provenance=provenance_of(results),
+    )
+
+
+def _line(row: dict[str, Any], results: dict[str, Any]) -> Line:
+    images = row["n"]
+    low, high = row["difference_vs_base_ci95"] or (None, None)
+    cells = {
+        "changed": row["changed"] or NOTHING,
+        "teacher": row["teacher_name"] or NOTHING,
+        "teacher_top1": percent(row["teacher_test_top1"], images),
+        "top1": accuracy(row) + (STATUS_MARK if row["status"] != "ok" else ""),
+        "difference": points(row["difference_vs_base"], images),
+        "interval": NOTHING if low is None else f"[{points(low, images)}, {points(high, images)}]",
+        "p": p_value(row["p_vs_base"]),
+        "agreement": percent(row["teacher_agreement"], images),
+        "parameters": millions(row["parameters"]),
+        "seconds": NOTHING if row["train_seconds"] is None else f"{row['train_seconds']:,.0f}",
+    }
+    name = _short(row, results)
+    return Line(name, name, cells, group=row["method"], link=f"variants/{row['variant']}/report.html")
+
+
+def _short(row: dict[str, Any], results: dict[str, Any]) -> str:
+    """Name a row by its variant alone where there is only one method."""
+    ending = "+ema" if row["weights"] == "ema" else ""
+    return row["variant"] + ending if len({other["method"] for other in results["rows"]}) == 1 else row["row"]
+
+
+def _footnotes(results: dict[str, Any]) -> list[str]:
+    rows, seeds = results["rows"], len(results["seeds"])
+    spread = f"mean ± standard deviation over {seeds} seeds" if seeds > 1 else "[95 % Wilson interval], one seed"
+    students = ", ".join(dict.fromkeys(f"{row['method']}/{row['readout']}" for row in rows))
+    notes = [f"top-1 of {students}: {spread}, on {rows[0]['n']:,} test images; weights of the last epoch."]
+    tests = sorted({row["p_vs_base_test"] for row in rows if row["p_vs_base_test"]})
+    if tests:
+        notes.append(
+            "vs base: points of top-1 more than the base's same row on the same test images, with their 95 % interval; "
+            f"p: {', '.join(tests)}, of one row each, not corrected for the number of rows."
+        )
+    if tests and seeds == 1:
+        notes.append(ONE_SEED)
+    return notes + [f"{STATUS_MARK} {row['row']}: {row['status']}." for row in rows if row["status"] != "ok"]
+
+
+def difference_chart(results: dict[str, Any]) -> Chart:
+    """Return the differences to the base, in points of top-1, with their 95 % intervals."""
+    rows = _compared(results)
+    data: list[Chart] = []
+    for index, row in enumerate(rows):
+        shared = {"type": "scatter", "showlegend": False, "name": escape(row["row"]), "y": [index]}
+        middle = 100 * row["difference_vs_base"]
+        low, high = (100 * bound for bound in row["difference_vs_base_ci95"] or (row["difference_vs_base"],) * 2)
+        colour = _colour(row, rows)
+        error = {"type": "data", "symmetric": False, "array": [high - middle], "arrayminus": [middle - low]}
+        data.append(
+            {
+                **shared,
+                "x": [middle],
+                "mode": "markers",
+                "marker": {"color": colour, "size": 11},
+                "error_x": {**error, "color": colour, "thickness": 4, "width": 0},
+                "hovertemplate": f"%{{x:+.2f}} points [{low:+.2f}, {high:+.2f}]<extra>%{{data.name}}</extra>",
+            }
+        )
+    layout = chart_layout(height=36 * len(rows) + 80, margin={"l": 4, "r": 12, "t": 12, "b": 48})
+    layout["yaxis"] |= {
+        "tickvals": list(range(len(rows))),
+        "ticktext": [escape(_short(row, results)) for row in rows],
+        "range": [len(rows) - 0.4, -0.6],
+        "fixedrange": True,
+    }
+    layout["xaxis"] |= {"title": {"text": "points of top-1 more than the base"}, "fixedrange": True}
+    zero = {"type": "line", "yref": "paper", "x0": 0, "x1": 0, "y0": 0, "y1": 1, "layer": "below"}
+    layout["shapes"] = [{**zero, "line": {"color": "#76808f", "width": 1, "dash": "dot"}}]
+    return {"data": data, "layout": layout}
+
+
+def write_differences(results: dict[str, Any], folder: Path) -> list[Path]:
+    """Write ``differences.png`` and ``differences.svg``; nothing where no row could be compared.
+
+    Raises:
+        CheckpointError: The folder cannot be written.
+    """
+    return write_figure(lambda: _draw(results), folder, "differences") if _compared(results) else []
+
+
+def _draw(results: dict[str, Any]) -> Figure:
+    rows = _compared(results)
+    figure = Figure(figsize=(9.6, 1.3 + 0.36 * len(rows)), layout="constrained")
+    axes = figure.add_subplot()
+    for index, row in enumerate(rows):
+        middle = 100 * row["difference_vs_base"]
+        colour = _colour(row, rows)
+        low, high = row["difference_vs_base_ci95"] or (row["difference_vs_base"],) * 2
+        axes.plot([100 * low, 100 * high], [index, index], color=colour, linewidth=3.5, alpha=0.4)
+        axes.plot(middle, index, "o", color=colour, markersize=7)
+    axes.axvline(0, color="#444444", linestyle=":", linewidth=1.1, zorder=1)
+    axes.set_yticks(range(len(rows)), [_short(row, results) for row in rows], parse_math=False)
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.set_xlabel("points of top-1 more than the base, with 95 % interval")
+    axes.set_title(title_of(results), loc="left", fontweight="bold", parse_math=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="x", color="#DDDDDD", linewidth=0.7)
+    axes.set_axisbelow(True)
+    return figure
+
+
+def _compared(results: dict[str, Any]) -> list[dict[str, Any]]:
+    return [row for row in results["rows"] if row["difference_vs_base"] is not None]
+
+
+def _colour(row: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+    methods = list(dict.fromkeys(other["method"] for other in rows))
+    return COLOURS[methods.index(row["method"]) % len(COLOURS)]

@@ -1,0 +1,44 @@
+"""``metrics.jsonl``: how it is read."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from deitkit.errors import CheckpointError
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """Return the lines of ``metrics.jsonl``, in order; none where there is no such file.
+
+    A last line that was cut short by a kill is left out; of an epoch written twice (a run resumed) the later counts.
+
+    Raises:
+        CheckpointError: Any other line is no JSON object with ``seed``, ``student`` and ``epoch``.
+    """
+    path = folder / "metrics.jsonl"
+    if not path.is_file():
+        return []
+    lines = {(line["seed"], line["student"], line["epoch"]): line for line in _metric_lines(path)}
+    return list(lines.values())
+
+
+def _metric_lines(path: Path) -> Iterator[dict[str, Any]]:
+    texts = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    for number, text in enumerate(texts, start=1):
+        if not text.strip():
+            continue
+        try:
+            line = _parse(text)
+        except ValueError:
+            line = None
+        if isinstance(line, dict) and {"seed", "student", "epoch"} <= line.keys():
+            yield line
+        elif number < len(texts):  # a whole line ends in a newline, so only the last text can be half of one
+            raise CheckpointError(
+                f"'{path}' line {number} is no line of metrics: remove it, then run `deitkit report` again"
+            )
+
+
+def _parse(text: str) -> Any:
+    return json.loads(text, parse_constant=lambda name: None)

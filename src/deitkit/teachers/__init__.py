@@ -1,0 +1,1 @@
+"""Teachers: prepared, checked by the gate, frozen, and their logits cached."""

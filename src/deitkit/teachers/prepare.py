@@ -1,0 +1,244 @@
+"""The teacher: how it comes about, how it is checked before it may teach, and how it is kept from changing.
+
+A teacher is built from a name, gets weights from a file, a library or training here, passes the gate, and is frozen.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from deitkit.data.dataset import Dataset, load_dataset
+from deitkit.distillation.methods import METHODS
+from deitkit.errors import TeacherError
+from deitkit.evaluation.readouts import top_k_accuracy
+from deitkit.models.accelerate import accelerate
+from deitkit.models.classifier import Classifier
+from deitkit.models.saved import load_classifier, save_classifier
+from deitkit.models.weights.read import LoadReport, file_sha256, load_into, read_state
+from deitkit.models.zoo import Built, create_classifier, reset_head
+from deitkit.recipe.schema import DistillationRecipe, Recipe, TeacherRecipe
+from deitkit.run.observer import Watcher
+from deitkit.run.state import drop_state
+from deitkit.system.device import Precision
+from deitkit.system.files import write_text
+from deitkit.system.seeding import seeded
+from deitkit.teachers.frozen import FrozenTeacher, Teachers, mean_answer
+from deitkit.teachers.gate import TeacherCard, gate
+from deitkit.teachers.saved import build_saved
+from deitkit.training.cohort import Cohort
+from deitkit.training.fit import train_to_end
+from deitkit.training.student import Student
+
+
+def prepare_teacher(
+    recipe: Recipe, dataset: Dataset, *, folder: Path, precision: Precision, watcher: Watcher
+) -> tuple[FrozenTeacher, TeacherCard]:
+    """Build, train where the recipe says so, check and freeze the teacher; writes its folder, or reads it on resume.
+
+    Raises:
+        TeacherError: The gate refused it; the sentence names the likely cause.
+    """
+    card_path = folder / "card.json"
+    if card_path.exists():
+        classifier = accelerate(load_classifier(folder, precision.device)[0], recipe.speed, precision.device)
+        stored = json.loads(card_path.read_text(encoding="utf-8"))
+        classifier.readout = stored.get("readout")
+        stored |= {name: tuple(stored[name]) for name in ("mean", "std")}
+        return FrozenTeacher(classifier), TeacherCard(**stored)
+    with seeded(recipe.seeds[0], folder.name):
+        classifier, card = draft_teacher(recipe.teacher, dataset)
+    accelerate(classifier, recipe.speed, precision.device)
+    if card.fit != "none":
+        lessons = dataset
+        if recipe.teacher.all_images:
+            lessons = load_dataset(recipe.data.model_copy(update={"train_images": None}), watcher.reading)
+        _train(classifier, card, recipe, lessons, folder=folder, precision=precision, watcher=watcher)
+        card = replace(card, source=f"{card.source}, trained here on {len(lessons.train)} images")
+    card = gate(classifier, card, dataset, recipe.teacher, precision)
+    save_classifier(folder, classifier, _model_card(card, dataset, recipe))
+    card = replace(card, sha256=file_sha256(folder / "model.safetensors"))
+    write_text(card_path, json.dumps(asdict(card), indent=2) + "\n")
+    drop_state(folder / "checkpoint.safetensors")
+    watcher.say(f"teacher {card.name}: {100 * card.top1:.2f} % on {card.n} validation images, {card.verdict}")
+    return FrozenTeacher(classifier), card
+
+
+def _model_card(card: TeacherCard, dataset: Dataset, recipe: Recipe) -> dict[str, Any]:
+    return {
+        "architecture": card.name,
+        "channels": dataset.channels,
+        "class_names": list(dataset.class_names),
+        "input_px": list(dataset.image_px),
+        "eval_crop": recipe.data.eval_crop,
+        "readout": card.readout,
+        "source": card.source,
+        "validation_top1": card.top1,
+    }
+
+
+def draft_teacher(recipe: TeacherRecipe, dataset: Dataset) -> tuple[Classifier, TeacherCard]:
+    """Build a teacher with the weights that its recipe names; the card's accuracy is not known yet."""
+    recipe, built, readout = _build(recipe, dataset)
+    source, new_head, new_body = built.source, built.new_head, not recipe.pretrained
+    if recipe.checkpoint is not None:
+        report = _load(built, recipe)
+        source = f"{recipe.checkpoint.name} (sha256 {file_sha256(recipe.checkpoint)[:8]})"
+        new_head, new_body = bool(report.mismatched or report.missing), False
+    if recipe.reset_head:
+        reset_head(built, dataset.classes)
+        source, new_head = f"{source}, classifier replaced by a fresh one", True
+    fit = recipe.fit
+    if fit == "auto":
+        fit = "full" if new_body else "head" if new_head else "none"
+    mean, std = _normalisation(recipe, built, dataset)
+    trainable = built.head if fit == "head" else None
+    image_px = recipe.image_px or built.image_px
+    classifier = Classifier(built.model, mean=mean, std=std, image_px=image_px, trainable=trainable, readout=readout)
+    card = TeacherCard(
+        name=recipe.name,
+        source=source,
+        fit=fit,
+        top1=0.0,
+        n=0,
+        chance=0.0,
+        verdict=_untrained(new_head, new_body and recipe.checkpoint is None) if fit == "none" else "",
+        weak=False,
+        parameters=sum(parameter.numel() for parameter in built.model.parameters()),
+        image_px=image_px,
+        mean=mean,
+        std=std,
+        readout=readout,
+    )
+    return classifier, card
+
+
+def _build(recipe: TeacherRecipe, dataset: Dataset) -> tuple[TeacherRecipe, Built, str | None]:
+    """Build the architecture; of one named by a path, return also what the card there says of its use."""
+    if Path(recipe.name).exists():
+        return build_saved(recipe, dataset)
+    built = create_classifier(
+        recipe.name,
+        classes=dataset.classes,
+        channels=dataset.channels,
+        pretrained=recipe.pretrained and recipe.checkpoint is None,
+        image_px=recipe.image_px,
+    )
+    return recipe, built, None
+
+
+def _untrained(new_head: bool, new_body: bool) -> str:
+    """Say what of a teacher that is not trained here was never trained at all."""
+    if new_body:
+        return "no weights were loaded (teacher.checkpoint is not set) and none are trained here"
+    return "its classifier is new and was not trained" if new_head else ""
+
+
+def _load(built: Built, recipe: TeacherRecipe) -> LoadReport:
+    assert recipe.checkpoint is not None
+    return load_into(built.model, read_state(recipe.checkpoint), head=built.head, source=str(recipe.checkpoint))
+
+
+def _normalisation(
+    recipe: TeacherRecipe, built: Built, dataset: Dataset
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return the recipe's normalisation, else the library's, else the data set's."""
+    for mean, std in ((recipe.mean, recipe.std), (built.mean, built.std)):
+        if mean is not None and std is not None:
+            if len(mean) != dataset.channels or len(std) != dataset.channels:
+                raise TeacherError(
+                    f"teacher.mean={list(mean)} has {len(mean)} channels, the images have {dataset.channels}: "
+                    f"give {dataset.channels} values, or set data.channels={len(mean)}"
+                )
+            return mean, std
+    return dataset.mean, dataset.std
+
+
+def _train(
+    classifier: Classifier,
+    card: TeacherCard,
+    recipe: Recipe,
+    dataset: Dataset,
+    *,
+    folder: Path,
+    precision: Precision,
+    watcher: Watcher,
+) -> None:
+    """Train the teacher on labels alone: a cohort of one."""
+    part = "classifier layer" if card.fit == "head" else "every layer"
+    watcher.say(f"teacher {card.name}: training {part} for {recipe.teacher.train.epochs} epochs")
+    student = Student(folder.name, METHODS["none"], classifier, recipe.teacher.train)
+    cohort = Cohort(
+        [student],
+        teacher=None,
+        dataset=dataset,
+        augment=recipe.teacher.augment,
+        train=recipe.teacher.train,
+        distillation=DistillationRecipe(),
+        speed=recipe.speed,
+        precision=precision,
+        seed=recipe.seeds[0],
+    )
+    train_to_end(
+        cohort,
+        title=folder.name,
+        checkpoint=folder / "checkpoint.safetensors",
+        metrics=folder / "metrics.jsonl",
+        watcher=watcher,
+        log_folder=folder.parent / "tensorboard",
+        save_seconds=recipe.speed.save_seconds,
+    )
+    if student.stopped:
+        raise TeacherError(f"teacher {card.name} {student.stopped}: lower teacher.train.learning_rate")
+
+
+def prepare_teachers(
+    recipe: Recipe, dataset: Dataset, *, folder: Path, precision: Precision, watcher: Watcher
+) -> tuple[Teachers, list[TeacherCard]]:
+    """Prepare every teacher of a recipe, in ``folder``, ``folder-2``, ...; those that are there already are read.
+
+    Raises:
+        TeacherError: The gate refused one.
+    """
+    teachers, cards = [], []
+    homes = teacher_folders(recipe, folder)
+    for number, (chosen, home) in enumerate(zip(recipe.teacher.everyone, homes, strict=True)):
+        alone = recipe.model_copy(update={"teacher": chosen})
+        try:
+            teacher, card = prepare_teacher(alone, dataset, folder=home, precision=precision, watcher=watcher)
+        except TeacherError as error:
+            where = f"teacher.also.{number - 1}: " if number else ""
+            raise TeacherError(f"{where}{error}") from error
+        teachers.append(teacher)
+        cards.append(card)
+    return Teachers(teachers), cards
+
+
+def teacher_folders(recipe: Recipe, folder: Path) -> list[Path]:
+    """Return the folder of every teacher of a recipe: ``folder``, ``folder-2``, ..."""
+    more = range(2, len(recipe.teacher.everyone) + 1)
+    return [folder, *(folder.with_name(f"{folder.name}-{number}") for number in more)]
+
+
+def common_card(
+    teachers: Teachers, cards: Sequence[TeacherCard], dataset: Dataset, precision: Precision
+) -> TeacherCard:
+    """Return the card of the answer that teaches: the only teacher's own, or one of the mean of several."""
+    if len(cards) == 1:
+        return cards[0]
+    top1 = top_k_accuracy(mean_answer(teachers.answers(dataset.validation, precision)), dataset.validation.labels.cpu())
+    return replace(
+        cards[0],
+        name=" + ".join(card.name for card in cards),
+        source="; ".join(card.source for card in cards),
+        top1=top1,
+        verdict="; ".join(dict.fromkeys(card.verdict for card in cards)),
+        weak=any(card.weak for card in cards),
+        parameters=sum(card.parameters for card in cards),
+        image_px=None,  # each has a resolution, a normalisation and a readout of its own
+        mean=(),
+        std=(),
+        readout=None,
+        sha256=None,
+    )

@@ -1,0 +1,72 @@
+"""A teacher from the folder of a model that was trained before: a CNN, or a student, which then teaches others.
+
+What is trained and checked before it may teach is decided in ``teacher``.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from deitkit.data.dataset import Dataset
+from deitkit.errors import CheckpointError, TeacherError
+from deitkit.models.saved import build_model, model_folder, read_card
+from deitkit.models.weights.read import read_state
+from deitkit.models.zoo import Built
+from deitkit.recipe.schema import TeacherRecipe
+
+
+def build_saved(recipe: TeacherRecipe, dataset: Dataset) -> tuple[TeacherRecipe, Built, str | None]:
+    """Build a teacher from the card of its folder, which also has its weights, normalisation, resolution and readout.
+
+    A student with two heads answers with the readout that it won its comparison by, else with both (``joint``).
+
+    Raises:
+        TeacherError: A file without a card, other classes than the data's, or what a student cannot do as a teacher.
+    """
+    path = Path(recipe.name)
+    folder = model_folder(path if path.is_dir() else path.parent)
+    try:
+        card = read_card(folder)
+    except CheckpointError:
+        raise TeacherError(
+            f"teacher.name={recipe.name} is a file without a model.json beside it: "
+            f"give the architecture, as in teacher.name=cifar/resnet56 teacher.checkpoint={recipe.name}"
+        ) from None
+    if card["class_names"] != list(dataset.class_names):
+        raise TeacherError(
+            f"teacher.name={recipe.name} knows the classes {', '.join(card['class_names'][:4])}..., the data has "
+            f"{', '.join(dataset.class_names[:4])}...: train it on this data, or give its weights as teacher.checkpoint"
+        )
+    own = {
+        "name": card.get("architecture", recipe.name),
+        "checkpoint": folder / "model.safetensors",
+        "mean": recipe.mean or tuple(card["mean"]),
+        "std": recipe.std or tuple(card["std"]),
+        "image_px": recipe.image_px or card["image_px"],
+    }
+    state = read_state(folder / "model.safetensors")
+    built = build_model(card | {"image_px": own["image_px"]}, state, folder)
+    if card["kind"] == "deit":
+        _check_student(recipe, card["config"])
+    return recipe.model_copy(update=own), built, card.get("readout") or _readout(card["config"])
+
+
+def _check_student(recipe: TeacherRecipe, config: dict[str, Any]) -> None:
+    """Refuse what a student that teaches cannot do."""
+    if recipe.image_px not in (None, config["image_px"]):
+        raise TeacherError(
+            f"teacher.image_px={recipe.image_px} does not suit the student {recipe.name}, which takes images of "
+            f"{config['image_px']} px: leave it out, and every view is resized to that"
+        )
+    if len(config["tokens"]) > 1 and (recipe.reset_head or recipe.fit == "head"):
+        raise TeacherError(
+            f"teacher.name={recipe.name} is a student with two classifier layers, of which teacher.fit=head and "
+            "teacher.reset_head know one only: set teacher.fit=none or full"
+        )
+
+
+def _readout(config: dict[str, Any] | None) -> str | None:
+    """Return with which readout a student teaches: the paper's joint one where it has both tokens."""
+    if config is None:
+        return None
+    tokens = config["tokens"] or ["class"]
+    return "joint" if len(tokens) > 1 else str(tokens[0])

@@ -1,0 +1,1 @@
+"""The step that trains a cohort of students, and the loop around it."""

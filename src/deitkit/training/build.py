@@ -1,0 +1,102 @@
+"""The students of a comparison before they train."""
+
+from collections.abc import Callable, Collection
+from pathlib import Path
+
+from deitkit.data.dataset import Dataset
+from deitkit.distillation.methods import METHODS
+from deitkit.errors import RecipeError
+from deitkit.models.accelerate import accelerate
+from deitkit.models.classifier import Classifier
+from deitkit.models.vit import create_student
+from deitkit.models.weights.initialise import load_initial, weights_file
+from deitkit.models.weights.read import file_sha256
+from deitkit.models.zoo import create_classifier
+from deitkit.recipe.schema import Recipe
+from deitkit.system.device import Precision
+from deitkit.system.seeding import derived_seed, seeded
+from deitkit.training.student import Student
+
+BASELINE = "cnn-baseline"
+
+
+def student_names(recipe: Recipe) -> list[str]:
+    """Return the names of a comparison's students, in the order of its table: its methods, then the CNN baseline."""
+    return [*recipe.methods, *([BASELINE] if recipe.baseline is not None else [])]
+
+
+def build_students(
+    recipe: Recipe,
+    dataset: Dataset,
+    seed: int,
+    precision: Precision,
+    say: Callable[[str], None] = lambda line: None,
+    names: Collection[str] | None = None,
+) -> list[Student]:
+    """Build students of one seed, all from the same start.
+
+    Args:
+        recipe: Of the comparison.
+        dataset: Its classes, resolution and normalisation.
+        seed: Of the initial weights.
+        precision: Its device.
+        say: Receives what the students start from where that is a checkpoint, and how it was made to fit them.
+        names: Which of ``student_names``; by default all.
+    """
+    names = student_names(recipe) if names is None else names
+    image_px = (dataset.image_px[0], dataset.image_px[1])
+    students = []
+    changes: dict[str, list[str]] = {}
+    for name in (method for method in recipe.methods if method in names):
+        model = create_student(
+            recipe.model,
+            image_px=image_px,
+            channels=dataset.channels,
+            classes=dataset.classes,
+            tokens=METHODS[name].tokens,
+            seed=derived_seed(seed, "student"),
+        )
+        if recipe.model.checkpoint is not None:
+            lines = load_initial(
+                model,
+                recipe.model.checkpoint,
+                class_names=dataset.class_names,
+                mean=dataset.mean,
+                std=dataset.std,
+            )
+            for line in lines:
+                changes.setdefault(line, []).append(name)
+        classifier = accelerate(Classifier(model, mean=dataset.mean, std=dataset.std), recipe.speed, precision.device)
+        students.append(Student(name, METHODS[name], classifier, recipe.train, recipe.train.ema_decay))
+    if recipe.model.checkpoint is not None:
+        say(f"students start from {initial_weights(recipe)}")
+    for line, changed in changes.items():
+        say(line if len(changed) == len(students) else f"{', '.join(changed)}: {line}")
+    if recipe.baseline is not None and BASELINE in names:
+        students.append(_build_baseline(recipe, dataset, seed, precision))
+    return students
+
+
+def initial_weights(recipe: Recipe) -> str | None:
+    """Return the name and hash of the weights that students start from; None where that is a random start."""
+    if recipe.model.checkpoint is None:
+        return None
+    return f"{recipe.model.checkpoint.name} (sha256 {file_sha256(weights_file(recipe.model.checkpoint))[:8]})"
+
+
+def baseline_architecture(recipe: Recipe) -> str:
+    """Return the name of the CNN baseline's architecture."""
+    assert recipe.baseline is not None
+    return recipe.teacher.name if recipe.baseline.name == "teacher" else recipe.baseline.name
+
+
+def _build_baseline(recipe: Recipe, dataset: Dataset, seed: int, precision: Precision) -> Student:
+    assert recipe.baseline is not None
+    if Path(baseline_architecture(recipe)).exists():
+        raise RecipeError(
+            f"baseline.name={recipe.baseline.name} is a path: name an architecture, such as cifar/resnet56"
+        )
+    with seeded(seed, BASELINE):
+        built = create_classifier(baseline_architecture(recipe), classes=dataset.classes, channels=dataset.channels)
+    classifier = accelerate(Classifier(built.model, mean=dataset.mean, std=dataset.std), recipe.speed, precision.device)
+    return Student(BASELINE, METHODS["none"], classifier, recipe.baseline, recipe.train.ema_decay)

@@ -1,0 +1,278 @@
+"""The step that trains a cohort, and the loop around it; nothing else.
+
+All students of a cohort see the same views and the same answers of the teacher, in lock-step. A CNN that is trained
+on labels alone (a teacher, the baseline) is a cohort of one student with the method ``none``.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float, Int64, UInt8
+from torch import Tensor, nn
+
+from deitkit.data.augment.augment import Augment
+from deitkit.data.augment.mix import Mix
+from deitkit.data.batches import Batches
+from deitkit.data.dataset import Dataset
+from deitkit.errors import Interrupted, OutOfMemory, is_out_of_memory
+from deitkit.evaluation.predict import predict_all
+from deitkit.evaluation.readouts import readout_scores, top_k_accuracy
+from deitkit.recipe.schema import AugmentRecipe, DistillationRecipe, SpeedRecipe, TrainRecipe
+from deitkit.run.observer import Progress
+from deitkit.system.device import Precision
+from deitkit.system.seeding import derived_generator, derived_seed
+from deitkit.system.timer import Stopwatch
+from deitkit.training.cuda_graph import Recorder
+from deitkit.training.micro_batches import Parts
+from deitkit.training.optim import can_be_recorded, learning_rate
+from deitkit.training.student import Student
+
+LOG_EVERY = 50  # steps between two looks at the device, which waits for it
+WATCHED = ("step", "waiting", "views", "teacher")
+
+
+@runtime_checkable
+class LogitLookup(Protocol):
+    """Keeps the teacher's logits for the views of a cohort."""
+
+    def get(self, epoch: int, step: int, compute: Callable[[], Tensor]) -> Tensor:
+        """Return the logits for the view of a step, both from 0; computed where they are not kept yet."""
+
+
+class Cohort:
+    """Students that train in lock-step under one seed.
+
+    Args:
+        students: On the device, each with a name of its own.
+        teacher: Views in [0, 1] to logits; None where no student needs one.
+        dataset: Its training images are learnt from; its validation images draw the curves and select nothing.
+        augment: How the views are made.
+        train: Epochs, label smoothing, schedule.
+        distillation: Weights and temperature of the methods.
+        speed: How fast, never what.
+        precision: Of the forward passes.
+        seed: Of the views and of dropout.
+        logit_cache: Where the teacher's logits are kept; None computes them at every step.
+    """
+
+    def __init__(
+        self,
+        students: list[Student],
+        *,
+        teacher: nn.Module | None,
+        dataset: Dataset,
+        augment: AugmentRecipe,
+        train: TrainRecipe,
+        distillation: DistillationRecipe,
+        speed: SpeedRecipe,
+        precision: Precision,
+        seed: int,
+        logit_cache: LogitLookup | None = None,
+    ) -> None:
+        self.students = students
+        self.teacher = teacher
+        self.device = precision.device
+        self.batches = Batches(dataset.train, train.batch_size, seed, self.device, repeats=train.repeats)
+        self.validation = dataset.validation.to(self.device)
+        self.train_recipe = train
+        self.precision = precision
+        self.seed = seed
+        self.augment = Augment(augment, dataset.mean, dataset.std)
+        self.mix = Mix(augment, dataset.classes, train.label_smoothing)
+        self.logit_cache = logit_cache
+        self.recorder = Recorder(self.device, speed.cuda_graphs and not speed.checkpoint_activations)
+        self.teacher_forward = self.recorder.replayed(self._teacher_forward)
+        self.find_gradient, self.descend = {}, {}
+        for student in students:
+            parts = Parts(student.classifier, train.batch_size, speed, precision, student.method.needs_whole_batch)
+            gradient = partial(student.find_gradient, settings=distillation, precision=precision, parts=parts)
+            self.find_gradient[student.name] = self.recorder.replayed(gradient)
+            recordable = all(can_be_recorded(optimizer) for optimizer in student.optimizers)
+            self.descend[student.name] = self.recorder.replayed(student.descend) if recordable else student.descend
+        self.epoch, self.step = 0, 0  # the next to be trained, from 0
+        self.reset_watches()
+
+    def reset_watches(self, seconds: dict[str, float] | None = None) -> None:
+        """Begin the times of an epoch: all of it, waiting for images, making views, and the teacher."""
+        self.watches = {name: Stopwatch(self.device, (seconds or {}).get(name, 0.0)) for name in WATCHED}
+
+    @property
+    def active(self) -> list[Student]:
+        """The students that still train."""
+        return [student for student in self.students if student.stopped is None]
+
+    def train_step(self, images: UInt8[Tensor, "batch channels height width"], labels: Int64[Tensor, "batch"]) -> None:
+        """Train every student on one batch: one view, one answer of the teacher, then each student's update."""
+        step = self.epoch * self.batches.steps_per_epoch + self.step
+        with self.watches["views"]:
+            view, targets = self.make_view(images, labels, step)
+        with self.watches["teacher"]:
+            teacher_logits = self._teacher_logits(view)
+        for student in self.active:
+            torch.manual_seed(derived_seed(self.seed, "dropout", step))
+            with student.watch:
+                terms = self.find_gradient[student.name](view, targets, teacher_logits)
+                with student.optimizer_watch:
+                    student.set_rate(self.rate(student, step))
+                    self.descend[student.name]()
+                    student.follow()
+                student.note(terms, step)
+
+    def make_view(
+        self, images: UInt8[Tensor, "batch channels height width"], labels: Int64[Tensor, "batch"], step: int
+    ) -> tuple[Float[Tensor, "batch channels height width"], Float[Tensor, "batch classes"]]:
+        """Return the view of a step of the run, and its targets."""
+        generator = derived_generator(self.seed, "view", step)
+        view, targets = self.mix(self.augment(images, generator), labels, generator)
+        return self.recorder.hold("view", view), self.recorder.hold("targets", targets)
+
+    def _teacher_logits(
+        self, view: Float[Tensor, "batch channels height width"]
+    ) -> Float[Tensor, "batch classes"] | None:
+        """Return the teacher's logits for a view of this step; None where no student needs them."""
+        if self.teacher is None or not any(student.method.teacher_signal for student in self.active):
+            return None
+        compute = partial(self.teacher_forward, view)
+        cache = self.logit_cache
+        logits = compute() if cache is None else cache.get(self.epoch, self.step, compute)
+        return self.recorder.hold("teacher logits", logits)
+
+    def _teacher_forward(self, view: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch classes"]:
+        assert self.teacher is not None
+        with self.precision.autocast():
+            return self.teacher(view)
+
+    def rate(self, student: Student, step: int) -> float:
+        """Return a student's learning rate at a step of the run."""
+        return learning_rate(step, self.batches.steps_per_epoch, student.recipe, self.train_recipe)
+
+    def fit(
+        self, on_step: Callable[[Progress], None] | None = None, should_stop: Callable[[], bool] = lambda: False
+    ) -> Iterator[list[dict[str, Any]]]:
+        """Train until the last epoch, and yield each epoch's metrics, one record per student.
+
+        The cohort can be saved whenever the iterator waits or has ended, however it ended.
+
+        Args:
+            on_step: Called every few steps, when the device has been waited for.
+            should_stop: Asked after every step, and after every batch of a validation, which is then begun anew.
+
+        Raises:
+            Interrupted: ``should_stop`` said so.
+        """
+        for student in self.students:
+            student.classifier.train()
+        while self.epoch < self.train_recipe.epochs and self.active:
+            batches = self.batches.epoch(self.epoch, self.step)
+            while self.step < self.batches.steps_per_epoch:
+                self.next_step(batches)
+                if self._may_look():
+                    self._look()
+                    if on_step is not None:
+                        on_step(self._progress())
+                if should_stop():
+                    raise Interrupted
+            records = self._close_epoch(should_stop)
+            self.epoch, self.step = self.epoch + 1, 0
+            yield records
+
+    def next_step(self, batches: Iterator[tuple[Tensor, Tensor]]) -> None:
+        """Train on the next batch of the epoch."""
+        try:
+            with self.watches["step"]:
+                with self.watches["waiting"]:
+                    images, labels = next(batches)
+                self.train_step(images, labels)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise OutOfMemory(self.batches.batch_size) from error
+        self.step += 1
+
+    def _may_look(self) -> bool:
+        """Reading a value waits for the device, so an accelerator is looked at now and then only."""
+        last = self.step == self.batches.steps_per_epoch
+        return self.device.type == "cpu" or self.step % LOG_EVERY == 0 or last
+
+    def _look(self) -> None:
+        for student in self.active:
+            student.check(lambda step, student=student: self.rate(student, step))  # type: ignore[misc]
+
+    def _progress(self) -> Progress:
+        steps = self.train_recipe.epochs * self.batches.steps_per_epoch
+        left = steps - self.epoch * self.batches.steps_per_epoch - self.step
+        return Progress(
+            seed=self.seed,
+            epoch=self.epoch + 1,
+            epochs=self.train_recipe.epochs,
+            step=self.step,
+            steps_per_epoch=self.batches.steps_per_epoch,
+            images_per_second=self.step * self.batches.batch_size / self.watches["step"].seconds,
+            seconds_left=left * self.watches["step"].seconds / self.step,
+            losses={student.name: float(sum(student.term_sums.values())) / self.step for student in self.active},
+        )
+
+    def _close_epoch(self, should_stop: Callable[[], bool]) -> list[dict[str, Any]]:
+        """Validate, describe the epoch, and begin the next one's sums."""
+        steps = self.batches.steps_per_epoch
+        last_step = (self.epoch + 1) * steps - 1
+        shares = self.shares()
+        records = []
+        for student, accuracy in zip(self.active, self._validate(should_stop), strict=True):
+            terms = {name: float(total) / steps for name, total in student.term_sums.items()}
+            records.append(
+                {
+                    "seed": self.seed,
+                    "student": student.name,
+                    "epoch": self.epoch + 1,
+                    "epochs": self.train_recipe.epochs,
+                    "step": last_step + 1,
+                    "train_loss": sum(terms.values()),
+                    "terms": terms,
+                    "validation": accuracy,
+                    "learning_rate": self.rate(student, last_step),
+                    "images_per_second": steps * self.batches.batch_size / student.watch.seconds,
+                    "seconds": student.watch.seconds,
+                    "cohort_images_per_second": steps * self.batches.batch_size / self.watches["step"].seconds,
+                    "shares": shares,
+                }
+            )
+            student.mark_good()
+            student.reset_meters()
+        self.reset_watches()
+        return records
+
+    def shares(self) -> dict[str, float]:
+        """Return where the time of the epoch's steps went, as fractions; waits for the device."""
+        parts = {name: self.watches[name].seconds for name in WATCHED[1:]}
+        parts["optimizers"] = sum(student.optimizer_watch.seconds for student in self.students)
+        parts["students"] = sum(student.watch.seconds for student in self.students) - parts["optimizers"]
+        return {name: seconds / self.watches["step"].seconds for name, seconds in parts.items()}
+
+    def _validate(self, should_stop: Callable[[], bool]) -> list[dict[str, float]]:
+        """Return each active student's accuracy by every readout."""
+        classifiers = [student.classifier for student in self.active]
+        outputs = predict_all(classifiers, self.validation, self.precision, should_stop)
+        labels = self.validation.labels.cpu()
+        return [
+            {readout: top_k_accuracy(scores, labels) for readout, scores in readout_scores(output).items()}
+            for output in outputs
+        ]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that a resumed cohort needs; random draws need nothing, they follow from the step."""
+        return {
+            "epoch": self.epoch,
+            "step": self.step,
+            "seconds": {name: watch.seconds for name, watch in self.watches.items()},
+            "students": {student.name: student.state_dict() for student in self.students},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from ``state_dict``."""
+        self.epoch, self.step = state["epoch"], state["step"]
+        self.reset_watches(state["seconds"])
+        for student in self.students:
+            student.load_state_dict(state["students"][student.name])

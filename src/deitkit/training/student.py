@@ -1,0 +1,161 @@
+"""A classifier in training: its method, optimizers and average, its last good state, and the sums of its epoch."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from deitkit.distillation.methods import Method
+from deitkit.models.classifier import Classifier
+from deitkit.recipe.schema import DistillationRecipe, OptimizerRecipe
+from deitkit.system.device import Precision
+from deitkit.system.timer import Stopwatch
+from deitkit.training.micro_batches import Parts, Terms
+from deitkit.training.optim import ExponentialMovingAverage, build_optimizers, gathered_state, restore_state, set_rate
+
+
+class Student:
+    """A classifier in training: its method, its optimizers, its average, and whether it still goes on.
+
+    Args:
+        name: Its name in logs and folders.
+        method: What trains it.
+        classifier: On its device.
+        recipe: How it is updated.
+        ema_decay: Keep an average of its weights with this decay.
+    """
+
+    def __init__(
+        self, name: str, method: Method, classifier: Classifier, recipe: OptimizerRecipe, ema_decay: float | None = None
+    ) -> None:
+        self.name = name
+        self.method = method
+        self.classifier = classifier
+        self.recipe = recipe
+        self.optimizers = build_optimizers(classifier.model, recipe)
+        self.average = ExponentialMovingAverage(classifier, ema_decay) if ema_decay is not None else None
+        self.stopped: str | None = None
+        self.good = self._snapshot()
+        self.has_moved = False  # since the last good state
+        self.reset_meters()
+
+    def reset_meters(self) -> None:
+        """Forget the sums of the epoch."""
+        device = self.classifier.mean.device
+        self.watch, self.optimizer_watch = Stopwatch(device), Stopwatch(device)
+        self.term_sums: dict[str, Tensor] = {}
+        self.bad_step = torch.full((), -1, device=device, dtype=torch.long)
+
+    def find_gradient(
+        self,
+        view: Float[Tensor, "batch channels height width"],
+        targets: Float[Tensor, "batch classes"],
+        answer: Float[Tensor, "batch classes"] | None,
+        *,
+        settings: DistillationRecipe,
+        precision: Precision,
+        parts: Parts,
+    ) -> dict[str, Float[Tensor, ""]]:
+        """Leave the gradient of the loss in the weights, and return the loss's terms."""
+
+        def find_terms(classifier: Classifier, view: Tensor, targets: Tensor, answer: Tensor | None) -> Terms:
+            with precision.autocast():
+                output = classifier(view)
+            return self.method.loss_terms(output, answer, targets, settings)
+
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+        return parts.backward(find_terms, view, targets, answer)
+
+    def descend(self) -> None:
+        """Clip the gradient and take the optimizers' step; nothing here waits for the device."""
+        if self.recipe.clip_norm is not None:
+            nn.utils.clip_grad_norm_(self.classifier.parameters(), self.recipe.clip_norm)
+        for optimizer in self.optimizers:
+            optimizer.step()
+
+    def follow(self) -> None:
+        """Let the average of the weights follow; its decay changes from step to step, which no recording can."""
+        self.has_moved = True
+        if self.average is not None:
+            self.average.update(self.classifier)
+
+    def set_rate(self, rate: float) -> None:
+        """Set the learning rate of the next step."""
+        for optimizer in self.optimizers:
+            set_rate(optimizer, rate)
+
+    def note(self, terms: dict[str, Float[Tensor, ""]], step: int) -> None:
+        """Add a step's terms to the sums of the epoch, and remember the first step whose loss is not finite."""
+        loss = torch.stack(list(terms.values())).sum()
+        first_bad = ~torch.isfinite(loss) & (self.bad_step < 0)
+        self.bad_step = torch.where(first_bad, step, self.bad_step)
+        for name, term in terms.items():
+            self.term_sums[name] = self.term_sums.get(name, 0) + term
+
+    def check(self, rate_of: Callable[[int], float]) -> None:
+        """Look whether a loss was not finite; if so, go back to the last good state and stop."""
+        bad_step = int(self.bad_step)
+        if bad_step >= 0 and self.stopped is None:
+            self.stopped = (
+                f"stopped at step {bad_step + 1}: the loss is not finite (learning rate {rate_of(bad_step):.3g})"
+            )
+            self._restore(self.good)
+            self.has_moved = False
+
+    def mark_good(self) -> None:
+        """Keep the present weights as the last good state."""
+        if self.stopped is None:
+            self.good = self._snapshot()
+            self.has_moved = False
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that a resumed student needs, tensors and plain values only.
+
+        The last good state is None where it is the present one, as between two epochs.
+        """
+        return {
+            "model": self.classifier.model.state_dict(),
+            "optimizers": [gathered_state(optimizer) for optimizer in self.optimizers],
+            "average": self.average.classifier.state_dict() if self.average else None,
+            "average_updates": self.average.updates if self.average else 0,
+            "good": self.good if self.has_moved else None,
+            "stopped": self.stopped,
+            "seconds": self.watch.seconds,
+            "optimizer_seconds": self.optimizer_watch.seconds,
+            "term_sums": self.term_sums,
+            "bad_step": self.bad_step,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from ``state_dict``."""
+        self.classifier.model.load_state_dict(state["model"])
+        for optimizer, gathered in zip(self.optimizers, state["optimizers"], strict=True):
+            restore_state(optimizer, gathered)
+        if self.average is not None:
+            self.average.classifier.load_state_dict(state["average"])
+            self.average.updates = state["average_updates"]
+        device = self.bad_step.device
+        self.has_moved = state["good"] is not None
+        self.good = _to(state["good"], device) if self.has_moved else self._snapshot()
+        self.stopped, self.watch = state["stopped"], Stopwatch(device, state["seconds"])
+        self.optimizer_watch = Stopwatch(device, state["optimizer_seconds"])
+        self.term_sums, self.bad_step = _to(state["term_sums"], device), state["bad_step"].to(device)
+
+    def _snapshot(self) -> dict[str, Tensor]:
+        weights = {f"model.{name}": value for name, value in self.classifier.state_dict().items()}
+        if self.average is not None:
+            weights |= {f"average.{name}": value for name, value in self.average.classifier.state_dict().items()}
+        return {name: value.detach().clone() for name, value in weights.items()}
+
+    def _restore(self, snapshot: dict[str, Tensor]) -> None:
+        holder = nn.ModuleDict({"model": self.classifier})
+        if self.average is not None:
+            holder["average"] = self.average.classifier
+        holder.load_state_dict(snapshot)
+
+
+def _to(tensors: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    return {name: value.to(device) for name, value in tensors.items()}

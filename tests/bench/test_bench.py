@@ -1,0 +1,130 @@
+"""The bench commands: what they print can be read by a program, and adds up."""
+
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from conftest import CPU_FP32
+from deitkit.bench.measure import count_flops, machine_limit, time_in_turn
+from deitkit.cli.main import app
+from deitkit.models.catalogue import CatalogueModel
+from deitkit.models.cnn import CifarResNet
+from deitkit.models.vit import DeiT
+
+TINY = [
+    "data.image_px=16", "model=micro", "model.patch_px=4", "train.batch_size=16", "teacher=cifar/resnet20",
+    "augment.randaugment=2,9", "device=cpu",
+]  # fmt: skip
+FEW = ["--repeats", "2", "--steps", "1"]
+
+
+@pytest.fixture(autouse=True)
+def _small_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deitkit.bench.measure.LIMIT_SIDE", {"cpu": 128, "cuda": 128})
+
+
+def run(*arguments: str) -> str:
+    result = CliRunner().invoke(app, ["bench", *arguments], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def test_train_says_where_the_time_goes() -> None:
+    result = json.loads(run("train", *TINY, "method=token-hard", "--synthetic", *FEW, "--json"))
+    assert result["methods"] == ["token-hard"]
+    low, high = result["images_per_second_range"]
+    assert 0 < low <= result["images_per_second"] <= high
+    assert result["images_per_second"] == pytest.approx(16 / result["seconds_per_step"])
+    assert 0.7 < sum(result["shares"].values()) <= 1
+    expected = result["images_per_second"] * result["gflop_per_image"]
+    assert result["gflop_per_second"] == pytest.approx(expected)
+    assert result["share_of_limit"] == pytest.approx(expected / result["limit_gflop_per_second"])
+    assert result["peak_memory_gib"] > 0
+
+
+def test_train_takes_a_real_data_set_and_prints_for_people() -> None:
+    shown = run("train", "data=digits", "model=micro", "model.patch_px=2", "train.batch_size=16",
+                "teacher=cifar/resnet20", "device=cpu", *FEW)  # fmt: skip
+    assert "images/s" in shown
+    assert "share of it" in shown
+
+
+def test_data_reads_and_augments() -> None:
+    result = json.loads(run("data", *TINY, "--synthetic", *FEW, "--json"))
+    assert result["read_images_per_second"] > result["images_per_second"] > 0
+
+
+def test_cohort_compares_with_the_same_students_alone() -> None:
+    result = json.loads(run("cohort", *TINY, "methods=[none, soft, hard]", "--synthetic", *FEW, "--json"))
+    seconds = {name: timing["median"] for name, timing in result["seconds_per_step"].items()}
+    alone = seconds["none"] + seconds["soft"] + seconds["hard"]
+    assert result["ratio"] == pytest.approx(seconds["cohort"] / alone)
+    assert result["ratio_recorded"] == pytest.approx(seconds["cohort, recorded answers"] / alone)
+    assert len(result["peak_memory_gib"]) == 3
+    assert result["peak_memory_gib"] == sorted(result["peak_memory_gib"])
+
+
+def test_infer_times_a_student() -> None:
+    result = json.loads(run("infer", "data.image_px=32", "model=micro", "train.batch_size=2", "device=cpu", *FEW,
+                            "--json"))  # fmt: skip
+    assert result["images_per_second"] > 0
+    assert result["share_of_limit"] > 0
+
+
+def test_the_papers_table_names_what_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    few = (
+        CatalogueModel("small", 32, teacher="timm/resnet18", images_per_second=1.0),
+        CatalogueModel("large", 32, teacher="timm/resnet34", images_per_second=2.0),
+        CatalogueModel("ours", 32, "deit_tiny", tokens=("class", "distillation"), images_per_second=3.0),
+        CatalogueModel("unmeasured", 32, "micro", 8),
+    )
+    build = CatalogueModel.build
+
+    def crowded(model: CatalogueModel) -> torch.nn.Module:
+        if model.row == "large":
+            raise RuntimeError("CUDA out of memory")
+        return build(model)
+
+    monkeypatch.setattr("deitkit.bench.inference_speed.CATALOGUE", few)
+    monkeypatch.setattr(CatalogueModel, "build", crowded)
+    rows = json.loads(run("infer", "--table", "zoo", "train.batch_size=2", "device=cpu", *FEW, "--json"))
+    assert [row["row"] for row in rows] == ["small", "large", "ours", "unmeasured"]
+    assert rows[1]["problem"] == "does not fit in memory at batch 2"
+    assert rows[0]["images_per_second"] > 0
+    assert [row["published_images_per_second"] for row in rows] == [1.0, 2.0, 3.0, None]
+    shown = run("infer", "--table", "paper", "train.batch_size=2", "device=cpu", *FEW)
+    assert "does not fit" in shown
+    assert "unmeasured" not in shown
+
+
+def test_operations_of_a_student_are_those_counted_by_hand() -> None:
+    width, depth, tokens, patches = 16, 2, 17, 16
+    model = DeiT(image_px=8, patch_px=2, channels=3, classes=5, width=width, depth=depth, heads=2, tokens=("class",))
+    block = 2 * tokens * width * width * 12 + 2 * 2 * tokens * tokens * width
+    last = 2 * tokens * width * width * 3 + 2 * 2 * tokens * width + 2 * width * width * 9  # only the token is read
+    expected = 2 * patches * 12 * width + (depth - 1) * block + last + 2 * width * 5
+    assert count_flops(model, (3, 8, 8), backward=False) == expected
+    # The backward pass costs twice the forward pass, but for the pixels, whose gradient nobody needs.
+    assert count_flops(model, (3, 8, 8), backward=True) == 3 * expected - 2 * patches * 12 * width
+    assert next(model.parameters()).grad is None
+
+
+def test_operations_of_a_cnn_are_positive_and_leave_it_alone() -> None:
+    model = CifarResNet(20, classes=10).eval()
+    before = model.bn1.running_mean.clone()
+    assert count_flops(model, (3, 32, 32), backward=False) == pytest.approx(2 * 40.8e6, rel=0.02)  # He et al. 2016
+    assert torch.equal(model.bn1.running_mean, before)
+
+
+def test_functions_are_timed_in_turn() -> None:
+    calls: list[str] = []
+    functions = {name: (lambda name=name: calls.append(name)) for name in ("a", "b")}  # type: ignore[misc]
+    timings = time_in_turn(functions, device=torch.device("cpu"), repeats=2, calls=2, warm_up=1)
+    assert "".join(calls) == "ab" + "aabb" * 2
+    assert all(0 <= timing.fastest <= timing.median <= timing.slowest for timing in timings.values())
+
+
+def test_the_machines_limit_is_a_rate() -> None:
+    assert machine_limit(CPU_FP32) > 1e7

@@ -1,0 +1,77 @@
+"""The scripts of benchmarks/ run, on sizes at which their figures mean nothing."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+FOLDER = Path(__file__).parents[2] / "benchmarks"
+
+
+def script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"benchmarks_{name}", FOLDER / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(autouse=True)
+def _small_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deitkit.bench.measure.LIMIT_SIDE", {"cpu": 128, "cuda": 128})
+
+
+def test_everyone_trains_in_turn(tmp_path: Path) -> None:
+    path = tmp_path / "peers.json"
+    options = ["--synthetic", "--patch-px", "8", "--batch-size", "4", "--rounds", "1", "--steps", "1", "--warm-up", "1"]
+    script("peers").main([*options, "--workers", "0", "--device", "cpu", "--json", str(path)])
+    result = json.loads(path.read_text())
+    assert result["problems"] == {}
+    assert [row["name"] for row in result["rows"]] == [
+        "deitkit", "timm TokenDistillationTask", "the paper's loop", "a plain loop"
+    ]  # fmt: skip
+    for row in result["rows"]:
+        assert row["images_per_second"] > 0
+        ratio = result["rows"][0]["images_per_second"] / row["images_per_second"]
+        assert row["deitkit_is_faster_by"] == pytest.approx(ratio)
+
+
+def test_a_peer_that_cannot_run_says_why() -> None:
+    options = ["--synthetic", "--patch-px", "8", "--batch-size", "4", "--rounds", "1", "--steps", "1", "--warm-up", "1"]
+    options += ["--workers", "-1", "--device", "cpu", "--peers", "deitkit", "paper"]
+    result = script("peers").main(options)
+    assert [row["name"] for row in result["rows"]] == ["deitkit"]
+    assert "num_workers option should be non-negative" in result["problems"]["the paper's loop"]
+
+
+def test_augmentation_is_timed_beside_torchvisions(tmp_path: Path) -> None:
+    path = tmp_path / "augmentation.json"
+    script("augmentation").main(
+        ["--images", "64", "--batch-size", "32", "--rounds", "1", "--workers", "0", "--json", str(path)]
+    )
+    rows = json.loads(path.read_text())["rows"]
+    assert len(rows) == 3
+    assert all(row["images_per_second"] > 0 for row in rows)
+    assert rows[0]["deitkit_is_faster_by"] == 1
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a shell script")
+def test_the_gpu_script_names_its_pieces() -> None:
+    wrong = subprocess.run([FOLDER / "gpu.sh", "nothing", "/tmp"], capture_output=True, text=True, check=False)
+    assert wrong.returncode == 2
+    assert "check, speed, peers, cifar10 or all" in wrong.stderr
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a shell script")
+def test_the_gpu_script_compares_at_small_sizes(tmp_path: Path) -> None:
+    settings = os.environ | {"SMALL": "1", "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""}
+    subprocess.run([FOLDER / "gpu.sh", "cifar10", tmp_path], check=True, env=settings, capture_output=True)
+    assert (tmp_path / "cifar10" / "report.html").exists()
+    assert "from nothing to the report in" in (tmp_path / "cifar10-seconds.txt").read_text()

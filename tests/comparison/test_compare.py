@@ -1,0 +1,247 @@
+"""The comparison end to end: what a run folder holds, that a stopped run ends the same, and every shipped recipe."""
+
+import itertools
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from conftest import CPU_FP32, TINY, poisoned_gradient, striped_dataset
+from deitkit.comparison.ablation import compare_variants
+from deitkit.comparison.compare import compare
+from deitkit.data.dataset import load_dataset
+from deitkit.distillation.methods import METHODS
+from deitkit.errors import CheckpointError, Interrupted, RecipeError
+from deitkit.evaluation.predict import predict
+from deitkit.evaluation.readouts import readout_scores, top_k_accuracy
+from deitkit.models.saved import load_classifier
+from deitkit.recipe.load import load_recipe, shipped_recipes
+from deitkit.recipe.schema import Recipe
+from deitkit.report.write import write_report
+from deitkit.run.observer import Silent
+from deitkit.training.build import build_students
+from deitkit.training.cohort import Cohort
+from deitkit.training.student import Student
+
+TinyRecipe = Callable[..., Recipe]
+
+
+class StopAfter(Silent):
+    """Stops a run after some steps of the cohorts and the teacher together; a validation counts as steps, too."""
+
+    def __init__(self, steps: int) -> None:
+        self.left = steps
+
+    def should_stop(self) -> bool:
+        self.left -= 1
+        return self.left <= 0
+
+
+def timeless(value: Any) -> Any:
+    """Leave out what differs between two equal runs: times."""
+    if isinstance(value, dict):
+        return {k: timeless(v) for k, v in value.items() if "second" not in k and k not in ("created", "shares")}
+    return [timeless(entry) for entry in value] if isinstance(value, list) else value
+
+
+def test_a_run_folder_holds_all_that_the_design_promises(tiny_recipe: TinyRecipe, tmp_path: Path) -> None:
+    recipe = tiny_recipe("methods=[none, token-hard]", "baseline={name: cifar/resnet20}", "train.ema_decay=0.9")
+    results = compare(recipe, tmp_path / "run", watcher=Silent())
+    for name in (
+        "recipe.yaml", "environment.json", "metrics.jsonl", "results.json", "report.html", "table.md", "table.csv",
+        "table.tex", "curves.png", "curves.svg", "views.png", "teacher/card.json", "teacher/model.safetensors",
+        "teacher/metrics.jsonl", "seed-0/none/model.safetensors", "seed-0/token-hard/model.json", "winner/model.json",
+        "seed-0/cnn-baseline/model.safetensors", "seed-0/none+ema/model.safetensors",
+    ):  # fmt: skip
+        assert (tmp_path / "run" / name).stat().st_size > 0, name
+    assert not list((tmp_path / "run").rglob("*.pkl"))
+    rows = {row["row"]: row for row in results["rows"]}
+    assert set(rows) == {
+        f"{name}{ema}"
+        for ema in ("", "+ema")
+        for name in (
+            "none/class", "token-hard/class", "token-hard/distillation", "token-hard/joint", "token-hard/joint-logits",
+            "cnn-baseline/class",
+        )
+    }  # fmt: skip
+    assert rows["none/class"]["difference_vs_none"] is None
+    assert rows["token-hard/joint"]["p_test"] == "McNemar"
+    assert results["dataset"]["train"] == 64
+    assert load_recipe(str(tmp_path / "run" / "recipe.yaml")) == recipe
+
+    # The table's figure is that of the saved weights on the test images.
+    classifier, _ = load_classifier(tmp_path / "run" / "seed-0" / "token-hard", torch.device("cpu"))
+    test = load_dataset(recipe.data).test
+    scores = readout_scores(predict(classifier, test, CPU_FP32))["joint"]
+    assert rows["token-hard/joint"]["top1"] == [top_k_accuracy(scores, test.labels)]
+    before = (tmp_path / "run" / "table.csv").read_text()
+    write_report(tmp_path / "run")
+    assert (tmp_path / "run" / "table.csv").read_text() == before
+
+
+def test_rows_over_seeds_have_spread_and_a_paired_test(tiny_recipe: TinyRecipe, tmp_path: Path) -> None:
+    recipe = tiny_recipe("methods=[none, soft]", "seeds=[0, 1, 2]", "augment.cutmix=0", "augment.crop=none", *LEARNS)
+    results = compare(recipe, tmp_path / "run", watcher=Silent())
+    soft = results["rows"][1]
+    mean = sum(soft["top1"]) / 3
+    assert soft["top1_mean"] == pytest.approx(mean)
+    assert soft["top1_std"] == pytest.approx(math.sqrt(sum((value - mean) ** 2 for value in soft["top1"]) / 2))
+    assert soft["p_test"] == "paired t"
+    assert len(set(soft["top1"])) > 1, "three seeds gave one figure"
+
+
+@pytest.mark.parametrize("steps", [1, 5, 6, 9, 13, 17, 23])
+def test_a_run_that_was_stopped_ends_as_one_that_was_not(tiny_recipe: TinyRecipe, tmp_path: Path, steps: int) -> None:
+    recipe = tiny_recipe("methods=[none, token-hard]", "model.drop_path=0.1", "seeds=[0, 1]")
+    whole = tmp_path.parent / "undisturbed"
+    if not (whole / "results.json").exists():
+        compare(recipe, whole, watcher=Silent())
+    with pytest.raises(Interrupted):
+        compare(recipe, tmp_path / "run", watcher=StopAfter(steps))
+    compare(recipe, tmp_path / "run", watcher=Silent(), resume=True)
+    for name in ("results.json", "metrics.jsonl", "teacher/metrics.jsonl"):
+        texts = [(folder / name).read_text() for folder in (whole, tmp_path / "run")]
+        trees = [[timeless(json.loads(line)) for line in text.splitlines()] if "jsonl" in name else
+                 timeless(json.loads(text)) for text in texts]  # fmt: skip
+        assert trees[0] == trees[1], name
+    for path in whole.glob("seed-*/*/model.safetensors"):
+        other = load_file(tmp_path / "run" / path.relative_to(whole))
+        for name, value in load_file(path).items():
+            assert torch.equal(value, other[name]), (path, name)
+
+
+def test_a_clock_that_jumps_changes_nothing(
+    tiny_recipe: TinyRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = tiny_recipe("methods=[none, token-hard]")
+    steady = compare(recipe, tmp_path / "steady", watcher=Silent())
+    now, jumps = time.time, itertools.cycle((0, -(10**9), 3600, 10**9))
+    monkeypatch.setattr(time, "time", lambda: now() + next(jumps))
+    with pytest.raises(Interrupted):
+        compare(recipe, tmp_path / "jumping", watcher=StopAfter(9))
+    jumping = compare(recipe, tmp_path / "jumping", watcher=Silent(), resume=True)
+    assert timeless(jumping) == timeless(steady)
+    assert all(0 < row["train_seconds"] < 3600 for row in jumping["rows"])
+
+
+def test_resume_of_an_ended_run_trains_nothing(tiny_recipe: TinyRecipe, tmp_path: Path) -> None:
+    recipe = tiny_recipe("methods=[none]", "train.epochs=1")
+    compare(recipe, tmp_path / "run", watcher=Silent())
+    compare(recipe, tmp_path / "run", watcher=StopAfter(1), resume=True)
+
+
+def test_folders_are_not_overwritten(tiny_recipe: TinyRecipe, tmp_path: Path) -> None:
+    recipe = tiny_recipe("methods=[none]", "train.epochs=1")
+    with pytest.raises(Interrupted):
+        compare(recipe, tmp_path / "run", watcher=StopAfter(1))
+    with pytest.raises(CheckpointError, match="add --resume"):
+        compare(recipe, tmp_path / "run", watcher=Silent())
+    with pytest.raises(CheckpointError, match=r"train\.epochs was 1, now 2"):
+        compare(tiny_recipe("methods=[none]"), tmp_path / "run", watcher=Silent(), resume=True)
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.txt").write_text("mine")
+    with pytest.raises(CheckpointError, match="holds other files"):
+        compare(recipe, tmp_path / "photos", watcher=Silent(), resume=True)
+
+
+def test_methods_start_from_the_same_weights(tiny_recipe: TinyRecipe) -> None:
+    recipe = tiny_recipe("methods=[none, token-hard, distillation-only, mean-pool-none]")
+    students = build_students(recipe, load_dataset(recipe.data), 3, CPU_FP32)
+    states = [student.classifier.model.state_dict() for student in students]
+    for state in states[1:]:
+        assert torch.equal(states[0]["blocks.1.mlp.fc1.weight"], state["blocks.1.mlp.fc1.weight"])
+        assert torch.equal(states[0]["patch_embed.proj.weight"], state["patch_embed.proj.weight"])
+
+
+def test_a_student_that_cannot_be_built_is_told_before_the_teacher_trains(
+    tiny_recipe: TinyRecipe, tmp_path: Path
+) -> None:
+    with pytest.raises(RecipeError, match="patch"):
+        compare(tiny_recipe("model.patch_px=3"), tmp_path / "run", watcher=Silent())
+    assert not (tmp_path / "run" / "teacher").exists()
+
+
+def test_a_stopped_student_is_a_row_that_says_so(
+    tiny_recipe: TinyRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Student, "find_gradient", poisoned_gradient("hard", 5))
+    results = compare(tiny_recipe("methods=[none, hard]"), tmp_path / "run", watcher=Silent())
+    none, hard = results["rows"]
+    assert none["status"] == "ok"
+    assert hard["status"].startswith("seed 0 stopped at step 6: the loss is not finite (learning rate")
+    assert hard["top1"] == [None]
+    assert results["winner"] == "none/class"
+
+
+LEARNS = ("data.train_images=320", "train.epochs=4", "train.optimizer=adamw", "train.learning_rate=0.004")
+SHRUNK = (
+    "model.width=24", "model.depth=1", "model.heads=2", "train.epochs=1", "train.warmup_epochs=0", "seeds=[0]",
+    "teacher.checkpoint=null", "teacher.mean=null", "teacher.std=null", "teacher.pretrained=false",
+    "teacher.name=cifar/resnet20", "teacher.min_top1=null", "teacher.allow_weak=true", "data.train_images=null",
+    "teacher.image_px=null",  # at 384 px a step takes minutes
+    "data.test_images=null", "data.image_px=null", "data.eval_crop=1", "model.patch_px=4",
+    "train.schedule_epochs=null", "train.batch_size=20", "teacher.train.epochs=1",
+    "teacher.train.warmup_epochs=0", "teacher.train.batch_size=20",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_every_shipped_recipe_trains_two_steps(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = load_recipe(name, SHRUNK)
+    if recipe.baseline is not None:
+        recipe = load_recipe(name, [*SHRUNK, "baseline.name=cifar/resnet20", "baseline.warmup_epochs=0"])
+    px = 8 if recipe.data.name == "digits" else 32
+    channels = 1 if recipe.data.name in ("digits", "fashion_mnist") else 3
+    data = striped_dataset(classes=10, per_class=4, image_px=px, channels=channels)
+    monkeypatch.setattr("deitkit.comparison.compare.load_dataset", lambda *_: data)
+    if recipe.variants:
+        monkeypatch.setattr("deitkit.comparison.ablation.load_dataset", lambda *_: data)
+        # thirteen times the pictures of one run would take longer than all that this test is about
+        monkeypatch.setattr("deitkit.comparison.compare.write_report", lambda *_: [])
+        monkeypatch.setattr("deitkit.comparison.compare.draw_views", lambda *_: None)
+        results = compare_variants(recipe, tmp_path / "run", watcher=Silent())
+        assert {row["variant"] for row in results["rows"]} == {"base", *recipe.variants}
+    else:
+        results = compare(recipe, tmp_path / "run", watcher=Silent())
+    assert {row["method"] for row in results["rows"]} - {"cnn-baseline"} == set(recipe.methods)
+    assert all(row["status"] == "ok" for row in results["rows"])
+
+
+def test_a_cohort_of_every_method_trains(tiny_recipe: TinyRecipe) -> None:
+    recipe = tiny_recipe(f"methods={list(METHODS)}")
+    data = load_dataset(recipe.data)
+    students = build_students(recipe, data, 0, CPU_FP32)
+    teacher = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10)).requires_grad_(False)
+    cohort = Cohort(
+        students, teacher=teacher, dataset=data, augment=recipe.augment, train=recipe.train,
+        speed=recipe.speed,
+        distillation=recipe.distillation, precision=CPU_FP32, seed=0,
+    )  # fmt: skip
+    records = next(cohort.fit())
+    assert [record["student"] for record in records] == list(METHODS)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals as POSIX has them")
+def test_ctrl_c_saves_and_resume_ends(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", "from deitkit.cli.main import main; main()", "compare", "digits", *TINY]
+    command += ["methods=[none]", "train.epochs=400", "--out", str(tmp_path / "run")]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "run" / "metrics.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "--resume goes on from here" in errors
+    assert "Traceback" not in errors
+    assert (tmp_path / "run" / "seed-0" / "checkpoint.safetensors").exists()

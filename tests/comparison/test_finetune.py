@@ -1,0 +1,206 @@
+"""Fine-tuning: what a checkpoint decides, that students start from it, and its own row beside theirs."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from scipy import stats
+from timm.models.vision_transformer import VisionTransformer
+
+from conftest import CPU_FP32, TINY
+from deitkit.comparison.compare import compare
+from deitkit.comparison.finetune import start_from
+from deitkit.data.dataset import load_dataset
+from deitkit.errors import CheckpointError, RecipeError
+from deitkit.evaluation.apply import evaluate_model
+from deitkit.models.classifier import Classifier
+from deitkit.models.saved import save_classifier
+from deitkit.models.vit import DeiT
+from deitkit.models.zoo import create_classifier
+from deitkit.recipe.load import load_recipe, shipped_recipes
+from deitkit.recipe.schema import Recipe
+from deitkit.report.table_layout import lay_out
+from deitkit.run.observer import Silent
+from deitkit.run.state import load_tree
+from deitkit.training.build import build_students
+
+# The size is the checkpoint's, and all test images are asked.
+OPEN = [field for field in TINY if not field.startswith(("model.", "data.test_images"))]
+FROZEN = ("train.optimizer=sgd", "train.learning_rate=1e-12", "train.weight_decay=0", "train.epochs=1",
+          "train.precision=fp32")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder whose winner is a student with a class token that learnt the digits somewhat."""
+    folder = tmp_path_factory.mktemp("plain") / "run"
+    learns = [
+        "methods=[none]",
+        "model.patch_px=4",
+        "data.train_images=400",
+        "train.epochs=8",
+        "augment.cutmix=0",
+        "augment.crop=none",
+    ]
+    compare(load_recipe("digits", [*TINY, *learns]), folder, watcher=Silent())
+    return folder
+
+
+@pytest.fixture
+def without_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out what takes longest here and is tested elsewhere."""
+    for name in ("write_report", "draw_views"):
+        monkeypatch.setattr(f"deitkit.comparison.compare.{name}", lambda *_: None)
+
+
+def recipe_of(tmp_path: Path, *overrides: str) -> Recipe:
+    """The digits recipe without what it says of the student."""
+    text = "\n".join(line for line in shipped_recipes()["digits"].splitlines() if not line.startswith("model:"))
+    (tmp_path / "open.yaml").write_text(text)
+    return load_recipe(str(tmp_path / "open.yaml"), [*OPEN, *overrides])
+
+
+def finetune(checkpoint: Path, tmp_path: Path, *overrides: str) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+    """Run it, and return the rows by name and all results."""
+    recipe = start_from(recipe_of(tmp_path, *overrides), checkpoint)
+    results = compare(recipe, tmp_path / "tuned", watcher=Silent())
+    return {row["row"]: row for row in results["rows"]}, results
+
+
+def test_the_row_before_is_what_evaluate_says_and_gains_are_paired_with_it(plain: Path, tmp_path: Path) -> None:
+    rows, results = finetune(plain, tmp_path, "methods=[none, token-hard]", "data.image_px=12")
+    (expected,) = evaluate_model(plain / "winner", "digits")["readouts"]
+    before = rows["before/class"]
+    assert before["top1"] == [expected["top1"]]
+    assert before["top1_ci95"] == expected["top1_ci95"]
+    assert before["top5"] == [expected["top5"]]
+    assert 0.3 < expected["top1"] < 0.99, "a model that is neither new nor perfect tells rows apart"
+
+    test = load_dataset(recipe_of(tmp_path).data).test
+    predictions = load_tree(tmp_path / "tuned" / "seed-0" / "token-hard" / "predictions.safetensors")
+    after = predictions["scores"]["last"]["test"]["joint"].argmax(-1) == test.labels
+    row = rows["token-hard/joint"]
+    assert row["difference_vs_before"] == pytest.approx(after.double().mean().item() - expected["top1"])
+    assert row["p_vs_before_test"] == "McNemar"
+    low, high = row["difference_vs_before_ci95"]
+    assert low < row["difference_vs_before"] < high
+
+    layout = lay_out(results)
+    assert layout.lines[0].name == "before/class"
+    assert {"vs before", "p (before)"} <= {column.title for column in layout.columns}
+    assert "from the model before fine-tuning" in layout.verdict
+    for name in ("table.md", "table.csv", "table.tex", "report.html"):
+        assert "before" in (tmp_path / "tuned" / name).read_text()
+
+
+@pytest.mark.usefixtures("without_report")
+def test_students_start_from_the_checkpoint(plain: Path, tmp_path: Path) -> None:
+    rows, _ = finetune(plain, tmp_path, "methods=[none, hard, token-hard]", *FROZEN)
+    before = rows["before/class"]["top1_mean"]
+    for name in ("none/class", "hard/class"):
+        assert rows[name]["top1_mean"] == before, name
+        assert (rows[name]["difference_vs_before"], rows[name]["p_vs_before"]) == (0, 1)
+    for name in ("token-hard/class", "token-hard/distillation"):  # one token more for all to attend to
+        assert rows[name]["top1_mean"] == pytest.approx(before, abs=0.1), name
+
+
+@pytest.mark.usefixtures("without_report")
+def test_two_seeds_are_compared_with_one_model(plain: Path, tmp_path: Path) -> None:
+    rows, results = finetune(plain, tmp_path, "methods=[none]", "seeds=[0, 1]", "train.epochs=1")
+    before, after = rows["before/class"], rows["none/class"]
+    assert len(before["top1"]) == 1
+    differences = [value - before["top1"][0] for value in after["top1"]]
+    assert after["difference_vs_before"] == pytest.approx(sum(differences) / 2)
+    assert after["p_vs_before"] == pytest.approx(stats.ttest_1samp(differences, 0).pvalue)
+    assert after["p_vs_before_test"] == "paired t"
+    assert lay_out(results).lines[0].cells["top1"].endswith("]")
+
+
+@pytest.mark.usefixtures("without_report")
+def test_other_classes_get_a_new_head_and_a_sentence(
+    plain: Path, tmp_path: Path, write_images: Callable[..., Path]
+) -> None:
+    photos = write_images(tmp_path / "photos", px=8)
+    fields = (f"data.name=folder:{photos}", "data.train_images=null", "train.batch_size=4", "methods=[none]")
+    rows, results = finetune(plain, tmp_path, *fields)
+    assert set(rows) == {"none/class"}
+    assert "difference_vs_before" not in rows["none/class"]
+    (note,) = [note for note in results["notes"] if "no row of its own" in note]
+    assert "10 other classes (0, 1, 2, 3, ...) than the 2 of folder:" in note
+    assert note in lay_out(results).footnotes
+
+
+@pytest.mark.usefixtures("without_report")
+def test_a_released_file_is_asked_as_timm_would(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = VisionTransformer(img_size=16, patch_size=8, embed_dim=64, depth=1, num_heads=1, num_classes=10).eval()
+    with torch.no_grad():
+        model.head.weight.normal_()
+    torch.save({"model": model.state_dict()}, tmp_path / "released.pth")
+    sees = ("data.image_px=16", "data.channels=3")
+    rows, results = finetune(tmp_path / "released.pth", tmp_path, *sees, "methods=[none]", *FROZEN)
+    data = load_dataset(recipe_of(tmp_path, *sees).data)
+    assert any("nothing names its classes" in note for note in results["notes"])
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    with torch.no_grad():
+        answers = model((data.test.images / 255 - mean) / std).argmax(-1)
+    expected = (answers == data.test.labels).double().mean().item()
+    assert rows["before/class"]["top1"] == [expected]
+    assert rows["none/class"]["top1"] == [pytest.approx(expected, abs=0.01)], "another normalisation, taken up"
+    assert results["recipe"]["model"]["patch_px"] == 8
+    assert len(set(answers.tolist())) > 3, "an answer that never changes would agree with anything"
+
+
+def test_the_architecture_is_the_checkpoints(plain: Path, tmp_path: Path) -> None:
+    recipe = start_from(recipe_of(tmp_path), plain)
+    found = recipe.model.model_dump()
+    card = json.loads((plain / "winner" / "model.json").read_text())["config"]
+    for field in ("width", "depth", "heads", "patch_px"):
+        assert found[field] == card[field]
+    assert recipe.model.checkpoint == plain
+    (tmp_path / "again.yaml").write_text(json.dumps(recipe.model_dump(mode="json")))
+    assert start_from(load_recipe(str(tmp_path / "again.yaml")), plain) == recipe
+    other = start_from(recipe_of(tmp_path, "model.patch_px=2"), plain)
+    assert other.model.patch_px == 2, "the patch may be another, to which the embedding is resized"
+
+
+def test_layer_scale_and_a_stem_of_convolutions_are_the_checkpoints_too(plain: Path, tmp_path: Path) -> None:
+    assert start_from(recipe_of(tmp_path), plain).model.layer_scale is None
+    added = start_from(recipe_of(tmp_path, "model.layer_scale=0.0001"), plain).model
+    assert added.layer_scale == 1e-4, "a plain student may get it: its factors start at 1"
+    config = json.loads((plain / "winner" / "model.json").read_text())["config"]
+    model = DeiT(**config | {"layer_scale": 0.1, "stem": "conv"})
+    names = {"channels": 1, "class_names": [str(digit) for digit in range(10)], "input_px": [8, 8]}
+    save_classifier(tmp_path / "more", Classifier(model, mean=(0.5,), std=(0.5,)), names)
+    recipe = start_from(recipe_of(tmp_path), tmp_path / "more")
+    assert (recipe.model.stem, recipe.model.layer_scale is None) == ("conv", False)
+    dataset = load_dataset(recipe.data)
+    (student,) = build_students(recipe.model_copy(update={"methods": ("none",)}), dataset, 0, CPU_FP32)
+    for name, value in model.state_dict().items():
+        assert torch.equal(student.classifier.model.state_dict()[name], value), name
+    with pytest.raises(RecipeError, match=r"model.stem=patch in the recipe, but .* has .*model.stem=conv"):
+        start_from(recipe_of(tmp_path, "model.stem=patch"), tmp_path / "more")
+
+
+def test_contradictions_are_one_sentence(plain: Path, tmp_path: Path) -> None:
+    for overrides, told in (
+        (("model.width=32",), ("model.width=32 in the recipe", "model.width=16 model.depth=2 model.heads=2")),
+        (("model.name=deit_tiny",), ("model.depth=12", "model.heads=3", "leave them all out")),
+        (("model.checkpoint=elsewhere",), ("model.checkpoint=elsewhere", str(plain))),
+        (("data.split_seed=7",), ("images that it learnt", "data.split_seed=0", "data.test_fraction=0.4")),
+    ):
+        with pytest.raises(RecipeError) as caught:
+            start_from(recipe_of(tmp_path, *overrides), plain)
+        for part in told:
+            assert part in str(caught.value)
+    start_from(recipe_of(tmp_path, "model.name=deit_tiny", "model.width=16", "model.depth=2", "model.heads=2"), plain)
+    with pytest.raises(CheckpointError, match="nowhere"):
+        start_from(recipe_of(tmp_path), tmp_path / "nowhere")
+    built = create_classifier("cifar/resnet20", classes=10, channels=1)
+    cnn = Classifier(built.model, mean=(0.5,), std=(0.5,))
+    save_classifier(tmp_path / "cnn", cnn, {"architecture": "cifar/resnet20", "class_names": []})
+    with pytest.raises(CheckpointError, match="vision transformer"):
+        start_from(recipe_of(tmp_path), tmp_path / "cnn")

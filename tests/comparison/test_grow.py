@@ -1,0 +1,212 @@
+"""A comparison that grows: methods and seeds come and go, and the table is that of one run."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_compare import StopAfter, timeless
+
+from deitkit.comparison.ablation import compare_variants
+from deitkit.comparison.compare import compare
+from deitkit.comparison.seed_run import PREDICTIONS, plan_cohorts
+from deitkit.errors import CheckpointError, Interrupted
+from deitkit.recipe.load import load_recipe
+from deitkit.recipe.schema import Recipe
+from deitkit.run.observer import Silent
+from deitkit.run.state import load_tree, save_tree
+
+TinyRecipe = Callable[..., Recipe]
+FIELDS = ("train.epochs=3", "train.ema_decay=0.9")
+
+
+class Listener(Silent):
+    """Remembers what it is told, and which epochs of which students were trained."""
+
+    def __init__(self) -> None:
+        self.heard: list[str] = []
+        self.trained: set[tuple[int, str]] = set()
+
+    def say(self, text: str) -> None:
+        self.heard.append(text)
+
+    def epoch(self, title: str, records: list[dict[str, Any]]) -> None:
+        self.trained |= {(record["seed"], record["student"]) for record in records if "teacher" not in title}
+
+
+def grow(recipe: Recipe, folder: Path) -> Listener:
+    watcher = Listener()
+    compare(recipe, folder, watcher=watcher, resume=folder.exists())
+    return watcher
+
+
+def assert_same_run(first: Path, second: Path) -> None:
+    """Check for equal results, metrics, weights and predictions, but for times."""
+    results = [timeless(json.loads((folder / "results.json").read_text())) for folder in (first, second)]
+    assert results[0] == results[1]
+    metrics = [
+        [timeless(json.loads(line)) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        for folder in (first, second)
+    ]
+    assert metrics[0] == metrics[1]
+    for path in sorted(first.glob("seed-*/*/*.safetensors")):
+        assert path.read_bytes() == (second / path.relative_to(first)).read_bytes(), path
+    assert (first / "winner" / "model.safetensors").read_bytes() == (second / "winner/model.safetensors").read_bytes()
+
+
+def test_grown_in_three_steps_is_run_at_once(tiny_recipe: TinyRecipe, tmp_path: Path) -> None:
+    whole = tiny_recipe("methods=[none, hard, token-soft]", "seeds=[0, 1]", *FIELDS)
+    compare(whole, tmp_path / "once", watcher=Silent())
+    grown = tmp_path / "grown"
+    steps = (
+        (("methods=[none]", "seeds=[0]"), {(0, "none")}),
+        (("methods=[none, token-soft]", "seeds=[0]"), {(0, "token-soft")}),
+        (
+            ("methods=[none, hard, token-soft]", "seeds=[0, 1]"),
+            {(0, "hard"), (1, "none"), (1, "hard"), (1, "token-soft")},
+        ),
+    )  # fmt: skip
+    for changes, trained in steps:
+        assert grow(tiny_recipe(*changes, *FIELDS), grown).trained == trained
+    assert_same_run(tmp_path / "once", grown)
+    assert load_recipe(str(grown / "recipe.yaml")) == whole
+
+
+def test_a_method_taken_out_leaves_the_table_and_keeps_its_folder(tiny_recipe: TinyRecipe, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    grow(tiny_recipe("methods=[none, soft]", *FIELDS), folder)
+    whole = {path: path.read_bytes() for path in (folder / "seed-0" / "soft").iterdir()}
+    before = timeless(json.loads((folder / "results.json").read_text()))
+    assert not grow(tiny_recipe("methods=[none]", *FIELDS), folder).trained
+    rows = json.loads((folder / "results.json").read_text())["rows"]
+    assert {row["method"] for row in rows} == {"none"}
+    assert "soft" not in (folder / "metrics.jsonl").read_text()
+    assert {path: path.read_bytes() for path in (folder / "seed-0" / "soft").iterdir()} == whole
+    assert not grow(tiny_recipe("methods=[none, soft]", *FIELDS), folder).trained
+    assert timeless(json.loads((folder / "results.json").read_text())) == before
+
+
+def test_a_method_taken_out_in_the_middle_of_its_training_comes_back(tiny_recipe: TinyRecipe, tmp_path: Path) -> None:
+    both = tiny_recipe("methods=[none, soft]", *FIELDS)
+    grow(both, tmp_path / "once")
+    folder = tmp_path / "run"
+    with pytest.raises(Interrupted):
+        compare(both, folder, watcher=StopAfter(25))
+    state = load_tree(folder / "seed-0" / "checkpoint.safetensors")
+    place = f"goes on at epoch {state['epoch'] + 1}, step {state['step'] + 1}"
+    watcher = grow(tiny_recipe("methods=[none]", *FIELDS), folder)
+    aside = folder / "seed-0" / "soft"
+    assert f"soft is not in the comparison any more: its training so far stays in {aside}" in watcher.heard
+    assert watcher.trained == {(0, "none")}
+    assert list(load_tree(aside / "checkpoint.safetensors")["students"]) == ["soft"]
+    watcher = grow(both, folder)
+    assert f"seed 0: {place}" in watcher.heard
+    assert watcher.trained == {(0, "soft")}
+    assert_same_run(tmp_path / "once", folder)
+    assert not list(folder.rglob("checkpoint*.safetensors"))
+
+
+def test_a_run_that_was_stopped_goes_on_before_what_is_new(tiny_recipe: TinyRecipe, tmp_path: Path) -> None:
+    whole = tiny_recipe("methods=[none, soft, hard]", *FIELDS)
+    grow(whole, tmp_path / "once")
+    with pytest.raises(Interrupted):
+        compare(tiny_recipe("methods=[none, soft]", *FIELDS), tmp_path / "run", watcher=StopAfter(25))
+    with pytest.raises(Interrupted):  # once more, in the cohort of what is new
+        compare(whole, tmp_path / "run", watcher=StopAfter(22), resume=True)
+    grow(whole, tmp_path / "run")
+    assert_same_run(tmp_path / "once", tmp_path / "run")
+
+
+def test_a_kill_between_two_students_that_are_kept_loses_neither(
+    tiny_recipe: TinyRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both = tiny_recipe("methods=[none, soft]", *FIELDS)
+    grow(both, tmp_path / "once")
+
+    def killed(path: Path, tree: Any) -> None:
+        if path.parent.name == "soft":
+            raise KeyboardInterrupt
+        save_tree(path, tree)
+
+    monkeypatch.setattr("deitkit.comparison.seed_run.save_tree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        compare(both, tmp_path / "run", watcher=Silent())
+    monkeypatch.undo()
+    monkeypatch.setenv("DEITKIT_CACHE", str(tmp_path / "cache"))
+    assert (tmp_path / "run" / "seed-0" / "none" / PREDICTIONS).exists()
+    grow(both, tmp_path / "run")
+    assert_same_run(tmp_path / "once", tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ("train.epochs=4", "train.epochs was 3, now 4"),
+        ("train.learning_rate=0.5", "train.learning_rate was 0.01, now 0.5"),
+        ("distillation.temperature=2", "distillation.temperature was 3.0, now 2.0"),
+        ("seeds=[1, 0]", r"seeds was \[0\], now \[1, 0\]"),
+        ("baseline={name: cifar/resnet20}", "baseline"),
+    ],
+)
+def test_everything_else_that_changed_is_refused(
+    change: str, sentence: str, tiny_recipe: TinyRecipe, tmp_path: Path
+) -> None:
+    grow(tiny_recipe("methods=[none]", *FIELDS), tmp_path / "run")
+    before = (tmp_path / "run" / "results.json").read_bytes()
+    with pytest.raises(CheckpointError, match=sentence):
+        grow(tiny_recipe("methods=[none, soft]", *FIELDS, change), tmp_path / "run")
+    assert (tmp_path / "run" / "results.json").read_bytes() == before
+
+
+def test_a_run_folder_of_the_older_layout_grows_too(tiny_recipe: TinyRecipe, tmp_path: Path) -> None:
+    """Version 0.1 kept what all students of a seed predicted in one file, and metrics in that of the run alone."""
+    whole = tiny_recipe("methods=[none, soft]", *FIELDS)
+    grow(whole, tmp_path / "once")
+    grow(tiny_recipe("methods=[none]", *FIELDS), tmp_path / "run")
+    home = tmp_path / "run" / "seed-0"
+    save_tree(home / PREDICTIONS, {"none": load_tree(home / "none" / PREDICTIONS)})
+    (home / "none" / PREDICTIONS).unlink()
+    (home / "none" / "metrics.jsonl").unlink()
+    assert grow(whole, tmp_path / "run").trained == {(0, "soft")}
+    assert_same_run(tmp_path / "once", tmp_path / "run")
+
+
+def test_an_ablation_grows_in_all_its_variants(tiny_recipe: TinyRecipe, tmp_path: Path) -> None:
+    fields = ("variants={sgd: {train.optimizer: sgd, train.learning_rate: 0.1}}", "train.epochs=1")
+    compare_variants(tiny_recipe("methods=[none, hard]", *fields), tmp_path / "once", watcher=Silent())
+    compare_variants(tiny_recipe("methods=[none]", *fields), tmp_path / "run", watcher=Silent())
+    watcher = Listener()
+    compare_variants(tiny_recipe("methods=[none, hard]", *fields), tmp_path / "run", watcher=watcher, resume=True)
+    assert watcher.trained == {(0, "hard")}
+    results = [timeless(json.loads((tmp_path / name / "results.json").read_text())) for name in ("once", "run")]
+    assert results[0] == results[1]
+
+
+def test_cohorts_are_planned_from_what_lies_in_the_folder(tmp_path: Path) -> None:
+    home, heard = tmp_path / "seed-0", []
+
+    def plan(*names: str) -> list[tuple[str, ...]]:
+        return [cohort.names for cohort in plan_cohorts(home, names, heard.append)]
+
+    assert plan("none", "soft") == [("none", "soft")]
+    save_tree(home / "none" / PREDICTIONS, {})
+    assert plan("none", "soft") == [("soft",)]
+    state = {
+        "epoch": 1,
+        "step": 0,
+        "students": {name: {"weights": torch.zeros(2)} for name in ("none", "soft", "hard")},
+    }
+    save_tree(home / "checkpoint.safetensors", state)
+    assert plan("none", "soft", "hard", "dist") == [("soft", "hard"), ("dist",)]
+    assert heard == []
+    assert plan("none", "soft", "dist") == [("soft",), ("dist",)]
+    assert len(heard) == 1
+    assert plan("none", "soft", "hard", "dist") == [("soft", "hard"), ("dist",)], "the shared state still holds it"
+    assert plan("none", "dist") == [("dist",)]
+    assert not (home / "checkpoint.safetensors").exists()
+    assert plan("none", "soft", "hard", "dist") == [("soft",), ("hard",), ("dist",)]
+    shutil.rmtree(home)
+    assert plan("none") == [("none",)]

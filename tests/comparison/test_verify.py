@@ -1,0 +1,56 @@
+"""`deitkit verify` on a real run, a small one: whole, with a figure changed, with a student lost, and on other data."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from conftest import TINY
+from deitkit.cli.main import app
+from deitkit.comparison.compare import compare
+from deitkit.recipe.load import load_recipe
+from deitkit.run.observer import Silent
+
+
+def test_a_table_holds_until_a_student_or_the_data_change(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    overrides = [*TINY, "methods=[none, token-hard]", "train.epochs=1", "train.precision=fp32"]
+    results = compare(load_recipe("digits", overrides), run, watcher=Silent())
+
+    def verified() -> tuple[int, dict]:
+        outcome = CliRunner().invoke(app, ["verify", str(run), "--json"])
+        return outcome.exit_code, json.loads(outcome.stdout)
+
+    code, found = verified()
+    assert code == 0
+    assert found["holds"]
+    assert found["tolerance"] == 0
+    assert [(row["row"], row["measured"]) for row in found["rows"]] == [
+        (row["row"], pytest.approx(row["top1"][0])) for row in results["rows"]
+    ]
+    told = json.loads((run / "results.json").read_text())
+    recorded = told["rows"][0]["top1"][0]
+    told["rows"][0]["top1"][0] += 0.01  # one image of a hundred
+    (run / "results.json").write_text(json.dumps(told))
+    code, found = verified()
+    assert code == 1
+    assert [row["row"] for row in found["rows"] if row["holds"] is False] == ["none/class"]
+    told["rows"][0]["top1"][0] = recorded
+    (run / "results.json").write_text(json.dumps(told))
+    (run / "seed-0" / "none" / "model.json").rename(tmp_path / "model.json")
+    assert verified()[0] == 1, "a student that is gone"
+    (tmp_path / "model.json").rename(run / "seed-0" / "none" / "model.json")
+    assert found["same_teachers"]
+    teacher = run / "teacher" / "model.safetensors"
+    weights = teacher.read_bytes()
+    assert told["teacher"]["sha256"] == hashlib.sha256(weights).hexdigest()
+    teacher.write_bytes(weights[:-1] + bytes([weights[-1] ^ 1]))
+    code, found = verified()
+    assert (code, found["same_teachers"]) == (1, False)
+    teacher.write_bytes(weights)
+    told["dataset"]["fingerprint"] = "0" * 64
+    (run / "results.json").write_text(json.dumps(told))
+    code, found = verified()
+    assert (code, found["same_data"]) == (1, False)

@@ -1,0 +1,104 @@
+"""The order of the images: a function of seed and epoch, with or without repeated augmentation."""
+
+from collections import Counter
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from conftest import CPU_FP32
+from deitkit.data.batches import Batches
+from deitkit.data.dataset import load_dataset
+from deitkit.data.split import Split
+from deitkit.errors import RecipeError
+from deitkit.recipe.load import load_recipe
+from deitkit.system.seeding import derived_generator
+from deitkit.training.build import build_students
+from deitkit.training.cohort import Cohort
+
+# Number of images, batch size, repeats.
+SIZES = st.tuples(st.integers(1, 60), st.integers(1, 12), st.integers(1, 5)).filter(lambda size: size[0] >= size[1])
+
+
+def numbered(count: int, batch_size: int, repeats: int, seed: int = 0) -> Batches:
+    """Batches of images whose labels tell which one each is."""
+    numbers = torch.arange(count)
+    images = numbers.to(torch.uint8).view(-1, 1, 1, 1)
+    return Batches(Split(images, numbers), batch_size, seed, torch.device("cpu"), repeats=repeats)
+
+
+def epoch_of(batches: Batches, epoch: int, first_step: int = 0) -> list[int]:
+    """Which images an epoch shows from a step on, in their order."""
+    shown = [torch.empty(0, dtype=torch.int64)]
+    for images, labels in batches.epoch(epoch, first_step):
+        assert torch.equal(images.flatten().long(), labels)
+        assert len(labels) == batches.batch_size
+        shown.append(labels)
+    return torch.cat(shown).tolist()
+
+
+@settings(deadline=None)
+@given(SIZES, st.integers(0, 9), st.integers(0, 3))
+def test_an_epoch_is_a_loop_over_shuffled_images_that_repeats_each(
+    size: tuple[int, int, int], seed: int, epoch: int
+) -> None:
+    count, batch_size, repeats = size
+    expected: list[int] = []
+    for image in torch.randperm(count, generator=derived_generator(seed, "order", epoch)).tolist():
+        expected += [image] * repeats
+    assert epoch_of(numbered(*size, seed), epoch) == expected[: count // batch_size * batch_size]
+
+
+@settings(deadline=None)
+@given(SIZES, st.integers(0, 9))
+def test_every_image_that_is_shown_is_shown_so_often_but_for_the_last(size: tuple[int, int, int], seed: int) -> None:
+    shown = epoch_of(numbered(*size, seed), 0)
+    counts = Counter(shown)
+    last = counts.pop(shown[-1])
+    assert set(counts.values()) <= {size[2]}
+    assert 1 <= last <= size[2]
+
+
+@settings(deadline=None)
+@given(SIZES, st.integers(0, 9), st.data())
+def test_an_epoch_goes_on_from_any_step(size: tuple[int, int, int], seed: int, data: st.DataObject) -> None:
+    batches = numbered(*size, seed)
+    first_step = data.draw(st.integers(0, batches.steps_per_epoch))
+    assert epoch_of(batches, 1, first_step) == epoch_of(numbered(*size, seed), 1)[first_step * size[1] :]
+
+
+@pytest.mark.parametrize("devices", [2, 3])
+def test_copies_can_be_dealt_to_devices_as_the_papers_sampler_deals_them(devices: int) -> None:
+    """RASampler gives every device each k-th place of the epoch; there no image stands twice."""
+    order = epoch_of(numbered(60, 12, repeats=devices), 0)
+    for rank in range(devices):
+        assert len(set(order[rank::devices])) == len(order) // devices
+
+
+def test_epochs_show_other_images_and_in_the_long_run_all() -> None:
+    batches = numbered(60, 12, repeats=3)
+    epochs = [set(epoch_of(batches, epoch)) for epoch in range(20)]
+    assert {len(images) for images in epochs} == {20}
+    assert len(set.union(*epochs)) == 60
+
+
+def test_copies_become_different_views_that_the_seed_decides() -> None:
+    recipe = load_recipe("digits", ["train.repeats=4", "train.batch_size=16", "methods=[none]", "augment.cutmix=0"])
+    data = load_dataset(recipe.data)
+    views = []
+    for _ in range(2):
+        cohort = Cohort(
+            build_students(recipe, data, 0, CPU_FP32), teacher=None, dataset=data, augment=recipe.augment,
+            train=recipe.train, distillation=recipe.distillation, speed=recipe.speed, precision=CPU_FP32, seed=0,
+        )  # fmt: skip
+        images, labels = cohort.batches.batch(0, 0)
+        assert torch.equal(images, images[::4].repeat_interleave(4, dim=0))
+        views.append(cohort.make_view(images, labels, 0)[0])
+    assert len(views[0].unique(dim=0)) == 16
+    assert torch.equal(*views)
+
+
+def test_more_copies_than_a_batch_holds_are_refused() -> None:
+    with pytest.raises(RecipeError, match=r"train\.repeats=40 exceeds train\.batch_size=32"):
+        load_recipe("digits", ["train.repeats=40"])

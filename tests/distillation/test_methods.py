@@ -1,0 +1,177 @@
+"""Properties of every method, over the whole table."""
+
+import pytest
+import torch
+from torch import nn
+
+from conftest import CPU_FP32, striped_dataset
+from deitkit.distillation.methods import METHODS, Method, find_method
+from deitkit.errors import RecipeError
+from deitkit.evaluation.readouts import readout_scores
+from deitkit.models.classifier import Classifier
+from deitkit.models.vit import DeiT
+from deitkit.recipe.schema import AugmentRecipe, DistillationRecipe, SpeedRecipe, TrainRecipe
+from deitkit.teachers.frozen import FrozenTeacher
+from deitkit.training.cohort import Cohort
+from deitkit.training.student import Student
+
+SETTINGS = DistillationRecipe(
+    temperature=2.0, soft_weight=0.3, hard_weight=0.4, token_weight=0.6,
+    dkd_target_weight=0.9, dkd_others_weight=5.0, dkd_temperature=4.0,
+    dist_inter_weight=1.5, dist_intra_weight=2.5, dist_temperature=5.0,
+    standardised_label_weight=0.2, standardised_weight=8.0, standardised_temperature=3.0,
+    consistent_temperature=1.5,
+)  # fmt: skip
+every_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+
+
+def student_of(method: Method, drop_path: float = 0.1) -> DeiT:
+    torch.manual_seed(0)
+    model = DeiT(
+        image_px=8, patch_px=4, channels=3, classes=4, width=16, depth=2, heads=2, tokens=method.tokens,
+        drop_path=drop_path,
+    )  # fmt: skip
+    for parameter in model.parameters():  # heads start near zero; a gradient should not be zero for that reason
+        nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+def frozen_cnn() -> FrozenTeacher:
+    torch.manual_seed(1)
+    cnn = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Dropout(0.5), nn.Linear(8 * 36, 4))
+    return FrozenTeacher(Classifier(cnn, mean=(0.5,) * 3, std=(0.25,) * 3))
+
+
+def targets_of(batch: int) -> torch.Tensor:
+    return torch.rand(batch, 4, generator=torch.Generator().manual_seed(2)).softmax(dim=-1)
+
+
+@every_method
+@pytest.mark.parametrize("batch", [1, 2, 3])
+def test_gradients_reach_every_weight_of_the_student_and_none_of_the_teacher(method: Method, batch: int) -> None:
+    student, teacher = student_of(method), frozen_cnn()
+    view = torch.rand(batch, 3, 8, 8)
+    terms = method.loss_terms(student.train(False)(view), teacher(view), targets_of(batch), SETTINGS)
+    sum(terms.values()).backward()
+    assert all(loss.shape == () and torch.isfinite(loss) for loss in terms.values())
+    for name, parameter in student.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.abs().sum() > 0, name
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+
+
+@every_method
+def test_teacher_is_bit_equal_after_train_and_three_steps(method: Method) -> None:
+    student, teacher = student_of(method).train(), frozen_cnn()
+    before = {name: value.clone() for name, value in teacher.state_dict().items()}
+    holder = nn.ModuleDict({"student": student, "teacher": teacher})
+    holder.train()
+    optimizer = torch.optim.SGD([p for p in holder.parameters() if p.requires_grad], lr=0.1)
+    for _ in range(3):
+        view = torch.rand(5, 3, 8, 8)
+        answer = teacher(view)
+        assert torch.equal(answer, teacher(view)), "dropout of the teacher is awake"
+        optimizer.zero_grad()
+        sum(method.loss_terms(student(view), answer, targets_of(5), SETTINGS).values()).backward()
+        optimizer.step()
+    assert before.keys() == teacher.state_dict().keys()
+    assert all(torch.equal(before[name], value) for name, value in teacher.state_dict().items())
+
+
+def divergence(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    return sum(a * (a / b).log() for a, b in zip(p, q, strict=True))
+
+
+def correlation(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return torch.corrcoef(torch.stack([a, b]))[0, 1]
+
+
+def naive_losses(head: torch.Tensor, answer: torch.Tensor, targets: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Every signal written out once more, from the papers' equations, one image at a time; weights are SETTINGS'."""
+    sums = dict.fromkeys(("labels", "hard", "soft", "consistent", "standardised", "dkd", "dist"), 0.0)
+    for s, z, y in zip(head, answer, targets, strict=True):
+        sums["labels"] -= (y * s.log_softmax(-1)).sum()
+        sums["hard"] -= s.log_softmax(-1)[z.argmax()]
+        sums["soft"] += 4 * divergence((z / 2).softmax(-1), (s / 2).softmax(-1))
+        sums["consistent"] += 2.25 * divergence((z / 1.5).softmax(-1), (s / 1.5).softmax(-1))
+        z_scores = [(x - x.mean()) / x.std(correction=0) for x in (z, s)]
+        sums["standardised"] += 9 * divergence(*((x / 3).softmax(-1) for x in z_scores))
+        p, q, place = (z / 4).softmax(-1), (s / 4).softmax(-1), int(y.argmax())
+        both = [torch.stack([x[place], 1 - x[place]]) for x in (p, q)]
+        others = [torch.cat([x[:place], x[place + 1 :]]) / (1 - x[place]) for x in (p, q)]
+        sums["dkd"] += 16 * (0.9 * divergence(*both) + 5 * divergence(*others))
+        sums["dist"] += 25 * 1.5 * (1 - correlation((z / 5).softmax(-1), (s / 5).softmax(-1)))
+    p, q = (answer / 5).softmax(-1), (head / 5).softmax(-1)
+    by_class = [1 - correlation(p[:, c], q[:, c]) for c in range(4)]
+    sums["dist"] += len(head) * 25 * 2.5 * sum(by_class) / 4
+    return {name: total / len(head) for name, total in sums.items()}
+
+
+# Method without its prefix: what each head learns from, and the weights of labels and teacher.
+NAIVE = {
+    "none": ("labels", 1, 0), "class-only": ("labels", 1, 0), "distillation-only": ("hard", 0, 1),
+    "soft": ("soft", 0.7, 0.3), "hard": ("hard", 0.6, 0.4), "dkd": ("dkd", 1, 1), "dist": ("dist", 1, 1),
+    "standardised": ("standardised", 0.2, 8), "consistent": ("consistent", 0, 1),
+}  # fmt: skip
+
+
+@every_method
+def test_loss_is_that_of_a_naive_loop(method: Method) -> None:
+    student, teacher = student_of(method).eval(), frozen_cnn()
+    view, targets = torch.rand(5, 3, 8, 8), targets_of(5)
+    output, answer = student(view), teacher(view)
+    first = output.class_logits if output.class_logits is not None else output.distillation_logits
+    second = output.distillation_logits if output.distillation_logits is not None else output.class_logits
+    signal, labels, share = NAIVE[method.name.removeprefix("mean-pool-").removeprefix("token-")]
+    if method.name.startswith("token-"):
+        labels, share = 0.4, 0.6
+    expected = labels * naive_losses(first, answer, targets)["labels"]
+    expected += share * naive_losses(second, answer, targets)[signal]
+    loss = sum(method.loss_terms(output, answer, targets, SETTINGS).values())
+    assert torch.isclose(loss, expected, rtol=1e-4)
+
+
+@every_method
+def test_a_divided_batch_gives_the_gradient_of_the_whole_batch(method: Method) -> None:
+    """Also where the images of a batch enter each other's loss: such a method's batch is not divided."""
+    data, train = striped_dataset(classes=4, per_class=5), TrainRecipe(batch_size=12)
+    gradients = []
+    for micro_batch_size in (None, 5):
+        classifier = Classifier(student_of(method, drop_path=0.0), mean=data.mean, std=data.std)
+        student = Student(method.name, method, classifier, train)
+        cohort = Cohort(
+            [student], teacher=frozen_cnn(), dataset=data, augment=AugmentRecipe(mixup=0.8), train=train,
+            distillation=SETTINGS, speed=SpeedRecipe(micro_batch_size=micro_batch_size), precision=CPU_FP32, seed=0,
+        )  # fmt: skip
+        cohort.next_step(cohort.batches.epoch(0, 0))
+        gradients.append([parameter.grad for parameter in classifier.parameters()])
+    for whole, divided in zip(*gradients, strict=True):
+        torch.testing.assert_close(divided, whole, rtol=1e-3, atol=1e-5)
+
+
+@every_method
+def test_terms_are_finite_at_huge_bf16_logits_and_do_not_change_with_a_shift(method: Method) -> None:
+    heads = {"class_logits": None, "distillation_logits": None}
+    for token in method.tokens or ("class",):
+        heads[f"{token}_logits"] = torch.tensor([[1e4, -1e4, 0.0, 5.0]], dtype=torch.bfloat16)
+    from deitkit.models.vit import Output
+
+    answer = torch.tensor([[-1e4, 1e4, 0.0, 1.0]], dtype=torch.bfloat16)
+    terms = method.loss_terms(Output(**heads), answer, targets_of(1), SETTINGS)
+    assert all(torch.isfinite(term) for term in terms.values())
+    shifted = {name: None if value is None else value.float() + 8 for name, value in heads.items()}
+    again = method.loss_terms(Output(**shifted), answer.float() - 3, targets_of(1), SETTINGS)
+    for name in terms:
+        assert torch.isclose(terms[name], again[name], rtol=1e-3)
+
+
+@every_method
+def test_readouts_follow_from_the_tokens(method: Method) -> None:
+    scores = readout_scores(student_of(method).eval()(torch.rand(2, 3, 8, 8)))
+    expected = ["class", "distillation", "joint", "joint-logits"] if len(method.tokens) == 2 else None
+    assert list(scores) == (expected or [method.tokens[0] if method.tokens else "class"])
+
+
+def test_an_unknown_method_names_its_neighbours() -> None:
+    with pytest.raises(RecipeError, match="'token-hrad' is no method; did you mean token-hard"):
+        find_method("token-hrad")

@@ -1,0 +1,67 @@
+"""Metrics and statistics against libraries and cases computed by hand."""
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from deitkit.evaluation.readouts import default_readout, readout_scores, top_k_accuracy
+from deitkit.evaluation.statistics import mcnemar_p, mean_interval, paired_difference, wilson_interval
+from deitkit.models.vit import Output
+
+
+def test_joint_adds_softmax_and_joint_logits_averages_logits() -> None:
+    # The class head is very sure of 0, the distillation head prefers 1: the two readouts disagree.
+    output = Output(class_logits=torch.tensor([[9.0, 0.0, 0.0]]), distillation_logits=torch.tensor([[0.0, 3.0, 2.9]]))
+    scores = readout_scores(output)
+    assert torch.allclose(scores["joint"], output.class_logits.softmax(-1) + output.distillation_logits.softmax(-1))
+    assert torch.allclose(scores["joint-logits"], torch.tensor([[4.5, 1.5, 1.45]]))
+    assert default_readout(list(scores)) == "joint"
+
+
+def test_top_k_counts_labels_among_the_highest() -> None:
+    scores = torch.tensor([[0.1, 0.5, 0.4], [0.9, 0.05, 0.05], [0.2, 0.3, 0.5]])
+    labels = torch.tensor([2, 0, 0])
+    assert top_k_accuracy(scores, labels) == pytest.approx(1 / 3)
+    assert top_k_accuracy(scores, labels, 2) == pytest.approx(2 / 3)
+    assert top_k_accuracy(scores, labels, 3) == 1.0
+
+
+def test_wilson_interval_is_its_formula() -> None:
+    hits, n, z = 81, 100, 1.959964
+    centre = (hits / n + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * np.sqrt(hits / n * (1 - hits / n) / n + z * z / (4 * n * n))
+    assert wilson_interval(hits, n) == pytest.approx((centre - half, centre + half), abs=1e-5)
+
+
+def test_mcnemar_looks_at_discordant_images_only() -> None:
+    both = torch.ones(50, dtype=torch.bool)
+    first = torch.tensor([True] * 9 + [False] * 2)
+    p = mcnemar_p(torch.cat([both, first]), torch.cat([both, ~first]))
+    assert p == pytest.approx(2 * stats.binom.cdf(2, 11, 0.5))
+    assert mcnemar_p(both, both) == 1.0
+
+
+def test_paired_difference_over_seeds_is_the_paired_t_test() -> None:
+    generator = torch.Generator().manual_seed(0)
+    first = [torch.rand(200, generator=generator) < share for share in (0.7, 0.74, 0.72)]
+    second = [torch.rand(200, generator=generator) < share for share in (0.6, 0.66, 0.61)]
+    difference = paired_difference(first, second)
+    means = [[hits.double().mean().item() for hits in hits_of] for hits_of in (first, second)]
+    expected = stats.ttest_rel(*means)
+    assert difference.test == "paired t"
+    assert difference.p == pytest.approx(expected.pvalue)
+    assert difference.ci95 == pytest.approx(tuple(expected.confidence_interval(0.95)))
+    assert mean_interval(means[0])[0] < difference.mean + means[1][0] + 1
+
+
+def test_paired_difference_of_one_seed_is_mcnemar() -> None:
+    first = torch.tensor([True] * 70 + [False] * 30)
+    second = torch.tensor([True] * 50 + [False] * 40 + [True] * 10)
+    difference = paired_difference([first], [second])
+    assert difference.test == "McNemar"
+    assert difference.mean == pytest.approx(0.1)
+    assert difference.p == pytest.approx(mcnemar_p(first, second))
+    # Wald: variance of a paired difference is (b + c - (b - c)^2 / n) / n^2, with b = 20 and c = 10.
+    half = 1.96 * np.sqrt((30 - 100 / 100) / 100 / 99)
+    assert difference.ci95 == pytest.approx((0.1 - half, 0.1 + half), abs=1e-6)

@@ -1,0 +1,342 @@
+"""Students beside timm's and transformers' own implementations on the same weights, in both directions; and reading."""
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+import transformers
+from safetensors.torch import save_file
+from torch import Tensor
+
+from deitkit.errors import CheckpointError
+from deitkit.models.classifier import Classifier
+from deitkit.models.saved import save_classifier
+from deitkit.models.vit import SIZES, DeiT, Output
+from deitkit.models.weights.formats import Architecture, describe, from_any, to_timm, to_transformers
+from deitkit.models.weights.initialise import load_initial, read_weights
+
+# The released sizes, whole but for the resolution, which only decides how many patches there are.
+RELEASED = ["deit_tiny", "deit_small", "deit_base"]
+LAYOUTS = [("class",), ("class", "distillation")]
+PX, CLASSES = 32, 11
+TEACHER = transformers.DeiTForImageClassificationWithTeacher
+
+
+def student(tokens: tuple[str, ...], size: str = "deit_tiny", **changes: Any) -> DeiT:
+    """Build a student of 32 px with random values everywhere, none of them zero or one by convention."""
+    dimensions = SIZES[size]
+    config = {"image_px": PX, "patch_px": 16, "channels": 3, "classes": CLASSES, "width": dimensions.width,
+              "depth": dimensions.depth, "heads": dimensions.heads, "tokens": tokens} | changes  # fmt: skip
+    torch.manual_seed(1)
+    with torch.device("meta"):  # draw once, not twice: a base has 86 million values
+        model = DeiT(**config)
+    return scrambled(model.to_empty(device="cpu")).eval()
+
+
+def scrambled(model: Any) -> Any:
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.normal_(mean=float("norm" in name and "weight" in name), std=0.05)
+    return model
+
+
+def timm_model(tokens: tuple[str, ...], size: str, state: dict[str, Tensor]) -> Any:
+    """Build timm's model of that name around a state dict."""
+    suffix = "_distilled_patch16_224" if len(tokens) == 2 else "_patch16_224"
+    with torch.device("meta"):
+        model = timm.create_model(size + suffix, img_size=PX, num_classes=CLASSES)
+    model.load_state_dict(state, strict=True, assign=True)
+    return model.eval()
+
+
+def config_of(kind: Any, size: str, **changes: Any) -> Any:
+    """Return transformers' configuration of that size; all that departs from its defaults."""
+    dimensions = SIZES[size]
+    config = {"hidden_size": dimensions.width, "num_hidden_layers": dimensions.depth,
+              "num_attention_heads": dimensions.heads, "intermediate_size": 4 * dimensions.width, "image_size": PX,
+              "num_labels": CLASSES, "layer_norm_eps": 1e-6}  # fmt: skip
+    return kind.config_class(**config | changes)
+
+
+def transformers_model(kind: Any, **changes: Any) -> Any:
+    return scrambled(kind(config_of(kind, "deit_tiny", **changes))).eval()
+
+
+def mean_logits(output: Output) -> Tensor:
+    """Return what timm and transformers answer with: the mean of the heads' logits."""
+    heads = [head for head in (output.class_logits, output.distillation_logits) if head is not None]
+    return torch.stack(heads).mean(dim=0)
+
+
+def equal(ours: Tensor, theirs: Tensor) -> None:
+    assert theirs.std() > 0.1  # logits that could not differ would prove nothing
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("tokens", LAYOUTS)
+@pytest.mark.parametrize("size", RELEASED)
+def test_logits_equal_timms_and_transformers(size: str, tokens: tuple[str, ...], tmp_path: Path) -> None:
+    ours, images = student(tokens, size), torch.randn(2, 3, PX, PX)
+    output = ours(images)
+    equal(mean_logits(output), timm_model(tokens, size, to_timm(ours.state_dict()))(images))
+    kind = TEACHER if len(tokens) == 2 else transformers.ViTForImageClassification
+    theirs = opened(to_transformers(ours.state_dict()), kind, config_of(kind, size), tmp_path)(images)
+    equal(mean_logits(output), theirs.logits)
+    if len(tokens) == 2:
+        equal(output.class_logits, theirs.cls_logits)
+        equal(output.distillation_logits, theirs.distillation_logits)
+
+
+def opened(state: dict[str, Tensor], kind: Any, config: Any, folder: Path) -> Any:
+    """Let transformers' own loader read a file with these names; it reports what was absent, unknown or of no use."""
+    config.save_pretrained(folder)
+    save_file(state, folder / "model.safetensors")
+    model, report = kind.from_pretrained(folder, output_loading_info=True)
+    assert not any(report.values()), report
+    return model.eval()
+
+
+@pytest.mark.parametrize("kind", [TEACHER, transformers.ViTForImageClassification])
+def test_transformers_models_are_read_from_memory_and_from_their_files(kind: Any, tmp_path: Path) -> None:
+    theirs = transformers_model(kind)
+    theirs.save_pretrained(tmp_path)
+    weights = read_weights(tmp_path)
+    state, lines = from_any(theirs.state_dict(), "memory")
+    assert lines == []
+    same(state, weights.state)
+    ours = weights.architecture.build().eval()
+    ours.load_state_dict(weights.state, strict=True)
+    images = torch.randn(2, 3, PX, PX)
+    equal(mean_logits(ours(images)), theirs(images).logits)
+    assert weights.class_names == tuple(f"LABEL_{number}" for number in range(CLASSES))
+    assert weights.remarks == ()
+
+
+def test_a_deit_of_transformers_without_a_distillation_head_gets_a_copy() -> None:
+    theirs = transformers_model(transformers.DeiTForImageClassification)
+    state, lines = from_any(theirs.state_dict(), "memory")
+    ours = describe(state, source="memory").build().eval()
+    ours.load_state_dict(state, strict=True)
+    images = torch.randn(2, 3, PX, PX)
+    equal(ours(images).class_logits, theirs(images).logits)
+    assert torch.equal(ours.head.weight, ours.head_dist.weight)
+    assert lines == ["distillation head: absent in the file, a copy of the class head"]
+
+
+def test_a_pooler_is_left_out() -> None:
+    theirs = transformers.ViTModel(config_of(transformers.ViTModel, "deit_tiny"))
+    state, lines = from_any(theirs.state_dict(), "memory")
+    assert lines == ["pooler: left out, no classifier reads it"]
+    assert describe(state, source="memory").classes == 0
+
+
+@pytest.mark.parametrize("tokens", [*LAYOUTS, ("distillation",)])
+@pytest.mark.parametrize("there", [to_timm, to_transformers])
+def test_there_and_back_is_the_same_bit_for_bit(
+    tokens: tuple[str, ...], there: Callable[..., dict[str, Tensor]]
+) -> None:
+    state = dict(student(tokens, depth=2).state_dict())
+    back = from_any(there(state), "x")[0]
+    same(back, to_timm(state))  # by another name where a distillation token was alone
+    same(there(back), there(state))
+
+
+def test_averaged_patches_go_to_timm_only() -> None:
+    state = dict(student((), depth=1).state_dict())
+    same(to_timm(state), state)
+    with pytest.raises(CheckpointError, match="averages its patches: convert to timm"):
+        to_transformers(state)
+
+
+@pytest.mark.parametrize("tokens", [*LAYOUTS, ("distillation",), ()])
+@pytest.mark.parametrize("size", ["micro", *RELEASED])
+def test_shapes_tell_the_architecture(size: str, tokens: tuple[str, ...]) -> None:
+    with torch.device("meta"):
+        ours = DeiT(image_px=24, patch_px=8, channels=1, classes=3, width=SIZES[size].width, depth=2,
+                    heads=SIZES[size].heads, tokens=tokens)  # fmt: skip
+    told = describe(ours.state_dict(), source="x", heads=None if size != "micro" else 2)
+    assert told == Architecture.of(ours)
+
+
+RELEASES: dict[str, Callable[[dict[str, Tensor]], Any]] = {
+    "model, as the released DeiT": lambda state: {"model": state},
+    "model with arguments, as a DeiT run": lambda state: {
+        "model": {name: value + 1 for name, value in state.items()},
+        "model_ema": state, "args": argparse.Namespace(lr=1), "epoch": 299,
+    },
+    "state_dict": lambda state: {"state_dict": state},
+    "bare": lambda state: state,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("tokens", LAYOUTS)
+@pytest.mark.parametrize("wrapping", RELEASES)
+def test_released_files_are_read(wrapping: str, tokens: tuple[str, ...], tmp_path: Path) -> None:
+    state = dict(student(tokens).state_dict())
+    assert timm_model(tokens, "deit_tiny", state).state_dict().keys() == state.keys()
+    torch.save(RELEASES[wrapping](state), tmp_path / "deit.pth")
+    weights = read_weights(tmp_path / "deit.pth")
+    same(weights.state, state)
+    assert weights.architecture == Architecture(
+        image_px=(PX, PX), patch_px=16, channels=3, classes=CLASSES, width=192, depth=12, heads=3, tokens=tokens
+    )
+    assert (weights.class_names, weights.mean, weights.remarks) == (None, None, ())
+
+
+def saved(folder: Path, model: DeiT, **card: Any) -> Path:
+    classifier = Classifier(model, mean=(0.5, 0.4, 0.3), std=(0.2, 0.2, 0.3))
+    names = [f"class {number}" for number in range(model.config["classes"])]
+    save_classifier(folder, classifier, {"channels": 3, "class_names": names, "input_px": [PX, PX], **card})
+    return folder
+
+
+@pytest.mark.parametrize("path", ["run", "run/winner", "run/winner/model.safetensors"])
+def test_our_own_folders_are_read_with_their_cards(path: str, tmp_path: Path) -> None:
+    model = student(("class", "distillation"), "micro")
+    saved(tmp_path / "run" / "winner", model, method="token-hard")
+    weights = read_weights(tmp_path / path)
+    same(weights.state, dict(model.state_dict()))
+    assert weights.architecture == Architecture.of(model)  # two heads of 32, which no shape tells
+    assert weights.class_names == tuple(f"class {number}" for number in range(CLASSES))
+    assert (weights.mean, weights.std) == (pytest.approx((0.5, 0.4, 0.3)), pytest.approx((0.2, 0.2, 0.3)))
+    assert weights.card["method"] == "token-hard"
+
+
+def test_half_precision_becomes_float32_and_is_told(tmp_path: Path) -> None:
+    state = {name: value.half() for name, value in student(("class",), depth=1).state_dict().items()}
+    save_file(state, tmp_path / "weights.safetensors")
+    weights = read_weights(tmp_path / "weights.safetensors")
+    assert weights.remarks == ("precision: float16 in the file, float32 from here on",)
+    same(weights.state, {name: value.float() for name, value in state.items()})
+
+
+def test_config_json_tells_what_shapes_do_not(tmp_path: Path) -> None:
+    kind = transformers.ViTForImageClassification
+    theirs = transformers_model(
+        kind, num_attention_heads=6, image_size=(32, 64), layer_norm_eps=1e-12, num_hidden_layers=1
+    )
+    theirs.save_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text(
+        json.dumps({"do_normalize": True, "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]})
+    )
+    weights = read_weights(tmp_path)
+    assert (weights.architecture.heads, weights.architecture.image_px) == (6, (32, 64))
+    assert (weights.mean, weights.std) == ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    assert weights.remarks == ("layer_norm_eps: 1e-12 in config.json, 1e-06 here; logits differ by little",)
+
+
+def test_timms_config_json_tells_the_normalisation(tmp_path: Path) -> None:
+    save_file(student(("class",), depth=1).state_dict(), tmp_path / "model.safetensors")
+    config = {"architecture": "deit_tiny_patch16_224", "pretrained_cfg": {"mean": [0.1, 0.2, 0.3], "std": [1, 1, 1]}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert read_weights(tmp_path).mean == (0.1, 0.2, 0.3)
+
+
+def test_a_student_starts_from_weights_as_they_are(tmp_path: Path) -> None:
+    source, target = student(("class",), depth=2), student(("class",), depth=2)
+    scrambled(target)
+    folder = saved(tmp_path, source)
+    names = [f"class {number}" for number in range(CLASSES)]
+    assert load_initial(target, folder, class_names=names, mean=(0.5, 0.4, 0.3), std=(0.2, 0.2, 0.3)) == []
+    same(dict(target.state_dict()), dict(source.state_dict()))
+
+
+def test_a_student_starts_from_weights_of_another_kind(tmp_path: Path) -> None:
+    source = student(("class",), depth=2)
+    target = student(("class", "distillation"), depth=2, image_px=24, patch_px=8, classes=4)
+    lines = load_initial(target, saved(tmp_path, source), mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+    told = [line.partition(":")[0] for line in lines]
+    assert told == ["normalisation", "patch", "resolution", "tokens", "classes"]
+    assert torch.equal(target.blocks[1].mlp.fc1.weight, source.blocks[1].mlp.fc1.weight)
+    assert torch.equal(target.dist_token, source.cls_token)
+
+
+def test_other_classes_of_the_same_number_get_a_new_classifier(tmp_path: Path) -> None:
+    source, target = student(("class",), depth=1), student(("class",), depth=1)
+    lines = load_initial(target, saved(tmp_path, source), class_names=[str(number) for number in range(CLASSES)])
+    assert not target.head.weight.any()
+    assert lines == [
+        "classes: the file knows others, its classifier is left out",
+        "classes: no classifier -> 11; the classifier starts at zero",
+    ]
+
+
+def test_weights_that_do_not_fit_leave_the_student_untouched(tmp_path: Path) -> None:
+    target = student(("class",), depth=2)
+    before = {name: value.clone() for name, value in target.state_dict().items()}
+    with pytest.raises(CheckpointError, match=r"set model.width=64 model.depth=4, or the model.name"):
+        load_initial(target, saved(tmp_path / "a", student(("class",), "micro")))
+    with pytest.raises(CheckpointError, match=r"has 6 attention heads, the student 3: set model.heads=6"):
+        load_initial(target, saved(tmp_path / "b", student(("class",), depth=2, heads=6)))
+    same(dict(target.state_dict()), before)
+
+
+def test_what_is_no_vision_transformer_is_refused_in_one_sentence(tmp_path: Path) -> None:
+    def refusal(state: dict[str, Tensor]) -> str:
+        save_file(state, tmp_path / "a.safetensors")
+        with pytest.raises(CheckpointError) as caught:
+            read_weights(tmp_path / "a.safetensors")
+        return str(caught.value)
+
+    state = dict(student(("class",), depth=2).state_dict())
+    assert "is no vision transformer" in refusal({"conv1.weight": torch.zeros(1)})
+    assert "is no vision transformer" in refusal({**state, "patch_embed.proj.weight": torch.zeros(192, 48)})
+    lacking = {name: value for name, value in state.items() if name != "blocks.1.attn.qkv.bias"}
+    assert "1 of its tensors do not fit (first: blocks.1.attn.qkv.bias, absent in the file" in refusal(lacking)
+    assert "first: blocks.0.ls2.gamma" in refusal({**state, "blocks.0.ls1.gamma": torch.zeros(192)})
+    normed = {**state, "blocks.0.attn.q_norm.weight": torch.zeros(64)}
+    assert "first: blocks.0.attn.q_norm.weight" in refusal(normed)
+    narrow = {**state, "blocks.0.mlp.fc1.bias": torch.zeros(300)}
+    assert "first: blocks.0.mlp.fc1.bias, (300,) in the file, (768,) in a student of deitkit" in refusal(narrow)
+
+
+def test_folders_without_weights_and_broken_cards_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"holds no model.safetensors or pytorch_model.bin"):
+        read_weights(tmp_path)
+    saved(tmp_path, student(("class",), depth=1))
+    card = json.loads((tmp_path / "model.json").read_text())
+    (tmp_path / "model.json").write_text(json.dumps(card | {"kind": "cnn", "config": None}))
+    with pytest.raises(CheckpointError, match="holds a model of kind 'cnn', not a vision transformer"):
+        read_weights(tmp_path)
+    (tmp_path / "model.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"model.json is damaged"):
+        read_weights(tmp_path)
+
+
+def test_layer_scale_is_timms_and_is_folded_for_transformers() -> None:
+    model = student(("class",), "micro", layer_scale=0.3)
+    state = dict(model.state_dict())
+    theirs = timm.create_model(
+        "vit_tiny_patch16_224", img_size=PX, embed_dim=64, depth=4, num_heads=2, num_classes=CLASSES, init_values=1.0
+    )
+    theirs.load_state_dict(to_timm(state), strict=True)
+    images = torch.randn(2, 3, PX, PX)
+    logits = model(images).class_logits
+    torch.testing.assert_close(theirs.eval()(images), logits, rtol=1e-4, atol=1e-5)
+    back, _ = from_any(to_transformers(state), "test")
+    plain = student(("class",), "micro")
+    plain.load_state_dict(back, strict=True)
+    torch.testing.assert_close(plain(images).class_logits, logits, rtol=1e-4, atol=1e-5)
+
+
+def test_a_stem_of_convolutions_is_read_from_our_folders_and_not_converted(tmp_path: Path) -> None:
+    model = student(("class", "distillation"), "micro", stem="conv", layer_scale=0.1)
+    weights = read_weights(saved(tmp_path, model))
+    assert weights.architecture == Architecture.of(model)
+    assert weights.remarks == ()
+    other = student(("class", "distillation"), "micro", stem="conv", layer_scale=0.1, image_px=2 * PX)
+    (line,) = load_initial(other, tmp_path)
+    assert line.startswith("resolution: 32 x 32 -> 64 x 64 px")
+    for convert in (to_timm, to_transformers):
+        with pytest.raises(CheckpointError, match="no vision transformer with a stem of convolutions"):
+            convert(dict(model.state_dict()))

@@ -1,0 +1,89 @@
+"""A student's folder rebuilds it whole, whatever its architecture, and folders from before a field existed still do."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from deitkit.errors import CheckpointError
+from deitkit.models.classifier import Classifier
+from deitkit.models.cnn import CifarResNet
+from deitkit.models.saved import load_classifier, save_classifier
+from deitkit.models.vit import create_student
+from deitkit.recipe.schema import ModelRecipe
+from deitkit.training.optim import ExponentialMovingAverage
+
+CPU = torch.device("cpu")
+CARD = {"class_names": ["a", "b", "c"], "channels": 3}
+
+
+def student(**fields: object) -> Classifier:
+    recipe = ModelRecipe(**{"name": "micro", "depth": 2, "patch_px": 4, **fields})
+    model = create_student(recipe, image_px=(16, 16), channels=3, classes=3, tokens=("class",), seed=0)
+    return Classifier(model, mean=(0.4,) * 3, std=(0.3,) * 3)
+
+
+def test_layer_scale_and_stem_come_back_with_their_statistics(tmp_path: Path) -> None:
+    trained = student(layer_scale=0.1, stem="conv")
+    average = ExponentialMovingAverage(trained, 0.9)
+    optimizer = torch.optim.SGD(trained.parameters(), lr=0.5)
+    for _ in range(3):
+        trained(torch.rand(8, 3, 16, 16)).class_logits.square().mean().backward()
+        optimizer.step()
+        average.update(trained)
+    view = torch.rand(2, 3, 16, 16)
+    answers = []
+    for name, classifier in (("last", trained.eval()), ("ema", average.classifier)):
+        save_classifier(tmp_path / name, classifier, CARD)
+        again, card = load_classifier(tmp_path / name, CPU)
+        assert (card["config"]["layer_scale"], card["config"]["stem"]) == (0.1, "conv")
+        answers.append(classifier(view).class_logits)
+        assert torch.equal(again(view).class_logits, answers[-1])
+    assert not torch.equal(*answers)
+
+
+def test_a_card_from_before_these_fields_is_a_student_without_them(tmp_path: Path) -> None:
+    plain = student().eval()
+    save_classifier(tmp_path, plain, CARD)
+    path = tmp_path / "model.json"
+    card = json.loads(path.read_text())
+    assert (card["config"].pop("layer_scale"), card["config"].pop("stem")) == (None, "patch")
+    path.write_text(json.dumps(card))
+    view = torch.rand(2, 3, 16, 16)
+    assert torch.equal(load_classifier(tmp_path, CPU)[0](view).class_logits, plain(view).class_logits)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("width", 2**20), ("depth", 2**40), ("classes", 2**40), ("image_px", 2**20), ("channels", 2**40)],
+)
+def test_a_card_may_not_ask_for_more_memory_than_its_weights_take(tmp_path: Path, field: str, value: int) -> None:
+    save_classifier(tmp_path, student(), CARD)
+    path = tmp_path / "model.json"
+    card = json.loads(path.read_text())
+    card["config"][field] = value
+    path.write_text(json.dumps(card))
+    with pytest.raises(CheckpointError, match=r"asks for more than model.safetensors holds"):
+        load_classifier(tmp_path, CPU)
+
+
+@pytest.mark.parametrize(("field", "value"), [("channels", 2**40), ("image_px", 2**30), ("class_names", [""] * 10**6)])
+def test_nor_may_that_of_a_cnn(tmp_path: Path, field: str, value: object) -> None:
+    cnn = Classifier(CifarResNet(20, channels=3, classes=3), mean=(0.4,) * 3, std=(0.3,) * 3)
+    save_classifier(tmp_path, cnn, CARD | {"architecture": "cifar/resnet20"})
+    path = tmp_path / "model.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
+    with pytest.raises(CheckpointError, match=r"asks for more than|more than 8192"):
+        load_classifier(tmp_path, CPU)
+
+
+@pytest.mark.parametrize("field", ["kind", "config", "mean", "std", "image_px", "class_names"])
+def test_a_card_without_a_field_is_one_sentence(tmp_path: Path, field: str) -> None:
+    save_classifier(tmp_path, student(), CARD)
+    path = tmp_path / "model.json"
+    card = json.loads(path.read_text())
+    del card[field]
+    path.write_text(json.dumps(card))
+    with pytest.raises(CheckpointError, match=rf"model.json is incomplete or wrong \(see {field}\)"):
+        load_classifier(tmp_path, CPU)

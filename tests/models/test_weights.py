@@ -1,0 +1,206 @@
+"""Weights files of strangers: read safely, unwrapped, and loaded whole or refused."""
+
+import argparse
+import hashlib
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from deitkit.errors import CheckpointError
+from deitkit.models.cnn import CifarResNet
+from deitkit.models.weights.read import file_sha256, load_into, read_state
+
+
+def small_model(classes: int = 3) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, classes))
+
+
+def prefixed(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {prefix + name: value for name, value in state.items()}
+
+
+WRAPPINGS: dict[str, Callable[[dict[str, Tensor]], Any]] = {
+    "bare": lambda state: state,
+    "state_dict, DataParallel": lambda state: {"state_dict": prefixed("module.", state), "best_prec1": 0.9},
+    "model with the arguments": lambda state: {"model": state, "args": argparse.Namespace(lr=1), "epoch": 3},
+    "a tensor beside the wrapper": lambda state: {"model": state, "rng_state": torch.zeros(8)},
+    "model_ema first": lambda state: {"model": prefixed("x", state), "model_ema": state},
+    "state_dict_ema first": lambda state: {"state_dict": prefixed("x", state), "state_dict_ema": state},
+    "compiled": lambda state: prefixed("_orig_mod.", state),
+    "compiled and parallel": lambda state: prefixed("_orig_mod.module.model.", state),
+    "teacher": lambda state: {"student": prefixed("x", state), "teacher": state},
+    "nested": lambda state: {"model": {"state_dict": state}},
+}
+
+
+@pytest.mark.parametrize("wrapping", WRAPPINGS)
+@pytest.mark.parametrize("suffix", [".pth", ".pt", ".th", ".bin", ".pth.tar"])
+def test_wrapped_checkpoints_are_unwrapped(wrapping: str, suffix: str, tmp_path: Path) -> None:
+    state, path = small_model().state_dict(), tmp_path / f"weights{suffix}"
+    torch.save(WRAPPINGS[wrapping](state), path)
+    read = read_state(path)
+    assert list(read) == list(state)
+    assert all(torch.equal(read[name], state[name]) for name in state)
+
+
+def test_safetensors_are_read(tmp_path: Path) -> None:
+    state, path = small_model().state_dict(), tmp_path / "weights.safetensors"
+    save_file(prefixed("module.", state), path)
+    read = read_state(path)
+    assert read.keys() == state.keys()
+    assert all(torch.equal(read[name], state[name]) for name in state)
+
+
+def test_a_prefix_that_not_all_names_have_stays(tmp_path: Path) -> None:
+    torch.save({"model.a": torch.ones(1), "b": torch.ones(1)}, tmp_path / "weights.pth")
+    assert set(read_state(tmp_path / "weights.pth")) == {"model.a", "b"}
+
+
+class Trap:
+    """Writes a file if it is ever unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
+
+
+def test_code_in_a_checkpoint_is_not_run(tmp_path: Path) -> None:
+    path, sprung = tmp_path / "weights.pth", tmp_path / "sprung"
+    torch.save({"state_dict": small_model().state_dict(), "trap": Trap(sprung)}, path)
+    with pytest.raises(CheckpointError, match=r"could run code and are not read: .*safetensors"):
+        read_state(path)
+    assert not sprung.exists()
+
+
+def test_a_whole_pickled_model_is_refused(tmp_path: Path) -> None:
+    torch.save(small_model(), tmp_path / "model.pt")
+    with pytest.raises(CheckpointError, match="could run code"):
+        read_state(tmp_path / "model.pt")
+
+
+def truncated(state: dict[str, Tensor]) -> bytes:
+    import io
+
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return buffer.getvalue()[:-200]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.pth", b""),
+        ("a.pth", b"not a checkpoint at all"),
+        ("a.pth", bytes(range(256))),
+        ("a.pth", b"PK\x03\x04 broken"),
+        ("a.pth", truncated(small_model().state_dict())),
+        ("a.safetensors", b""),
+        ("a.safetensors", b"not a checkpoint at all"),
+        ("a.safetensors", b"\xff" * 64),
+    ],
+)
+def test_damaged_files_are_refused_in_one_sentence(name: str, content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError) as caught:
+        read_state(path)
+    assert str(caught.value) == f"checkpoint {path} is damaged or no weights file: copy or download it again"
+
+
+@pytest.mark.parametrize("content", [[1, 2], {"epoch": 3}, {"state_dict": {}}, torch.ones(3), {1: torch.ones(3)}])
+def test_files_without_tensors_by_name_are_refused(content: Any, tmp_path: Path) -> None:
+    torch.save(content, tmp_path / "a.pth")
+    with pytest.raises(CheckpointError, match="holds no tensors by name"):
+        read_state(tmp_path / "a.pth")
+
+
+def test_a_plain_pickle_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.pkl").write_bytes(pickle.dumps({"a": [1.0]}))
+    with pytest.raises(CheckpointError):
+        read_state(tmp_path / "a.pkl")
+
+
+@pytest.mark.parametrize("name", ["absent.pth", "."])
+def test_missing_files_and_folders_are_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="does not exist"):
+        read_state(tmp_path / name)
+
+
+def test_all_is_loaded() -> None:
+    model, other = small_model(), small_model()
+    report = load_into(model, other.state_dict(), head="2", source="x")
+    assert (report.loaded, report.missing, report.unexpected, report.mismatched) == (9, (), (), ())
+    assert all(torch.equal(value, other.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+def test_batch_counts_may_be_missing() -> None:
+    state = small_model().state_dict()
+    del state["1.num_batches_tracked"]
+    report = load_into(small_model(), state, head="2", source="x")
+    assert (report.loaded, report.missing) == (8, ())
+
+
+def test_a_head_of_other_classes_stays_new_and_is_reported() -> None:
+    model, state = small_model(), small_model(classes=7).state_dict()
+    before = model[2].weight.clone()
+    report = load_into(model, state, head="2", source="x")
+    assert report.mismatched == (
+        "2.weight: (7, 5) in the file, (3, 5) in the model",
+        "2.bias: (7,) in the file, (3,) in the model",
+    )
+    assert report.loaded == 7
+    assert torch.equal(model[2].weight, before)
+    assert torch.equal(model[0].weight, state["0.weight"])
+
+
+def test_an_absent_head_stays_new_as_a_whole() -> None:
+    model, state = small_model(), small_model().state_dict()
+    del state["2.weight"]
+    before = model[2].bias.clone()
+    report = load_into(model, state, head="2", source="x")
+    assert report.missing == ("2.weight",)
+    assert torch.equal(model[2].bias, before)
+
+
+@pytest.mark.parametrize(
+    ("change", "first"),
+    [
+        ({"0.weight": torch.zeros(5, 9)}, r"0.weight: \(5, 9\) in the file, \(5, 4\) in the model"),
+        ({"0.bias": None}, r"0.bias: absent in the file, \(5,\) in the model"),
+        ({"9.bias": torch.zeros(2)}, r"9.bias: \(2,\) in the file, absent in the model"),
+    ],
+)
+def test_other_differences_leave_the_model_untouched(change: dict[str, Tensor | None], first: str) -> None:
+    model = small_model()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    state = {**small_model().state_dict(), **change}
+    state = {name: value for name, value in state.items() if value is not None}
+    with pytest.raises(CheckpointError, match=rf"checkpoint x is not a Sequential .*1 of \d layers .*first: {first}"):
+        load_into(model, state, head="2", source="x")
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_deeper_network_is_not_loaded_by_half() -> None:
+    deeper = CifarResNet(32, classes=10).state_dict()
+    with pytest.raises(CheckpointError, match="24 of 63 layers do not fit"):
+        load_into(CifarResNet(20, classes=10), deeper, head="linear", source="x")
+
+
+def test_a_name_that_begins_like_the_head_is_not_the_head() -> None:
+    model = nn.ModuleDict({"head": nn.Linear(2, 2), "head_dist": nn.Linear(2, 2)})
+    state = {name: value for name, value in model.state_dict().items() if "dist" not in name}
+    with pytest.raises(CheckpointError, match="head_dist"):
+        load_into(model, state, head="head", source="x")
+
+
+def test_file_sha256(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"weights")
+    assert file_sha256(tmp_path / "a") == hashlib.sha256(b"weights").hexdigest()

@@ -1,0 +1,136 @@
+"""Recipes: what is accepted, what is refused and in which words."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from deitkit.errors import RecipeError
+from deitkit.recipe.load import describe_fields, dump_recipe, field_names, load_recipe, parse_recipe, shipped_recipes
+from deitkit.recipe.schema import Recipe
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_shipped_recipes_are_valid_and_survive_a_round_trip(name: str) -> None:
+    recipe = load_recipe(name)
+    assert recipe.name == name
+    assert parse_recipe(yaml.safe_load(dump_recipe(recipe))) == recipe
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_shipped_recipes_say_what_they_do_their_command_cost_and_result(name: str) -> None:
+    head = shipped_recipes()[name].split("\nname:")[0]
+    assert all(line.startswith("#") for line in head.splitlines())
+    for word in ("Command:", "Cost:", "Result:"):
+        assert word in head, f"{name} does not state its {word}"
+
+
+def test_overrides_reach_nested_fields() -> None:
+    recipe = load_recipe(
+        "digits", ["train.epochs=7", "seeds=[3, 4]", "teacher.train.learning_rate=1e-3", "model.width=null"]
+    )
+    assert (recipe.train.epochs, recipe.seeds, recipe.teacher.train.learning_rate) == (7, (3, 4), 0.001)
+    assert recipe.model.width is None
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["trian.epochs=3"], ["unknown key 'trian'", "did you mean train"]),
+        (["train.epoch=3"], ["unknown key 'train.epoch'", "train.epochs"]),
+        (["train.epochs=many"], ["train.epochs='many'", "integer"]),
+        (["train.epochs=0"], ["train.epochs=0", "greater than 0"]),
+        (["augment.crop=padd"], ["augment.crop='padd'", "'pad'"]),
+        (["train.epochs"], ["write key=value"]),
+        (["train.epochs=[1"], ["no valid YAML"]),
+        (["seeds=[1, 1]"], ["a seed twice"]),
+        (["methods=[none, none]"], ["a method twice"]),
+        (["train.schedule_epochs=1"], ["train.schedule_epochs=1"]),
+        (["teacher.mean=[0.5]", "teacher.std=null"], ["belong together"]),
+        (["teacher.mean=[0.5]", "teacher.std=[0]"], ["must be positive"]),
+        (["teacher.also=[{mean: [0.5]}]"], ["teacher.also.0.mean and teacher.also.0.std belong together"]),
+        (["teacher.also=[{}, {train: {epochs: 1, warmup_epochs: 2}}]"], ["teacher.also.1.train.warmup_epochs=2"]),
+        (["teacher.also=[{nmae: cifar/resnet20}]"], ["unknown key 'teacher.also.0.nmae'", "teacher.name"]),
+        (["teacher.also=[{cache: true}]"], ["unknown key 'teacher.also.0.cache'"]),
+        (["train.warmup_epochs=1000"], ["warmup_epochs"]),
+        (["train.learning_rate=.nan"], ["train.learning_rate"]),
+    ],
+)
+def test_mistakes_are_told_by_field_and_value(overrides: list[str], words: list[str]) -> None:
+    with pytest.raises(RecipeError) as error:
+        load_recipe("digits", overrides)
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_all_mistakes_are_told_at_once() -> None:
+    with pytest.raises(RecipeError) as error:
+        load_recipe("digits", ["train.epochs=-1", "data.nam=x", "seeds=a"])
+    assert all(word in str(error.value) for word in ("train.epochs=-1", "data.nam", "seeds"))
+
+
+def test_an_unknown_recipe_names_its_neighbours() -> None:
+    with pytest.raises(RecipeError, match="did you mean digits"):
+        load_recipe("digit")
+
+
+@pytest.mark.parametrize("text", ["[1, 2]", "a: [", "1: 2", "!!python/object/apply:os.system ['true']", "name: {a: 1}"])
+def test_malformed_files_are_recipe_errors(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    with pytest.raises(RecipeError):
+        load_recipe(str(path))
+
+
+def test_a_recipe_says_only_what_differs_from_its_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("middle.yaml").write_text("base: digits\nname: middle\ntrain: {epochs: 3}\nbaseline: {name: teacher}\n")
+    Path("last.yaml").write_text("name: last\nbase: middle.yaml\ntrain: {batch_size: 8}\nbaseline: null\nseeds: [5]\n")
+    assert load_recipe("last.yaml", ["model.depth=2"]) == load_recipe(
+        "digits", ["name=last", "train.epochs=3", "train.batch_size=8", "seeds=[5]", "model.depth=2"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("base", "words"),
+    [
+        ("digit", ["recipe 'digit'", "did you mean digits"]),
+        ("mine.yaml", ["'mine.yaml' is based on 'mine.yaml'"]),
+        ("other.yaml", ["recipe 'other.yaml' is based on 'mine.yaml'", "take one base out"]),
+        ("[digits]", ["base=['digits'] of recipe 'mine.yaml'"]),
+    ],
+)
+def test_a_base_that_cannot_be_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, base: str, words: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine.yaml").write_text(f"base: {base}\n")
+    Path("other.yaml").write_text("base: mine.yaml\n")
+    with pytest.raises(RecipeError) as error:
+        load_recipe("mine.yaml")
+    for word in words:
+        assert word in str(error.value)
+
+
+values = st.recursive(
+    st.none() | st.booleans() | st.integers(-5, 5) | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(field_names()), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.dictionaries(st.sampled_from([*Recipe.model_fields, "other"]), values, max_size=4))
+def test_any_tree_is_a_recipe_or_a_recipe_error(tree: dict) -> None:
+    try:
+        recipe = parse_recipe(tree)
+    except RecipeError:
+        return
+    assert parse_recipe(yaml.safe_load(dump_recipe(recipe))) == recipe
+
+
+def test_every_field_has_a_meaning() -> None:
+    for field, _, meaning in describe_fields():
+        assert meaning, f"{field} is not described"

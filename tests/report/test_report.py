@@ -1,0 +1,625 @@
+"""The report: what a reader of a run folder sees, in every format, also with hostile names and stopped students."""
+
+import base64
+import csv
+import io
+import json
+import math
+import re
+from collections import Counter
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import plotly.graph_objects as go
+import pytest
+from PIL import Image
+from rich.console import Console
+
+from deitkit.errors import CheckpointError
+from deitkit.recipe.schema import Recipe
+from deitkit.report.charts import accuracy_chart, curve_charts
+from deitkit.report.figures import curves_of, validation_accuracy
+from deitkit.report.published import published_rows
+from deitkit.report.table import rich_table, write_tables
+from deitkit.report.table_layout import lay_out
+from deitkit.report.write import write_report
+from deitkit.run.metrics import read_metrics
+from deitkit.run.results import read_results
+from deitkit.system.files import write_bytes, write_text
+
+CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+HOSTILE = """</script><script>alert(1)</script>'"`&|_100%#$~^\\{[x](y)"""
+LABELS = {
+    "none": "no distillation",
+    "soft": "usual distillation",
+    "hard": "hard distillation",
+    "token-hard": "DeiT⚗ class + distillation",
+    "class-only": "class token only",
+    "cnn-baseline": "CNN baseline: cifar/resnet56",
+}
+TEACHERS = {"soft": "soft", "hard": "hard", "token-hard": "hard"}
+
+
+def make_row(
+    method: str, readout: str, top1: list[float | None], weights: str = "last", **changes: Any
+) -> dict[str, Any]:
+    finished = [value for value in top1 if value is not None]
+    mean = sum(finished) / len(finished) if finished else None
+    std = math.dist(finished, [mean] * len(finished)) / math.sqrt(len(finished) - 1) if len(finished) > 1 else None
+    compared = mean is not None and method != "none"
+    row = {
+        "row": f"{method}/{readout}" + ("+ema" if weights == "ema" else ""),
+        "label": f"{LABELS[method]} ({method}, {readout})" + (", EMA" if weights == "ema" else ""),
+        "method": method,
+        "readout": readout,
+        "weights": weights,
+        "labels": True,
+        "teacher": TEACHERS.get(method),
+        "tokens": "class+distillation" if method == "token-hard" else "class",
+        "top1": top1,
+        "top5": [None if value is None else value + 0.25 for value in top1],
+        "n": 10000,
+        "top1_mean": mean,
+        "top1_std": std,
+        "top1_ci95": [mean - 0.0094, mean + 0.0094] if mean is not None else None,
+        "difference_vs_none": mean - 0.601 if compared else None,
+        "difference_ci95": [mean - 0.609, mean - 0.593] if compared else None,
+        "p_vs_none": 0.0003 if compared else None,
+        "p_test": "paired t" if compared else None,
+        "teacher_agreement": 0.687 if method in TEACHERS else None,
+        "parameters": 1_213_456,
+        "images_per_second": 155.2,
+        "train_seconds": 640.4,
+        "status": "ok",
+    }
+    return row | changes
+
+
+def make_results(seeds: tuple[int, ...] = (0, 1), teacher: bool = True) -> dict[str, Any]:
+    def spread(top1: float) -> list[float | None]:
+        return [top1 + 0.002 * index for index in range(len(seeds))]
+
+    stopped = "seed 1 stopped at step 120: loss is not finite (learning rate 0.01)"
+    rows = [
+        make_row("none", "class", spread(0.6)),
+        make_row("none", "class", spread(0.604), weights="ema"),
+        make_row("soft", "class", spread(0.6111)),
+        make_row("hard", "class", [0.6205, *[None] * (len(seeds) - 1)], status=stopped if len(seeds) > 1 else "ok"),
+        make_row("token-hard", "class", spread(0.6122)),
+        make_row("token-hard", "distillation", spread(0.6201)),
+        make_row("token-hard", "joint", spread(0.6233)),
+        make_row("token-hard", "joint", spread(0.6244), weights="ema"),
+        make_row("cnn-baseline", "class", spread(0.711), parameters=855_770),
+    ]
+    card = {
+        "name": "cifar/resnet56",
+        "source": "checkpoint resnet56.th (sha256 4bfd…)",
+        "top1": 0.934,
+        "n": 5000,
+        "test_top1": 0.9339,
+        "chance": 0.1,
+        "verdict": "fit to teach",
+        "weak": False,
+        "parameters": 855_770,
+        "image_px": 32,
+        "mean": [0.485, 0.456, 0.406],
+        "std": [0.229, 0.224, 0.225],
+        "fit": "none",
+    }
+    return {
+        "format": 1,
+        "deitkit": "0.1.0",
+        "created": "2026-11-22T22:00:00Z",
+        "recipe": Recipe(name="cifar10-small", seeds=seeds, published=("seed", "paper")).model_dump(mode="json"),
+        "dataset": {
+            "name": "cifar10",
+            "train": 5000,
+            "validation": 5000,
+            "test": 10000,
+            "classes": 10,
+            "class_names": CLASSES,
+            "image_px": [32, 32],
+            "channels": 3,
+            "skipped": 0,
+            "fingerprint": "a3f19c",
+        },
+        "teacher": card if teacher else None,
+        "seeds": list(seeds),
+        "rows": rows,
+        "winner": "token-hard/joint",
+        "verdict": "token-hard, read out jointly, wins: 62.43 % top-1, 2.33 points more than no distillation.",
+        "published": published_rows(("seed", "paper")),
+        "machine": {"processor": "A processor", "cores": 2, "memory_gib": 24, "device": "cpu", "precision": "fp32"},
+        "notes": ["soft: seed 1 was resumed at epoch 7"],
+    }
+
+
+def make_metrics(seeds: tuple[int, ...] = (0, 1), epochs: int = 20) -> list[dict[str, Any]]:
+    lines = []
+    for seed in seeds:
+        for index, student in enumerate(LABELS):
+            for epoch in range(1, epochs + 1):
+                if student == "hard" and seed == 1 and epoch > 3:
+                    break
+                accuracy = 0.1 + (0.5 + 0.02 * index) * (1 - math.exp(-epoch / 6)) + 0.01 * seed
+                readouts = {"class": accuracy}
+                if student == "token-hard":
+                    readouts |= {"distillation": accuracy - 0.01, "joint": accuracy + 0.01}
+                lines.append(
+                    {
+                        "seed": seed,
+                        "student": student,
+                        "epoch": epoch,
+                        "epochs": epochs,
+                        "step": 39 * epoch,
+                        "train_loss": 2.4 - accuracy,
+                        "terms": {"labels": 1.5 - accuracy, "teacher": 0.9}
+                        if student in TEACHERS
+                        else {"labels": 2.4 - accuracy},
+                        "validation": readouts,
+                        "learning_rate": 0.002 * (1 - epoch / (epochs + 1)),
+                        "images_per_second": 150.0,
+                        "seconds": 30.1,
+                    }
+                )
+    return lines
+
+
+def make_folder(folder: Path, results: dict[str, Any], metrics: list[dict[str, Any]]) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "results.json").write_text(json.dumps(results), encoding="utf-8")
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics), encoding="utf-8")
+    return folder
+
+
+def terminal(results: dict[str, Any], width: int, encoding: str = "utf-8") -> str:
+    file = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    Console(file=file, width=width).print(rich_table(results))
+    file.flush()
+    return file.buffer.getvalue().decode(encoding)  # type: ignore[attr-defined]
+
+
+class Page(HTMLParser):
+    """Collects what the tests ask about: tags, their attributes, text outside and inside scripts."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: Counter[str] = Counter()
+        self.attributes: list[tuple[str, str | None]] = []
+        self.scripts: list[str] = []
+        self.text = ""
+        self._inside = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags[tag] += 1
+        self.attributes += attrs
+        self._inside = tag
+        if tag == "script":
+            self.scripts.append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        self._inside = ""
+
+    def handle_data(self, data: str) -> None:
+        if self._inside == "script":
+            self.scripts[-1] += data
+        elif self._inside != "style":
+            self.text += data
+
+    @property
+    def charts(self) -> dict[str, Any]:
+        return next(json.loads(script) for script in self.scripts if script.startswith('{"'))
+
+
+@pytest.fixture(scope="module")
+def reported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = make_folder(tmp_path_factory.mktemp("run"), make_results(), make_metrics())
+    make_folder(folder / "teacher", {}, make_metrics(seeds=(0,), epochs=4))
+    Image.new("RGB", (8, 8), (200, 30, 30)).save(folder / "views.png")
+    written = write_report(folder)
+    names = ["table.md", "table.csv", "table.tex", "curves.png", "curves.svg", "report.html"]
+    assert [path.name for path in written] == names
+    assert not list(folder.glob(".*")), "temporary files are left behind"
+    return folder
+
+
+@pytest.fixture(scope="module")
+def page(reported: Path) -> Page:
+    return Page((reported / "report.html").read_text(encoding="utf-8"))
+
+
+def cells_of(results: dict[str, Any]) -> dict[str, dict[str, str]]:
+    return {line.name: line.cells for line in lay_out(results).lines}
+
+
+def test_table_states_spread_over_seeds_and_wilson_interval_for_one() -> None:
+    assert cells_of(make_results())["token-hard/joint"]["top1"] == "62.43 ± 0.14"
+    assert "± standard deviation over 2 seeds, on 10,000 test images" in lay_out(make_results()).footnotes[0]
+    one = make_results(seeds=(0,))
+    assert cells_of(one)["token-hard/joint"]["top1"] == "62.33 [61.39, 63.27]"
+    assert "Wilson interval], one seed" in lay_out(one).footnotes[0]
+
+
+def test_table_has_one_decimal_below_a_thousand_images() -> None:
+    results = make_results()
+    for row in results["rows"]:
+        row["n"] = 360
+    assert cells_of(results)["token-hard/joint"]["top1"] == "62.4 ± 0.1"
+
+
+def test_table_gives_difference_interval_and_p() -> None:
+    cells = cells_of(make_results())
+    assert cells["none/class"]["difference"] == cells["none/class"]["p"] == "–"
+    assert [cells["soft/class"][key] for key in ("difference", "interval", "p")] == [
+        "+1.11",
+        "[+0.31, +1.91]",
+        "<0.001",
+    ]
+    worse = make_results()
+    worse["rows"][2] |= {"difference_vs_none": -0.02, "p_vs_none": 0.0421}
+    assert [cells_of(worse)["soft/class"][key] for key in ("difference", "p")] == ["−2.00", "0.042"]
+
+
+def test_a_table_of_one_seed_says_what_that_cannot_tell() -> None:
+    assert any("--seeds 5" in note for note in lay_out(make_results(seeds=(0,))).footnotes)
+    assert not any("--seeds 5" in note for note in lay_out(make_results(seeds=(0, 1))).footnotes)
+
+
+def test_a_seed_reading_is_compared_with_its_own_student_without_teacher() -> None:
+    results = make_results()
+    results["rows"] = [make_row("class-only", "class", [0.58, 0.59], label="only a class token"), results["rows"][2]]
+    layout = lay_out(results)
+    assert layout.lines[0].label == "only a class token (class-only, class)"
+    assert any("more than 'class-only/class'" in note for note in layout.footnotes)
+    assert accuracy_chart(results, [])["layout"]["shapes"][0]["x0"] == pytest.approx(58.5)
+
+
+def test_stopped_students_are_marked_and_explained() -> None:
+    layout = lay_out(make_results())
+    assert cells_of(make_results())["hard/class"]["top1"] == "62.05 (1 seed)†"
+    assert any(note.startswith("† hard/class: seed 1 stopped at step 120") for note in layout.footnotes)
+    results = make_results(seeds=(0,))
+    results["rows"][3] = make_row("hard", "class", [None], status="seed 0 stopped at step 3: loss is not finite")
+    assert cells_of(results)["hard/class"]["top1"] == "stopped†"
+
+
+def test_published_figures_stand_beside_their_method_and_readout_only() -> None:
+    layout = lay_out(make_results())
+    cells = {line.name: (line.cells["seed"], line.cells["paper"]) for line in layout.lines}
+    assert cells["none/class"] == ("67.69", "72.2")
+    assert cells["token-hard/joint"] == ("46.11", "74.5")
+    assert cells["token-hard/class"] == ("–", "73.9"), "the seed's class embedding is another model"
+    assert cells["token-hard/joint+ema"] == cells["none/class+ema"] == ("–", "–")
+    assert cells["cnn-baseline/class"] == ("88.46", "–")
+    assert [column.title for column in layout.columns if column.published] == [
+        "seed, as published",
+        "paper (ImageNet, Ti)",
+    ]
+    assert len(layout.published_only) == 3
+    assert "seed, as published: class embedding, teacher hard: 61.69 %" in layout.published_only
+
+
+def test_seed_figures_prefer_mean_pool_rows_and_the_paper_never_takes_them() -> None:
+    results = make_results()
+    pooled = make_row("none", "class", [0.5, 0.5]) | {"row": "mean-pool-none/class", "method": "mean-pool-none"}
+    results["rows"].append(pooled | {"label": "no distillation"})
+    lines = {line.name: line for line in lay_out(results).lines}
+    assert (lines["mean-pool-none/class"].cells["seed"], lines["mean-pool-none/class"].cells["paper"]) == ("67.69", "–")
+    assert (lines["none/class"].cells["seed"], lines["none/class"].cells["paper"]) == ("–", "72.2")
+    assert "mean-pool-none" in lines["mean-pool-none/class"].label, "a label that hides its method gets it"
+
+
+def test_paper_column_follows_the_student() -> None:
+    results = make_results()
+    results["recipe"]["model"]["name"] = "deit_base"
+    assert cells_of(results)["token-hard/joint"]["paper"] == "83.4"
+
+
+def test_published_tables_are_whole() -> None:
+    seed, paper = published_rows(["seed"]), published_rows(["paper"])
+    assert [entry["top1"] for entry in seed] == [0.6769, 0.6885, 0.4019, 0.0807, 0.6169, 0.6919, 0.4611, 0.8846]
+    by_model = {
+        model: [entry["top1"] for entry in paper if entry["model"] == model]
+        for model in dict.fromkeys(e["model"] for e in paper)
+    }
+    assert by_model["DeiT-B 384"] == [0.831, 0.832, 0.84, 0.842, 0.844, 0.845]
+    assert [len(figures) for figures in by_model.values()] == [6, 6, 6, 6]
+
+
+@pytest.mark.parametrize("width", [80, 100, 140, 250])
+def test_terminal_table_fits_and_keeps_what_matters(width: int) -> None:
+    text = terminal(make_results(), width)
+    assert max(len(line) for line in text.splitlines()) <= width
+    assert "…" not in text
+    head, *rest = text.splitlines()
+    assert head.startswith("cifar10: 5,000 training images, 10,000 test images, 2 seeds")
+    winner = next(line for line in rest if "★" in line)
+    assert winner.split()[:2] == ["★", "token-hard/joint"]
+    assert "62.43 ± 0.14" in winner
+    assert [line.split()[0] for line in rest if "cnn-baseline" in line or "teacher: cifar" in line] == [
+        "cnn-baseline/class",
+        "teacher:",
+    ]
+    header = text.partition("─")[0]
+    assert {"p", "labels", "teacher", "none"} <= set(header.split())
+    assert ("interval" in header) == (width >= 140)
+    assert ("seconds" in header) == (width >= 250) == ("too narrow for" not in text)
+
+
+def test_terminal_table_survives_an_ascii_terminal_and_markup_in_names() -> None:
+    results = make_results()
+    results["verdict"] = "[red]not markup[/red] 雪"
+    text = terminal(results, 100, "ascii")
+    assert "> token-hard/joint" in text
+    assert "62.43 +- 0.14" in text
+    assert "[red]not markup[/red] ?" in text
+
+
+def test_markdown_has_a_cell_per_column_and_escapes(tmp_path: Path) -> None:
+    results = make_results()
+    results["rows"][2]["label"] = "soft " + HOSTILE
+    write_tables(results, tmp_path)
+    text = (tmp_path / "table.md").read_text(encoding="utf-8")
+    rows = [line for line in text.splitlines() if line.startswith("|")]
+    assert len(rows) == 2 + len(results["rows"]) + 1
+    assert {len(re.findall(r"(?<!\\)\|", row)) for row in rows} == {len(lay_out(results).columns) + 2}
+    assert "<script" not in re.sub(r"\\.", "", text)
+    assert "**DeiT⚗ class + distillation (token-hard, joint)** ★" in text
+
+
+def test_tables_say_where_their_figures_come_from(tmp_path: Path) -> None:
+    results = make_results()
+    results |= {"code": "c0de" * 16}
+    results["teacher"]["sha256"] = "7eac" * 16
+    told = (
+        "recipe cifar10-small; deitkit 0.1.0 (c0dec0de); data cifar10 (a3f19c); teacher cifar/resnet56 (7eac7eac); "
+        "seeds 0, 1; A processor, 2 cores, 24 GiB, cpu, fp32; 2026-11-22"
+    )
+    markdown, _, latex = (path.read_text(encoding="utf-8") for path in write_tables(results, tmp_path))
+    assert f"*{told}*" in markdown
+    assert told in latex
+    del results["code"], results["teacher"]["sha256"]  # as in results from before these were recorded
+    assert "deitkit 0.1.0; data" in write_tables(results, tmp_path)[0].read_text(encoding="utf-8")
+
+
+def test_latex_balances_and_escapes(tmp_path: Path) -> None:
+    results = make_results()
+    results["rows"][2]["label"] = "soft " + HOSTILE
+    write_tables(results, tmp_path)
+    text = (tmp_path / "table.tex").read_text(encoding="utf-8")
+    label = next(line for line in text.splitlines() if "soft " in line).split(" & ")[0].strip()
+    want = (
+        r"soft $<$/script$>$$<$script$>$alert(1)$<$/script$>$'\textquotedbl{}`\&\textbar{}\_100\%\#\$\textasciitilde{}"
+    )
+    assert label.startswith(want + r"\textasciicircum{}\textbackslash{}\{{[}x{]}(y)")
+    body = text.partition(r"\midrule")[2].partition(r"\bottomrule")[0]
+    rows = [line for line in body.splitlines() if line.endswith(r"\\")]
+    assert {len(re.findall(r"(?<!\\)&", row)) for row in rows} == {len(lay_out(results).columns)}
+    bare = re.sub(r"\\[{}]", "", text)
+    assert bare.count("{") == bare.count("}")
+    assert body.count(r"\midrule") == 2, "baseline and teacher are set apart"
+    assert text.isascii() or not re.search("[±−–★†⚗]", text)
+
+
+def test_csv_keeps_raw_fractions_and_every_field(reported: Path) -> None:
+    results = make_results()
+    with (reported / "table.csv").open(encoding="utf-8", newline="") as file:
+        records = list(csv.DictReader(file))
+    assert [record["row"] for record in records] == [row["row"] for row in results["rows"]]
+    for record, row in zip(records, results["rows"], strict=True):
+        assert [record["top1_seed_0"], record["top1_seed_1"]] == [
+            "" if value is None else str(value) for value in row["top1"]
+        ]
+        assert record["status"] == row["status"]
+        assert float(record["top1_mean"]) == row["top1_mean"]
+        assert float(record["top1_ci95_low"]) == row["top1_ci95"][0]
+        spread = {"top1", "top5", "top1_ci95", "difference_ci95"}
+        assert row.keys() - spread <= record.keys()
+    assert [record["published_paper"] for record in records][:2] == ["0.722", ""]
+
+
+def test_curves_picture_and_svg(reported: Path, tmp_path: Path) -> None:
+    with Image.open(reported / "curves.png") as image:
+        assert image.width >= 1200
+        assert len(image.convert("RGB").getcolors(1 << 24)) > 50
+    svg = (reported / "curves.svg").read_text(encoding="utf-8")
+    for text in (
+        "cifar10, 5,000 training images, mean and range over 2 seeds",
+        "token-hard  ",
+        "chance",
+        "teacher cifar/resnet56",
+    ):
+        assert text in svg
+    legend = re.findall(r">(\S+)  (\d+\.\d+)<", svg)
+    assert {name for name, _ in legend} == set(LABELS)
+    assert [float(value) for _, value in legend] == sorted((float(value) for _, value in legend), reverse=True)
+    again = make_folder(tmp_path, make_results(), make_metrics())
+    write_report(again)
+    assert (again / "curves.svg").read_bytes() == (reported / "curves.svg").read_bytes()
+
+
+def test_curves_of_one_epoch_one_seed_and_hostile_names(tmp_path: Path) -> None:
+    results = make_results(seeds=(0,))
+    results["dataset"]["name"] = results["teacher"]["name"] = HOSTILE
+    write_report(make_folder(tmp_path, results, make_metrics(seeds=(0,), epochs=1)))
+    charts = Page((tmp_path / "report.html").read_text(encoding="utf-8")).charts
+    assert {trace["mode"] for trace in charts["curves"]["Accuracy"]["data"]} == {"markers"}
+
+
+def test_a_curve_averages_the_seeds_that_got_there() -> None:
+    curve = next(curve for curve in curves_of(make_metrics(), validation_accuracy) if curve.student == "hard")
+    assert curve.epochs == list(range(1, 21))
+    assert curve.over_seeds(len) == [2] * 3 + [1] * 17
+
+
+def test_accuracy_of_a_student_is_its_fullest_readout() -> None:
+    assert validation_accuracy({"validation": {"class": 0.1, "distillation": 0.2, "joint": 0.3}}) == 0.3
+    assert validation_accuracy({"validation": {"distillation": 0.2, "class": None}}) == 0.2
+    assert validation_accuracy({"validation": None}) is None
+
+
+def test_charts_are_valid_plotly_and_hold_every_value() -> None:
+    results, metrics = make_results(), make_metrics()
+    rows = accuracy_chart(results, metrics)
+    go.Figure(rows)  # raises for any property that Plotly does not know
+    seeds = [value for trace in rows["data"] if "text" in trace for value in trace["x"]]
+    assert sorted(seeds) == sorted(100 * value for row in results["rows"] for value in row["top1"] if value is not None)
+    charts = curve_charts(results, metrics)
+    assert list(charts) == ["Accuracy", "Training loss", "Loss terms", "Learning rate"]
+    for chart in charts.values():
+        go.Figure(chart)
+    shown = [trace["name"] for trace in charts["Accuracy"]["data"] if trace["meta"] == "mean"]
+    assert shown[0] == "token-hard" or shown[0] == "cnn-baseline"
+    assert {trace["name"] for trace in charts["Loss terms"]["data"] if trace["meta"] == "mean"} >= {
+        "soft: teacher",
+        "none: labels",
+    }
+    assert Counter(trace["meta"] for trace in charts["Accuracy"]["data"]) == {"mean": 6, "range": 6, "seed": 12}
+
+
+def test_page_says_it_all(reported: Path, page: Page) -> None:
+    results = make_results()
+    for text in (
+        results["verdict"],
+        "fit to teach",
+        "checkpoint resnet56.th (sha256 4bfd…)",
+        "93.40 % of 5,000 images",
+        "62.43 ± 0.14",
+        "deitkit compare recipe.yaml",
+        "learning_rate: 0.001",
+        "soft: seed 1 was resumed at epoch 7",
+        "The paper's table (ImageNet, 300 epochs)",
+        "84.5",
+        *CLASSES,
+        *(row["label"] for row in results["rows"]),
+    ):
+        assert text in page.text, text
+    assert page.text.index(results["verdict"]) < page.text.index("The table") < page.text.index("How it was run")
+    picture = base64.b64encode((reported / "views.png").read_bytes()).decode()
+    assert ("src", f"data:image/png;base64,{picture}") in page.attributes
+    assert page.charts.keys() == {"rows", "curves", "teacher"}
+
+
+def test_page_is_self_contained(page: Page) -> None:
+    assert page.tags["link"] == page.tags["iframe"] == 0
+    loaded = [value for name, value in page.attributes if name in ("src", "href", "srcset", "action")]
+    assert all(value is not None and value.startswith("data:") for value in loaded)
+    assert sum("plotly.js v" in script for script in page.scripts) == 1
+    assert any("default-src 'none'" in (value or "") for name, value in page.attributes if name == "content")
+
+
+def make_hostile(
+    results: dict[str, Any], metrics: list[dict[str, Any]], name: str = HOSTILE
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Call everything by a hostile name that data, files or a recipe may call."""
+    for place, key in ((results["dataset"], "name"), (results["teacher"], "name"), (results["teacher"], "source")):
+        place[key] = name
+    results["recipe"]["name"] = results["verdict"] = results["notes"][0] = name
+    results["dataset"]["class_names"] = [name] * 10
+    results["machine"] = {name: name}
+    for row in results["rows"]:
+        row["label"] = row["status"] = name
+    for line in metrics:
+        line["terms"] = {name: 1.0}
+    return results, metrics
+
+
+def test_page_escapes_hostile_names(tmp_path: Path) -> None:
+    results, metrics = make_results(), make_metrics()
+    plain = Page(write_report(make_folder(tmp_path / "plain", results, metrics))[-1].read_text(encoding="utf-8"))
+    make_hostile(results, metrics)
+    hostile = Page(write_report(make_folder(tmp_path / "hostile", results, metrics))[-1].read_text(encoding="utf-8"))
+    assert hostile.tags["script"] == plain.tags["script"] == len(hostile.scripts)
+    assert not [name for name, _ in hostile.attributes if name.startswith("on")]
+    assert hostile.text.count(HOSTILE) >= 20
+    labels = [trace["name"] for trace in hostile.charts["rows"][""]["data"]]
+    labels += [trace["name"] for trace in hostile.charts["curves"]["Loss terms"]["data"]]
+    assert not any("<script" in label for label in labels), "Plotly reads HTML in its texts"
+
+
+def test_page_without_teacher_metrics_winner_or_published(tmp_path: Path) -> None:
+    results = make_results(seeds=(0,), teacher=False)
+    results |= {"winner": None, "published": [], "notes": []}
+    results["rows"] = [make_row("none", "class", [None], status="seed 0 stopped at step 1: loss is not finite")]
+    written = write_report(make_folder(tmp_path, results, []))
+    assert [path.suffix for path in written] == [".md", ".csv", ".tex", ".html"]
+    page = Page(written[-1].read_text(encoding="utf-8"))
+    assert "The teacher" not in page.text
+    assert "Published figures" not in page.text
+    assert page.charts.keys() == {"rows"}
+    assert "stopped†" in terminal(results, 80)
+
+
+def test_numbers_that_are_not_finite_become_gaps(tmp_path: Path) -> None:
+    metrics = make_metrics()
+    metrics[5]["train_loss"] = metrics[7]["validation"]["class"] = math.nan
+    folder = make_folder(tmp_path, make_results(), metrics)
+    write_report(folder)
+    page = Page((folder / "report.html").read_text(encoding="utf-8"))
+    assert read_metrics(folder)[5]["train_loss"] is None
+    first = next(trace for trace in page.charts["curves"]["Training loss"]["data"] if trace["name"] == "none, seed 0")
+    assert first["x"] == [epoch for epoch in range(1, 21) if epoch != metrics[5]["epoch"]]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (None, "finish the comparison first"),
+        ("{", "no valid JSON"),
+        ("[]", "has format None"),
+        ('{"format": 2}', "has format 2, this version reads format 1"),
+        ('{"format": 1}', "lacks created, recipe, dataset, seeds, rows"),
+    ],
+)
+def test_bad_results_give_one_sentence(tmp_path: Path, text: str | None, said: str) -> None:
+    if text is not None:
+        (tmp_path / "results.json").write_text(text)
+    with pytest.raises(CheckpointError, match=said):
+        write_report(tmp_path)
+
+
+def test_metrics_forgive_a_kill_and_a_resume_but_no_garbage(tmp_path: Path) -> None:
+    lines = [
+        {"seed": 0, "student": "none", "epoch": epoch, "train_loss": loss}
+        for epoch, loss in ((1, 2.0), (2, 1.5), (2, 1.4))
+    ]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (tmp_path / "metrics.jsonl").write_text(text + '{"seed": 0, "stud')
+    assert [line["train_loss"] for line in read_metrics(tmp_path)] == [2.0, 1.4]
+    (tmp_path / "metrics.jsonl").write_text("not json\n" + text)
+    with pytest.raises(CheckpointError, match="line 1 is no line of metrics"):
+        read_metrics(tmp_path)
+    assert read_metrics(tmp_path / "absent") == []
+
+
+def test_results_read_back_as_written(tmp_path: Path) -> None:
+    assert read_results(make_folder(tmp_path, make_results(), [])) == make_results()
+
+
+def test_files_are_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "new" / "file.txt"
+    write_text(path, "first ⚗")
+    assert path.read_text(encoding="utf-8") == "first ⚗"
+
+    def full(self: Path, target: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", full)
+    with pytest.raises(CheckpointError, match=r"cannot write '.*file.txt': no space left on device"):
+        write_bytes(path, b"second")
+    assert [entry.name for entry in path.parent.iterdir()] == ["file.txt"]
+    assert path.read_text(encoding="utf-8") == "first ⚗"
+    with pytest.raises(CheckpointError, match="directory"):
+        write_text(path / "below" / "deeper", "a file is no folder")
+
+
+def test_report_imports_no_training_code() -> None:
+    import deitkit.report.write
+
+    folder = Path(deitkit.report.write.__file__).parent
+    allowed = {"errors", "recipe", "files", "report"}
+    for source in (*folder.glob("*.py"), folder.parent / "files.py"):
+        imported = re.findall(r"^\s*(?:from|import) deitkit\.(\w+)", source.read_text(encoding="utf-8"), re.MULTILINE)
+        assert set(imported) <= allowed, source.name

@@ -1,0 +1,180 @@
+"""The analysis on the page: from analysis.json and its pictures, readable at a thousand classes, safe with any name."""
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import plotly.graph_objects as go
+import pytest
+from PIL import Image
+from test_report import CLASSES, HOSTILE, Page, make_folder, make_metrics, make_results
+
+from deitkit.errors import CheckpointError
+from deitkit.report.analysis import lay_out_analysis
+from deitkit.report.analysis_charts import class_labels, confusion_charts, drawn_classes
+from deitkit.report.write import write_report
+
+JUDGES = ["teacher", "none/class", "token-hard/class", "token-hard/distillation", "token-hard/joint"]
+STUDENTS = ["teacher", "none/class", "token-hard/joint"]
+
+
+def make_classes(judge: str, classes: int, n: int = 2000) -> dict[str, Any]:
+    """A judge that gets most images right and takes many of class 0 for class 1."""
+    draw = random.Random(judge)
+    counts = {(0, 1): n // classes}
+    for _ in range(n):
+        true = draw.randrange(classes)
+        said = true if draw.random() < 0.7 else draw.randrange(classes)
+        counts[true, said] = counts.get((true, said), 0) + 1
+    totals = [sum(count for (true, _), count in counts.items() if true == label) for label in range(classes)]
+    mistakes = sorted(((count, pair) for pair, count in counts.items() if pair[0] != pair[1]), reverse=True)
+    return {
+        "judge": judge,
+        "accuracy": [counts.get((c, c), 0) / totals[c] if totals[c] else None for c in range(classes)],
+        "confusion": [[true, said, count] for (true, said), count in sorted(counts.items())],
+        "most_confused": [
+            {"true": t, "decided": d, "count": count, "of": totals[t], "share": count / totals[t]}
+            for count, (t, d) in mistakes[:20]
+        ],
+    }
+
+
+def make_analysis(classes: int = 10) -> dict[str, Any]:
+    bins = [{"low": b / 15, "high": (b + 1) / 15, "count": 10 * b + 1, "confidence": (b + 0.5) / 15,
+             "accuracy": b / 15} for b in range(15)]  # fmt: skip
+    scores = {"seeds": [0, 1], "top1": 0.6, "ece": 0.051, "mce": 0.2, "nll": 1.25, "brier": 0.5, "reliability": bins}
+    followed = {"agreement_overall": 0.65, "agreement_teacher_right": 0.7, "agreement_teacher_wrong": 0.3,
+                "agreement_corrected": None, "divergence": 1.125}  # fmt: skip
+    named = ["truth", *JUDGES]
+    return {
+        "format": 1,
+        "deitkit": "0.1.0",
+        "created": "2026-11-25T13:00:00Z",
+        "seeds": [0, 1],
+        "n": 10000,
+        "notes": ["The data have changed."],
+        "disagreement": {
+            "judges": named,
+            "shares": [[abs(i - j) / 20 if i != j else 0.0 for j in range(6)] for i in range(6)],
+        },
+        "judges": [{"judge": judge, **scores, **(followed if judge != "teacher" else {})} for judge in JUDGES],
+        "classes": [make_classes(judge, classes) for judge in STUDENTS],
+        "tokens": [{"student": "token-hard", "learned": 0.5, "cosine": [0.7, 0.9, 0.95], "deviation": [0, 0.1, 0.2]}],
+        "attention": [{"student": "token-hard", "seed": 0, "file": "attention-token-hard.png", "images": [4, 2]}],
+    }
+
+
+def make_analyzed(folder: Path, analysis: dict[str, Any], results: dict[str, Any] | None = None) -> Path:
+    make_folder(folder, results or make_results(), make_metrics())
+    (folder / "analysis.json").write_text(json.dumps(analysis), encoding="utf-8")
+    (folder / "analysis").mkdir(exist_ok=True)
+    Image.new("RGB", (8, 8), (30, 200, 30)).save(folder / "analysis" / "attention-token-hard.png")
+    return folder
+
+
+def page_of(folder: Path) -> Page:
+    return Page(write_report(folder)[-1].read_text(encoding="utf-8"))
+
+
+def test_the_page_shows_an_analysis_and_keeps_it(tmp_path: Path) -> None:
+    folder = make_analyzed(tmp_path, make_analysis())
+    page = page_of(folder)
+    for text in (
+        "who disagrees with whom", "The data have changed.", "1.125", "5.10", "bird", "taken for automobile",
+        "what the tokens attend to",
+    ):  # fmt: skip
+        assert text in page.text, text
+    assert page.charts.keys() >= {"reliability", "by-class", "confusion", "similarity"}
+    before = (folder / "report.html").read_bytes()
+    (folder / "report.html").unlink()
+    write_report(folder)
+    assert (folder / "report.html").read_bytes() == before
+    (folder / "analysis.json").unlink()
+    assert "disagrees" not in page_of(folder).text
+
+
+def test_the_papers_figures_stand_beside_ours(tmp_path: Path) -> None:
+    section = lay_out_analysis(make_analysis(), make_results(), {}, tmp_path)
+    beside = {(pair["first"], pair["second"]): (pair["ours"], pair["paper"]) for pair in section.beside}
+    assert beside["teacher", "token-hard/distillation"] == ("15.00", "10.0")
+    assert beside["truth", "token-hard/joint"] == ("25.00", "16.6")
+    assert len(beside) == 10
+    alone = make_analysis() | {"disagreement": {"judges": ["truth", "none/class"], "shares": [[0, 0.4], [0.4, 0]]}}
+    (pair,) = lay_out_analysis(alone, make_results(), {}, tmp_path).beside
+    assert pair == {"first": "truth", "second": "none/class", "ours": "40.00", "paper": "18.2"}
+
+
+@pytest.mark.parametrize("classes", [2, 10, 100, 1000])
+def test_charts_are_valid_plotly_for_any_number_of_classes(tmp_path: Path, classes: int) -> None:
+    results = make_results()
+    results["dataset"] |= {"class_names": [f"class {label}" for label in range(classes)], "classes": classes}
+    section = lay_out_analysis(make_analysis(classes), results, {}, tmp_path)
+    for tabs in section.charts.values():
+        for chart in tabs.values():
+            go.Figure(chart)  # raises for any property that Plotly does not know
+            assert chart["layout"]["height"] <= 1100
+    drawn = len(section.charts["confusion"]["teacher"]["data"][1]["x"])
+    assert drawn == classes if classes <= 100 else 2 <= drawn <= 50
+    assert section.part_of_classes == (classes == 1000)
+    assert len(json.dumps(section.charts)) < 2**21
+
+
+def test_a_matrix_holds_the_share_of_each_mistake() -> None:
+    entry = {
+        "judge": "a",
+        "confusion": [[0, 0, 3], [0, 2, 1], [2, 0, 5], [2, 2, 5]],
+        "accuracy": [],
+        "most_confused": [],
+    }
+    right, wrong = confusion_charts([entry], ["x", "y", "z"])["a"]["data"]
+    assert right["z"] == [75, None, 50]
+    assert wrong["z"] == [[None, None, 25], [None] * 3, [50, None, None]]
+    assert wrong["customdata"][2] == [5, 0, 0]
+
+
+def test_of_very_many_classes_those_confused_most_are_drawn() -> None:
+    entry = make_classes("teacher", 1000)
+    drawn = drawn_classes(entry, 1000)
+    assert {0, 1} <= set(drawn)
+    assert drawn == sorted(set(drawn))
+    assert drawn_classes(entry, 100) == list(range(100))
+
+
+def test_labels_are_short_safe_and_all_different() -> None:
+    labels = class_labels(["crane", "<b>", "crane", "a" * 40, "a" * 50])
+    assert labels[:3] == ["crane (0)", "&lt;b&gt;", "crane (2)"]
+    assert len(set(labels)) == 5
+    assert max(len(label) for label in labels) < 40
+
+
+def make_hostile_analysis(analysis: dict[str, Any], name: str = HOSTILE) -> dict[str, Any]:
+    """Call everything by a hostile name that a run may call."""
+    analysis["notes"] = [name]
+    for entry in (*analysis["judges"], *analysis["classes"]):
+        entry["judge"] = f"{name}{entry['judge']}"
+    analysis["tokens"][0]["student"] = analysis["attention"][0]["student"] = name
+    return analysis
+
+
+def test_hostile_names_stay_text(tmp_path: Path) -> None:
+    results, analysis = make_results(), make_analysis()
+    plain = page_of(make_analyzed(tmp_path / "plain", analysis, results))
+    results["dataset"]["class_names"] = [f"{HOSTILE}{place}" for place in range(len(CLASSES))]
+    make_hostile_analysis(analysis)
+    hostile = page_of(make_analyzed(tmp_path / "hostile", analysis, results))
+    assert hostile.tags["script"] == plain.tags["script"] == len(hostile.scripts)
+    assert not [name for name, _ in hostile.attributes if name.startswith("on")]
+    charts = hostile.charts
+    texts = [label for chart in charts["confusion"].values() for label in chart["data"][0]["x"]]
+    texts += [trace["name"] for trace in charts["similarity"][""]["data"]]
+    texts += [trace["name"] for chart in charts["reliability"].values() for trace in chart["data"]]
+    assert not any("<" in text for text in texts), "Plotly reads HTML in its texts"
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"format": 2}', '{"format": 1}'])
+def test_a_file_that_is_no_analysis_gives_one_sentence(tmp_path: Path, text: str) -> None:
+    folder = make_folder(tmp_path, make_results(), make_metrics())
+    (folder / "analysis.json").write_text(text, encoding="utf-8")
+    with pytest.raises(CheckpointError, match="is no analysis of format 1: delete it, or run `deitkit analyze` again"):
+        write_report(folder)

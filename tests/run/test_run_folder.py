@@ -1,0 +1,289 @@
+"""A run folder: one process at a time, states that are whole or are not used, signals and their exit codes."""
+
+import io
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+
+from deitkit.cli import main as cli
+from deitkit.cli.progress import Terminal
+from deitkit.data.dataset import Dataset
+from deitkit.distillation.methods import METHODS
+from deitkit.errors import CheckpointError
+from deitkit.models.classifier import Classifier
+from deitkit.models.vit import DeiT
+from deitkit.recipe.schema import TrainRecipe
+from deitkit.run.folder import occupied
+from deitkit.run.observer import Progress
+from deitkit.run.state import drop_state, load_state, load_tree, save_state, save_tree
+from deitkit.system.process import SPIN_COUNT, WAIT_SETTINGS, configure_process
+from deitkit.training.cohort import Cohort
+from deitkit.training.fit import StateSaver
+from deitkit.training.student import Student
+
+TREE = {"epoch": 3, "sums": {"labels": torch.tensor(0.25)}, "flags": [torch.tensor([True, False]), None, 1e-300]}
+
+
+def test_every_flipped_bit_is_noticed(tmp_path: Path) -> None:
+    path = tmp_path / "state.safetensors"
+    save_tree(path, TREE)
+    whole = path.read_bytes()
+    for place in range(len(whole)):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ (1 << place % 8)]) + whole[place + 1 :])
+        try:
+            tree = load_tree(path)
+        except CheckpointError:
+            continue
+        assert str(tree) == str(TREE)  # in the spaces that pad the header a bit says nothing
+
+
+def test_every_truncation_is_noticed(tmp_path: Path) -> None:
+    path = tmp_path / "state.safetensors"
+    save_tree(path, TREE)
+    whole = path.read_bytes()
+    for length in range(len(whole)):
+        path.write_bytes(whole[:length])
+        with pytest.raises(CheckpointError, match="damaged"):
+            load_tree(path)
+
+
+def test_a_damaged_state_gives_way_to_the_one_before(tmp_path: Path) -> None:
+    path, said = tmp_path / "checkpoint.safetensors", []
+    assert load_state(path, said.append) is None
+    for epoch in range(3):
+        save_state(path, {"epoch": epoch})
+    assert load_state(path, said.append) == {"epoch": 2}
+    assert said == []
+    assert len(list(tmp_path.iterdir())) == 2
+    path.write_bytes(path.read_bytes()[:-1])
+    assert load_state(path, said.append) == {"epoch": 1}
+    assert said == [f"{path} is damaged"]
+    save_state(path, {"epoch": 2})
+    path.write_bytes(b"")
+    assert load_state(path, said.append) == {"epoch": 1}, "the damaged one had taken the place of the one before"
+    save_state(path, {"epoch": 2})
+    for file in tmp_path.iterdir():
+        file.write_bytes(b"")
+    with pytest.raises(CheckpointError, match="delete them, and what they held is trained again"):
+        load_state(path, said.append)
+    drop_state(path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_where_the_first_state_is_damaged_a_run_starts_anew(tmp_path: Path) -> None:
+    path, said = tmp_path / "checkpoint.safetensors", []
+    save_state(path, {"epoch": 0})
+    path.write_bytes(b"")
+    assert load_state(path, said.append) is None
+    assert said == [f"{path} is damaged"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_state_that_could_not_be_written_leaves_the_one_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "checkpoint.safetensors"
+    save_state(path, {"epoch": 0})
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(CheckpointError, match="no space left on device"):
+        save_state(path, {"epoch": 1})
+    monkeypatch.undo()
+    assert load_state(path, lambda line: None) == {"epoch": 0}
+    save_state(path, {"epoch": 1})
+    assert load_state(path, lambda line: None) == {"epoch": 1}
+
+
+def test_a_folder_has_one_run_at_a_time(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    hold = "import sys, time; from deitkit.run.folder import occupied; from pathlib import Path\n"
+    hold += "with occupied(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", hold, str(folder)], stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(CheckpointError, match="another deitkit is at work"), occupied(folder):
+            pass
+        other.kill()
+    with occupied(folder):  # a process that was killed holds nothing
+        pass
+    assert not any(folder.iterdir())
+
+
+def test_a_run_that_wrote_nothing_leaves_nothing(tmp_path: Path) -> None:
+    with occupied(tmp_path / "run"):
+        assert (tmp_path / "run").exists()
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals as POSIX has them")
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_before_training_ends_the_command_at_once(number: int, code: int, tmp_path: Path) -> None:
+    script = "import deitkit.comparison.compare, time\nfrom deitkit.cli.main import main\n"
+    script += (
+        "deitkit.comparison.compare.load_dataset = lambda *_: (print('loading', flush=True), time.sleep(60))\nmain()"
+    )
+    command = [sys.executable, "-c", script, "compare", "digits", "--json", "--out", str(tmp_path / "run")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "loading\n"
+        sent = time.monotonic()
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=60)
+        assert time.monotonic() - sent < 10
+    assert process.returncode == code
+    assert "--resume goes on from here" in errors
+    assert "Traceback" not in errors
+
+
+def test_a_worker_that_died_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def die() -> None:
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+
+    monkeypatch.setattr(cli, "app", die)
+    with pytest.raises(SystemExit, match="2"):
+        cli.main()
+    assert "a process that decodes images died" in capsys.readouterr().err
+
+
+def test_a_place_that_cannot_be_written_is_told_before_anything_is_done(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no folder")
+    with (
+        pytest.raises(CheckpointError, match="cannot write into"),
+        occupied(tmp_path / "file"),
+    ):
+        pass
+
+
+class Clock:
+    """Stands in for ``time`` where a test says how fast it goes."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+class FakeCohort(Cohort):
+    """A cohort that is only a place in its training."""
+
+    def __init__(self) -> None:
+        self.epoch, self.step = 0, 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"epoch": self.epoch, "step": self.step}
+
+
+@pytest.mark.parametrize(
+    ("step_seconds", "places"),
+    [
+        (10.0, [(0, 30), (0, 60), (0, 90), (1, 0), (1, 30), (1, 60), (1, 90), (2, 0)]),  # epochs of 1000 s
+        (1.0, [(1, 0), (2, 0), (3, 0)]),  # of 100 s: at the end of each
+        (0.25, [(3, 0), (6, 0), (9, 0)]),  # of 25 s: a minute or more apart
+    ],
+)
+def test_states_are_saved_by_the_clock(
+    step_seconds: float, places: list[tuple[int, int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, cohort, saved = Clock(), FakeCohort(), []
+    monkeypatch.setattr("deitkit.training.fit.time", clock)
+    monkeypatch.setattr("deitkit.training.fit.save_state", lambda path, state: saved.append(tuple(state.values())))
+    saver = StateSaver(cohort, tmp_path / "state", seconds=300.0)
+    for epoch in range(places[-1][0]):
+        for step in range(100):
+            clock.now += step_seconds
+            cohort.step = step + 1
+            saver.save_if_due()
+        cohort.epoch, cohort.step = epoch + 1, 0
+        saver.save_if_due()
+    assert saved == places
+    saver.save()
+    assert saved == places, "nothing was trained since"
+
+
+def test_between_two_epochs_the_weights_are_stored_once(tmp_path: Path, stripes: Dataset) -> None:
+    student = Student("none", METHODS["none"], small_classifier(stripes), TrainRecipe(), ema_decay=0.9)
+    weights = sum(value.numel() for value in student.classifier.state_dict().values())
+
+    def stored() -> int:
+        save_tree(tmp_path / "state", student.state_dict())
+        return sum(value.numel() for value in load_file(tmp_path / "state").values())
+
+    between = stored()
+    assert 2 * weights <= between < 2.1 * weights, "the weights and their average, before any optimizer has a state"
+    with torch.no_grad():
+        for parameter in student.classifier.parameters():
+            parameter += 1
+    student.follow()
+    within = stored()
+    assert 4 * weights <= within < 4.1 * weights, "and those of the last good epoch, which are others by now"
+    resumed = Student("none", METHODS["none"], small_classifier(stripes), TrainRecipe(), ema_decay=0.9)
+    resumed.load_state_dict(load_tree(tmp_path / "state"))
+    resumed.bad_step.fill_(7)
+    resumed.check(lambda step: 0.1)
+    assert resumed.stopped is not None
+    fresh = small_classifier(stripes).state_dict()
+    assert all(torch.equal(value, fresh[name]) for name, value in resumed.classifier.state_dict().items())
+    student.mark_good()
+    assert stored() == between
+
+
+def small_classifier(dataset: Dataset) -> Classifier:
+    torch.manual_seed(0)
+    model = DeiT(image_px=8, patch_px=4, channels=3, classes=3, width=16, depth=1, heads=2, tokens=("class",))
+    return Classifier(model, mean=dataset.mean, std=dataset.std)
+
+
+def test_without_a_terminal_a_line_says_each_minute_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, text = Clock(), io.StringIO()
+    monkeypatch.setattr("deitkit.cli.progress.time", clock)
+    terminal = Terminal(Console(file=text, width=80))
+    terminal.say("begins")
+    for step in range(1, 201):
+        clock.now += 2.0
+        terminal.step(
+            "seed 0",
+            Progress(
+                seed=0, epoch=3, epochs=20, step=step, steps_per_epoch=351, images_per_second=187.4,
+                seconds_left=7000.0 - 2 * step, losses={"none": 1.8312, "token-hard": 1.79},
+            ),
+        )  # fmt: skip
+    lines = text.getvalue().splitlines()
+    assert len(lines) == 1 + 400 // 60
+    assert lines[1] == (
+        "seed 0 epoch 3/20 step 30/351  187 images/s, 1 h 56 min left  loss: none 1.831  token-hard 1.790"
+    )
+
+
+def test_threads_wait_as_the_user_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in WAIT_SETTINGS:
+        monkeypatch.delenv(name, raising=False)
+    configure_process()
+    assert os.environ["GOMP_SPINCOUNT"] == str(SPIN_COUNT)
+    for name, value in (("GOMP_SPINCOUNT", "7"), ("OMP_WAIT_POLICY", "active"), ("KMP_BLOCKTIME", "0")):
+        for other in WAIT_SETTINGS:
+            monkeypatch.delenv(other, raising=False)
+        monkeypatch.setenv(name, value)
+        configure_process()
+        assert {key: os.environ[key] for key in WAIT_SETTINGS if key in os.environ} == {name: value}
+
+
+def test_the_command_line_sets_it_before_torch_is_loaded() -> None:
+    script = "import sys\nfrom deitkit import cli\nassert 'torch' not in sys.modules\n"
+    script += "cli.app = lambda: print(__import__('os').environ['GOMP_SPINCOUNT'], 'torch' in sys.modules)\ncli.main()"
+    settings = {name: value for name, value in os.environ.items() if name not in WAIT_SETTINGS}
+    done = subprocess.run([sys.executable, "-c", script], env=settings, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [str(SPIN_COUNT), "False"]

@@ -1,0 +1,148 @@
+"""Recorded answers: they teach the same as the teacher, make it unnecessary, and are refused when they are stale."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from conftest import CPU_FP32, striped_dataset
+from deitkit.comparison.compare import compare
+from deitkit.errors import TeacherError
+from deitkit.models.classifier import Classifier
+from deitkit.models.cnn import CifarResNet
+from deitkit.recipe.schema import AugmentRecipe, Recipe
+from deitkit.run.observer import Silent
+from deitkit.teachers.frozen import FrozenTeacher
+from deitkit.teachers.logit_cache import LogitCache
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("DEITKIT_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def teacher(seed: int = 0) -> Classifier:
+    torch.manual_seed(seed)
+    data = striped_dataset()
+    return Classifier(CifarResNet(20, classes=3), mean=data.mean, std=data.std).eval()
+
+
+def answers(classifier: Classifier, **changes: Any) -> LogitCache:
+    settings: dict[str, Any] = {
+        "fingerprint": "data", "augment": AugmentRecipe(), "batch_size": 4, "repeats": 1, "steps": 2, "classes": 3,
+        "seed": 0, "precision": CPU_FP32,
+    }  # fmt: skip
+    return LogitCache([classifier], **(settings | changes))
+
+
+def results(recipe: Recipe, folder: Path) -> list[Any]:
+    rows = compare(recipe, folder, watcher=Silent())["rows"]
+    return [(row["row"], row["top1"], row.get("train_loss")) for row in rows]
+
+
+def count_questions(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    asked: list[int] = []
+    forward = FrozenTeacher.forward
+
+    def counted(self: FrozenTeacher, view: torch.Tensor) -> torch.Tensor:
+        asked.append(len(view))
+        return forward(self, view)
+
+    monkeypatch.setattr(FrozenTeacher, "forward", counted)
+    return asked
+
+
+def test_a_second_comparison_on_the_same_views_asks_only_to_check(
+    tiny_recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = count_questions(monkeypatch)
+    recipe = tiny_recipe("teacher.cache=true", "methods=[none, soft, hard]")
+    first = results(recipe, tmp_path / "first")
+    steps = 64 // 16 * 2
+    assert len(asked) == steps
+    assert results(recipe, tmp_path / "second") == first
+    assert len(asked) == steps + 2  # the first view of each epoch
+    weights = [load_file(tmp_path / run / "seed-0" / "soft" / "model.safetensors") for run in ("first", "second")]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_other_methods_of_the_same_views_use_them_and_other_views_do_not(
+    tiny_recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = count_questions(monkeypatch)
+    compare(tiny_recipe("teacher.cache=true", "methods=[hard]"), tmp_path / "first", watcher=Silent())
+    before = len(asked)
+    compare(tiny_recipe("teacher.cache=true", "methods=[token-soft]"), tmp_path / "second", watcher=Silent())
+    assert len(asked) == before + 2
+    changed = tiny_recipe("teacher.cache=true", "methods=[hard]", "augment.flip=0.1")
+    compare(changed, tmp_path / "third", watcher=Silent())
+    assert len(asked) == before + 2 + 8
+
+
+def test_what_is_kept_is_rounded_and_comes_back_bit_for_bit() -> None:
+    first, second = answers(teacher()), answers(teacher())
+    given = [torch.randn(4, 3) for _ in range(2)]
+    assert first.find(0, 0) is None
+    kept = [first.keep(0, step, answer) for step, answer in enumerate(given)]
+    for step in range(2):
+        found = second.find(0, step)
+        assert found is not None
+        assert torch.equal(found, kept[step])
+        assert torch.allclose(found, given[step], rtol=1e-3)
+    assert second.find(1, 0) is None
+
+
+def test_an_epoch_that_was_not_recorded_to_its_end_is_not_written() -> None:
+    first = answers(teacher())
+    first.find(0, 1)
+    first.keep(0, 1, torch.randn(4, 3))  # resumed in the middle
+    assert answers(teacher()).find(0, 0) is None
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"seed": 1}, {"fingerprint": "other"}, {"batch_size": 8}, {"repeats": 3}, {"augment": AugmentRecipe(flip=0.0)}],
+)
+def test_other_views_have_a_folder_of_their_own(change: dict[str, Any]) -> None:
+    assert answers(teacher(), **change).folder != answers(teacher()).folder
+
+
+def test_another_teacher_has_a_folder_of_its_own() -> None:
+    other = teacher()
+    with torch.no_grad():
+        other.model.bn1.running_mean[0] += 1e-3
+    assert answers(other).folder != answers(teacher()).folder
+    assert answers(teacher()).folder == answers(teacher()).folder
+
+
+def test_a_damaged_recording_is_as_good_as_none() -> None:
+    first = answers(teacher())
+    first.find(0, 0)
+    for step in range(2):
+        first.keep(0, step, torch.randn(4, 3))
+    (path,) = first.folder.glob("*.safetensors")
+    path.write_bytes(path.read_bytes()[:-5])
+    assert answers(teacher()).find(0, 0) is None
+
+
+def test_a_stale_recording_is_refused_with_its_folder(
+    tiny_recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path
+) -> None:
+    recipe = tiny_recipe("teacher.cache=true", "methods=[hard]")
+    compare(recipe, tmp_path / "first", watcher=Silent())
+    for path in (cache / "answers").rglob("*.safetensors"):
+        recorded = load_file(path)["answers"]
+        save_file({"answers": recorded.flip(1).contiguous()}, path)
+    with pytest.raises(TeacherError, match=r"stale.*delete that folder, or set teacher.cache=false"):
+        compare(recipe, tmp_path / "second", watcher=Silent())
+
+
+def test_a_full_disk_is_told_before_anything_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deitkit.teachers.logit_cache.shutil.disk_usage", lambda _: type("Usage", (), {"free": 10})())
+    first = answers(teacher())
+    first.find(0, 0)
+    with pytest.raises(TeacherError, match=r"teacher\.cache needs"):
+        first.keep(0, 0, torch.randn(4, 3))

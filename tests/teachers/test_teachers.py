@@ -1,0 +1,180 @@
+"""Several teachers: their mean answer, what a run keeps and says of each, and that it goes on after a stop."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from conftest import CPU_FP32
+from deitkit.comparison.compare import compare
+from deitkit.data.dataset import load_dataset
+from deitkit.errors import CheckpointError, Interrupted, TeacherError
+from deitkit.models.classifier import Classifier
+from deitkit.recipe.load import field_names, load_recipe
+from deitkit.report.table_layout import lay_out
+from deitkit.run.observer import Progress, Silent
+from deitkit.teachers.frozen import FrozenTeacher, Teachers, mean_answer
+from deitkit.teachers.logit_cache import open_logit_cache
+from deitkit.teachers.prepare import prepare_teachers
+
+ALSO = "teacher.also=[{name: cifar/resnet20, allow_weak: true, train: {epochs: 1, batch_size: 16, warmup_epochs: 0}}]"
+
+
+def naive_softmax(row: list[float]) -> list[float]:
+    powers = [math.exp(value) for value in row]
+    return [power / sum(powers) for power in powers]
+
+
+def test_the_mean_answer_is_the_mean_of_the_probabilities() -> None:
+    answers = list(torch.randn(3, 5, 4, generator=torch.Generator().manual_seed(0)) * 3)
+    mean = mean_answer(answers)
+    for index in range(5):
+        rows = [naive_softmax(answer[index].tolist()) for answer in answers]
+        expected = [sum(values) / 3 for values in zip(*rows, strict=True)]
+        assert naive_softmax(mean[index].tolist()) == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_single_answer_is_passed_on_as_it_is_and_huge_ones_stay_finite() -> None:
+    answer = torch.randn(5, 4)
+    assert mean_answer([answer]) is answer
+    sure = torch.tensor([[1e4, -1e4, 0.0]], dtype=torch.bfloat16)
+    mean = mean_answer([sure, sure.roll(1, dims=1)])
+    assert mean.isfinite().all()
+    assert mean.softmax(dim=-1)[0].tolist() == pytest.approx([0.5, 0.5, 0.0])
+
+
+class Constant(torch.nn.Module):
+    """LogitCache the same to everything, in its own order of the classes."""
+
+    def __init__(self, *logits: float) -> None:
+        super().__init__()
+        self.logits = torch.nn.Parameter(torch.tensor(logits))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.logits.expand(len(images), -1)
+
+
+def frozen(*logits: float) -> FrozenTeacher:
+    return FrozenTeacher(Classifier(Constant(*logits), mean=(0.5,) * 3, std=(0.5,) * 3))
+
+
+def test_teachers_answer_as_one_without_gradients_and_stay_in_evaluation_mode() -> None:
+    teachers = Teachers([frozen(4.0, 0.0, 0.0), frozen(0.0, 4.0, 0.0), frozen(0.0, 4.0, 0.0)])
+    answer = teachers.train()(torch.rand(2, 3, 8, 8))
+    assert answer.argmax(dim=-1).tolist() == [1, 1]
+    assert not answer.requires_grad
+    assert not any(classifier.training for classifier in teachers.classifiers)
+
+
+def test_a_run_keeps_and_reports_every_teacher(tiny_recipe: Any, tmp_path: Path) -> None:
+    results = compare(tiny_recipe("methods=[none, soft]", ALSO), tmp_path, watcher=Silent())
+    first, second = results["teachers"]
+    weights = [load_file(tmp_path / name / "model.safetensors") for name in ("teacher", "teacher-2")]
+    assert not torch.equal(weights[0]["conv1.weight"], weights[1]["conv1.weight"]), (
+        "each starts from weights of its own"
+    )
+    for home, card in (("teacher", first), ("teacher-2", second)):
+        kept = json.loads((tmp_path / home / "card.json").read_text())
+        assert {key: card[key] for key in kept} == {**kept, "mean": tuple(kept["mean"]), "std": tuple(kept["std"])}
+    assert results["teacher"]["name"] == "cifar/resnet20 + cifar/resnet20"
+    assert results["teacher"]["parameters"] == first["parameters"] + second["parameters"]
+    assert (results["teacher"]["image_px"], results["teacher"]["mean"]) == (None, ())
+    names = [line.name for line in lay_out(results).lines if line.group == "teacher"]
+    assert names == ["teacher: cifar/resnet20", "teacher: cifar/resnet20", "teachers: mean answer"]
+    page = (tmp_path / "report.html").read_text()
+    assert "Teacher 1" in page
+    assert "Teacher 2" in page
+    assert "mean of the 2 teachers" in page
+
+
+def test_accuracies_are_those_of_the_mean_answer(tiny_recipe: Any, tmp_path: Path) -> None:
+    recipe = tiny_recipe("methods=[hard]", "train.precision=fp32", ALSO)
+    results = compare(recipe, tmp_path, watcher=Silent())
+    dataset = load_dataset(recipe.data)
+    teachers, cards = prepare_teachers(
+        recipe, dataset, folder=tmp_path / "teacher", precision=CPU_FP32, watcher=Silent()
+    )
+    for split, accuracy in (("validation", results["teacher"]["top1"]), ("test", results["teacher"]["test_top1"])):
+        images = getattr(dataset, split)
+        view = images.images.float() / 255
+        with torch.no_grad():
+            each = [classifier(view).class_logits.softmax(dim=-1) for classifier in teachers.classifiers]
+        hits = (sum(each).argmax(dim=-1) == images.labels).double().mean().item()
+        assert accuracy == pytest.approx(hits)
+    assert [card.top1 for card in cards] == [card["top1"] for card in results["teachers"]]
+
+
+def test_each_passes_the_gate_on_its_own(tiny_recipe: Any, tmp_path: Path) -> None:
+    untrained = "teacher.also=[{name: cifar/resnet20, fit: none}]"
+    with pytest.raises(TeacherError, match=r"^teacher\.also\.0: teacher cifar/resnet20 scores"):
+        compare(tiny_recipe("methods=[soft]", untrained), tmp_path, watcher=Silent())
+    assert (tmp_path / "teacher" / "card.json").exists()
+    assert not (tmp_path / "teacher-2" / "card.json").exists()
+
+
+def test_a_teacher_that_the_gate_refused_is_asked_again_and_not_trained_again(tiny_recipe: Any, tmp_path: Path) -> None:
+    strict = ALSO.replace("allow_weak: true", "min_top1: 1.0")
+    with pytest.raises(TeacherError, match=r"teacher\.also\.0"):
+        compare(tiny_recipe("methods=[soft]", strict), tmp_path, watcher=Silent())
+    kept = load_file(tmp_path / "teacher-2" / "checkpoint.safetensors")
+    compare(tiny_recipe("methods=[soft]", ALSO), tmp_path, watcher=Silent(), resume=True)
+    taught = load_file(tmp_path / "teacher-2" / "model.safetensors")
+    assert any(torch.equal(taught["conv1.weight"], value) for value in kept.values())
+    more = tiny_recipe("methods=[soft]", ALSO.replace("epochs: 1", "epochs: 2"))
+    with pytest.raises(CheckpointError, match=r"teacher\.also\.train\.epochs was 1, now 2"):
+        compare(more, tmp_path, watcher=Silent(), resume=True)
+
+
+class StopsIn(Silent):
+    """Asks to stop after the first step of a stage."""
+
+    def __init__(self, title: str) -> None:
+        self.title = title
+        self.reached = False
+
+    def step(self, title: str, progress: Progress) -> None:
+        self.reached = title == self.title
+
+    def should_stop(self) -> bool:
+        return self.reached
+
+
+def test_a_run_that_was_stopped_in_the_second_teacher_ends_the_same(tiny_recipe: Any, tmp_path: Path) -> None:
+    recipe = tiny_recipe("methods=[soft, hard]", ALSO)
+    whole = compare(recipe, tmp_path / "whole", watcher=Silent())
+    with pytest.raises(Interrupted):
+        compare(recipe, tmp_path / "parts", watcher=StopsIn("teacher-2"))
+    assert (tmp_path / "parts" / "teacher-2" / "checkpoint.safetensors").exists()
+    with pytest.raises(Interrupted):
+        compare(recipe, tmp_path / "parts", watcher=StopsIn("seed 0"), resume=True)
+    parts = compare(recipe, tmp_path / "parts", watcher=Silent(), resume=True)
+    for one, other in zip(whole["rows"], parts["rows"], strict=True):
+        assert (one["row"], one["top1"]) == (other["row"], other["top1"])
+    assert whole["teachers"] == parts["teachers"]
+    paths = [tmp_path / run / "seed-0" / "soft" / "model.safetensors" for run in ("whole", "parts")]
+    weights = [load_file(path) for path in paths]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_recorded_answers_belong_to_all_teachers(tiny_recipe: Any) -> None:
+    recipe = tiny_recipe()
+    dataset = load_dataset(recipe.data)
+
+    def folder(*teachers: FrozenTeacher) -> Path:
+        return open_logit_cache(recipe, dataset, Teachers(teachers), 0, CPU_FP32).folder
+
+    first, second = frozen(1.0, 2.0), frozen(3.0, 4.0)
+    folders = [folder(first), folder(second), folder(first, second), folder(first, frozen(3.0, 4.5))]
+    assert len(set(folders)) == 4
+    assert folder(first, second) == folder(first, frozen(3.0, 4.0))
+
+
+def test_the_list_is_one_field_and_others_keep_their_dotted_keys() -> None:
+    recipe = load_recipe("digits", [ALSO, "teacher.train.epochs=7"])
+    assert [teacher.train.epochs for teacher in recipe.teacher.everyone] == [7, 1]
+    names = [name for name in field_names() if name.startswith("teacher.also")]
+    assert names == ["teacher.also"]

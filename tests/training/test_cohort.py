@@ -1,0 +1,185 @@
+"""The cohort: that students do not disturb each other, resume exactly, and stop alone."""
+
+import itertools
+from contextlib import suppress
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from conftest import CPU_FP32, poisoned_gradient
+from deitkit.data.dataset import Dataset
+from deitkit.distillation.methods import METHODS
+from deitkit.errors import Interrupted
+from deitkit.models.classifier import Classifier
+from deitkit.models.vit import DeiT
+from deitkit.recipe.schema import AugmentRecipe, DistillationRecipe, SpeedRecipe, TrainRecipe
+from deitkit.run.observer import Progress
+from deitkit.run.state import load_tree, save_tree
+from deitkit.training.cohort import Cohort
+from deitkit.training.student import Student
+
+TRAIN = TrainRecipe(epochs=2, batch_size=16, learning_rate=2e-3, ema_decay=0.9, clip_norm=1.0)
+AUGMENT = AugmentRecipe(randaugment="2,9", erase=0.25, mixup=0.4, cutmix=0.4)
+
+
+class Teacher(nn.Module):
+    """Counts how often it is asked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked = 0
+
+    def forward(self, view: torch.Tensor) -> torch.Tensor:
+        self.asked += 1
+        return torch.stack([-(view.mean(dim=(1, 2, 3)) - level).abs() * 20 for level in (0.1, 0.4, 0.6)], dim=1)
+
+
+def student(name: str, dataset: Dataset, train: TrainRecipe = TRAIN) -> Student:
+    torch.manual_seed(0)
+    model = DeiT(
+        image_px=8, patch_px=4, channels=3, classes=3, width=16, depth=2, heads=2,
+        tokens=METHODS[name].tokens, drop_path=0.2, dropout=0.1,
+    )  # fmt: skip
+    classifier = Classifier(model, mean=dataset.mean, std=dataset.std)
+    return Student(name, METHODS[name], classifier, train, train.ema_decay)
+
+
+def cohort(
+    names: list[str],
+    dataset: Dataset,
+    teacher: nn.Module | None = None,
+    train: TrainRecipe = TRAIN,
+    augment: AugmentRecipe = AUGMENT,
+) -> Cohort:
+    return Cohort(
+        [student(name, dataset, train) for name in names],
+        teacher=teacher or Teacher(),
+        dataset=dataset,
+        augment=augment,
+        train=train,
+        distillation=DistillationRecipe(),
+        speed=SpeedRecipe(),
+        precision=CPU_FP32,
+        seed=5,
+    )
+
+
+def weights(trained: Student) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in trained.classifier.state_dict().items()}
+
+
+def assert_equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
+    assert first.keys() == second.keys()
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
+def without_times(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{key: value for key, value in r.items() if "second" not in key and key != "shares"} for r in records]
+
+
+def test_a_student_learns_the_same_alone_as_beside_others(stripes: Dataset) -> None:
+    together = cohort(["none", "hard", "token-soft"], stripes)
+    list(together.fit())
+    for place, name in enumerate(["none", "hard", "token-soft"]):
+        alone = cohort([name], stripes)
+        list(alone.fit())
+        assert_equal(weights(alone.students[0]), weights(together.students[place]))
+
+
+def test_the_teacher_is_asked_once_per_step_and_not_at_all_without_need(stripes: Dataset) -> None:
+    teacher = Teacher()
+    together = cohort(["none", "soft", "hard", "token-hard"], stripes, teacher)
+    list(together.fit())
+    assert teacher.asked == 2 * together.batches.steps_per_epoch
+    teacher = Teacher()
+    list(cohort(["none"], stripes, teacher).fit())
+    assert teacher.asked == 0
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "stop_after"),  # asked after each step, and after the batch of each validation
+    [("adamw", asked) for asked in (1, 4, 5, 6, 9, 10)] + [("lamb", 6), ("muon", 6), ("sgd", 6)],
+)
+def test_a_stopped_run_goes_on_to_the_same_weights_and_metrics(
+    stripes: Dataset, tmp_path: Any, optimizer: str, stop_after: int
+) -> None:
+    train = TRAIN.model_copy(update={"optimizer": optimizer})
+    whole = cohort(["none", "token-hard"], stripes, train=train)
+    expected = [record for records in whole.fit() for record in records]
+
+    first = cohort(["none", "token-hard"], stripes, train=train)
+    asked = itertools.count(1)
+    records = []
+    with suppress(Interrupted):
+        for told in first.fit(should_stop=lambda: next(asked) == stop_after):
+            records += told
+    steps = first.batches.steps_per_epoch
+    epoch, before = divmod(stop_after - 1, steps + 1)
+    assert (first.epoch, first.step) == (epoch, min(before + 1, steps))
+    save_tree(tmp_path / "state.safetensors", first.state_dict())
+    second = cohort(["none", "token-hard"], stripes, train=train)
+    second.load_state_dict(load_tree(tmp_path / "state.safetensors"))
+    records += [record for rs in second.fit() for record in rs]
+
+    assert without_times(records) == without_times(expected)
+    for one, other in zip(whole.students, second.students, strict=True):
+        assert_equal(weights(one), weights(other))
+        assert_equal(one.average.classifier.state_dict(), other.average.classifier.state_dict())
+
+
+def test_the_average_follows_every_step(stripes: Dataset) -> None:
+    trained = cohort(["none"], stripes)
+    (student,) = trained.students
+    expected, steps = weights(student), 0
+
+    def follow(_: Progress) -> None:
+        nonlocal steps
+        decay = min(0.9, (1 + steps) / (10 + steps))
+        for name, value in weights(student).items():
+            expected[name] = decay * expected[name] + (1 - decay) * value
+        steps += 1
+
+    list(trained.fit(on_step=follow))
+    assert steps == 2 * trained.batches.steps_per_epoch
+    average = student.average.classifier.state_dict()
+    for name, value in expected.items():
+        torch.testing.assert_close(average[name], value)
+    moved = [name for name, value in weights(student).items() if not torch.allclose(value, average[name])]
+    assert "model.blocks.0.mlp.fc1.weight" in moved
+
+
+def test_it_learns(stripes: Dataset) -> None:
+    train = TrainRecipe(epochs=12, batch_size=8, learning_rate=3e-3)
+    plain = AugmentRecipe(flip=0.0, crop="none")
+    *_, last = cohort(["none", "token-hard"], stripes, train=train, augment=plain).fit()
+    assert all(max(record["validation"].values()) > 0.8 for record in last)
+
+
+def test_a_loss_that_is_not_finite_stops_that_student_alone(stripes: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    healthy = cohort(["none", "hard"], stripes)
+    list(healthy.fit())
+    steps = healthy.batches.steps_per_epoch
+    monkeypatch.setattr(Student, "find_gradient", poisoned_gradient("none", steps + 1))  # second step, second epoch
+    sick = cohort(["none", "hard"], stripes)
+    records = list(sick.fit())
+    stopped, unharmed = sick.students
+    assert stopped.stopped is not None
+    assert f"stopped at step {steps + 2}" in stopped.stopped
+    assert "learning rate" in stopped.stopped
+    assert [record["student"] for record in records[-1]] == ["hard"]
+    assert all(torch.isfinite(value).all() for value in weights(stopped).values())
+    assert_equal(weights(unharmed), weights(healthy.students[1]))
+
+    only_first = cohort(["none", "hard"], stripes)
+    next(only_first.fit())
+    assert_equal(weights(stopped), weights(only_first.students[0]))
+
+
+def test_a_cohort_whose_students_have_all_stopped_ends(stripes: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Student, "find_gradient", poisoned_gradient("none", 0))
+    sick = cohort(["none"], stripes)
+    assert sum(len(records) for records in sick.fit()) == 0
+    assert sick.students[0].stopped

@@ -1,0 +1,103 @@
+"""What only a CUDA device shows: that a step waits for nothing, and that replayed and compiled steps train the same."""
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+
+from conftest import striped_dataset
+from deitkit.models.accelerate import accelerate
+from deitkit.models.classifier import Classifier
+from deitkit.models.cnn import CifarResNet
+from deitkit.recipe.load import load_recipe
+from deitkit.recipe.schema import Recipe
+from deitkit.system.device import Precision
+from deitkit.teachers.frozen import FrozenTeacher
+from deitkit.training.build import build_students
+from deitkit.training.cohort import Cohort
+from deitkit.training.cuda_graph import WARM_UP
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+FAST_OFF = (
+    "speed.compile=false", "speed.cuda_graphs=false", "speed.channels_last=false", "speed.attention=plain",
+)  # fmt: skip
+
+
+def recipe(*overrides: str) -> Recipe:
+    return load_recipe(
+        None,
+        [
+            "model.width=64", "model.depth=2", "model.heads=2", "model.patch_px=4", "train.batch_size=32",
+            "methods=[none, soft, hard, token-hard]", "train.epochs=8", "train.precision=fp32", "train.ema_decay=0.9",
+            "train.clip_norm=1", "augment.randaugment=2,9", "augment.erase=0.25", "augment.mixup=0.8",
+            "augment.cutmix=1", "device=cuda", *overrides,
+        ],
+    )  # fmt: skip
+
+
+def cohort(chosen: Recipe) -> Cohort:
+    data = striped_dataset(per_class=64, image_px=16)
+    precision = Precision.choose(chosen.train.precision, torch.device("cuda"))
+    torch.manual_seed(0)
+    teacher = Classifier(CifarResNet(20, classes=3), mean=data.mean, std=data.std)
+    return Cohort(
+        build_students(chosen, data, 0, precision),
+        teacher=FrozenTeacher(accelerate(teacher, chosen.speed, precision.device)),
+        dataset=data, augment=chosen.augment, train=chosen.train, distillation=chosen.distillation,
+        speed=chosen.speed, precision=precision, seed=0,
+    )  # fmt: skip
+
+
+def losses(chosen: Recipe) -> list[dict[str, Any]]:
+    return [record for records in cohort(chosen).fit() for record in records]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "lamb"])
+def test_fast_steps_train_as_plain_ones(optimizer: str) -> None:
+    chosen = (f"train.optimizer={optimizer}",)
+    fast, plain = losses(recipe(*chosen)), losses(recipe(*chosen, *FAST_OFF))
+    assert len(fast) == len(plain) == 8 * 4
+    for one, other in zip(fast, plain, strict=True):
+        assert one["train_loss"] == pytest.approx(other["train_loss"], rel=0.02)
+    # Six steps an epoch: most were replayed.
+    assert fast[0]["step"] > WARM_UP
+
+
+def test_a_step_waits_for_nothing() -> None:
+    trained = cohort(recipe())
+    for student in trained.students:
+        student.classifier.train()
+    batches = trained.batches.epoch(0)
+    for _ in range(WARM_UP + 1):
+        trained.next_step(batches)
+    torch.cuda.synchronize()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that the mode is a prototype
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        trained.next_step(batches)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_replayed_student_follows_its_learning_rate_and_its_dropout() -> None:
+    chosen = recipe("model.dropout=0.2", "model.drop_path=0.1", "methods=[none]", "train.warmup_epochs=2")
+    first, second = losses(chosen), losses(chosen)
+    assert [record["train_loss"] for record in first] == [record["train_loss"] for record in second]
+    still = losses(recipe("methods=[none]", "train.learning_rate=1e-12", "train.warmup_learning_rate=0"))
+    assert still[-1]["train_loss"] > first[-1]["train_loss"]
+
+
+def test_students_share_the_memory_of_their_activations() -> None:
+    def peak(methods: str) -> int:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        chosen = recipe(f"methods={methods}", "train.batch_size=128", "train.ema_decay=null", "speed.compile=false")
+        list(cohort(chosen).fit())
+        return torch.cuda.max_memory_allocated() - before
+
+    one, four = peak("[none]"), peak("[none, soft, hard, token-hard]")
+    assert four < 2 * one
