@@ -57,12 +57,12 @@ def tiny_recipe() -> Callable[..., Recipe]:
 
 
 def poisoned_gradient(name: str, at: int) -> Callable[..., Any]:
-    """Return ``Student.find_gradient`` with a loss and a gradient that are not numbers, for one student at one step."""
-    find_gradient = Student.find_gradient
+    """Return ``Student.backward`` with a loss and a gradient that are not numbers, for one student at one step."""
+    backward = Student.backward
     calls = itertools.count()
 
     def poisoned(self: Student, *inputs: Any, **settings: Any) -> dict[str, torch.Tensor]:
-        terms = find_gradient(self, *inputs, **settings)
+        terms = backward(self, *inputs, **settings)
         if self.name == name and next(calls) == at:
             for parameter in self.classifier.parameters():
                 parameter.grad = parameter.grad * float("nan")

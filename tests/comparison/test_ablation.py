@@ -177,7 +177,7 @@ def test_averaged_weights_stand_beside_the_base_without(tiny_recipe: TinyRecipe,
 def test_a_student_that_stopped_keeps_a_row_that_says_so(
     tiny_recipe: TinyRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Student, "find_gradient", poisoned_gradient("none", 13))
+    monkeypatch.setattr(Student, "backward", poisoned_gradient("none", 13))
     results = compare_variants(tiny_recipe(*ONE_EPOCH, *TWO), tmp_path / "run", watcher=Silent())
     base, sgd, shallow = results["rows"]
     assert sgd["status"].startswith("seed 0 stopped at step 4")

@@ -174,7 +174,7 @@ def test_a_student_that_cannot_be_built_is_told_before_the_teacher_trains(
 def test_a_stopped_student_is_a_row_that_says_so(
     tiny_recipe: TinyRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Student, "find_gradient", poisoned_gradient("hard", 5))
+    monkeypatch.setattr(Student, "backward", poisoned_gradient("hard", 5))
     results = compare(tiny_recipe("methods=[none, hard]"), tmp_path / "run", watcher=Silent())
     none, hard = results["rows"]
     assert none["status"] == "ok"
@@ -225,7 +225,7 @@ def test_a_cohort_of_every_method_trains(tiny_recipe: TinyRecipe) -> None:
     cohort = Cohort(
         students, teacher=teacher, dataset=data, augment=recipe.augment, train=recipe.train,
         speed=recipe.speed,
-        distillation=recipe.distillation, precision=CPU_FP32, seed=0,
+       precision=CPU_FP32, seed=0,
     )  # fmt: skip
     records = next(cohort.fit())
     assert [record["student"] for record in records] == list(METHODS)

@@ -104,7 +104,7 @@ def weights_after_an_epoch(*overrides: str) -> torch.Tensor:
     data = striped_dataset(image_px=16)
     cohort = Cohort(
         build_students(recipe, data, 0, CPU_FP32), teacher=None, dataset=data, augment=recipe.augment,
-        train=recipe.train, distillation=recipe.distillation, speed=recipe.speed, precision=CPU_FP32, seed=0,
+        train=recipe.train,speed=recipe.speed, precision=CPU_FP32, seed=0,
     )  # fmt: skip
     list(cohort.fit())
     return torch.cat([value.flatten() for value in cohort.students[0].classifier.model.state_dict().values()])

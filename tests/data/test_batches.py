@@ -90,7 +90,7 @@ def test_copies_become_different_views_that_the_seed_decides() -> None:
     for _ in range(2):
         cohort = Cohort(
             build_students(recipe, data, 0, CPU_FP32), teacher=None, dataset=data, augment=recipe.augment,
-            train=recipe.train, distillation=recipe.distillation, speed=recipe.speed, precision=CPU_FP32, seed=0,
+            train=recipe.train,speed=recipe.speed, precision=CPU_FP32, seed=0,
         )  # fmt: skip
         images, labels = cohort.batches.batch(0, 0)
         assert torch.equal(images, images[::4].repeat_interleave(4, dim=0))

@@ -138,10 +138,13 @@ def test_a_divided_batch_gives_the_gradient_of_the_whole_batch(method: Method) -
     gradients = []
     for micro_batch_size in (None, 5):
         classifier = Classifier(student_of(method, drop_path=0.0), mean=data.mean, std=data.std)
-        student = Student(method.name, method, classifier, train)
+        student = Student(
+            method.name, method, classifier, train, precision=CPU_FP32, batch_size=train.batch_size,
+            distillation=SETTINGS, speed=SpeedRecipe(micro_batch_size=micro_batch_size),
+        )  # fmt: skip
         cohort = Cohort(
             [student], teacher=frozen_cnn(), dataset=data, augment=AugmentRecipe(mixup=0.8), train=train,
-            distillation=SETTINGS, speed=SpeedRecipe(micro_batch_size=micro_batch_size), precision=CPU_FP32, seed=0,
+            speed=SpeedRecipe(), precision=CPU_FP32, seed=0,
         )  # fmt: skip
         cohort.next_step(cohort.batches.epoch(0, 0))
         gradients.append([parameter.grad for parameter in classifier.parameters()])

@@ -49,7 +49,7 @@ def losses(chosen: Recipe, speed: SpeedRecipe) -> list[float]:
     teacher = Classifier(CifarResNet(20, classes=3), mean=data.mean, std=data.std)
     cohort = Cohort(
         build_students(chosen, data, 0, CPU_FP32), teacher=FrozenTeacher(accelerate(teacher, speed, CPU)),
-        dataset=data, augment=chosen.augment, train=chosen.train, distillation=chosen.distillation,
+        dataset=data, augment=chosen.augment, train=chosen.train,
         speed=speed, precision=CPU_FP32, seed=0,
     )  # fmt: skip
     return [record["train_loss"] for records in cohort.fit() for record in records]
@@ -61,7 +61,6 @@ def losses(chosen: Recipe, speed: SpeedRecipe) -> list[float]:
     [
         {},
         {"micro_batch_size": 7},
-        {"micro_batch_size": 7, "side_by_side": False},
         {"checkpoint_activations": True},
         {"attention": "plain"},
     ],
@@ -116,7 +115,7 @@ def test_epochs_say_where_their_time_went() -> None:
     data = striped_dataset()
     cohort = Cohort(
         build_students(chosen, data, 0, CPU_FP32), teacher=None, dataset=data, augment=chosen.augment,
-        train=chosen.train, distillation=chosen.distillation, speed=SpeedRecipe(), precision=CPU_FP32, seed=0,
+        train=chosen.train,speed=SpeedRecipe(), precision=CPU_FP32, seed=0,
     )  # fmt: skip
     cohort.students = cohort.students[:1]
     shares = next(cohort.fit())[0]["shares"]

@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
+from conftest import CPU_FP32
 from deitkit.cli import main as cli
 from deitkit.cli.progress import Terminal
 from deitkit.data.dataset import Dataset
@@ -215,7 +216,15 @@ def test_states_are_saved_by_the_clock(
 
 
 def test_between_two_epochs_the_weights_are_stored_once(tmp_path: Path, stripes: Dataset) -> None:
-    student = Student("none", METHODS["none"], small_classifier(stripes), TrainRecipe(), ema_decay=0.9)
+    student = Student(
+        "none",
+        METHODS["none"],
+        small_classifier(stripes),
+        TrainRecipe(),
+        precision=CPU_FP32,
+        batch_size=4,
+        ema_decay=0.9,
+    )
     weights = sum(value.numel() for value in student.classifier.state_dict().values())
 
     def stored() -> int:
@@ -227,18 +236,33 @@ def test_between_two_epochs_the_weights_are_stored_once(tmp_path: Path, stripes:
     with torch.no_grad():
         for parameter in student.classifier.parameters():
             parameter += 1
-    student.follow()
+    student.update_ema()
     within = stored()
     assert 4 * weights <= within < 4.1 * weights, "and those of the last good epoch, which are others by now"
-    resumed = Student("none", METHODS["none"], small_classifier(stripes), TrainRecipe(), ema_decay=0.9)
+    resumed = Student(
+        "none",
+        METHODS["none"],
+        small_classifier(stripes),
+        TrainRecipe(),
+        precision=CPU_FP32,
+        batch_size=4,
+        ema_decay=0.9,
+    )
     resumed.load_state_dict(load_tree(tmp_path / "state"))
     resumed.bad_step.fill_(7)
-    resumed.check(lambda step: 0.1)
+    resumed.stop_if_not_finite(lambda step: 0.1)
     assert resumed.stopped is not None
     fresh = small_classifier(stripes).state_dict()
     assert all(torch.equal(value, fresh[name]) for name, value in resumed.classifier.state_dict().items())
     student.mark_good()
     assert stored() == between
+
+
+def small_student(dataset: Dataset) -> Student:
+    return Student(
+        "none", METHODS["none"], small_classifier(dataset), TrainRecipe(),
+        precision=CPU_FP32, batch_size=4, ema_decay=0.9,
+    )  # fmt: skip
 
 
 def small_classifier(dataset: Dataset) -> Classifier:
@@ -282,7 +306,7 @@ def test_threads_wait_as_the_user_says(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_command_line_sets_it_before_torch_is_loaded() -> None:
-    script = "import sys\nfrom deitkit import cli\nassert 'torch' not in sys.modules\n"
+    script = "import sys\nfrom deitkit.cli import main as cli\nassert 'torch' not in sys.modules\n"
     script += "cli.app = lambda: print(__import__('os').environ['GOMP_SPINCOUNT'], 'torch' in sys.modules)\ncli.main()"
     settings = {name: value for name, value in os.environ.items() if name not in WAIT_SETTINGS}
     done = subprocess.run([sys.executable, "-c", script], env=settings, capture_output=True, text=True, check=True)

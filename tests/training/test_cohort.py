@@ -14,7 +14,7 @@ from deitkit.distillation.methods import METHODS
 from deitkit.errors import Interrupted
 from deitkit.models.classifier import Classifier
 from deitkit.models.vit import DeiT
-from deitkit.recipe.schema import AugmentRecipe, DistillationRecipe, SpeedRecipe, TrainRecipe
+from deitkit.recipe.schema import AugmentRecipe, SpeedRecipe, TrainRecipe
 from deitkit.run.observer import Progress
 from deitkit.run.state import load_tree, save_tree
 from deitkit.training.cohort import Cohort
@@ -43,7 +43,10 @@ def student(name: str, dataset: Dataset, train: TrainRecipe = TRAIN) -> Student:
         tokens=METHODS[name].tokens, drop_path=0.2, dropout=0.1,
     )  # fmt: skip
     classifier = Classifier(model, mean=dataset.mean, std=dataset.std)
-    return Student(name, METHODS[name], classifier, train, train.ema_decay)
+    return Student(
+        name, METHODS[name], classifier, train,
+        precision=CPU_FP32, batch_size=train.batch_size, ema_decay=train.ema_decay,
+    )  # fmt: skip
 
 
 def cohort(
@@ -59,7 +62,6 @@ def cohort(
         dataset=dataset,
         augment=augment,
         train=train,
-        distillation=DistillationRecipe(),
         speed=SpeedRecipe(),
         precision=CPU_FP32,
         seed=5,
@@ -162,7 +164,7 @@ def test_a_loss_that_is_not_finite_stops_that_student_alone(stripes: Dataset, mo
     healthy = cohort(["none", "hard"], stripes)
     list(healthy.fit())
     steps = healthy.batches.steps_per_epoch
-    monkeypatch.setattr(Student, "find_gradient", poisoned_gradient("none", steps + 1))  # second step, second epoch
+    monkeypatch.setattr(Student, "backward", poisoned_gradient("none", steps + 1))  # second step, second epoch
     sick = cohort(["none", "hard"], stripes)
     records = list(sick.fit())
     stopped, unharmed = sick.students
@@ -179,7 +181,7 @@ def test_a_loss_that_is_not_finite_stops_that_student_alone(stripes: Dataset, mo
 
 
 def test_a_cohort_whose_students_have_all_stopped_ends(stripes: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Student, "find_gradient", poisoned_gradient("none", 0))
+    monkeypatch.setattr(Student, "backward", poisoned_gradient("none", 0))
     sick = cohort(["none"], stripes)
     assert sum(len(records) for records in sick.fit()) == 0
     assert sick.students[0].stopped

@@ -45,7 +45,7 @@ def cohort(chosen: Recipe) -> Cohort:
     return Cohort(
         build_students(chosen, data, 0, precision),
         teacher=FrozenTeacher(accelerate(teacher, chosen.speed, precision.device)),
-        dataset=data, augment=chosen.augment, train=chosen.train, distillation=chosen.distillation,
+        dataset=data, augment=chosen.augment, train=chosen.train,
         speed=chosen.speed, precision=precision, seed=0,
     )  # fmt: skip
 

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-Decisions: TypeAlias = Int64[Tensor, "n"]
+Decisions: TypeAlias = Int64[Tensor, " n"]
 
 
 def disagreement(judges: Mapping[str, Mapping[int, Decisions]]) -> list[list[float | None]]:
@@ -32,7 +32,7 @@ def _differing(first: Mapping[int, Decisions], second: Mapping[int, Decisions]) 
     return mean([share for share in shares if share is not None])
 
 
-def confusion_matrix(decisions: Decisions, labels: Int64[Tensor, "n"], classes: int) -> Int64[Tensor, "true decided"]:
+def confusion_matrix(decisions: Decisions, labels: Int64[Tensor, " n"], classes: int) -> Int64[Tensor, "true decided"]:
     """Return how many images of each class were decided to be of each class."""
     return (labels * classes + decisions).bincount(minlength=classes * classes).view(classes, classes)
 
@@ -62,7 +62,7 @@ def most_confused(counts: Int64[Tensor, "true decided"], pairs: int = 5) -> list
     return found
 
 
-def agreement(decisions: Decisions, teacher: Decisions, labels: Int64[Tensor, "n"]) -> dict[str, float | None]:
+def agreement(decisions: Decisions, teacher: Decisions, labels: Int64[Tensor, " n"]) -> dict[str, float | None]:
     """Return how often a classifier decides as its teacher does, and what becomes of the teacher's mistakes.
 
     Returns:
@@ -93,7 +93,7 @@ def log_probabilities(probabilities: Float[Tensor, "n classes"]) -> Float[Tensor
     return probabilities.double().clamp(min=torch.finfo(torch.float32).tiny).log()
 
 
-def share_of(chosen: Bool[Tensor, "m"]) -> float | None:
+def share_of(chosen: Bool[Tensor, " m"]) -> float | None:
     """Return the share of images that are chosen; None of no image."""
     return chosen.double().mean().item() if len(chosen) else None
 

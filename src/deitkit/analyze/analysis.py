@@ -90,7 +90,7 @@ def analyze_run(folder: Path, *, images: int = 8, seed: int | None = None, watch
 
 
 def draw_students(
-    students: dict[str, Classifier], dataset: Dataset, chosen: Int64[Tensor, "images"], folder: Path, seed: int
+    students: dict[str, Classifier], dataset: Dataset, chosen: Int64[Tensor, " images"], folder: Path, seed: int
 ) -> list[dict[str, Any]]:
     """Draw a contact sheet of each student that has tokens; returns what analysis.json says of it."""
     drawn = []

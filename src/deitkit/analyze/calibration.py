@@ -24,16 +24,16 @@ class Reliability:
         hits: How many of them are decided rightly.
     """
 
-    counts: Int64[Tensor, "bins"]
-    confidence: Float[Tensor, "bins"]
-    hits: Float[Tensor, "bins"]
+    counts: Int64[Tensor, " bins"]
+    confidence: Float[Tensor, " bins"]
+    hits: Float[Tensor, " bins"]
 
     def __add__(self, other: "Reliability") -> "Reliability":
         """Pool the images of two seeds."""
         return Reliability(self.counts + other.counts, self.confidence + other.confidence, self.hits + other.hits)
 
     @property
-    def gaps(self) -> Float[Tensor, "bins"]:
+    def gaps(self) -> Float[Tensor, " bins"]:
         """How far mean confidence and accuracy of each bin lie apart; 0 in an empty bin."""
         return (self.confidence - self.hits).abs() / self.counts.clamp(min=1)
 
@@ -63,7 +63,9 @@ class Reliability:
         ]
 
 
-def reliability(probabilities: Float[Tensor, "n classes"], labels: Int64[Tensor, "n"], bins: int = BINS) -> Reliability:
+def reliability(
+    probabilities: Float[Tensor, "n classes"], labels: Int64[Tensor, " n"], bins: int = BINS
+) -> Reliability:
     """Gather images by the confidence of their decision."""
     confidence, decisions = probabilities.double().max(dim=-1)
     inner_edges = torch.arange(1, bins, dtype=torch.float64) / bins
@@ -75,12 +77,12 @@ def reliability(probabilities: Float[Tensor, "n classes"], labels: Int64[Tensor,
     )
 
 
-def negative_log_likelihood(probabilities: Float[Tensor, "n classes"], labels: Int64[Tensor, "n"]) -> float:
+def negative_log_likelihood(probabilities: Float[Tensor, "n classes"], labels: Int64[Tensor, " n"]) -> float:
     """Return the mean of -log of the true class's probability, in nats."""
     return -log_probabilities(probabilities).gather(1, labels[:, None]).mean().item()
 
 
-def brier_score(probabilities: Float[Tensor, "n classes"], labels: Int64[Tensor, "n"]) -> float:
+def brier_score(probabilities: Float[Tensor, "n classes"], labels: Int64[Tensor, " n"]) -> float:
     """Return the mean squared distance to the true class's one-hot vector, in [0, 2] (Brier 1950)."""
     truth = torch.nn.functional.one_hot(labels, probabilities.shape[-1])
     return (probabilities.double() - truth).square().sum(dim=-1).mean().item()

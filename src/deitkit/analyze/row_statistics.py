@@ -47,7 +47,7 @@ class Judge:
         self,
         seed: int,
         probabilities: Float[Tensor, "n classes"],
-        labels: Int64[Tensor, "n"],
+        labels: Int64[Tensor, " n"],
         teacher: Float[Tensor, "n classes"] | None = None,
     ) -> None:
         """Take in what the judge says under a seed, beside its teacher's probabilities where it has one."""
@@ -76,7 +76,7 @@ class Judge:
             described[key] = mean([value for figures in self.figures if (value := figures[key]) is not None])
         return described | {"reliability": self.pooled.curve()}
 
-    def describe_classes(self, labels: Int64[Tensor, "n"], classes: int) -> dict[str, Any]:
+    def describe_classes(self, labels: Int64[Tensor, " n"], classes: int) -> dict[str, Any]:
         """Return accuracy by class and confusions, over the images of all seeds.
 
         ``confusion`` holds [true class, class decided, images] for what occurs only: of n images at most n entries,

@@ -29,7 +29,7 @@ def recorded(modules: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
 
 
 @contextmanager
-def recorded_similarity(classifier: Classifier) -> Iterator[list[list[Float[Tensor, "batch"]]]]:
+def recorded_similarity(classifier: Classifier) -> Iterator[list[list[Float[Tensor, " batch"]]]]:
     """Record, whenever a student answers inside the block, the cosine of its class and distillation token.
 
     The tokens are those of the residual stream: not normalised, and before the first block with their position

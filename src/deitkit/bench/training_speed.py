@@ -77,7 +77,6 @@ class Bench:
             dataset=self.dataset,
             augment=recipe.augment,
             train=recipe.train,
-            distillation=recipe.distillation,
             speed=recipe.speed,
             precision=self.precision,
             seed=recipe.seeds[0],
@@ -218,7 +217,7 @@ def _recorded(bench: Bench) -> Stepper:
     scribe = bench.cohort(bench.students(("none",)), cache)
     for step, (images, labels) in enumerate(scribe.batches.epoch(0)):
         view, _ = scribe.make_view(images, labels, step)
-        cache.keep(0, step, scribe.teacher_forward(scribe.recorder.hold("view", view)))
+        cache.keep(0, step, scribe.recorder.run(scribe.teacher_forward, view))
     again = open_logit_cache(bench.recipe, bench.dataset, bench.teachers, bench.recipe.seeds[0], bench.precision)
     cohort = bench.cohort(bench.students(bench.recipe.methods), again)
     assert again.find(0, 0) is not None

@@ -35,7 +35,7 @@ from deitkit.system.device import Precision, choose_device
 from deitkit.system.files import write_text
 from deitkit.teachers.prepare import prepare_teachers
 
-Hits = dict[tuple[str, str, str], dict[int, Bool[Tensor, "n"]]]  # method, weights, readout -> seed -> images got right
+Hits = dict[tuple[str, str, str], dict[int, Bool[Tensor, " n"]]]  # method, weights, readout -> seed -> images got right
 
 
 def compare_variants(recipe: Recipe, folder: Path, *, watcher: Watcher, resume: bool = False) -> dict[str, Any]:
@@ -80,7 +80,7 @@ def compare_variants(recipe: Recipe, folder: Path, *, watcher: Watcher, resume: 
     return results
 
 
-def _rehearse_all(recipes: dict[str, Recipe], load: Callable[[DataRecipe], Dataset]) -> Int64[Tensor, "n"]:
+def _rehearse_all(recipes: dict[str, Recipe], load: Callable[[DataRecipe], Dataset]) -> Int64[Tensor, " n"]:
     """Build every variant once and throw it away; return the labels of the test images, the same for all."""
     labels = load(recipes[BASE].data).test.labels
     for name, variant in recipes.items():
@@ -135,7 +135,7 @@ def _lesson(recipe: Recipe) -> tuple[Any, ...]:
 
 
 def _results(
-    recipe: Recipe, recipes: dict[str, Recipe], homes: dict[str, Path], labels: Int64[Tensor, "n"]
+    recipe: Recipe, recipes: dict[str, Recipe], homes: dict[str, Path], labels: Int64[Tensor, " n"]
 ) -> dict[str, Any]:
     """Gather the rows of all variants into one table, in the format of docs/design.md."""
     each = {name: read_results(home) for name, home in homes.items()}
@@ -167,7 +167,7 @@ def _results(
     }
 
 
-def _hits(results: dict[str, Any], home: Path, labels: Int64[Tensor, "n"]) -> Hits:
+def _hits(results: dict[str, Any], home: Path, labels: Int64[Tensor, " n"]) -> Hits:
     methods = list(dict.fromkeys(row["method"] for row in results["rows"] if row["method"] != BEFORE))
     predictions = load_predictions(home, results["seeds"], methods)
     keys = [(row["method"], row["weights"], row["readout"]) for row in reported_rows(results["rows"])]

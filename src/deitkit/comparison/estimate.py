@@ -56,7 +56,10 @@ def estimate_training(recipe: Recipe, dataset: Dataset, folder: Path, precision:
         classifier, card = draft_teacher(one, dataset)
         accelerate(classifier, recipe.speed, precision.device)
         if card.fit != "none" and not (home / "card.json").exists():
-            student = Student("teacher", METHODS["none"], classifier, one.train)
+            batch_size = one.train.batch_size
+            student = Student(
+                "teacher", METHODS["none"], classifier, one.train, precision=precision, batch_size=batch_size
+            )
             seconds_of_teachers += _seconds([student], None, recipe, dataset, one.augment, one.train, precision)
         teachers.append(FrozenTeacher(classifier))
     students = build_students(recipe, dataset, recipe.seeds[0], precision, names=max(missing.values(), key=len))
@@ -81,7 +84,6 @@ def _seconds(
         dataset=dataset,
         augment=augment,
         train=train,
-        distillation=recipe.distillation,
         speed=recipe.speed,
         precision=precision,
         seed=recipe.seeds[0],

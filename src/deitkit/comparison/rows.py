@@ -142,8 +142,8 @@ def _row(
 
 
 def row_hits(
-    predictions: dict[int, Any], name: str, weights: str, readout: str, labels: Int64[Tensor, "n"]
-) -> dict[int, Bool[Tensor, "n"]]:
+    predictions: dict[int, Any], name: str, weights: str, readout: str, labels: Int64[Tensor, " n"]
+) -> dict[int, Bool[Tensor, " n"]]:
     """Return which test images a row gets right, for each seed that did not stop."""
     students = {seed: students[name] for seed, students in predictions.items()}
     return {
@@ -188,7 +188,7 @@ def _against_none(name: str, hits: dict[int, Tensor], dataset: Dataset, predicti
     }
 
 
-def paired_over_seeds(hits: dict[int, Bool[Tensor, "n"]], other: dict[int, Bool[Tensor, "n"]]) -> Difference | None:
+def paired_over_seeds(hits: dict[int, Bool[Tensor, " n"]], other: dict[int, Bool[Tensor, " n"]]) -> Difference | None:
     """Return how far one row lies above another over the seeds that both finished; None where there is no such seed."""
     seeds = [seed for seed in hits if seed in other]
     return paired_difference([hits[seed] for seed in seeds], [other[seed] for seed in seeds]) if seeds else None

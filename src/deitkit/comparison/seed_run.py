@@ -67,7 +67,6 @@ def run_seed(
             dataset=dataset,
             augment=recipe.augment,
             train=recipe.train,
-            distillation=recipe.distillation,
             speed=recipe.speed,
             precision=precision,
             seed=seed,

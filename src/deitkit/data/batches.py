@@ -52,7 +52,7 @@ class Batches:
 
     def batch(
         self, epoch: int, step: int
-    ) -> tuple[UInt8[Tensor, "batch channels height width"], Int64[Tensor, "batch"]]:
+    ) -> tuple[UInt8[Tensor, "batch channels height width"], Int64[Tensor, " batch"]]:
         """Return images and labels of one step (both counted from 0)."""
         assert 0 <= step < self.steps_per_epoch
         device = self.split.labels.device
@@ -65,14 +65,14 @@ class Batches:
             images = self.split.images[here].pin_memory().to(device, non_blocking=True)
         return images, self.split.labels[there]
 
-    def _orders(self, epoch: int) -> tuple[Int64[Tensor, "n"], Int64[Tensor, "n"]]:
+    def _orders(self, epoch: int) -> tuple[Int64[Tensor, " n"], Int64[Tensor, " n"]]:
         """Return an epoch's order in the host's memory and on the device."""
         if self._order is None or self._order[0] != epoch:
             order = self._shuffled(epoch)
             self._order = epoch, order, order.to(self.split.labels.device, non_blocking=True)
         return self._order[1:]
 
-    def _shuffled(self, epoch: int) -> Int64[Tensor, "n"]:
+    def _shuffled(self, epoch: int) -> Int64[Tensor, " n"]:
         order = torch.randperm(len(self.split), generator=derived_generator(self.seed, "order", epoch))
         return order.repeat_interleave(self.repeats)[: len(order)]
 
@@ -86,7 +86,7 @@ class Batches:
         self._flow = following, self._flow[1]
         return batch.to(device, non_blocking=True)
 
-    def _all_indices(self, epoch: int, step: int) -> Iterator[Int64[Tensor, "batch"]]:
+    def _all_indices(self, epoch: int, step: int) -> Iterator[Int64[Tensor, " batch"]]:
         """Yield the indices of every batch from a step on, without end."""
         for number in itertools.count(epoch):
             batches = self._shuffled(number).split(self.batch_size)[: self.steps_per_epoch]
@@ -94,7 +94,7 @@ class Batches:
 
     def epoch(
         self, epoch: int, first_step: int = 0
-    ) -> Iterator[tuple[UInt8[Tensor, "batch channels height width"], Int64[Tensor, "batch"]]]:
+    ) -> Iterator[tuple[UInt8[Tensor, "batch channels height width"], Int64[Tensor, " batch"]]]:
         """Yield the batches of an epoch (from 0), from a step on."""
         for step in range(first_step, self.steps_per_epoch):
             yield self.batch(epoch, step)

@@ -141,7 +141,7 @@ def _plan(recipe: DataRecipe, progress: Progress | None) -> tuple[Listing, Split
 
 def _read(
     listing: Listing,
-    selection: Int64[Tensor, "selected"],
+    selection: Int64[Tensor, " selected"],
     train_count: int,
     recipe: DataRecipe,
     progress: Progress | None,
@@ -178,7 +178,7 @@ def _list_digits() -> Listing:
 
 def _pixels(
     listing: Listing,
-    selection: Int64[Tensor, "selected"],
+    selection: Int64[Tensor, " selected"],
     train_count: int,
     recipe: DataRecipe,
     progress: Progress | None,
@@ -199,7 +199,7 @@ def _pixels(
 
 def _survey(
     listing: Listing,
-    selection: Int64[Tensor, "selected"],
+    selection: Int64[Tensor, " selected"],
     train_count: int,
     recipe: DataRecipe,
     progress: Progress | None,

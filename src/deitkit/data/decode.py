@@ -46,9 +46,9 @@ class DecodedImages:
     """
 
     images: UInt8[Tensor, "kept channels height width"]
-    kept: Bool[Tensor, "selected"]
+    kept: Bool[Tensor, " selected"]
     skipped: tuple[str, ...]
-    hashes: Int64[Tensor, "selected"]
+    hashes: Int64[Tensor, " selected"]
 
 
 def decode_image(
@@ -107,7 +107,7 @@ def _resize_and_crop(image: Image.Image, image_px: int, eval_crop: float) -> Ima
 
 def decode_images(
     encoded: EncodedImages,
-    selection: Int64[Tensor, "selected"],
+    selection: Int64[Tensor, " selected"],
     recipe: DataRecipe,
     progress: Progress | None = None,
     *,
@@ -146,7 +146,7 @@ def decode_images(
 def decode_all(
     read: Callable[[list[int]], Iterator[Path | bytes]],
     names: Sequence[str],
-    selection: Int64[Tensor, "selected"],
+    selection: Int64[Tensor, " selected"],
     recipe: DataRecipe,
     target: "Target",
     progress: Progress | None,

@@ -38,7 +38,7 @@ class Duplicates:
         )
 
 
-def pixel_hashes(images: UInt8[np.ndarray, "n channels height width"]) -> Int64[np.ndarray, "n"]:
+def pixel_hashes(images: UInt8[np.ndarray, "n channels height width"]) -> Int64[np.ndarray, " n"]:
     """Return a hash of the pixels of each image; images of one shape are equal if, and all but surely only if, it is.
 
     A multilinear hash with random coefficients modulo 2^64 (Carter & Wegman 1979; Lemire & Kaser 2014, "Strongly
@@ -61,7 +61,7 @@ def _coefficients(count: int) -> np.ndarray:
     return np.random.Generator(np.random.PCG64(0)).integers(0, 2**64, count, dtype=np.uint64)
 
 
-def find_duplicates(train: Int64[Tensor, "train"], test: Int64[Tensor, "test"]) -> Int64[Tensor, "pairs 2"]:
+def find_duplicates(train: Int64[Tensor, " train"], test: Int64[Tensor, " test"]) -> Int64[Tensor, "pairs 2"]:
     """Return, of each test image whose hash a training image has, its place and that of the first such image."""
     if not len(train):
         return torch.zeros(0, 2, dtype=torch.int64)

@@ -45,7 +45,7 @@ class Listing:
     """
 
     images: UInt8[Tensor, "n channels height width"] | EncodedImages
-    labels: Int64[Tensor, "n"]
-    official_test: Bool[Tensor, "n"] | None
+    labels: Int64[Tensor, " n"]
+    official_test: Bool[Tensor, " n"] | None
     class_names: tuple[str, ...]
     skipped: tuple[str, ...] = ()

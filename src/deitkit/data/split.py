@@ -22,7 +22,7 @@ class Split:
     """Images (values 0 to 255) with the index of their class."""
 
     images: UInt8[Tensor, "n channels height width"] | StreamedImages
-    labels: Int64[Tensor, "n"]
+    labels: Int64[Tensor, " n"]
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -37,7 +37,7 @@ class Split:
             images = images.to(device)
         return Split(images, self.labels.to(device))
 
-    def pixels(self, indices: Int64[Tensor, "m"]) -> UInt8[Tensor, "m channels height width"]:
+    def pixels(self, indices: Int64[Tensor, " m"]) -> UInt8[Tensor, "m channels height width"]:
         """Return the images at these positions, in this order."""
         return self.images[indices] if isinstance(self.images, Tensor) else self.images.decode(indices)
 
@@ -56,13 +56,16 @@ def _has_room(device: torch.device, size: int) -> bool:
 class SplitIndices:
     """Positions of the images of each split in the whole data set, ascending."""
 
-    train: Int64[Tensor, "train"]
-    validation: Int64[Tensor, "validation"]
-    test: Int64[Tensor, "test"]
+    train: Int64[Tensor, " train"]
+    validation: Int64[Tensor, " validation"]
+    test: Int64[Tensor, " test"]
 
 
 def plan_splits(
-    labels: Int64[Tensor, "n"], official_test: Bool[Tensor, "n"] | None, class_names: Sequence[str], recipe: DataRecipe
+    labels: Int64[Tensor, " n"],
+    official_test: Bool[Tensor, " n"] | None,
+    class_names: Sequence[str],
+    recipe: DataRecipe,
 ) -> SplitIndices:
     """Divide a data set, stratified by class and as a function of ``recipe.split_seed`` alone.
 

@@ -39,7 +39,7 @@ class FlatFile:
     """
 
     path: Path
-    ends: Int64[Tensor, "n"]
+    ends: Int64[Tensor, " n"]
 
     def __getitem__(self, index: int) -> bytes:
         start = int(self.ends[index - 1]) if index else 0
@@ -62,10 +62,10 @@ class StreamedImages:
     """
 
     encoded: Sequence[Path] | FlatFile
-    positions: Int64[Tensor, "n"]
+    positions: Int64[Tensor, " n"]
     image_shape: tuple[int, int, int]
     image_px: int | None
-    eval_crops: Float64[Tensor, "n"]
+    eval_crops: Float64[Tensor, " n"]
     workers: int
 
     @property
@@ -85,7 +85,7 @@ class StreamedImages:
         ends = np.cumsum(sizes).tolist()
         return [self[end - size : end] for end, size in zip(ends, sizes, strict=True)]
 
-    def decode(self, indices: Int64[Tensor, "m"]) -> UInt8[Tensor, "m channels height width"]:
+    def decode(self, indices: Int64[Tensor, " m"]) -> UInt8[Tensor, "m channels height width"]:
         """Decode some images here and now; DataError if one has gone or has changed since it was surveyed."""
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module="PIL")  # all was said when they were surveyed
@@ -139,7 +139,7 @@ class _Decoder(torch.utils.data.Dataset[UInt8[Tensor, "m c h w"] | str]):
     def __init__(self, images: StreamedImages) -> None:
         self.images = images
 
-    def __getitem__(self, indices: Int64[Tensor, "m"]) -> UInt8[Tensor, "m c h w"] | str:
+    def __getitem__(self, indices: Int64[Tensor, " m"]) -> UInt8[Tensor, "m c h w"] | str:
         try:
             return self.images.decode(indices)
         except DataError as error:
@@ -160,11 +160,11 @@ class Survey:
     """
 
     images: StreamedImages
-    kept: Bool[Tensor, "selected"]
+    kept: Bool[Tensor, " selected"]
     skipped: tuple[str, ...]
     counts: Int64[Tensor, "channels values"]
     key: str
-    hashes: Int64[Tensor, "selected"]
+    hashes: Int64[Tensor, " selected"]
 
 
 def wants_streaming(images: Tensor | EncodedImages, count: int, recipe: DataRecipe) -> bool:
@@ -193,7 +193,7 @@ def wants_streaming(images: Tensor | EncodedImages, count: int, recipe: DataReci
 
 def survey(
     encoded: EncodedImages,
-    selection: Int64[Tensor, "selected"],
+    selection: Int64[Tensor, " selected"],
     train_count: int,
     recipe: DataRecipe,
     progress: Progress | None = None,

@@ -123,7 +123,7 @@ def relation_distillation_loss(
 
 def _row_correlations(
     first: Float[Tensor, "rows columns"], second: Float[Tensor, "rows columns"]
-) -> Float[Tensor, "rows"]:
+) -> Float[Tensor, " rows"]:
     """Return Pearson's correlation of each row with the other's; 0 where a row is constant."""
     first, second = (values - values.mean(dim=-1, keepdim=True) for values in (first, second))
     return F.cosine_similarity(first, second, dim=-1)

@@ -38,13 +38,13 @@ def default_readout(names: Sequence[str]) -> str:
     return "joint" if "joint" in names else names[0]
 
 
-def top_k_hits(scores: Float[Tensor, "n classes"], labels: Int64[Tensor, "n"], k: int = 1) -> Bool[Tensor, "n"]:
+def top_k_hits(scores: Float[Tensor, "n classes"], labels: Int64[Tensor, " n"], k: int = 1) -> Bool[Tensor, " n"]:
     """Return for each image whether its label is among the k highest scores."""
     if k == 1:
         return scores.argmax(dim=-1) == labels
     return (scores.topk(k, dim=-1).indices == labels[:, None]).any(dim=-1)
 
 
-def top_k_accuracy(scores: Float[Tensor, "n classes"], labels: Int64[Tensor, "n"], k: int = 1) -> float:
+def top_k_accuracy(scores: Float[Tensor, "n classes"], labels: Int64[Tensor, " n"], k: int = 1) -> float:
     """Return the share of images whose label is among the k highest scores."""
     return top_k_hits(scores, labels, k).double().mean().item()

@@ -26,7 +26,7 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float]:
     return float(np.mean(values) - half), float(np.mean(values) + half)
 
 
-def mcnemar_p(hits: Bool[Tensor, "n"], other: Bool[Tensor, "n"]) -> float:
+def mcnemar_p(hits: Bool[Tensor, " n"], other: Bool[Tensor, " n"]) -> float:
     """Return the exact two-sided p value of McNemar's test: are two classifiers equally right on the same images?
 
     Source: McNemar 1947; the exact form is a binomial test on the images that only one of the two gets right.
@@ -48,7 +48,7 @@ class Difference:
     test: str
 
 
-def paired_difference(hits: Sequence[Bool[Tensor, "n"]], other: Sequence[Bool[Tensor, "n"]]) -> Difference:
+def paired_difference(hits: Sequence[Bool[Tensor, " n"]], other: Sequence[Bool[Tensor, " n"]]) -> Difference:
     """Compare two rows that were trained under the same seeds and tested on the same images.
 
     One seed: McNemar's exact test over the images, and the interval of the difference of two paired shares (Wald).

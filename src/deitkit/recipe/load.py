@@ -25,6 +25,8 @@ PAIRED_BY = {
 }
 
 MOST_VALUES, MOST_LEVELS = 10_000, 20  # of a recipe; the shipped ones stay below 100 and 5
+# Fields of earlier versions that never changed a result: a recipe in an old run folder may still have them.
+RETIRED_FIELDS = (("speed", "side_by_side"),)
 
 
 def shipped_recipes() -> dict[str, str]:
@@ -197,6 +199,9 @@ def _parse(source: str) -> dict[str, Any]:
         near = _nearest(source, shipped) or f"shipped are {', '.join(shipped)}."
         raise RecipeError(f"recipe '{source}' is neither a shipped recipe nor a file: {near} See `deitkit recipes`")
     tree = _load_yaml(text, f"recipe '{source}'", "mend the file and run again")
+    for section, field in RETIRED_FIELDS:
+        if isinstance(tree, dict) and isinstance(tree.get(section), dict):
+            tree[section].pop(field, None)
     if tree is None:
         tree = {}
     if not isinstance(tree, dict) or not all(isinstance(key, str) for key in tree):

@@ -173,9 +173,6 @@ class SpeedRecipe(Section):
         description="Split a student's batch and accumulate its gradient: less memory, the same step. auto: on a CPU, "
         "into parts that fit its cache; null: never. CNNs see whole batches, which their BatchNorm needs; 'dist' too.",
     )
-    side_by_side: bool = Field(
-        True, description="On a CPU, compute parts of a student's batch at the same time, a core each."
-    )
     save_seconds: PositiveFloat = Field(
         300.0,
         description="A run that is killed loses no more than this: its state is saved so often, within epochs too.",

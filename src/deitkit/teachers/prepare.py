@@ -18,7 +18,7 @@ from deitkit.models.classifier import Classifier
 from deitkit.models.saved import load_classifier, save_classifier
 from deitkit.models.weights.read import LoadReport, file_sha256, load_into, read_state
 from deitkit.models.zoo import Built, create_classifier, reset_head
-from deitkit.recipe.schema import DistillationRecipe, Recipe, TeacherRecipe
+from deitkit.recipe.schema import Recipe, TeacherRecipe
 from deitkit.run.observer import Watcher
 from deitkit.run.state import drop_state
 from deitkit.system.device import Precision
@@ -168,14 +168,20 @@ def _train(
     """Train the teacher on labels alone: a cohort of one."""
     part = "classifier layer" if card.fit == "head" else "every layer"
     watcher.say(f"teacher {card.name}: training {part} for {recipe.teacher.train.epochs} epochs")
-    student = Student(folder.name, METHODS["none"], classifier, recipe.teacher.train)
+    student = Student(
+        folder.name,
+        METHODS["none"],
+        classifier,
+        recipe.teacher.train,
+        precision=precision,
+        batch_size=recipe.teacher.train.batch_size,
+    )
     cohort = Cohort(
         [student],
         teacher=None,
         dataset=dataset,
         augment=recipe.teacher.augment,
         train=recipe.teacher.train,
-        distillation=DistillationRecipe(),
         speed=recipe.speed,
         precision=precision,
         seed=recipe.seeds[0],

@@ -4,7 +4,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 
 from deitkit.data.dataset import Dataset
-from deitkit.distillation.methods import METHODS
+from deitkit.distillation.methods import METHODS, Method
 from deitkit.errors import RecipeError
 from deitkit.models.accelerate import accelerate
 from deitkit.models.classifier import Classifier
@@ -12,7 +12,7 @@ from deitkit.models.vit import create_student
 from deitkit.models.weights.initialise import load_initial, weights_file
 from deitkit.models.weights.read import file_sha256
 from deitkit.models.zoo import create_classifier
-from deitkit.recipe.schema import Recipe
+from deitkit.recipe.schema import OptimizerRecipe, Recipe
 from deitkit.system.device import Precision
 from deitkit.system.seeding import derived_seed, seeded
 from deitkit.training.student import Student
@@ -67,7 +67,7 @@ def build_students(
             for line in lines:
                 changes.setdefault(line, []).append(name)
         classifier = accelerate(Classifier(model, mean=dataset.mean, std=dataset.std), recipe.speed, precision.device)
-        students.append(Student(name, METHODS[name], classifier, recipe.train, recipe.train.ema_decay))
+        students.append(_student(name, METHODS[name], classifier, recipe.train, recipe, precision))
     if recipe.model.checkpoint is not None:
         say(f"students start from {initial_weights(recipe)}")
     for line, changed in changes.items():
@@ -99,4 +99,20 @@ def _build_baseline(recipe: Recipe, dataset: Dataset, seed: int, precision: Prec
     with seeded(seed, BASELINE):
         built = create_classifier(baseline_architecture(recipe), classes=dataset.classes, channels=dataset.channels)
     classifier = accelerate(Classifier(built.model, mean=dataset.mean, std=dataset.std), recipe.speed, precision.device)
-    return Student(BASELINE, METHODS["none"], classifier, recipe.baseline, recipe.train.ema_decay)
+    return _student(BASELINE, METHODS["none"], classifier, recipe.baseline, recipe, precision)
+
+
+def _student(
+    name: str, method: Method, classifier: Classifier, optimizer: OptimizerRecipe, recipe: Recipe, precision: Precision
+) -> Student:
+    return Student(
+        name,
+        method,
+        classifier,
+        optimizer,
+        precision=precision,
+        batch_size=recipe.train.batch_size,
+        distillation=recipe.distillation,
+        speed=recipe.speed,
+        ema_decay=recipe.train.ema_decay,
+    )

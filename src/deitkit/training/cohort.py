@@ -1,6 +1,6 @@
 """The step that trains a cohort, and the loop around it; nothing else.
 
-All students of a cohort see the same views and the same answers of the teacher, in lock-step. A CNN that is trained
+All students of a cohort see the same views and the same logits of the teacher, in lock-step. A CNN that is trained
 on labels alone (a teacher, the baseline) is a cohort of one student with the method ``none``.
 """
 
@@ -19,14 +19,13 @@ from deitkit.data.dataset import Dataset
 from deitkit.errors import Interrupted, OutOfMemory, is_out_of_memory
 from deitkit.evaluation.predict import predict_all
 from deitkit.evaluation.readouts import readout_scores, top_k_accuracy
-from deitkit.recipe.schema import AugmentRecipe, DistillationRecipe, SpeedRecipe, TrainRecipe
+from deitkit.recipe.schema import AugmentRecipe, SpeedRecipe, TrainRecipe
 from deitkit.run.observer import Progress
 from deitkit.system.device import Precision
 from deitkit.system.seeding import derived_generator, derived_seed
 from deitkit.system.timer import Stopwatch
 from deitkit.training.cuda_graph import Recorder
-from deitkit.training.micro_batches import Parts
-from deitkit.training.optim import can_be_recorded, learning_rate
+from deitkit.training.optim import learning_rate
 from deitkit.training.student import Student
 
 LOG_EVERY = 50  # steps between two looks at the device, which waits for it
@@ -50,7 +49,6 @@ class Cohort:
         dataset: Its training images are learnt from; its validation images draw the curves and select nothing.
         augment: How the views are made.
         train: Epochs, label smoothing, schedule.
-        distillation: Weights and temperature of the methods.
         speed: How fast, never what.
         precision: Of the forward passes.
         seed: Of the views and of dropout.
@@ -65,7 +63,6 @@ class Cohort:
         dataset: Dataset,
         augment: AugmentRecipe,
         train: TrainRecipe,
-        distillation: DistillationRecipe,
         speed: SpeedRecipe,
         precision: Precision,
         seed: int,
@@ -83,14 +80,6 @@ class Cohort:
         self.mix = Mix(augment, dataset.classes, train.label_smoothing)
         self.logit_cache = logit_cache
         self.recorder = Recorder(self.device, speed.cuda_graphs and not speed.checkpoint_activations)
-        self.teacher_forward = self.recorder.replayed(self._teacher_forward)
-        self.find_gradient, self.descend = {}, {}
-        for student in students:
-            parts = Parts(student.classifier, train.batch_size, speed, precision, student.method.needs_whole_batch)
-            gradient = partial(student.find_gradient, settings=distillation, precision=precision, parts=parts)
-            self.find_gradient[student.name] = self.recorder.replayed(gradient)
-            recordable = all(can_be_recorded(optimizer) for optimizer in student.optimizers)
-            self.descend[student.name] = self.recorder.replayed(student.descend) if recordable else student.descend
         self.epoch, self.step = 0, 0  # the next to be trained, from 0
         self.reset_watches()
 
@@ -103,8 +92,8 @@ class Cohort:
         """The students that still train."""
         return [student for student in self.students if student.stopped is None]
 
-    def train_step(self, images: UInt8[Tensor, "batch channels height width"], labels: Int64[Tensor, "batch"]) -> None:
-        """Train every student on one batch: one view, one answer of the teacher, then each student's update."""
+    def train_step(self, images: UInt8[Tensor, "batch channels height width"], labels: Int64[Tensor, " batch"]) -> None:
+        """Train every student on one batch: one view, the teacher's logits for it, then each student's update."""
         step = self.epoch * self.batches.steps_per_epoch + self.step
         with self.watches["views"]:
             view, targets = self.make_view(images, labels, step)
@@ -113,15 +102,18 @@ class Cohort:
         for student in self.active:
             torch.manual_seed(derived_seed(self.seed, "dropout", step))
             with student.watch:
-                terms = self.find_gradient[student.name](view, targets, teacher_logits)
+                terms = self.recorder.run(student.backward, view, targets, teacher_logits)
                 with student.optimizer_watch:
-                    student.set_rate(self.rate(student, step))
-                    self.descend[student.name]()
-                    student.follow()
-                student.note(terms, step)
+                    student.set_learning_rate(self.rate(student, step))
+                    if student.can_record_optimizer_step:
+                        self.recorder.run(student.optimizer_step)
+                    else:
+                        student.optimizer_step()
+                    student.update_ema()
+                student.accumulate_loss(terms, step)
 
     def make_view(
-        self, images: UInt8[Tensor, "batch channels height width"], labels: Int64[Tensor, "batch"], step: int
+        self, images: UInt8[Tensor, "batch channels height width"], labels: Int64[Tensor, " batch"], step: int
     ) -> tuple[Float[Tensor, "batch channels height width"], Float[Tensor, "batch classes"]]:
         """Return the view of a step of the run, and its targets."""
         generator = derived_generator(self.seed, "view", step)
@@ -134,12 +126,13 @@ class Cohort:
         """Return the teacher's logits for a view of this step; None where no student needs them."""
         if self.teacher is None or not any(student.method.teacher_signal for student in self.active):
             return None
-        compute = partial(self.teacher_forward, view)
+        compute = partial(self.recorder.run, self.teacher_forward, view)
         cache = self.logit_cache
         logits = compute() if cache is None else cache.get(self.epoch, self.step, compute)
         return self.recorder.hold("teacher logits", logits)
 
-    def _teacher_forward(self, view: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch classes"]:
+    def teacher_forward(self, view: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch classes"]:
+        """Return the teacher's logits for a view, in the precision of the run."""
         assert self.teacher is not None
         with self.precision.autocast():
             return self.teacher(view)
@@ -198,7 +191,7 @@ class Cohort:
 
     def _look(self) -> None:
         for student in self.active:
-            student.check(lambda step, student=student: self.rate(student, step))  # type: ignore[misc]
+            student.stop_if_not_finite(lambda step, student=student: self.rate(student, step))  # type: ignore[misc]
 
     def _progress(self) -> Progress:
         steps = self.train_recipe.epochs * self.batches.steps_per_epoch

@@ -9,11 +9,18 @@ from torch import Tensor, nn
 
 from deitkit.distillation.methods import Method
 from deitkit.models.classifier import Classifier
-from deitkit.recipe.schema import DistillationRecipe, OptimizerRecipe
+from deitkit.recipe.schema import DistillationRecipe, OptimizerRecipe, SpeedRecipe
 from deitkit.system.device import Precision
 from deitkit.system.timer import Stopwatch
-from deitkit.training.micro_batches import Parts, Terms
-from deitkit.training.optim import ExponentialMovingAverage, build_optimizers, gathered_state, restore_state, set_rate
+from deitkit.training.micro_batches import choose_micro_batch_size
+from deitkit.training.optim import (
+    ExponentialMovingAverage,
+    build_optimizers,
+    can_be_recorded,
+    gathered_state,
+    restore_state,
+    set_rate,
+)
 
 
 class Student:
@@ -21,19 +28,38 @@ class Student:
 
     Args:
         name: Its name in logs and folders.
-        method: What trains it.
+        method: The tokens and loss terms that train it.
         classifier: On its device.
-        recipe: How it is updated.
+        recipe: How its weights are updated.
+        precision: Of its forward pass.
+        batch_size: Images of a step.
+        distillation: Weights and temperatures of the loss terms.
+        speed: How large its micro-batches are.
         ema_decay: Keep an average of its weights with this decay.
     """
 
     def __init__(
-        self, name: str, method: Method, classifier: Classifier, recipe: OptimizerRecipe, ema_decay: float | None = None
+        self,
+        name: str,
+        method: Method,
+        classifier: Classifier,
+        recipe: OptimizerRecipe,
+        *,
+        precision: Precision,
+        batch_size: int,
+        distillation: DistillationRecipe = DistillationRecipe(),  # noqa: B008 - immutable
+        speed: SpeedRecipe = SpeedRecipe(),  # noqa: B008 - immutable
+        ema_decay: float | None = None,
     ) -> None:
         self.name = name
         self.method = method
         self.classifier = classifier
         self.recipe = recipe
+        self.precision = precision
+        self.distillation = distillation
+        self.micro_batch_size = choose_micro_batch_size(
+            classifier, batch_size, speed, precision, method.needs_whole_batch
+        )
         self.optimizers = build_optimizers(classifier.model, recipe)
         self.average = ExponentialMovingAverage(classifier, ema_decay) if ema_decay is not None else None
         self.stopped: str | None = None
@@ -48,55 +74,67 @@ class Student:
         self.term_sums: dict[str, Tensor] = {}
         self.bad_step = torch.full((), -1, device=device, dtype=torch.long)
 
-    def find_gradient(
+    def backward(
         self,
         view: Float[Tensor, "batch channels height width"],
         targets: Float[Tensor, "batch classes"],
-        answer: Float[Tensor, "batch classes"] | None,
-        *,
-        settings: DistillationRecipe,
-        precision: Precision,
-        parts: Parts,
+        teacher_logits: Float[Tensor, "batch classes"] | None,
     ) -> dict[str, Float[Tensor, ""]]:
-        """Leave the gradient of the loss in the weights, and return the loss's terms."""
+        """Compute the gradient of the method's loss, micro-batch by micro-batch, and return the terms of the loss.
 
-        def find_terms(classifier: Classifier, view: Tensor, targets: Tensor, answer: Tensor | None) -> Terms:
-            with precision.autocast():
-                output = classifier(view)
-            return self.method.loss_terms(output, answer, targets, settings)
-
+        Args:
+            view: Augmented images, values in [0, 1].
+            targets: Probabilities of the classes by the labels, mixed and smoothed.
+            teacher_logits: Of the same view; None where the method has no term of the teacher.
+        """
         for optimizer in self.optimizers:
             optimizer.zero_grad()
-        return parts.backward(find_terms, view, targets, answer)
+        sums: dict[str, Tensor] = {}
+        for start in range(0, len(view), self.micro_batch_size):
+            part = slice(start, start + self.micro_batch_size)
+            with self.precision.autocast():
+                output = self.classifier(view[part])
+            logits = None if teacher_logits is None else teacher_logits[part]
+            terms = self.method.loss_terms(output, logits, targets[part], self.distillation)
+            share = len(targets[part]) / len(view)  # each term is a mean over the images of the micro-batch
+            terms = {name: term * share for name, term in terms.items()}
+            torch.stack(list(terms.values())).sum().backward()
+            sums = {name: sums.get(name, 0) + term.detach() for name, term in terms.items()}
+        return sums
 
-    def descend(self) -> None:
-        """Clip the gradient and take the optimizers' step; nothing here waits for the device."""
+    def optimizer_step(self) -> None:
+        """Clip the gradient and update the weights; nothing here waits for the device."""
         if self.recipe.clip_norm is not None:
             nn.utils.clip_grad_norm_(self.classifier.parameters(), self.recipe.clip_norm)
         for optimizer in self.optimizers:
             optimizer.step()
 
-    def follow(self) -> None:
-        """Let the average of the weights follow; its decay changes from step to step, which no recording can."""
+    @property
+    def can_record_optimizer_step(self) -> bool:
+        """Whether a CUDA graph may replay ``optimizer_step``."""
+        return all(can_be_recorded(optimizer) for optimizer in self.optimizers)
+
+    def update_ema(self) -> None:
+        """Update the average of the weights; its decay changes from step to step, which no recording can."""
         self.has_moved = True
         if self.average is not None:
             self.average.update(self.classifier)
 
-    def set_rate(self, rate: float) -> None:
+    def set_learning_rate(self, rate: float) -> None:
         """Set the learning rate of the next step."""
         for optimizer in self.optimizers:
             set_rate(optimizer, rate)
 
-    def note(self, terms: dict[str, Float[Tensor, ""]], step: int) -> None:
-        """Add a step's terms to the sums of the epoch, and remember the first step whose loss is not finite."""
+    def accumulate_loss(self, terms: dict[str, Float[Tensor, ""]], step: int) -> None:
+        """Add the terms of a step to the sums of the epoch, and keep the first step whose loss is not finite."""
         loss = torch.stack(list(terms.values())).sum()
         first_bad = ~torch.isfinite(loss) & (self.bad_step < 0)
         self.bad_step = torch.where(first_bad, step, self.bad_step)
         for name, term in terms.items():
             self.term_sums[name] = self.term_sums.get(name, 0) + term
 
-    def check(self, rate_of: Callable[[int], float]) -> None:
-        """Look whether a loss was not finite; if so, go back to the last good state and stop."""
+    def stop_if_not_finite(self, rate_of: Callable[[int], float]) -> None:
+        """If a loss was not finite, restore the last good state and stop."""
         bad_step = int(self.bad_step)
         if bad_step >= 0 and self.stopped is None:
             self.stopped = (

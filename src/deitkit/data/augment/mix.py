@@ -32,7 +32,7 @@ class Mix:
     def __call__(
         self,
         view: Float[Tensor, "batch channels height width"],
-        labels: Int64[Tensor, "batch"],
+        labels: Int64[Tensor, " batch"],
         generator: torch.Generator,
     ) -> tuple[Float[Tensor, "batch channels height width"], Float[Tensor, "batch classes"]]:
         """Mix a batch.
@@ -64,7 +64,7 @@ class Mix:
 
 
 def smoothed_one_hot(
-    labels: Int64[Tensor, "batch"], classes: int, label_smoothing: float
+    labels: Int64[Tensor, " batch"], classes: int, label_smoothing: float
 ) -> Float[Tensor, "batch classes"]:
     """Return ``1 - s + s / classes`` for the true class and ``s / classes`` for every other (Szegedy et al., 2016)."""
     spread = label_smoothing / classes

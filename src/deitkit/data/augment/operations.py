@@ -199,9 +199,9 @@ def _box_weights(radii: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def apply_operations(
     images: UInt8[Tensor, "batch channels height width"],
-    operations: Int64[Tensor, "batch"],
-    arguments: Float64[Tensor, "batch"],
-    fill: UInt8[Tensor, "channels"] | None = None,
+    operations: Int64[Tensor, " batch"],
+    arguments: Float64[Tensor, " batch"],
+    fill: UInt8[Tensor, " channels"] | None = None,
     bilinear: bool = False,
 ) -> UInt8[Tensor, "batch channels height width"]:
     """Apply to each image its own operation, as torchvision applies it to a PIL image.
@@ -260,7 +260,7 @@ class Layers(ABC):
         bilinear: Interpolate geometric operations bilinearly.
     """
 
-    fill: UInt8[Tensor, "channels"] | None = None
+    fill: UInt8[Tensor, " channels"] | None = None
     bilinear = False
 
     def __call__(
