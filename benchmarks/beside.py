@@ -21,6 +21,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from deitkit.system.process import WAIT_SETTINGS, configure_process
+
+if sys.argv[-2:-1] == ["--serve"]:
+    chosen = [name for name in WAIT_SETTINGS if name in os.environ]
+    configure_process()
+    if not chosen:
+        del os.environ["GOMP_SPINCOUNT"]  # as torch has it
+
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -29,7 +37,6 @@ from deitkit.bench.training_speed import Bench, Stepper
 from deitkit.data.dataset import Split
 from deitkit.evaluation.predict import predict
 from deitkit.recipe.load import load_recipe
-from deitkit.system.process import WAIT_SETTINGS
 from deitkit.training.optim import build_optimizers
 
 SETTINGS = {
@@ -92,7 +99,6 @@ class Worker:
             script = str(Path(__file__).with_name("peers.py"))
             argv = ["--patch-px", str(options.patch_px), "--batch-size", str(options.batch_size), "--serve", PEER]
             argv += ["--workers", "0", *(["--synthetic"] if options.synthetic else [])]
-            settings["THP_MEM_ALLOC_ENABLE"] = "0"
         command = [sys.executable, script, *argv]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=settings)
 

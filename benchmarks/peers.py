@@ -12,7 +12,6 @@ worker processes that serves them best.
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -23,6 +22,11 @@ from contextlib import nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+from deitkit.system.process import configure_process
+
+if sys.argv[-2:] == ["--serve", "deitkit"]:  # this process serves deitkit: peers have torch's defaults
+    configure_process()
 
 import timm
 import torch
@@ -289,10 +293,7 @@ class Remote:
     def __init__(self, key: str, argv: list[str]) -> None:
         self.name = PEERS[key].name
         command = [sys.executable, __file__, *argv, "--serve", key]
-        settings = dict(os.environ)
-        if key != "deitkit":
-            settings["THP_MEM_ALLOC_ENABLE"] = "0"  # torch's default, which importing deitkit changes
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=settings)
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.about = self._answer()
 
     def turn(self, steps: int) -> float:

@@ -13,7 +13,7 @@ from torchvision.transforms import AutoAugmentPolicy, ColorJitter
 from torchvision.transforms import functional as F
 
 from deitkit.data.augment.augment import Augment
-from deitkit.data.augment.operations import OPERATIONS, Layers
+from deitkit.data.augment.operations import OPERATIONS, AugmentPolicy
 from deitkit.data.augment.policies import AutoAugment, ColourJitter, ThreeAugment
 from deitkit.errors import RecipeError
 from deitkit.recipe.load import load_recipe
@@ -32,7 +32,7 @@ def by_pil(image: torch.Tensor, name: str, argument: float) -> torch.Tensor:
     return reference(image, name, argument)
 
 
-def assert_equals_pil(layers: Layers, images: torch.Tensor) -> None:
+def assert_equals_pil(layers: AugmentPolicy, images: torch.Tensor) -> None:
     expected = images
     for operations, arguments in zip(*layers.draw(*images.shape[::2], images.shape[3], generator(3))):
         names = [OPERATIONS[i] for i in operations]

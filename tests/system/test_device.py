@@ -1,14 +1,17 @@
 """What a process may use of its machine."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from deitkit.errors import RecipeError
-from deitkit.system import device
-from deitkit.system.device import choose_device, usable_cores
+from deitkit.system import process
+from deitkit.system.device import choose_device
+from deitkit.system.process import configure_process, usable_cores
 
 
 @pytest.mark.parametrize(("quota", "cores"), [("150000 100000", 2), ("50000 100000", 1), ("max 100000", 4), ("", 4)])
@@ -16,26 +19,30 @@ def test_cores_are_those_that_a_container_grants(
     quota: str, cores: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "cpu.max").write_text(quota)
-    monkeypatch.setattr(device, "CGROUP_QUOTA", tmp_path / "cpu.max")
+    monkeypatch.setattr(process, "CGROUP_QUOTA", tmp_path / "cpu.max")
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(4)), raising=False)
     assert usable_cores() == cores
-    monkeypatch.setattr(device, "CGROUP_QUOTA", tmp_path / "nothing")
+    monkeypatch.setattr(process, "CGROUP_QUOTA", tmp_path / "nothing")
     assert usable_cores() == 4
 
 
-def test_torch_gets_no_more_threads_than_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = torch.get_num_threads()
-    monkeypatch.setattr(device, "usable_cores", lambda: 1)
-    try:
-        torch.set_num_threads(2)
-        monkeypatch.setenv("OMP_NUM_THREADS", "2")
-        choose_device("cpu")
-        assert torch.get_num_threads() == 2, "what the user says counts"
-        monkeypatch.delenv("OMP_NUM_THREADS")
-        choose_device("cpu")
-        assert torch.get_num_threads() == 1
-    finally:
-        torch.set_num_threads(before)
+def test_torch_gets_no_more_threads_than_a_container_grants(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process, "visible_cores", lambda: 4)
+    for granted, set_by_user, threads in ((1, None, "1"), (1, "2", "2"), (4, None, None)):
+        monkeypatch.setattr(process, "usable_cores", lambda granted=granted: granted)
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+        if set_by_user is not None:
+            monkeypatch.setenv("OMP_NUM_THREADS", set_by_user)
+        configure_process()
+        assert os.environ.get("OMP_NUM_THREADS") == threads
+
+
+def test_importing_deitkit_and_choosing_a_device_change_nothing() -> None:
+    script = "import os, torch\nbefore = dict(os.environ), torch.get_num_threads()\n"
+    script += "import deitkit.comparison.compare, deitkit.cli.main, deitkit.bench.training_speed\n"
+    script += "from deitkit.system.device import choose_device\nchoose_device('auto')\n"
+    script += "assert (dict(os.environ), torch.get_num_threads()) == before"
+    subprocess.run([sys.executable, "-c", script], check=True)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is here")

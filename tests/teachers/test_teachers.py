@@ -17,7 +17,7 @@ from deitkit.models.classifier import Classifier
 from deitkit.recipe.load import field_names, load_recipe
 from deitkit.report.table_layout import lay_out
 from deitkit.run.observer import Progress, Silent
-from deitkit.teachers.frozen import FrozenTeacher, Teachers, mean_answer
+from deitkit.teachers.frozen import FrozenTeacher, Teachers, mean_teacher_logits
 from deitkit.teachers.logit_cache import open_logit_cache
 from deitkit.teachers.prepare import prepare_teachers
 
@@ -31,7 +31,7 @@ def naive_softmax(row: list[float]) -> list[float]:
 
 def test_the_mean_answer_is_the_mean_of_the_probabilities() -> None:
     answers = list(torch.randn(3, 5, 4, generator=torch.Generator().manual_seed(0)) * 3)
-    mean = mean_answer(answers)
+    mean = mean_teacher_logits(answers)
     for index in range(5):
         rows = [naive_softmax(answer[index].tolist()) for answer in answers]
         expected = [sum(values) / 3 for values in zip(*rows, strict=True)]
@@ -40,9 +40,9 @@ def test_the_mean_answer_is_the_mean_of_the_probabilities() -> None:
 
 def test_a_single_answer_is_passed_on_as_it_is_and_huge_ones_stay_finite() -> None:
     answer = torch.randn(5, 4)
-    assert mean_answer([answer]) is answer
+    assert mean_teacher_logits([answer]) is answer
     sure = torch.tensor([[1e4, -1e4, 0.0]], dtype=torch.bfloat16)
-    mean = mean_answer([sure, sure.roll(1, dims=1)])
+    mean = mean_teacher_logits([sure, sure.roll(1, dims=1)])
     assert mean.isfinite().all()
     assert mean.softmax(dim=-1)[0].tolist() == pytest.approx([0.5, 0.5, 0.0])
 

@@ -34,7 +34,7 @@ from deitkit.run.results import read_results
 from deitkit.system.device import Precision, choose_device
 from deitkit.system.files import write_text
 from deitkit.system.seeding import derived_generator
-from deitkit.teachers.frozen import mean_answer
+from deitkit.teachers.frozen import mean_teacher_logits
 
 TRUTH, TEACHER = "truth", "teacher"
 PAPER_READOUTS = ("class", "distillation", "joint")  # of Table 4
@@ -157,7 +157,7 @@ class Hearing:
         self.seeds.append(seed)
         if asked:
             logits = [outputs[name].class_logits for name in names]
-            self._answer = mean_answer([answer for answer in logits if answer is not None]).softmax(dim=-1)
+            self._answer = mean_teacher_logits([answer for answer in logits if answer is not None]).softmax(dim=-1)
         if self._answer is not None:
             self.teacher.hear(seed, self._answer, self.labels)
         for row in self.results["rows"]:

@@ -1,11 +1,11 @@
 """What a step of training costs, and what a cohort saves: the same code that trains, timed step by step."""
 
 import itertools
-import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -189,10 +189,10 @@ def bench_cohort(recipe: Recipe, *, synthetic: bool, repeats: int, steps: int) -
     bench = Bench(recipe, synthetic)
     methods = recipe.methods
     memory = _memory_by_students(bench)
-    with _own_cache(), suppress(KeyboardInterrupt):
+    with tempfile.TemporaryDirectory(prefix="deitkit-bench-") as folder, suppress(KeyboardInterrupt):
         functions = {"cohort": Stepper(bench.cohort(bench.students(methods)))}
         functions |= {name: Stepper(bench.cohort(bench.students((name,)))) for name in methods}
-        functions["cohort, recorded answers"] = _recorded(bench)
+        functions["cohort, recorded answers"] = _recorded(bench, Path(folder))
         warm_up = WARM_UP + 2 if bench.device.type == "cuda" else 1
         taken = time_in_turn(functions, device=bench.device, repeats=repeats, calls=steps, warm_up=warm_up)
     shares = functions["cohort"].cohort.shares()
@@ -211,14 +211,15 @@ def bench_cohort(recipe: Recipe, *, synthetic: bool, repeats: int, steps: int) -
     }
 
 
-def _recorded(bench: Bench) -> Stepper:
-    """Return the cohort's steps on an epoch whose answers were recorded before."""
-    cache = open_logit_cache(bench.recipe, bench.dataset, bench.teachers, bench.recipe.seeds[0], bench.precision)
-    scribe = bench.cohort(bench.students(("none",)), cache)
-    for step, (images, labels) in enumerate(scribe.batches.epoch(0)):
-        view, _ = scribe.make_view(images, labels, step)
-        cache.keep(0, step, scribe.recorder.run(scribe.teacher_forward, view))
-    again = open_logit_cache(bench.recipe, bench.dataset, bench.teachers, bench.recipe.seeds[0], bench.precision)
+def _recorded(bench: Bench, folder: Path) -> Stepper:
+    """Return the cohort's steps on an epoch whose teacher logits were cached before."""
+    recipe = bench.recipe
+    cache = open_logit_cache(recipe, bench.dataset, bench.teachers, recipe.seeds[0], bench.precision, folder)
+    writer = bench.cohort(bench.students(("none",)), cache)
+    for step, (images, labels) in enumerate(writer.batches.epoch(0)):
+        view, _ = writer.make_view(images, labels, step)
+        cache.keep(0, step, writer.recorder.run(writer.teacher_forward, view))
+    again = open_logit_cache(recipe, bench.dataset, bench.teachers, recipe.seeds[0], bench.precision, folder)
     cohort = bench.cohort(bench.students(bench.recipe.methods), again)
     assert again.find(0, 0) is not None
     return Stepper(cohort, first_epoch_only=True)
@@ -236,21 +237,6 @@ def _memory_by_students(bench: Bench) -> list[float]:
         peaks.append(peak_memory_gib(bench.device))
         del stepper
     return peaks
-
-
-@contextmanager
-def _own_cache() -> Iterator[None]:
-    """Keep recorded answers in a folder that goes away."""
-    before = os.environ.get("DEITKIT_CACHE")
-    with tempfile.TemporaryDirectory(prefix="deitkit-bench-") as folder:
-        os.environ["DEITKIT_CACHE"] = folder
-        try:
-            yield
-        finally:
-            if before is None:
-                del os.environ["DEITKIT_CACHE"]
-            else:
-                os.environ["DEITKIT_CACHE"] = before
 
 
 def _images_per_second(taken: Timing, batch_size: int) -> dict[str, Any]:

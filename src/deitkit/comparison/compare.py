@@ -28,7 +28,7 @@ from deitkit.run.provenance import code_sha256
 from deitkit.run.results import read_results
 from deitkit.system.device import Precision, choose_device, describe_machine
 from deitkit.system.files import write_text
-from deitkit.teachers.frozen import Teachers, mean_answer
+from deitkit.teachers.frozen import Teachers, mean_teacher_logits
 from deitkit.teachers.gate import TeacherCard
 from deitkit.teachers.prepare import common_card, prepare_teachers
 from deitkit.training.build import build_students, initial_weights, student_names
@@ -141,12 +141,12 @@ def _results(
     """Gather the seeds' predictions into rows, in the format of docs/design.md."""
     answers, teacher_entry, each = None, None, []
     if teachers is not None:
-        said = teachers.answers(dataset.test, precision)
+        said = teachers.logits(dataset.test, precision)
         each = [
             {**card.__dict__, "test_top1": top_k_accuracy(answer, dataset.test.labels)}
             for card, answer in zip(cards, said, strict=True)
         ]
-        answers = mean_answer(said)
+        answers = mean_teacher_logits(said)
         teacher_entry = {**common_card(teachers, cards, dataset, precision).__dict__}
     predictions = load_predictions(folder, recipe.seeds, student_names(recipe))
     gather_metrics(folder, recipe.seeds, student_names(recipe))

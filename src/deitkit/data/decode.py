@@ -148,7 +148,7 @@ def decode_all(
     names: Sequence[str],
     selection: Int64[Tensor, " selected"],
     recipe: DataRecipe,
-    target: "Target",
+    target: "ImageSink",
     progress: Progress | None,
     what: str,
 ) -> None:
@@ -189,7 +189,7 @@ def decode_all(
         )
 
 
-class Target(ABC):
+class ImageSink(ABC):
     """Takes decoded images one by one, and refuses those that do not belong together."""
 
     def __init__(self, count: int, train_count: int, recipe: DataRecipe) -> None:
@@ -222,7 +222,7 @@ class Target(ABC):
         """Keep what is wanted of an image."""
 
 
-class _Pixels(Target):
+class _Pixels(ImageSink):
     """One array that images are written into; where one is missing, a gap that is closed at the end."""
 
     images: np.ndarray

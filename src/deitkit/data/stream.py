@@ -19,11 +19,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from deitkit.data import cache
-from deitkit.data.decode import Target, decode_all, decode_image
+from deitkit.data.decode import ImageSink, decode_all, decode_image
 from deitkit.data.listing import EncodedImages, Progress
 from deitkit.errors import DataError
 from deitkit.recipe.schema import DataRecipe
-from deitkit.system.device import usable_cores
+from deitkit.system.process import usable_cores
 
 _FORMAT_VERSION = 2  # of a survey: raise it when decoding changes
 _MOST_MEMORY = 0.6  # of what is free, for decoded images
@@ -280,7 +280,7 @@ def _lay_out(
     return torch.tensor(ends)
 
 
-class _Tally(Target):
+class _Tally(ImageSink):
     """Counts values instead of keeping images."""
 
     def __init__(self, count: int, train_count: int, recipe: DataRecipe) -> None:

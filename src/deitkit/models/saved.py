@@ -14,7 +14,7 @@ from deitkit.errors import CheckpointError
 from deitkit.models.classifier import Classifier
 from deitkit.models.vit import DeiT
 from deitkit.models.weights.read import load_into, read_state
-from deitkit.models.zoo import Built, create_classifier
+from deitkit.models.zoo import BuiltClassifier, create_classifier
 from deitkit.system.files import write_bytes, write_text
 
 FORMAT = 1
@@ -80,7 +80,7 @@ def model_folder(path: Path) -> Path:
     return path / "winner" if (path / "winner" / "model.json").exists() else path
 
 
-def build_model(card: dict[str, Any], state: dict[str, Tensor], folder: Path) -> Built:
+def build_model(card: dict[str, Any], state: dict[str, Tensor], folder: Path) -> BuiltClassifier:
     """Build what a card describes, with new weights.
 
     Args:
@@ -96,7 +96,7 @@ def build_model(card: dict[str, Any], state: dict[str, Tensor], folder: Path) ->
         if card["kind"] == "deit":
             student = _student(card)
             head = "head" if student.head is not None else "head_dist"
-            return Built(student, head, None, None, card["config"]["image_px"], f"deitkit {card['deitkit']}")
+            return BuiltClassifier(student, head, None, None, card["config"]["image_px"], f"deitkit {card['deitkit']}")
         return create_classifier(
             card["architecture"], classes=len(card["class_names"]), channels=card["channels"], image_px=card["image_px"]
         )

@@ -21,7 +21,7 @@ TIED_PX = 224
 
 
 @dataclass(frozen=True)
-class Built:
+class BuiltClassifier:
     """A classifier, and what must be known to use it.
 
     Attributes:
@@ -45,7 +45,7 @@ class Built:
 
 def create_classifier(
     name: str, *, classes: int, channels: int, pretrained: bool = False, image_px: int | None = None
-) -> Built:
+) -> BuiltClassifier:
     """Build a classifier by its name, with torch's own random numbers.
 
     Args:
@@ -72,17 +72,19 @@ def create_classifier(
         )
     if library == "cifar":
         depth = int(architecture.removeprefix("resnet"))
-        return Built(CifarResNet(depth, classes=classes, channels=channels), "linear", None, None, None, "deitkit")
+        return BuiltClassifier(
+            CifarResNet(depth, classes=classes, channels=channels), "linear", None, None, None, "deitkit"
+        )
     if library == "small":
         model = small_cnn(architecture, classes=classes, channels=channels)
         source = f"torchvision {torchvision.__version__}, deitkit's stem for small images"
-        return Built(model, _head_name(model, classes), None, None, None, source)
+        return BuiltClassifier(model, _head_name(model, classes), None, None, None, source)
     build = _from_timm if library == "timm" else _from_torchvision
     with _one_sentence(name, pretrained, image_px):
         return build(architecture, classes=classes, channels=channels, pretrained=pretrained, image_px=image_px)
 
 
-def reset_head(built: Built, classes: int) -> None:
+def reset_head(built: BuiltClassifier, classes: int) -> None:
     """Replace the classifier layer by a freshly initialised one, in place, with torch's own random numbers."""
     old: Any = built.model.get_submodule(built.head)
     options = {"bias": old.bias is not None, "device": old.weight.device}
@@ -103,7 +105,9 @@ def names() -> list[str]:
     ]
 
 
-def _from_timm(architecture: str, *, classes: int, channels: int, pretrained: bool, image_px: int | None) -> Built:
+def _from_timm(
+    architecture: str, *, classes: int, channels: int, pretrained: bool, image_px: int | None
+) -> BuiltClassifier:
     card = timm.get_pretrained_cfg(architecture)
     if pretrained and (card is None or not card.has_weights):
         raise TeacherError(
@@ -119,7 +123,7 @@ def _from_timm(architecture: str, *, classes: int, channels: int, pretrained: bo
             f"teacher.name='timm/{architecture}' has no single classifier layer, which a teacher needs: take another"
         )
     native_px = card["input_size"][-1] if tied or pretrained else None
-    return Built(
+    return BuiltClassifier(
         model,
         head,
         tuple(card["mean"]) if channels == 3 else None,
@@ -132,7 +136,7 @@ def _from_timm(architecture: str, *, classes: int, channels: int, pretrained: bo
 
 def _from_torchvision(
     architecture: str, *, classes: int, channels: int, pretrained: bool, image_px: int | None
-) -> Built:
+) -> BuiltClassifier:
     weights = torchvision.models.get_model_weights(architecture).DEFAULT
     preset = weights.transforms()
     tied = architecture.startswith(("vit_", "maxvit_"))
@@ -148,7 +152,7 @@ def _from_torchvision(
     model = torchvision.models.get_model(architecture, num_classes=known, **options)
     if channels != 3:
         _set_channels(model, channels)
-    built = Built(
+    built = BuiltClassifier(
         model,
         _head_name(model, known),
         tuple(preset.mean) if channels == 3 else None,

@@ -1,10 +1,7 @@
 """The machine: which device, which precision, how long something took on it, and its description for the record."""
 
-import ctypes
-import math
-import os
 import platform
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,52 +10,20 @@ import psutil
 import torch
 
 from deitkit.errors import RecipeError
-
-MALLOPT_TRIM_THRESHOLD, MALLOPT_TOP_PAD, MALLOPT_MMAP_THRESHOLD = -1, -2, -3  # glibc's malloc.h
-HEAP_OF_A_THREAD = 2**26  # glibc's HEAP_MAX_SIZE
-CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+from deitkit.system.process import usable_cores
 
 
 def choose_device(name: str) -> torch.device:
-    """Return the device of a recipe, and set this process up to work on it.
-
-    ``auto`` is cuda where there is one.
+    """Return the device of a recipe; ``auto`` is cuda where there is one.
 
     Raises:
         RecipeError: A cuda that is not there.
     """
     if name == "cuda" and not torch.cuda.is_available():
         raise RecipeError("device=cuda, but no CUDA device is visible: set device=auto or device=cpu")
-    if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(min(torch.get_num_threads(), usable_cores()))
     if name != "cpu" and torch.cuda.is_available():
         return torch.device("cuda")
-    _keep_freed_memory()
     return torch.device("cpu")
-
-
-def usable_cores() -> int:
-    """Return how many cores this process may keep busy: those it may run on, and no more than a container grants.
-
-    Torch does not know of a container's quota, and its threads would wait for each other.
-    """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with suppress(OSError, ValueError):
-        quota, period = CGROUP_QUOTA.read_text(encoding="ascii").split()
-        cores = min(cores, math.ceil(int(quota) / int(period)))  # "max": no quota
-    return cores
-
-
-def _keep_freed_memory() -> None:
-    """Keep what tensors free for the next step: glibc gives it back, and the kernel then clears each page anew."""
-    if platform.libc_ver()[0] == "glibc":
-        with suppress(OSError, AttributeError):
-            libc = ctypes.CDLL(None)
-            libc.mallopt(MALLOPT_MMAP_THRESHOLD, 2**30)
-            libc.mallopt(MALLOPT_TRIM_THRESHOLD, 2**31 - 1)
-            # The memory of a thread comes in heaps. An empty one is given back whatever the threshold, unless less than
-            # this is free in the one before it.
-            libc.mallopt(MALLOPT_TOP_PAD, HEAP_OF_A_THREAD)
 
 
 @dataclass(frozen=True)

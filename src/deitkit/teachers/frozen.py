@@ -1,4 +1,4 @@
-"""Teachers that teach: frozen, one or several, asked as one."""
+"""Teachers as they teach: frozen, one or several, used as one."""
 
 import math
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from deitkit.system.device import Precision
 
 
 class FrozenTeacher(nn.Module):
-    """A classifier that answers and never learns: no gradients, and no call of ``train`` wakes its BatchNorm."""
+    """A classifier without gradients that stays in evaluation mode: no call of ``train`` moves its BatchNorm."""
 
     def __init__(self, classifier: Classifier) -> None:
         super().__init__()
@@ -32,22 +32,22 @@ class FrozenTeacher(nn.Module):
         return self
 
 
-def mean_answer(answers: Sequence[Float[Tensor, "batch classes"]]) -> Float[Tensor, "batch classes"]:
-    """Return logits whose softmax is the mean of the answers' softmax; a single answer is returned as it is.
+def mean_teacher_logits(logits: Sequence[Float[Tensor, "batch classes"]]) -> Float[Tensor, "batch classes"]:
+    """Return logits whose softmax is the mean of the teachers' softmax; a single teacher's are returned unchanged.
 
     They serve every method: their largest is the decision of the mean, and a temperature acts on the mean.
 
     Source: Hinton et al. 2015, section 3 (the arithmetic mean of an ensemble's distributions as soft targets). You et
     al. 2017 apply the temperature to each teacher, before the mean.
     """
-    if len(answers) == 1:
-        return answers[0]
-    log_probabilities = torch.stack([answer.float().log_softmax(dim=-1) for answer in answers])
-    return log_probabilities.logsumexp(dim=0) - math.log(len(answers))
+    if len(logits) == 1:
+        return logits[0]
+    log_probabilities = torch.stack([each.float().log_softmax(dim=-1) for each in logits])
+    return log_probabilities.logsumexp(dim=0) - math.log(len(logits))
 
 
 class Teachers(nn.Module):
-    """One or several frozen teachers, asked as one.
+    """One or several frozen teachers, used as one.
 
     Args:
         teachers: At least one.
@@ -63,10 +63,10 @@ class Teachers(nn.Module):
         return [teacher.classifier for teacher in self.members]  # type: ignore[misc]
 
     def forward(self, view: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch classes"]:
-        """Return the mean answer to views in [0, 1], as logits."""
-        return mean_answer([teacher(view) for teacher in self.members])
+        """Return the logits of the mean of all teachers for views in [0, 1]."""
+        return mean_teacher_logits([teacher(view) for teacher in self.members])
 
-    def answers(self, split: Split, precision: Precision) -> list[Float[Tensor, "n classes"]]:
+    def logits(self, split: Split, precision: Precision) -> list[Float[Tensor, "n classes"]]:
         """Return each teacher's logits for all images of a split, in float32 on the CPU."""
         logits = [output.class_logits for output in predict_all(self.classifiers, split, precision)]
-        return [answer for answer in logits if answer is not None]
+        return [each for each in logits if each is not None]

@@ -46,6 +46,7 @@ class LogitCache:
         classes: Of the data set.
         seed: Of the views.
         precision: Of the teachers' forward pass.
+        root: Where caches lie; by default deitkit's cache folder.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class LogitCache:
         classes: int,
         seed: int,
         precision: Precision,
+        root: Path | None = None,
     ) -> None:
         described = {
             "format": FORMAT,
@@ -73,7 +75,7 @@ class LogitCache:
             "device": precision.device.type,  # it draws the noise of erasing
         }
         key = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:32]
-        self.folder = cache_folder() / "answers" / key
+        self.folder = (root or cache_folder()) / "answers" / key
         self.shape = (steps, batch_size, classes)
         self.device = precision.device
         self.read = 0  # steps that needed no teacher
@@ -160,9 +162,9 @@ def _fingerprint(teacher: Classifier) -> str:
 
 
 def open_logit_cache(
-    recipe: Recipe, dataset: Dataset, teachers: Teachers, seed: int, precision: Precision
+    recipe: Recipe, dataset: Dataset, teachers: Teachers, seed: int, precision: Precision, root: Path | None = None
 ) -> LogitCache:
-    """Open the cache of the teachers' logits for the views of one seed."""
+    """Open the cache of the teachers' logits for the views of one seed; by default in deitkit's cache folder."""
     return LogitCache(
         teachers.classifiers,
         fingerprint=dataset.fingerprint,
@@ -173,4 +175,5 @@ def open_logit_cache(
         classes=dataset.classes,
         seed=seed,
         precision=precision,
+        root=root,
     )

@@ -17,14 +17,14 @@ from deitkit.models.accelerate import accelerate
 from deitkit.models.classifier import Classifier
 from deitkit.models.saved import load_classifier, save_classifier
 from deitkit.models.weights.read import LoadReport, file_sha256, load_into, read_state
-from deitkit.models.zoo import Built, create_classifier, reset_head
+from deitkit.models.zoo import BuiltClassifier, create_classifier, reset_head
 from deitkit.recipe.schema import Recipe, TeacherRecipe
 from deitkit.run.observer import Watcher
 from deitkit.run.state import drop_state
 from deitkit.system.device import Precision
 from deitkit.system.files import write_text
 from deitkit.system.seeding import seeded
-from deitkit.teachers.frozen import FrozenTeacher, Teachers, mean_answer
+from deitkit.teachers.frozen import FrozenTeacher, Teachers, mean_teacher_logits
 from deitkit.teachers.gate import TeacherCard, gate
 from deitkit.teachers.saved import build_saved
 from deitkit.training.cohort import Cohort
@@ -114,7 +114,7 @@ def draft_teacher(recipe: TeacherRecipe, dataset: Dataset) -> tuple[Classifier, 
     return classifier, card
 
 
-def _build(recipe: TeacherRecipe, dataset: Dataset) -> tuple[TeacherRecipe, Built, str | None]:
+def _build(recipe: TeacherRecipe, dataset: Dataset) -> tuple[TeacherRecipe, BuiltClassifier, str | None]:
     """Build the architecture; of one named by a path, return also what the card there says of its use."""
     if Path(recipe.name).exists():
         return build_saved(recipe, dataset)
@@ -135,13 +135,13 @@ def _untrained(new_head: bool, new_body: bool) -> str:
     return "its classifier is new and was not trained" if new_head else ""
 
 
-def _load(built: Built, recipe: TeacherRecipe) -> LoadReport:
+def _load(built: BuiltClassifier, recipe: TeacherRecipe) -> LoadReport:
     assert recipe.checkpoint is not None
     return load_into(built.model, read_state(recipe.checkpoint), head=built.head, source=str(recipe.checkpoint))
 
 
 def _normalisation(
-    recipe: TeacherRecipe, built: Built, dataset: Dataset
+    recipe: TeacherRecipe, built: BuiltClassifier, dataset: Dataset
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Return the recipe's normalisation, else the library's, else the data set's."""
     for mean, std in ((recipe.mean, recipe.std), (built.mean, built.std)):
@@ -233,7 +233,9 @@ def common_card(
     """Return the card of the answer that teaches: the only teacher's own, or one of the mean of several."""
     if len(cards) == 1:
         return cards[0]
-    top1 = top_k_accuracy(mean_answer(teachers.answers(dataset.validation, precision)), dataset.validation.labels.cpu())
+    top1 = top_k_accuracy(
+        mean_teacher_logits(teachers.logits(dataset.validation, precision)), dataset.validation.labels.cpu()
+    )
     return replace(
         cards[0],
         name=" + ".join(card.name for card in cards),

@@ -10,11 +10,11 @@ from deitkit.data.dataset import Dataset
 from deitkit.errors import CheckpointError, TeacherError
 from deitkit.models.saved import build_model, model_folder, read_card
 from deitkit.models.weights.read import read_state
-from deitkit.models.zoo import Built
+from deitkit.models.zoo import BuiltClassifier
 from deitkit.recipe.schema import TeacherRecipe
 
 
-def build_saved(recipe: TeacherRecipe, dataset: Dataset) -> tuple[TeacherRecipe, Built, str | None]:
+def build_saved(recipe: TeacherRecipe, dataset: Dataset) -> tuple[TeacherRecipe, BuiltClassifier, str | None]:
     """Build a teacher from the card of its folder, which also has its weights, normalisation, resolution and readout.
 
     A student with two heads answers with the readout that it won its comparison by, else with both (``joint``).

@@ -11,7 +11,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 from torch.nn import functional as F
 
-from deitkit.data.augment.operations import Layers
+from deitkit.data.augment.operations import AugmentPolicy
 from deitkit.data.augment.policies import AutoAugment, ColourJitter, ThreeAugment
 from deitkit.data.augment.randaugment import RandAugment
 from deitkit.recipe.schema import AugmentRecipe
@@ -92,7 +92,7 @@ class Augment:
         return view.index_copy_(0, index, torch.where(erased, colour, kept))
 
 
-def _layers(recipe: AugmentRecipe, mean: tuple[float, ...]) -> Iterator[Layers]:
+def _layers(recipe: AugmentRecipe, mean: tuple[float, ...]) -> Iterator[AugmentPolicy]:
     """Yield what changes the colours or the shape of single images, in its order."""
     if recipe.randaugment is not None:
         yield RandAugment(recipe.randaugment, mean)

@@ -252,8 +252,8 @@ def apply_operations(
     return pixels.index_select(0, order.argsort().to(images.device, non_blocking=True))
 
 
-class Layers(ABC):
-    """Draws operations for every image of a batch, in layers, and applies one layer after the other.
+class AugmentPolicy(ABC):
+    """A policy: it draws operations for every image of a batch, in layers, and applies one layer after the other.
 
     Attributes:
         fill: Colour of what comes from outside the image, on the CPU; None is black.

@@ -6,7 +6,7 @@ from torch import Tensor
 from torchvision.transforms import AutoAugment as TorchvisionAutoAugment
 from torchvision.transforms import AutoAugmentPolicy
 
-from deitkit.data.augment.operations import OPERATIONS, Layers
+from deitkit.data.augment.operations import OPERATIONS, AugmentPolicy
 from deitkit.data.augment.randaugment import find_arguments, no_argument, torchvision_space
 
 AUTO_BINS = 10  # levels of AutoAugment's magnitudes
@@ -14,7 +14,7 @@ BLUR_RADIUS_PX = (0.1, 2.0)
 SOLARIZE_FROM = 128  # grey level
 
 
-class AutoAugment(Layers):
+class AutoAugment(AugmentPolicy):
     """AutoAugment (Cubuk et al., 2019): each image draws one of 25 pairs of operations that a search has found.
 
     The policies are torchvision's own; magnitudes and interpolation (nearest, black outside) are those of its
@@ -46,7 +46,7 @@ class AutoAugment(Layers):
         return torch.where(applied, operations, OPERATIONS.index("Identity")), arguments
 
 
-class ThreeAugment(Layers):
+class ThreeAugment(AugmentPolicy):
     """3-Augment (Touvron et al. 2022, "DeiT III", section 3.2) without its colour jitter, which is a field of its own.
 
     Each image becomes grey, is solarized or is blurred, one of the three with equal probability. As in the released
@@ -65,7 +65,7 @@ class ThreeAugment(Layers):
         return named[choices], arguments.gather(0, choices[None])[0]
 
 
-class ColourJitter(Layers):
+class ColourJitter(AugmentPolicy):
     """Brightness, contrast and saturation in a random order, each by a factor that is uniform around 1.
 
     As torchvision's ``ColorJitter(strength, strength, strength)``, which is also timm's for one number.

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float64, Int64
 from torch import Tensor
 
-from deitkit.data.augment.operations import OPERATIONS, Layers
+from deitkit.data.augment.operations import OPERATIONS, AugmentPolicy
 from deitkit.errors import RecipeError
 
 BINS = 31
@@ -161,7 +161,7 @@ def parse_policy(text: str) -> Policy:
     )
 
 
-class RandAugment(Layers):
+class RandAugment(AugmentPolicy):
     """RandAugment (Cubuk et al., 2020) with a draw per image, for a whole batch.
 
     ``N,M`` has the operations, magnitudes and interpolation (nearest, black outside) of torchvision's ``RandAugment``
