@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import deitkit
-from deitkit.cli.main import folder_name
+from deitkit.cli.compare import folder_name
 from deitkit.data.sources.archives import _inside
 from deitkit.distillation.methods import find_method
 from deitkit.errors import RecipeError

@@ -3,11 +3,14 @@
 import json
 import os
 import stat
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+import deitkit
 from conftest import TINY
 
 FAST = [*TINY, "methods=[none]", "train.epochs=1"]
@@ -25,6 +28,19 @@ def refused(result: tuple[int, str, str], *words: str) -> None:
     assert "Traceback" not in errors
     for word in words:
         assert word in errors, errors
+
+
+def test_importing_the_command_line_loads_no_heavy_library() -> None:
+    script = "import sys, deitkit.cli.main\n"
+    script += "print(sorted({'torch', 'torchvision', 'timm', 'matplotlib', 'plotly', 'jinja2'} & {*sys.modules}))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+def test_consoles_are_made_in_one_place() -> None:
+    source = Path(deitkit.__file__).parent
+    makers = [path for path in source.rglob("*.py") if "Console(" in path.read_text(encoding="utf-8")]
+    assert makers == [source / "cli" / "console.py"]
 
 
 def test_recipes_that_cannot_run(run: Run, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torchvision.io import decode_image
 
-from deitkit.cli import main as cli
+from deitkit.cli.apply import predict
 from deitkit.comparison.compare import compare
 from deitkit.data.dataset import load_dataset
 from deitkit.data.duplicates import find_duplicates, pixel_hashes
@@ -320,7 +320,7 @@ def test_class_names_of_any_kind_go_all_the_way(tiny_recipe, tmp_path, capsys, m
     photo.with_name("._1.png").write_bytes(b"\0")
     (answer,) = predict_files(run / "winner", [photo.parent], top=10)
     assert sorted(name for name, _ in answer["classes"]) == names
-    cli.predict(run / "winner", [photo.parent], top=10)
+    predict(run / "winner", [photo.parent], top=10)
     table = capsys.readouterr().out
     assert "\x1b" not in table
     assert r"two\nlines" in table

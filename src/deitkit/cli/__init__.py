@@ -1,1 +1,1 @@
-"""The command line: it parses, calls one function and prints. Nothing here computes."""
+"""The command line: parse, call one function and print. Computation belongs in the other folders."""

@@ -1,13 +1,11 @@
-"""``deitkit bench``: parse, measure, print."""
+"""The group of commands ``bench``."""
 
-import json
-import sys
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
+from deitkit.cli.console import console, print_json, say
 from deitkit.recipe.load import load_recipe
 from deitkit.recipe.schema import Recipe
 
@@ -17,13 +15,11 @@ app = typer.Typer(
     no_args_is_help=True,
 )
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Fields of the recipe.")]
-Base = Annotated[str | None, typer.Option("--recipe", help="Begin with this recipe, not with the defaults.")]
-Synthetic = Annotated[bool, typer.Option("--synthetic", help="Random images, no data set.")]
-Repeats = Annotated[int, typer.Option("--repeats", min=1, help="Measurements, of which the median counts.")]
+Base = Annotated[str | None, typer.Option("--recipe", help="Start from this recipe instead of the defaults.")]
+Synthetic = Annotated[bool, typer.Option("--synthetic", help="Use random images instead of a data set.")]
+Repeats = Annotated[int, typer.Option("--repeats", min=1, help="Number of measurements; their median is reported.")]
 Steps = Annotated[int, typer.Option("--steps", min=1, help="Steps in each measurement.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object (or array), for another program to read.")]
-
-console = Console()
 
 
 @app.command()
@@ -35,7 +31,7 @@ def train(
     steps: Steps = 3,
     as_json: Json = False,
 ) -> None:
-    """Time training steps: images/s, where the time goes, and the share of what a large matrix product reaches."""
+    """Time training steps: images/s, the share of each phase, and the throughput relative to a large matrix product."""
     from deitkit.bench.training_speed import bench_train
 
     result = bench_train(_load(overrides, base), synthetic=synthetic, repeats=repeats, steps=steps)
@@ -79,7 +75,7 @@ def infer(
     for row in bench_catalogue(recipe, table=table, repeats=repeats, steps=steps):
         rows.append(row)
         if not as_json:
-            console.print(f"{row['row']}: {_images_per_second(row)}", highlight=False)
+            say(f"{row['row']}: {_images_per_second(row)}")
     if not _printed_json(rows, as_json):
         _print_catalogue(rows)
 
@@ -93,7 +89,7 @@ def data(
     steps: Steps = 10,
     as_json: Json = False,
 ) -> None:
-    """Time reading and augmenting, without any model."""
+    """Time reading and augmentation without a model."""
     from deitkit.bench.training_speed import bench_data
 
     result = bench_data(_load(overrides, base), synthetic=synthetic, repeats=repeats, steps=steps)
@@ -114,7 +110,7 @@ def cohort(
     steps: Steps = 1,
     as_json: Json = False,
 ) -> None:
-    """Time all methods in one cohort beside the same methods alone, and show what each student adds in memory."""
+    """Time all methods in one cohort and each alone, and print the memory that each student adds."""
     from deitkit.bench.training_speed import bench_cohort
 
     result = bench_cohort(_load(overrides, base), synthetic=synthetic, repeats=repeats, steps=steps)
@@ -141,7 +137,7 @@ def _load(overrides: list[str] | None, base: str | None) -> Recipe:
 
 def _printed_json(result: Any, as_json: bool) -> bool:
     if as_json:
-        sys.stdout.write(json.dumps(result) + "\n")
+        print_json(result)
     return as_json
 
 

@@ -1,22 +1,19 @@
-"""``deitkit convert``: parse, convert, print."""
+"""The command ``convert``."""
 
-import json
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
+from deitkit.cli.console import print_json, say
+from deitkit.cli.options import Json
 from deitkit.errors import CheckpointError, RecipeError
 
 if TYPE_CHECKING:
     from deitkit.models.weights.export_layouts import Layout
 
-TOLERANCE = 1e-3  # of logits; what float32 rounds in twelve blocks is a hundred times less
-
-console = Console()
+TOLERANCE = 1e-3  # of logits; a hundred times the rounding error of float32 over twelve blocks
 
 
 def convert(
@@ -29,23 +26,21 @@ def convert(
     image_px: Annotated[int | None, typer.Option("--image-px", min=1, help="Another resolution.")] = None,
     patch_px: Annotated[int | None, typer.Option("--patch-px", min=1, help="Another patch size.")] = None,
     channels: Annotated[int | None, typer.Option("--channels", min=1, help="1 for grey, 3 for colour.")] = None,
-    classes: Annotated[int | None, typer.Option("--classes", min=1, help="A new classifier of so many.")] = None,
+    classes: Annotated[
+        int | None, typer.Option("--classes", min=1, help="A new classifier of this many classes.")
+    ] = None,
     tokens: Annotated[
         str | None, typer.Option("--tokens", help="class, distillation, class+distillation or none (mean pooling).")
     ] = None,
-    heads: Annotated[
-        int | None, typer.Option("--heads", min=1, help="Attention heads, where the source does not tell them.")
-    ] = None,
-    mean: Annotated[
-        str | None, typer.Option("--mean", help="Normalisation, as 0.5,0.5,0.5, where the source does not tell it.")
-    ] = None,
-    std: Annotated[str | None, typer.Option("--std", help="As --mean.")] = None,
+    heads: Annotated[int | None, typer.Option("--heads", min=1, help="Attention heads, if not in the source.")] = None,
+    mean: Annotated[str | None, typer.Option("--mean", help="Mean, as 0.5,0.5,0.5, if not in the source.")] = None,
+    std: Annotated[str | None, typer.Option("--std", help="Standard deviation, like --mean.")] = None,
     check: Annotated[
         bool, typer.Option("--check", help="Open the result with its library and compare logits.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for another program to read.")] = False,
+    as_json: Json = False,
 ) -> None:
-    """Write a student for timm or transformers, or read theirs, at another resolution, patch, class count or layout.
+    """Convert a student to or from timm, transformers or the released files; optionally change its shape.
 
     For example `deitkit convert runs/digits --to timm --out digits-timm --check`, or
     `deitkit convert deit_tiny_distilled_patch16_224-b40b3cf7.pth --to ours --out deit-tiny --image-px 384`.
@@ -73,12 +68,12 @@ def convert(
             "source": str(source), "to": to, "out": str(out), "architecture": asdict(planned.architecture),
             "changes": list(planned.lines), "open": opening, "largest_difference": difference,
         }  # fmt: skip
-        sys.stdout.write(json.dumps(result) + "\n")
+        print_json(result)
         return
     checked = [_checked(difference)] if check else []
     how = ("open it with", *(f"  {line}" for line in opening))
     for line in (*planned.lines, f"wrote {out}: {layout.holds}", *checked, *how):
-        _say(line)
+        say(line)
 
 
 def _refuse_other_answers(difference: float | None, source: Path, out: Path) -> None:
@@ -115,7 +110,3 @@ def _numbers(option: str, text: str | None) -> tuple[float, ...] | None:
         return tuple(float(number) for number in text.split(","))
     except ValueError:
         raise RecipeError(f"{option} {text}: give numbers with commas between them, as 0.5,0.5,0.5") from None
-
-
-def _say(text: str) -> None:
-    console.print(text, highlight=False, markup=False, soft_wrap=True)

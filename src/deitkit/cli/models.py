@@ -1,14 +1,11 @@
-"""``deitkit models``: the catalogue, with parameters and operations counted here beside what was published."""
+"""The command ``models``: the catalogue, with counted parameters and operations and published accuracies."""
 
-import json
-import sys
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
-console = Console()
+from deitkit.cli.console import console, print_json, say
 
 
 def models(
@@ -17,7 +14,7 @@ def models(
     """List the models of the paper's tables: size, operations, published accuracy, and their names in a recipe."""
     rows = catalogue_rows()
     if as_json:
-        sys.stdout.write(json.dumps(rows) + "\n")
+        print_json(rows)
         return
     numbers = {name: str(number) for number, name in enumerate(sources(), start=1)}
     table = Table(box=None, padding=(0, 1, 0, 0))  # fits 80 columns
@@ -41,11 +38,11 @@ def models(
         *(f"  {numbers[name]} {work}" for name, work in sources().items()),
         "In a recipe: model.name, with model.patch_px and data.image_px; or teacher.name.",
     ):
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        say(line)
 
 
 def catalogue_rows() -> list[dict[str, Any]]:
-    """Return every model of the catalogue as plain values; parameters and operations are counted, nothing is computed.
+    """Return every model of the catalogue as plain values, with counted parameters and operations.
 
     A multiply-add counts as one, of matrix products, convolutions and attention, for one image. Students' last block
     leaves the patches out (see ``DeiT``), so they have fewer than is usually stated.
@@ -78,7 +75,7 @@ def catalogue_rows() -> list[dict[str, Any]]:
 
 
 def sources() -> dict[str, str]:
-    """Return what the short names of sources stand for."""
+    """Return the full reference for the short name of each source."""
     from deitkit.models.catalogue import SOURCES
 
     return SOURCES

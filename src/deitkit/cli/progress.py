@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: bars on a terminal, one line per epoch elsewhere; and Ctrl-C."""
+"""The progress of a run: bars on a terminal, lines elsewhere; and the handling of Ctrl-C and SIGTERM."""
 
 import signal
 import time
@@ -12,29 +12,30 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from deitkit.errors import Interrupted, one_line
+from deitkit.cli.console import say
+from deitkit.errors import Interrupted
 from deitkit.evaluation.readouts import default_readout
 from deitkit.run.observer import Progress as Standing
 from deitkit.system.timer import duration_text
 
-LINE_SECONDS = 60.0  # without a terminal, the longest time between two lines of a training
+LINE_SECONDS = 60.0  # between two lines of one training, without a terminal
 
 
 class Terminal:
-    """A watcher on a console. Use it as a context: inside it, Ctrl-C and SIGTERM end the run.
+    """Show the progress of a run on a console. Inside its context, Ctrl-C and SIGTERM stop the run.
 
-    Training ends after its step, and saves; everything else at once, since it is done again when the run goes on. A
-    second Ctrl-C ends the process there and then; what is on the disk can still be resumed.
+    Training stops after the current step and saves; everything else stops at once, since a resumed run repeats it. A
+    second Ctrl-C ends the process immediately; the run can still be resumed from what is on disk.
 
     Args:
-        console: Where to talk.
-        farewell: What to say of a run that was stopped at once; by default that --resume goes on with it.
+        console: Where to print.
+        stopped: The message of a run that was stopped; by default that --resume continues it.
     """
 
-    def __init__(self, console: Console, *, farewell: str = "") -> None:
+    def __init__(self, console: Console, *, stopped: str = "") -> None:
         self.console = console
-        self._farewell = farewell
-        self._stop: int | None = None  # the signal that came
+        self._stopped = stopped
+        self._stop: int | None = None  # the signal received
         self._patient = False
         self._live: Live | None = None
         self._task: Any = None
@@ -74,22 +75,22 @@ class Terminal:
             raise KeyboardInterrupt
         self._stop = number
         if not self._patient:
-            raise Interrupted(self._farewell)
+            raise Interrupted(self._stopped)
         self.console.print("[yellow]stopping after this step, and saving; once more to stop at once[/]")
 
     @contextmanager
     def patient(self) -> Iterator[None]:
-        """While inside, a request to stop waits until ``should_stop`` is asked."""
+        """Defer a request to stop until the context ends; inside it, ``should_stop`` reports the request."""
         self._patient = True
         try:
             yield
         finally:
             self._patient = False
         if self._stop is not None:
-            raise Interrupted(self._farewell)
+            raise Interrupted(self._stopped)
 
     def should_stop(self) -> bool:
-        """Whether Ctrl-C or SIGTERM has come."""
+        """Return whether Ctrl-C or SIGTERM was received."""
         return self._stop is not None
 
     def say(self, text: str) -> None:
@@ -99,10 +100,10 @@ class Terminal:
 
     def _line(self, text: str) -> None:
         self._drawn = time.monotonic()
-        self.console.print(one_line(text), highlight=False, markup=False, soft_wrap=True)
+        say(text, self.console)
 
     def reading(self, what: str, done: int, total: int) -> None:
-        """Show how much of the data has been read."""
+        """Show on a terminal how much of the data has been read."""
         if not self.console.is_terminal:
             return
         if self._title != what:
@@ -112,7 +113,7 @@ class Terminal:
             self._end_live()
 
     def step(self, title: str, progress: Standing) -> None:
-        """Move the bar, with the losses a few times a second; where there is no terminal, print a line each minute."""
+        """Update the bar and the losses a few times a second; without a terminal, print a line each minute."""
         if time.monotonic() - self._drawn < (0.2 if self.console.is_terminal else LINE_SECONDS):
             return
         self._drawn = time.monotonic()
@@ -136,7 +137,7 @@ class Terminal:
         self._live.update(self._picture())
 
     def epoch(self, title: str, records: list[dict[str, Any]]) -> None:
-        """Note the validation accuracies; where there is no terminal, print the epoch's line."""
+        """Store the validation accuracies; without a terminal, print a line for the epoch."""
         self._accuracies = {
             record["student"]: record["validation"][default_readout(list(record["validation"]))] for record in records
         }
@@ -157,7 +158,7 @@ class Terminal:
         )
 
     def _waited(self) -> str:
-        """Say which share of the last epoch was spent waiting for images."""
+        """Return the share of the last epoch spent waiting for images, as text."""
         return "" if self._waiting is None else f", {100 * self._waiting:.0f} % waiting for data"
 
     def _picture(self) -> Group:

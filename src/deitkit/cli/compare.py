@@ -1,0 +1,185 @@
+"""The commands that train: ``compare``, ``train``, ``finetune`` and ``teacher``, and where their run folders go."""
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+
+from deitkit.cli.console import console, errors, print_json, say
+from deitkit.cli.options import Json, Out, Overrides, RecipeArgument, Resume, Seeds
+from deitkit.errors import RecipeError
+from deitkit.recipe.load import load_recipe
+from deitkit.recipe.schema import Recipe
+
+if TYPE_CHECKING:
+    from deitkit.teachers.gate import TeacherCard
+
+
+def compare(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    out: Out = None,
+    seeds: Seeds = None,
+    resume: Resume = False,
+    show_batch: Annotated[
+        bool, typer.Option("--show-batch", help="Draw augmented views with their labels instead of training.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Train students under every method of a recipe, side by side, and print which wins and by how much.
+
+    For example `deitkit compare digits`, or `deitkit compare cifar10-cpu train.epochs=40 --seeds 3 --out runs/mine`,
+    or with your own images `deitkit compare own-images data.name=folder:photos`.
+
+    A recipe with `variants` is an ablation, such as `deitkit compare ablation-cifar10-cpu`: it runs the recipe
+    unchanged, then each variant in its own folder under variants/, and prints one table of the differences from the
+    base.
+
+    The run folder then contains table.md, table.csv, table.tex, curves.png, curves.svg, report.html, results.json, and
+    the winner, ready for `deitkit predict`. Ctrl-C saves and stops; the same command with --resume continues.
+    """
+    loaded = _load(recipe, overrides, seeds)
+    if show_batch:
+        _show_batch(loaded, out)
+        return
+    _compare(loaded, out, resume, as_json)
+
+
+def train(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    method: Annotated[str, typer.Option("--method", help="A method: see `deitkit methods`.")] = "token-hard",
+    out: Out = None,
+    resume: Resume = False,
+    as_json: Json = False,
+) -> None:
+    """Train one student under one method of a recipe: a comparison of one row."""
+    from deitkit.distillation.methods import find_method
+
+    name = find_method(method).name
+    loaded = _load(recipe, [*(overrides or []), f"methods=[{name}]", "baseline=null"], None)
+    _compare(loaded, out, resume, as_json)
+
+
+def finetune(
+    checkpoint: Annotated[
+        Path,
+        typer.Argument(metavar="CHECKPOINT", help="A run folder (its winner), a model folder, or a weights file."),
+    ],
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    out: Out = None,
+    seeds: Seeds = None,
+    resume: Resume = False,
+    as_json: Json = False,
+) -> None:
+    """Fine-tune a trained student at a higher resolution or on other data, with and without a teacher.
+
+    For example `deitkit finetune runs/cifar10-cpu finetune-cpu`. The student of each method starts from the checkpoint
+    and has its architecture; the table compares the students with the checkpoint before fine-tuning.
+    """
+    from deitkit.comparison.finetune import start_from
+
+    _compare(start_from(_load(recipe, overrides, seeds), checkpoint), out, resume, as_json)
+
+
+def teacher(
+    recipe: RecipeArgument, overrides: Overrides = None, out: Out = None, resume: Resume = False, as_json: Json = False
+) -> None:
+    """Train (or load) only the teachers of a recipe, check them, and print their cards.
+
+    To use a teacher later: `deitkit compare RECIPE teacher.name=OUT/teacher`.
+    """
+    from deitkit.cli.progress import Terminal
+    from deitkit.data.dataset import load_dataset
+    from deitkit.run.folder import begin_run, check_run, occupied
+    from deitkit.system.device import Precision, choose_device
+    from deitkit.teachers.prepare import common_card, prepare_teachers
+
+    loaded = _load(recipe, overrides, None)
+    folder = _run_folder(out, loaded.model_copy(update={"name": f"{loaded.name}-teacher"}), resume)
+    precision = Precision.choose(loaded.teacher.train.precision, choose_device(loaded.device))
+    with Terminal(errors if as_json else console) as terminal, occupied(folder):
+        check_run(folder, loaded, resume)
+        dataset = load_dataset(loaded.data, terminal.reading)
+        begin_run(folder, loaded)
+        teachers, cards = prepare_teachers(
+            loaded, dataset, folder=folder / "teacher", precision=precision, watcher=terminal
+        )
+        together = common_card(teachers, cards, dataset, precision)
+    if as_json:
+        print_json({**together.__dict__, "teachers": [card.__dict__ for card in cards]})
+        return
+    _print_cards(cards, folder)
+    if len(cards) > 1:
+        say(f"their mean answer: {100 * together.top1:.2f} % on {together.n} validation images")
+
+
+def _print_cards(cards: list["TeacherCard"], folder: Path) -> None:
+    for number, card in enumerate(cards, start=1):
+        table = Table(box=None, show_header=False)
+        for key, value in card.__dict__.items():
+            table.add_row(key, f"{100 * value:.2f} %" if key in ("top1", "chance") else str(value))
+        console.print(table)
+        home = folder / ("teacher" if number == 1 else f"teacher-{number}")
+        say(f"teacher in {home}: use it with teacher.name={home}")
+
+
+def _compare(recipe: Recipe, out: Path | None, resume: bool, as_json: bool) -> None:
+    from deitkit.cli.progress import Terminal
+    from deitkit.comparison.ablation import compare_variants
+    from deitkit.comparison.compare import compare
+    from deitkit.report.table import rich_table
+    from deitkit.run.folder import occupied
+
+    folder = _run_folder(out, recipe, resume)
+    with Terminal(errors if as_json else console) as terminal, occupied(folder):
+        terminal.say(f"run folder {folder}")
+        results = (compare_variants if recipe.variants else compare)(recipe, folder, watcher=terminal, resume=resume)
+    if as_json:
+        print_json(results)
+        return
+    console.print(rich_table(results))
+    say(f"page     {folder / 'report.html'}")
+    say(f"curves   {folder / 'curves.png'}")
+    for name in results.get("variants", {}):
+        say(f"variant  {folder / 'variants' / name}")
+    if results["winner"] is not None:
+        say(f"winner   {folder / 'winner'}   (deitkit predict {folder} IMAGE...)")
+
+
+def _show_batch(recipe: Recipe, out: Path | None) -> None:
+    from deitkit.data.augment.preview import draw_views
+    from deitkit.data.dataset import load_dataset
+
+    path = (out or Path("runs")) / f"{folder_name(recipe.name)}-views.png"
+    draw_views(load_dataset(recipe.data), recipe.augment, recipe.train.label_smoothing, path)
+    say(f"augmented views in {path}")
+
+
+def _load(source: str, overrides: list[str] | None, seeds: int | None) -> Recipe:
+    changes = list(overrides or [])
+    if seeds is not None:
+        changes.append(f"seeds={list(range(seeds))}")
+    return load_recipe(source, changes)
+
+
+def folder_name(name: str) -> str:
+    """Return a folder name for a recipe's name, which may be a stranger's: never a path to another folder."""
+    return re.sub(r"[^\w .-]", "-", name).strip(" .")[:100] or "custom"
+
+
+def _run_folder(out: Path | None, recipe: Recipe, resume: bool) -> Path:
+    """Return --out; else a new folder under runs/, or with --resume the newest of this recipe."""
+    if out is not None:
+        return out
+    base = Path("runs") / folder_name(recipe.name)
+    numbered = [base, *(base.with_name(f"{base.name}-{number}") for number in range(2, 10_000))]
+    if not resume:
+        return next(path for path in numbered if not path.exists())
+    existing = [path for path in numbered if (path / "recipe.yaml").exists()]
+    if not existing:
+        raise RecipeError(f"--resume found no run of recipe '{recipe.name}' under runs/: name its folder with --out")
+    return max(existing, key=lambda path: (path / "recipe.yaml").stat().st_mtime)

@@ -1,0 +1,28 @@
+"""The two consoles, and the helpers through which every command prints."""
+
+import json
+import sys
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+
+from deitkit.errors import one_line
+
+console = Console()
+errors = Console(stderr=True)
+
+
+def say(text: str, to: Console = console, *, style: str | None = None) -> None:
+    """Print one line that may contain paths: unwrapped, without markup, control characters escaped."""
+    to.print(one_line(text), style=style, highlight=False, markup=False, soft_wrap=True)
+
+
+def plain(value: Any) -> str:
+    """Return the text of a value for a table cell: one line, markup and control characters escaped."""
+    return escape(one_line(str(value)))
+
+
+def print_json(value: Any, *, ensure_ascii: bool = True) -> None:
+    """Print a value as one line of JSON to standard output."""
+    sys.stdout.write(json.dumps(value, ensure_ascii=ensure_ascii) + "\n")

@@ -1,0 +1,21 @@
+"""Arguments and options that several commands share."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+RecipeArgument = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="A shipped recipe (see `deitkit recipes`) or a YAML file.")
+]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Fields to change, such as `train.epochs=40`.")
+]
+Out = Annotated[Path | None, typer.Option("--out", help="The run folder; by default a new one under runs/.")]
+Seeds = Annotated[int | None, typer.Option("--seeds", min=1, help="Train this many seeds, from 0.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue the run in --out (or the newest of this recipe).")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, for another program to read.")]
+ModelArgument = Annotated[
+    Path, typer.Argument(metavar="MODEL", help="A folder with model.safetensors, or a run folder (its winner).")
+]
+RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder with results.json.")]

@@ -1,0 +1,48 @@
+"""The commands ``recipes`` and ``methods``: what a comparison can name."""
+
+import sys
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from deitkit.cli.console import console, plain
+from deitkit.errors import RecipeError
+from deitkit.recipe.load import describe_fields, load_recipe, shipped_recipes
+
+
+def recipes(
+    name: Annotated[str | None, typer.Argument(metavar="[RECIPE]", help="Print this recipe.")] = None,
+    fields: Annotated[bool, typer.Option("--fields", help="List every field with its default and meaning.")] = False,
+) -> None:
+    """List the shipped recipes, print one, or explain every field."""
+    shipped = shipped_recipes()
+    if fields:
+        table = Table(box=None)
+        table.add_column("field", no_wrap=True)
+        table.add_column("default")
+        table.add_column("meaning")
+        for field in describe_fields():
+            table.add_row(*map(plain, field))
+        console.print(table)
+    elif name is not None:
+        if name not in shipped:
+            load_recipe(name)
+            raise RecipeError(f"'{name}' is not a shipped recipe; shipped are {', '.join(shipped)}")
+        sys.stdout.write(shipped[name])
+    else:
+        table = Table("recipe", "what it does", box=None)
+        for shipped_name, text in shipped.items():
+            table.add_row(shipped_name, plain(text.splitlines()[0].removeprefix("# ")))
+        console.print(table)
+
+
+def methods() -> None:
+    """List the methods that a comparison can name."""
+    from deitkit.distillation.methods import METHODS
+
+    table = Table("method", "tokens", "labels", "teacher", "what it is", box=None)
+    for method in METHODS.values():
+        labels = "yes" if method.uses_labels else "no"
+        table.add_row(method.name, method.token_layout, labels, method.teacher_signal or "-", method.summary)
+    console.print(table)

@@ -1,0 +1,49 @@
+"""The commands that read a finished run: ``report`` and ``verify``."""
+
+import typer
+from rich.table import Table
+
+from deitkit.cli.console import console, errors, plain, print_json, say
+from deitkit.cli.options import Json, RunArgument
+
+
+def report(run: RunArgument) -> None:
+    """Write the tables, the curves and the page of a run again, from its folder alone."""
+    from deitkit.report.table import rich_table
+    from deitkit.report.write import write_report
+    from deitkit.run.results import read_results
+
+    written = write_report(run)
+    console.print(rich_table(read_results(run)))
+    for path in written:
+        say(str(path))
+
+
+def verify(run: RunArgument, as_json: Json = False) -> None:
+    """Evaluate a finished run's saved students again, and check every row of its table.
+
+    On the machine of the run every figure must be identical; on another, within half a point. Exits with code 1 if a
+    figure does not match, or if the data or the teacher are not those of the run.
+    """
+    from deitkit.cli.progress import Terminal
+    from deitkit.comparison.verify import verify_run
+
+    with Terminal(errors if as_json else console, stopped="stopped; nothing was written") as terminal:
+        found = verify_run(run, terminal)
+    if as_json:
+        print_json(found, ensure_ascii=False)
+    else:
+        table = Table("row", "seed", "recorded %", "measured %", "holds", box=None)
+        for row in found["rows"]:
+            shown = ["-" if row[key] is None else f"{100 * row[key]:.2f}" for key in ("recorded", "measured")]
+            holds = {True: "yes", False: "NO", None: "-"}[row["holds"]]
+            table.add_row(plain(row["row"]), str(row["seed"]), *shown, holds)
+        console.print(table)
+        data = "the run's" if found["same_data"] else "NOT the run's (another fingerprint)"
+        teachers = {True: "the run's", False: "NOT the run's (other weights)", None: "none on record"}[
+            found["same_teachers"]
+        ]
+        tolerance = f"{100 * found['tolerance']:.2f} points"
+        console.print(f"data: {data}; teacher: {teachers}; tolerance: {tolerance}", highlight=False)
+    if not found["holds"]:
+        raise typer.Exit(1)
