@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 
 import deitkit
-from deitkit.cli.compare import folder_name
 from deitkit.data.sources.archives import _inside
 from deitkit.distillation.methods import find_method
 from deitkit.errors import RecipeError
 from deitkit.recipe.load import parse_recipe
+from deitkit.run.folder import folder_name
 
 SOURCE = Path(deitkit.__file__).parent
 FORBIDDEN = {

@@ -1,6 +1,5 @@
 """The commands that train: ``compare``, ``train``, ``finetune`` and ``teacher``, and where their run folders go."""
 
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,7 +8,6 @@ from rich.table import Table
 
 from deitkit.cli.console import console, errors, print_json, say
 from deitkit.cli.options import Json, Out, Overrides, RecipeArgument, Resume, Seeds
-from deitkit.errors import RecipeError
 from deitkit.recipe.load import load_recipe
 from deitkit.recipe.schema import Recipe
 
@@ -94,12 +92,12 @@ def teacher(
     """
     from deitkit.cli.progress import Terminal
     from deitkit.data.dataset import load_dataset
-    from deitkit.run.folder import begin_run, check_run, occupied
+    from deitkit.run.folder import begin_run, check_run, choose_run_folder, occupied
     from deitkit.system.device import Precision, choose_device
     from deitkit.teachers.prepare import common_card, prepare_teachers
 
     loaded = _load(recipe, overrides, None)
-    folder = _run_folder(out, loaded.model_copy(update={"name": f"{loaded.name}-teacher"}), resume)
+    folder = choose_run_folder(out, f"{loaded.name}-teacher", resume)
     precision = Precision.choose(loaded.teacher.train.precision, choose_device(loaded.device))
     with Terminal(errors if as_json else console) as terminal, occupied(folder):
         check_run(folder, loaded, resume)
@@ -132,9 +130,9 @@ def _compare(recipe: Recipe, out: Path | None, resume: bool, as_json: bool) -> N
     from deitkit.comparison.ablation import compare_variants
     from deitkit.comparison.compare import compare
     from deitkit.report.table import rich_table
-    from deitkit.run.folder import occupied
+    from deitkit.run.folder import choose_run_folder, occupied
 
-    folder = _run_folder(out, recipe, resume)
+    folder = choose_run_folder(out, recipe.name, resume)
     with Terminal(errors if as_json else console) as terminal, occupied(folder):
         terminal.say(f"run folder {folder}")
         results = (compare_variants if recipe.variants else compare)(recipe, folder, watcher=terminal, resume=resume)
@@ -153,6 +151,7 @@ def _compare(recipe: Recipe, out: Path | None, resume: bool, as_json: bool) -> N
 def _show_batch(recipe: Recipe, out: Path | None) -> None:
     from deitkit.data.augment.preview import draw_views
     from deitkit.data.dataset import load_dataset
+    from deitkit.run.folder import folder_name
 
     path = (out or Path("runs")) / f"{folder_name(recipe.name)}-views.png"
     draw_views(load_dataset(recipe.data), recipe.augment, recipe.train.label_smoothing, path)
@@ -164,22 +163,3 @@ def _load(source: str, overrides: list[str] | None, seeds: int | None) -> Recipe
     if seeds is not None:
         changes.append(f"seeds={list(range(seeds))}")
     return load_recipe(source, changes)
-
-
-def folder_name(name: str) -> str:
-    """Return a folder name for a recipe's name, which may be a stranger's: never a path to another folder."""
-    return re.sub(r"[^\w .-]", "-", name).strip(" .")[:100] or "custom"
-
-
-def _run_folder(out: Path | None, recipe: Recipe, resume: bool) -> Path:
-    """Return --out; else a new folder under runs/, or with --resume the newest of this recipe."""
-    if out is not None:
-        return out
-    base = Path("runs") / folder_name(recipe.name)
-    numbered = [base, *(base.with_name(f"{base.name}-{number}") for number in range(2, 10_000))]
-    if not resume:
-        return next(path for path in numbered if not path.exists())
-    existing = [path for path in numbered if (path / "recipe.yaml").exists()]
-    if not existing:
-        raise RecipeError(f"--resume found no run of recipe '{recipe.name}' under runs/: name its folder with --out")
-    return max(existing, key=lambda path: (path / "recipe.yaml").stat().st_mtime)

@@ -3,6 +3,7 @@
 The layout is in docs/design.md. Nothing here knows what a teacher or a method is.
 """
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import yaml
 from filelock import FileLock, Timeout
 
-from deitkit.errors import CheckpointError
+from deitkit.errors import CheckpointError, RecipeError
 from deitkit.recipe.load import changed_fields, dump_recipe
 from deitkit.recipe.schema import Recipe
 from deitkit.system.files import write_text
@@ -36,6 +37,29 @@ FREE_TO_CHANGE = {
     "variants",
     "methods",
 }
+
+
+def folder_name(name: str) -> str:
+    """Return a folder name for a recipe's name, which may be a stranger's: never a path to another folder."""
+    return re.sub(r"[^\w .-]", "-", name).strip(" .")[:100] or "custom"
+
+
+def choose_run_folder(out: Path | None, name: str, resume: bool) -> Path:
+    """Return ``out``; else a new folder under runs/ for a recipe's name, or to resume the newest of that name.
+
+    Raises:
+        RecipeError: There is no run to resume.
+    """
+    if out is not None:
+        return out
+    base = Path("runs") / folder_name(name)
+    numbered = [base, *(base.with_name(f"{base.name}-{number}") for number in range(2, 10_000))]
+    if not resume:
+        return next(path for path in numbered if not path.exists())
+    existing = [path for path in numbered if (path / "recipe.yaml").exists()]
+    if not existing:
+        raise RecipeError(f"--resume found no run of recipe '{name}' under runs/: name its folder with --out")
+    return max(existing, key=lambda path: (path / "recipe.yaml").stat().st_mtime)
 
 
 @contextmanager

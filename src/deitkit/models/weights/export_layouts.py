@@ -68,7 +68,7 @@ def _write_ours(plan: Plan, out: Path) -> list[str]:
     }
     save_classifier(out, Classifier(plan.build(), mean=plan.mean, std=plan.std), card)
     return [
-        "from deitkit.checkpoint import load_classifier",
+        "from deitkit.models.saved import load_classifier",
         f"classifier, card = load_classifier(Path({str(out)!r}), torch.device('cpu'))  # takes values in [0, 1]",
     ]
 

@@ -1,0 +1,238 @@
+"""The public Python API: what the command line does, as functions that return objects.
+
+    import deitkit
+
+    result = deitkit.compare("own-images", data="folder:photos", train={"epochs": 40})
+    print(result)
+    result.winner.predict("x.jpg")
+
+Mistakes raise ``deitkit.errors.DeitkitError``, with the sentence that the command line prints.
+"""
+
+import json
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from deitkit.cli.progress import Terminal
+from deitkit.comparison.ablation import compare_variants
+from deitkit.comparison.compare import compare as run_comparison
+from deitkit.comparison.finetune import start_from
+from deitkit.data.dataset import Dataset
+from deitkit.data.dataset import load_dataset as read_dataset
+from deitkit.distillation.methods import METHODS, find_method
+from deitkit.evaluation.apply import evaluate_model, predict_files
+from deitkit.models.saved import model_folder, read_card
+from deitkit.recipe.load import load_recipe as read_recipe
+from deitkit.recipe.schema import Recipe
+from deitkit.report.table import rich_table
+from deitkit.run.folder import choose_run_folder, occupied
+from deitkit.run.observer import Silent, Watcher
+from deitkit.run.results import Results, Row
+
+__all__ = [
+    "METHODS", "Comparison", "Model", "compare", "finetune", "load_dataset", "load_model", "load_recipe", "train",
+]  # fmt: skip
+
+
+class Model:
+    """A trained classifier in its folder: a student, a teacher, or the winner of a run.
+
+    Attributes:
+        folder: Holds ``model.safetensors`` and ``model.json``.
+        card: What ``model.json`` records: ``class_names``, ``mean``, ``std``, ``input_px``, ...
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.card = read_card(folder)
+
+    def __repr__(self) -> str:
+        return f"<deitkit model {self.folder}: {self.card['parameters']:,} parameters, {len(self.class_names)} classes>"
+
+    @property
+    def class_names(self) -> list[str]:
+        """The classes, in the order of the logits."""
+        return list(self.card["class_names"])
+
+    def predict(
+        self, images: str | Path | Sequence[str | Path], *, top: int = 3, readout: str | None = None
+    ) -> list[dict[str, Any]]:
+        """Classify image files, or all images of a folder.
+
+        Args:
+            images: A file, a folder, or several of either.
+            top: How many classes to return for each image.
+            readout: ``class``, ``distillation``, ``joint`` or ``joint-logits``; by default the one that it won by.
+
+        Returns:
+            For each image ``image``, ``readout`` and ``classes``: names with probabilities, the likeliest first.
+        """
+        paths = [images] if isinstance(images, str | Path) else images
+        return predict_files(self.folder, [Path(path) for path in paths], readout=readout, top=top)
+
+    def evaluate(self, data: str, *, root: str | Path | None = None) -> dict[str, Any]:
+        """Measure it on the test images of a data set (a name, ``folder:PATH`` or ``parquet:PATH``), by readout."""
+        return evaluate_model(self.folder, data, None if root is None else Path(root))
+
+
+class Comparison:
+    """A finished comparison.
+
+    Attributes:
+        folder: The run folder, with tables, curves, ``report.html`` and every student.
+        results: All that ``results.json`` holds.
+    """
+
+    def __init__(self, folder: Path, results: Results) -> None:
+        self.folder = folder
+        self.results = results
+
+    @property
+    def rows(self) -> Sequence[Row]:
+        """The rows of the table: a method and a readout each."""
+        return self.results.rows
+
+    @property
+    def verdict(self) -> str:
+        """Which student wins and by how much, in a sentence or two."""
+        return self.results.verdict
+
+    @property
+    def winner(self) -> Model | None:
+        """The winning student; None where none reached its end, and of an ablation, which has no winner."""
+        return Model(self.folder / "winner") if self.results.winner is not None else None
+
+    def __str__(self) -> str:
+        console = Console(width=120, color_system=None)
+        with console.capture() as capture:
+            console.print(rich_table(self.results))
+        return capture.get()
+
+    def __repr__(self) -> str:
+        return f"<deitkit comparison {self.folder}: {self.verdict}>"
+
+    def _repr_markdown_(self) -> str:
+        return (self.folder / "table.md").read_text(encoding="utf-8")
+
+
+def load_recipe(source: str | Path | Recipe | None = None, **fields: Any) -> Recipe:
+    """Return a recipe: a shipped one by name, a YAML file, or the defaults; with fields changed.
+
+    Args:
+        source: A name, a path or a recipe.
+        fields: By name: ``epochs`` of ``train`` is ``train={"epochs": 40}``, or ``**{"train.epochs": 40}``; a section
+            that has a name takes it alone, ``data="cifar10"``.
+
+    Raises:
+        RecipeError: All mistakes in it, in one sentence.
+    """
+    changes = list(_overrides(fields))
+    if isinstance(source, Recipe):
+        return read_recipe(None, [*_overrides(source.model_dump(mode="json", exclude_unset=True)), *changes])
+    return read_recipe(None if source is None else str(source), changes)
+
+
+def _overrides(fields: dict[str, Any]) -> Iterator[str]:
+    """Yield fields as the command line takes them, ``key=value``; JSON is YAML."""
+    for key, value in fields.items():
+        if isinstance(value, dict) and key != "variants":
+            yield from _overrides({f"{key}.{name}": inner for name, inner in value.items()})
+        else:
+            yield f"{key}={json.dumps(value, default=str)}"
+
+
+def load_dataset(name: str, **fields: Any) -> Dataset:
+    """Return a data set, divided and decoded: ``load_dataset("folder:photos", image_px=64)``.
+
+    Args:
+        name: A named data set, ``folder:PATH`` or ``parquet:PATH``.
+        fields: Of the recipe's section ``data``.
+    """
+    return read_dataset(load_recipe(data={"name": name, **fields}).data)
+
+
+def load_model(path: str | Path) -> Model:
+    """Return a trained model: from its folder, or from a run folder, which stands for its winner."""
+    return Model(model_folder(Path(path)))
+
+
+def compare(
+    recipe: str | Path | Recipe,
+    *,
+    out: str | Path | None = None,
+    resume: bool = False,
+    progress: bool = True,
+    **fields: Any,
+) -> Comparison:
+    """Train students under every method of a recipe, side by side, and return the table and the winner.
+
+    Args:
+        recipe: A shipped recipe by name, a YAML file, or a recipe.
+        out: The run folder; by default a new one under ``runs/``.
+        resume: Continue the run in ``out``, or train the methods and seeds that it lacks.
+        progress: Show bars, or lines where the output is a file. Ctrl-C then saves before it stops.
+        fields: Of the recipe to change, as for ``load_recipe``.
+
+    Raises:
+        DeitkitError: A mistake in the recipe, the data, a checkpoint or a teacher.
+        Interrupted: Ctrl-C; ``resume=True`` continues.
+    """
+    return _run(load_recipe(recipe, **fields), out, resume, progress)
+
+
+def train(
+    recipe: str | Path | Recipe,
+    method: str = "token-hard",
+    *,
+    out: str | Path | None = None,
+    resume: bool = False,
+    progress: bool = True,
+    **fields: Any,
+) -> Comparison:
+    """Train one student under one method of a recipe: a comparison of one row."""
+    chosen = load_recipe(recipe, **fields, methods=[find_method(method).name], baseline=None)
+    return _run(chosen, out, resume, progress)
+
+
+def finetune(
+    checkpoint: str | Path,
+    recipe: str | Path | Recipe,
+    *,
+    out: str | Path | None = None,
+    resume: bool = False,
+    progress: bool = True,
+    **fields: Any,
+) -> Comparison:
+    """Fine-tune a trained student at a higher resolution or on other data, with and without a teacher.
+
+    Args:
+        checkpoint: A run folder (its winner), a model folder, or a weights file.
+        recipe: As for ``compare``; what it leaves open of the architecture is the checkpoint's.
+        out: As for ``compare``.
+        resume: As for ``compare``.
+        progress: As for ``compare``.
+        fields: As for ``compare``.
+    """
+    return _run(start_from(load_recipe(recipe, **fields), Path(checkpoint)), out, resume, progress)
+
+
+def _run(recipe: Recipe, out: str | Path | None, resume: bool, progress: bool) -> Comparison:
+    folder = choose_run_folder(None if out is None else Path(out), recipe.name, resume)
+    run = compare_variants if recipe.variants else run_comparison
+    with _watching(progress) as watcher, occupied(folder):
+        return Comparison(folder, run(recipe, folder, watcher=watcher, resume=resume))
+
+
+@contextmanager
+def _watching(progress: bool) -> Iterator[Watcher]:
+    """Return a terminal, which handles Ctrl-C; only the main thread of a process may handle signals."""
+    if progress and threading.current_thread() is threading.main_thread():
+        with Terminal(Console()) as terminal:
+            yield terminal
+    else:
+        yield Silent()
