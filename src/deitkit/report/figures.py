@@ -10,8 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+import deitkit.system.files as files
 from deitkit.report.table_layout import Number, percent
-from deitkit.system import files
 
 # Okabe and Ito's palette, which stays apart under colour blindness, without its yellow, which white paper swallows.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
