@@ -70,7 +70,9 @@ def test_grown_in_three_steps_is_run_at_once(tiny_recipe: TinyRecipe, tmp_path: 
         ),
     )  # fmt: skip
     for changes, trained in steps:
-        assert grow(tiny_recipe(*changes, *FIELDS), grown).trained == trained
+        watcher = grow(tiny_recipe(*changes, *FIELDS), grown)
+        assert watcher.trained == trained
+    assert "seed-0: none, token-soft finished before; training hard" in watcher.heard
     assert_same_run(tmp_path / "once", grown)
     assert load_recipe(str(grown / "recipe.yaml")) == whole
 
@@ -80,7 +82,9 @@ def test_a_method_taken_out_leaves_the_table_and_keeps_its_folder(tiny_recipe: T
     grow(tiny_recipe("methods=[none, soft]", *FIELDS), folder)
     whole = {path: path.read_bytes() for path in (folder / "seed-0" / "soft").iterdir()}
     before = timeless(json.loads((folder / "results.json").read_text()))
-    assert not grow(tiny_recipe("methods=[none]", *FIELDS), folder).trained
+    watcher = grow(tiny_recipe("methods=[none]", *FIELDS), folder)
+    assert not watcher.trained
+    assert "seed-0: soft not a method of the recipe: left out of the table, its folder stays" in watcher.heard
     rows = json.loads((folder / "results.json").read_text())["rows"]
     assert {row["method"] for row in rows} == {"none"}
     assert "soft" not in (folder / "metrics.jsonl").read_text()

@@ -54,6 +54,7 @@ def run_seed(
     Raises:
         Interrupted: The watcher asked to stop; the run can be resumed.
     """
+    _say_what_is_there(folder / f"seed-{seed}", student_names(recipe), watcher)
     for planned in plan_cohorts(folder / f"seed-{seed}", student_names(recipe), watcher.say):
         if planned.state.parent.name in planned.names:
             _return_metrics(planned.state.parent, folder)
@@ -84,6 +85,19 @@ def run_seed(
         _keep(students, recipe, dataset, seed, folder=folder, precision=precision)
         for state in (planned.state, *(planned.state.parent / name / STATE for name in planned.names)):
             drop_state(state)
+
+
+def _say_what_is_there(home: Path, names: Sequence[str], watcher: Watcher) -> None:
+    """Report which students are finished before others train, and which are left out of the table."""
+    finished = sorted(path.parent.name for path in home.glob(f"*/{PREDICTIONS}"))
+    missing = [name for name in names if name not in finished]
+    left_out = [name for name in finished if name not in names]
+    if finished and missing:
+        watcher.say(f"{home.name}: {', '.join(finished)} finished before; training {', '.join(missing)}")
+    if left_out:
+        watcher.say(
+            f"{home.name}: {', '.join(left_out)} not a method of the recipe: left out of the table, its folder stays"
+        )
 
 
 def plan_cohorts(home: Path, names: Sequence[str], say: Callable[[str], None]) -> list[PlannedCohort]:
