@@ -175,6 +175,6 @@ def test_recorded_answers_belong_to_all_teachers(tiny_recipe: Any) -> None:
 
 def test_the_list_is_one_field_and_others_keep_their_dotted_keys() -> None:
     recipe = load_recipe("digits", [ALSO, "teacher.train.epochs=7"])
-    assert [teacher.train.epochs for teacher in recipe.teacher.everyone] == [7, 1]
+    assert [teacher.train.epochs for teacher in recipe.teacher.all_teachers] == [7, 1]
     names = [name for name in field_names() if name.startswith("teacher.also")]
     assert names == ["teacher.also"]

@@ -79,7 +79,7 @@ class Terminal:
         self.console.print("[yellow]stopping after this step, and saving; once more to stop at once[/]")
 
     @contextmanager
-    def patient(self) -> Iterator[None]:
+    def defer_interrupts(self) -> Iterator[None]:
         """Defer a request to stop until the context ends; inside it, ``should_stop`` reports the request."""
         self._patient = True
         try:

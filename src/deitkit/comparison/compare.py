@@ -66,7 +66,7 @@ def compare(
         f"{len(dataset.test)} test images, {dataset.classes} classes"
     )
     if dataset.duplicates.count:
-        watcher.say(dataset.duplicates.told())
+        watcher.say(dataset.duplicates.sentence())
     if recipe.train.learning_rate_per is not None:
         watcher.say(
             f"learning rate {peak_learning_rate(recipe.train, recipe.train):g}: {recipe.train.learning_rate:g} for "

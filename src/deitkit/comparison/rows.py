@@ -263,5 +263,5 @@ def _notes(dataset: Dataset) -> list[str]:
     if dataset.skipped:
         notes.append(f"{len(dataset.skipped)} files could not be read and were left out, first {dataset.skipped[0]}.")
     if dataset.duplicates.count:
-        notes.append(f"{dataset.duplicates.told()}.")
+        notes.append(f"{dataset.duplicates.sentence()}.")
     return notes

@@ -28,7 +28,7 @@ class Duplicates:
     count: int = 0
     examples: tuple[tuple[str, str], ...] = ()
 
-    def told(self) -> str:
+    def sentence(self) -> str:
         """Return one sentence without its full stop; there must be duplicates."""
         test, train = self.examples[0]
         images = "image is" if self.count == 1 else "images are"

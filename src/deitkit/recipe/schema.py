@@ -231,7 +231,7 @@ class TeachersRecipe(TeacherRecipe):
     )
 
     @property
-    def everyone(self) -> tuple[TeacherRecipe, ...]:
+    def all_teachers(self) -> tuple[TeacherRecipe, ...]:
         """All teachers, the first of them first."""
         return (self, *self.also)
 

@@ -35,7 +35,7 @@ class Watcher(Protocol):
     def epoch(self, title: str, records: list[dict[str, Any]]) -> None:
         """An epoch has been done."""
 
-    def patient(self) -> AbstractContextManager[None]:
+    def defer_interrupts(self) -> AbstractContextManager[None]:
         """While inside, a request to stop waits until ``should_stop`` is asked; outside it may end the run at once."""
 
     def should_stop(self) -> bool:
@@ -57,7 +57,7 @@ class Silent:
     def epoch(self, title: str, records: list[dict[str, Any]]) -> None:
         pass
 
-    def patient(self) -> AbstractContextManager[None]:
+    def defer_interrupts(self) -> AbstractContextManager[None]:
         return nullcontext()
 
     def should_stop(self) -> bool:

@@ -93,7 +93,7 @@ def train_to_end(
         watcher.step(title, progress)
         saver.save_if_due()
 
-    with watcher.patient(), ExitStack() as stack:
+    with watcher.defer_interrupts(), ExitStack() as stack:
         boards = {
             name: stack.enter_context(SummaryWriter(log_folder / name, purge_step=cohort.epoch + 1)) for name in names
         }
