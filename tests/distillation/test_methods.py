@@ -69,10 +69,10 @@ def test_teacher_is_bit_equal_after_train_and_three_steps(method: Method) -> Non
     optimizer = torch.optim.SGD([p for p in holder.parameters() if p.requires_grad], lr=0.1)
     for _ in range(3):
         view = torch.rand(5, 3, 8, 8)
-        answer = teacher(view)
-        assert torch.equal(answer, teacher(view)), "dropout of the teacher is awake"
+        teacher_logits = teacher(view)
+        assert torch.equal(teacher_logits, teacher(view)), "dropout of the teacher is awake"
         optimizer.zero_grad()
-        sum(method.loss_terms(student(view), answer, targets_of(5), SETTINGS).values()).backward()
+        sum(method.loss_terms(student(view), teacher_logits, targets_of(5), SETTINGS).values()).backward()
         optimizer.step()
     assert before.keys() == teacher.state_dict().keys()
     assert all(torch.equal(before[name], value) for name, value in teacher.state_dict().items())
@@ -86,10 +86,10 @@ def correlation(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return torch.corrcoef(torch.stack([a, b]))[0, 1]
 
 
-def naive_losses(head: torch.Tensor, answer: torch.Tensor, targets: torch.Tensor) -> dict[str, torch.Tensor]:
+def naive_losses(head: torch.Tensor, teacher_logits: torch.Tensor, targets: torch.Tensor) -> dict[str, torch.Tensor]:
     """Every signal written out once more, from the papers' equations, one image at a time; weights are SETTINGS'."""
     sums = dict.fromkeys(("labels", "hard", "soft", "consistent", "standardised", "dkd", "dist"), 0.0)
-    for s, z, y in zip(head, answer, targets, strict=True):
+    for s, z, y in zip(head, teacher_logits, targets, strict=True):
         sums["labels"] -= (y * s.log_softmax(-1)).sum()
         sums["hard"] -= s.log_softmax(-1)[z.argmax()]
         sums["soft"] += 4 * divergence((z / 2).softmax(-1), (s / 2).softmax(-1))
@@ -101,7 +101,7 @@ def naive_losses(head: torch.Tensor, answer: torch.Tensor, targets: torch.Tensor
         others = [torch.cat([x[:place], x[place + 1 :]]) / (1 - x[place]) for x in (p, q)]
         sums["dkd"] += 16 * (0.9 * divergence(*both) + 5 * divergence(*others))
         sums["dist"] += 25 * 1.5 * (1 - correlation((z / 5).softmax(-1), (s / 5).softmax(-1)))
-    p, q = (answer / 5).softmax(-1), (head / 5).softmax(-1)
+    p, q = (teacher_logits / 5).softmax(-1), (head / 5).softmax(-1)
     by_class = [1 - correlation(p[:, c], q[:, c]) for c in range(4)]
     sums["dist"] += len(head) * 25 * 2.5 * sum(by_class) / 4
     return {name: total / len(head) for name, total in sums.items()}
@@ -119,15 +119,15 @@ NAIVE = {
 def test_loss_is_that_of_a_naive_loop(method: Method) -> None:
     student, teacher = student_of(method).eval(), frozen_cnn()
     view, targets = torch.rand(5, 3, 8, 8), targets_of(5)
-    output, answer = student(view), teacher(view)
+    output, teacher_logits = student(view), teacher(view)
     first = output.class_logits if output.class_logits is not None else output.distillation_logits
     second = output.distillation_logits if output.distillation_logits is not None else output.class_logits
     signal, labels, share = NAIVE[method.name.removeprefix("mean-pool-").removeprefix("token-")]
     if method.name.startswith("token-"):
         labels, share = 0.4, 0.6
-    expected = labels * naive_losses(first, answer, targets)["labels"]
-    expected += share * naive_losses(second, answer, targets)[signal]
-    loss = sum(method.loss_terms(output, answer, targets, SETTINGS).values())
+    expected = labels * naive_losses(first, teacher_logits, targets)["labels"]
+    expected += share * naive_losses(second, teacher_logits, targets)[signal]
+    loss = sum(method.loss_terms(output, teacher_logits, targets, SETTINGS).values())
     assert torch.isclose(loss, expected, rtol=1e-4)
 
 
@@ -159,11 +159,11 @@ def test_terms_are_finite_at_huge_bf16_logits_and_do_not_change_with_a_shift(met
         heads[f"{token}_logits"] = torch.tensor([[1e4, -1e4, 0.0, 5.0]], dtype=torch.bfloat16)
     from deitkit.models.vit import Output
 
-    answer = torch.tensor([[-1e4, 1e4, 0.0, 1.0]], dtype=torch.bfloat16)
-    terms = method.loss_terms(Output(**heads), answer, targets_of(1), SETTINGS)
+    teacher_logits = torch.tensor([[-1e4, 1e4, 0.0, 1.0]], dtype=torch.bfloat16)
+    terms = method.loss_terms(Output(**heads), teacher_logits, targets_of(1), SETTINGS)
     assert all(torch.isfinite(term) for term in terms.values())
     shifted = {name: None if value is None else value.float() + 8 for name, value in heads.items()}
-    again = method.loss_terms(Output(**shifted), answer.float() - 3, targets_of(1), SETTINGS)
+    again = method.loss_terms(Output(**shifted), teacher_logits.float() - 3, targets_of(1), SETTINGS)
     for name in terms:
         assert torch.isclose(terms[name], again[name], rtol=1e-3)
 

@@ -42,14 +42,14 @@ class Signal:
     whole_batch: bool = False
 
 
-def _soft(logits: Logits, answer: Logits, targets: Logits, settings: DistillationRecipe) -> Tensor:
-    return soft_distillation_loss(logits, answer, temperature=settings.temperature, scale=settings.soft_scale)
+def _soft(logits: Logits, teacher_logits: Logits, targets: Logits, settings: DistillationRecipe) -> Tensor:
+    return soft_distillation_loss(logits, teacher_logits, temperature=settings.temperature, scale=settings.soft_scale)
 
 
-def _decoupled(logits: Logits, answer: Logits, targets: Logits, settings: DistillationRecipe) -> Tensor:
+def _decoupled(logits: Logits, teacher_logits: Logits, targets: Logits, settings: DistillationRecipe) -> Tensor:
     return decoupled_distillation_loss(
         logits,
-        answer,
+        teacher_logits,
         targets,
         target_weight=settings.dkd_target_weight,
         others_weight=settings.dkd_others_weight,
@@ -57,27 +57,29 @@ def _decoupled(logits: Logits, answer: Logits, targets: Logits, settings: Distil
     )
 
 
-def _relations(logits: Logits, answer: Logits, targets: Logits, settings: DistillationRecipe) -> Tensor:
+def _relations(logits: Logits, teacher_logits: Logits, targets: Logits, settings: DistillationRecipe) -> Tensor:
     return relation_distillation_loss(
         logits,
-        answer,
+        teacher_logits,
         inter_weight=settings.dist_inter_weight,
         intra_weight=settings.dist_intra_weight,
         temperature=settings.dist_temperature,
     )
 
 
-def _standardised(logits: Logits, answer: Logits, targets: Logits, settings: DistillationRecipe) -> Tensor:
-    return standardised_distillation_loss(logits, answer, temperature=settings.standardised_temperature)
+def _standardised(logits: Logits, teacher_logits: Logits, targets: Logits, settings: DistillationRecipe) -> Tensor:
+    return standardised_distillation_loss(logits, teacher_logits, temperature=settings.standardised_temperature)
 
 
-def _consistent(logits: Logits, answer: Logits, targets: Logits, settings: DistillationRecipe) -> Tensor:
-    return soft_distillation_loss(logits, answer, temperature=settings.consistent_temperature)
+def _consistent(logits: Logits, teacher_logits: Logits, targets: Logits, settings: DistillationRecipe) -> Tensor:
+    return soft_distillation_loss(logits, teacher_logits, temperature=settings.consistent_temperature)
 
 
 SIGNALS: dict[str, Signal] = {
-    "labels": Signal(lambda logits, answer, targets, settings: label_loss(logits, targets)),
-    "hard": Signal(lambda logits, answer, targets, settings: hard_distillation_loss(logits, answer), "hard"),
+    "labels": Signal(lambda logits, teacher_logits, targets, settings: label_loss(logits, targets)),
+    "hard": Signal(
+        lambda logits, teacher_logits, targets, settings: hard_distillation_loss(logits, teacher_logits), "hard"
+    ),
     "soft": Signal(_soft, "soft"),
     "dkd": Signal(_decoupled, "soft"),
     "dist": Signal(_relations, "soft", whole_batch=True),
@@ -94,11 +96,13 @@ class Term:
     signal: str  # a key of SIGNALS
     weight: Callable[[DistillationRecipe], float]
 
-    def value(self, output: Output, answer: Logits | None, targets: Logits, settings: DistillationRecipe) -> Tensor:
+    def value(
+        self, output: Output, teacher_logits: Logits | None, targets: Logits, settings: DistillationRecipe
+    ) -> Tensor:
         """Return the weighted term."""
         logits = output.class_logits if self.head == "class" else output.distillation_logits
         assert logits is not None, f"the student has no {self.head} head"
-        return self.weight(settings) * SIGNALS[self.signal].loss(logits, answer, targets, settings)
+        return self.weight(settings) * SIGNALS[self.signal].loss(logits, teacher_logits, targets, settings)
 
 
 @dataclass(frozen=True)
@@ -111,20 +115,20 @@ class Method:
     summary: str
 
     def loss_terms(
-        self, output: Output, answer: Logits | None, targets: Logits, settings: DistillationRecipe
+        self, output: Output, teacher_logits: Logits | None, targets: Logits, settings: DistillationRecipe
     ) -> dict[str, Float[Tensor, ""]]:
         """Return the weighted terms by name; their sum is the loss.
 
         Args:
             output: The student's heads.
-            answer: The teacher's logits on the same view; None only for methods that need no teacher.
+            teacher_logits: The teacher's logits on the same view; None only for methods that need no teacher.
             targets: Dense targets from the labels.
             settings: Weights and temperature.
         """
         values: dict[str, Tensor] = {}
         for term in self.terms:
             name = "labels" if term.signal == "labels" else "teacher"
-            value = term.value(output, answer, targets, settings)
+            value = term.value(output, teacher_logits, targets, settings)
             values[name] = values[name] + value if name in values else value
         return values
 
