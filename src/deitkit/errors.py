@@ -1,20 +1,20 @@
-"""Mistakes of a user, each told in one sentence: field, value, what is allowed, next step.
+"""Errors that a user can correct, one sentence each: field, value, what is allowed, next step.
 
-The command line turns them into one line and exit code 2. Our own invariants are ``assert``s, never these.
+The command line prints them as one line and exits with code 2. Our own invariants are ``assert``s, never these.
 """
 
 import unicodedata
 
 
 class DeitkitError(Exception):
-    """Something that a user can put right; the message is all that they need to see, one line whatever it names."""
+    """An error that the user can correct; its message is one line, whatever names it contains."""
 
     def __str__(self) -> str:
         return one_line(super().__str__())
 
 
 class RecipeError(DeitkitError):
-    """A recipe, an override or a command that cannot be run as it is."""
+    """An invalid recipe, override or command."""
 
 
 class DataError(DeitkitError):
@@ -26,11 +26,11 @@ class CheckpointError(DeitkitError):
 
 
 class TeacherError(DeitkitError):
-    """A teacher that cannot be built or that must not teach."""
+    """A teacher that cannot be built, or that the gate refuses."""
 
 
 class OutOfMemory(DeitkitError):  # noqa: N818 - as torch names it
-    """Training did not fit into memory; torch has no type of its own for that on a CPU."""
+    """Training does not fit in memory; torch has no exception type for this on a CPU."""
 
     def __init__(self, batch_size: int) -> None:
         half = max(1, batch_size // 2)
@@ -42,10 +42,7 @@ class OutOfMemory(DeitkitError):  # noqa: N818 - as torch names it
 
 
 def one_line(text: str) -> str:
-    """Return text in which all that would break a line, steer a terminal or is no Unicode is spelt out.
-
-    Files and classes may be called anything.
-    """
+    """Escape line breaks, control characters and invalid Unicode, since files and classes may have any name."""
     harmful = ("Cc", "Cs", "Zl", "Zp")  # controls, lone surrogates, separators of lines and paragraphs
     return "".join(
         character.encode("unicode_escape").decode() if unicodedata.category(character) in harmful else character
@@ -54,20 +51,20 @@ def one_line(text: str) -> str:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an exception says that memory ran out, on whatever device."""
+    """Return whether an exception means that memory ran out, on any device."""
     signs = ("out of memory", "can't allocate memory")
     return isinstance(error, MemoryError) or any(sign in str(error) for sign in signs)
 
 
 def is_dead_worker(error: BaseException) -> bool:
-    """Return whether an exception, which torch raises wherever it is just then, tells of a dead worker process."""
+    """Return whether an exception means that a worker process died; torch raises it at an arbitrary place."""
     return isinstance(error, RuntimeError) and "DataLoader worker" in str(error)
 
 
 class Interrupted(BaseException):
-    """Somebody stopped a run; it goes on from what is on the disk.
+    """The user stopped a run, which can be resumed from the disk.
 
-    It comes out of the middle of anything, so whoever catches all exceptions must not catch this one.
+    It can be raised anywhere. Not an ``Exception``, so that ``except Exception`` does not catch it.
     """
 
-    exit_code = 130  # as shells tell of Ctrl-C
+    exit_code = 130  # a shell's code for Ctrl-C

@@ -150,7 +150,7 @@ def test_folders_are_not_overwritten(tiny_recipe: TinyRecipe, tmp_path: Path) ->
         compare(tiny_recipe("methods=[none]"), tmp_path / "run", watcher=Silent(), resume=True)
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "a.txt").write_text("mine")
-    with pytest.raises(CheckpointError, match="holds other files"):
+    with pytest.raises(CheckpointError, match="contains other files"):
         compare(recipe, tmp_path / "photos", watcher=Silent(), resume=True)
 
 

@@ -44,7 +44,7 @@ def test_overrides_reach_nested_fields() -> None:
         (["train.epochs=0"], ["train.epochs=0", "greater than 0"]),
         (["augment.crop=padd"], ["augment.crop='padd'", "'pad'"]),
         (["train.epochs"], ["write key=value"]),
-        (["train.epochs=[1"], ["no valid YAML"]),
+        (["train.epochs=[1"], ["not valid YAML"]),
         (["seeds=[1, 1]"], ["a seed twice"]),
         (["methods=[none, none]"], ["a method twice"]),
         (["train.schedule_epochs=1"], ["train.schedule_epochs=1"]),
@@ -98,7 +98,7 @@ def test_a_recipe_says_only_what_differs_from_its_base(tmp_path: Path, monkeypat
     [
         ("digit", ["recipe 'digit'", "did you mean digits"]),
         ("mine.yaml", ["'mine.yaml' is based on 'mine.yaml'"]),
-        ("other.yaml", ["recipe 'other.yaml' is based on 'mine.yaml'", "take one base out"]),
+        ("other.yaml", ["recipe 'other.yaml' is based on 'mine.yaml'", "remove one base"]),
         ("[digits]", ["base=['digits'] of recipe 'mine.yaml'"]),
     ],
 )

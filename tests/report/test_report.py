@@ -567,7 +567,7 @@ def test_numbers_that_are_not_finite_become_gaps(tmp_path: Path) -> None:
     ("text", "said"),
     [
         (None, "finish the comparison first"),
-        ("{", "no valid JSON"),
+        ("{", "not valid JSON"),
         ("[]", "has format None"),
         ('{"format": 2}', "has format 2, this version reads format 1"),
         ('{"format": 1}', "lacks created, recipe, dataset, seeds, rows"),
@@ -589,7 +589,7 @@ def test_metrics_forgive_a_kill_and_a_resume_but_no_garbage(tmp_path: Path) -> N
     (tmp_path / "metrics.jsonl").write_text(text + '{"seed": 0, "stud')
     assert [line["train_loss"] for line in read_metrics(tmp_path)] == [2.0, 1.4]
     (tmp_path / "metrics.jsonl").write_text("not json\n" + text)
-    with pytest.raises(CheckpointError, match="line 1 is no line of metrics"):
+    with pytest.raises(CheckpointError, match="is not a line of metrics"):
         read_metrics(tmp_path)
     assert read_metrics(tmp_path / "absent") == []
 

@@ -73,7 +73,7 @@ def test_a_damaged_state_gives_way_to_the_one_before(tmp_path: Path) -> None:
     save_state(path, {"epoch": 2})
     for file in tmp_path.iterdir():
         file.write_bytes(b"")
-    with pytest.raises(CheckpointError, match="delete them, and what they held is trained again"):
+    with pytest.raises(CheckpointError, match="delete them to train that part again"):
         load_state(path, said.append)
     drop_state(path)
     assert list(tmp_path.iterdir()) == []
@@ -113,7 +113,7 @@ def test_a_folder_has_one_run_at_a_time(tmp_path: Path) -> None:
     with subprocess.Popen([sys.executable, "-c", hold, str(folder)], stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout is not None
         assert other.stdout.readline() == "held\n"
-        with pytest.raises(CheckpointError, match="another deitkit is at work"), occupied(folder):
+        with pytest.raises(CheckpointError, match="another deitkit process is using"), occupied(folder):
             pass
         other.kill()
     with occupied(folder):  # a process that was killed holds nothing

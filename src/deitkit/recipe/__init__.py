@@ -1,1 +1,1 @@
-"""What to run: the schema of a recipe, the reader of its file, and the shipped recipes. Nothing here touches data."""
+"""Recipes: their schema, reading their files, and the shipped recipes. Nothing here touches data."""

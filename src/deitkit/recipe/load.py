@@ -1,6 +1,6 @@
-"""How a recipe is read and written: a YAML file plus ``key=value`` overrides, and what is said of a mistake in them.
+"""Reading and writing recipes: a YAML file plus ``key=value`` overrides, and the messages for mistakes in them.
 
-What its fields are is in ``recipe``.
+The fields are in ``schema``.
 """
 
 import difflib
@@ -15,7 +15,7 @@ from pydantic import BaseModel, ValidationError
 from deitkit.errors import RecipeError
 from deitkit.recipe.schema import BASE, Recipe
 
-# What a variant must leave as it is, and why: what its rows share with those of the base.
+# Fields that a variant must not change, and what its rows share with those of the base for that reason.
 PAIRED_BY = {
     "seeds": "seeds",
     "data.name": "test images",
@@ -40,13 +40,13 @@ def load_recipe(source: str | None, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe and validate it.
 
     Args:
-        source: The name of a shipped recipe, or a path to a YAML file; None for the defaults. What it does not say is
-            taken from the recipe that it names as its ``base``, if it does.
-        overrides: ``key=value`` with dotted keys; values are YAML. A section that has a name may be named in short:
+        source: The name of a shipped recipe, or a path to a YAML file; None for the defaults. Fields that it leaves out
+            are taken from its ``base``, if it names one.
+        overrides: ``key=value`` with dotted keys; values are YAML. A section with a name has a short form:
             ``data=cifar10`` is ``data.name=cifar10``.
 
     Raises:
-        RecipeError: All problems of the recipe at once; an unknown key names its nearest neighbours.
+        RecipeError: The recipe is invalid; the message lists all problems, and the nearest keys of an unknown one.
     """
     tree = _read_tree(source) if source is not None else {}
     for override in overrides:
@@ -55,7 +55,7 @@ def load_recipe(source: str | None, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def parse_recipe(tree: dict[str, Any]) -> Recipe:
-    """Validate a tree of plain values, variants included; raises RecipeError with all problems at once."""
+    """Validate a tree of plain values, variants included; raise RecipeError with all problems at once."""
     try:
         recipe = Recipe.model_validate(tree)
     except ValidationError as error:
@@ -66,10 +66,10 @@ def parse_recipe(tree: dict[str, Any]) -> Recipe:
 
 
 def expand_variants(recipe: Recipe) -> dict[str, Recipe]:
-    """Return the recipe itself as ``base`` and each of its variants, none of which has variants of its own.
+    """Return the recipe as ``base`` and each of its variants, all without variants of their own.
 
     Raises:
-        RecipeError: A variant is no recipe, or cannot be compared with the base; all problems at once.
+        RecipeError: A variant is invalid or cannot be compared with the base; the message lists all problems.
     """
     base = recipe.model_copy(update={"variants": {}})
     expanded, problems = {BASE: base}, []
@@ -89,7 +89,7 @@ def expand_variants(recipe: Recipe) -> dict[str, Recipe]:
 
 
 def changed_fields(old: Any, new: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Yield the dotted key, the old and the new value of what differs between two dumped recipes."""
+    """Yield dotted key, old value and new value of each difference between two dumped recipes."""
     if isinstance(old, dict) and isinstance(new, dict):
         for name in {**old, **new}:
             yield from changed_fields(old.get(name), new.get(name), f"{key}.{name}" if key else name)
@@ -105,7 +105,7 @@ def _are_sections(value: Any) -> bool:
 
 
 def _incomparable(variant: Recipe, base: Recipe) -> Iterator[str]:
-    """Yield why a variant's figures could not stand in one table with the base's."""
+    """Yield the reasons why a variant's figures do not belong in one table with the base's."""
     changes = [change for change in changed_fields(base.model_dump(), variant.model_dump()) if change[0] != "name"]
     for key, old, new in changes:
         if key in PAIRED_BY:
@@ -113,20 +113,20 @@ def _incomparable(variant: Recipe, base: Recipe) -> Iterator[str]:
     if variant.variants:
         yield "a variant has no variants of its own: name the fields that it changes"
     if not changes:
-        yield "changes nothing: name a field that differs from the base, or set it to null, which drops it"
+        yield "changes nothing: name a field that differs from the base, or set the variant to null to drop it"
 
 
 def dump_recipe(recipe: Recipe) -> str:
     """Return the resolved recipe as YAML that loads to an equal recipe."""
     content = recipe.model_dump(mode="json")
     text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
-    if yaml.safe_load(text) != content:  # PyYAML writes the line break of a mainframe, U+0085, as it is
+    if yaml.safe_load(text) != content:  # PyYAML does not escape U+0085, which is a line break
         text = yaml.safe_dump(content, sort_keys=False)
     return text
 
 
 def field_names(section: type[BaseModel] = Recipe, prefix: str = "") -> list[str]:
-    """Return every dotted key that a recipe knows."""
+    """Return every dotted key of a recipe."""
     names: list[str] = []
     for name, field in section.model_fields.items():
         names.append(prefix + name)
@@ -137,7 +137,7 @@ def field_names(section: type[BaseModel] = Recipe, prefix: str = "") -> list[str
 
 
 def describe_fields(section: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[tuple[str, str, str]]:
-    """Yield every field that holds a value: its dotted key, its default and its meaning."""
+    """Yield dotted key, default and meaning of every field that holds a value."""
     for name, field in section.model_fields.items():
         inner = _section_of(field.annotation)
         if inner is not None:
@@ -149,7 +149,7 @@ def describe_fields(section: type[BaseModel] = Recipe, prefix: str = "") -> Iter
 
 
 def _meaning(section: type[BaseModel], name: str) -> str:
-    """Return a field's description, from the section that it was first described in."""
+    """Return a field's description, from the nearest section in the inheritance order that describes it."""
     fields = [base.model_fields.get(name) for base in section.__mro__ if issubclass(base, BaseModel)]
     return next((field.description for field in fields if field is not None and field.description), "")
 
@@ -166,11 +166,11 @@ def _section_of(annotation: Any) -> type[BaseModel] | None:
 
 
 def _read_tree(source: str, above: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Read a recipe and those that it is based on: a ``base`` gives all that the file does not say itself.
+    """Read a recipe and merge it into its ``base``, and that into its own.
 
     Args:
         source: A shipped name or a path.
-        above: The recipes that led here by their ``base``.
+        above: The recipes whose ``base`` led here.
     """
     tree = _parse(source)
     base = tree.pop("base", None)
@@ -179,12 +179,12 @@ def _read_tree(source: str, above: tuple[str, ...] = ()) -> dict[str, Any]:
     if not isinstance(base, str):
         raise RecipeError(f"base={base!r} of recipe '{source}' must be the name of a recipe or a file")
     if base in (*above, source):
-        raise RecipeError(f"recipe '{source}' is based on '{base}', which is based on it: take one base out")
+        raise RecipeError(f"recipe '{source}' is based on '{base}', which is based on it: remove one base")
     return _merged(_read_tree(base, (*above, source)), tree)
 
 
 def _merged(base: dict[str, Any], tree: dict[str, Any]) -> dict[str, Any]:
-    """Return the base with the tree's values in place of its own; sections are merged field by field."""
+    """Return the base with its values replaced by the tree's; sections are merged field by field."""
     both = {key for key in base if isinstance(base[key], dict) and isinstance(tree.get(key), dict)}
     return base | tree | {key: _merged(base[key], tree[key]) for key in both}
 
@@ -198,7 +198,7 @@ def _parse(source: str) -> dict[str, Any]:
     else:
         near = _nearest(source, shipped) or f"shipped are {', '.join(shipped)}."
         raise RecipeError(f"recipe '{source}' is neither a shipped recipe nor a file: {near} See `deitkit recipes`")
-    tree = _load_yaml(text, f"recipe '{source}'", "mend the file and run again")
+    tree = _load_yaml(text, f"recipe '{source}'", "correct the file and run again")
     for section, field in RETIRED_FIELDS:
         if isinstance(tree, dict) and isinstance(tree.get(section), dict):
             tree[section].pop(field, None)
@@ -212,26 +212,26 @@ def _parse(source: str) -> dict[str, Any]:
 
 
 def _read_file(source: str) -> str | None:
-    """Return the text of a recipe's file; None where there is no such file."""
+    """Return the text of a recipe file; None if the file does not exist."""
     try:
         return Path(source).read_text(encoding="utf-8", errors="replace") if Path(source).is_file() else None
-    except (OSError, ValueError) as error:  # a name too long for a file, or a file that must not be read
+    except (OSError, ValueError) as error:  # a name too long for a file, or a file without read permission
         reason = getattr(error, "strerror", None) or str(error)
         raise RecipeError(f"recipe '{source[:200]}' cannot be read ({reason.lower()}): name another file") from None
 
 
 def _load_yaml(text: str, what: str, remedy: str) -> Any:
-    """Return what YAML says, without objects of Python's, and of a size that everything after it can bear.
+    """Parse YAML without Python objects, and limit its size.
 
     Raises:
-        RecipeError: It is no YAML, or aliases make it larger than any recipe (or endless).
+        RecipeError: The text is not valid YAML, or aliases make it larger than any recipe (or endless).
     """
     try:
         tree = yaml.safe_load(text)
-    except Exception as error:  # PyYAML's constructors stumble over a tag that does not suit its value in many ways
+    except Exception as error:  # PyYAML's constructors raise many types for a tag that does not suit its value
         where = getattr(error, "problem_mark", None)
         line = f" in line {where.line + 1}" if where is not None else ""
-        raise RecipeError(f"{what} is no valid YAML{line}: {remedy}") from None
+        raise RecipeError(f"{what} is not valid YAML{line}: {remedy}") from None
     rest, count = [(tree, 0)], 0
     while rest:
         value, level = rest.pop()
@@ -242,8 +242,7 @@ def _load_yaml(text: str, what: str, remedy: str) -> Any:
         count += 1
         if count > MOST_VALUES or level > MOST_LEVELS:
             raise RecipeError(
-                f"{what} has more than {MOST_VALUES} values or {MOST_LEVELS} levels, which aliases can bring about "
-                f"too: {remedy}"
+                f"{what} has more than {MOST_VALUES} values or {MOST_LEVELS} levels, aliases included: {remedy}"
             )
     return tree
 
@@ -251,14 +250,14 @@ def _load_yaml(text: str, what: str, remedy: str) -> Any:
 def _apply(tree: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise RecipeError(f"'{override}' is no override: write key=value, such as train.epochs=20")
+        raise RecipeError(f"'{override}' is not an override: write key=value, such as train.epochs=20")
     value = _load_yaml(text, f"the value of '{override}'", "quote it")
-    # the fields of a variant stay dotted: variants, its name, the field
+    # The fields of a variant stay dotted: variants, its name, the field.
     _set(tree, key.split(".", 2) if key.startswith("variants.") else _path(key, value), value)
 
 
 def _path(key: str, value: Any) -> list[str]:
-    """Return the steps to a field; a section that has a name may be named in short."""
+    """Return the keys on the way to a field, after expanding the short form of a section with a name."""
     if isinstance(value, str) and "name" in getattr(_section_of(_field_type(key)), "model_fields", ()):
         key += ".name"
     return key.split(".")
@@ -271,7 +270,7 @@ def _set(tree: dict[str, Any], path: list[str], value: Any) -> None:
         if not isinstance(place.get(parent), dict):
             place[parent] = {}
         place = place[parent]
-    place.pop(last, None)  # of a variant's field that is given in two ways the later counts
+    place.pop(last, None)  # if a variant's field is given in two ways, the later one counts
     place[last] = value
 
 
@@ -281,7 +280,7 @@ def _field_type(key: str) -> Any:
 
 
 def _sentence(problem: dict[str, Any]) -> str:
-    """Turn one of pydantic's problems into: field, value, what is allowed."""
+    """Format one of pydantic's problems: field, value, what is allowed."""
     where = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
         known = field_names()

@@ -1,6 +1,6 @@
-"""What to run: the schema of a recipe. How a file becomes one is in ``recipe_file``.
+"""The schema of a recipe; reading one from a file is in ``load``.
 
-Every number that influences a result is a field here. Nothing in this file builds a model or touches data.
+Every number that influences a result is a field. Nothing in this file builds a model or touches data.
 """
 
 import re
@@ -17,7 +17,7 @@ NonNegativeInt = Annotated[int, Field(ge=0)]
 Colour = tuple[float, ...]
 OptimizerName = Literal["adamw", "sgd", "muon", "lamb"]
 
-BASE = "base"  # what the recipe itself is called among its variants
+BASE = "base"  # name of the recipe itself among its variants
 VARIANT_NAME = re.compile("[a-z0-9][a-z0-9_-]{0,63}")
 
 
@@ -28,14 +28,14 @@ class Section(BaseModel):
 
 
 class DataRecipe(Section):
-    """Which images, and how they are split."""
+    """The images, and how they are split."""
 
     name: str = Field("digits", description="A named data set, folder:PATH or parquet:PATH.")
-    root: Path | None = Field(None, description="Where data sets lie; by default $DEITKIT_DATA, then ~/.cache/deitkit.")
-    download: bool = Field(True, description="Let torchvision download a named data set that is not on the disk.")
-    image_px: PositiveInt | None = Field(None, description="Resize images to this; needed where their sizes differ.")
+    root: Path | None = Field(None, description="Folder of data sets; by default $DEITKIT_DATA, else ~/.cache/deitkit.")
+    download: bool = Field(True, description="Download a named data set that is not on the disk (by torchvision).")
+    image_px: PositiveInt | None = Field(None, description="Resize images to this; required if their sizes differ.")
     channels: Literal[1, 3] | None = Field(
-        None, description="1 for grey, 3 for colour; by default as the data set has."
+        None, description="1 for grey, 3 for colour; by default that of the data set."
     )
     train_images: PositiveInt | None = Field(None, description="Train on this many images only (stratified).")
     test_images: PositiveInt | None = Field(None, description="Test on this many images only (stratified).")
@@ -43,11 +43,11 @@ class DataRecipe(Section):
         0.1, description="Share of the training images held out to check the teacher and draw curves (stratified)."
     )
     test_fraction: Annotated[float, Field(gt=0, le=0.5)] = Field(
-        0.2, description="Share held out as test set, where the data set comes without one."
+        0.2, description="Share held out as test set, if the data set has none."
     )
     split_seed: NonNegativeInt = Field(0, description="Seed of every split, the same for all training seeds.")
     streaming: Literal["auto"] | bool = Field(
-        "auto", description="Decode images whenever they are needed instead of once: where they do not fit in memory."
+        "auto", description="Decode images when they are needed instead of once; auto: if they do not fit in memory."
     )
     workers: NonNegativeInt | None = Field(
         None, description="Processes that decode streamed images; by default one for each core."
@@ -61,11 +61,11 @@ class DataRecipe(Section):
 
 
 class AugmentRecipe(Section):
-    """How a batch of images becomes the view that the teacher and all students see."""
+    """Augmentation of a batch of images into the view that the teacher and all students see."""
 
     flip: Probability = Field(0.5, description="Probability of a horizontal flip.")
     crop: Literal["none", "pad", "random-resized", "simple"] = Field(
-        "pad", description="Pad with black and crop, crop and resize, or pad with reflections and crop (DeiT III)."
+        "pad", description="pad: with black, then crop; random-resized; simple: pad with reflections, crop (DeiT III)."
     )
     pad_px: NonNegativeInt = Field(4, description="Padding on each side before the crop (crop: pad or simple).")
     scale_min: Annotated[float, Field(gt=0, le=1)] = Field(
@@ -80,16 +80,17 @@ class AugmentRecipe(Section):
     )
     mixup: NonNegativeFloat = Field(0.0, description="Alpha of Mixup's Beta distribution; 0 switches it off.")
     cutmix: NonNegativeFloat = Field(0.0, description="Alpha of CutMix's Beta distribution; 0 switches it off.")
-    mix_probability: Probability = Field(1.0, description="Share of the batches that are mixed at all.")
+    mix_probability: Probability = Field(1.0, description="Share of the batches that are mixed.")
     mix_switch: Probability = Field(0.5, description="Share of the mixed batches that use CutMix, if both are on.")
     autoaugment: Literal["imagenet", "cifar10", "svhn"] | None = Field(
-        None, description="AutoAugment with the policy that was found on this data set, in place of RandAugment."
+        None, description="AutoAugment with the policy found on this data set, instead of RandAugment."
     )
     three_augment: bool = Field(
-        False, description="Grey, solarized or blurred, one for each image (DeiT III, with colour_jitter: 0.3)."
+        False, description="Grey, solarize or blur, one per image (DeiT III, with colour_jitter: 0.3)."
     )
     colour_jitter: NonNegativeFloat = Field(
-        0.0, description="Brightness, contrast and saturation by factors of up to 1 - this to 1 + this; 0 is off."
+        0.0,
+        description="Range of brightness, contrast and saturation factors: 1 - this to 1 + this; 0 switches it off.",
     )
 
 
@@ -106,84 +107,88 @@ class ModelRecipe(Section):
     drop_path: Fraction = Field(0.0, description="Stochastic depth of the last block, growing linearly from 0.")
     dropout: Fraction = Field(0.0, description="Dropout on embeddings, attention output and MLP.")
     checkpoint: Path | None = Field(
-        None, description="Weights that every student starts from: of deitkit, timm, a released DeiT or transformers."
+        None, description="Initial weights of every student, from deitkit, timm, a released DeiT or transformers."
     )
     layer_scale: PositiveFloat | None = Field(
-        None, description="Learn a factor for each channel of every branch, from this value on (DeiT III: 1e-4)."
+        None, description="Learn a factor for each channel of every branch, starting at this (DeiT III: 1e-4)."
     )
     stem: Literal["patch", "conv"] = Field(
-        "patch", description="conv: cut patches by 3x3 convolutions of stride 2; the patch must be a power of two."
+        "patch", description="conv: 3x3 convolutions of stride 2 instead of patches; patch_px must be a power of two."
     )
 
 
 class OptimizerRecipe(Section):
-    """How one model is updated, as a function of the step."""
+    """Optimizer and learning rate of a model, as a function of the step."""
 
     optimizer: OptimizerName = Field(
         "adamw", description="muon: Muon for the matrices of the blocks, AdamW for everything else; lamb: for DeiT III."
     )
     learning_rate: PositiveFloat = Field(1e-3, description="Peak learning rate, after the warm-up.")
-    weight_decay: NonNegativeFloat = Field(0.05, description="On matrices only: no biases, norms, tokens, positions.")
+    weight_decay: NonNegativeFloat = Field(
+        0.05, description="On matrices only, not on biases, norms, tokens and positions."
+    )
     momentum: Fraction = Field(0.9, description="Momentum (Nesterov) of sgd.")
     warmup_epochs: NonNegativeFloat = Field(0.0, description="Linear warm-up, in epochs.")
     warmup_learning_rate: NonNegativeFloat = Field(1e-6, description="Learning rate of the first step of the warm-up.")
-    min_learning_rate: NonNegativeFloat = Field(0.0, description="Where the cosine ends.")
+    min_learning_rate: NonNegativeFloat = Field(0.0, description="Learning rate at the end of the cosine.")
     clip_norm: PositiveFloat | None = Field(None, description="Clip the gradient's global norm to this.")
     learning_rate_per: PositiveInt | None = Field(
         None,
-        description="learning_rate is for this many images in a step, and scaled with train.batch_size (paper: 512).",
+        description="Scale learning_rate by train.batch_size divided by this (paper: 512).",
     )
 
 
 class TrainRecipe(OptimizerRecipe):
-    """How long, and in what batches."""
+    """Length of the training, and its batches."""
 
     epochs: PositiveInt = Field(20, description="Passes over the training images.")
     schedule_epochs: PositiveInt | None = Field(
-        None, description="Lay the cosine out for this many epochs, if the run is to end before it (as the seed's did)."
+        None, description="Length of the cosine in epochs, if the run ends before it (as in the reproduction)."
     )
     batch_size: PositiveInt = Field(
         128, description="Images in a step; the last, smaller batch of an epoch is left out."
     )
-    label_smoothing: Fraction = Field(0.1, description="On true labels only, never on the teacher's.")
+    label_smoothing: Fraction = Field(0.1, description="On true labels only, never on the teacher's decision.")
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = Field(
-        None, description="Keep an exponential moving average of the weights, reported as rows of its own."
+        None, description="Keep an exponential moving average of the weights, reported in separate rows."
     )
-    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 where the processor has it.")
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="auto: bf16 if the processor has instructions for it."
+    )
     repeats: PositiveInt = Field(
         1,
-        description="Repeated augmentation: views of an image in a step; an epoch then shows 1/repeats of the images.",
+        description="Repeated augmentation: views of an image in a step; an epoch then has 1/repeats of the images.",
     )
 
 
 class SpeedRecipe(Section):
-    """How fast, never what: nothing here changes a result by more than rounding; a run may go on with other values."""
+    """Speed and memory: no field changes a result by more than rounding, and a run may resume with other values."""
 
     compile: Literal["auto"] | bool = Field(
         "auto",
-        description="Compile the students' blocks (torch.compile); auto: on a GPU, where it was measured to pay.",
+        description="Compile the students' blocks (torch.compile); auto: on a GPU, where it was measured faster.",
     )
     cuda_graphs: bool = Field(True, description="On a GPU, record a student's step once and replay it.")
     attention: Literal["auto", "plain", "fused"] = Field(
-        "auto", description="Two matrix products, or the fused kernel; auto: plain on a CPU for short sequences."
+        "auto", description="plain: two matrix products; fused: one kernel; auto: plain on a CPU for short sequences."
     )
-    channels_last: bool = Field(True, description="Lay CNNs out with the channels last in memory.")
+    channels_last: bool = Field(True, description="Use the channels-last memory layout for CNNs.")
     micro_batch_size: Literal["auto"] | PositiveInt | None = Field(
         "auto",
         description="Split a student's batch and accumulate its gradient: less memory, the same step. auto: on a CPU, "
-        "into parts that fit its cache; null: never. CNNs see whole batches, which their BatchNorm needs; 'dist' too.",
+        "into parts that fit its cache; null: never. CNNs (for their BatchNorm) and 'dist' always use whole batches.",
     )
     save_seconds: PositiveFloat = Field(
         300.0,
-        description="A run that is killed loses no more than this: its state is saved so often, within epochs too.",
+        description="Seconds between two saved states, within epochs too: a killed run loses no more than this.",
     )
     checkpoint_activations: bool = Field(
-        False, description="Keep only the input of each block and compute the rest again in the backward pass."
+        False, description="Keep only the input of each block and recompute the rest in the backward pass."
     )
 
 
 class TeacherTrainRecipe(TrainRecipe):
-    """How a teacher is trained here: a CNN's usual recipe."""
+    """Training of a teacher: the usual settings of a CNN."""
 
     optimizer: OptimizerName = "sgd"
     learning_rate: PositiveFloat = 0.1
@@ -195,7 +200,7 @@ class TeacherTrainRecipe(TrainRecipe):
 
 
 class TeacherRecipe(Section):
-    """The frozen classifier that teaches, and what is done before it may."""
+    """A frozen teacher, and its preparation."""
 
     name: str = Field(
         "cifar/resnet20", description="timm/NAME, torchvision/NAME, cifar/resnetN, small/NAME, or a file."
@@ -203,41 +208,39 @@ class TeacherRecipe(Section):
     checkpoint: Path | None = Field(None, description="Weights: .safetensors, .pth or .th.")
     pretrained: bool = Field(False, description="Download the library's pretrained weights.")
     fit: Literal["auto", "none", "head", "full"] = Field(
-        "auto", description="What is trained here: auto is the new head if only that is new, all if nothing was loaded."
+        "auto", description="Layers to train; auto: the head if only that is new, all if no weights were loaded."
     )
-    reset_head: bool = Field(False, description="Replace the classifier by a fresh one, as the seed did.")
+    reset_head: bool = Field(False, description="Replace the classifier by a new one, as in the reproduction.")
     image_px: PositiveInt | None = Field(
-        None, description="The teacher's own resolution; by default its library's, else the view's."
+        None, description="Resolution of the teacher; by default its library's, else the view's."
     )
-    mean: Colour | None = Field(None, description="The teacher's own normalisation, per channel, of values in [0, 1].")
-    std: Colour | None = Field(None, description="The teacher's own normalisation, per channel, of values in [0, 1].")
+    mean: Colour | None = Field(None, description="Normalisation of the teacher, per channel, of values in [0, 1].")
+    std: Colour | None = Field(None, description="Normalisation of the teacher, per channel, of values in [0, 1].")
     train: TeacherTrainRecipe = TeacherTrainRecipe()
     augment: AugmentRecipe = AugmentRecipe()
     all_images: bool = Field(
-        False, description="Train it on all training images, also those that data.train_images keeps from the students."
+        False, description="Train it on all training images, including those that data.train_images leaves out."
     )
     min_top1: Probability | None = Field(None, description="Refuse a teacher below this validation accuracy.")
-    allow_weak: bool = Field(False, description="Let a teacher that the gate refused teach all the same.")
+    allow_weak: bool = Field(False, description="Use a teacher that the gate refuses, marked as weak.")
 
 
 class TeachersRecipe(TeacherRecipe):
-    """The teacher, others that teach with it, and what concerns their common answer."""
+    """The teacher, further teachers, and the cache of their mean logits."""
 
-    cache: bool = Field(
-        False, description="Keep the answers on the disk, so that another comparison on the same views asks nothing."
-    )
+    cache: bool = Field(False, description="Cache the logits on the disk, for other comparisons on the same views.")
     also: tuple[TeacherRecipe, ...] = Field(
-        (), description="More teachers, each with the fields of this section; the mean of all their answers teaches."
+        (), description="More teachers, each with the fields of this section; students learn from the mean softmax."
     )
 
     @property
     def all_teachers(self) -> tuple[TeacherRecipe, ...]:
-        """All teachers, the first of them first."""
+        """All teachers, this one first."""
         return (self, *self.also)
 
 
 class DistillationRecipe(Section):
-    """How much the teacher counts, and how its answer is compared with the student's."""
+    """Weights and temperatures of the distillation losses."""
 
     temperature: PositiveFloat = Field(3.0, description="Of the soft methods (paper: 3.0).")
     soft_weight: Probability = Field(0.1, description="Share of the teacher in 'soft' (paper: lambda = 0.1).")
@@ -273,11 +276,11 @@ class DistillationRecipe(Section):
 
 
 class BaselineRecipe(OptimizerRecipe):
-    """The CNN baseline: trained on labels alone, on the students' views, for as many epochs."""
+    """The CNN baseline: trained on labels alone, on the students' views, for the same number of epochs."""
 
     name: str = Field(
         "teacher",
-        description="'teacher' for the teacher's own architecture, or a name; giving any field of baseline adds it.",
+        description="'teacher' for the teacher's architecture, or a name; setting any field of baseline adds the row.",
     )
     optimizer: OptimizerName = "sgd"
     learning_rate: PositiveFloat = 0.1
@@ -286,7 +289,7 @@ class BaselineRecipe(OptimizerRecipe):
 
 
 class Recipe(Section):
-    """One comparison, whole."""
+    """A complete comparison."""
 
     name: str = Field("custom", description="A short name, for titles and folders.")
     data: DataRecipe = DataRecipe()
@@ -300,17 +303,17 @@ class Recipe(Section):
     baseline: BaselineRecipe | None = None
     train: TrainRecipe = TrainRecipe()
     speed: SpeedRecipe = SpeedRecipe()
-    seeds: tuple[NonNegativeInt, ...] = Field((0,), min_length=1, description="A cohort is trained for each.")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is one.")
-    published: tuple[Literal["seed", "paper"], ...] = Field((), description="Published tables to print beside ours.")
+    seeds: tuple[NonNegativeInt, ...] = Field((0,), min_length=1, description="One cohort is trained per seed.")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda if available.")
+    published: tuple[Literal["seed", "paper"], ...] = Field((), description="Published tables to print next to ours.")
     variants: dict[str, dict[str, Any]] = Field(
-        {}, description="By name, fields that another comparison changes; all of them in one table (an ablation)."
+        {}, description="An ablation in one table: by name, the fields that a further comparison changes."
     )
 
     @field_validator("variants", mode="before")
     @classmethod
     def _by_dotted_field(cls, variants: Any) -> Any:
-        """Write nested mappings as dotted fields; of a field given twice the later counts; null drops a variant."""
+        """Flatten nested mappings to dotted fields; the later of two values counts; null drops a variant."""
         if not isinstance(variants, dict):
             return {} if variants is None else variants
         return {
@@ -336,11 +339,11 @@ def _flat(tree: dict[Any, Any], prefix: str = "") -> Iterator[tuple[Any, Any]]:
 
 
 def _contradictions(recipe: Recipe) -> Iterator[str]:
-    """Yield what is wrong between fields that are each right."""
+    """Yield contradictions between fields that are each valid."""
     if len(set(recipe.seeds)) != len(recipe.seeds):
-        yield f"seeds={list(recipe.seeds)} holds a seed twice: give each once"
+        yield f"seeds={list(recipe.seeds)} contains a seed twice: give each once"
     if len(set(recipe.methods)) != len(recipe.methods):
-        yield f"methods={list(recipe.methods)} holds a method twice: give each once"
+        yield f"methods={list(recipe.methods)} contains a method twice: give each once"
     if recipe.data.eval_crop < 1 and recipe.data.image_px is None:
         crop = recipe.data.eval_crop
         yield f"data.eval_crop={crop:g} has no effect on images that are not resized: set data.image_px, or drop it"
@@ -370,6 +373,4 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
             yield f"{name}.repeats={section.repeats} exceeds {name}.batch_size={section.batch_size}: lower it"
     for name in recipe.variants:
         if not VARIANT_NAME.fullmatch(name) or name == BASE:
-            yield (
-                f"variants: '{name}' names a folder: write it in small letters, digits, - and _, other than '{BASE}'"
-            )
+            yield (f"variants: '{name}' names a folder: use lower-case letters, digits, - and _, and not '{BASE}'")

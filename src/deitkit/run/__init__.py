@@ -1,1 +1,1 @@
-"""A run folder: what lies in it, how it is read and written, and who observes a run. Nothing here trains."""
+"""Run folders: their files, reading and writing them, and the interface of an observer. Nothing here trains."""

@@ -1,6 +1,6 @@
-"""A run folder while it is written: its recipe, its metrics, its checkpoints; and who watches.
+"""Occupying a run folder, and checking that a run may resume in it under its recipe.
 
-The layout is in docs/design.md. Nothing here knows what a teacher or a method is.
+The layout is in docs/design.md. Nothing here depends on teachers or methods.
 """
 
 import re
@@ -19,9 +19,9 @@ from deitkit.system.files import write_text
 
 LOCK = ".lock"
 
-# Fields that say where or how fast, not what, so that a run may go on on another machine; and those of the gate, so
-# that a teacher that it refused need not be trained again.
-# Variants, methods and seeds are free too: a run may go on with more of them, or fewer; each has its own folder.
+# Fields that decide where or how fast, not what, so that a run may resume on another machine; and those of the gate, so
+# that a refused teacher need not be trained again.
+# Variants, methods and seeds are free too: a run may resume with more or fewer of them; each has its own folder.
 FREE_TO_CHANGE = {
     "device",
     "speed",
@@ -64,12 +64,12 @@ def choose_run_folder(out: Path | None, name: str, resume: bool) -> Path:
 
 @contextmanager
 def occupied(folder: Path) -> Iterator[None]:
-    """Keep a run folder to this process; where it wrote nothing it leaves nothing behind.
+    """Lock a run folder for this process; if nothing was written, remove what locking created.
 
-    The operating system gives the lock up when the process ends, however it ends.
+    The operating system releases the lock when the process ends, however it ends.
 
     Raises:
-        CheckpointError: Another process has it, or it cannot be written.
+        CheckpointError: Another process holds the lock, or the folder cannot be written.
     """
     is_new = not folder.exists()
     try:
@@ -78,7 +78,7 @@ def occupied(folder: Path) -> Iterator[None]:
         lock.acquire()
     except Timeout:
         raise CheckpointError(
-            f"another deitkit is at work in {folder}: wait for it to end, or name another folder with --out"
+            f"another deitkit process is using {folder}: wait for it to end, or name another folder with --out"
         ) from None
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
@@ -94,30 +94,30 @@ def occupied(folder: Path) -> Iterator[None]:
 
 
 def check_run(folder: Path, recipe: Recipe, resume: bool) -> None:
-    """Check that a run folder is new, or may go on under this recipe; ``begin_run`` then occupies it.
+    """Check that a run folder is new, or may be resumed under this recipe; ``begin_run`` then starts the run.
 
-    It may go on with other methods, and with other seeds than the first: what is missing is trained, what is no longer
-    named leaves the table.
+    Methods may change, and all seeds but the first: what is missing is trained, what is no longer named leaves the
+    table.
 
     Raises:
-        CheckpointError: A folder in use without ``resume``, a recipe that changed, or a path that is no folder.
+        CheckpointError: The folder is in use without ``resume``, the recipe changed, or the path is not a folder.
     """
     path = folder / "recipe.yaml"
     in_use = folder.exists() and (not folder.is_dir() or any(file.name != LOCK for file in folder.iterdir()))
     if in_use and not path.exists():
-        raise CheckpointError(f"--out {folder} holds other files: name a new or empty folder")
+        raise CheckpointError(f"--out {folder} contains other files: name a new or empty folder")
     if in_use and not resume:
         raise CheckpointError(
-            f"--out {folder} holds a run already: add --resume to go on with it, or name a new folder"
+            f"--out {folder} already contains a run: add --resume to continue it, or name a new folder"
         )
     if in_use:
         changed = _changes(yaml.safe_load(path.read_text(encoding="utf-8")), recipe.model_dump(mode="json"))
         if changed:
-            raise CheckpointError(f"{folder} was begun with another recipe ({'; '.join(changed)}): name a new folder")
+            raise CheckpointError(f"{folder} was started with another recipe ({'; '.join(changed)}): name a new folder")
 
 
 def begin_run(folder: Path, recipe: Recipe) -> None:
-    """Write the recipe, after which the folder holds a run; CheckpointError if it cannot be written."""
+    """Write the recipe, which makes the folder a run folder; raise CheckpointError if it cannot be written."""
     write_text(folder / "recipe.yaml", dump_recipe(recipe))
 
 
@@ -126,6 +126,6 @@ def _changes(old: Any, new: Any) -> list[str]:
         return any(key == field or key.startswith(f"{field}.") for field in FREE_TO_CHANGE)
 
     changes = [(key, was, now) for key, was, now in changed_fields(old, new) if not free(key)]
-    # The first seed is that of the teachers' training.
+    # The first seed also seeds the training of the teachers.
     changes = [change for change in changes if change[0] != "seeds" or list(change[1])[:1] != list(change[2])[:1]]
     return [f"{key} was {was}, now {now}" for key, was, now in changes]

@@ -1,4 +1,4 @@
-"""``metrics.jsonl``: how it is read."""
+"""Reading ``metrics.jsonl``."""
 
 import json
 from collections.abc import Iterator
@@ -9,12 +9,12 @@ from deitkit.errors import CheckpointError
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Return the lines of ``metrics.jsonl``, in order; none where there is no such file.
+    """Return the lines of ``metrics.jsonl``, in order; an empty list if the file does not exist.
 
-    A last line that was cut short by a kill is left out; of an epoch written twice (a run resumed) the later counts.
+    Ignore a last line that a kill cut short. If a resumed run wrote an epoch twice, the later line counts.
 
     Raises:
-        CheckpointError: Any other line is no JSON object with ``seed``, ``student`` and ``epoch``.
+        CheckpointError: Any other line is not a JSON object with ``seed``, ``student`` and ``epoch``.
     """
     path = folder / "metrics.jsonl"
     if not path.is_file():
@@ -36,7 +36,7 @@ def _metric_lines(path: Path) -> Iterator[dict[str, Any]]:
             yield line
         elif number < len(texts):  # a whole line ends in a newline, so only the last text can be half of one
             raise CheckpointError(
-                f"'{path}' line {number} is no line of metrics: remove it, then run `deitkit report` again"
+                f"line {number} of '{path}' is not a line of metrics: remove it, then run `deitkit report` again"
             )
 
 

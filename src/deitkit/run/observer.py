@@ -1,4 +1,4 @@
-"""Who observes a run: what is reported to it, and how it asks a run to stop."""
+"""The interface of an observer of a run: progress reports, and requests to stop."""
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -7,7 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 
 @dataclass
 class Progress:
-    """Where a cohort stands, for whoever watches."""
+    """Progress of a cohort."""
 
     seed: int
     epoch: int  # from 1
@@ -21,29 +21,29 @@ class Progress:
 
 @runtime_checkable
 class Watcher(Protocol):
-    """Whoever watches a run: a terminal, or nobody."""
+    """Observer of a run, such as a terminal."""
 
     def say(self, text: str) -> None:
-        """A stage of the run has begun or ended."""
+        """Report that a stage of the run has begun or ended."""
 
     def reading(self, what: str, done: int, total: int) -> None:
-        """Some of the data has been read."""
+        """Report how many images have been read."""
 
     def step(self, title: str, progress: Progress) -> None:
-        """A step has been done."""
+        """Report a training step."""
 
     def epoch(self, title: str, records: list[dict[str, Any]]) -> None:
-        """An epoch has been done."""
+        """Report the metrics of an epoch, one record per student."""
 
     def defer_interrupts(self) -> AbstractContextManager[None]:
-        """While inside, a request to stop waits until ``should_stop`` is asked; outside it may end the run at once."""
+        """Defer requests to stop to the next ``should_stop`` inside the block; outside they may end the run at once."""
 
     def should_stop(self) -> bool:
-        """Whether the user asked to stop."""
+        """Return whether the user requested a stop."""
 
 
 class Silent:
-    """A watcher that shows nothing and never stops."""
+    """Watcher that shows nothing and never requests a stop."""
 
     def say(self, text: str) -> None:
         pass

@@ -1,4 +1,4 @@
-"""Which code made a figure: a hash of the package, which tells two states of one version apart."""
+"""Which code produced a figure: a hash of the package, which distinguishes two states of one version."""
 
 import hashlib
 from functools import cache

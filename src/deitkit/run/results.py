@@ -1,4 +1,4 @@
-"""``results.json``: how it is read, and what it must hold."""
+"""Reading ``results.json``, and the fields that it must have."""
 
 from pathlib import Path
 from typing import Any
@@ -34,10 +34,10 @@ _REQUIRED_OF_VARIANT = (
 
 
 def read_results(folder: Path) -> dict[str, Any]:
-    """Return ``results.json`` of a run folder; numbers that are not finite are None.
+    """Return ``results.json`` of a run folder; numbers that are not finite become None.
 
     Raises:
-        CheckpointError: It is missing, no JSON, of another format than 1, or lacks what every comparison writes.
+        CheckpointError: The file is missing, is not JSON, has another format than 1, or lacks a required field.
     """
     path = folder / "results.json"
     try:
@@ -47,7 +47,7 @@ def read_results(folder: Path) -> dict[str, Any]:
             f"no results in '{folder}': {path.name} cannot be read; finish the comparison first"
         ) from error
     except ValueError as error:
-        raise CheckpointError(f"'{path}' is no valid JSON: run the comparison again with --resume") from error
+        raise CheckpointError(f"'{path}' is not valid JSON: run the comparison again with --resume") from error
     if not isinstance(results, dict) or results.get("format") != _FORMAT:
         found = results.get("format") if isinstance(results, dict) else None
         raise CheckpointError(

@@ -1,4 +1,4 @@
-"""States of a training that goes on later: nested dicts and lists of tensors and plain values, with a checksum."""
+"""Saved states of a training: nested dicts and lists of tensors and plain values, with a checksum."""
 
 import hashlib
 import json
@@ -21,17 +21,17 @@ def save_tree(path: Path, tree: Any) -> None:
     """Write nested dicts and lists of tensors and plain values, with their checksum.
 
     Raises:
-        CheckpointError: The disk does not take them; what was there before is untouched.
+        CheckpointError: The file cannot be written; an existing file is unchanged.
     """
     tensors: dict[str, Tensor] = {}
     structure = json.dumps(_encode(tree, tensors))
-    # In one entry: safetensors writes several in a random order, and equal states are to be equal files.
+    # A single entry: safetensors writes several in a random order, and equal states must give equal files.
     entry = json.dumps({"format": FORMAT, "sha256": _checksum(structure, tensors), "tree": structure})
     write_bytes(path, save(tensors, metadata={"deitkit": entry}))
 
 
 def load_tree(path: Path) -> Any:
-    """Read what ``save_tree`` wrote, on the CPU; CheckpointError for anything else, be it one bit."""
+    """Read what ``save_tree`` wrote, on the CPU; raise CheckpointError if anything differs, even one bit."""
     try:
         with safe_open(path, framework="pt") as file:
             entry = json.loads((file.metadata() or {})["deitkit"])
@@ -40,27 +40,29 @@ def load_tree(path: Path) -> Any:
             raise ValueError("the checksum differs")
         return _decode(json.loads(entry["tree"]), tensors)
     except (SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{path} is damaged or no checkpoint of deitkit: delete it and resume again") from error
+        raise CheckpointError(
+            f"{path} is damaged or is not a checkpoint of deitkit: delete it and resume again"
+        ) from error
 
 
 def save_state(path: Path, tree: Any) -> None:
-    """Write the state of a run as ``save_tree`` does, and keep the one before it as well."""
+    """Write the state of a run with ``save_tree``, and keep the previous state as well."""
     if path.exists():
         path.replace(_before(path))
     save_tree(path, tree)
 
 
 def load_state(path: Path, say: Callable[[str], None]) -> Any:
-    """Read the newest state that ``save_state`` wrote and that is whole; None if there is none to go on from.
+    """Read the newest intact state that ``save_state`` wrote; return None to start from the beginning.
 
-    A damaged state gives way to the one before it, and the very first, after which there is but one, to the beginning.
+    If the newest state is damaged, read the previous one; if there is no previous one yet, start from the beginning.
 
     Args:
-        path: Of the newest.
-        say: Is told in a sentence of a damaged one.
+        path: Of the newest state.
+        say: Receives a sentence for each damaged state.
 
     Raises:
-        CheckpointError: The newest is damaged or gone, and so is the one before.
+        CheckpointError: The newest state is damaged or missing, and the previous one is damaged.
     """
     before = _before(path)
     there = [file for file in (path, before) if file.exists()]
@@ -70,17 +72,17 @@ def load_state(path: Path, say: Callable[[str], None]) -> Any:
         except CheckpointError:
             say(f"{file} is damaged")
             continue
-        file.replace(path)  # or the next save would put the damaged one in the place of this
+        file.replace(path)  # otherwise the next save would replace this state by the damaged one
         return tree
     if before in there:
         names = " and ".join(file.name for file in there)
-        raise CheckpointError(f"{path.parent}: {names} damaged: delete them, and what they held is trained again")
+        raise CheckpointError(f"{path.parent}: {names} damaged: delete them to train that part again")
     drop_state(path)
     return None
 
 
 def drop_state(path: Path) -> None:
-    """Delete the states of a run that has come to its end."""
+    """Delete the states of a finished run."""
     for file in (path, _before(path)):
         file.unlink(missing_ok=True)
 

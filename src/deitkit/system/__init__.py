@@ -1,1 +1,1 @@
-"""The machine: device, precision, clocks, random draws, files. Nothing here is about images or training."""
+"""The machine: device, precision, clocks, random numbers, files. Nothing about images or training."""

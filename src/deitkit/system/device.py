@@ -1,4 +1,4 @@
-"""The machine: which device, which precision, how long something took on it, and its description for the record."""
+"""Device, precision, and the description of the machine that is stored with results."""
 
 import platform
 from contextlib import AbstractContextManager
@@ -14,10 +14,10 @@ from deitkit.system.process import usable_cores
 
 
 def choose_device(name: str) -> torch.device:
-    """Return the device of a recipe; ``auto`` is cuda where there is one.
+    """Return the device of a recipe; ``auto`` is cuda where available.
 
     Raises:
-        RecipeError: A cuda that is not there.
+        RecipeError: ``name`` is ``cuda`` and no CUDA device is visible.
     """
     if name == "cuda" and not torch.cuda.is_available():
         raise RecipeError("device=cuda, but no CUDA device is visible: set device=auto or device=cpu")
@@ -35,7 +35,7 @@ class Precision:
 
     @classmethod
     def choose(cls, name: str, device: torch.device) -> "Precision":
-        """Return the precision of a recipe: ``auto`` is bf16 where the processor computes with it."""
+        """Return the precision of a recipe; ``auto`` is bf16 where the processor has instructions for it."""
         bf16 = name == "bf16" or (name == "auto" and computes_bf16(device))
         return cls(device, torch.bfloat16 if bf16 else torch.float32)
 
@@ -45,7 +45,7 @@ class Precision:
         return "bf16" if self.dtype == torch.bfloat16 else "fp32"
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """Return the context of a forward pass."""
+        """Return the context manager of a forward pass."""
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16)
 
 
@@ -61,7 +61,7 @@ def computes_bf16(device: torch.device) -> bool:
 
 
 def describe_machine(device: torch.device, precision: Precision) -> dict[str, Any]:
-    """Return what a reader of a figure wants to know of the machine."""
+    """Return the hardware and software on which a figure was measured."""
     return {
         "processor": _processor(),
         "cores": usable_cores(),

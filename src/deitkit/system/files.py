@@ -1,4 +1,4 @@
-"""Writing files so that a reader never sees half of one. What is in them is other modules' business."""
+"""Atomic writes: a reader never sees a partly written file. The formats belong to other modules."""
 
 import io
 import os
@@ -19,12 +19,12 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write to a temporary name beside ``path``, then rename; makes the folder if it is not there.
+    """Write to a temporary file in the same folder, then rename it; create the folder if it does not exist.
 
-    When it returns, the file is on the disk under its name: a loss of power takes nothing back.
+    Synchronise file and folder with the disk, so that a loss of power after the return does not undo the write.
 
     Raises:
-        CheckpointError: The path cannot be written; what was there before is untouched.
+        CheckpointError: The path cannot be written; an existing file is unchanged.
     """
     temporary = path.with_name(f".{uuid4().hex}.tmp")
     try:
@@ -41,15 +41,15 @@ def write_bytes(path: Path, data: bytes) -> None:
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
         raise CheckpointError(
-            f"cannot write '{path}': {reason}; mend that, or choose another folder with --out"
+            f"cannot write '{path}': {reason}; correct this, or choose another folder with --out"
         ) from error
 
 
 def write_figure(path: Path, figure: "Figure", **options: Any) -> None:
-    """Write a figure as its suffix says; a letter of a class's name that the font lacks is a box, without a warning.
+    """Write a figure in the format of its suffix; a character that the font lacks becomes a box, without a warning.
 
     Raises:
-        CheckpointError: As of ``write_bytes``.
+        CheckpointError: As ``write_bytes``.
     """
     picture = io.BytesIO()
     with warnings.catch_warnings():
@@ -59,7 +59,7 @@ def write_figure(path: Path, figure: "Figure", **options: Any) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Bring a rename to the disk; Windows, which cannot open folders, does it by itself."""
+    """Synchronise a rename with the disk; Windows cannot open folders and does not need it."""
     if os.name == "nt":
         return
     descriptor = os.open(folder, os.O_RDONLY)

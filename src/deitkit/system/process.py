@@ -1,7 +1,7 @@
-"""What this process asks of the libraries that it loads and of the system's memory. Importing deitkit changes nothing.
+"""Settings of this process: threads of the libraries and memory allocation. Importing deitkit changes none of them.
 
-The command line calls ``configure_process`` first. A program that uses deitkit as a library may do so too, before it
-imports torch: training on a CPU is then as fast as from the command line, and considerate of other processes.
+The command line calls ``configure_process`` first. A program that uses deitkit as a library may call it too, before it
+imports torch: training on a CPU is then as fast as from the command line, and leaves the cores to other processes.
 """
 
 import ctypes
@@ -20,17 +20,17 @@ CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 
 def configure_process() -> None:
-    """Set up threads and memory of this process for training on a CPU; what the user has set stays.
+    """Set up threads and memory of this process for training on a CPU; settings of the user are kept.
 
-    Environment variables have an effect only before torch is imported. docs/benchmarks.md has the measurements.
+    Environment variables take effect only before torch is imported. Measurements: docs/benchmarks.md.
     """
-    # GNU's OpenMP, with which torch is built for Linux, turns in a loop of 300,000 rounds at each barrier before it
-    # sleeps. Beside another busy process it thereby keeps a core from the thread that it waits for.
+    # GNU's OpenMP, with which torch is built for Linux, spins for 300,000 rounds at each barrier before it sleeps.
+    # If another process is busy, it thereby occupies the core that the awaited thread needs.
     if not any(name in os.environ for name in WAIT_SETTINGS):
         os.environ["GOMP_SPINCOUNT"] = str(SPIN_COUNT)
-    # Tensors of 2 MiB and more lie on large pages, where Linux has them: a CPU looks up fewer addresses.
+    # Place tensors of 2 MiB and more on large pages where Linux has them: fewer address translations.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    # Torch does not see a container's quota: more threads than it grants would wait for each other.
+    # Torch ignores a container's quota: more threads than it grants would wait for each other.
     if usable_cores() < visible_cores():
         os.environ.setdefault("OMP_NUM_THREADS", str(usable_cores()))
     _keep_freed_memory()
@@ -42,7 +42,7 @@ def visible_cores() -> int:
 
 
 def usable_cores() -> int:
-    """Return how many cores this process may keep busy: those it may run on, and no more than a container grants."""
+    """Return how many cores this process may keep busy: those it may run on, at most the quota of the container."""
     cores = visible_cores()
     with suppress(OSError, ValueError):
         quota, period = CGROUP_QUOTA.read_text(encoding="ascii").split()
@@ -51,12 +51,12 @@ def usable_cores() -> int:
 
 
 def _keep_freed_memory() -> None:
-    """Keep what tensors free for the next step: glibc returns it, and the kernel then clears each page anew."""
+    """Keep freed memory for the next step; by default glibc returns it, and the kernel clears each page again."""
     if platform.libc_ver()[0] == "glibc":
         with suppress(OSError, AttributeError):
             libc = ctypes.CDLL(None)
             libc.mallopt(MALLOPT_MMAP_THRESHOLD, 2**30)
             libc.mallopt(MALLOPT_TRIM_THRESHOLD, 2**31 - 1)
-            # The memory of a thread comes in heaps. An empty one is given back whatever the threshold, unless less than
-            # this is free in the one before it.
+            # The memory of a thread consists of heaps. An empty heap is returned, whatever the threshold, unless less
+            # than this is free in the heap before it.
             libc.mallopt(MALLOPT_TOP_PAD, HEAP_OF_A_THREAD)

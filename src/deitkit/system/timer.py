@@ -1,4 +1,4 @@
-"""Durations: measured on the device's clock, and as a person reads them."""
+"""Durations: measured on the device's clock, and formatted for a reader."""
 
 import time
 from types import TracebackType
@@ -7,7 +7,7 @@ import torch
 
 
 def duration_text(seconds: float) -> str:
-    """Return a duration as a person says it: "40 s", "12 min", "3 h 5 min"."""
+    """Format a duration: "40 s", "12 min", "3 h 5 min"."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
@@ -15,7 +15,7 @@ def duration_text(seconds: float) -> str:
 
 
 class Stopwatch:
-    """Adds up the time spent inside ``with`` blocks, on the device's clock; only reading it waits for the device."""
+    """Sum of the time spent inside ``with`` blocks, on the device's clock; only reading it waits for the device."""
 
     def __init__(self, device: torch.device, seconds: float = 0.0) -> None:
         self._cuda = device.type == "cuda"
