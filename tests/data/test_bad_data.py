@@ -158,7 +158,7 @@ def test_links_and_hidden_files(tmp_path, fields):
 
 
 def test_one_class_or_one_image_is_a_sentence(tmp_path):
-    refused(f"folder:{write_classes(tmp_path / 'one', {'cat': 5})}", "holds 1 class", "at least 2")
+    refused(f"folder:{write_classes(tmp_path / 'one', {'cat': 5})}", "has 1 class", "at least 2")
     few = write_classes(tmp_path / "few", {"cat": 5, "dog": 1})
     refused(f"folder:{few}", "class 'dog'", "has 1 image for train, validation and test", "at least 3: add images")
     write_classes(tmp_path / "split" / "train", {"cat": 5, "dog": 1})

@@ -1,1 +1,1 @@
-"""Images and labels: found, divided, decoded, batched. Layouts on the disk are in ``sources``, views in ``augment``."""
+"""Images and labels: finding, splitting, decoding, batching. File layouts are in ``sources``, views in ``augment``."""

@@ -1,6 +1,6 @@
-"""Epochs of batches from a split, in memory or decoded on the way: shuffled by seed and epoch, and nothing else.
+"""Epochs of batches from a split in memory or streamed, shuffled as a function of seed and epoch only.
 
-Batch ``step`` of epoch ``epoch`` is a function of the seed, so a run can go on from any step.
+Batch ``step`` of epoch ``epoch`` is a function of the seed, so a run can resume from any step.
 """
 
 import itertools
@@ -21,26 +21,26 @@ class Batches:
 
     An epoch leaves out the last, smaller batch, so that every step has the same shape.
 
-    With repeated augmentation (Hoffer et al. 2020; Berman et al. 2019) an image stands in the order several times in a
-    row, and each of its copies becomes a view of its own in the same step. An epoch keeps its number of steps, as with
-    the DeiT code's sampler, and so shows a share of the images; unlike there, on one device too, and of any number of
+    With repeated augmentation (Hoffer et al. 2020; Berman et al. 2019) an image appears several times in a row, and
+    each copy is augmented separately in the same step. As with the DeiT code's sampler, an epoch keeps its number of
+    steps and so contains a share of the images; unlike there, this holds on one device too, and for any number of
     images. Devices that take every k-th place of a batch get one copy each.
 
     Args:
         split: The images to train on.
         batch_size: Images in a step, copies included.
         seed: Of the order.
-        device: Where batches are wanted.
-        repeats: Copies of an image; of the last one of an epoch there may be fewer.
+        device: Device of the batches.
+        repeats: Copies of an image; the last image of an epoch may have fewer.
 
     Raises:
-        RecipeError: A batch has more images than there are.
+        RecipeError: A batch has more images than the split.
     """
 
     def __init__(self, split: Split, batch_size: int, seed: int, device: torch.device, *, repeats: int = 1) -> None:
         if batch_size > len(split):
             raise RecipeError(
-                f"train.batch_size={batch_size} is more than the {len(split)} images to train on: at most {len(split)}"
+                f"train.batch_size={batch_size} exceeds the {len(split)} training images: use at most {len(split)}"
             )
         self.split = split.to(device)
         self.batch_size = batch_size
@@ -48,7 +48,7 @@ class Batches:
         self.repeats = repeats
         self.steps_per_epoch = len(split) // batch_size
         self._order: tuple[int, Tensor, Tensor] | None = None
-        self._flow: tuple[tuple[int, int], Iterator[Tensor]] | None = None  # the step that it yields next
+        self._flow: tuple[tuple[int, int], Iterator[Tensor]] | None = None  # with the step that it yields next
 
     def batch(
         self, epoch: int, step: int
@@ -61,12 +61,12 @@ class Batches:
             images = self._streamed(epoch, step, self.split.images)
         elif self.split.images.device == device:
             images = self.split.images[there]
-        else:  # a GPU has no room for all images
+        else:  # all images do not fit on the GPU
             images = self.split.images[here].pin_memory().to(device, non_blocking=True)
         return images, self.split.labels[there]
 
     def _orders(self, epoch: int) -> tuple[Int64[Tensor, " n"], Int64[Tensor, " n"]]:
-        """Return an epoch's order in the host's memory and on the device."""
+        """Return an epoch's order, in host memory and on the device."""
         if self._order is None or self._order[0] != epoch:
             order = self._shuffled(epoch)
             self._order = epoch, order, order.to(self.split.labels.device, non_blocking=True)
@@ -77,7 +77,7 @@ class Batches:
         return order.repeat_interleave(self.repeats)[: len(order)]
 
     def _streamed(self, epoch: int, step: int, images: StreamedImages) -> UInt8[Tensor, "batch channels height width"]:
-        """Take the batch from worker processes that go on with the next ones, over the end of the epoch too."""
+        """Return the batch from worker processes that decode ahead, beyond the end of the epoch too."""
         device = self.split.labels.device
         if self._flow is None or self._flow[0] != (epoch, step):
             self._flow = (epoch, step), images.batches(self._all_indices(epoch, step), pin=device.type == "cuda")
@@ -87,7 +87,7 @@ class Batches:
         return batch.to(device, non_blocking=True)
 
     def _all_indices(self, epoch: int, step: int) -> Iterator[Int64[Tensor, " batch"]]:
-        """Yield the indices of every batch from a step on, without end."""
+        """Yield the indices of every batch from a step on, endlessly."""
         for number in itertools.count(epoch):
             batches = self._shuffled(number).split(self.batch_size)[: self.steps_per_epoch]
             yield from batches[step if number == epoch else 0 :]

@@ -1,4 +1,4 @@
-"""Decoded images on the disk, so that a data set is decoded once. Always safe to delete, never needed."""
+"""A disk cache of decoded images, so that a data set is decoded once. It may be deleted at any time."""
 
 import hashlib
 import json
@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 def cache_folder() -> Path:
-    """Return the folder of decoded images: ``$DEITKIT_CACHE``, else ``~/.cache/deitkit/decoded``."""
+    """Return the cache folder: ``$DEITKIT_CACHE``, else ``~/.cache/deitkit/decoded``."""
     return Path(os.environ.get("DEITKIT_CACHE") or "~/.cache/deitkit/decoded").expanduser()
 
 
@@ -30,7 +30,7 @@ def sha256(*tensors: Tensor) -> str:
 
 
 def load_cached(key: str) -> tuple[dict[str, Tensor], list[str]] | None:
-    """Return the tensors and names stored under a key, or None if there are none or the file is damaged."""
+    """Return the tensors and names stored under a key; None if there is no file or it is damaged."""
     path = cache_folder() / f"{key}.safetensors"
     try:
         with safe_open(path, framework="pt") as file:
@@ -44,7 +44,7 @@ def load_cached(key: str) -> tuple[dict[str, Tensor], list[str]] | None:
 
 
 def store(key: str, tensors: dict[str, UInt8[Tensor, "..."]], names: list[str]) -> None:
-    """Store tensors and names under a key; does nothing where the folder cannot be written."""
+    """Store tensors and names under a key; do nothing if the folder cannot be written."""
     metadata = {"names": json.dumps(names), "checksum": _checksum(tensors)}
     temporary: Path | None = None
     try:
@@ -60,5 +60,5 @@ def store(key: str, tensors: dict[str, UInt8[Tensor, "..."]], names: list[str]) 
 
 
 def _checksum(tensors: dict[str, Tensor]) -> str:
-    """Return a checksum against accidents; CRC-32, since a SHA-256 takes longer than reading the file."""
+    """Return a checksum against accidental damage: CRC-32, since a SHA-256 takes longer than reading the file."""
     return " ".join(str(zlib.crc32(tensors[name].numpy().reshape(-1).data)) for name in sorted(tensors))

@@ -1,7 +1,6 @@
-"""From a recipe to a data set: found, divided, decoded, described.
+"""Loading the data set of a recipe: listing, splitting, decoding, statistics.
 
-How each kind of source is laid out belongs in ``named.py``, ``folders.py`` and ``parquet.py``; batches and augmentation
-are not known here.
+The layout of each kind of source belongs in ``sources``; batches and augmentation have their own modules.
 """
 
 import difflib
@@ -29,17 +28,17 @@ from deitkit.errors import DataError
 from deitkit.recipe.schema import DataRecipe
 
 DATASETS = ("digits", *NAMED_SETS)
-_CHUNK = 1024  # images copied at a time to be hashed
+_CHUNK = 1024  # images copied at a time for hashing
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """A data set, divided, with what describes it.
+    """A data set with its splits and its description.
 
     Attributes:
         name: As in the recipe.
-        train: Images to learn from.
-        validation: Images carved from the training images, to check the teacher and draw curves.
+        train: Images to train on.
+        validation: Images held out from the training images, to check the teacher and draw curves.
         test: Images for the final figures only.
         class_names: Names of the classes, by label.
         mean: Of each channel of the training images, as values in [0, 1].
@@ -47,7 +46,7 @@ class Dataset:
         skipped: Names of images that could not be decoded.
         fingerprint: SHA-256 over images, labels and class names of all splits, in hexadecimal; for streamed images over
             the names, sizes and times of their files instead.
-        duplicates: Test images that are training images too.
+        duplicates: Test images that are also training images.
     """
 
     name: str
@@ -78,17 +77,17 @@ class Dataset:
 
 
 def load_dataset(recipe: DataRecipe, progress: Progress | None = None) -> Dataset:
-    """Load the data set that a recipe names, as uint8 images in memory, or as files that are decoded on the way.
+    """Load the data set of a recipe, as uint8 images in memory or as streamed files.
 
-    Labels are read and divided first (see ``plan_splits``); only images that belong to a split are decoded. An image
+    Labels are read and split first (see ``plan_splits``); only images that belong to a split are decoded. An image
     that cannot be decoded is therefore missing from its split, and does not move others between splits.
 
     Args:
-        recipe: What to load, and how to divide it.
-        progress: Called with what is being done, how many images are done, and how many there are.
+        recipe: The data set and its splits.
+        progress: Called with the stage, the number of images done, and their total number.
 
     Raises:
-        DataError: The data set is missing, malformed, does not fit the recipe or would not fit in memory.
+        DataError: The data set is missing or malformed, does not fit the recipe, or does not fit in memory.
     """
     listing, indices = _plan(recipe, progress)
     parts = (indices.train, indices.validation, indices.test)
@@ -119,7 +118,7 @@ def load_dataset(recipe: DataRecipe, progress: Progress | None = None) -> Datase
 
 
 def load_test(recipe: DataRecipe, progress: Progress | None = None) -> tuple[Split, tuple[str, ...]]:
-    """Load the test images that ``load_dataset`` would, without the others, and the names of the classes."""
+    """Load only the test images of ``load_dataset``, and the names of the classes."""
     listing, indices = _plan(recipe, progress)
     found = _read(listing, indices.test, 0, recipe, progress)
     split = Split(found.images, listing.labels[indices.test[found.kept]])
@@ -128,7 +127,7 @@ def load_test(recipe: DataRecipe, progress: Progress | None = None) -> tuple[Spl
 
 
 def _plan(recipe: DataRecipe, progress: Progress | None) -> tuple[Listing, SplitIndices]:
-    """Find the data set, and which image belongs to which split."""
+    """List the data set and assign its images to splits."""
     try:
         listing = _list(recipe, progress)
     except OSError as error:
@@ -146,7 +145,7 @@ def _read(
     recipe: DataRecipe,
     progress: Progress | None,
 ) -> DecodedImages | Survey:
-    """Decode the selected images, of which the first ones are training images, or look at them where they stream."""
+    """Decode the selected images, or survey them if they are streamed; the first ones are training images."""
     streams = wants_streaming(listing.images, len(selection), recipe)
     return (_survey if streams else _pixels)(listing, selection, train_count, recipe, progress)
 
@@ -155,7 +154,7 @@ def _list(recipe: DataRecipe, progress: Progress | None) -> Listing:
     kind, colon, path = recipe.name.partition(":")
     if colon and kind in ("folder", "parquet"):
         if not path:
-            raise DataError(f"data.name={recipe.name} names no path: write {kind}:PATH")
+            raise DataError(f"data.name={recipe.name} has no path: write {kind}:PATH")
         return (list_folder if kind == "folder" else list_parquet)(Path(path).expanduser())
     if recipe.name == "digits":
         return _list_digits()
@@ -163,8 +162,8 @@ def _list(recipe: DataRecipe, progress: Progress | None) -> Listing:
         return list_named(recipe, progress)
     near = difflib.get_close_matches(recipe.name, DATASETS, n=1)
     hint = f"did you mean {near[0]}? " if near else ""
-    known = ", ".join(DATASETS)
-    raise DataError(f"data.name={recipe.name} is no data set: {hint}Known are {known}, folder:PATH and parquet:PATH")
+    allowed = ", ".join(DATASETS)
+    raise DataError(f"data.name={recipe.name} is not a data set: {hint}Choose {allowed}, folder:PATH or parquet:PATH")
 
 
 def _list_digits() -> Listing:
@@ -183,7 +182,7 @@ def _pixels(
     recipe: DataRecipe,
     progress: Progress | None,
 ) -> DecodedImages:
-    """Return the selected images, of which the first ones are training images, as the recipe wants them."""
+    """Return the selected images in the size and channels of the recipe; the first ones are training images."""
     if isinstance(listing.images, EncodedImages):
         return decode_images(listing.images, selection, recipe, progress, train_count=train_count)
     native = listing.images.shape[1:]
@@ -209,19 +208,19 @@ def _survey(
 
 
 def _require_all_classes(splits: dict[str, Split], listing: Listing, recipe: DataRecipe) -> None:
-    """Raise DataError if so many images could not be decoded that a split lacks a class."""
+    """Raise DataError if a split lacks a class because images could not be decoded."""
     for name, split in splits.items():
         counts = torch.bincount(split.labels, minlength=len(listing.class_names))
         if int(counts.min()) == 0:
             missing = listing.class_names[int(counts.argmin())]
             raise DataError(
-                f"class '{missing}' of data.name={recipe.name} has no image in the {name} split that can be decoded: "
-                "mend or replace its files"
+                f"class '{missing}' of data.name={recipe.name} has no decodable image in the {name} split: "
+                "repair or replace its files"
             )
 
 
 def _duplicates(listing: Listing, places: tuple[Tensor, Tensor], pairs: Int64[Tensor, "pairs 2"]) -> Duplicates:
-    """Name some of the test images that were found among the training images."""
+    """Describe duplicates, with the names of some of them."""
     train, test = places
     few = pairs[:MOST_EXAMPLES].tolist()
     return Duplicates(
@@ -230,7 +229,7 @@ def _duplicates(listing: Listing, places: tuple[Tensor, Tensor], pairs: Int64[Te
 
 
 def _name(listing: Listing, position: int) -> str:
-    """Return what a message calls an image: its file, or its place in its split where it came without names."""
+    """Return the name of an image in messages: its file, or its place in its split if images have no names."""
     if isinstance(listing.images, EncodedImages):
         return listing.images.names[position]
     if listing.official_test is None:

@@ -1,6 +1,6 @@
-"""From an encoded image of any kind to uint8 pixels, one or many at a time.
+"""Decoding images to uint8 pixels, one or many at a time.
 
-How images are found belongs in ``folders.py`` and ``parquet.py``; what is done with pixels in ``pixels.py``.
+Finding images belongs in ``sources``; operations on decoded pixels belong in ``pixels.py``.
 """
 
 import hashlib
@@ -28,21 +28,21 @@ from deitkit.errors import DataError
 from deitkit.recipe.schema import DataRecipe
 
 SUFFIXES = frozenset((".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"))
-# Closed, because Pillow would otherwise go by content and hand an EPS file named .png to Ghostscript.
+# A closed list, because Pillow goes by content and would pass an EPS file named .png to Ghostscript.
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
-_FORMAT_VERSION = 2  # of what is stored: raise it when decoding changes
-_WINDOW = 256  # encoded images held in memory at a time
+_FORMAT_VERSION = 2  # of cached images: raise it when decoding changes
+_WINDOW = 256  # encoded images in memory at a time
 
 
 @dataclass(frozen=True)
 class DecodedImages:
-    """The images of a selection, in its order.
+    """The decoded images of a selection, in its order.
 
     Attributes:
         images: Pixels of the images that could be decoded.
         kept: Which images of the selection these are.
         skipped: Names of the others.
-        hashes: Of the pixels of each image of the selection, cut as a training image is; 0 of those that were skipped.
+        hashes: Pixel hash of each image of the selection, cropped like a training image; 0 if skipped.
     """
 
     images: UInt8[Tensor, "kept channels height width"]
@@ -54,23 +54,23 @@ class DecodedImages:
 def decode_image(
     encoded: Path | bytes, channels: int, image_px: int | None = None, eval_crop: float = 1.0
 ) -> UInt8[np.ndarray, "channels height width"]:
-    """Decode the first frame of an image in any of ``SUFFIXES``' formats.
+    """Decode the first frame of an image in one of the formats of ``SUFFIXES``.
 
     EXIF orientation is applied, transparency composited on white, and 16 bits are scaled to 8.
 
     Args:
-        encoded: A file, or the content of one.
+        encoded: A file, or its content.
         channels: 1 for grey (ITU-R 601 luma), 3 for RGB.
-        image_px: If given, the shorter side is resized to it (bicubic, antialiased) and the centre square kept.
+        image_px: If given, the shorter side is resized to it (bicubic, antialiased) and the centre square is kept.
         eval_crop: The shorter side is resized to ``image_px`` divided by this.
 
     Raises:
-        Exception: Of whatever type Pillow chose, if the image cannot be decoded.
+        Exception: The image cannot be decoded; the type is Pillow's choice.
     """
     with Image.open(io.BytesIO(encoded) if isinstance(encoded, bytes) else encoded, formats=_FORMATS) as image:
         if image_px is not None:
             frame_px = 2 * evaluation_frame(image_px, eval_crop)[0]
-            image.draft(image.mode, (frame_px, frame_px))  # a JPEG far too large is decoded at 1/2, 1/4 or 1/8
+            image.draft(image.mode, (frame_px, frame_px))  # decode a much larger JPEG at 1/2, 1/4 or 1/8
         image.load()
         ImageOps.exif_transpose(image, in_place=True)
         plain = _to_mode(image, "L" if channels == 1 else "RGB")
@@ -81,14 +81,14 @@ def decode_image(
 
 
 def _to_mode(image: Image.Image, mode: str) -> Image.Image:
-    """Convert to L or RGB where Pillow's own conversion would clip or drop something."""
+    """Convert to L or RGB without the clipping and loss of transparency of Pillow's own conversion."""
     if image.mode == "I" or image.mode.startswith("I;16"):
         values = np.asarray(image).astype(np.int64)
         if values.min() < 0 or values.max() > 65535:
-            raise ValueError("pixels of more than 16 bits have no agreed range")
+            raise ValueError("pixels of more than 16 bits have no standard range")
         image = Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
     elif image.mode == "F":
-        raise ValueError("floating-point pixels have no agreed range")
+        raise ValueError("floating-point pixels have no standard range")
     if "A" in image.getbands() or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -96,7 +96,7 @@ def _to_mode(image: Image.Image, mode: str) -> Image.Image:
 
 
 def _resize_and_crop(image: Image.Image, image_px: int, eval_crop: float) -> Image.Image:
-    """Resize the centre square only: the same pixels, without the huge strip that a panorama would become."""
+    """Resize the centre square only: the same pixels, without a large intermediate image for a panorama."""
     side = min(image.size)
     left, top = (image.width - side) / 2, (image.height - side) / 2
     resized_px, start = evaluation_frame(image_px, eval_crop)
@@ -116,15 +116,15 @@ def decode_images(
     """Decode the selected images on all cores, or take them from the cache.
 
     Args:
-        encoded: Where the images come from.
-        selection: Positions of the images that are wanted, in the order in which they are wanted.
+        encoded: All images of the data set.
+        selection: Positions of the images to decode, in the order of the result.
         recipe: ``image_px``, ``eval_crop``, ``channels`` (None: 1 if every image is grey, else 3) and ``corrupt``.
-        progress: Called with what is done, how many images are done, and how many there are.
-        train_count: How many of them, the first ones, are training images, which ``eval_crop`` leaves alone; None for
+        progress: Called with the stage, the number of images done, and their total number.
+        train_count: Number of training images, which come first and to which ``eval_crop`` does not apply; None for
             all.
 
     Raises:
-        DataError: Sizes differ and ``image_px`` is not set, the pixels would not fit in memory, no image can
+        DataError: Sizes differ and ``image_px`` is not set, the pixels do not fit in memory, no image can
             be decoded, or one cannot and ``corrupt`` is "error".
     """
     train_count = len(selection) if train_count is None else train_count
@@ -152,7 +152,7 @@ def decode_all(
     progress: Progress | None,
     what: str,
 ) -> None:
-    """Decode the selected images on all cores, in ascending order of their positions, and hand them to the target.
+    """Decode the selected images on all cores, in ascending order of their positions, and put them into the target.
 
     Raises:
         DataError: No image can be decoded, or the target refused one.
@@ -162,12 +162,12 @@ def decode_all(
         eval_crop = 1.0 if slot < target.train_count else recipe.eval_crop
         try:
             pixels = decode_image(image, recipe.channels or 3, recipe.image_px, eval_crop)
-            # Another crop of a training image is still that image.
+            # Hash the image as cropped for training, so that duplicates of training images are found.
             whole = pixels if eval_crop == 1 else decode_image(image, recipe.channels or 3, recipe.image_px)
             return pixels, int(pixel_hashes(whole[None])[0])
         except UnidentifiedImageError:
-            return "not an image of a known format", 0
-        except Exception as error:  # Pillow's plug-ins raise whatever a damaged file makes them stumble over
+            return "not an image in a supported format", 0
+        except Exception as error:  # Pillow's plug-ins raise many types for damaged files
             return str(error) or type(error).__name__, 0
 
     slots = selection.argsort().tolist()
@@ -185,12 +185,12 @@ def decode_all(
         name, reason = next(iter(target.failures.items()))
         raise DataError(
             f"none of the {len(positions)} images of data.name={recipe.name} can be decoded, such as '{name}' "
-            f"({reason}): check the path, or get the data set again"
+            f"({reason}): check the path, or download the data set again"
         )
 
 
 class ImageSink(ABC):
-    """Takes decoded images one by one, and refuses those that do not belong together."""
+    """Receives decoded images one by one, and refuses images of different sizes."""
 
     def __init__(self, count: int, train_count: int, recipe: DataRecipe) -> None:
         self.count, self.train_count, self.recipe = count, train_count, recipe
@@ -201,7 +201,7 @@ class ImageSink(ABC):
         self.failures: dict[str, str] = {}
 
     def put(self, slot: int, name: str, pixels: np.ndarray | str) -> None:
-        """Take an image, or the reason why there is none."""
+        """Receive an image, or the reason why it could not be decoded."""
         if isinstance(pixels, str):
             if self.recipe.corrupt == "error":
                 raise DataError(f"'{name}' cannot be decoded ({pixels}): remove it or set data.corrupt=skip")
@@ -219,11 +219,11 @@ class ImageSink(ABC):
 
     @abstractmethod
     def keep(self, slot: int, pixels: np.ndarray) -> None:
-        """Keep what is wanted of an image."""
+        """Process an image of the expected size."""
 
 
 class _Pixels(ImageSink):
-    """One array that images are written into; where one is missing, a gap that is closed at the end."""
+    """Writes images into one array; gaps of missing images are removed at the end."""
 
     images: np.ndarray
 
@@ -235,7 +235,7 @@ class _Pixels(ImageSink):
         self.images[slot] = pixels
 
     def finish(self) -> DecodedImages:
-        """Close the gaps, and drop two of three channels if all images are grey and nothing else was asked for."""
+        """Remove the gaps, and reduce grey images to one channel unless the recipe sets ``channels``."""
         images = torch.from_numpy(self.images)
         if self.failures:
             images = images[self.kept]
@@ -250,9 +250,9 @@ def _size(shape: tuple[int, ...]) -> str:
 
 @contextmanager
 def strict_pillow() -> Iterator[None]:
-    """Make a decompression bomb an error and silence what Pillow has to say about sloppy metadata.
+    """Make a decompression bomb an error, and silence Pillow's warnings about malformed metadata.
 
-    Around the whole pool, since warning filters are the process's and not the thread's.
+    Enter it around the whole pool, since warning filters belong to the process and not to a thread.
     """
     Image.init()  # not thread-safe
     with warnings.catch_warnings():

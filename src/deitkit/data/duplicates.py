@@ -1,6 +1,6 @@
-"""Test images that were trained on: a home-made set's copies, or CIFAR-100's few, found by their pixels.
+"""Finding test images that are also training images, by their pixels, as in some self-made sets and in CIFAR-100.
 
-Found and told, never removed: which split an image belongs to is its owner's business.
+Duplicates are reported, never removed: the owner of the data set decides its splits.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from jaxtyping import Int64, UInt8
 from torch import Tensor
 
 MOST_EXAMPLES = 5
-_CHUNK = 256  # images hashed at a time, so that the widened copies stay small
+_CHUNK = 256  # images hashed at a time, so that the copies of wider type stay small
 
 
 @dataclass(frozen=True)
@@ -21,29 +21,29 @@ class Duplicates:
     """Test images with the pixels of a training image.
 
     Attributes:
-        count: How many test images.
-        examples: Names of a few of them, each with the name of a training image that it equals.
+        count: Number of test images.
+        examples: Names of a few of them, each with the name of an equal training image.
     """
 
     count: int = 0
     examples: tuple[tuple[str, str], ...] = ()
 
     def sentence(self) -> str:
-        """Return one sentence without its full stop; there must be duplicates."""
+        """Return one sentence without a full stop; ``count`` must not be 0."""
         test, train = self.examples[0]
         images = "image is" if self.count == 1 else "images are"
         return (
             f"{self.count} test {images} also among the training images, such as '{test}' (as '{train}'): nothing was "
-            "removed, so accuracies may flatter"
+            "removed, so accuracies may be too high"
         )
 
 
 def pixel_hashes(images: UInt8[np.ndarray, "n channels height width"]) -> Int64[np.ndarray, " n"]:
-    """Return a hash of the pixels of each image; images of one shape are equal if, and all but surely only if, it is.
+    """Return a hash of the pixels of each image, for comparing images of one shape.
 
     A multilinear hash with random coefficients modulo 2^64 (Carter & Wegman 1979; Lemire & Kaser 2014, "Strongly
-    universal string hashing is fast"), over pairs of bytes: two images that differ collide with a probability of at
-    most 2^-49. It takes one product of a matrix and a vector, whatever the number of images.
+    universal string hashing is fast"), over pairs of bytes: two different images collide with a probability of at
+    most 2^-49. It is a product of a matrix and a vector, whatever the number of images.
     """
     size = prod(images.shape[1:])
     coefficients = _coefficients((size + 1) // 2)
@@ -62,7 +62,7 @@ def _coefficients(count: int) -> np.ndarray:
 
 
 def find_duplicates(train: Int64[Tensor, " train"], test: Int64[Tensor, " test"]) -> Int64[Tensor, "pairs 2"]:
-    """Return, of each test image whose hash a training image has, its place and that of the first such image."""
+    """Return the place of each test image with the hash of a training image, and the place of the first such image."""
     if not len(train):
         return torch.zeros(0, 2, dtype=torch.int64)
     ordered, places = train.sort(stable=True)

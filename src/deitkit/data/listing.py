@@ -1,4 +1,4 @@
-"""What every kind of source hands over: a data set as it lies, before it is divided and its images are read."""
+"""The result of every kind of source: a data set before it is split and its images are read."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -11,19 +11,19 @@ Progress = Callable[[str, int, int], None]
 
 
 def writable(name: str) -> str:
-    """Return a name as UTF-8 can hold it: odd bytes, such as an old archive's, are spelt out."""
+    """Escape bytes of a file name that are not valid UTF-8, as in old archives."""
     return name.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 @dataclass(frozen=True)
 class EncodedImages:
-    """Images that are still files, or bytes inside of one.
+    """Images that are still files, or bytes inside a file.
 
     Attributes:
-        names: What a message calls each image.
-        read: Yields the file or the bytes of each image at ascending positions; b"" where there is none.
+        names: Name of each image in messages.
+        read: Yields the file or the bytes of each image at ascending positions; b"" for a missing image.
         key: Changes whenever the images may have changed.
-        files: The file of each image; None where images are no files of their own.
+        files: The file of each image; None if images are not separate files.
     """
 
     names: Sequence[str]
@@ -34,14 +34,14 @@ class EncodedImages:
 
 @dataclass(frozen=True)
 class Listing:
-    """All images of a data set: their labels, and their pixels if it comes decoded.
+    """All images of a data set with their labels.
 
     Attributes:
-        images: Pixels, or what has yet to be decoded.
+        images: Pixels, or encoded images.
         labels: The class of every image, an index into ``class_names``.
         official_test: Which images belong to the data set's own test split; None if it has none.
         class_names: Names of the classes.
-        skipped: Names of images that were left out because they could not be decoded.
+        skipped: Names of images that were omitted because they could not be decoded.
     """
 
     images: UInt8[Tensor, "n channels height width"] | EncodedImages

@@ -1,4 +1,4 @@
-"""Whole data sets of uint8 pixels: size, channels, statistics and the memory they need. Nothing here is random."""
+"""Operations on whole data sets of uint8 pixels: size, channels, statistics, memory. Nothing here is random."""
 
 from math import prod
 
@@ -10,12 +10,12 @@ from torch import Tensor
 
 from deitkit.errors import DataError
 
-_CHUNK = 1024  # images worked on at a time, so that float copies stay small
-_LEAST_STD = 1 / 255  # a channel that never changes must not divide by zero
+_CHUNK = 1024  # images processed at a time, so that float copies stay small
+_LEAST_STD = 1 / 255  # prevents a division by zero for a constant channel
 
 
 def require_memory(shape: tuple[int, ...]) -> None:
-    """Raise DataError if uint8 images of this shape would not fit in the memory that is free."""
+    """Raise DataError if uint8 images of this shape do not fit in the free memory."""
     needed, free = prod(shape), psutil.virtual_memory().available
     if needed > 0.9 * free:
         size = f"{shape[-1]}x{shape[-2]}"
@@ -26,7 +26,7 @@ def require_memory(shape: tuple[int, ...]) -> None:
 
 
 def evaluation_frame(image_px: int, eval_crop: float) -> tuple[int, int]:
-    """Return to what an image is resized before it is evaluated, and where its centre of ``image_px`` begins.
+    """Return the side that an image is resized to for evaluation, and where its centre of ``image_px`` begins.
 
     As in the DeiT code: 224 px at a crop of 0.875 are the centre of an image of 256 px.
     """
@@ -44,9 +44,9 @@ def resize(
     """Resize square images (bicubic, antialiased, rounded and clamped to 0 to 255).
 
     Args:
-        images: Left unchanged; returned as they are where nothing is to be done.
+        images: Left unchanged; returned if no resizing is needed.
         image_px: Side of the result.
-        train_count: How many of them, the first ones, are training images; None for all.
+        train_count: Number of training images, which come first; None for all.
         eval_crop: All others are resized to ``image_px / eval_crop``, and their centre is kept.
     """
     if images.shape[-1] == image_px and eval_crop == 1:
@@ -65,7 +65,7 @@ def resize(
 def to_channels(
     images: UInt8[Tensor, "n old height width"], channels: int
 ) -> UInt8[Tensor, "n {channels} height width"]:
-    """Repeat grey to three channels, or take the luma (ITU-R 601, in Pillow's integers) of three."""
+    """Repeat grey to three channels, or reduce three to the luma (ITU-R 601, in Pillow's integer arithmetic)."""
     if images.shape[1] == channels:
         return images
     if channels == 3:
@@ -83,7 +83,7 @@ def is_grey(images: UInt8[Tensor, "n channels height width"]) -> bool:
 
 
 def mean_and_std(images: UInt8[Tensor, "n channels height width"]) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Return mean and standard deviation of each channel, of values in [0, 1]; exact, from counts of the 256 values."""
+    """Return mean and standard deviation of each channel, of values in [0, 1]: exact, from counts of the 256 values."""
     counts = torch.zeros(images.shape[1], 256, dtype=torch.int64)
     for chunk in images.split(_CHUNK):
         for channel, count in enumerate(counts):
@@ -92,7 +92,7 @@ def mean_and_std(images: UInt8[Tensor, "n channels height width"]) -> tuple[tupl
 
 
 def mean_and_std_of_counts(counts: Int64[Tensor, "channels 256"]) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Return mean and standard deviation of each channel, in [0, 1], from how often each of the 256 values occurs.
+    """Return mean and standard deviation of each channel, in [0, 1], from counts of the 256 values.
 
     The standard deviation is at least 1/255.
     """

@@ -1,4 +1,4 @@
-"""Labelled images, and how a data set is divided into train, validation and test.
+"""Labelled images, and the split of a data set into train, validation and test.
 
 Pure functions of labels and the recipe: nothing here reads a file or decodes an image.
 """
@@ -14,7 +14,7 @@ from deitkit.data.stream import StreamedImages
 from deitkit.errors import DataError
 from deitkit.recipe.schema import DataRecipe
 
-MOST_GPU_MEMORY = 0.5  # of what is free, for the images of a split
+MOST_GPU_MEMORY = 0.5  # share of the free memory, for the images of a split
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,9 @@ class Split:
         return len(self.labels)
 
     def to(self, device: torch.device) -> "Split":
-        """Return the split on a device; nothing is copied if it is there already.
+        """Return the split on a device, without a copy if it is already there.
 
-        Images that are still encoded, or that a GPU has no room for beside a training, stay where they are.
+        Encoded images, and images that would take more than half of the GPU's free memory, stay where they are.
         """
         images = self.images
         if isinstance(images, Tensor) and _has_room(device, images.nbytes):
@@ -42,7 +42,7 @@ class Split:
         return self.images[indices] if isinstance(self.images, Tensor) else self.images.decode(indices)
 
     def batches(self, size: int) -> Iterator[UInt8[Tensor, "batch channels height width"]]:
-        """Yield all images in order, so many at a time."""
+        """Yield all images in order, ``size`` at a time."""
         if isinstance(self.images, Tensor):
             return iter(self.images.split(size))
         return self.images.batches(torch.arange(len(self)).split(size))
@@ -67,12 +67,12 @@ def plan_splits(
     class_names: Sequence[str],
     recipe: DataRecipe,
 ) -> SplitIndices:
-    """Divide a data set, stratified by class and as a function of ``recipe.split_seed`` alone.
+    """Split a data set, stratified by class, as a function of ``recipe.split_seed`` alone.
 
     The test split is the official one if there is one, else ``test_fraction`` of all images. The validation split is
-    ``validation_fraction`` of what remains. Only then are ``train_images`` drawn from the rest, so that the validation
-    split stays large when training images are few. Every split holds every class. With the same seed, few training
-    images are a subset of more of them, and the validation and test splits are the same.
+    ``validation_fraction`` of the remainder. Only then are ``train_images`` drawn from the rest, so that the validation
+    split stays large with few training images. Every split has every class. Under the same seed, a smaller training
+    split is a subset of a larger one, and the validation and test splits are the same.
 
     Args:
         labels: Class of every image, 0 to ``len(class_names) - 1``.
@@ -81,13 +81,11 @@ def plan_splits(
         recipe: Fractions, numbers of images and the seed.
 
     Raises:
-        DataError: There are fewer than two classes, a class has too few images to be in every split, or more images are
-            asked for than there are, or fewer than there are classes.
+        DataError: There are fewer than two classes, a class has too few images for every split, or the recipe sets a
+            number of images that exceeds those available or is less than the number of classes.
     """
     if len(class_names) < 2:
-        raise DataError(
-            f"data.name={recipe.name} holds {len(class_names)} class, but at least 2 are needed: add another"
-        )
+        raise DataError(f"data.name={recipe.name} has {len(class_names)} class, but at least 2 are needed: add another")
     draws = _Draws(labels, class_names, recipe)
     if official_test is None:
         everything = torch.arange(len(labels))
@@ -106,7 +104,7 @@ def plan_splits(
 
 
 class _Draws:
-    """Stratified draws from one seed, in the order in which they are asked for."""
+    """Stratified draws from one seed, in the order of the calls."""
 
     def __init__(self, labels: Tensor, class_names: Sequence[str], recipe: DataRecipe) -> None:
         self.labels, self.class_names, self.recipe = labels, class_names, recipe
@@ -124,16 +122,16 @@ class _Draws:
             )
 
     def carve(self, pool: Tensor, fraction: float, leave: int) -> tuple[Tensor, Tensor]:
-        """Return the rest, with at least ``leave`` images of each class, and the drawn share, with at least one."""
+        """Return the rest, with at least ``leave`` images per class, and the drawn share, with at least one."""
         classes = len(self.class_names)
         count = min(max(round(fraction * len(pool)), classes), len(pool) - leave * classes)
         return self._draw(pool, count, leave)
 
     def subset(self, pool: Tensor, count: int, split: str) -> Tensor:
-        """Draw the number of images that the recipe asks for."""
+        """Draw the number of images of the recipe."""
         field = f"data.{split}_images={count}"
         if count > len(pool):
-            raise DataError(f"{field} is more than the {len(pool)} images there are to {split} on: lower it or drop it")
+            raise DataError(f"{field} exceeds the {len(pool)} images available to {split} on: lower it or drop it")
         if count < len(self.class_names):
             raise DataError(f"{field} is less than one image for each of {len(self.class_names)} classes: raise it")
         return self._draw(pool, count, leave=0)[1]
@@ -153,7 +151,7 @@ class _Draws:
 
 
 def _apportion(counts: Tensor, total: int, leave: int) -> Tensor:
-    """Divide a total among classes in proportion to their counts: at least 1, at most all but ``leave`` of each."""
+    """Apportion a total to classes in proportion to their counts: at least 1, at most all but ``leave`` of each."""
     exact = counts.double() * total / counts.sum()
     quota = exact.floor().long().clamp(min=1).minimum(counts - leave)
     while (missing := total - int(quota.sum())) != 0:

@@ -1,7 +1,7 @@
-"""Images that stay encoded and are decoded whenever they are asked for: for data sets that do not fit in memory.
+"""Streaming: images stay encoded and are decoded when needed, for data sets that do not fit in memory.
 
-One pass over all of them, whose result is kept on the disk, finds what an epoch must know beforehand: which images can
-be decoded, their shape, and how often each value occurs.
+A survey, one pass over all images whose result is cached on the disk, finds what an epoch needs beforehand: which
+images can be decoded, their shape, and the counts of their values.
 """
 
 import hashlib
@@ -26,16 +26,16 @@ from deitkit.recipe.schema import DataRecipe
 from deitkit.system.process import usable_cores
 
 _FORMAT_VERSION = 2  # of a survey: raise it when decoding changes
-_MOST_MEMORY = 0.6  # of what is free, for decoded images
+_MOST_MEMORY = 0.6  # share of the free memory, for decoded images
 
 
 @dataclass(frozen=True)
 class FlatFile:
-    """Encoded images one after the other in a file, so that any of them can be read at once.
+    """Encoded images concatenated in a file, for random access.
 
     Attributes:
         path: The file.
-        ends: Where each image ends.
+        ends: Offset of the end of each image, in bytes.
     """
 
     path: Path
@@ -50,14 +50,14 @@ class FlatFile:
 
 @dataclass(frozen=True)
 class StreamedImages:
-    """Images of a split, used like the uint8 tensor that they would be: asked for their shape, indexed, and cut.
+    """Images of a split, with the part of a uint8 tensor's interface that is used: shape, indexing, splitting.
 
     Attributes:
         encoded: Files, or their contents.
         positions: Which of them belong to the split, in its order.
         image_shape: Channels, height and width.
-        image_px: What they are resized to; None leaves them as they are.
-        eval_crops: Of each image: by what ``image_px`` is divided first, before the centre is kept; 1 for training.
+        image_px: Side to resize to; None for no resizing.
+        eval_crops: For each image, the divisor of ``image_px`` before the centre is kept; 1 for training.
         workers: Processes that decode; 0 decodes in this one.
     """
 
@@ -70,26 +70,26 @@ class StreamedImages:
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
-        """As a tensor's."""
+        """Images, channels, height and width, like a tensor's shape."""
         return (len(self.positions), *self.image_shape)
 
     def __len__(self) -> int:
         return len(self.positions)
 
     def __getitem__(self, some: slice) -> "StreamedImages":
-        """Return some of the images, still encoded."""
+        """Return a slice of the images, still encoded."""
         return replace(self, positions=self.positions[some], eval_crops=self.eval_crops[some])
 
     def split(self, sizes: list[int]) -> "list[StreamedImages]":
-        """Cut into parts of these sizes, still encoded."""
+        """Split into parts of these sizes, still encoded."""
         ends = np.cumsum(sizes).tolist()
         return [self[end - size : end] for end, size in zip(ends, sizes, strict=True)]
 
     def decode(self, indices: Int64[Tensor, " m"]) -> UInt8[Tensor, "m channels height width"]:
-        """Decode some images here and now; DataError if one has gone or has changed since it was surveyed."""
+        """Decode some images in this process; raise DataError if one is missing or has changed since the survey."""
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module="PIL")  # all was said when they were surveyed
-            # Repeated augmentation asks for an image several times: it is decoded once.
+            warnings.filterwarnings("ignore", module="PIL")  # the survey has reported everything
+            # Under repeated augmentation an index occurs several times: decode the image once.
             decoded = {index: self._decode_one(index) for index in dict.fromkeys(indices.tolist())}
             return torch.from_numpy(np.stack([decoded[index] for index in indices.tolist()]))
 
@@ -97,11 +97,11 @@ class StreamedImages:
         """Yield the images of each tensor of indices, decoded ahead by worker processes.
 
         Args:
-            indices: Of each batch; may go on without end.
-            pin: Lay batches into memory that a GPU reads while this process goes on.
+            indices: Of each batch; may be endless.
+            pin: Use pinned memory, from which a GPU copies asynchronously.
 
         Raises:
-            DataError: A file has gone or has changed since it was surveyed.
+            DataError: A file is missing or has changed since the survey.
         """
         loader = DataLoader(
             _Decoder(self),
@@ -121,10 +121,10 @@ class StreamedImages:
         try:
             eval_crop = float(self.eval_crops[index])
             pixels = decode_image(self.encoded[position], self.image_shape[0], self.image_px, eval_crop)
-        except Exception as error:  # whatever Pillow stumbles over
+        except Exception as error:  # Pillow raises many types
             raise DataError(f"{self._name(position)} can no longer be decoded ({error}): put it back") from None
         if pixels.shape != self.image_shape:
-            raise DataError(f"{self._name(position)} has changed in size while it was used: put it back")
+            raise DataError(f"{self._name(position)} has changed in size during the run: put it back")
         return pixels
 
     def _name(self, position: int) -> str:
@@ -134,7 +134,7 @@ class StreamedImages:
 
 
 class _Decoder(torch.utils.data.Dataset[UInt8[Tensor, "m c h w"] | str]):
-    """What a worker process does: a batch for a tensor of indices, or a sentence that says why not."""
+    """The data set of a worker process: maps a tensor of indices to a batch, or to the message of an error."""
 
     def __init__(self, images: StreamedImages) -> None:
         self.images = images
@@ -148,15 +148,15 @@ class _Decoder(torch.utils.data.Dataset[UInt8[Tensor, "m c h w"] | str]):
 
 @dataclass(frozen=True)
 class Survey:
-    """What one pass over a selection of images found.
+    """The result of one pass over a selection of images.
 
     Attributes:
-        images: Those that can be decoded, in the selection's order.
+        images: The images that can be decoded, in the selection's order.
         kept: Which images of the selection these are.
         skipped: Names of the others.
-        counts: How often each value occurs in each channel of the training images.
+        counts: Counts of the 256 values in each channel of the training images.
         key: Changes whenever the images may have changed.
-        hashes: Of the pixels of each image of the selection, as of ``DecodedImages``.
+        hashes: Pixel hash of each image of the selection, as in ``DecodedImages``.
     """
 
     images: StreamedImages
@@ -168,10 +168,10 @@ class Survey:
 
 
 def wants_streaming(images: Tensor | EncodedImages, count: int, recipe: DataRecipe) -> bool:
-    """Return whether so many images are to stay encoded: as the recipe says, or where they would fill the memory.
+    """Return whether ``count`` images are streamed: as set by the recipe, or if decoded they would fill the memory.
 
     Raises:
-        DataError: They are to stay encoded but come decoded.
+        DataError: The recipe sets streaming, but the images are already decoded.
     """
     if isinstance(images, Tensor):
         if recipe.streaming is True:
@@ -186,7 +186,7 @@ def wants_streaming(images: Tensor | EncodedImages, count: int, recipe: DataReci
     else:
         try:
             pixels = decode_image(next(iter(images.read([0]))), 1).size
-        except Exception:  # decoding all of them tells what is wrong
+        except Exception:  # decoding all images reports the error
             return False
     return count * (recipe.channels or 3) * pixels > _MOST_MEMORY * psutil.virtual_memory().available
 
@@ -198,38 +198,38 @@ def survey(
     recipe: DataRecipe,
     progress: Progress | None = None,
 ) -> Survey:
-    """Decode the selected images once, keeping none, or take what was found before from the cache.
+    """Decode the selected images once, keeping none, or read the result of an earlier survey from the cache.
 
     Args:
-        encoded: Where the images come from.
-        selection: Positions of the images that are wanted, in the order in which they are wanted.
-        train_count: How many of them, the first ones, are training images.
+        encoded: All images of the data set.
+        selection: Positions of the images, in the order of the result.
+        train_count: Number of training images, which come first.
         recipe: As for ``decode_images``, and the number of workers.
-        progress: Called with what is done, how many images are done, and how many there are.
+        progress: Called with the stage, the number of images done, and their total number.
 
     Raises:
-        DataError: As ``decode_images``, or the cache is not writable, where images that are no files are laid out.
+        DataError: As ``decode_images``; or images are not files and cannot be written to the cache folder.
     """
     chosen = (encoded.key, cache.sha256(selection), train_count, recipe.image_px, recipe.channels, recipe.corrupt)
     cropped = (recipe.eval_crop,) if recipe.eval_crop < 1 else ()
     key = hashlib.sha256(repr((_FORMAT_VERSION, "survey", *chosen, *cropped)).encode()).hexdigest()
     path = cache.cache_folder() / "encoded" / f"{key}.bin"
-    known = cache.load_cached(key)
-    if known is None or (encoded.files is None and not path.exists()):
+    cached = cache.load_cached(key)
+    if cached is None or (encoded.files is None and not path.exists()):
         tally = _Tally(len(selection), train_count, recipe)
         if encoded.files is not None:
-            decode_all(encoded.read, encoded.names, selection, recipe, tally, progress, "looking at images")
+            decode_all(encoded.read, encoded.names, selection, recipe, tally, progress, "checking images")
             ends = torch.zeros(0, dtype=torch.int64)
         else:
             ends = _lay_out(encoded, selection, recipe, tally, progress, path)
         tensors = {"kept": tally.kept.byte(), "counts": tally.counts, "shape": torch.tensor(tally.shape), "ends": ends}
-        known = (tensors | {"hashes": tally.hashes}, list(tally.failures))
-        cache.store(key, *known)
-    tensors, skipped = known
+        cached = (tensors | {"hashes": tally.hashes}, list(tally.failures))
+        cache.store(key, *cached)
+    tensors, skipped = cached
     kept = tensors["kept"].bool()
     counts, channels = tensors["counts"], recipe.channels or int(tensors["shape"][0])
     _, height, width = tensors["shape"].tolist()
-    # A flat file holds the images in ascending order of their positions, whatever the selection's.
+    # A flat file contains the images in ascending order of their positions, whatever the selection's order.
     where = selection if encoded.files is not None else selection.argsort().argsort()
     workers = usable_cores() if recipe.workers is None else recipe.workers
     eval_crops = torch.full((len(selection),), recipe.eval_crop, dtype=torch.float64)
@@ -253,7 +253,7 @@ def _lay_out(
     progress: Progress | None,
     path: Path,
 ) -> Tensor:
-    """Survey images that are no files, and write them one after the other into one."""
+    """Survey images that are not files, and write them into a flat file; return the ends."""
     ends: list[int] = []
 
     def copied(file: BinaryIO, positions: list[int]) -> Iterator[Path | bytes]:
@@ -268,12 +268,12 @@ def _lay_out(
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
             read = lambda positions: copied(file, positions)  # noqa: E731
-            decode_all(read, encoded.names, selection, recipe, tally, progress, "looking at images")
+            decode_all(read, encoded.names, selection, recipe, tally, progress, "checking images")
         temporary.replace(path)
     except OSError as error:
         raise DataError(
-            f"'{path.parent}' cannot be written ({error}), and streaming lays images out there: set DEITKIT_CACHE to a "
-            "folder with room for the data set, or data.streaming=false"
+            f"'{path.parent}' cannot be written ({error}), but streaming stores images there: set DEITKIT_CACHE to a "
+            "folder with space for the data set, or data.streaming=false"
         ) from None
     finally:
         temporary.unlink(missing_ok=True)
@@ -289,7 +289,7 @@ class _Tally(ImageSink):
         self.channel_counts = np.zeros((3, 256), np.int64)
 
     def keep(self, slot: int, pixels: np.ndarray) -> None:
-        """Count the values of a training image, and look whether all its channels are equal."""
+        """Count the values of a training image, and check whether all channels of the image are equal."""
         if slot < self.train_count:
             for counts, channel in zip(self.channel_counts, pixels):
                 counts += np.bincount(channel.reshape(-1), minlength=256)
@@ -297,11 +297,11 @@ class _Tally(ImageSink):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Channels, height and width; one channel if all images are grey and nothing else was asked for."""
+        """Channels, height and width; one channel if all images are grey and the recipe does not set ``channels``."""
         _, height, width = self.pixel_shape
         return (1 if self.grey else self.pixel_shape[0], height, width)
 
     @property
     def counts(self) -> Tensor:
-        """How often each value occurs in each channel."""
+        """Counts of the 256 values in each channel."""
         return torch.from_numpy(self.channel_counts[: self.shape[0]])

@@ -1,1 +1,1 @@
-"""How a batch of images becomes a view, on the images' device, with one draw an image."""
+"""Augmentation of a batch of images into a view, on the images' device, with separate draws for each image."""

@@ -1,6 +1,6 @@
-"""From a batch of uint8 images to the view: crop, flip, policies and erasing, all at once and on the images' device.
+"""From a batch of uint8 images to the view: crop, flip, policies and erasing, batched and on the images' device.
 
-Random numbers are drawn on the CPU, in a few small tensors, so that a seed means the same view on every device and
+Random numbers are drawn on the CPU, in a few small tensors, so that a seed gives the same view on every device and
 nothing waits for the device. Mixing images with each other is in ``mix.py``; normalisation belongs to each model.
 """
 
@@ -23,13 +23,13 @@ ATTEMPTS = 10
 
 
 class Augment:
-    """The augmentation of a recipe, with a draw per image for everything it does."""
+    """The augmentation of a recipe, with separate draws for each image."""
 
     def __init__(self, recipe: AugmentRecipe, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
         """Prepare a recipe's augmentation.
 
         Args:
-            recipe: What to do, and how often.
+            recipe: The operations and their probabilities.
             mean: Of the training set's pixels in [0, 1], per channel: the colour of erased and uncovered pixels.
             std: Of the same, per channel: the spread of erasing noise.
 
@@ -48,8 +48,8 @@ class Augment:
 
         Args:
             images: Grey or RGB images, on any device; left unchanged.
-            generator: A CPU generator. Its state alone decides all draws, but for the noise of ``erase_mode: pixel``,
-                which a generator on the device makes from a seed drawn here.
+            generator: A CPU generator. Its state alone determines all draws, except the noise of ``erase_mode: pixel``,
+                which a generator on the device draws from a seed drawn here.
         """
         recipe = self.recipe
         batch, _, height, width = images.shape
@@ -69,7 +69,7 @@ class Augment:
     def _erase(self, view: Tensor, generator: torch.Generator) -> Tensor:
         """Erase in place (Zhong et al., 2017): a rectangle of 2 % to 33 % of the area, as torchvision draws it.
 
-        Noise is normal around the mean colour, that is standard normal after normalisation, cut to [0, 1].
+        Noise is normal around the mean colour, which is standard normal after normalisation, clamped to [0, 1].
         """
         height, width = view.shape[-2:]
         device = view.device
@@ -93,7 +93,7 @@ class Augment:
 
 
 def _layers(recipe: AugmentRecipe, mean: tuple[float, ...]) -> Iterator[AugmentPolicy]:
-    """Yield what changes the colours or the shape of single images, in its order."""
+    """Yield the policies, which change colours or shape of single images, in their order."""
     if recipe.randaugment is not None:
         yield RandAugment(recipe.randaugment, mean)
     if recipe.autoaugment is not None:
@@ -112,11 +112,11 @@ def shift_and_flip(
     pad_px: int,
     reflect: bool = False,
 ) -> UInt8[Tensor, "batch channels height width"]:
-    """Pad, cut every image at its own corner, and mirror some; one gather for the batch.
+    """Pad, crop every image at its own corner, and mirror some; one gather for the batch.
 
     Args:
         images: On any device.
-        tops: Upper edge of each cut in the padded image, 0 to ``2 * pad_px``, on the CPU.
+        tops: Upper edge of each crop in the padded image, 0 to ``2 * pad_px``, on the CPU.
         lefts: Left edge, likewise.
         flipped: Which images are mirrored, on the CPU.
         pad_px: Pixels on each side.
@@ -138,7 +138,7 @@ def shift_and_flip(
 
 
 def _reflected(positions: Tensor, side_px: int) -> Tensor:
-    """Return the pixel that a position outside the image shows: the outermost pixels are mirrors, and not repeated."""
+    """Return the pixel at a position that may be outside: mirrored at the outermost pixels, which are not repeated."""
     period = max(1, 2 * (side_px - 1))
     positions = positions % period
     return torch.minimum(positions, period - positions).clamp_(max=side_px - 1)
@@ -155,7 +155,7 @@ def _draw_boxes(
     """Draw boxes of uniform area and log-uniform width to height, until one fits, at a uniform place.
 
     Returns:
-        Top, left, height and width: (4, count), int64; of size 0 where none of ten attempts fits ``largest``.
+        Top, left, height and width: (4, count), int64; size 0 where none of ten attempts fits ``largest``.
     """
     uniform = torch.rand(4, ATTEMPTS, count, generator=generator, dtype=torch.float64)
     areas = (area[0] + (area[1] - area[0]) * uniform[0]) * (size[0] * size[1])
@@ -169,7 +169,7 @@ def _draw_boxes(
 
 
 def draw_crops(count: int, height: int, width: int, scale_min: float, generator: torch.Generator) -> Tensor:
-    """Draw crops as torchvision's ``RandomResizedCrop`` does, with its central crop where no attempt fits.
+    """Draw crops like torchvision's ``RandomResizedCrop``, including its central crop if no attempt fits.
 
     Returns:
         Top, left, height and width of each crop: (4, count), int64, on the CPU.
@@ -185,22 +185,22 @@ def draw_crops(count: int, height: int, width: int, scale_min: float, generator:
 def resized_crop(
     images: UInt8[Tensor, "batch channels height width"], tops: Tensor, lefts: Tensor, heights: Tensor, widths: Tensor
 ) -> UInt8[Tensor, "batch channels height width"]:
-    """Cut a box from every image and resize it to the image's size: bicubic, Pillow's to within one grey level.
+    """Crop a box from every image and resize it to the image's size: bicubic, within one grey level of Pillow's.
 
-    The crop is never larger than the result, so that Pillow's antialiasing has nothing to do. Boxes are on the CPU.
+    The crop is never larger than the result, so Pillow's antialiasing has no effect. Boxes are on the CPU.
     """
     height, width = images.shape[-2:]
     tops, lefts, heights, widths = (
         edge.to(images.device, non_blocking=True) for edge in (tops, lefts, heights, widths)
     )
     across, down = _bicubic_weights(lefts, widths, width), _bicubic_weights(tops, heights, height)
-    # Rounding in between is Pillow's; without it, overshoots of the first pass would reach the second.
+    # Like Pillow, round between the passes: otherwise overshoots of the first pass would reach the second.
     stretched = (images.float() @ across[:, None].mT).round_().clamp_(0, 255)
     return (down[:, None] @ stretched).round_().clamp_(0, 255).to(torch.uint8)
 
 
 def _bicubic_weights(starts: Tensor, lengths: Tensor, side_px: int) -> Tensor:
-    """Weights (batch, output, input) that resize ``[start, start + length)`` to ``side_px``; Keys' cubic, a = -0.5."""
+    """Return weights (batch, output, input) that resize ``[start, start + length)`` to ``side_px``: Keys, a = -0.5."""
     starts, lengths = starts[:, None, None], lengths[:, None, None]
     positions = torch.arange(side_px, device=starts.device)
     centres = (positions[:, None] + 0.5) * (lengths / side_px) + starts

@@ -1,4 +1,4 @@
-"""Mixup and CutMix of a view, and the dense targets that go with it. Augmenting single images is in ``augment.py``."""
+"""Mixup and CutMix of a view, and its dense targets. Augmentation of single images is in ``augment.py``."""
 
 import math
 
@@ -13,17 +13,17 @@ from deitkit.recipe.schema import AugmentRecipe
 class Mix:
     """Mixup (Zhang et al., 2018) or CutMix (Yun et al., 2019) of a batch with itself in reverse order.
 
-    As timm's ``Mixup`` in batch mode: one share for the batch, CutMix's share corrected to the box's true area, and
-    labels smoothed before they are mixed.
+    Like timm's ``Mixup`` in batch mode: one share for the batch, CutMix's share corrected to the true area of the box,
+    and labels smoothed before they are mixed.
     """
 
     def __init__(self, recipe: AugmentRecipe, classes: int, label_smoothing: float) -> None:
         """Prepare a recipe's mixing.
 
         Args:
-            recipe: Its ``mixup``, ``cutmix``, ``mix_probability`` and ``mix_switch`` count here.
+            recipe: Only ``mixup``, ``cutmix``, ``mix_probability`` and ``mix_switch`` are used.
             classes: Number of classes, the width of the targets.
-            label_smoothing: Share of a target that is spread evenly over all classes, in [0, 1).
+            label_smoothing: Share of a target that is distributed evenly over all classes, in [0, 1).
         """
         self.recipe = recipe
         self.classes = classes
@@ -40,7 +40,7 @@ class Mix:
         Args:
             view: On any device; left unchanged.
             labels: In [0, classes), on the same device.
-            generator: A CPU generator, whose state alone decides all draws.
+            generator: A CPU generator, whose state alone determines all draws.
 
         Returns:
             The mixed view, and targets (float32) whose rows sum to 1.
@@ -79,12 +79,12 @@ def cutmix(
 
     Args:
         view: Left unchanged.
-        share: Of the area that keeps its image, in [0, 1], before the box is cut to the image.
-        centre_y: Where the box's centre lies, as a fraction of the height in [0, 1).
-        centre_x: The same across.
+        share: Share of the area that keeps its image, in [0, 1], before the box is clipped to the image.
+        centre_y: Centre of the box, as a fraction of the height in [0, 1).
+        centre_x: Centre of the box, as a fraction of the width in [0, 1).
 
     Returns:
-        The mixed view, and the share of the area that really keeps its image.
+        The mixed view, and the true share of the area that keeps its image.
     """
     height, width = view.shape[-2:]
     side = math.sqrt(1 - share)

@@ -1,7 +1,7 @@
-"""Operations on single images of a whole batch, as Pillow does them; which ones an image gets is drawn elsewhere.
+"""Pillow's operations on single images, for a whole batch.
 
-The batch is sorted by operation, so that each operation is a few tensor operations on a slice. The draws are those of
-``randaugment.py`` and ``policies.py``; flips, crops and erasing are in ``augment.py``.
+The batch is sorted by operation, so that each operation is a few tensor operations on a slice. The operations of each
+image are drawn in ``randaugment.py`` and ``policies.py``; flips, crops and erasing are in ``augment.py``.
 """
 
 import math
@@ -13,16 +13,16 @@ from jaxtyping import Float64, Int64, UInt8
 from torch import Tensor
 from torch.nn import functional as F
 
-BLUR_PASSES = 3  # Pillow's GaussianBlur is so many box blurs
+BLUR_PASSES = 3  # box blurs in Pillow's GaussianBlur
 
 
 def _blend(degenerate: Tensor | float, image: Tensor, factor: Tensor) -> Tensor:
-    """Interpolate, or extrapolate beyond factor 1, then truncate as Pillow's ``Image.blend`` does."""
+    """Interpolate, or extrapolate beyond factor 1, then truncate like Pillow's ``Image.blend``."""
     return (degenerate + factor.float() * (image - degenerate)).clamp(0, 255).to(torch.uint8)
 
 
 def _grey(pixels: Tensor) -> Tensor:
-    """ITU-R 601 luma in Pillow's 16-bit fixed point: float32, one channel."""
+    """Return the ITU-R 601 luma in Pillow's 16-bit fixed point: float32, one channel."""
     if pixels.shape[1] == 1:
         return pixels.float()
     red, green, blue = pixels.int().split(1, dim=1)
@@ -30,7 +30,7 @@ def _grey(pixels: Tensor) -> Tensor:
 
 
 def _smooth(pixels: Tensor) -> Tensor:
-    """Pillow's SMOOTH: a 3x3 mean with the centre counted five times; the outermost pixels stay as they are."""
+    """Apply Pillow's SMOOTH: a 3x3 mean with the centre counted five times; the outermost pixels are unchanged."""
     smooth = pixels.float()
     rows = smooth[..., :-2, :] + smooth[..., 1:-1, :] + smooth[..., 2:, :]
     box = rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:]
@@ -39,8 +39,8 @@ def _smooth(pixels: Tensor) -> Tensor:
     return smooth
 
 
-# Operations that map each grey level on its own. A table has shape (batch, 1 or channels, 256); `ramp` holds the grey
-# levels 0 to 255, and arguments have shape (batch, 1, 1).
+# Operations that map each grey level separately. A table has shape (batch, 1 or channels, 256); `ramp` contains the
+# grey levels 0 to 255, and arguments have shape (batch, 1, 1).
 
 
 def _brightness(ramp: Tensor, pixels: Tensor, factor: Tensor) -> Tensor:
@@ -74,7 +74,7 @@ def _invert(ramp: Tensor, pixels: Tensor, unused: Tensor) -> Tensor:
 def _autocontrast(ramp: Tensor, pixels: Tensor, unused: Tensor) -> Tensor:
     low, high = pixels.flatten(2).aminmax(dim=-1, keepdim=True)
     low, high = low.double(), high.double()
-    # Pillow's float64 arithmetic to the last bit, as truncation follows; `255 / x` would be `255 * (1 / x)`.
+    # Pillow's float64 arithmetic to the last bit, because truncation follows; `255 / x` would be `255 * (1 / x)`.
     scale = torch.full_like(high, 255) / (high - low).clamp(min=1)
     stretched = (ramp * scale - low * scale).clamp(0, 255)
     return torch.where(high > low, stretched, ramp)
@@ -128,7 +128,7 @@ def _matrices(name: str, arguments: Tensor, height: int, width: int) -> Tensor:
 
 
 def _warp_nearest(pixels: Tensor, matrices: Tensor, fill: Tensor) -> Tensor:
-    """Affine map with nearest interpolation, in Pillow's 16.16 fixed point and so exactly the pixels it picks."""
+    """Apply an affine map with nearest interpolation, in Pillow's 16.16 fixed point: exactly the pixels of Pillow."""
     batch, channels, height, width = pixels.shape
     a, b, c, d, e, f = matrices.unbind(1)
     centred = torch.stack([a, b, c + (a + b) / 2, d, e, f + (d + e) / 2])
@@ -137,7 +137,7 @@ def _warp_nearest(pixels: Tensor, matrices: Tensor, fill: Tensor) -> Tensor:
     rows = torch.arange(height, device=pixels.device, dtype=torch.int32)[:, None]
     x = (fixed[0] * columns + (fixed[1] * rows + fixed[2])) >> 16
     y = (fixed[3] * columns + (fixed[4] * rows + fixed[5])) >> 16
-    # A frame of one pixel in the fill colour stands for all that lies outside.
+    # A frame of one pixel in the fill colour represents everything outside the image.
     framed = fill.expand(batch, -1, height + 2, width + 2).clone()
     framed[..., 1:-1, 1:-1] = pixels
     index = (y.clamp_(-1, height) + 1) * (width + 2) + (x.clamp_(-1, width) + 1)
@@ -145,7 +145,7 @@ def _warp_nearest(pixels: Tensor, matrices: Tensor, fill: Tensor) -> Tensor:
 
 
 def _warp_bilinear(pixels: Tensor, matrices: Tensor, fill: Tensor) -> Tensor:
-    """Affine map with bilinear interpolation: Pillow's, to within one grey level."""
+    """Apply an affine map with bilinear interpolation, within one grey level of Pillow's."""
     height, width = pixels.shape[-2:]
     a, b, c, d, e, f = matrices.float().to(pixels.device, non_blocking=True)[..., None, None].unbind(1)
     columns = torch.arange(width, device=pixels.device) + 0.5
@@ -159,9 +159,9 @@ def _warp_bilinear(pixels: Tensor, matrices: Tensor, fill: Tensor) -> Tensor:
 
 
 def _gaussian_blur(pixels: Tensor, radii: Tensor) -> Tensor:
-    """Pillow's GaussianBlur: box blurs of a fractional width across, as many down, each rounded to whole levels.
+    """Apply Pillow's GaussianBlur: box blurs of a fractional width, horizontal, then vertical, each rounded.
 
-    Each pixel is a weighted sum of its neighbours, in Pillow's 8.24 fixed point; the edge goes on outside the image.
+    Each pixel is a weighted sum of its neighbours, in Pillow's 8.24 fixed point; edge pixels extend outside the image.
     """
     whole, inner, outer = _box_weights(radii)
     reach = int(whole.max()) + 1
@@ -180,12 +180,12 @@ def _gaussian_blur(pixels: Tensor, radii: Tensor) -> Tensor:
 
 
 def _box_weights(radii: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the box blur whose passes come nearest to a Gaussian of this deviation, in Pillow's float32.
+    """Return the box blur whose passes best approximate a Gaussian of this standard deviation, in Pillow's float32.
 
     Source: Gwosdek et al. 2011, "Theoretical foundations of Gaussian convolution by extended box filtering".
 
     Returns:
-        How many whole pixels the box reaches to each side; the weights, times 2^24, of these and of the next pixel.
+        Whole pixels of the box on each side; the weights, times 2^24, of these and of the next pixel.
     """
     variance = radii.float().square() / BLUR_PASSES
     length = (12.0 * variance.double() + 1.0).sqrt().float()
@@ -204,9 +204,9 @@ def apply_operations(
     fill: UInt8[Tensor, " channels"] | None = None,
     bilinear: bool = False,
 ) -> UInt8[Tensor, "batch channels height width"]:
-    """Apply to each image its own operation, as torchvision applies it to a PIL image.
+    """Apply a separate operation to each image, like torchvision to a PIL image.
 
-    Bit for bit with nearest interpolation; bilinear geometry is within one grey level of Pillow's.
+    Identical bit for bit with nearest interpolation; bilinear geometry is within one grey level of Pillow's.
 
     Args:
         images: Grey or RGB images, on any device; left unchanged.
@@ -215,7 +215,7 @@ def apply_operations(
             counter-clockwise; brightness, colour, contrast, sharpness: the enhancement factor (1 changes nothing);
             posterize: bits kept, 0 to 8; solarize: the first grey level inverted; solarize-add: the addend; Gaussian
             blur: the radius, its standard deviation in pixels.
-        fill: Colour of what comes from outside the image, on the CPU; None is black.
+        fill: Colour outside the image, on the CPU; None is black.
         bilinear: Interpolate geometric operations bilinearly.
     """
     height, width = images.shape[-2:]
@@ -253,10 +253,10 @@ def apply_operations(
 
 
 class AugmentPolicy(ABC):
-    """A policy: it draws operations for every image of a batch, in layers, and applies one layer after the other.
+    """A policy, which draws operations for every image of a batch in layers, and applies the layers in order.
 
     Attributes:
-        fill: Colour of what comes from outside the image, on the CPU; None is black.
+        fill: Colour outside the image, on the CPU; None is black.
         bilinear: Interpolate geometric operations bilinearly.
     """
 
@@ -266,7 +266,7 @@ class AugmentPolicy(ABC):
     def __call__(
         self, images: UInt8[Tensor, "batch channels height width"], generator: torch.Generator
     ) -> UInt8[Tensor, "batch channels height width"]:
-        """Augment a batch; the draws come from the CPU generator, whatever the device of the images."""
+        """Augment a batch, with draws from a CPU generator for images on any device."""
         batch, _, height, width = images.shape
         for operations, arguments in zip(*self.draw(batch, height, width, generator)):
             images = apply_operations(images, operations, arguments, self.fill, self.bilinear)

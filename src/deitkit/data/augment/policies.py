@@ -1,4 +1,4 @@
-"""AutoAugment, 3-Augment and colour jitter: which operations an image draws; these are in ``operations.py``."""
+"""AutoAugment, 3-Augment and colour jitter: the draws of operations. The operations are in ``operations.py``."""
 
 import torch
 from jaxtyping import Float64, Int64
@@ -15,10 +15,9 @@ SOLARIZE_FROM = 128  # grey level
 
 
 class AutoAugment(AugmentPolicy):
-    """AutoAugment (Cubuk et al., 2019): each image draws one of 25 pairs of operations that a search has found.
+    """AutoAugment (Cubuk et al., 2019): each image draws one of 25 pairs of operations that were found by search.
 
-    The policies are torchvision's own; magnitudes and interpolation (nearest, black outside) are those of its
-    ``AutoAugment``.
+    Policies, magnitudes and interpolation (nearest, black outside) are those of torchvision's ``AutoAugment``.
     """
 
     space = torchvision_space(AUTO_BINS) | {"Invert": no_argument}
@@ -47,10 +46,10 @@ class AutoAugment(AugmentPolicy):
 
 
 class ThreeAugment(AugmentPolicy):
-    """3-Augment (Touvron et al. 2022, "DeiT III", section 3.2) without its colour jitter, which is a field of its own.
+    """3-Augment (Touvron et al. 2022, "DeiT III", section 3.2) without its colour jitter, which is a separate field.
 
-    Each image becomes grey, is solarized or is blurred, one of the three with equal probability. As in the released
-    code, grey levels from 128 on are inverted and the radius of the blur is uniform from 0.1 to 2 pixels.
+    Each image is made grey, solarized or blurred, with equal probability. As in the released code, grey levels from 128
+    on are inverted and the radius of the blur is uniform from 0.1 to 2 pixels.
     """
 
     def draw(
@@ -68,7 +67,7 @@ class ThreeAugment(AugmentPolicy):
 class ColourJitter(AugmentPolicy):
     """Brightness, contrast and saturation in a random order, each by a factor that is uniform around 1.
 
-    As torchvision's ``ColorJitter(strength, strength, strength)``, which is also timm's for one number.
+    Equal to torchvision's ``ColorJitter(strength, strength, strength)``, which timm uses for one number.
     """
 
     def __init__(self, strength: float) -> None:

@@ -1,4 +1,4 @@
-"""A grid of augmented views with their labels: what the teacher and the students will see."""
+"""A figure of augmented views with their labels, as the teacher and the students see them."""
 
 from pathlib import Path
 
@@ -16,12 +16,12 @@ from deitkit.system.seeding import derived_generator
 
 
 def draw_views(dataset: Dataset, recipe: AugmentRecipe, label_smoothing: float, path: Path, count: int = 8) -> None:
-    """Draw ``count`` training images, each as it is and in three augmented views, with the labels of each.
+    """Draw ``count`` training images, each unchanged and in three augmented views, with the labels of each.
 
     Args:
         dataset: Its training images are drawn.
-        recipe: How the views are made.
-        label_smoothing: As in training; shares below 5 % are not written out.
+        recipe: The augmentation of the views.
+        label_smoothing: As in training; shares below 5 % are omitted.
         path: Of the PNG.
         count: Number of images.
     """

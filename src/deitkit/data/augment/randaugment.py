@@ -1,4 +1,4 @@
-"""RandAugment on a whole batch: the policies of torchvision and timm. The operations are in ``operations.py``."""
+"""RandAugment on a whole batch, with the policies of torchvision and timm. The operations are in ``operations.py``."""
 
 import re
 from collections.abc import Callable
@@ -14,12 +14,12 @@ from deitkit.errors import RecipeError
 BINS = 31
 TIMM_LEVELS = 10
 
-# An argument of an operation, from levels, signs (-1 or 1) and the side in pixels along which it translates.
+# Computes the argument of an operation from levels, signs (-1 or 1) and the side in pixels along which it translates.
 Argument = Callable[[Tensor, Tensor, int], Tensor]
 
 
 def no_argument(level: Tensor, sign: Tensor, side_px: int) -> Tensor:
-    """Return zeros, for an operation that takes no argument."""
+    """Return zeros, for an operation without an argument."""
     return torch.zeros_like(level)
 
 
@@ -67,7 +67,7 @@ def find_arguments(
     height: int,
     width: int,
 ) -> tuple[Int64[Tensor, "layers batch"], Float64[Tensor, "layers batch"]]:
-    """Return the operations (indices into ``OPERATIONS``) that were chosen from a space, and their arguments."""
+    """Return the operations (indices into ``OPERATIONS``) of choices from a space, and their arguments."""
     named = torch.tensor([OPERATIONS.index(name) for name in space])
     sides_px = [width if name.endswith("X") else height for name in space]
     options = [argument(levels, signs, side_px) for argument, side_px in zip(space.values(), sides_px)]
@@ -119,7 +119,7 @@ _TIMM_INCREASING: dict[str, Argument] = _TIMM | {
 
 @dataclass(frozen=True)
 class Policy:
-    """Which operations an image may draw, how many, and how strong they are."""
+    """The operations that an image may draw, their number, and their strength."""
 
     space: dict[str, Argument]
     layers: int
@@ -132,10 +132,10 @@ class Policy:
 
 
 def parse_policy(text: str) -> Policy:
-    """Read ``N,M`` (torchvision's RandAugment) or a timm string such as ``rand-m9-n2-p0.5-mstd0.5-mmax10-inc1``.
+    """Parse ``N,M`` (torchvision's RandAugment) or a timm string such as ``rand-m9-n2-p0.5-mstd0.5-mmax10-inc1``.
 
     Raises:
-        RecipeError: For anything else.
+        RecipeError: The text is neither.
     """
     pair = re.fullmatch(r"(\d+) *, *(\d+)", text)
     if pair and int(pair[1]) >= 1 and int(pair[2]) < BINS:
@@ -162,11 +162,11 @@ def parse_policy(text: str) -> Policy:
 
 
 class RandAugment(AugmentPolicy):
-    """RandAugment (Cubuk et al., 2020) with a draw per image, for a whole batch.
+    """RandAugment (Cubuk et al., 2020) with separate draws for each image, for a whole batch.
 
     ``N,M`` has the operations, magnitudes and interpolation (nearest, black outside) of torchvision's ``RandAugment``
     with 31 magnitude bins. A timm string has timm's operations, severities, noise and fill (the mean colour), with one
-    difference: geometric operations are always bilinear, where timm draws bilinear or bicubic for each.
+    difference: geometric operations are always bilinear, whereas timm draws bilinear or bicubic for each.
     """
 
     def __init__(self, policy: str, mean: tuple[float, ...]) -> None:

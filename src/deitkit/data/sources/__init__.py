@@ -1,1 +1,1 @@
-"""Where images come from: folders, parquet files, named data sets and the archives that they come in."""
+"""Sources of images: folders, parquet files, named data sets and their archives."""

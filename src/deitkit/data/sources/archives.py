@@ -1,7 +1,7 @@
-"""Data sets whose archives keep images apart from their labels: Flowers-102, Stanford Cars, iNaturalist and ImageNet.
+"""Data sets whose archives store labels separately from images: Flowers-102, Stanford Cars, iNaturalist and ImageNet.
 
-Each reader returns the images and labels that it finds in a folder, or None where the folder holds something else. What
-is named by annotations must be there. Nothing is unpickled: SciPy reads MATLAB's files as arrays.
+Each reader returns the images and labels in a folder, or None if the folder contains something else. Every image in the
+annotations must exist. Nothing is unpickled: SciPy reads MATLAB's files as arrays.
 """
 
 import csv
@@ -27,7 +27,7 @@ _Samples = list[tuple[Path, int]]
 def read_flowers(place: Path) -> Listing | None:
     """Read Flowers-102 (Nilsback & Zisserman 2008): ``jpg/``, ``imagelabels.mat`` and ``setid.mat``, as torchvision.
 
-    Its training and validation images, 1,020 each, are both trained on, as the DeiT paper does (Table 6: 2,040).
+    The training split combines its training and validation images, 1,020 each, as in the DeiT paper (Table 6: 2,040).
     """
     label_file, set_file = place / "imagelabels.mat", place / "setid.mat"
     if not label_file.is_file() and not set_file.is_file():
@@ -43,10 +43,10 @@ def read_flowers(place: Path) -> Listing | None:
 
 
 def read_cars(place: Path) -> Listing | None:
-    """Read Stanford Cars (Krause et al. 2013), in either form in which it was released.
+    """Read Stanford Cars (Krause et al. 2013), in either of its released layouts.
 
     ``cars_train/`` and ``cars_test/`` with ``devkit/`` and ``cars_test_annos_withlabels.mat``, as torchvision; or
-    ``car_ims/`` with ``cars_annos.mat``. Folders that a zip file doubled (``cars_train/cars_train/``) are looked into.
+    ``car_ims/`` with ``cars_annos.mat``. Nested folders from a zip file (``cars_train/cars_train/``) are supported.
     """
     kit = next((place / name for name in ("devkit", "car_devkit/devkit") if (place / name).is_dir()), place)
     if not (kit / "cars_meta.mat").is_file():
@@ -80,10 +80,10 @@ def _read_cars_together(place: Path) -> Listing | None:
 def read_inaturalist(year: int, place: Path) -> Listing | None:
     """Read iNaturalist 2018 or 2019: ``train_val{year}/`` with ``train{year}.json`` and ``val{year}.json``.
 
-    Classes are numbered by category. They are called as in ``categories.json`` where it is there, since the names in
-    the annotations themselves are obfuscated. The validation images are the test split: labels of the official test
-    images are not public. Images may also lie in ``{year}/`` (torchvision), or without the folders of super-categories
-    (as the released DeiT code reads them).
+    Classes are numbered by category. Their names come from ``categories.json`` if it exists, since the names in the
+    annotations are obfuscated. The validation images are the test split: labels of the official test images are not
+    public. Images may also be in ``{year}/`` (torchvision), or without the folders of super-categories (as the released
+    DeiT code reads them).
 
     Source: https://github.com/visipedia/inat_comp
     """
@@ -107,7 +107,7 @@ def read_inaturalist(year: int, place: Path) -> Listing | None:
 
 
 def _inaturalist_paths(place: Path, year: int, names: list[str]) -> list[Path]:
-    """Return where the images lie: as the archive has it, torchvision or DeiT, whichever has the first of them."""
+    """Return the paths in the layout of the archive, torchvision or DeiT, whichever contains the first image."""
     archive = [_inside(place, name) for name in names]
     parts = [path.relative_to(place).parts for path in archive]
     torchvision = [place.joinpath(str(year), *some[1:]) for some in parts]
@@ -116,7 +116,7 @@ def _inaturalist_paths(place: Path, year: int, names: list[str]) -> list[Path]:
 
 
 def read_imagenet(place: Path) -> Listing | None:
-    """Read ImageNet (ILSVRC 2012) where class folders are not all there is: Kaggle's layout, or a flat ``val/``.
+    """Read ImageNet (ILSVRC 2012) in layouts other than plain class folders: Kaggle's, or a flat ``val/``.
 
     The labels of a flat ``val/`` come from Kaggle's ``LOC_val_solution.csv`` or from the official devkit. Class folders
     are named by WordNet ids; their sorted order is that of all published models.
@@ -130,23 +130,23 @@ def read_imagenet(place: Path) -> Listing | None:
     training = list_folder(base / "train")
     assert isinstance(training.images, EncodedImages)
     assert training.images.files is not None
-    file, answers = _imagenet_answers(place, base)
+    file, solutions = _imagenet_solutions(place, base)
     label = {wordnet_id: index for index, wordnet_id in enumerate(training.class_names)}
     with _annotations(file):
-        test = [(_inside(base / "val", f"{name}.JPEG"), label[wordnet_id]) for name, wordnet_id in answers]
+        test = [(_inside(base / "val", f"{name}.JPEG"), label[wordnet_id]) for name, wordnet_id in solutions]
     train = list(zip(training.images.files, training.labels.tolist(), strict=True))
     return _list(base, (train, test), training.class_names)
 
 
-def _imagenet_answers(place: Path, base: Path) -> tuple[Path, list[tuple[str, str]]]:
-    """Return a file that tells the classes of the validation images, and what it says: names and WordNet ids."""
+def _imagenet_solutions(place: Path, base: Path) -> tuple[Path, list[tuple[str, str]]]:
+    """Return the file with the classes of the validation images, and its content: names and WordNet ids."""
     solution, kit = place / "LOC_val_solution.csv", base / "ILSVRC2012_devkit_t12" / "data"
     if solution.is_file():
         with _annotations(solution), solution.open(newline="", encoding="utf-8") as lines:
             return solution, [(row["ImageId"], row["PredictionString"].split()[0]) for row in csv.DictReader(lines)]
     if not kit.is_dir():
         raise DataError(
-            f"'{base / 'val'}' holds no class folders, neither '{solution}' nor '{kit.parent}' tells them: "
+            f"'{base / 'val'}' contains no class folders, and neither '{solution}' nor '{kit.parent}' exists: "
             "unpack ILSVRC2012_devkit_t12.tar.gz there, or sort the images into class folders"
         )
     (synsets,) = _read_mat(kit / "meta.mat", "synsets")
@@ -158,22 +158,22 @@ def _imagenet_answers(place: Path, base: Path) -> tuple[Path, list[tuple[str, st
 
 
 def imagenet_names() -> tuple[tuple[str, ...], ...]:
-    """Return the names of ImageNet's classes as timm knows them, and their WordNet ids, both in the usual order."""
+    """Return timm's names of ImageNet's classes, and their WordNet ids, both in the usual order."""
     from timm.data import ImageNetInfo  # here, since it takes a second to import
 
-    known = ImageNetInfo("imagenet-1k")
-    wordnet_ids = tuple(known.label_names())
-    return _distinct([known.label_name_to_description(name) for name in wordnet_ids], wordnet_ids), wordnet_ids
+    info = ImageNetInfo("imagenet-1k")
+    wordnet_ids = tuple(info.label_names())
+    return _distinct([info.label_name_to_description(name) for name in wordnet_ids], wordnet_ids), wordnet_ids
 
 
 def _list(folder: Path, parts: Sequence[_Samples], class_names: Sequence[str]) -> Listing:
-    """Put training and test images together, with class names that tell the classes apart."""
+    """Combine training and test images, with a distinct name for each class."""
     train, test = parts
     samples = train + test
     wrong = next((label for _, label in samples if not 0 <= label < len(class_names)), None)
     if wrong is not None:
         raise DataError(
-            f"the annotations in '{folder}' number a class {wrong + 1} of {len(class_names)}: get them again"
+            f"the annotations in '{folder}' number a class {wrong + 1} of {len(class_names)}: download them again"
         )
     numbers = range(1, len(class_names) + 1)
     return Listing(
@@ -185,14 +185,14 @@ def _list(folder: Path, parts: Sequence[_Samples], class_names: Sequence[str]) -
 
 
 def _distinct(names: Sequence[str], numbers: Sequence[object]) -> tuple[str, ...]:
-    """Put its number behind a name that two classes share, as ImageNet's two cranes do."""
+    """Append its number to a name that several classes share, such as ImageNet's two cranes."""
     values, counts = np.unique(np.asarray(names), return_counts=True)
     shared = set(values[counts > 1].tolist())
     return tuple(f"{name} ({number})" if name in shared else name for name, number in zip(names, numbers, strict=True))
 
 
 def _inside(folder: Path, name: str) -> Path:
-    """Return a path that annotations name; ValueError if it leads out of the folder."""
+    """Return a path from annotations; raise ValueError if it leads out of the folder."""
     path = PurePosixPath(str(name))
     if path.is_absolute() or ".." in path.parts:
         raise ValueError(f"'{name}' leads out of the folder")
@@ -200,10 +200,10 @@ def _inside(folder: Path, name: str) -> Path:
 
 
 def _read_mat(file: Path, *names: str) -> list[np.ndarray]:
-    """Return arrays from a file of MATLAB's; SciPy executes nothing of it."""
+    """Return arrays from a MATLAB file; SciPy executes no code from it."""
     from scipy.io import loadmat
 
-    with _annotations(file), file.open("rb") as stream:  # of a name SciPy would say itself what is wrong with it
+    with _annotations(file), file.open("rb") as stream:  # given a name, SciPy would raise messages of its own
         content = loadmat(stream, squeeze_me=True, variable_names=names)
         return [np.atleast_1d(content[name]) for name in names]
 
@@ -215,7 +215,7 @@ def _read_json(file: Path) -> Any:
 
 @contextmanager
 def _annotations(file: Path) -> Iterator[None]:
-    """Turn whatever a file makes SciPy, json or an index stumble over into a DataError that names the file."""
+    """Convert any error of reading a file, by SciPy, json or an index, to a DataError that names the file."""
     try:
         yield
     except DataError:
@@ -223,4 +223,4 @@ def _annotations(file: Path) -> Iterator[None]:
     except FileNotFoundError:
         raise DataError(f"'{file.parent}' lacks {file.name}: put it there (docs/own-data.md has the layouts)") from None
     except Exception as error:
-        raise DataError(f"'{file}' is damaged ({type(error).__name__}: {error}): get it again") from None
+        raise DataError(f"'{file}' is damaged ({type(error).__name__}: {error}): download it again") from None

@@ -15,7 +15,7 @@ TEST_NAMES = ("test", "val", "valid", "validation")
 
 
 def class_folders(folder: Path) -> list[str]:
-    """Return the sorted names of the class folders in a folder; none where there is no such folder."""
+    """Return the sorted names of the class folders in a folder; an empty list if the folder does not exist."""
     if not folder.is_dir():
         return []
     return sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
@@ -24,21 +24,21 @@ def class_folders(folder: Path) -> list[str]:
 def list_folder(folder: Path, *, test_names: Sequence[str] = TEST_NAMES, more_training: Sequence[str] = ()) -> Listing:
     """List the images in class folders; classes are numbered in the order of their sorted names.
 
-    ``train/<class>/*`` goes with ``test``, ``val``, ``valid`` or ``validation``, the first that is there; without any,
-    and where class folders lie in ``folder`` itself, there is no official test split. Hidden files and folders, and
-    files of other kinds, are ignored.
+    The test split of ``train/<class>/*`` is the first of ``test``, ``val``, ``valid`` and ``validation`` that exists.
+    Without any of them, and if the class folders are in ``folder`` itself, there is no official test split. Hidden
+    files and folders, and files of other types, are ignored.
 
     Args:
-        folder: Where they lie.
-        test_names: What the test split may be called, for data sets whose ``test`` comes without labels.
-        more_training: Splits that are trained on too, where they are there.
+        folder: The folder of the data set.
+        test_names: Possible names of the test split, for data sets whose ``test`` has no labels.
+        more_training: Splits that are added to the training images, if they exist.
 
     Raises:
-        DataError: There is no such folder, a class holds no images, or train and test differ in their classes.
+        DataError: The folder does not exist, a class has no images, or train and test differ in their classes.
     """
     if not folder.is_dir():
         raise DataError(
-            f"there is no folder '{folder}': data.name=folder:PATH needs <class>/* or train/<class>/* in PATH"
+            f"folder '{folder}' does not exist: data.name=folder:PATH needs <class>/* or train/<class>/* in PATH"
         )
     train, test = [folder], []
     if class_folders(folder / "train"):
@@ -48,7 +48,7 @@ def list_folder(folder: Path, *, test_names: Sequence[str] = TEST_NAMES, more_tr
         )
     class_names = class_folders(train[0])
     if not class_names:
-        raise DataError(f"'{folder}' holds no class folders: lay the images out as <class>/* or train/<class>/*")
+        raise DataError(f"'{folder}' contains no class folders: arrange the images as <class>/* or train/<class>/*")
     parts = [*train, *test[:1]]
     for part in parts[1:]:
         require_same_classes(set(class_names), set(class_folders(part)), f"'{train[0]}'", f"'{part}'")
@@ -67,7 +67,7 @@ def list_folder(folder: Path, *, test_names: Sequence[str] = TEST_NAMES, more_tr
 
 
 def encoded_files(folder: Path, files: list[Path]) -> EncodedImages:
-    """Return images that are files of their own, somewhere in a folder; DataError if some are not there."""
+    """Return images that are separate files below a folder; raise DataError if some are missing."""
     names, missing = [writable(str(path.relative_to(folder))) for path in files], []
 
     def read(positions: list[int]) -> Iterator[Path | bytes]:
@@ -90,11 +90,13 @@ def encoded_files(folder: Path, files: list[Path]) -> EncodedImages:
 
 
 def require_same_classes(train: set[str], test: set[str], train_place: str, test_place: str) -> None:
-    """Raise DataError if train and test differ in their classes, naming those that one of them lacks."""
-    lacks = [(test_place, sorted(train - test)), (train_place, sorted(test - train))]
-    told = [f"{place} lacks {_shown(names)}" for place, names in lacks if names]
-    if told:
-        raise DataError(f"train and test must have the same classes, but {' and '.join(told)}: add them or remove them")
+    """Raise DataError if train and test differ in their classes, with the names that one of them lacks."""
+    missing = [(test_place, sorted(train - test)), (train_place, sorted(test - train))]
+    lacks = [f"{place} lacks {_shown(names)}" for place, names in missing if names]
+    if lacks:
+        raise DataError(
+            f"train and test must have the same classes, but {' and '.join(lacks)}: add them or remove them"
+        )
 
 
 def _shown(names: list[str]) -> str:
@@ -103,26 +105,26 @@ def _shown(names: list[str]) -> str:
 
 
 def image_files(folder: Path) -> list[Path]:
-    """Return the images in a folder, sorted; links to nowhere too, so that they are told of as damaged files."""
+    """Return the images in a folder, sorted; broken links too, so that they are reported as damaged files."""
     return sorted(
         entry
         for entry in folder.iterdir()
         if entry.suffix.lower() in SUFFIXES
         and not entry.name.startswith(".")
-        and (entry.is_file() or _leads_nowhere(entry))
+        and (entry.is_file() or _is_broken_link(entry))
     )
 
 
 def _stat(path: Path) -> os.stat_result:
-    """Return what the system says of a file, or of a link to nowhere; FileNotFoundError where there is neither."""
+    """Return the status of a file or of a broken link; raise FileNotFoundError if there is neither."""
     try:
         return path.stat()
     except OSError:
         return path.lstat()
 
 
-def _leads_nowhere(path: Path) -> bool:
-    """Return whether a path is a link to what is not there, or to itself."""
+def _is_broken_link(path: Path) -> bool:
+    """Return whether a path is a link to a missing file, or to itself."""
     return path.is_symlink() and not os.path.exists(path)  # noqa: PTH110 - Path.exists raises on a loop before 3.12
 
 
@@ -130,5 +132,5 @@ def _images(folder: Path) -> list[Path]:
     images = image_files(folder)
     if not images:
         kinds = ", ".join(sorted(suffix[1:] for suffix in SUFFIXES))
-        raise DataError(f"class folder '{folder}' holds no images ({kinds}): add some or remove the folder")
+        raise DataError(f"class folder '{folder}' contains no images ({kinds}): add some or remove the folder")
     return images

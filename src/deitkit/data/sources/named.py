@@ -1,4 +1,4 @@
-"""The named data sets: where each may lie, in which forms, and how one that is absent is downloaded."""
+"""The named data sets: their locations and layouts, and downloading missing ones."""
 
 import gzip
 import os
@@ -31,18 +31,18 @@ from deitkit.recipe.schema import DataRecipe
 
 @dataclass(frozen=True)
 class NamedSet:
-    """A data set with a name: how to recognise it, and where to get it.
+    """A data set with a name: how to recognise it, and how to obtain it.
 
     Attributes:
-        classes: How many there are.
-        aliases: What its folder may be called, besides its name.
-        read: Reads its own layout, torchvision's or that of its archives; None where a folder holds something else.
-        download: Downloads it into a folder; None where only a person can, or should.
-        fetch: What that person fetches, from where, and how large it is.
-        shape: Of its images, which are then decoded at once; None where their sizes differ.
-        test_names: What its test split may be called in class folders and parquet files.
-        more_training: Splits that are trained on too.
-        spellings: Returns the names of its classes in their official order, and then other ways to write all of them.
+        classes: Number of classes.
+        aliases: Names of its folder, besides its own name.
+        read: Reads its special layout, torchvision's or that of its archives; None if a folder has another layout.
+        download: Downloads it into a folder; None if the user must download it.
+        fetch: What the user must download, from where, and its size.
+        shape: Shape of its images, which are then decoded at once; None if their sizes differ.
+        test_names: Names of its test split in class folders and parquet files.
+        more_training: Splits that are added to the training images.
+        spellings: Returns the class names in their official order, then alternative spellings of all of them.
     """
 
     classes: int
@@ -57,13 +57,13 @@ class NamedSet:
 
 
 def list_named(recipe: DataRecipe, progress: Progress | None = None) -> Listing:
-    """Find a data set of ``NAMED_SETS`` on the disk, or download it; images of one size come decoded.
+    """Find a data set of ``NAMED_SETS`` on the disk, or download it; images of one size are decoded.
 
-    Looked for in ``recipe.root``, else ``$DEITKIT_DATA``, else ``~/.cache/deitkit``: in a folder called like the data
-    set and in the root itself, as parquet shards, in torchvision's layout or that of its archives, or in class folders.
+    Search ``recipe.root``, else ``$DEITKIT_DATA``, else ``~/.cache/deitkit``: a folder with the name of the data set,
+    then the root itself, for parquet shards, torchvision's layout or that of its archives, or class folders.
 
     Raises:
-        DataError: It is nowhere and cannot be downloaded, or what lies there is another data set or damaged.
+        DataError: It is not found and cannot be downloaded, or the folder has another or a damaged data set.
     """
     named = NAMED_SETS[recipe.name]
     root = (recipe.root or Path(os.environ.get("DEITKIT_DATA") or "~/.cache/deitkit")).expanduser()
@@ -74,7 +74,7 @@ def list_named(recipe: DataRecipe, progress: Progress | None = None) -> Listing:
         if named.download is None:
             raise DataError(
                 f"{absent}is not downloaded by deitkit: {named.fetch} there (docs/own-data.md has the layouts), or "
-                "point data.root or DEITKIT_DATA to it"
+                "set data.root or DEITKIT_DATA to its folder"
             )
         if not recipe.download:
             raise DataError(absent + _remedy("data.download=false: set it to true"))
@@ -89,7 +89,10 @@ def list_named(recipe: DataRecipe, progress: Progress | None = None) -> Listing:
 
 
 def _remedy(first: str) -> str:
-    return f"{first}, put it there, point data.root or DEITKIT_DATA to it, or use data.name=digits, which is built in"
+    return (
+        f"{first}, put it there, set data.root or DEITKIT_DATA to its folder, "
+        "or use data.name=digits, which is built in"
+    )
 
 
 def _find(named: NamedSet, places: list[Path], recipe: DataRecipe, progress: Progress | None) -> Listing | None:
@@ -98,7 +101,7 @@ def _find(named: NamedSet, places: list[Path], recipe: DataRecipe, progress: Pro
         if listing is None:
             continue
         if listing.official_test is None:
-            raise DataError(f"'{place}' holds no test split of {recipe.name}: add it or point data.root elsewhere")
+            raise DataError(f"'{place}' contains no test split of {recipe.name}: add it, or set another data.root")
         if named.shape is not None:
             listing = _decoded(listing, named.shape, place, recipe, progress)
         return _in_official_order(listing, named.spellings())
@@ -106,7 +109,7 @@ def _find(named: NamedSet, places: list[Path], recipe: DataRecipe, progress: Pro
 
 
 def _list_at(named: NamedSet, place: Path, name: str) -> Listing | None:
-    """List the data set if it lies in this very folder, in whatever form; the folder may well hold another one."""
+    """List the data set if it is in this folder, in any layout; return None if the folder has something else."""
     if has_shards(place):
         listing = list_parquet(place, test_names=named.test_names, more_training=named.more_training)
     elif (found := named.read(place)) is not None:
@@ -123,14 +126,14 @@ def _list_at(named: NamedSet, place: Path, name: str) -> Listing | None:
 
 
 def _in_official_order(listing: Listing, spellings: Sequence[Sequence[str]]) -> Listing:
-    """Number the classes as everyone does, whatever they are called here; leave names that nobody knows as they are."""
+    """Number the classes in their official order, under any known spelling; leave unknown names unchanged."""
     given = listing.class_names
     for names in spellings:
         if set(names) == set(given):
             place = {name: label for label, name in enumerate(names)}
             labels = torch.tensor([place[name] for name in given])[listing.labels]
             return replace(listing, labels=labels, class_names=tuple(spellings[0]))
-        # Names that agree nine times in ten, each in its place, are the same ones, a few of them written otherwise.
+        # If nine names in ten agree, each in its place, the rest are spelling variants.
         if sum(one == other for one, other in zip(names, given, strict=False)) >= 0.9 * max(len(names), len(given)):
             return replace(listing, class_names=tuple(spellings[0]))
     return listing
@@ -139,7 +142,7 @@ def _in_official_order(listing: Listing, spellings: Sequence[Sequence[str]]) -> 
 def _decoded(
     listing: Listing, shape: tuple[int, int, int], place: Path, recipe: DataRecipe, progress: Progress | None
 ) -> Listing:
-    """Decode images of one size at that size, where they do not come as pixels."""
+    """Decode images of one size at that size, unless they are pixels already."""
     if isinstance(listing.images, EncodedImages):
         native = recipe.model_copy(update={"image_px": None, "channels": shape[0]})
         decoded = decode_images(listing.images, torch.arange(len(listing.labels)), native, progress)
@@ -150,19 +153,19 @@ def _decoded(
     found = tuple(listing.images.shape[1:])
     if found != shape:
         raise DataError(
-            f"what lies in '{place}' is not {recipe.name}, its images are {found} instead of {shape}: "
+            f"the data set in '{place}' is not {recipe.name}: its images are {found} instead of {shape}; "
             "set data.root to another folder, or data.name=folder:PATH or parquet:PATH"
         )
     return listing
 
 
 def _read_cifar(kind: type[datasets.CIFAR10], place: Path) -> Listing | None:
-    """Read torchvision's layout of CIFAR; only torchvision unpickles it, and only after its own checksum."""
+    """Read torchvision's layout of CIFAR; only torchvision unpickles it, after verifying its checksum."""
     first_batch = kind.train_list[0][0]
     folder = next((f for f in (place / kind.base_folder, place) if (f / first_batch).is_file()), None)
     if folder is None:
         return None
-    # A subclass without the subfolder reads the batches wherever they lie.
+    # A subclass without the subfolder reads the batches from any folder.
     here = type(kind.__name__, (kind,), {"base_folder": ""})
     try:
         train, test = here(str(folder), train=True), here(str(folder), train=False)
@@ -195,7 +198,7 @@ def _read_idx(folder: Path, name: str) -> np.ndarray | None:
     try:
         content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
         if content[:3] != b"\0\0\x08":  # two zeros, then the type: unsigned bytes
-            raise ValueError("no idx file of bytes")
+            raise ValueError("not an idx file of bytes")
         axes = content[3]
         shape = np.frombuffer(content, ">u4", axes, offset=4).astype(int)
         return np.frombuffer(content, np.uint8, offset=4 + 4 * axes).reshape(shape)
@@ -224,7 +227,7 @@ def _inaturalist(year: int, classes: int, size: str) -> NamedSet:
             f"fetch train_val{year}.tar.gz ({size}), train{year}.json.tar.gz, val{year}.json.tar.gz and "
             f"categories.json.tar.gz of {year} from github.com/visipedia/inat_comp and unpack them"
         ),
-        test_names=("val", "valid", "validation"),  # the images in its ``test`` come without labels
+        test_names=("val", "valid", "validation"),  # the images in its ``test`` have no labels
         spellings=lambda: (tuple(str(number) for number in range(classes)),),
     )
 
@@ -265,8 +268,8 @@ NAMED_SETS = {
         ("stanford-cars", "StanfordCars", "cars", "car_data"),
         read_cars,
         fetch=(
-            "its own address is gone, so fetch cars_train, cars_test, car_devkit and cars_test_annos_withlabels.mat (2 "
-            "GB) as github.com/pytorch/vision/issues/7545 tells and unpack them"
+            "its website is offline, so fetch cars_train, cars_test, car_devkit and cars_test_annos_withlabels.mat (2 "
+            "GB) as described in github.com/pytorch/vision/issues/7545 and unpack them"
         ),
     ),
     "inat2018": _inaturalist(2018, 8142, "120 GB"),

@@ -1,4 +1,4 @@
-"""Images in parquet files, as Hugging Face lays them out: a column of encoded images and a column of labels."""
+"""Images in parquet files in the layout of Hugging Face: a column of encoded images and a column of labels."""
 
 import hashlib
 import json
@@ -24,26 +24,26 @@ _BATCH_ROWS = 256
 
 
 def has_shards(folder: Path) -> bool:
-    """Return whether a folder holds shards of a training split."""
+    """Return whether a folder contains shards of a training split."""
     return bool(_shards(folder).get("train"))
 
 
 def list_parquet(path: Path, *, test_names: Sequence[str] = TEST_NAMES, more_training: Sequence[str] = ()) -> Listing:
     """List the images in a parquet file, or in a folder of them.
 
-    In a folder, ``train-*.parquet`` goes with ``test-*.parquet`` (or ``val``, ``valid``, ``validation``, the first that
-    is there); without any, and where no file is called so, there is no official test split. The images are the column
-    that the schema's ``huggingface`` metadata calls an image, or else one of bytes; the labels are ``label``,
-    ``labels``, ``fine_label`` or the column that the metadata calls a class label. Class names come from the metadata,
-    or are the sorted strings of a column of strings, or else "0", "1", ...
+    In a folder, the test split of ``train-*.parquet`` is ``test-*.parquet`` (or ``val``, ``valid``, ``validation``, the
+    first that exists). Without any of them, and if no file name has a split, there is no official test split. The
+    images are the column with type Image in the schema's ``huggingface`` metadata, else a column of bytes; the labels
+    are ``label``, ``labels``, ``fine_label`` or the column with type ClassLabel. Class names come from the metadata,
+    else from the sorted strings of a column of strings, else they are "0", "1", ...
 
     Args:
         path: A file, or a folder of them.
-        test_names: What the test split may be called, for data sets whose ``test`` comes without labels.
-        more_training: Splits that are trained on too, where they are there.
+        test_names: Possible names of the test split, for data sets whose ``test`` has no labels.
+        more_training: Splits that are added to the training images, if they exist.
 
     Raises:
-        DataError: There is no such file, it cannot be read, or a shard, a column or a label is missing or wrong.
+        DataError: The path does not exist or cannot be read, or a shard, a column or a label is missing or wrong.
     """
     train_files, test_files = _choose_files(path, test_names, more_training)
     files = train_files + test_files
@@ -55,7 +55,7 @@ def list_parquet(path: Path, *, test_names: Sequence[str] = TEST_NAMES, more_tra
         for row in range(len(part))
     ]
     if not names:
-        raise DataError(f"'{path}' holds no rows: name other files")
+        raise DataError(f"'{path}' contains no rows: name other files")
     labels, class_names = _number_classes(train, test, columns, names)
     is_test = torch.arange(len(labels)) >= sum(len(column) for column in train)
     encoded = EncodedImages(names, partial(_read_images, files, columns.image), _content_key(files))
@@ -69,22 +69,23 @@ def _choose_files(path: Path, test_names: Sequence[str], more_training: Sequence
     elif path.is_dir():
         shards = _shards(path)
         if "train" not in shards and "" not in shards:
-            raise DataError(f"'{path}' holds no train-*.parquet: name such a file, a folder of them, or folder:PATH")
+            raise DataError(f"'{path}' contains no train-*.parquet: name such a file, a folder of them, or folder:PATH")
         if "train" not in shards and len(shards) > 1:
             raise DataError(
-                f"'{path}' holds parquet files of a test split but no train-*.parquet: add them or move it away"
+                f"'{path}' contains parquet files of a test split but no train-*.parquet: add them, or move the test "
+                "files elsewhere"
             )
         splits = [shards[name] for name in ("train", *more_training) if name in shards] or [shards[""]]
         test = next((shards[name] for name in test_names if name in shards), [])
     else:
-        raise DataError(f"there is no '{path}': data.name=parquet:PATH needs a parquet file or a folder of them")
+        raise DataError(f"'{path}' does not exist: data.name=parquet:PATH needs a parquet file or a folder of them")
     for part in (*splits, test):
         _require_every_shard(part)
     return [file for part in splits for file in part], test
 
 
 def _shards(folder: Path) -> dict[str, list[Path]]:
-    """Group the parquet files of a folder, or of ``data`` in it, by split; "" is for those that name none."""
+    """Group the parquet files of a folder, or of ``data`` in it, by split; "" for file names without a split."""
     if not folder.is_dir():
         return {}
     if not any(folder.glob("*.parquet")) and (folder / "data").is_dir():
@@ -97,15 +98,15 @@ def _shards(folder: Path) -> dict[str, list[Path]]:
 
 
 def _require_every_shard(files: list[Path]) -> None:
-    """Raise DataError if files called ``-of-N`` are not N: half a data set would train without a word."""
-    told = {int(match[1]) for file in files if (match := re.search(r"-of-(\d+)", file.stem))}
-    if len(told) == 1 and len(files) < max(told):
-        raise DataError(f"{len(files)} of {max(told)} shards of '{files[0]}' are there: get the others too")
+    """Raise DataError if there are not N files named ``-of-N``, rather than train on part of a data set silently."""
+    counts = {int(match[1]) for file in files if (match := re.search(r"-of-(\d+)", file.stem))}
+    if len(counts) == 1 and len(files) < max(counts):
+        raise DataError(f"only {len(files)} of {max(counts)} shards of '{files[0]}' exist: download the others too")
 
 
 @dataclass(frozen=True)
 class _Columns:
-    """Which columns hold what; ``class_names`` is None where the schema does not tell."""
+    """Names of the columns; ``class_names`` is None if the schema has none."""
 
     image: str
     label: str
@@ -134,7 +135,7 @@ def _columns(file: Path) -> _Columns:
 
 
 def _features(schema: pa.Schema) -> dict[str, dict[str, Any]]:
-    """Return what the schema's ``huggingface`` metadata says of its columns; nothing if it is absent or unreadable."""
+    """Return the schema's ``huggingface`` metadata by column; empty if it is absent or unreadable."""
     try:
         features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
         return {
@@ -155,7 +156,7 @@ def _read_labels(file: Path, columns: _Columns) -> np.ndarray:
     with _open(file) as opened:
         missing = [name for name in (columns.image, columns.label) if name not in opened.schema_arrow.names]
         if missing:
-            raise DataError(f"'{file}' has no column '{missing[0]}', which other files have: make them alike")
+            raise DataError(f"'{file}' has no column '{missing[0]}', unlike other files: use the same columns in all")
         try:
             column = opened.read(columns=[columns.label])[columns.label]
         except (pa.ArrowException, OSError) as error:
@@ -192,13 +193,13 @@ def _number_classes(
     if len(wrong):
         raise DataError(
             f"{len(wrong)} of {len(labels)} labels are outside 0..{classes - 1}, first {labels[wrong[0]]} in "
-            f"{row_names[wrong[0]]}: mend or remove those rows (-1 marks a split that comes without labels)"
+            f"{row_names[wrong[0]]}: correct or remove those rows (-1 marks a split without labels)"
         )
     return labels, columns.class_names or tuple(str(label) for label in range(int(labels.max()) + 1))
 
 
 def _read_images(files: list[Path], column: str, positions: list[int]) -> Iterator[bytes]:
-    """Yield the bytes of images at ascending positions, reading only row groups that hold any."""
+    """Yield the bytes of images at ascending positions, reading only the row groups that contain them."""
     start = 0
     for file in files:
         with _open(file) as opened:
