@@ -178,7 +178,7 @@ def test_a_zip_bomb_is_refused_before_it_is_unpacked(tmp_path: Path) -> None:
         for entry in plain.infolist():
             bomb.writestr(entry.filename, plain.read(entry) if "/data/" not in entry.filename else bytes(2**24))
     assert path.stat().st_size < 2**18
-    with pytest.raises(CheckpointError, match="damaged or no weights"):
+    with pytest.raises(CheckpointError, match="damaged or not a weights"):
         read_state(path)
 
 
@@ -186,7 +186,7 @@ def test_a_zip_bomb_is_refused_before_it_is_unpacked(tmp_path: Path) -> None:
 def test_a_tensor_larger_than_its_file_is_refused(tmp_path: Path, kind: torch.dtype) -> None:
     path = tmp_path / "wide.pth"
     torch.save({"weight": torch.zeros(1, dtype=kind).expand(10**12)}, path)
-    with pytest.raises(CheckpointError, match="damaged or no weights"):
+    with pytest.raises(CheckpointError, match="damaged or not a weights"):
         read_state(path)
 
 

@@ -206,7 +206,7 @@ def test_another_normalisation_is_taken_up_by_the_patch_embedding(channels: int,
     [
         ({"width": 32}, "is 16 wide and has 2 blocks, the student 32 and 2: set model.width=16 model.depth=2"),
         ({"depth": 3}, "is 16 wide and has 2 blocks, the student 16 and 3"),
-        ({"channels": 2}, "3 channels cannot be made to fit 2"),
+        ({"channels": 2}, "3 channels cannot be adapted to 2"),
     ],
 )
 def test_other_sizes_are_refused(change: dict[str, Any], words: str) -> None:
@@ -225,7 +225,7 @@ def test_positions_that_make_no_square_need_the_image() -> None:
 def test_layer_scale_comes_and_goes_without_changing_an_answer(tokens: tuple[str, ...]) -> None:
     images = torch.randn(3, 3, 16, 16)
     for given, wanted, line in (
-        (True, False, "layer scale: its factors go into the layers before it"),
+        (True, False, "layer scale: its factors are folded into the preceding layers"),
         (False, True, "layer scale: absent in the file, its factors start at 1"),
     ):
         source = model(tokens=tokens, layer_scale=given)
@@ -263,5 +263,5 @@ def test_a_stem_that_does_not_fit_is_refused(given: dict[str, Any], wanted: dict
 def test_a_stem_of_convolutions_keeps_its_normalisation_and_says_so() -> None:
     state = model(stem="conv").state_dict()
     same, (line,) = renormalise(state, ((0.5,) * 3, (0.5,) * 3), ((0.4,) * 3, (0.5,) * 3))
-    assert line.endswith("a stem of convolutions stays as it is")
+    assert line.endswith("a stem of convolutions is unchanged")
     assert all(torch.equal(same[name], value) for name, value in state.items())

@@ -209,8 +209,8 @@ def test_a_bare_file_gets_what_it_does_not_tell(convert: Run, tmp_path: Path) ->
     (tmp_path / "a" / "model.safetensors").rename(bare)
     code, output, _ = convert(bare, "--to", "ours", "--out", tmp_path / "b", "--classes", 7, "--check")
     assert code == 0
-    assert "normalisation: not told by the source; ImageNet's is written" in output
-    assert "class names: not told by the source; class 0 to class 6 are written" in output
+    assert "normalisation: missing in the source; ImageNet's is written" in output
+    assert "class names: missing in the source; class 0 to class 6 are written" in output
     assert "not checked: the classifier is new" in output
     assert convert(bare, "--to", "ours", "--out", tmp_path / "c", "--mean", "0.5,0.5,0.5", "--std", "1,1,1")[0] == 0
     assert json.loads((tmp_path / "c" / "model.json").read_text())["std"] == [1, 1, 1]

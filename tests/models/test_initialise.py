@@ -136,7 +136,7 @@ def test_a_deit_of_transformers_without_a_distillation_head_gets_a_copy() -> Non
 def test_a_pooler_is_left_out() -> None:
     theirs = transformers.ViTModel(config_of(transformers.ViTModel, "deit_tiny"))
     state, lines = from_any(theirs.state_dict(), "memory")
-    assert lines == ["pooler: left out, no classifier reads it"]
+    assert lines == ["pooler: left out, since no classifier uses it"]
     assert describe(state, source="memory").classes == 0
 
 
@@ -216,7 +216,7 @@ def test_half_precision_becomes_float32_and_is_told(tmp_path: Path) -> None:
     state = {name: value.half() for name, value in student(("class",), depth=1).state_dict().items()}
     save_file(state, tmp_path / "weights.safetensors")
     weights = read_weights(tmp_path / "weights.safetensors")
-    assert weights.remarks == ("precision: float16 in the file, float32 from here on",)
+    assert weights.remarks == ("precision: float16 in the file, converted to float32",)
     same(weights.state, {name: value.float() for name, value in state.items()})
 
 
@@ -232,7 +232,7 @@ def test_config_json_tells_what_shapes_do_not(tmp_path: Path) -> None:
     weights = read_weights(tmp_path)
     assert (weights.architecture.heads, weights.architecture.image_px) == (6, (32, 64))
     assert (weights.mean, weights.std) == ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-    assert weights.remarks == ("layer_norm_eps: 1e-12 in config.json, 1e-06 here; logits differ by little",)
+    assert weights.remarks == ("layer_norm_eps: 1e-12 in config.json, 1e-06 here; logits differ slightly",)
 
 
 def test_timms_config_json_tells_the_normalisation(tmp_path: Path) -> None:
@@ -266,7 +266,7 @@ def test_other_classes_of_the_same_number_get_a_new_classifier(tmp_path: Path) -
     lines = load_initial(target, saved(tmp_path, source), class_names=[str(number) for number in range(CLASSES)])
     assert not target.head.weight.any()
     assert lines == [
-        "classes: the file knows others, its classifier is left out",
+        "classes: other names in the file, its classifier is left out",
         "classes: no classifier -> 11; the classifier starts at zero",
     ]
 
@@ -289,8 +289,8 @@ def test_what_is_no_vision_transformer_is_refused_in_one_sentence(tmp_path: Path
         return str(caught.value)
 
     state = dict(student(("class",), depth=2).state_dict())
-    assert "is no vision transformer" in refusal({"conv1.weight": torch.zeros(1)})
-    assert "is no vision transformer" in refusal({**state, "patch_embed.proj.weight": torch.zeros(192, 48)})
+    assert "is not a vision transformer" in refusal({"conv1.weight": torch.zeros(1)})
+    assert "is not a vision transformer" in refusal({**state, "patch_embed.proj.weight": torch.zeros(192, 48)})
     lacking = {name: value for name, value in state.items() if name != "blocks.1.attn.qkv.bias"}
     assert "1 of its tensors do not fit (first: blocks.1.attn.qkv.bias, absent in the file" in refusal(lacking)
     assert "first: blocks.0.ls2.gamma" in refusal({**state, "blocks.0.ls1.gamma": torch.zeros(192)})
@@ -301,12 +301,12 @@ def test_what_is_no_vision_transformer_is_refused_in_one_sentence(tmp_path: Path
 
 
 def test_folders_without_weights_and_broken_cards_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"holds no model.safetensors or pytorch_model.bin"):
+    with pytest.raises(CheckpointError, match=r"contains no model.safetensors or pytorch_model.bin"):
         read_weights(tmp_path)
     saved(tmp_path, student(("class",), depth=1))
     card = json.loads((tmp_path / "model.json").read_text())
     (tmp_path / "model.json").write_text(json.dumps(card | {"kind": "cnn", "config": None}))
-    with pytest.raises(CheckpointError, match="holds a model of kind 'cnn', not a vision transformer"):
+    with pytest.raises(CheckpointError, match="contains a model of kind 'cnn', not a vision transformer"):
         read_weights(tmp_path)
     (tmp_path / "model.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"model.json is damaged"):

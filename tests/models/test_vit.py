@@ -307,14 +307,14 @@ def test_bfloat16_autocast_is_close_to_float32() -> None:
 @pytest.mark.parametrize(
     ("image_px", "fields", "sentence"),
     [
-        ((8, 12), {}, "the images are 8 x 12 px and a DeiT takes square ones: set data.image_px=8"),
+        ((8, 12), {}, "the images are 8 x 12 px, but a DeiT needs square ones: set data.image_px=8"),
         ((8, 8), {"patch_px": 16}, "model.patch_px=16 is larger than the images of 8 px: choose from 1, 2, 4, 8"),
         ((28, 28), {"patch_px": 16}, "model.patch_px=16 does not divide the images of 28 px: choose from 1, 2, 4, 7"),
         (
             (24, 24),
             {"patch_px": 6, "stem": "conv"},
-            "model.stem=conv halves the image with each layer and cannot make "
-            "model.patch_px=6: choose from 2, 4, 8, or model.stem=patch",
+            "model.stem=conv halves the image with each layer, so model.patch_px=6 is impossible: "
+            "choose from 2, 4, 8, or model.stem=patch",
         ),
         ((8, 8), {"width": 10, "heads": 3}, "model.width=10 is not divisible by model.heads=3: choose heads from 1, 2"),
     ],

@@ -112,13 +112,13 @@ def test_damaged_files_are_refused_in_one_sentence(name: str, content: bytes, tm
     path.write_bytes(content)
     with pytest.raises(CheckpointError) as caught:
         read_state(path)
-    assert str(caught.value) == f"checkpoint {path} is damaged or no weights file: copy or download it again"
+    assert str(caught.value) == f"checkpoint {path} is damaged or not a weights file: copy or download it again"
 
 
 @pytest.mark.parametrize("content", [[1, 2], {"epoch": 3}, {"state_dict": {}}, torch.ones(3), {1: torch.ones(3)}])
 def test_files_without_tensors_by_name_are_refused(content: Any, tmp_path: Path) -> None:
     torch.save(content, tmp_path / "a.pth")
-    with pytest.raises(CheckpointError, match="holds no tensors by name"):
+    with pytest.raises(CheckpointError, match="contains no tensors by name"):
         read_state(tmp_path / "a.pth")
 
 

@@ -115,7 +115,11 @@ def test_offline_is_told_in_one_sentence(name: str, monkeypatch: pytest.MonkeyPa
         ("torchvision/vit_b_32", {"image_px": 33}, r"cannot be built with teacher.image_px=33 \("),
         ("cifar/resnet20", {"pretrained": True}, "has no weights for 'cifar/resnet20'.*teacher.checkpoint"),
         ("timm/test_resnet.none", {}, "Invalid pretrained tag"),
-        ("timm/resnet18", {"pretrained": True, "channels": 1}, "needs 3 channels and the images have 1: set data.chan"),
+        (
+            "timm/resnet18",
+            {"pretrained": True, "channels": 1},
+            "needs 3 channels, but the images have 1: set data.chan",
+        ),
     ],
 )
 def test_refusals(name: str, options: dict[str, Any], sentence: str) -> None:

@@ -1,1 +1,1 @@
-"""Students, CNNs, and the classifier around either. Reading, changing and writing weights is in ``weights``."""
+"""Students, CNNs, and their common classifier. Reading, adapting and writing weights is in ``weights``."""

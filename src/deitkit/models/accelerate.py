@@ -1,6 +1,6 @@
-"""How a classifier is made fast on a device: layout, kernels, compilation.
+"""Speed of a classifier on a device: memory layout, kernels, compilation.
 
-Nothing here changes what is computed by more than rounding; each choice can be switched off in the recipe's ``speed``.
+Nothing here changes results by more than rounding; each choice can be switched off in the recipe's ``speed``.
 """
 
 import sys
@@ -14,9 +14,9 @@ from deitkit.recipe.schema import SpeedRecipe
 
 
 def accelerate(classifier: Classifier, speed: SpeedRecipe, device: torch.device) -> Classifier:
-    """Move a classifier to its device and prepare it for speed, in place.
+    """Move a classifier to its device and optimise it for speed, in place.
 
-    A student's blocks are compiled one by one: all blocks of all students of a width share the code of one.
+    A student's blocks are compiled separately: all blocks of all students of one width share compiled code.
     """
     classifier.to(device)
     model = classifier.model
@@ -32,11 +32,11 @@ def accelerate(classifier: Classifier, speed: SpeedRecipe, device: torch.device)
             module.kernel = speed.attention
     if speed.compile is True or (speed.compile == "auto" and device.type == "cuda"):
         for block in model.blocks:
-            block.compile(dynamic=False)  # two token layouts are two shapes, each worth its own code
+            block.compile(dynamic=False)  # two token layouts are two shapes, each compiled separately
     return classifier
 
 
 def uncompiled() -> AbstractContextManager[object]:
-    """Return a context without compiled code, which compiling anew for few batches of another size would not repay."""
+    """Return a context without compiled code, since recompiling for few batches of another size does not pay off."""
     compiler_is_loaded = "torch._dynamo" in sys.modules
     return torch.compiler.set_stance("force_eager") if compiler_is_loaded else nullcontext()

@@ -1,6 +1,6 @@
-"""The models of the paper's tables and of the seed's second one, as data: what each is, and what was published of it.
+"""The models of the paper's tables and of the reproduction's second table, as data, with their published figures.
 
-Nothing here was measured by us. ``deitkit models`` lists them, ``deitkit bench infer --table`` times them.
+No figure here was measured by us. ``deitkit models`` lists them, ``deitkit bench infer --table`` times them.
 """
 
 from dataclasses import asdict, dataclass
@@ -24,19 +24,19 @@ SOURCES = {
 
 @dataclass(frozen=True)
 class CatalogueModel:
-    """A model that others published figures of.
+    """A model with published figures.
 
     Attributes:
         row: Its name.
         image_px: The resolution of the figures.
-        student: The size to give as ``model.name``; None for what can only teach.
+        student: The value of ``model.name``; None for a model that can only be a teacher.
         patch_px: Of the student.
         tokens: Of the student.
-        teacher: What to give as ``teacher.name``; None where no library has it with a single classifier.
-        millions: Parameters in millions, with as many digits as were printed.
+        teacher: The value of ``teacher.name``; None if no library has it with a single classifier.
+        millions: Parameters in millions, with the digits of the publication.
         top1: On ImageNet, in per cent.
         images_per_second: On one V100 with 16 GB, with batches as large as fit.
-        sources: Keys of ``SOURCES``: of accuracy and speed first, of the parameters last.
+        sources: Keys of ``SOURCES``: first for accuracy and speed, last for the parameters.
     """
 
     row: str
@@ -51,7 +51,7 @@ class CatalogueModel:
     sources: tuple[str, ...] = ("DeiT",)
 
     def build(self) -> nn.Module:
-        """Build it for ImageNet's classes, with random weights; a student where it is one, else the teacher."""
+        """Build it for ImageNet's classes, with random weights; the student if there is one, else the teacher."""
         if self.student is None:
             assert self.teacher is not None
             return create_classifier(self.teacher, classes=CLASSES, channels=3).model
@@ -65,7 +65,7 @@ class CatalogueModel:
         )
 
     def recipe_fields(self) -> dict[str, str | int]:
-        """Return the fields of a recipe that ask for it, as overrides."""
+        """Return the fields of a recipe that select it, as overrides."""
         if self.student is None:
             return {"teacher.name": self.teacher or ""}
         method = "token-hard" if len(self.tokens) > 1 else "none"
@@ -112,7 +112,7 @@ def _cnn(
     )
 
 
-# DeiT-Ti and DeiT-S were published at 224 px only. The accuracy of a distilled one is that of its joint readout.
+# DeiT-Ti and DeiT-S were published at 224 px only. The accuracy of a distilled model is that of its joint readout.
 CATALOGUE = (
     _deit("DeiT-Ti", "deit_tiny", 224, "5", 72.2, 2536.5, "timm/deit_tiny_patch16_224"),
     _deit("DeiT-S", "deit_small", 224, "22", 79.8, 940.4, "timm/deit_small_patch16_224"),

@@ -1,6 +1,6 @@
-"""A classifier as training and evaluation see it: views in [0, 1] go in, heads come out, in both modes.
+"""The classifier of training and evaluation: from views in [0, 1] to the heads' logits, in both modes.
 
-It puts a model's own normalisation and resolution around the model; it knows nothing of losses or data sets.
+It adds normalisation and resolution to a model, and is independent of losses and data sets.
 """
 
 import math
@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from deitkit.models.vit import Output
 
-# Logits whose softmax is what a readout says, from those of the class and the distillation head.
+# Logits whose softmax gives the probabilities of a readout, from the logits of the class and the distillation head.
 READOUT_LOGITS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "class": lambda classes, distillation: classes,
     "distillation": lambda classes, distillation: distillation,
-    # The log of the mean probability: the paper's sum of both softmax (section 4), which can be distilled from.
+    # The log of the mean probability: the paper's sum of both softmax outputs (section 4), as logits to distil from.
     "joint": lambda classes, distillation: (
         torch.logaddexp(classes.float().log_softmax(dim=-1), distillation.float().log_softmax(dim=-1)) - math.log(2)
     ),
@@ -26,17 +26,17 @@ READOUT_LOGITS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 class Classifier(nn.Module):
-    """A model with its own normalisation and its own resolution.
+    """A model with its normalisation and resolution.
 
     Args:
-        model: Normalised images to ``Output``, or to plain logits (a CNN).
+        model: Maps normalised images to ``Output``, or to plain logits (a CNN).
         mean: Per channel, of values in [0, 1].
         std: Per channel, of values in [0, 1].
-        image_px: The side that views are resized to; None leaves them as they are.
-        trainable: Dotted name of the only layer that is trained, the rest staying frozen in evaluation mode; None
-            trains everything.
-        readout: Answer with this one of ``READOUT_LOGITS`` alone, as a model with one head does; None keeps the heads
-            apart.
+        image_px: The side that views are resized to; None for no resizing.
+        trainable: Dotted name of the only layer to train, the rest being frozen in evaluation mode; None trains
+            everything.
+        readout: Return only the logits of this one of ``READOUT_LOGITS``, as those of a single head; None returns those
+            of all heads.
     """
 
     mean: Tensor
@@ -75,7 +75,7 @@ class Classifier(nn.Module):
         return Output(READOUT_LOGITS[self.readout](output.class_logits, output.distillation_logits))  # type: ignore[arg-type]
 
     def train(self, mode: bool = True) -> "Classifier":
-        """Switch the mode; frozen layers stay in evaluation mode, so that their statistics do not move."""
+        """Switch the mode; frozen layers stay in evaluation mode, so that their statistics do not change."""
         super().train(mode)
         if self.trainable is not None:
             self.model.eval()

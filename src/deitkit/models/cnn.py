@@ -1,6 +1,6 @@
 """CNNs for small images: the CIFAR ResNets, and torchvision's ResNets and RegNets with another stem.
 
-Which of them a name stands for is decided in ``zoo``.
+Their names are in ``zoo``.
 """
 
 import torch.nn.functional as F
@@ -27,7 +27,7 @@ class BasicBlock(nn.Module):
         self.extra = (outputs - inputs) // 2
 
     def forward(self, x: Float[Tensor, "batch inputs _ _"]) -> Float[Tensor, "batch outputs _ _"]:
-        """Add the branch to the input, which is subsampled and padded with zero channels where the shapes differ."""
+        """Add the branch to the input, which is subsampled and padded with zero channels if the shapes differ."""
         branch = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
         if self.stride > 1 or self.extra:
             x = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.extra, self.extra))
@@ -71,7 +71,7 @@ def _stage(inputs: int, outputs: int, blocks: int, stride: int) -> nn.Sequential
 
 
 def small_names() -> list[str]:
-    """Return the names that ``small_cnn`` takes."""
+    """Return the names that ``small_cnn`` accepts."""
     names = torchvision.models.list_models(module=torchvision.models)
     return [name for name in names if name.startswith(SMALL_FAMILIES)]
 
@@ -79,7 +79,7 @@ def small_names() -> list[str]:
 def small_cnn(name: str, *, classes: int, channels: int) -> nn.Module:
     """Build torchvision's ResNet or RegNet of that name with a 3x3 stem of stride 1 and no max-pooling.
 
-    A ResNet then sees images of 32 px at the resolution at which the original sees 128 px images.
+    The feature maps of a ResNet for 32 px images then have the resolution of the original's for 128 px images.
     """
     model = torchvision.models.get_model(name, weights=None, num_classes=classes)
     if isinstance(model, RegNet):

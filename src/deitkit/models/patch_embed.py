@@ -1,4 +1,4 @@
-"""How a student makes tokens of an image: the ``patch_embed`` of a DeiT, by the names of ``model.stem``."""
+"""The patch embeddings of a DeiT, from images to tokens, by the names of ``model.stem``."""
 
 import itertools
 import math
@@ -16,7 +16,7 @@ class PatchEmbedding(nn.Module):
         self.proj = nn.Conv2d(channels, width, kernel_size=patch_px, stride=patch_px)
 
     def initialise(self, generator: torch.Generator | None) -> None:
-        """Draw the map uniform in +-1/sqrt(fan in) as the released code does, which keeps small patches from fading."""
+        """Draw the map uniformly in +-1/sqrt(fan in), as in the released code; small patches keep their variance."""
         bound = 1 / math.sqrt(self.proj.weight[0].numel())
         nn.init.uniform_(self.proj.weight, -bound, bound, generator=generator)
 
@@ -27,11 +27,11 @@ class PatchEmbedding(nn.Module):
 
 
 class ConvStem(PatchEmbedding):
-    """Convolutions that halve the image until a pixel stands for a patch, then a linear map (Xiao et al. 2021).
+    """Convolutions that halve the image until a pixel represents a patch, then a linear map (Xiao et al. 2021).
 
     Each is 3x3 with stride 2, BatchNorm and ReLU; channels double up to the student's width: for patch 16 the four
-    layers of section 4 (24, 48, 96 and 192 channels for DeiT-Ti). Unlike there no block of the transformer is left out
-    in return.
+    layers of section 4 (24, 48, 96 and 192 channels for DeiT-Ti). Unlike there, no transformer block is removed in
+    return.
 
     Args:
         patch_px: A power of two.
@@ -51,7 +51,7 @@ class ConvStem(PatchEmbedding):
             )
 
     def initialise(self, generator: torch.Generator | None) -> None:
-        """Draw the convolutions as is usual before a ReLU (He et al. 2015), and the map as that of patches."""
+        """Draw the convolutions as usual before a ReLU (He et al. 2015), and the map as in ``PatchEmbedding``."""
         for layer in self.layers:
             if isinstance(layer, nn.Conv2d):
                 nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu", generator=generator)

@@ -1,4 +1,4 @@
-"""Trained classifiers on the disk, each with its card: `model.safetensors` and `model.json`. Nothing is pickled."""
+"""Saving and loading trained classifiers with their cards: `model.safetensors`, `model.json`. Nothing is pickled."""
 
 import json
 from pathlib import Path
@@ -18,16 +18,16 @@ from deitkit.models.zoo import BuiltClassifier, create_classifier
 from deitkit.system.files import write_bytes, write_text
 
 FORMAT = 1
-# Fields that every card has.
+# Required fields of a card.
 CARD: dict[str, type | UnionType] = {
     "kind": str, "config": dict | None, "mean": list, "std": list, "image_px": int | None, "class_names": list,
 }  # fmt: skip
-# What a card from a stranger may ask of a CNN, whose weights do not tell.
+# Limits for an untrusted card of a CNN, whose weights do not bound these values.
 MOST_PX, MOST_CHANNELS = 2**13, 3
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write tensors by name as safetensors."""
+    """Write named tensors as safetensors."""
     write_bytes(path, save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}))
 
 
@@ -35,9 +35,9 @@ def save_classifier(folder: Path, classifier: Classifier, card: dict[str, Any]) 
     """Write ``model.safetensors`` and ``model.json``.
 
     Args:
-        folder: Made if need be.
+        folder: Created if necessary.
         classifier: A student or a CNN.
-        card: What else to tell of it: ``class_names``, ``channels``, and for a CNN its ``architecture`` by name.
+        card: Further fields of the card: ``class_names``, ``channels``, and for a CNN its ``architecture`` by name.
     """
     save_tensors(folder / "model.safetensors", dict(classifier.model.state_dict()))
     model = classifier.model
@@ -55,13 +55,13 @@ def save_classifier(folder: Path, classifier: Classifier, card: dict[str, Any]) 
 
 
 def read_card(folder: Path) -> dict[str, Any]:
-    """Return ``model.json`` of a folder; CheckpointError where there is none that deitkit wrote."""
+    """Return ``model.json`` of a folder; raise CheckpointError if it is missing or not of deitkit."""
     path = folder / "model.json"
     try:
         card = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         raise CheckpointError(
-            f"{folder} holds no model.json: give a folder that deitkit wrote, such as RUN/winner or RUN/seed-0/none"
+            f"{folder} contains no model.json: give a model folder of deitkit, such as RUN/winner or RUN/seed-0/none"
         ) from None
     if not isinstance(card, dict) or card.get("format") != FORMAT:
         raise CheckpointError(f"{path} has format {_format_of(card)}; this deitkit reads format {FORMAT}")
@@ -76,17 +76,17 @@ def _format_of(card: Any) -> Any:
 
 
 def model_folder(path: Path) -> Path:
-    """Return the folder of a saved model: of a run its winner's, else the path itself."""
+    """Return the folder of a saved model: the winner of a run folder, else the path itself."""
     return path / "winner" if (path / "winner" / "model.json").exists() else path
 
 
 def build_model(card: dict[str, Any], state: dict[str, Tensor], folder: Path) -> BuiltClassifier:
-    """Build what a card describes, with new weights.
+    """Build the model of a card, with new weights.
 
     Args:
-        card: A ``model.json``.
-        state: The weights beside it: a card may not ask for more memory than they take.
-        folder: Of both, for the error.
+        card: The content of a ``model.json``.
+        state: The weights in the same folder; the model may not need more memory than they take.
+        folder: The folder of both, for the error message.
 
     Raises:
         CheckpointError: The card is incomplete or wrong.
@@ -100,7 +100,7 @@ def build_model(card: dict[str, Any], state: dict[str, Tensor], folder: Path) ->
         return create_classifier(
             card["architecture"], classes=len(card["class_names"]), channels=card["channels"], image_px=card["image_px"]
         )
-    except Exception as error:  # whatever values of a wrong type or size make a model stumble over
+    except Exception as error:  # values of a wrong type or size raise many types
         raise _wrong_card(folder, error) from None
 
 
@@ -109,25 +109,25 @@ def _student(card: dict[str, Any]) -> DeiT:
 
 
 def _check_size(card: dict[str, Any], state: dict[str, Tensor]) -> None:
-    """Raise ValueError for a card that asks for more than its weights hold, before any memory is taken for it."""
+    """Raise ValueError if the model of a card is larger than its weights, before memory is allocated for it."""
     if card["image_px"] is not None and card["image_px"] > MOST_PX:
         raise ValueError(f"image_px is {card['image_px']}, more than {MOST_PX}")
     if card["kind"] == "deit":
         fits = card["config"]["depth"] <= len(state)
         if fits:
             with torch.device("meta"):
-                asked = sum(value.numel() for value in _student(card).state_dict().values())
-            fits = asked <= sum(value.numel() for value in state.values())
+                needed = sum(value.numel() for value in _student(card).state_dict().values())
+            fits = needed <= sum(value.numel() for value in state.values())
     else:
         fits = card["channels"] <= MOST_CHANNELS and any(
             len(card["class_names"]) in value.shape for value in state.values()
         )
     if not fits:
-        raise ValueError("it asks for more than model.safetensors holds")
+        raise ValueError("it describes a larger model than model.safetensors contains")
 
 
 def load_classifier(folder: Path, device: torch.device) -> tuple[Classifier, dict[str, Any]]:
-    """Rebuild a classifier from its folder, in evaluation mode; returns its card too."""
+    """Return the classifier of a folder, in evaluation mode, and its card."""
     card, state = read_card(folder), read_state(folder / "model.safetensors")
     built = build_model(card, state, folder)
     try:
@@ -143,6 +143,6 @@ def load_classifier(folder: Path, device: torch.device) -> tuple[Classifier, dic
 
 
 def _wrong_card(folder: Path, reason: object) -> CheckpointError:
-    told = str(reason).partition("\n")[0] or type(reason).__name__
+    first_line = str(reason).partition("\n")[0] or type(reason).__name__
     path = folder / "model.json"
-    return CheckpointError(f"{path} is incomplete or wrong ({told}): copy the folder again from its run")
+    return CheckpointError(f"{path} is incomplete or wrong ({first_line}): copy the folder again from its run")

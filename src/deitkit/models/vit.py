@@ -1,7 +1,7 @@
-"""The student: a vision transformer whose method decides which tokens and heads it has.
+"""The student: a vision transformer with the tokens and heads of its method.
 
-Parameter names and values are interchangeable with timm's ``deit_*`` and ``vit_*``. What a head's answer is
-compared with, and how heads are combined at evaluation, is not decided here.
+Parameter names and values are interchangeable with timm's ``deit_*`` and ``vit_*``. Losses are in ``distillation``, and
+the combination of heads at evaluation is in ``evaluation``.
 """
 
 from collections.abc import Sequence
@@ -22,8 +22,8 @@ TOKENS = ("class", "distillation")
 NORM_EPS = 1e-6
 INIT_STD = 0.02
 MLP_RATIO = 4
-SHORT_ROW = 64  # numbers up to which a softmax is faster in float32 than in bf16, casts included
-SHORT_SEQUENCE = 640  # tokens up to which a CPU takes two plain products: docs/benchmarks.md has both up to 578
+SHORT_ROW = 64  # length up to which a softmax is faster in float32 than in bf16, casts included
+SHORT_SEQUENCE = 640  # tokens up to which a CPU uses two plain products: measured up to 578 in docs/benchmarks.md
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ SIZES: dict[str, Size] = {
 
 @dataclass(frozen=True)
 class Output:
-    """What every classifier that is trained returns, in training as in evaluation mode: logits before any softmax."""
+    """Logits of a classifier's heads, before any softmax, in training and in evaluation mode."""
 
     class_logits: Float[Tensor, "batch classes"] | None
     distillation_logits: Float[Tensor, "batch classes"] | None = None
@@ -67,9 +67,9 @@ class Attention(nn.Module):
     def forward(
         self, x: Float[Tensor, "batch tokens width"], readout: int | None = None
     ) -> Float[Tensor, "batch readout width"]:
-        """Mix the tokens of each image; on a CPU, few tokens by plain products, otherwise by the fused kernel.
+        """Attend over the tokens of each image, by plain products for few tokens on a CPU, else by the fused kernel.
 
-        Only the first ``readout`` tokens are returned: all of them where it is None.
+        Return the first ``readout`` tokens only; None returns all.
         """
         batch, tokens, width = x.shape
         qkv = self.qkv(x).view(batch, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
@@ -90,9 +90,9 @@ def plain_attention(
     value: Float[Tensor, "batch heads tokens head_width"],
 ) -> Float[Tensor, "batch heads readout head_width"]:
     """Return softmax(query key^T / sqrt(head_width)) value, as ``F.scaled_dot_product_attention`` does."""
-    # The scale goes onto the query: it has fewer elements than the attention matrix.
+    # Scale the query, which has fewer elements than the attention matrix.
     scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)
-    # A CPU takes short rows of bf16 one number at a time.
+    # A CPU processes short rows of bf16 one number at a time.
     dtype = torch.promote_types(scores.dtype, torch.float32) if scores.shape[-1] < SHORT_ROW else scores.dtype
     return scores.softmax(dim=-1, dtype=dtype).to(value.dtype) @ value
 
@@ -107,15 +107,15 @@ class MLP(nn.Module):
         self.drop = nn.Dropout(dropout)
 
     def forward(self, x: Float[Tensor, "batch tokens width"]) -> Float[Tensor, "batch tokens width"]:
-        """Transform each token on its own."""
+        """Transform each token separately."""
         transformed: Tensor = self.drop(self.fc2(self.drop(F.gelu(self.fc1(x)))))
         return transformed
 
 
 class DropPath(nn.Module):
-    """Stochastic depth, per image: leave a residual branch out, scale it up where it stays (Huang et al. 2016).
+    """Stochastic depth, per image: drop a residual branch at random, scale it up otherwise (Huang et al. 2016).
 
-    The rate is a tensor, so that the blocks of a student share their compiled code though each has its own.
+    The rate is a tensor, so that the blocks of a student share compiled code although their rates differ.
     """
 
     kept: Tensor
@@ -127,7 +127,7 @@ class DropPath(nn.Module):
         self.register_buffer("kept", torch.tensor(1 - rate), persistent=False)
 
     def forward(self, branch: Float[Tensor, "batch tokens width"]) -> Float[Tensor, "batch tokens width"]:
-        """Zero the branch of each image with probability ``rate``; the expectation over draws is the branch itself."""
+        """Zero the branch of each image with probability ``rate``; the expectation over draws is the branch."""
         if not self.training or not self.drops:
             return branch
         stays = torch.rand(len(branch), 1, 1, device=branch.device) < self.kept
@@ -165,17 +165,17 @@ class Block(nn.Module):
     def forward(
         self, x: Float[Tensor, "batch tokens width"], readout: int | None = None
     ) -> Float[Tensor, "batch readout width"]:
-        """Add what attention and the MLP have to say, to the first ``readout`` tokens (None: to all)."""
+        """Add attention and MLP to the first ``readout`` tokens (None: to all)."""
         x = x[:, :readout] + self.drop_path(self.ls1(self.attn(self.norm1(x), readout)))
         added: Tensor = x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
         return added
 
 
 class DeiT(nn.Module):
-    """A data-efficient image transformer (Touvron et al. 2021), with the tokens that its method asks for.
+    """A data-efficient image transformer (Touvron et al. 2021), with the tokens of its method.
 
-    The sequence is: class token, distillation token, patches. Each token has a head of its own; without any token the
-    normalised patches are averaged and go to the class head.
+    The sequence is: class token, distillation token, patches. Each token has its own head; without any token the class
+    head takes the mean of the normalised patches.
 
     Args:
         image_px: Side of the square images.
@@ -232,10 +232,10 @@ class DeiT(nn.Module):
 
     @torch.no_grad()
     def initialise(self, generator: torch.Generator | None) -> None:
-        """Draw every parameter anew, what all token layouts share first, from a CPU generator (None: torch's own).
+        """Draw every parameter from a CPU generator (None: torch's own), parameters common to all token layouts first.
 
-        Matrices, tokens and positions are truncated normals of deviation 0.02, biases 0, norms the identity; the stem
-        draws its own, before them.
+        Matrices, tokens and positions are truncated normals of standard deviation 0.02, biases 0, norms the identity;
+        the stem draws its own parameters before them.
         """
         for module in self.modules():
             if isinstance(module, nn.LayerNorm):
@@ -245,7 +245,7 @@ class DeiT(nn.Module):
             if isinstance(module, LayerScale):
                 nn.init.constant_(module.gamma, module.initial)
             if isinstance(module, DropPath):
-                module.kept.fill_(1 - module.rate)  # no parameter, but lost on the meta device all the same
+                module.kept.fill_(1 - module.rate)  # not a parameter, but it has no value on the meta device either
         self.patch_embed.initialise(generator)
         prefix = len(self.config["tokens"])
         shared = [*self.block_matrices(), self.pos_embed[:, prefix:]]
@@ -253,15 +253,11 @@ class DeiT(nn.Module):
         own += [layer.weight for layer in (self.head, self.head_dist) if layer is not None]
         for values in shared + own:
             if values is not None and values.numel():
-                # Cut at three deviations; the +-2 of the released code never cut anything.
+                # Truncate at three standard deviations; the +-2 of the released code never truncates anything.
                 nn.init.trunc_normal_(values, std=INIT_STD, a=-3 * INIT_STD, b=3 * INIT_STD, generator=generator)
 
     def forward(self, images: Float[Tensor, "batch channels height width"]) -> Output:
-        """Classify normalised images.
-
-        Returns:
-            The logits of each head that the student has; the same in training and in evaluation mode.
-        """
+        """Return the logits of each head for normalised images, in training and in evaluation mode."""
         x = self.patch_embed(images)
         tokens = [token.expand(len(x), -1, -1) for token in (self.cls_token, self.dist_token) if token is not None]
         x = torch.cat([*tokens, x], dim=1) if tokens else x
@@ -273,12 +269,12 @@ class DeiT(nn.Module):
         )
 
     def _run_blocks(self, x: Tensor) -> Tensor:
-        forget = self.checkpoint_activations and self.training
+        recompute = self.checkpoint_activations and self.training
         readout = len(self.config["tokens"]) or None
         for block in self.blocks:
-            # Heads read the tokens alone, so the last block does nothing for the patches.
-            wanted = readout if block is self.blocks[-1] else None
-            x = checkpoint(block, x, wanted, use_reentrant=False) if forget else block(x, wanted)
+            # Heads use the tokens only, so the last block skips the patches.
+            kept = readout if block is self.blocks[-1] else None
+            x = checkpoint(block, x, kept, use_reentrant=False) if recompute else block(x, kept)
         return x
 
     def block_matrices(self) -> list[nn.Parameter]:
@@ -286,7 +282,7 @@ class DeiT(nn.Module):
         return [parameter for parameter in self.blocks.parameters() if parameter.ndim == 2]
 
     def no_decay(self) -> set[str]:
-        """Return the names of tokens and position embeddings, which weight decay must leave alone."""
+        """Return the names of tokens and position embeddings, which are exempt from weight decay."""
         return {name for name, _ in self.named_parameters() if name in {"cls_token", "dist_token", "pos_embed"}}
 
 
@@ -299,22 +295,22 @@ def create_student(
     tokens: Sequence[str],
     seed: int,
 ) -> DeiT:
-    """Build a student on the CPU, without touching torch's own random numbers.
+    """Build a student on the CPU, without changing torch's global random state.
 
-    With the same seed, parameters that two token layouts share start with equal values, position embeddings of patches
-    included, so that methods are compared from the same start.
+    Under the same seed, parameters common to two token layouts have equal initial values, including the position
+    embeddings of patches, so that methods are compared from the same start.
 
     Args:
-        recipe: The size and what overrides it.
+        recipe: The size and its overrides.
         image_px: Height and width of the images.
         channels: Channels of the images.
         classes: Number of classes.
         tokens: A subset of ``TOKENS``, in that order.
-        seed: Decides all initial values.
+        seed: Determines all initial values.
 
     Raises:
-        RecipeError: Images that are not square or cannot be cut into patches, a width that the heads do not divide, or
-            a patch that the stem cannot make.
+        RecipeError: The images are not square or not divisible into patches, the width is not divisible by the heads,
+            or the stem does not support the patch size.
     """
     size = SIZES[recipe.name]
     width, heads = recipe.width or size.width, recipe.heads or size.heads
@@ -322,7 +318,7 @@ def create_student(
     if width % heads:
         fitting = ", ".join(str(count) for count in range(1, 17) if width % count == 0)
         raise RecipeError(f"model.width={width} is not divisible by model.heads={heads}: choose heads from {fitting}")
-    with torch.device("meta"):  # draws nothing; initialise fills in every value
+    with torch.device("meta"):  # draws nothing; initialise sets every value
         student = DeiT(
             image_px=image_px[0],
             patch_px=recipe.patch_px,
@@ -346,7 +342,7 @@ def _check_patches(image_px: tuple[int, int], patch_px: int, stem: str) -> None:
     height, width = image_px
     if height != width:
         raise RecipeError(
-            f"the images are {height} x {width} px and a DeiT takes square ones: set data.image_px={min(image_px)}"
+            f"the images are {height} x {width} px, but a DeiT needs square ones: set data.image_px={min(image_px)}"
         )
     if height % patch_px:
         fitting = ", ".join(str(side) for side in range(1, height + 1) if height % side == 0)
@@ -355,7 +351,7 @@ def _check_patches(image_px: tuple[int, int], patch_px: int, stem: str) -> None:
     if stem == "conv" and patch_px & (patch_px - 1):
         fitting = ", ".join(str(2**power) for power in range(1, 7) if height % 2**power == 0)
         raise RecipeError(
-            f"model.stem=conv halves the image with each layer and cannot make model.patch_px={patch_px}: "
+            f"model.stem=conv halves the image with each layer, so model.patch_px={patch_px} is impossible: "
             f"choose from {fitting or '1'}, or model.stem=patch"
         )
 

@@ -1,6 +1,6 @@
-"""Classifiers by name: timm's and torchvision's as the libraries have them, and the CNNs for small images.
+"""Classifiers by name: timm's and torchvision's unchanged, and the CNNs for small images.
 
-What a classifier is shown, whether it may teach and how it is trained is decided in ``teacher``.
+Preparing a classifier as a teacher is in ``teachers``.
 """
 
 import difflib
@@ -16,22 +16,22 @@ from torch import nn
 from deitkit.errors import TeacherError
 from deitkit.models.cnn import CIFAR_DEPTHS, CifarResNet, small_cnn, small_names
 
-# Side of the images that torchvision's transformers are built for, unless told otherwise.
+# Default side of the images of torchvision's transformers.
 TIED_PX = 224
 
 
 @dataclass(frozen=True)
 class BuiltClassifier:
-    """A classifier, and what must be known to use it.
+    """A classifier with the facts needed to use it.
 
     Attributes:
         model: Takes normalised images ``[batch, channels, height, width]``, returns logits ``[batch, classes]``.
         head: Dotted name of the classifier layer.
-        mean: The library's own normalisation of values in [0, 1], per channel; None where any will do.
+        mean: The library's normalisation of values in [0, 1], per channel; None if any will do.
         std: As ``mean``.
-        image_px: Resolution of the pretrained weights, or that of an architecture tied to one; None where any will do.
-        source: Where architecture and weights come from, for reports.
-        new_head: Whether the backbone is pretrained but the head is not, for its classes are others.
+        image_px: Resolution of the pretrained weights, or of an architecture with a fixed one; None if any will do.
+        source: Origin of architecture and weights, for reports.
+        new_head: Whether the backbone is pretrained but the head is new, because the classes differ.
     """
 
     model: nn.Module
@@ -46,17 +46,17 @@ class BuiltClassifier:
 def create_classifier(
     name: str, *, classes: int, channels: int, pretrained: bool = False, image_px: int | None = None
 ) -> BuiltClassifier:
-    """Build a classifier by its name, with torch's own random numbers.
+    """Build a classifier by its name, from torch's global random state.
 
     Args:
         name: ``timm/NAME``, ``torchvision/NAME``, ``cifar/resnet20|32|44|56`` or ``small/NAME``.
         classes: Number of classes.
         channels: Channels of the images, 1 or 3.
-        pretrained: Load the library's weights; where they know other classes, the head stays new.
-        image_px: Resolution at which it will be used; matters to architectures that are tied to one.
+        pretrained: Load the library's weights; if their number of classes differs, the head stays new.
+        image_px: Resolution at which it will be used; only for architectures with a fixed resolution.
 
     Raises:
-        TeacherError: An unknown name, or weights that do not exist, do not fit or cannot be downloaded.
+        TeacherError: The name is unknown, or the weights do not exist, do not fit or cannot be downloaded.
     """
     library, _, architecture = name.partition("/")
     untagged = name.partition(".")[0] if library == "timm" else name
@@ -68,7 +68,7 @@ def create_classifier(
         )
     if pretrained and channels != 3:
         raise TeacherError(
-            f"teacher.pretrained=true needs 3 channels and the images have {channels}: set data.channels=3"
+            f"teacher.pretrained=true needs 3 channels, but the images have {channels}: set data.channels=3"
         )
     if library == "cifar":
         depth = int(architecture.removeprefix("resnet"))
@@ -85,7 +85,7 @@ def create_classifier(
 
 
 def reset_head(built: BuiltClassifier, classes: int) -> None:
-    """Replace the classifier layer by a freshly initialised one, in place, with torch's own random numbers."""
+    """Replace the classifier layer by a new one, in place, from torch's global random state."""
     old: Any = built.model.get_submodule(built.head)
     options = {"bias": old.bias is not None, "device": old.weight.device}
     if isinstance(old, nn.Conv2d):  # SqueezeNet's classifier, among others
@@ -96,7 +96,7 @@ def reset_head(built: BuiltClassifier, classes: int) -> None:
 
 
 def names() -> list[str]:
-    """Return every name that ``create_classifier`` takes, without timm's tags of weights."""
+    """Return every name that ``create_classifier`` accepts, without timm's tags of weights."""
     return [
         *(f"cifar/resnet{depth}" for depth in CIFAR_DEPTHS),
         *(f"small/{name}" for name in small_names()),
@@ -120,7 +120,7 @@ def _from_timm(
     head = card.get("classifier")
     if not isinstance(head, str) or not isinstance(model.get_submodule(head), nn.Linear | nn.Conv2d):
         raise TeacherError(
-            f"teacher.name='timm/{architecture}' has no single classifier layer, which a teacher needs: take another"
+            f"teacher.name='timm/{architecture}' has no single classifier layer, as a teacher must: choose another"
         )
     native_px = card["input_size"][-1] if tied or pretrained else None
     return BuiltClassifier(
@@ -148,18 +148,18 @@ def _from_torchvision(
         options["image_size"] = native_px = image_px or native_px
     if pretrained:
         options["weights"] = weights
-    known = len(weights.meta["categories"]) if pretrained else classes
-    model = torchvision.models.get_model(architecture, num_classes=known, **options)
+    built_classes = len(weights.meta["categories"]) if pretrained else classes
+    model = torchvision.models.get_model(architecture, num_classes=built_classes, **options)
     if channels != 3:
         _set_channels(model, channels)
     built = BuiltClassifier(
         model,
-        _head_name(model, known),
+        _head_name(model, built_classes),
         tuple(preset.mean) if channels == 3 else None,
         tuple(preset.std) if channels == 3 else None,
         native_px,
         f"torchvision {torchvision.__version__}" + (f", ImageNet weights {weights.name}" if pretrained else ""),
-        new_head=known != classes,
+        new_head=built_classes != classes,
     )
     if built.new_head:
         reset_head(built, classes)
@@ -167,7 +167,7 @@ def _from_torchvision(
 
 
 def _set_channels(model: nn.Module, channels: int) -> None:
-    """Replace the first convolution by a fresh one for images of so many channels."""
+    """Replace the first convolution by a new one for images with another number of channels."""
     name, old = next((name, layer) for name, layer in model.named_modules() if isinstance(layer, nn.Conv2d))
     shape: Any = {"kernel_size": old.kernel_size, "stride": old.stride, "padding": old.padding}
     shape["bias"] = old.bias is not None
@@ -175,7 +175,7 @@ def _set_channels(model: nn.Module, channels: int) -> None:
 
 
 def _head_name(model: nn.Module, classes: int) -> str:
-    """Return the name of the last layer that answers with so many numbers."""
+    """Return the name of the last layer with ``classes`` outputs."""
     widths = {
         name: layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
         for name, layer in model.named_modules()
@@ -186,12 +186,12 @@ def _head_name(model: nn.Module, classes: int) -> str:
 
 @contextmanager
 def _one_sentence(name: str, pretrained: bool, image_px: int | None) -> Iterator[None]:
-    """Turn whatever a library raises into a TeacherError."""
+    """Convert any exception of a library to a TeacherError."""
     try:
         yield
     except TeacherError:
         raise
-    except Exception as error:  # between downloads and assertions, the libraries raise nearly anything
+    except Exception as error:  # from downloads to assertions, the libraries raise many types
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         if pretrained:
             raise TeacherError(

@@ -1,1 +1,1 @@
-"""Weights from and to files: of deitkit, timm, transformers and the released DeiT."""
+"""Reading and writing weights of deitkit, timm, transformers and the released DeiT."""

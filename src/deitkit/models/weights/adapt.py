@@ -1,6 +1,6 @@
-"""A vision transformer's weights, made to fit another resolution, patch, channel count, token layout or class count.
+"""Adapting a vision transformer's weights to another resolution, patch, channel count, token layout or class count.
 
-State dicts by the names of ``vit`` go in and come out, as new dicts; each change is told in one line.
+State dicts have the names of ``vit``; functions return new ones, and one line of text for each change.
 """
 
 from collections.abc import Mapping
@@ -25,34 +25,34 @@ def adapt(
     source: str = "weights",
     image_px: tuple[int, int] | None = None,
 ) -> tuple[State, list[str]]:
-    """Make a state dict fit an architecture of the same width and depth.
+    """Adapt a state dict to an architecture of the same width and depth.
 
-    - *Patch size*: the kernel is resized by the pseudo-inverse of bicubic resizing, so that it answers to a resized
-      patch as it did to the patch (Beyer et al. 2023, FlexiViT, section 3.4), by timm's ``resample_patch_embed``.
-    - *Resolution*: rows of the position embeddings that belong to patches are resampled bicubically, which keeps
-      their norm where bilinear shrinks it (Touvron et al. 2021, section 4), by timm's ``resample_abs_pos_embed``;
-      rows of tokens stay.
-    - *Channels*: 3 to 1 sums the kernel over colours, 1 to 3 gives each colour a third of it: a grey image is seen
-      as before.
-    - *Tokens*: one that the file lacks starts as a copy of the other, with its position and its head, so that both
-      heads begin with what one knows and their teachers part them; without any other, at zero. One that is not
-      wanted is dropped. No source prescribes this; the paper trains its distilled models from scratch.
-    - *Classes*: a classifier for another number of them starts at zero (Dosovitskiy et al. 2021, section 3.2).
-    - *LayerScale*: where the student has none the layers before take its factors up, where the file has none they
-      start at 1: both answer as before.
+    - *Patch size*: the kernel is resized by the pseudo-inverse of bicubic resizing, so that its output for a resized
+      patch is unchanged (Beyer et al. 2023, FlexiViT, section 3.4), by timm's ``resample_patch_embed``.
+    - *Resolution*: position embeddings of patches are resampled bicubically, which preserves their norm, unlike
+      bilinear resampling (Touvron et al. 2021, section 4), by timm's ``resample_abs_pos_embed``; those of tokens are
+      unchanged.
+    - *Channels*: 3 to 1 sums the kernel over colours, 1 to 3 gives each colour a third of it: the output for a grey
+      image is unchanged.
+    - *Tokens*: a missing token starts as a copy of the other one, with its position and its head, so that both heads
+      start equal and their targets separate them; without another token, at zero. A surplus token is dropped. This
+      follows no source; the paper trains its distilled models from scratch.
+    - *Classes*: a classifier for another number of classes starts at zero (Dosovitskiy et al. 2021, section 3.2).
+    - *LayerScale*: if the student has none, its factors are folded into the preceding layers; if the file has none,
+      they start at 1: the output is unchanged in both cases.
 
     Args:
         state: By the names of ``vit``; not changed.
-        to: What it is to fit.
-        source: What to call the state in an error.
-        image_px: Height and width of the images that it was made for; by default those of a square grid of patches.
+        to: The target architecture.
+        source: Name of the state in errors.
+        image_px: Height and width of its images; by default those of a square grid of patches.
 
     Returns:
-        The new state dict, and one line for each change: none where it fits as it is.
+        The new state dict, and one line for each change.
 
     Raises:
-        CheckpointError: It is no vision transformer, of another width or depth, or with another stem; or with a stem of
-            convolutions for another patch.
+        CheckpointError: The state is not a vision transformer, has another width, depth or stem, or has a stem of
+            convolutions for another patch size.
     """
     given = describe(state, source=source, image_px=image_px)
     if (given.width, given.depth) != (to.width, to.depth):
@@ -88,7 +88,7 @@ def _change_layer_scale(state: State, given: Architecture, to: Architecture) -> 
         folded = fold_layer_scale(state)
         state.clear()
         state |= folded
-        return ["layer scale: its factors go into the layers before it"]
+        return ["layer scale: its factors are folded into the preceding layers"]
     ones = state[POSITIONS].new_ones(to.width)
     state |= {f"blocks.{block}.{branch}.gamma": ones.clone() for block in range(to.depth) for branch in ("ls1", "ls2")}
     return ["layer scale: absent in the file, its factors start at 1"]
@@ -99,7 +99,7 @@ def _change_channels(state: State, given: Architecture, to: Architecture) -> lis
         return []
     if 1 not in (given.channels, to.channels):
         raise CheckpointError(
-            f"weights for {given.channels} channels cannot be made to fit {to.channels}: one of them must be 1"
+            f"weights for {given.channels} channels cannot be adapted to {to.channels}: one of them must be 1"
         )
     state[given.first_kernel] = _with_channels(state[given.first_kernel], to.channels)
     how = "summed over colours" if to.channels == 1 else "shared among colours"
@@ -156,11 +156,11 @@ def _change_tokens(state: State, given: Architecture, to: Architecture) -> list[
             donor_head = head if head in heads else heads[0]
             for new, name in zip(_layer(head), _layer(donor_head), strict=True):
                 state[new] = old[name].clone()
-    return [_told_tokens(given.tokens, to.tokens)]
+    return [_token_line(given.tokens, to.tokens)]
 
 
 def _heads(tokens: tuple[str, ...]) -> list[str]:
-    """Return the classifiers of a token layout; averaged patches go to the class head."""
+    """Return the names of the classifiers of a token layout; averaged patches use the class head."""
     return [PARAMETERS[token][1] for token in tokens] or ["head"]
 
 
@@ -168,7 +168,7 @@ def _layer(name: str) -> tuple[str, str]:
     return f"{name}.weight", f"{name}.bias"
 
 
-def _told_tokens(old: tuple[str, ...], new: tuple[str, ...]) -> str:
+def _token_line(old: tuple[str, ...], new: tuple[str, ...]) -> str:
     line = f"tokens: {'+'.join(old) or 'none'} -> {'+'.join(new) or 'none'}"
     for token in new:
         if token not in old:
@@ -192,19 +192,19 @@ def _change_classes(state: State, given: Architecture, to: Architecture) -> list
 
 
 def renormalise(state: Mapping[str, Tensor], old: Normalisation, new: Normalisation) -> tuple[State, list[str]]:
-    """Make a state dict answer to images under one normalisation as it does to the same images under another.
+    """Change the normalisation of a state dict's images without changing its output.
 
-    The patch embedding is linear, so it takes up the difference: exactly, but for rounding. One channel where the
-    other side has three stands for a grey image, its value repeated. A stem of convolutions stays as it is, since the
-    black around an image would have to change with it.
+    The patch embedding is linear, so it compensates the difference exactly, up to rounding. If one side has one channel
+    and the other three, the value of the grey image is repeated. A stem of convolutions is unchanged, since the zero
+    padding around an image would have to change too.
 
     Args:
         state: By the names of ``vit``; not changed.
-        old: That the weights were trained under.
-        new: That they are to be used under.
+        old: Normalisation that the weights were trained with.
+        new: Normalisation that they will be used with.
 
     Returns:
-        The new state dict, with as many channels as the wider of both; and a line, unless both are equal but for
+        The new state dict, with the larger number of channels of both; and one line, unless both are equal up to
         rounding.
     """
     stem = stem_kernels(state)
@@ -215,12 +215,12 @@ def renormalise(state: Mapping[str, Tensor], old: Normalisation, new: Normalisat
     )
     if torch.allclose(old_mean, new_mean, atol=1e-6) and torch.allclose(old_std, new_std, atol=1e-6):  # cards round
         return dict(state), []
-    told = " -> ".join(
+    change = " -> ".join(
         f"mean {', '.join(f'{value:.3g}' for value in mean)} std {', '.join(f'{value:.3g}' for value in std)}"
         for mean, std in (old, new)
     )
     if stem:
-        return dict(state), [f"normalisation: {told}; a stem of convolutions stays as it is"]
+        return dict(state), [f"normalisation: {change}; a stem of convolutions is unchanged"]
     if kernel.shape[1] != channels:
         kernel = _with_channels(kernel, channels)
     # w (x - m) / s = (w s' / s) (x - m') / s' + w (m' - m) / s
@@ -229,4 +229,4 @@ def renormalise(state: Mapping[str, Tensor], old: Normalisation, new: Normalisat
         KERNEL: (kernel * new_std / old_std).to(state[KERNEL].dtype),
         "patch_embed.proj.bias": (state["patch_embed.proj.bias"].double() + shift).to(state[KERNEL].dtype),
     }
-    return {**state, **scaled}, [f"normalisation: {told}; the patch embedding takes up the difference"]
+    return {**state, **scaled}, [f"normalisation: {change}; the patch embedding compensates the difference"]

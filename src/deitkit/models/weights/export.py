@@ -1,6 +1,6 @@
-"""What is to be written: weights from anywhere, made to fit what was asked for, with all that a library wants to know.
+"""Preparing weights for export: read, adapted, and described with all that other libraries need.
 
-How each library lays it out in files is ``write``'s business.
+The files of each library are written in ``export_layouts``.
 """
 
 from dataclasses import dataclass, replace
@@ -16,23 +16,23 @@ from deitkit.models.weights.formats import Architecture, State
 from deitkit.models.weights.initialise import Weights, read_weights
 from deitkit.models.weights.read import file_sha256
 
-# What a student's card says of its training and holds only while the weights are as they were trained.
+# Fields of a student's card about its training, which apply only while the weights are unchanged.
 _ABOUT_TRAINING = ("method", "seed", "recipe", "dataset", "split", "readout", "test_top1", "initial")
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A vision transformer that is to be written.
+    """A vision transformer to export.
 
     Attributes:
         state: By the names of ``vit``.
-        architecture: Of square images, with a classifier.
-        class_names: As many as there are classes.
+        architecture: For square images, with a classifier.
+        class_names: One per class.
         mean: Per channel, of values in [0, 1].
         std: As ``mean``.
         eval_crop: Share of the resized side that is kept of a test image, as ``data.eval_crop``.
-        about: What else a card of deitkit is to hold.
-        lines: What was changed or assumed, line by line.
+        about: Further fields of a card of deitkit.
+        lines: Changes and assumptions, one line each.
     """
 
     state: State
@@ -45,7 +45,7 @@ class Plan:
     lines: tuple[str, ...]
 
     def build(self) -> nn.Module:
-        """Return the student itself, in evaluation mode."""
+        """Build the student, in evaluation mode."""
         student = self.architecture.build()
         student.load_state_dict(self.state, strict=True)
         return student.eval()
@@ -63,7 +63,7 @@ def plan(
     mean: Values | None = None,
     std: Values | None = None,
 ) -> Plan:
-    """Read weights and make them fit; None leaves a property as it is.
+    """Read weights and adapt them; None leaves a property unchanged.
 
     Args:
         source: See ``read_weights``.
@@ -72,12 +72,12 @@ def plan(
         channels: 1 or 3.
         classes: Number of classes.
         tokens: As ``class+distillation``; ``none`` for mean pooling.
-        heads: Attention heads of a block, where nothing beside a file tells them.
-        mean: Normalisation that the weights were trained under, where nothing beside a file tells it.
+        heads: Attention heads of a block, if no card or config is in the folder of the file.
+        mean: Normalisation that the weights were trained with, if no card or config is in the folder of the file.
         std: As ``mean``.
 
     Raises:
-        RecipeError: What is asked for cannot be.
+        RecipeError: A property is impossible.
         CheckpointError: The weights cannot be read.
     """
     weights = read_weights(source, heads)
@@ -93,28 +93,28 @@ def plan(
     )
     _check(target, source)
     lines = list(weights.remarks)
-    mean, std, told = _normalisation(weights, mean, std)
-    lines += told
+    mean, std, remarks = _normalisation(weights, mean, std)
+    lines += remarks
     state: State = weights.state
     changes: list[str] = []
-    if target.channels != given.channels:  # the new channels share one normalisation, or repeat the only one
+    if target.channels != given.channels:  # use the mean over channels for every new channel
         single = (sum(mean) / len(mean),), (sum(std) / len(std),)
         new = (single[0] * target.channels, single[1] * target.channels)
         state, changes = renormalise(state, (mean, std), new)
         mean, std = new
-    state, told = adapt(state, to=target, source=str(source), image_px=given.image_px)
-    changes += told
+    state, adaptations = adapt(state, to=target, source=str(source), image_px=given.image_px)
+    changes += adaptations
     names = weights.class_names
     if names is None or len(names) != target.classes:
         names = tuple(f"class {number}" for number in range(target.classes))
-        lines.append(f"class names: not told by the source; {names[0]} to {names[-1]} are written")
+        lines.append(f"class names: missing in the source; {names[0]} to {names[-1]} are written")
     about = _about(weights, source, changes)
     eval_crop = float(weights.card.get("eval_crop", 1.0))
     return Plan(state, target, names, mean, std, eval_crop, about, (*lines, *changes))
 
 
 def _about(weights: Weights, source: Path, changes: list[str]) -> dict[str, Any]:
-    """Say where the weights are from; of their training only while they are as they were trained."""
+    """Describe the origin of the weights, and their training if they are unchanged."""
     kept = () if changes else (name for name in _ABOUT_TRAINING if name in weights.card)
     origin = f"{source.name} (sha256 {file_sha256(weights.file)[:8]})"
     return {name: weights.card[name] for name in kept} | {"source": origin, "changes": changes}
@@ -131,7 +131,7 @@ def _check(target: Architecture, source: Path) -> None:
     height, width = target.image_px
     if height != width:
         raise RecipeError(
-            f"{source} is for images of {height} x {width} px and a student takes square ones: add --image-px {height}"
+            f"{source} is for images of {height} x {width} px, but a student needs square ones: add --image-px {height}"
         )
     if height % target.patch_px:
         fitting = ", ".join(str(side) for side in range(1, height + 1) if height % side == 0)
@@ -142,24 +142,24 @@ def _check(target: Architecture, source: Path) -> None:
     if target.channels not in (1, 3):
         raise RecipeError(f"--channels {target.channels}: choose 1 or 3")
     if not target.classes:
-        raise CheckpointError(f"{source} holds no classifier: add --classes N for a new one")
+        raise CheckpointError(f"{source} contains no classifier: add --classes N for a new one")
 
 
 def _normalisation(weights: Weights, mean: Values | None, std: Values | None) -> tuple[Values, Values, list[str]]:
-    """Return what the weights were trained under: as given, else as the source tells, else ImageNet's."""
+    """Return the normalisation of the weights: the given one, else the source's, else ImageNet's."""
     count = weights.architecture.channels
     if (mean is None) != (std is None):
         raise RecipeError("--mean and --std belong together: give both or neither")
     if mean is not None and std is not None:
         if len(mean) != count or len(std) != count or min(std) <= 0:
-            raise RecipeError(f"--mean and --std need {count} values each, and deviations above 0")
+            raise RecipeError(f"--mean and --std need {count} values each, and --std must be positive")
         return mean, std, []
-    told = weights.mean is not None and weights.std is not None
-    line = "normalisation: not told by the source; ImageNet's is written (--mean and --std say another)"
-    return *weights.normalisation, [] if told else [line]
+    found = weights.mean is not None and weights.std is not None
+    line = "normalisation: missing in the source; ImageNet's is written (set another with --mean and --std)"
+    return *weights.normalisation, [] if found else [line]
 
 
 def mean_logits(output: Any) -> Tensor:
-    """Return what timm and transformers answer with: the mean of the logits of those heads that are there."""
+    """Return the mean of the heads' logits, which timm and transformers return."""
     heads = [head for head in (output.class_logits, output.distillation_logits) if head is not None]
     return sum(heads[1:], heads[0]) / len(heads)

@@ -1,6 +1,6 @@
-"""Vision transformers in the layouts of other libraries: which files they want, and how each is opened again.
+"""Vision transformers in the layouts of other libraries: their files, and how to open them.
 
-None of these libraries but timm has to be there to write; ``--check`` opens what was written with the library itself.
+Of these libraries, writing needs only timm; ``--check`` opens the files with the library itself.
 """
 
 import io
@@ -29,13 +29,13 @@ Logits = Callable[[Float[Tensor, "batch channels height width"]], Float[Tensor, 
 
 @dataclass(frozen=True)
 class Layout:
-    """A library's way of keeping a model.
+    """The file layout of a library.
 
     Attributes:
-        holds: What --out names, for a reader.
-        suffix: That --out must have; empty for a folder.
-        write: Plan and path -> files; returns lines of Python that open them.
-        open: Plan and path -> normalised images to logits, by the library's own implementation.
+        holds: Description of the content of --out.
+        suffix: Required suffix of --out; empty for a folder.
+        write: Writes a plan to a path; returns lines of Python that open the files.
+        open: Returns the function from normalised images to logits, by the library's own implementation.
     """
 
     holds: str
@@ -45,10 +45,10 @@ class Layout:
 
 
 def largest_difference(plan: Plan, layout: Layout, out: Path) -> float | None:
-    """Return by how much logits of what was written, opened by its library, differ from the student's, at most.
+    """Return the largest difference between the student's logits and those of the written files, opened by the library.
 
-    The eight images are drawn from a normal distribution, always the same. None where the classifier is new: it answers
-    zero to everything, so equal logits would show nothing.
+    The eight images are drawn from a normal distribution under a fixed seed. Return None if the classifier is new: its
+    logits are all zero, so equality would prove nothing.
     """
     config = plan.architecture
     shape = (8, config.channels, *config.image_px)
@@ -79,7 +79,7 @@ def _open_ours(plan: Plan, out: Path) -> Logits:
 
 
 def timm_arguments(plan: Plan) -> tuple[str, dict[str, Any]]:
-    """Return timm's name for a model, and the arguments of ``timm.create_model`` in which it differs from that name."""
+    """Return timm's name of a model, and the arguments of ``timm.create_model`` that differ from its defaults."""
     config = plan.architecture
     distilled = "_distilled" if len(config.tokens) == 2 else ""
     names = {f"{size}{distilled}_patch16_224": value for size, value in SIZES.items()}
@@ -98,7 +98,7 @@ def timm_arguments(plan: Plan) -> tuple[str, dict[str, Any]]:
     }
     arguments: dict[str, Any] = {key: value for key, (value, usual) in wanted.items() if value != usual}
     if config.layer_scale:
-        arguments["init_values"] = 1.0  # any value makes the layers, which the file then fills
+        arguments["init_values"] = 1.0  # any value creates the layers, whose weights are then loaded
     if not config.tokens:
         arguments |= {"global_pool": "avg", "class_token": False, "fc_norm": False}  # fc_norm would replace norm
     return name, {"num_classes": config.classes, **arguments}
@@ -106,8 +106,8 @@ def timm_arguments(plan: Plan) -> tuple[str, dict[str, Any]]:
 
 def _timm_line(plan: Plan, file: Path) -> str:
     name, arguments = timm_arguments(plan)
-    told = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
-    return f"model = timm.create_model({name!r}, checkpoint_path={str(file)!r}, {told}).eval()"
+    keywords = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
+    return f"model = timm.create_model({name!r}, checkpoint_path={str(file)!r}, {keywords}).eval()"
 
 
 def _normalisation_line(plan: Plan) -> str:
@@ -189,7 +189,7 @@ def _write_transformers(plan: Plan, out: Path) -> list[str]:
         "torch_dtype": "float32",
     }
     side = config.image_px[0]
-    # As deitkit reads files: the shorter side to the resolution, bicubic, then the centre; ViT's own would squeeze.
+    # As deitkit reads files: resize the shorter side (bicubic), then crop the centre; ViT's processor would distort.
     processor = {
         "image_processor_type": "CLIPImageProcessor",
         "do_convert_rgb": config.channels == 3,
@@ -209,7 +209,7 @@ def _write_transformers(plan: Plan, out: Path) -> list[str]:
     _write_json(out / "preprocessor_config.json", processor)
     return [
         "from transformers import AutoImageProcessor, AutoModelForImageClassification",
-        f"processor = AutoImageProcessor.from_pretrained({str(out)!r})  # normalises, and resizes where need be",
+        f"processor = AutoImageProcessor.from_pretrained({str(out)!r})  # normalises, and resizes if necessary",
         f"model = AutoModelForImageClassification.from_pretrained({str(out)!r}).eval()",
         "logits = model(**processor(image, return_tensors='pt')).logits",
     ]

@@ -1,8 +1,7 @@
-"""Vision transformers by other names: timm's, the released DeiT's and transformers', and what their shapes tell.
+"""Parameter names of timm, the released DeiT and transformers, and the architecture from a state dict's shapes.
 
-A state dict here maps names to tensors; which file it came from, and how it is changed, is ``exchange``'s business.
-timm and the released checkpoints use the names of ``vit``; transformers has names of its own and keeps query, key and
-value apart.
+A state dict maps names to tensors; reading files is in ``read``, adapting weights in ``adapt``. timm and the released
+checkpoints use the names of ``vit``; transformers has other names, and stores query, key and value separately.
 """
 
 import math
@@ -37,7 +36,7 @@ _BLOCK = {
     "mlp.fc2": "output.dense",
 }
 _QKV = ("attention.attention.query", "attention.attention.key", "attention.attention.value")
-# What transformers 5 calls its modules in memory; its files keep the older names, which every version reads.
+# Module names of transformers 5 in memory; its files keep the older names, which every version reads.
 _RENAMED = {
     "attention.q_proj": _QKV[0],
     "attention.k_proj": _QKV[1],
@@ -53,7 +52,7 @@ _IN_BLOCK = re.compile(r"(?:encoder\.layer|layers)\.(\d+)\.(.+)\.(weight|bias)")
 
 @dataclass(frozen=True)
 class Architecture:
-    """What has to be known of a vision transformer to build it; ``classes`` is 0 where there is no classifier."""
+    """The architecture of a vision transformer; ``classes`` is 0 if it has no classifier."""
 
     image_px: tuple[int, int]  # height, width
     patch_px: int
@@ -81,40 +80,40 @@ class Architecture:
         return self.image_px[0] // self.patch_px, self.image_px[1] // self.patch_px
 
     def build(self) -> DeiT:
-        """Build a student of this architecture, with torch's own random numbers; of square images only."""
+        """Build a student of this architecture from torch's global random state; for square images only."""
         assert self.image_px[0] == self.image_px[1]
         own = {"image_px": self.image_px[0], "layer_scale": 1.0 if self.layer_scale else None}
         return DeiT(**asdict(self) | own)
 
     @property
     def first_kernel(self) -> str:
-        """Name of the kernel that sees the image's channels."""
+        """Name of the kernel that is applied to the image's channels."""
         return "patch_embed.layers.0.weight" if self.stem == "conv" else "patch_embed.proj.weight"
 
 
 def from_any(state: Mapping[str, Tensor], source: str) -> tuple[State, list[str]]:
-    """Return a vision transformer's tensors by the names of ``vit``, and what was changed on the way, line by line.
+    """Return a vision transformer's tensors by the names of ``vit``, and one line for each change.
 
     Args:
-        state: Of ours, of timm, of a released DeiT, or of transformers' ``DeiTForImageClassificationWithTeacher``,
+        state: From deitkit, timm, a released DeiT, or transformers' ``DeiTForImageClassificationWithTeacher``,
             ``DeiTForImageClassification`` or ``ViTForImageClassification`` (in its files or in memory).
-        source: What to call it in an error.
+        source: Name of the state in errors.
 
     Raises:
-        CheckpointError: It is none of these.
+        CheckpointError: The state is none of these.
     """
     lines = []
     ours = _from_transformers(state) if any("patch_embeddings." in name for name in state) else dict(state)
     kernel, positions = ours.get("patch_embed.proj.weight"), ours.get("pos_embed")
     if kernel is None or positions is None or kernel.ndim != 4 or positions.ndim != 3:
         raise CheckpointError(
-            f"checkpoint {source} is no vision transformer (patch_embed and pos_embed are not there): give a file of "
+            f"checkpoint {source} is not a vision transformer (it lacks patch_embed or pos_embed): give a file of "
             "deitkit, of a released DeiT, of timm's vit_* or deit_*, or of transformers' ViT or DeiT"
         )
     pooler = [name for name in ours if name.startswith("pooler.")]
     if pooler:
         ours = {name: value for name, value in ours.items() if name not in pooler}
-        lines.append("pooler: left out, no classifier reads it")
+        lines.append("pooler: left out, since no classifier uses it")
     if "dist_token" in ours and "head.weight" in ours and "head_dist.weight" not in ours:
         ours |= {f"head_dist.{part}": ours[f"head.{part}"].clone() for part in ("weight", "bias")}
         lines.append("distillation head: absent in the file, a copy of the class head")
@@ -145,12 +144,12 @@ def _from_transformers(state: Mapping[str, Tensor]) -> State:
 
 
 def stem_kernels(state: Mapping[str, Tensor]) -> list[Tensor]:
-    """Return the kernels of a stem of convolutions, each of which halves the image; none where patches are cut."""
+    """Return the kernels of a stem of convolutions, each of which halves the image; empty for a patch embedding."""
     return [value for name, value in state.items() if name.startswith("patch_embed.layers.") and value.ndim == 4]
 
 
 def fold_layer_scale(state: Mapping[str, Tensor]) -> State:
-    """Return a state dict without LayerScale that answers the same: the layers before it take up its factors."""
+    """Return an equivalent state dict without LayerScale, whose factors are folded into the preceding layers."""
     folded = {name: value for name, value in state.items() if not name.endswith(".gamma")}
     for name, gamma in state.items():
         block, _, branch = name.removesuffix(".gamma").rpartition(".")
@@ -161,10 +160,10 @@ def fold_layer_scale(state: Mapping[str, Tensor]) -> State:
 
 
 def to_timm(state: Mapping[str, Tensor]) -> State:
-    """Return a student's tensors by timm's names; the only token of a model is a class token there.
+    """Return a student's tensors by timm's names, where the only token of a model is a class token.
 
     Raises:
-        CheckpointError: A stem of convolutions, which neither timm nor transformers has.
+        CheckpointError: The student has a stem of convolutions, unlike models of timm and transformers.
     """
     if stem_kernels(state):
         raise CheckpointError(
@@ -183,8 +182,8 @@ def to_transformers(state: Mapping[str, Tensor]) -> State:
     ``ViTForImageClassification``.
 
     Raises:
-        CheckpointError: A student that averages its patches, or with a stem of convolutions, which transformers has no
-            class for.
+        CheckpointError: transformers has no class for the student: it averages its patches or has a stem of
+            convolutions.
     """
     state = fold_layer_scale(to_timm(state))
     if "cls_token" not in state:
@@ -218,14 +217,14 @@ def describe(
     heads: int | None = None,
     image_px: tuple[int, int] | None = None,
 ) -> Architecture:
-    """Tell the architecture of a student's state dict from its names and shapes.
+    """Infer the architecture of a student's state dict from its names and shapes.
 
     Args:
         state: By the names of ``vit``.
-        source: What to call it in an error.
-        heads: Attention heads of a block, which shapes do not tell; by default one for each 64 of the width,
-            or one where 64 does not divide it.
-        image_px: Height and width of the images; by default that of a square grid of patches.
+        source: Name of the state in errors.
+        heads: Attention heads of a block, which cannot be inferred; by default the width divided by 64, or one if it is
+            not divisible.
+        image_px: Height and width of the images; by default those of a square grid of patches.
 
     Raises:
         CheckpointError: Layers are missing, unknown, or of a shape that deitkit's students do not have.
@@ -264,10 +263,10 @@ def describe(
 
 
 def _check_layers(state: Mapping[str, Tensor], found: Architecture, source: str) -> None:
-    """Compare names and shapes with those of a student; only positions, and an absent classifier, may differ."""
+    """Compare names and shapes with those of a student; only positions and a missing classifier may differ."""
     if found.width % found.heads:
         raise CheckpointError(
-            f"checkpoint {source} is {found.width} wide, which {found.heads} attention heads do not divide: give the "
+            f"checkpoint {source} has width {found.width}, not divisible by {found.heads} attention heads: give the "
             "file with the card or config.json that was written with it"
         )
     with torch.device("meta"):
@@ -278,8 +277,8 @@ def _check_layers(state: Mapping[str, Tensor], found: Architecture, source: str)
     wrong = [name for name in {**own, **theirs} if own.get(name) != theirs.get(name) and name not in free]
     if wrong:
         sides = (("the file", theirs), ("a student of deitkit", own))
-        told = ", ".join(f"{shapes.get(wrong[0], 'absent')} in {side}" for side, shapes in sides)
+        both = ", ".join(f"{shapes.get(wrong[0], 'absent')} in {side}" for side, shapes in sides)
         raise CheckpointError(
             f"checkpoint {source} is a vision transformer that deitkit does not have: {len(wrong)} of its tensors do "
-            f"not fit (first: {wrong[0]}, {told}); give one of DeiT's or ViT's plain layers"
+            f"not fit (first: {wrong[0]}, {both}); give one with the plain layers of DeiT or ViT"
         )

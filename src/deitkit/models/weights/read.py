@@ -1,4 +1,4 @@
-"""Weights in: reading checkpoints of strangers safely, and loading them into a model whole or not at all."""
+"""Reading untrusted checkpoints safely, and loading them into a model completely or not at all."""
 
 import argparse
 import hashlib
@@ -18,12 +18,12 @@ from deitkit.errors import CheckpointError
 
 _WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model", "net", "teacher")
 _PREFIXES = ("module.", "_orig_mod.", "model.")
-MOST_COMPRESSION = 10  # of an archive of weights, which hardly compress
+MOST_COMPRESSION = 10  # ratio of an archive; weights hardly compress
 
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What became of a checkpoint: tensors loaded; names missing, unknown to the model, of another shape."""
+    """The result of loading a checkpoint: tensors loaded; names missing, unexpected, or of another shape."""
 
     loaded: int
     missing: tuple[str, ...]
@@ -32,13 +32,13 @@ class LoadReport:
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
-    """Read a checkpoint's tensors by name, without their wrappers and prefixes; nothing is unpickled.
+    """Read a checkpoint's tensors by name, without wrappers and prefixes; nothing is unpickled.
 
     Args:
         path: ``.safetensors``, or anything that ``torch.load(weights_only=True)`` reads.
 
     Raises:
-        CheckpointError: No such file, no checkpoint, or one that could run code when it is read.
+        CheckpointError: The file does not exist, is not a checkpoint, or could run code when it is read.
     """
     if not path.is_file():
         raise CheckpointError(f"checkpoint {path} does not exist: check its name")
@@ -46,13 +46,13 @@ def read_state(path: Path) -> dict[str, Tensor]:
         _refuse_bomb(path)
         content: Any = load_file(path) if path.suffix == ".safetensors" else _load_torch(path)
     except pickle.UnpicklingError as error:
-        if "GLOBAL" in str(error):  # as torch calls an object that is not known to be harmless
+        if "GLOBAL" in str(error):  # torch's word for an object of a class outside its safe list
             raise CheckpointError(
-                f"checkpoint {path} holds Python objects, which could run code and are not read: where you trust it, "
+                f"checkpoint {path} contains Python objects, which could run code and are not read: if you trust it, "
                 "save its weights alone with safetensors.torch.save_file(model.state_dict(), 'weights.safetensors')"
             ) from None
         raise _damaged(path) from None
-    except Exception:  # a damaged pickle makes torch's reader stumble in every way that Python knows
+    except Exception:  # torch's reader raises many types for a damaged pickle
         raise _damaged(path) from None
     while isinstance(content, dict):
         inner = next((content[name] for name in _WRAPPERS if isinstance(content.get(name), dict)), None)
@@ -62,16 +62,16 @@ def read_state(path: Path) -> dict[str, Tensor]:
     named = content.items() if isinstance(content, dict) else ()
     state = {name: value for name, value in named if isinstance(name, str) and isinstance(value, Tensor)}
     if any(value.nbytes > path.stat().st_size for value in state.values()):
-        raise _damaged(path)  # a few bytes, claimed to be a tensor that no memory holds
+        raise _damaged(path)  # a small file that claims a tensor larger than memory
     if not state:
-        raise CheckpointError(f"checkpoint {path} holds no tensors by name: save a model's state_dict")
+        raise CheckpointError(f"checkpoint {path} contains no tensors by name: save a model's state_dict")
     while prefix := next((prefix for prefix in _PREFIXES if all(name.startswith(prefix) for name in state)), None):
         state = {name.removeprefix(prefix): value for name, value in state.items()}
     return state
 
 
 def _refuse_bomb(path: Path) -> None:
-    """Raise ValueError for an archive that would fill the memory; torch packs its archives without compression."""
+    """Raise ValueError for a decompression bomb; torch does not compress its archives."""
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             unpacked = sum(entry.file_size for entry in archive.infolist())
@@ -80,23 +80,23 @@ def _refuse_bomb(path: Path) -> None:
 
 
 def _load_torch(path: Path) -> Any:
-    # DeiT's and timm's checkpoints hold their arguments; what torch has to say of odd formats is no help to a user.
+    # DeiT's and timm's checkpoints contain their arguments; torch's warnings about old formats do not help a user.
     with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings(action="ignore"):
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def _damaged(path: Path) -> CheckpointError:
-    return CheckpointError(f"checkpoint {path} is damaged or no weights file: copy or download it again")
+    return CheckpointError(f"checkpoint {path} is damaged or not a weights file: copy or download it again")
 
 
 def load_into(model: nn.Module, state: Mapping[str, Tensor], *, head: str, source: str) -> LoadReport:
-    """Load a checkpoint into a model: all of it, but for a classifier of another class count, which stays new.
+    """Load a checkpoint into a model completely, except a classifier of another class count, which stays new.
 
     Args:
         model: Changed in place, only if the checkpoint fits.
         state: Tensors by name.
-        head: Dotted name of the classifier layer, which alone may differ or be absent.
-        source: What to call the checkpoint in an error.
+        head: Dotted name of the classifier layer, the only one that may differ or be missing.
+        source: Name of the checkpoint in errors.
 
     Raises:
         CheckpointError: Other layers are missing, unknown or of another shape.
@@ -111,9 +111,9 @@ def load_into(model: nn.Module, state: Mapping[str, Tensor], *, head: str, sourc
         bad = {name.rpartition(".")[0] for name in wrong}
         raise CheckpointError(
             f"checkpoint {source} is not a {type(model).__name__} of this shape: {len(bad)} of {len(layers)} layers do "
-            f"not fit (first: {_difference(wrong[0], own, state)}); name the architecture that it was saved from"
+            f"not fit (first: {_difference(wrong[0], own, state)}); name the architecture of the checkpoint"
         )
-    # A head that fits in part only (its bias, say) stays new as a whole.
+    # A head that fits only in part, such as its bias, stays new as a whole.
     new_head = any(name.startswith(f"{head}.") for name in (*mismatched, *missing))
     fitting = {
         name: value for name, value in state.items() if name in own and not (new_head and name.startswith(f"{head}."))
