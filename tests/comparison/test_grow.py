@@ -100,7 +100,7 @@ def test_a_method_taken_out_in_the_middle_of_its_training_comes_back(tiny_recipe
     with pytest.raises(Interrupted):
         compare(both, folder, watcher=StopAfter(25))
     state = load_tree(folder / "seed-0" / "checkpoint.safetensors")
-    place = f"goes on at epoch {state['epoch'] + 1}, step {state['step'] + 1}"
+    place = f"resuming at epoch {state['epoch'] + 1}, step {state['step'] + 1}"
     watcher = grow(tiny_recipe("methods=[none]", *FIELDS), folder)
     aside = folder / "seed-0" / "soft"
     assert f"soft is not in the comparison any more: its training so far stays in {aside}" in watcher.heard

@@ -176,5 +176,5 @@ def test_readouts_follow_from_the_tokens(method: Method) -> None:
 
 
 def test_an_unknown_method_names_its_neighbours() -> None:
-    with pytest.raises(RecipeError, match="'token-hrad' is no method; did you mean token-hard"):
+    with pytest.raises(RecipeError, match="'token-hrad' is not a method; did you mean token-hard"):
         find_method("token-hrad")

@@ -1,1 +1,1 @@
-"""The methods, as a table, and their losses, as pure functions. Nothing here trains."""
+"""The table of methods, and their losses as pure functions. Nothing here trains."""

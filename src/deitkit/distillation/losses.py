@@ -1,6 +1,6 @@
-"""The losses: pure functions of tensors, each with its equation and source. They know of no model and no method.
+"""The losses: pure functions of tensors, each with its equation and source, independent of models and methods.
 
-All are computed in float32 whatever the logits' precision, so that bf16 logits of any size stay finite.
+All are computed in float32 for logits of any precision, so that large bf16 logits stay finite.
 """
 
 from typing import TypeAlias
@@ -42,8 +42,8 @@ def soft_distillation_loss(
         student_logits: The student's logits.
         teacher_logits: The teacher's logits.
         temperature: t, greater than 0.
-        scale: ``batch-mean`` averages over the batch, as the equation says; ``legacy`` divides by the number of classes
-            as well, as the released code does.
+        scale: ``batch-mean`` averages over the batch, as in the equation; ``legacy`` also divides by the number of
+            classes, as in the released code.
     """
     assert scale in ("batch-mean", "legacy")
     student = F.log_softmax(student_logits.float() / temperature, dim=-1)
@@ -61,27 +61,27 @@ def decoupled_distillation_loss(
     others_weight: float,
     temperature: float,
 ) -> Float[Tensor, ""]:
-    """Decoupled distillation (DKD): the target class against all others, and the others among themselves.
+    """Decoupled distillation (DKD): the target class versus all others, plus the others among themselves.
 
     With p_y the probability of the target class at temperature t, the loss is t^2 times target_weight KL(teacher's
     (p_y, 1 - p_y) || student's) + others_weight KL(teacher's others || student's), where the others are the softmax
-    over the other classes alone. Usual distillation weighs the second by the teacher's 1 - p_y, which is nearly nothing
-    where the teacher is sure.
+    over the other classes alone. Standard distillation weights the second by the teacher's 1 - p_y, which is almost 0
+    where the teacher is confident.
 
-    Source: Zhao et al. 2022, section 3 (alpha and beta are the two weights). Labels are not mixed there; the class of a
-    mixed target is here that of its largest share, as in the code of Hao et al. 2023 (OFA-KD), which mixes too.
+    Source: Zhao et al. 2022, section 3 (alpha and beta are the two weights). Labels are not mixed there; here the class
+    of a mixed target is that of its largest share, as in the code of Hao et al. 2023 (OFA-KD), which also mixes.
 
     Args:
         student_logits: The student's logits.
         teacher_logits: The teacher's logits.
-        targets: Rows that sum to 1, from the labels; only the place of their maximum counts.
-        target_weight: Weight of the target class against the rest.
+        targets: Rows that sum to 1, from the labels; only the position of their maximum is used.
+        target_weight: Weight of the target class versus the rest.
         others_weight: Weight of the other classes among themselves.
         temperature: t, greater than 0.
     """
     target = targets.argmax(dim=-1, keepdim=True)
     others = torch.arange(targets.shape[-1] - 1, device=targets.device)
-    others = others + (others >= target)  # every class but the target, row by row
+    others = others + (others >= target)  # in each row, every class except the target
 
     def decouple(logits: Tensor) -> tuple[Tensor, Tensor]:
         log_p = F.log_softmax(logits.float() / temperature, dim=-1)
@@ -99,11 +99,11 @@ def decoupled_distillation_loss(
 def relation_distillation_loss(
     student_logits: Logits, teacher_logits: Logits, *, inter_weight: float, intra_weight: float, temperature: float
 ) -> Float[Tensor, ""]:
-    """Distillation of relations (DIST): Pearson correlations with the teacher instead of equal probabilities.
+    """Relational distillation (DIST): Pearson correlations with the teacher instead of equal probabilities.
 
     With the softmax at temperature t, the loss is t^2 times inter_weight (1 - the mean over images of the correlation
     over classes) + intra_weight (1 - the mean over classes of the correlation over images). The second relates all
-    images of a batch, so the loss of a batch is not the mean of those of its parts.
+    images of a batch, so the loss of a batch is not the mean of the losses of its parts.
 
     Source: Huang et al. 2022 (DIST; beta and gamma are the two weights), with the t^2 of the released code.
 
@@ -124,7 +124,7 @@ def relation_distillation_loss(
 def _row_correlations(
     first: Float[Tensor, "rows columns"], second: Float[Tensor, "rows columns"]
 ) -> Float[Tensor, " rows"]:
-    """Return Pearson's correlation of each row with the other's; 0 where a row is constant."""
+    """Return the Pearson correlation of corresponding rows; 0 where a row is constant."""
     first, second = (values - values.mean(dim=-1, keepdim=True) for values in (first, second))
     return F.cosine_similarity(first, second, dim=-1)
 
@@ -132,20 +132,20 @@ def _row_correlations(
 def standardised_distillation_loss(
     student_logits: Logits, teacher_logits: Logits, *, temperature: float
 ) -> Float[Tensor, ""]:
-    """Soft distillation of standardised logits: each row of both is brought to mean 0 and deviation 1 beforehand.
+    """Soft distillation of standardised logits: each row of both is first scaled to mean 0 and standard deviation 1.
 
-    A small student then need not reach the size of its teacher's logits, only their relations. Of two classes nothing
-    is left but their order, which has no gradient.
+    A small student then matches the relations of its teacher's logits, not their magnitude. With two classes only their
+    order remains, which has no gradient.
 
-    Source: Sun et al. 2024, algorithm 1. The deviation is the paper's, over all classes; the released code divides by
-    one class less.
+    Source: Sun et al. 2024, algorithm 1. The standard deviation divides by the number of classes, as in the paper; the
+    released code divides by one less.
 
     Args:
         student_logits: The student's logits.
         teacher_logits: The teacher's logits.
         temperature: The paper's base temperature, greater than 0.
     """
-    # layer_norm is the z-score; its epsilon is for a head whose logits are all equal, as before its first step.
+    # layer_norm is the z-score; its epsilon is for a head with equal logits, as before the first step.
     student, teacher = (
         F.layer_norm(logits.float(), logits.shape[-1:], eps=1e-7) for logits in (student_logits, teacher_logits)
     )

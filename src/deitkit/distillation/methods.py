@@ -1,7 +1,7 @@
-"""The table of methods: which tokens a student has, and which loss terms train it.
+"""The table of methods: the tokens of a student, and the loss terms that train it.
 
-Adding a method means adding a row to ``METHODS``, and at most one pure function to ``losses``. Nothing else in the
-project asks for a method's name.
+To add a method, add a row to ``METHODS``, and at most one pure function to ``losses``. Nothing else in the project
+depends on a method's name.
 """
 
 import difflib
@@ -29,12 +29,12 @@ Logits: TypeAlias = Float[Tensor, "batch classes"]
 
 @dataclass(frozen=True)
 class Signal:
-    """What a head can learn from.
+    """A training signal of a head.
 
     Args:
-        loss: Maps the head's logits, the teacher's, the targets and the settings to a loss.
-        teacher: What it takes from the teacher: ``soft`` (its probabilities), ``hard`` (its decision) or None.
-        whole_batch: Whether the images of a batch enter each other's loss, so that it is no mean over parts of it.
+        loss: Maps the head's logits, the teacher's logits, the targets and the settings to a loss.
+        teacher: The part of the teacher's output that is used: ``soft`` (probabilities), ``hard`` (decision) or None.
+        whole_batch: Whether the loss relates the images of a batch, so that it is not a mean over its parts.
     """
 
     loss: Callable[[Logits, Any, Logits, DistillationRecipe], Tensor]
@@ -90,7 +90,7 @@ SIGNALS: dict[str, Signal] = {
 
 @dataclass(frozen=True)
 class Term:
-    """One term of a loss: a head, what it learns from, and its share."""
+    """One term of a loss: a head, its signal, and its weight."""
 
     head: str  # class | distillation
     signal: str  # a key of SIGNALS
@@ -107,7 +107,7 @@ class Term:
 
 @dataclass(frozen=True)
 class Method:
-    """A supervision scheme: one line of the table below."""
+    """A supervision scheme: one row of the table below."""
 
     name: str
     tokens: tuple[str, ...]
@@ -121,7 +121,7 @@ class Method:
 
         Args:
             output: The student's heads.
-            teacher_logits: The teacher's logits on the same view; None only for methods that need no teacher.
+            teacher_logits: The teacher's logits for the same view; None only for methods without a teacher.
             targets: Dense targets from the labels.
             settings: Weights and temperature.
         """
@@ -139,7 +139,7 @@ class Method:
 
     @property
     def teacher_signal(self) -> str | None:
-        """What the teacher gives: ``soft``, ``hard`` or None."""
+        """The part of the teacher's output that is used: ``soft``, ``hard`` or None."""
         return next((SIGNALS[term.signal].teacher for term in self.terms if SIGNALS[term.signal].teacher), None)
 
     @property
@@ -149,7 +149,7 @@ class Method:
 
     @property
     def token_layout(self) -> str:
-        """The tokens as a person reads them."""
+        """The tokens, formatted for a reader."""
         return "+".join(self.tokens) or "mean pool"
 
 
@@ -158,17 +158,17 @@ def _all(settings: DistillationRecipe) -> float:
 
 
 def _shared(signal: str, weight: str, heads: tuple[str, str] = ("class", "class")) -> tuple[Term, ...]:
-    """Labels and the teacher share the loss: 1 - weight for the labels, weight for the teacher."""
+    """Return terms with a total weight of 1: 1 - weight for the labels, weight for the teacher."""
     return (
         Term(heads[0], "labels", lambda settings: 1 - getattr(settings, weight)),
         Term(heads[1], signal, lambda settings: getattr(settings, weight)),
     )
 
 
-def _beside(
+def _weighted(
     signal: str, labels: Callable[[DistillationRecipe], float], teacher: Callable[..., float]
 ) -> tuple[Term, ...]:
-    """Labels and the teacher on one head, each with a weight of its own."""
+    """Return terms of labels and teacher on one head, with independent weights."""
     return Term("class", "labels", labels), Term("class", signal, teacher)
 
 
@@ -176,7 +176,7 @@ _LABELS = (Term("class", "labels", _all),)
 _SOFT = _shared("soft", "soft_weight")
 _HARD = _shared("hard", "hard_weight")
 _BOTH = ("class", "distillation")
-_STANDARDISED = _beside(
+_STANDARDISED = _weighted(
     "standardised",
     lambda settings: settings.standardised_label_weight,
     lambda settings: settings.standardised_weight,
@@ -190,18 +190,20 @@ METHODS: dict[str, Method] = {
         Method("hard", ("class",), _HARD, "labels and the teacher's decision, on one head"),
         Method("token-hard", _BOTH, _shared("hard", "token_weight", _BOTH), "DeiT: a token and a head for the teacher"),
         Method("token-soft", _BOTH, _shared("soft", "token_weight", _BOTH), "DeiT with the teacher's softmax"),
-        Method("class-only", ("class",), _LABELS, "the seed's reading of 'class embedding': only a class token"),
+        Method("class-only", ("class",), _LABELS, "'class embedding' of the reproduction: only a class token"),
         Method(
             "distillation-only",
             ("distillation",),
             (Term("distillation", "hard", _all),),
-            "the seed's reading of 'distil embedding': only a distillation token, only the teacher's decision",
+            "'distil embedding' of the reproduction: only a distillation token, only the teacher's decision",
         ),
-        Method("mean-pool-none", (), _LABELS, "'none' without any token, as the seed built it"),
-        Method("mean-pool-soft", (), _SOFT, "'soft' without any token, as the seed built it"),
-        Method("mean-pool-hard", (), _HARD, "'hard' without any token, as the seed built it"),
-        Method("dkd", ("class",), _beside("dkd", _all, _all), "decoupled: the target class, and the others, apart"),
-        Method("dist", ("class",), _beside("dist", _all, _all), "correlations with the teacher, by image and by class"),
+        Method("mean-pool-none", (), _LABELS, "'none' without any token, as in the reproduction"),
+        Method("mean-pool-soft", (), _SOFT, "'soft' without any token, as in the reproduction"),
+        Method("mean-pool-hard", (), _HARD, "'hard' without any token, as in the reproduction"),
+        Method(
+            "dkd", ("class",), _weighted("dkd", _all, _all), "decoupled: separate terms for target and other classes"
+        ),
+        Method("dist", ("class",), _weighted("dist", _all, _all), "correlations with the teacher, by image and class"),
         Method("standardised", ("class",), _STANDARDISED, "labels and the teacher's softmax, logits standardised"),
         Method("token-dkd", _BOTH, _shared("dkd", "token_weight", _BOTH), "DeiT with the loss of 'dkd'"),
         Method("token-dist", _BOTH, _shared("dist", "token_weight", _BOTH), "DeiT with the loss of 'dist'"),
@@ -212,15 +214,18 @@ METHODS: dict[str, Method] = {
             "DeiT with the teacher's softmax, logits standardised",
         ),
         Method(
-            "consistent", ("class",), (Term("class", "consistent", _all),), "the teacher's softmax alone, and no labels"
+            "consistent",
+            ("class",),
+            (Term("class", "consistent", _all),),
+            "the teacher's softmax alone, without labels",
         ),
     )
 }
 
 
 def find_method(name: str) -> Method:
-    """Return a method by name; RecipeError names the nearest."""
+    """Return a method by name; raise RecipeError with the nearest names if it is unknown."""
     if name not in METHODS:
         near = difflib.get_close_matches(name, METHODS, n=2) or list(METHODS)
-        raise RecipeError(f"methods: '{name}' is no method; did you mean {' or '.join(near)}? See `deitkit methods`")
+        raise RecipeError(f"methods: '{name}' is not a method; did you mean {' or '.join(near)}? See `deitkit methods`")
     return METHODS[name]

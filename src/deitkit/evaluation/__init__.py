@@ -1,1 +1,1 @@
-"""What a trained classifier is worth: predictions, readouts, statistics. Nothing here trains or chooses."""
+"""Evaluation of trained classifiers: predictions, readouts, statistics. Nothing here trains or selects."""

@@ -1,4 +1,4 @@
-"""What a saved model is used for: measuring it on a data set, and classifying files."""
+"""Using a saved model: measuring it on a data set, and classifying files."""
 
 from pathlib import Path
 from typing import Any
@@ -27,12 +27,12 @@ from deitkit.system.device import Precision, choose_device
 
 
 def _input_px(card: dict[str, Any]) -> int:
-    """Return the side of the images that a model was trained on."""
+    """Return the side of a model's training images."""
     return int(min(card["input_px"]))
 
 
 def _eval_crop(card: dict[str, Any]) -> float:
-    """Return by what the side of an image is divided before its centre is cut."""
+    """Return the divisor of an image's side before its centre is cropped."""
     return float(card.get("eval_crop", 1.0))
 
 
@@ -40,18 +40,18 @@ def evaluate_model(folder: Path, data: str, root: Path | None = None) -> dict[st
     """Measure a saved model on the test images of a data set.
 
     Raises:
-        DataError: The data set has other classes than the model.
+        DataError: The classes of the data set differ from the model's.
     """
     device = choose_device("auto")
     classifier, card = load_classifier(folder, device)
-    # Under the split that the model was trained with, no training image is among the test images.
+    # Use the split of the model's training, so that no training image is a test image.
     prepared = {"channels": card["channels"], "image_px": _input_px(card), "eval_crop": _eval_crop(card)}
     recipe = DataRecipe(name=data, root=root, **prepared, **card.get("split", {}))
     dataset = load_dataset(recipe)
     if list(dataset.class_names) != card["class_names"]:
         raise DataError(
             f"data {data} has the classes {_some(list(dataset.class_names))}, "
-            f"the model knows {_some(card['class_names'])}: evaluate it on data with its own classes"
+            f"but the model has {_some(card['class_names'])}: evaluate it on data with the model's classes"
         )
     scores = readout_scores(predict(classifier, dataset.test, Precision.choose("auto", device)))
     labels, n = dataset.test.labels, len(dataset.test)
@@ -69,12 +69,12 @@ def predict_files(folder: Path, paths: list[Path], *, readout: str | None = None
     Args:
         folder: Of the model.
         paths: Image files, or folders of them.
-        readout: Which heads answer; by default the one that the model won by.
-        top: How many classes to return for each image, with their probabilities.
+        readout: The readout to use; by default that of the model's card, else the default one.
+        top: Number of classes to return for each image, with their probabilities.
 
     Raises:
-        DataError: A file that cannot be read.
-        RecipeError: A readout that the model does not have.
+        DataError: A file cannot be read.
+        RecipeError: The model does not have the readout.
     """
     classifier, card = load_classifier(folder, choose_device("auto"))
     files = [file for path in paths for file in _image_files(path)]
@@ -104,7 +104,9 @@ def _image_files(path: Path) -> list[Path]:
         return [path]
     files = image_files(path)
     if not files:
-        raise DataError(f"{path} holds no image ({', '.join(sorted(SUFFIXES))}): name image files, or folders of them")
+        raise DataError(
+            f"{path} contains no image ({', '.join(sorted(SUFFIXES))}): name image files, or folders of them"
+        )
     return files
 
 
@@ -113,7 +115,7 @@ def _read(file: Path, channels: int, image_px: int, eval_crop: float) -> UInt8[T
         return torch.from_numpy(decode_image(file, channels, image_px, eval_crop).copy())
     except FileNotFoundError:
         raise DataError(f"image {file} does not exist: check its name") from None
-    except Exception as error:  # Pillow raises whatever its plug-ins raise
+    except Exception as error:  # Pillow raises many types
         raise DataError(f"image {file} cannot be decoded ({error}): convert it to PNG or leave it out") from None
 
 

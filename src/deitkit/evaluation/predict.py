@@ -12,12 +12,12 @@ from deitkit.models.classifier import Classifier
 from deitkit.models.vit import Output
 from deitkit.system.device import Precision
 
-# Pixels of a batch that is only classified: a CPU's caches hold less, a GPU wants more to do at once.
+# Pixels of a batch for evaluation: small for the caches of a CPU, large for the throughput of a GPU.
 EVALUATION_PIXELS = {"cpu": 2**19, "cuda": 2**22}
 
 
 def predict(classifier: Classifier, split: Split, precision: Precision) -> Output:
-    """Return the heads' logits for every image of a split, in float32 on the CPU; the mode is restored afterwards."""
+    """Return the heads' logits for every image of a split, in float32 on the CPU; restore the mode afterwards."""
     return predict_all([classifier], split, precision)[0]
 
 
@@ -28,10 +28,10 @@ def predict_all(
     precision: Precision,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> list[Output]:
-    """Return what ``predict`` returns for each of some classifiers, with each image decoded and moved once.
+    """Return the result of ``predict`` for several classifiers, decoding and moving each image once.
 
     Raises:
-        Interrupted: ``should_stop``, which is asked after every batch, said so.
+        Interrupted: ``should_stop``, called after every batch, returned True.
     """
     modes = [classifier.training for classifier in classifiers]
     outputs: list[list[Output]] = [[] for _ in classifiers]

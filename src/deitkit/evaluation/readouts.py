@@ -1,4 +1,4 @@
-"""Readouts: what a student's heads say together, and how often they are right."""
+"""Readouts: scores from one or both heads of a student, and their accuracy."""
 
 from collections.abc import Sequence
 
@@ -11,7 +11,7 @@ READOUTS = ("class", "distillation", "joint", "joint-logits")
 
 
 def readout_scores(output: Output) -> dict[str, Float[Tensor, "n classes"]]:
-    """Return the scores of every readout that the heads allow, highest wins.
+    """Return the scores of every readout that the heads allow; the highest score is the prediction.
 
     ``joint`` adds the softmax of both heads (Touvron et al. 2020, section 4); ``joint-logits`` averages their logits
     (the released code, timm and transformers).
@@ -29,12 +29,12 @@ def readout_scores(output: Output) -> dict[str, Float[Tensor, "n classes"]]:
 
 
 def readout_probabilities(readout: str, scores: Float[Tensor, "n classes"]) -> Float[Tensor, "n classes"]:
-    """Turn a readout's scores into probabilities: those of ``joint`` are a sum of two softmax, all others logits."""
+    """Convert a readout's scores to probabilities: ``joint`` is a sum of two softmax outputs, all others are logits."""
     return scores / 2 if readout == "joint" else scores.softmax(dim=-1)
 
 
 def default_readout(names: Sequence[str]) -> str:
-    """Return the readout that a student is judged by: the paper's joint one where there are two heads."""
+    """Return the readout of a student's main figures: the paper's joint one if there are two heads."""
     return "joint" if "joint" in names else names[0]
 
 

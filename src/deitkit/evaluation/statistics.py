@@ -1,6 +1,6 @@
-"""What a trained classifier is worth: its readouts, their accuracy, agreement, and the statistics of a comparison.
+"""The statistics of a comparison: intervals, paired tests, differences.
 
-Nothing here trains, and nothing here chooses a model by its test accuracy.
+Nothing here selects a model by its test accuracy.
 """
 
 import math
@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 def wilson_interval(hits: int, n: int) -> tuple[float, float]:
-    """Return the 95 % Wilson score interval of a share (Wilson 1927)."""
+    """Return the 95 % Wilson score interval of a proportion (Wilson 1927)."""
     interval = stats.binomtest(hits, n).proportion_ci(0.95, method="wilson")
     return float(interval.low), float(interval.high)
 
@@ -27,9 +27,9 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float]:
 
 
 def mcnemar_p(hits: Bool[Tensor, " n"], other: Bool[Tensor, " n"]) -> float:
-    """Return the exact two-sided p value of McNemar's test: are two classifiers equally right on the same images?
+    """Return the exact two-sided p value of McNemar's test of equal accuracy of two classifiers on the same images.
 
-    Source: McNemar 1947; the exact form is a binomial test on the images that only one of the two gets right.
+    Source: McNemar 1947; the exact form is a binomial test on the images that only one of the two classifies correctly.
     """
     only_first = int((hits & ~other).sum())
     only_second = int((other & ~hits).sum())
@@ -40,7 +40,7 @@ def mcnemar_p(hits: Bool[Tensor, " n"], other: Bool[Tensor, " n"]) -> float:
 
 @dataclass(frozen=True)
 class Difference:
-    """How far one row lies above another, as a difference of shares."""
+    """Difference of the accuracies of two rows."""
 
     mean: float
     ci95: tuple[float, float] | None
@@ -49,15 +49,15 @@ class Difference:
 
 
 def paired_difference(hits: Sequence[Bool[Tensor, " n"]], other: Sequence[Bool[Tensor, " n"]]) -> Difference:
-    """Compare two rows that were trained under the same seeds and tested on the same images.
+    """Compare two rows with the same training seeds and the same test images.
 
-    One seed: McNemar's exact test over the images, and the interval of the difference of two paired shares (Wald).
-    Several seeds: the paired t test and interval over the seeds' differences, which asks whether the method would win
-    again under a new seed.
+    One seed: McNemar's exact test over the images, and the interval of the difference of two paired proportions (Wald).
+    Several seeds: the paired t test and interval over the seeds' differences, which test whether the difference holds
+    for new seeds.
 
     Args:
-        hits: For each seed, which test images the row gets right.
-        other: The same of the row that it is compared with.
+        hits: For each seed, which test images the row classifies correctly.
+        other: The same for the row to compare with.
     """
     differences = [(a.double() - b.double()).mean().item() for a, b in zip(hits, other, strict=True)]
     mean = float(np.mean(differences))

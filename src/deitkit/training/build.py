@@ -1,4 +1,4 @@
-"""The students of a comparison before they train."""
+"""Building the students of a comparison."""
 
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -21,7 +21,7 @@ BASELINE = "cnn-baseline"
 
 
 def student_names(recipe: Recipe) -> list[str]:
-    """Return the names of a comparison's students, in the order of its table: its methods, then the CNN baseline."""
+    """Return the names of a comparison's students in table order: its methods, then the CNN baseline."""
     return [*recipe.methods, *([BASELINE] if recipe.baseline is not None else [])]
 
 
@@ -33,15 +33,15 @@ def build_students(
     say: Callable[[str], None] = lambda line: None,
     names: Collection[str] | None = None,
 ) -> list[Student]:
-    """Build students of one seed, all from the same start.
+    """Build students of one seed, all with the same initial weights.
 
     Args:
         recipe: Of the comparison.
         dataset: Its classes, resolution and normalisation.
         seed: Of the initial weights.
         precision: Its device.
-        say: Receives what the students start from where that is a checkpoint, and how it was made to fit them.
-        names: Which of ``student_names``; by default all.
+        say: Receives the initial checkpoint, if there is one, and its adaptations to the students.
+        names: A subset of ``student_names``; by default all.
     """
     names = student_names(recipe) if names is None else names
     image_px = (dataset.image_px[0], dataset.image_px[1])
@@ -78,7 +78,7 @@ def build_students(
 
 
 def initial_weights(recipe: Recipe) -> str | None:
-    """Return the name and hash of the weights that students start from; None where that is a random start."""
+    """Return name and hash of the students' initial checkpoint; None for random initial weights."""
     if recipe.model.checkpoint is None:
         return None
     return f"{recipe.model.checkpoint.name} (sha256 {file_sha256(weights_file(recipe.model.checkpoint))[:8]})"

@@ -1,7 +1,7 @@
-"""The step that trains a cohort, and the loop around it; nothing else.
+"""The training step of a cohort, and the loop around it.
 
-All students of a cohort see the same views and the same logits of the teacher, in lock-step. A CNN that is trained
-on labels alone (a teacher, the baseline) is a cohort of one student with the method ``none``.
+All students of a cohort see the same views and the same teacher logits, in lock-step. A CNN that is trained on labels
+alone (a teacher, the baseline) is a cohort of one student with the method ``none``.
 """
 
 from collections.abc import Callable, Iterator
@@ -28,31 +28,31 @@ from deitkit.training.cuda_graph import Recorder
 from deitkit.training.optim import learning_rate
 from deitkit.training.student import Student
 
-LOG_EVERY = 50  # steps between two looks at the device, which waits for it
+LOG_EVERY = 50  # steps between two synchronisations with the device
 WATCHED = ("step", "waiting", "views", "teacher")
 
 
 @runtime_checkable
 class LogitLookup(Protocol):
-    """Keeps the teacher's logits for the views of a cohort."""
+    """A store of the teacher's logits for the views of a cohort."""
 
     def get(self, epoch: int, step: int, compute: Callable[[], Tensor]) -> Tensor:
-        """Return the logits for the view of a step, both from 0; computed where they are not kept yet."""
+        """Return the logits for the view of a step (epoch and step from 0), computing them if they are not stored."""
 
 
 class Cohort:
     """Students that train in lock-step under one seed.
 
     Args:
-        students: On the device, each with a name of its own.
-        teacher: Views in [0, 1] to logits; None where no student needs one.
-        dataset: Its training images are learnt from; its validation images draw the curves and select nothing.
-        augment: How the views are made.
+        students: On the device, with distinct names.
+        teacher: Maps views in [0, 1] to logits; None if no student needs one.
+        dataset: Training images to train on; validation images for the curves only, which select nothing.
+        augment: Augmentation of the views.
         train: Epochs, label smoothing, schedule.
-        speed: How fast, never what.
+        speed: Settings that do not change results by more than rounding.
         precision: Of the forward passes.
         seed: Of the views and of dropout.
-        logit_cache: Where the teacher's logits are kept; None computes them at every step.
+        logit_cache: Store of the teacher's logits; None computes them at every step.
     """
 
     def __init__(
@@ -80,11 +80,11 @@ class Cohort:
         self.mix = Mix(augment, dataset.classes, train.label_smoothing)
         self.logit_cache = logit_cache
         self.recorder = Recorder(self.device, speed.cuda_graphs and not speed.checkpoint_activations)
-        self.epoch, self.step = 0, 0  # the next to be trained, from 0
+        self.epoch, self.step = 0, 0  # the next ones to train, from 0
         self.reset_watches()
 
     def reset_watches(self, seconds: dict[str, float] | None = None) -> None:
-        """Begin the times of an epoch: all of it, waiting for images, making views, and the teacher."""
+        """Reset the stopwatches of an epoch: whole steps, waiting for images, making views, and the teacher."""
         self.watches = {name: Stopwatch(self.device, (seconds or {}).get(name, 0.0)) for name in WATCHED}
 
     @property
@@ -123,7 +123,7 @@ class Cohort:
     def _teacher_logits(
         self, view: Float[Tensor, "batch channels height width"]
     ) -> Float[Tensor, "batch classes"] | None:
-        """Return the teacher's logits for a view of this step; None where no student needs them."""
+        """Return the teacher's logits for the view of this step; None if no student needs them."""
         if self.teacher is None or not any(student.method.teacher_signal for student in self.active):
             return None
         compute = partial(self.recorder.run, self.teacher_forward, view)
@@ -146,14 +146,15 @@ class Cohort:
     ) -> Iterator[list[dict[str, Any]]]:
         """Train until the last epoch, and yield each epoch's metrics, one record per student.
 
-        The cohort can be saved whenever the iterator waits or has ended, however it ended.
+        The cohort can be saved whenever the iterator is suspended or has ended, however it ended.
 
         Args:
-            on_step: Called every few steps, when the device has been waited for.
-            should_stop: Asked after every step, and after every batch of a validation, which is then begun anew.
+            on_step: Called every few steps, after synchronising with the device.
+            should_stop: Called after every step, and after every batch of a validation; an interrupted validation is
+                repeated on resume.
 
         Raises:
-            Interrupted: ``should_stop`` said so.
+            Interrupted: ``should_stop`` returned True.
         """
         for student in self.students:
             student.classifier.train()
@@ -161,8 +162,8 @@ class Cohort:
             batches = self.batches.epoch(self.epoch, self.step)
             while self.step < self.batches.steps_per_epoch:
                 self.next_step(batches)
-                if self._may_look():
-                    self._look()
+                if self._is_log_step():
+                    self._stop_diverged()
                     if on_step is not None:
                         on_step(self._progress())
                 if should_stop():
@@ -184,12 +185,12 @@ class Cohort:
             raise OutOfMemory(self.batches.batch_size) from error
         self.step += 1
 
-    def _may_look(self) -> bool:
-        """Reading a value waits for the device, so an accelerator is looked at now and then only."""
+    def _is_log_step(self) -> bool:
+        """Return whether to read values back, which waits for the device: on a GPU only every ``LOG_EVERY`` steps."""
         last = self.step == self.batches.steps_per_epoch
         return self.device.type == "cpu" or self.step % LOG_EVERY == 0 or last
 
-    def _look(self) -> None:
+    def _stop_diverged(self) -> None:
         for student in self.active:
             student.stop_if_not_finite(lambda step, student=student: self.rate(student, step))  # type: ignore[misc]
 
@@ -208,7 +209,7 @@ class Cohort:
         )
 
     def _close_epoch(self, should_stop: Callable[[], bool]) -> list[dict[str, Any]]:
-        """Validate, describe the epoch, and begin the next one's sums."""
+        """Validate, return the epoch's records, and reset its sums."""
         steps = self.batches.steps_per_epoch
         last_step = (self.epoch + 1) * steps - 1
         shares = self.shares()
@@ -238,7 +239,7 @@ class Cohort:
         return records
 
     def shares(self) -> dict[str, float]:
-        """Return where the time of the epoch's steps went, as fractions; waits for the device."""
+        """Return the parts of the time of the epoch's steps, as fractions; wait for the device."""
         parts = {name: self.watches[name].seconds for name in WATCHED[1:]}
         parts["optimizers"] = sum(student.optimizer_watch.seconds for student in self.students)
         parts["students"] = sum(student.watch.seconds for student in self.students) - parts["optimizers"]
@@ -255,7 +256,7 @@ class Cohort:
         ]
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all that a resumed cohort needs; random draws need nothing, they follow from the step."""
+        """Return the state to resume from; random numbers are not part of it, since they follow from the step."""
         return {
             "epoch": self.epoch,
             "step": self.step,
@@ -264,7 +265,7 @@ class Cohort:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from ``state_dict``."""
+        """Restore the state of ``state_dict``."""
         self.epoch, self.step = state["epoch"], state["step"]
         self.reset_watches(state["seconds"])
         for student in self.students:

@@ -1,7 +1,7 @@
-"""Steps without Python in between: a CUDA device records the kernels of a function once and replays them as one graph.
+"""CUDA graphs: a device records the kernels of a function once and replays them in one launch.
 
-A small student's step is some thousand kernels of a few microseconds each, which Python launches more slowly than the
-device runs them; a replay is one launch.
+A small student's step consists of about a thousand kernels of a few microseconds each, which Python launches more
+slowly than the device runs them.
 """
 
 from collections.abc import Callable
@@ -10,18 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-WARM_UP = 3  # calls that run as usual: compilers compile, libraries choose kernels, optimizers make their state
+WARM_UP = 3  # calls before recording: compilers compile, libraries choose kernels, optimizers create their state
 
 
 class Recorder:
-    """Runs methods on a device, replaying them on a CUDA device; they share one stream and one pool of memory.
+    """Runs methods, by replaying recordings on a CUDA device; the recordings share one stream and one memory pool.
 
-    What one method holds between its kernels is free for the next one, so a cohort's activations are needed once, not
-    once per student. Therefore the methods of one recorder must not run at the same time.
+    Each recording reuses the memory of the others, so a cohort needs the activations of one student only. The methods
+    of a recorder must therefore not run concurrently.
 
     Args:
-        device: Graphs exist on CUDA devices only; elsewhere methods run and tensors are returned as they are.
-        enabled: False: so they are on every device.
+        device: On other devices than CUDA, methods run directly and tensors are returned unchanged.
+        enabled: False runs methods directly on every device.
     """
 
     def __init__(self, device: torch.device, enabled: bool = True) -> None:
@@ -33,11 +33,11 @@ class Recorder:
             self.pool = torch.cuda.graph_pool_handle()
 
     def run(self, method: Callable[..., Any], *inputs: Tensor | None) -> Any:
-        """Return what a bound method returns, from its fourth call on by replaying it.
+        """Run a bound method, from its fourth call on by replaying it.
 
-        The method takes what ``hold`` returned and gives tensors in any structure. It launches the same kernels at
-        each call: nothing in it reads a value back. What its object holds (weights, gradients, an optimizer's state) it
-        changes in place. What it returns is overwritten by its next call.
+        The method takes tensors from ``hold`` and returns tensors in any structure. It must launch the same kernels at
+        each call, without reading a value back, and must change its object (weights, gradients, an optimizer's state)
+        in place. Its next call overwrites the returned tensors.
         """
         if not self.enabled:
             return method(*inputs)
@@ -47,7 +47,7 @@ class Recorder:
         return self.recordings[key](*inputs)
 
     def hold(self, name: str, tensor: Tensor) -> Tensor:
-        """Return a tensor's values at the address that the recordings read them from, the same at every step."""
+        """Copy a tensor to the fixed address that the recordings read, and return the copy."""
         if not self.enabled:
             return tensor
         if name not in self.held:
@@ -74,7 +74,7 @@ class _Recording:
         return self.outputs
 
     def _run(self, inputs: tuple[Tensor | None, ...]) -> Any:
-        """Run as usual, but on the stream of the recording, to which autograd ties the gradients."""
+        """Run directly, but on the stream of the recording, to which autograd ties the gradients."""
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
             outputs = self.method(*inputs)
@@ -84,6 +84,6 @@ class _Recording:
     def _record(self, inputs: tuple[Tensor | None, ...]) -> None:
         self.inputs = inputs
         self.graph = torch.cuda.CUDAGraph()
-        # Only this thread's calls are of the recording: a loader that pins memory goes on beside it.
+        # Record the calls of this thread only: a loader may pin memory in another thread.
         with torch.cuda.graph(self.graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
             self.outputs = self.method(*inputs)

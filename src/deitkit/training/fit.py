@@ -1,4 +1,4 @@
-"""Training a cohort to its end in a run folder: states by the clock, metrics, TensorBoard, interrupts."""
+"""Training a cohort to its end in a run folder: timed states, metrics, TensorBoard, interrupts."""
 
 import json
 import time
@@ -15,17 +15,17 @@ from deitkit.run.state import load_state, save_state
 from deitkit.system.files import write_text
 from deitkit.training.cohort import Cohort
 
-# At the end of an epoch a state is smaller and a resumed run repeats nothing: worth saving sooner than in its middle.
+# At the end of an epoch a state is smaller and a resumed run repeats nothing, so it is saved sooner than mid-epoch.
 EPOCH_END_SHARE = 0.2
 
 
 class StateSaver:
-    """Saves the state of a cohort by the clock: a killed run loses little, and training seldom waits for the disk.
+    """Saves the state of a cohort at time intervals: a killed run loses little, and training seldom waits for the disk.
 
     Args:
-        cohort: Whose state.
+        cohort: The cohort to save.
         path: Of the newest state.
-        seconds: At most so long apart, but for the time of a step; at the end of an epoch a fifth of it is enough.
+        seconds: Time between two states, up to the time of a step; a fifth of it at the end of an epoch.
     """
 
     def __init__(self, cohort: Cohort, path: Path, seconds: float) -> None:
@@ -45,7 +45,7 @@ class StateSaver:
             self.save()
 
     def save(self) -> None:
-        """Save unless nothing was trained since."""
+        """Save, unless nothing was trained since the last state."""
         if self._place() != self._saved:
             save_state(self.path, self.cohort.state_dict())
             self._saved = self._place()
@@ -62,24 +62,24 @@ def train_to_end(
     log_folder: Path,
     save_seconds: float,
 ) -> None:
-    """Train a cohort, from its checkpoint if there is one; save it by the clock and when the user stops it.
+    """Train a cohort, from its checkpoint if there is one; save it at time intervals and when the user stops it.
 
     Args:
-        cohort: Freshly built.
-        title: For whoever watches.
-        checkpoint: Where its state lies.
-        metrics: One line per student and epoch is appended here.
-        watcher: Is told of every step, and asked whether to stop.
-        log_folder: Of TensorBoard; each student has a folder of its own in it.
+        cohort: Newly built.
+        title: For the watcher.
+        checkpoint: File of the state.
+        metrics: File with one line per student and epoch.
+        watcher: Receives progress, and decides whether to stop.
+        log_folder: Of TensorBoard; each student has a subfolder.
         save_seconds: The longest time between two states, see ``StateSaver``.
 
     Raises:
-        Interrupted: The watcher asked to stop; the state is saved.
+        Interrupted: The watcher requested a stop; the state is saved.
     """
     state = load_state(checkpoint, watcher.say)
     if state is not None:
         cohort.load_state_dict(state)
-        watcher.say(f"{title}: goes on at epoch {cohort.epoch + 1}, step {cohort.step + 1}")
+        watcher.say(f"{title}: resuming at epoch {cohort.epoch + 1}, step {cohort.step + 1}")
     names = {student.name for student in cohort.students}
     kept = [
         record
@@ -104,14 +104,14 @@ def train_to_end(
                 for record in records:
                     _to_board(boards[record["student"]], record)
                 watcher.epoch(title, records)
-                # The iterator has not begun the next epoch yet; what is saved is the state that it will begin from.
+                # The iterator has not started the next epoch yet, so this saves the state that it starts from.
                 saver.save_if_due()
                 if watcher.should_stop():
                     raise Interrupted
         except Interrupted:
             saver.save()
             raise
-        saver.save()  # what follows, the gate or predictions, may fail, and must not cost the training
+        saver.save()  # so that a failure of the following gate or predictions does not lose the training
 
 
 def _to_board(board: SummaryWriter, record: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""How many images of a batch a student sees at once, so that its activations fit the cache of a CPU."""
+"""The size of micro-batches, chosen so that a student's activations fit the cache of a CPU."""
 
 import math
 
@@ -10,25 +10,25 @@ from deitkit.models.vit import DeiT
 from deitkit.recipe.schema import SpeedRecipe
 from deitkit.system.device import Precision
 
-# What a block reads of a micro-batch (images x tokens x width) should fit the caches of the cores, but a product needs
-# rows (images x tokens) to be worth fetching its weights.
+# The input of a block (images x tokens x width) should fit the caches of the cores, but a matrix product needs enough
+# rows (images x tokens) to amortise loading its weights.
 CACHE_BYTES, LEAST_ROWS = 2**20, 1024
 
 
 def choose_micro_batch_size(
     classifier: Classifier, batch_size: int, speed: SpeedRecipe, precision: Precision, whole_batch: bool = False
 ) -> int:
-    """Return the number of images in a micro-batch; the gradient is accumulated over all of them.
+    """Return the number of images in a micro-batch; the gradient is accumulated over all micro-batches.
 
-    A GPU sees the whole batch unless the recipe says less. So does a student that draws random numbers, since
-    micro-batches would draw others. BatchNorm, of a CNN or a convolutional stem, always sees the whole batch.
+    By default, a GPU uses the whole batch. So does a student that draws random numbers, since micro-batches would draw
+    others. BatchNorm, of a CNN or a convolutional stem, always needs the whole batch.
 
     Args:
         classifier: The student.
         batch_size: Images of a step.
         speed: ``speed.micro_batch_size``: a number, ``auto`` or None.
         precision: Of the forward pass.
-        whole_batch: The loss relates the images of a batch to each other.
+        whole_batch: Whether the loss relates the images of a batch to each other.
     """
     model, chosen = classifier.model, speed.micro_batch_size
     has_batch_norm = any(isinstance(module, nn.BatchNorm2d) for module in model.modules())

@@ -1,8 +1,8 @@
-"""Muon for a transformer's matrices, all matrices of one shape at once.
+"""Muon for a transformer's matrices, batched over all matrices of one shape.
 
-Ours, since torch's and timm's go through the matrices one by one (20 ms of launches a step on an H100 where a DeiT-Ti's
-forward and backward pass take 6), always compute in bf16 (which a processor without it emulates at a four-hundredth of
-its speed) and read the learning rate back, which a CUDA graph cannot record.
+Not torch's or timm's, because these process matrices one by one (20 ms of launches per step on an H100, where a
+DeiT-Ti's forward and backward pass takes 6 ms), always compute in bf16 (which a processor without it emulates at a
+four-hundredth of its speed) and read the learning rate back, which a CUDA graph cannot record.
 """
 
 from collections.abc import Iterable
@@ -21,16 +21,16 @@ EPS = 1e-7
 class Muon(Optimizer):
     """Momentum whose update is orthogonalised (Jordan et al. 2024), scaled to AdamW's root mean square.
 
-    As ``torch.optim.Muon`` with ``adjust_lr_fn="match_rms_adamw"`` and Nesterov's momentum, but for the rounding: the
+    Up to rounding, equal to ``torch.optim.Muon`` with ``adjust_lr_fn="match_rms_adamw"`` and Nesterov momentum: the
     update is 0.2 sqrt(max(rows, columns)) times the orthogonal matrix (Liu et al. 2025, section 2.2), weight decay is
     decoupled.
 
     Args:
         matrices: Two-dimensional parameters.
         lr: Learning rate; a tensor on their device is used without reading it back.
-        weight_decay: Share of the learning rate that weights shrink by in a step.
-        momentum: Of the gradient's average.
-        dtype: In which the matrix products are computed; the rest is in the parameters' own.
+        weight_decay: Weights shrink by ``lr * weight_decay`` of their value in a step.
+        momentum: Of the average of the gradient.
+        dtype: Precision of the matrix products; the rest is in that of the parameters.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""How weights move: parameter groups, optimizers, the learning rate as a function of the step, and the EMA."""
+"""Parameter groups, optimizers, the learning rate as a function of the step, and the EMA of weights."""
 
 import copy
 import math
@@ -18,7 +18,7 @@ from deitkit.training.muon import Muon
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
-    """Split the trainable parameters: decay for matrices and kernels, none for biases, norms, tokens and positions."""
+    """Group the trainable parameters: decay for matrices and kernels, none for biases, norms, tokens and positions."""
     exempt: set[str] = getattr(model, "no_decay", set)()
     decayed: list[nn.Parameter] = []
     kept: list[nn.Parameter] = []
@@ -29,21 +29,21 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, ob
 
 
 def build_optimizers(model: nn.Module, recipe: OptimizerRecipe) -> list[Optimizer]:
-    """Return the optimizers of a model: one, or Muon for the blocks' matrices beside AdamW for the rest.
+    """Return the optimizers of a model: one, or Muon for the blocks' matrices and AdamW for the rest.
 
     Muon's updates are scaled to AdamW's root mean square, so that both share one learning rate.
 
     Raises:
-        RecipeError: Muon for a model that is no transformer.
+        RecipeError: The optimizer is Muon and the model is not a transformer.
     """
     groups = parameter_groups(model, recipe.weight_decay)
     device = next(model.parameters()).device
-    # A CUDA graph replays what it was shown; only a rate that lies on the device can change between two replays.
+    # A CUDA graph bakes in Python numbers; only a rate in device memory can change between two replays.
     rate = torch.tensor(recipe.learning_rate, device=device) if device.type == "cuda" else recipe.learning_rate
     if recipe.optimizer == "sgd":
         return [SGD(groups, lr=rate, momentum=recipe.momentum, nesterov=recipe.momentum > 0, fused=True)]
     if recipe.optimizer == "lamb":
-        # What it clips by itself stays whole: clip_norm is there for every optimizer.
+        # Disable LAMB's own clipping, since clip_norm applies to every optimizer.
         return [Lamb(groups, lr=recipe.learning_rate, max_grad_norm=None)]
     if recipe.optimizer == "adamw":
         return [_adamw(groups, rate, device)]
@@ -72,18 +72,18 @@ def set_rate(optimizer: Optimizer, rate: float) -> None:
 
 
 def can_be_recorded(optimizer: Optimizer) -> bool:
-    """Return whether a CUDA graph may replay its step: timm's LAMB counts steps in Python, and would stand still."""
+    """Return whether a CUDA graph may replay the step; not for timm's LAMB, which counts steps in Python."""
     return not isinstance(optimizer, Lamb)
 
 
 def gathered_state(optimizer: Optimizer) -> dict[str, Any]:
-    """Return what an optimizer has gathered: tensors of each parameter, and the steps that LAMB counts by group."""
+    """Return an optimizer's state: tensors of each parameter, and the steps that LAMB counts by group."""
     whole = optimizer.state_dict()
     return {"parameters": whole["state"], "steps": [group.get("step") for group in whole["param_groups"]]}
 
 
 def restore_state(optimizer: Optimizer, gathered: dict[str, Any]) -> None:
-    """Continue from ``gathered_state``; all else of the groups is this run's: its recipe's and its device's."""
+    """Restore ``gathered_state``; all other values of the groups stay those of this run's recipe and device."""
     groups = optimizer.state_dict()["param_groups"]
     for group, step in zip(groups, gathered["steps"], strict=True):
         group |= {} if step is None else {"step": step}
@@ -92,7 +92,7 @@ def restore_state(optimizer: Optimizer, gathered: dict[str, Any]) -> None:
 
 
 def adopt_layout(optimizer: Optimizer) -> None:
-    """Lay the state out in memory as the weights are: a file keeps no layout, and fused kernels take it for granted."""
+    """Give the state the memory layout of the weights, which fused kernels assume and a file does not keep."""
     for weight, state in optimizer.state.items():
         for name, value in state.items():
             if isinstance(value, Tensor) and value.shape == weight.shape:
@@ -100,10 +100,10 @@ def adopt_layout(optimizer: Optimizer) -> None:
 
 
 def peak_learning_rate(recipe: OptimizerRecipe, train: TrainRecipe) -> float:
-    """Return the learning rate after the warm-up: as written, or in proportion to the images in a step.
+    """Return the learning rate after the warm-up: that of the recipe, or in proportion to the images in a step.
 
-    Source of the rule: Goyal et al. 2017; Touvron et al. 2020, section 6, with 512 images. Where the warm-up starts and
-    where the cosine ends are not scaled, as in the released code.
+    Source of the rule: Goyal et al. 2017; Touvron et al. 2020, section 6, with 512 images. The rates at the start of
+    the warm-up and the end of the cosine are not scaled, as in the released code.
     """
     if recipe.learning_rate_per is None:
         return recipe.learning_rate
@@ -111,15 +111,15 @@ def peak_learning_rate(recipe: OptimizerRecipe, train: TrainRecipe) -> float:
 
 
 def learning_rate(step: int, steps_per_epoch: int, recipe: OptimizerRecipe, train: TrainRecipe) -> float:
-    """Return the learning rate of a step: a linear warm-up, then a cosine down to the floor.
+    """Return the learning rate of a step: a linear warm-up, then a cosine down to the minimum.
 
-    Source: Touvron et al. 2020, Table 9; unlike the released code it moves with every step, not with every epoch.
+    Source: Touvron et al. 2020, Table 9; unlike the released code it changes with every step, not with every epoch.
 
     Args:
         step: Steps done so far, from 0.
         steps_per_epoch: Steps of an epoch.
-        recipe: Peak, warm-up and floor.
-        train: The number of epochs that the schedule is laid out for, and the batch size.
+        recipe: Peak, warm-up and minimum.
+        train: The number of epochs of the schedule, and the batch size.
     """
     peak = peak_learning_rate(recipe, train)
     total = (train.schedule_epochs or train.epochs) * steps_per_epoch
@@ -132,10 +132,10 @@ def learning_rate(step: int, steps_per_epoch: int, recipe: OptimizerRecipe, trai
 
 
 class ExponentialMovingAverage:
-    """A second copy of a classifier whose weights follow the first: shadow += (1 - decay) (weights - shadow).
+    """A copy of a classifier with averaged weights: shadow += (1 - decay) (weights - shadow).
 
-    Early on the decay is (1 + n) / (10 + n) after n updates, where that is smaller, so that the initial weights are
-    forgotten in short runs too.
+    The decay is at most (1 + n) / (10 + n) after n updates, so that the initial weights lose their influence in short
+    runs too.
     """
 
     def __init__(self, classifier: Classifier, decay: float) -> None:
@@ -145,7 +145,7 @@ class ExponentialMovingAverage:
 
     @torch.no_grad()
     def update(self, classifier: Classifier) -> None:
-        """Follow the classifier by one step; buffers (BatchNorm's statistics) are copied."""
+        """Update the average by one step; copy buffers (BatchNorm's statistics)."""
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         self.updates += 1
         torch._foreach_lerp_(list(self.classifier.parameters()), list(classifier.parameters()), 1 - decay)

@@ -1,4 +1,4 @@
-"""A classifier in training: its method, optimizers and average, its last good state, and the sums of its epoch."""
+"""A classifier in training: method, optimizers, averaged weights, last good state, and the sums of the epoch."""
 
 from collections.abc import Callable
 from typing import Any
@@ -24,18 +24,18 @@ from deitkit.training.optim import (
 
 
 class Student:
-    """A classifier in training: its method, its optimizers, its average, and whether it still goes on.
+    """A classifier in training, with its method, optimizers and averaged weights.
 
     Args:
         name: Its name in logs and folders.
-        method: The tokens and loss terms that train it.
+        method: Its tokens and loss terms.
         classifier: On its device.
-        recipe: How its weights are updated.
+        recipe: Its optimizer and learning rate.
         precision: Of its forward pass.
         batch_size: Images of a step.
         distillation: Weights and temperatures of the loss terms.
-        speed: How large its micro-batches are.
-        ema_decay: Keep an average of its weights with this decay.
+        speed: The size of its micro-batches.
+        ema_decay: Decay of the average of its weights; None for no average.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class Student:
         self.reset_meters()
 
     def reset_meters(self) -> None:
-        """Forget the sums of the epoch."""
+        """Reset the sums of the epoch."""
         device = self.classifier.mean.device
         self.watch, self.optimizer_watch = Stopwatch(device), Stopwatch(device)
         self.term_sums: dict[str, Tensor] = {}
@@ -84,8 +84,8 @@ class Student:
 
         Args:
             view: Augmented images, values in [0, 1].
-            targets: Probabilities of the classes by the labels, mixed and smoothed.
-            teacher_logits: Of the same view; None where the method has no term of the teacher.
+            targets: Class probabilities from the labels, mixed and smoothed.
+            teacher_logits: Of the same view; None if the method has no term of the teacher.
         """
         for optimizer in self.optimizers:
             optimizer.zero_grad()
@@ -103,7 +103,7 @@ class Student:
         return sums
 
     def optimizer_step(self) -> None:
-        """Clip the gradient and update the weights; nothing here waits for the device."""
+        """Clip the gradient and update the weights, without waiting for the device."""
         if self.recipe.clip_norm is not None:
             nn.utils.clip_grad_norm_(self.classifier.parameters(), self.recipe.clip_norm)
         for optimizer in self.optimizers:
@@ -115,7 +115,7 @@ class Student:
         return all(can_be_recorded(optimizer) for optimizer in self.optimizers)
 
     def update_ema(self) -> None:
-        """Update the average of the weights; its decay changes from step to step, which no recording can."""
+        """Update the average of the weights; not part of a recording, since the decay changes from step to step."""
         self.has_moved = True
         if self.average is not None:
             self.average.update(self.classifier)
@@ -126,7 +126,7 @@ class Student:
             set_rate(optimizer, rate)
 
     def accumulate_loss(self, terms: dict[str, Float[Tensor, ""]], step: int) -> None:
-        """Add the terms of a step to the sums of the epoch, and keep the first step whose loss is not finite."""
+        """Add the terms of a step to the sums of the epoch, and record the first step whose loss is not finite."""
         loss = torch.stack(list(terms.values())).sum()
         first_bad = ~torch.isfinite(loss) & (self.bad_step < 0)
         self.bad_step = torch.where(first_bad, step, self.bad_step)
@@ -144,15 +144,15 @@ class Student:
             self.has_moved = False
 
     def mark_good(self) -> None:
-        """Keep the present weights as the last good state."""
+        """Keep the current weights as the last good state."""
         if self.stopped is None:
             self.good = self._snapshot()
             self.has_moved = False
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all that a resumed student needs, tensors and plain values only.
+        """Return the state to resume from, in tensors and plain values only.
 
-        The last good state is None where it is the present one, as between two epochs.
+        The last good state is None if it is the current one, as between two epochs.
         """
         return {
             "model": self.classifier.model.state_dict(),
@@ -168,7 +168,7 @@ class Student:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from ``state_dict``."""
+        """Restore the state of ``state_dict``."""
         self.classifier.model.load_state_dict(state["model"])
         for optimizer, gathered in zip(self.optimizers, state["optimizers"], strict=True):
             restore_state(optimizer, gathered)
