@@ -1,1 +1,1 @@
-"""How fast training and inference are. Nothing here is part of a run."""
+"""Benchmarks of training and inference. Nothing here is part of a run."""

@@ -1,4 +1,4 @@
-"""How many images a second a model classifies: a recipe's student, or the models of the catalogue."""
+"""Inference speed, in images per second, of a recipe's student or of the models of the catalogue."""
 
 import gc
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def bench_infer(recipe: Recipe, *, repeats: int, steps: int) -> dict[str, Any]:
-    """Time the classification of random images by the student of the recipe's first method, with random weights."""
+    """Measure the inference speed of the student of the recipe's first method, on random images and weights."""
     device = choose_device(recipe.device)
     precision = Precision.choose(recipe.train.precision, device)
     side, channels = recipe.data.image_px or DEFAULT_PX, recipe.data.channels or 3
@@ -45,13 +45,13 @@ def bench_infer(recipe: Recipe, *, repeats: int, steps: int) -> dict[str, Any]:
 
 
 def bench_catalogue(recipe: Recipe, *, table: str, repeats: int, steps: int) -> Iterator[dict[str, Any]]:
-    """Yield the speed of each model of a table at its own resolution; one that does not fit says so.
+    """Yield the speed of each model of a table at its own resolution, or a ``problem`` if it does not fit in memory.
 
     Args:
         recipe: Device, precision and batch size.
-        table: ``paper`` for the models whose speed was published, ``zoo`` for the whole catalogue.
-        repeats: Measurements, of which the median counts.
-        steps: Steps in each.
+        table: ``paper`` for the models with a published speed, ``zoo`` for the whole catalogue.
+        repeats: Number of measurements; the median is reported.
+        steps: Steps in each measurement.
     """
     device = choose_device(recipe.device)
     precision = Precision.choose(recipe.train.precision, device)

@@ -1,4 +1,4 @@
-"""Clocks, counters and limits of a measurement; what is measured is in ``training`` and ``inference``."""
+"""Clocks, counters and limits of measurements, for ``training_speed`` and ``inference_speed``."""
 
 import copy
 import resource
@@ -16,14 +16,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from deitkit.models.vit import Attention, Output
 from deitkit.system.device import Precision
 
-# Side of the square matrices whose product stands for what the machine can do at best: large enough to be limited by
-# arithmetic, small enough for a second.
+# Side of the square matrices whose product measures the peak speed of the machine: large enough to be limited by
+# arithmetic, small enough to take about a second.
 LIMIT_SIDE = {"cpu": 2048, "cuda": 8192}
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one call: the median over repeats, and the fastest and slowest."""
+    """Seconds per call: the median over repeats, the fastest and the slowest."""
 
     median: float
     fastest: float
@@ -31,7 +31,7 @@ class Timing:
 
 
 def wait(device: torch.device) -> None:
-    """Wait until the device has done all that it was given."""
+    """Wait until the device has finished all its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -39,14 +39,14 @@ def wait(device: torch.device) -> None:
 def time_in_turn(
     functions: Mapping[str, Callable[[], Any]], *, device: torch.device, repeats: int, calls: int, warm_up: int = 1
 ) -> dict[str, Timing]:
-    """Time functions in turn, so that whatever slows the machine for a while slows them all.
+    """Time functions in turn, so that a temporary slowdown of the machine affects them all.
 
     Args:
         functions: By name.
-        device: Where they run; waited for before and after each measurement.
-        repeats: Measurements of each.
-        calls: Calls in one measurement.
-        warm_up: Calls of each before the first measurement.
+        device: Their device; synchronised before and after each measurement.
+        repeats: Measurements of each function.
+        calls: Calls per measurement.
+        warm_up: Calls of each function before the first measurement.
     """
     for function in functions.values():
         for _ in range(warm_up):
@@ -64,7 +64,7 @@ def time_in_turn(
 
 
 def machine_limit(precision: Precision) -> float:
-    """Return the FLOP/s of a large matrix product on random numbers: what no training gets past in practice."""
+    """Return the FLOP/s of a large matrix product on random numbers, a practical upper bound for training."""
     device = precision.device
     side = LIMIT_SIDE[device.type]
     if precision.name == "bf16" and device.type == "cpu" and not _is_quick(precision):
@@ -81,14 +81,14 @@ def _is_quick(precision: Precision) -> bool:
 
 
 def count_flops(model: nn.Module, image_shape: tuple[int, ...], *, backward: bool) -> int:
-    """Return the floating-point operations for one image, with the backward pass or without, a multiply-add as two.
+    """Return the floating-point operations per image, with or without the backward pass; a multiply-add counts as two.
 
-    Matrix products, convolutions and attention count, as is usual; nothing is computed for it.
+    As usual, matrix products, convolutions and attention count. The model runs on the meta device, without computing.
     """
-    twin = _on_meta(model)
+    meta_model = _on_meta(model)
     images = torch.empty(2, *image_shape, device="meta")
     with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(backward):
-        output = twin(images)
+        output = meta_model(images)
         heads = _heads(output)
         if backward:
             torch.stack([head.sum() for head in heads]).sum().backward()
@@ -96,13 +96,13 @@ def count_flops(model: nn.Module, image_shape: tuple[int, ...], *, backward: boo
 
 
 def _on_meta(model: nn.Module) -> nn.Module:
-    twin = copy.deepcopy(model).to("meta")
-    for module in twin.modules():
+    meta_model = copy.deepcopy(model).to("meta")
+    for module in meta_model.modules():
         if isinstance(module, Attention):
             module.kernel = "plain"
         elif hasattr(module, "fused_attn"):  # timm's
             module.fused_attn = False  # type: ignore[assignment]
-    return twin
+    return meta_model
 
 
 def _heads(output: Output | Tensor | tuple[Tensor, ...]) -> list[Tensor]:
@@ -112,13 +112,13 @@ def _heads(output: Output | Tensor | tuple[Tensor, ...]) -> list[Tensor]:
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Begin a new peak, where the device can forget the old one (a CPU's process cannot)."""
+    """Reset the peak memory of a CUDA device; that of a process on a CPU cannot be reset."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Return the most memory that was in use: the device's tensors, or on a CPU the whole process."""
+    """Return the peak memory in GiB: of the tensors on a CUDA device, or of the whole process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     unit = 1 if sys.platform == "darwin" else 1024

@@ -1,4 +1,4 @@
-"""What a step of training costs, and what a cohort saves: the same code that trains, timed step by step."""
+"""Speed of training steps, of reading data, and of a cohort versus separate trainings; it times the training code."""
 
 import itertools
 import tempfile
@@ -38,11 +38,11 @@ SYNTHETIC_CLASSES = 10
 
 
 class Bench:
-    """The parts of a recipe's training, ready to be timed; the teacher is untrained, since speed asks for no more.
+    """The parts of a recipe's training, for timing; the teacher is untrained, which does not affect the speed.
 
     Args:
-        recipe: What would be trained.
-        synthetic: Random images instead of the recipe's data set.
+        recipe: The training to time.
+        synthetic: Use random images instead of the recipe's data set.
     """
 
     def __init__(self, recipe: Recipe, synthetic: bool) -> None:
@@ -64,12 +64,12 @@ class Bench:
         return FrozenTeacher(accelerate(classifier, self.recipe.speed, self.device))
 
     def students(self, methods: tuple[str, ...]) -> list[Student]:
-        """Build students (no baseline) as a comparison would."""
+        """Build students as a comparison does, without the baseline."""
         recipe = self.recipe.model_copy(update={"methods": methods})
         return build_students(recipe, self.dataset, recipe.seeds[0], self.precision)
 
     def cohort(self, students: list[Student], logit_cache: LogitCache | None = None) -> Cohort:
-        """Build a cohort as a comparison would; one that is asked for steps without end."""
+        """Build a cohort as a comparison does, in training mode."""
         recipe = self.recipe
         cohort = Cohort(
             students,
@@ -87,7 +87,7 @@ class Bench:
         return cohort
 
     def describe(self) -> dict[str, Any]:
-        """Return what a figure of this bench belongs to."""
+        """Return the machine, data and models of the figures."""
         recipe, (height, width) = self.recipe, self.dataset.image_px
         return {
             "machine": describe_machine(self.device, self.precision) | {"threads": torch.get_num_threads()},
@@ -101,8 +101,8 @@ class Bench:
 
 
 class Stepper:
-    """Trains a cohort one step at each call, epoch after epoch; or the first epoch again and again, but for the step
-    that checks recorded answers.
+    """Trains a cohort by one step per call, epoch after epoch; or repeats the first epoch without its first step, which
+    checks cached logits.
     """
 
     def __init__(self, cohort: Cohort, first_epoch_only: bool = False) -> None:
@@ -122,13 +122,13 @@ class Stepper:
 
 
 def bench_train(recipe: Recipe, *, synthetic: bool, repeats: int, steps: int) -> dict[str, Any]:
-    """Time training steps of all the recipe's methods together, and say where the time goes.
+    """Time training steps of all methods of a recipe together, and return the parts of the time.
 
     Args:
-        recipe: What is trained.
-        synthetic: On random images.
-        repeats: Measurements, of which the median counts.
-        steps: Steps in each.
+        recipe: The training to time.
+        synthetic: Use random images.
+        repeats: Number of measurements; the median is reported.
+        steps: Steps in each measurement.
     """
     bench = Bench(recipe, synthetic)
     reset_peak_memory(bench.device)
@@ -157,7 +157,7 @@ def bench_train(recipe: Recipe, *, synthetic: bool, repeats: int, steps: int) ->
 
 
 def bench_data(recipe: Recipe, *, synthetic: bool, repeats: int, steps: int) -> dict[str, Any]:
-    """Time reading and augmenting alone, without any model."""
+    """Time reading and augmentation alone, without a model."""
     bench = Bench(recipe, synthetic)
     cohort = bench.cohort([])
     batches = itertools.chain.from_iterable(cohort.batches.epoch(epoch) for epoch in itertools.count())
@@ -181,9 +181,9 @@ def bench_data(recipe: Recipe, *, synthetic: bool, repeats: int, steps: int) -> 
 
 
 def bench_cohort(recipe: Recipe, *, synthetic: bool, repeats: int, steps: int) -> dict[str, Any]:
-    """Time the recipe's methods in one cohort beside the same methods alone, each on the same views.
+    """Time the recipe's methods in one cohort and separately, on the same views.
 
-    The ratio is the cohort's time over the sum of the lone ones'; with recorded answers the teacher is not asked.
+    The ratio is the cohort's time over the sum of the separate times; "recorded answers" are cached teacher logits.
     Peak memory is given for cohorts of 1, 2, ... students.
     """
     bench = Bench(recipe, synthetic)
@@ -212,7 +212,7 @@ def bench_cohort(recipe: Recipe, *, synthetic: bool, repeats: int, steps: int) -
 
 
 def _recorded(bench: Bench, folder: Path) -> Stepper:
-    """Return the cohort's steps on an epoch whose teacher logits were cached before."""
+    """Return the steps of the cohort on an epoch with cached teacher logits."""
     recipe = bench.recipe
     cache = open_logit_cache(recipe, bench.dataset, bench.teachers, recipe.seeds[0], bench.precision, folder)
     writer = bench.cohort(bench.students(("none",)), cache)
@@ -248,7 +248,7 @@ def _images_per_second(taken: Timing, batch_size: int) -> dict[str, Any]:
 
 
 def step_flops(bench: Bench) -> int:
-    """Return the operations of a step for one image: every student forward and backward, the teacher forward."""
+    """Return the operations of a step per image: students forward and backward, teachers forward."""
     shape = (bench.dataset.channels, *bench.dataset.image_px)
     students = bench.students(bench.recipe.methods)
     total = sum(count_flops(student.classifier.model, shape, backward=True) for student in students)
@@ -260,7 +260,7 @@ def step_flops(bench: Bench) -> int:
 
 
 def synthetic_dataset(recipe: Recipe) -> Dataset:
-    """Return random images: speed does not depend on what is in them."""
+    """Return random images; speed does not depend on their content."""
     side = recipe.data.image_px or SYNTHETIC_PX
     count = max(4 * recipe.train.batch_size, SYNTHETIC_CLASSES)
     generator = torch.Generator().manual_seed(0)

@@ -166,7 +166,7 @@ def _section_of(annotation: Any) -> type[BaseModel] | None:
 
 
 def _read_tree(source: str, above: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Read a recipe and merge it into its ``base``, and that into its own.
+    """Read a recipe and fill in the fields of its ``base``, recursively.
 
     Args:
         source: A shipped name or a path.

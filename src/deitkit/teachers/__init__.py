@@ -1,1 +1,1 @@
-"""Teachers: prepared, checked by the gate, frozen, and their logits cached."""
+"""Teachers: preparing, checking (the gate), freezing, and caching their logits."""

@@ -1,4 +1,4 @@
-"""Teachers as they teach: frozen, one or several, used as one."""
+"""Frozen teachers, one or several, used as one."""
 
 import math
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from deitkit.system.device import Precision
 
 
 class FrozenTeacher(nn.Module):
-    """A classifier without gradients that stays in evaluation mode: no call of ``train`` moves its BatchNorm."""
+    """A classifier without gradients that stays in evaluation mode, so that ``train`` cannot change its BatchNorm."""
 
     def __init__(self, classifier: Classifier) -> None:
         super().__init__()
@@ -25,7 +25,7 @@ class FrozenTeacher(nn.Module):
         with torch.inference_mode():
             logits = self.classifier(view).class_logits
             assert logits is not None
-        return logits.clone()  # a tensor of inference mode could not be the target of a loss
+        return logits.clone()  # a tensor of inference mode cannot be the target of a loss
 
     def train(self, mode: bool = True) -> "FrozenTeacher":
         """Do nothing: a teacher stays in evaluation mode."""
@@ -33,9 +33,9 @@ class FrozenTeacher(nn.Module):
 
 
 def mean_teacher_logits(logits: Sequence[Float[Tensor, "batch classes"]]) -> Float[Tensor, "batch classes"]:
-    """Return logits whose softmax is the mean of the teachers' softmax; a single teacher's are returned unchanged.
+    """Return logits whose softmax is the mean of the teachers' softmax; those of a single teacher are unchanged.
 
-    They serve every method: their largest is the decision of the mean, and a temperature acts on the mean.
+    They suit every method: their maximum is the decision of the mean, and a temperature acts on the mean.
 
     Source: Hinton et al. 2015, section 3 (the arithmetic mean of an ensemble's distributions as soft targets). You et
     al. 2017 apply the temperature to each teacher, before the mean.

@@ -1,4 +1,4 @@
-"""The gate: a teacher is measured, and refused with the likely cause, before it teaches."""
+"""The gate: it measures a teacher before distillation, and refuses a bad one with the likely cause."""
 
 from dataclasses import dataclass, replace
 
@@ -16,13 +16,13 @@ from deitkit.recipe.schema import TeacherRecipe
 from deitkit.system.device import Precision
 
 IMAGENET_NORMALISATION = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-# A teacher that gains this much from another normalisation or order of classes was given the wrong one.
+# A gain in accuracy by another normalisation or order of classes that indicates a wrong one.
 SUSPICIOUS_GAIN = 0.05
 
 
 @dataclass(frozen=True)
 class TeacherCard:
-    """What a reader of a comparison must know of its teacher; ``top1`` is on the ``n`` validation images."""
+    """Facts about a teacher for the readers of a comparison; ``top1`` is on the ``n`` validation images."""
 
     name: str
     source: str
@@ -36,21 +36,21 @@ class TeacherCard:
     image_px: int | None
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    readout: str | None = None  # of a student that teaches; a CNN has one answer
-    sha256: str | None = None  # of the weights that taught, as they lie in the run folder
+    readout: str | None = None  # of a student as teacher; None for a CNN, which has one head
+    sha256: str | None = None  # of the teacher's weights in the run folder
 
 
 def gate(
     classifier: Classifier, card: TeacherCard, dataset: Dataset, recipe: TeacherRecipe, precision: Precision
 ) -> TeacherCard:
-    """Measure the teacher on the validation images, through exactly what it will teach with, and judge it.
+    """Measure the teacher on the validation images, with the normalisation and resolution of distillation.
 
-    It is refused if its accuracy cannot be told from chance (one-sided binomial test against the commonest class at
-    p = 0.001), if it lies below ``teacher.min_top1``, or if another normalisation or another order of its classes
-    would make it much better. ``teacher.allow_weak`` lets it teach all the same, marked as weak.
+    Refuse it if its accuracy is not significantly above chance (one-sided binomial test against the most frequent class
+    at p = 0.001), if it is below ``teacher.min_top1``, or if another normalisation or another order of its classes
+    would make it much better. Under ``teacher.allow_weak``, mark it as weak instead.
 
     Raises:
-        TeacherError: Refused; names the likely cause and the next step.
+        TeacherError: The teacher is refused; the message has the likely cause and the next step.
     """
     validation = dataset.validation
     labels = validation.labels.cpu()
@@ -58,19 +58,19 @@ def gate(
     assert logits is not None
     if logits.shape[-1] != dataset.classes:
         raise TeacherError(
-            f"teacher {card.name} answers with {logits.shape[-1]} classes, the data has {dataset.classes}: "
+            f"teacher {card.name} has {logits.shape[-1]} classes, but the data has {dataset.classes}: "
             f"set teacher.fit=head to train a new classifier for it"
         )
     hits, n = int(top_k_hits(logits, labels).sum()), len(labels)
     top1 = hits / n
     chance = labels.bincount(minlength=dataset.classes).max().item() / n
     measured = replace(card, top1=top1, n=n, chance=chance, verdict="fit to teach")
-    reason = "is by luck" if card.verdict else None
+    reason = "is accidental" if card.verdict else None
     if stats.binomtest(hits, n, min(chance, 1.0), alternative="greater").pvalue > 0.001:
-        reason = f"cannot be told from chance ({100 * chance:.1f} %)"
+        reason = f"is not significantly above chance ({100 * chance:.1f} %)"
     elif recipe.min_top1 is not None and top1 < recipe.min_top1:
         reason = f"is below teacher.min_top1={recipe.min_top1:g}"
-    # What was trained here, under its own normalisation and the data's own classes, cannot have got them wrong.
+    # A teacher that was fully trained here has the right normalisation and the classes of the data.
     cause = None if card.fit == "full" else _likely_cause(classifier, logits, dataset, precision)
     if reason is None and cause is not None:
         reason = "is less than it could be"
@@ -82,7 +82,7 @@ def gate(
         return replace(measured, verdict=f"weak, allowed by the recipe: {reason}; {cause}", weak=True)
     raise TeacherError(
         f"teacher {card.name} scores {100 * top1:.2f} % on {n} validation images, which {reason}: {cause}; "
-        f"{_next_step(card, recipe)}, or set teacher.allow_weak=true to let it teach all the same"
+        f"{_next_step(card, recipe)}, or set teacher.allow_weak=true to use it anyway"
     )
 
 
@@ -91,19 +91,19 @@ def _next_step(card: TeacherCard, recipe: TeacherRecipe) -> str:
         return "set teacher.fit=head (or full) to train it"
     if card.fit != "none":
         return f"train it longer (teacher.train.epochs={2 * recipe.train.epochs})"
-    return "put that right, or set teacher.fit=full to train it here"
+    return "correct that, or set teacher.fit=full to train it here"
 
 
 def _likely_cause(classifier: Classifier, logits: Tensor, dataset: Dataset, precision: Precision) -> str | None:
-    """Look for another order of classes, or another normalisation, with which the teacher would be much better."""
+    """Return another order of classes, or another normalisation, that would make the teacher much better."""
     labels = dataset.validation.labels.cpu()
     hits = top_k_hits(logits, labels)
     confusion = torch.zeros(dataset.classes, dataset.classes).index_put_(
         (logits.argmax(dim=-1), labels), torch.ones(len(labels)), accumulate=True
     )
-    answers, classes = linear_sum_assignment(confusion.numpy(), maximize=True)
-    reordered = float(confusion[answers, classes].sum()) / len(labels)
-    # The best order of a random head beats chance too, so a reordering must make a good teacher, not a better one.
+    predicted, classes = linear_sum_assignment(confusion.numpy(), maximize=True)
+    reordered = float(confusion[predicted, classes].sum()) / len(labels)
+    # The best order of a random head also beats chance, so a reordering must give a good teacher, not a better one.
     if reordered > 0.5 and reordered - hits.double().mean().item() > max(SUSPICIOUS_GAIN, 0.5 * reordered):
         return f"its classes are in another order (in the best order it would score {100 * reordered:.1f} %)"
     sample = Split(dataset.validation.images[:1000], dataset.validation.labels[:1000])

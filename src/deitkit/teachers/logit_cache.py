@@ -1,4 +1,4 @@
-"""The teacher's logits on the disk: one comparison computes them, later ones on the same views read them.
+"""A disk cache of the teacher's logits: one comparison computes them, later ones on the same views read them.
 
 A view follows from the seed and the step (see ``seeding``), so its logits belong to an epoch and a step. The cache may
 be deleted at any time.
@@ -25,28 +25,28 @@ from deitkit.system.device import Precision
 from deitkit.system.files import write_bytes
 from deitkit.teachers.frozen import Teachers
 
-FORMAT = 1  # of the files, and of how a view is made: raise it when either changes
+FORMAT = 1  # of the files and of the views: raise it when either changes
 # Largest mean difference between computed and cached logits, as a share of their standard deviation. Rounding and other
-# kernels stay under 0.02; the logits of other views, or of another teacher, are at about 1.
+# kernels give less than 0.02; other views, or another teacher, give about 1.
 TOLERANCE = 0.1
 
 
 class LogitCache:
     """The teachers' logits for the views of one seed, epoch by epoch, on the disk.
 
-    Logits are rounded to float16, new ones too, so that a second run learns the same as the first.
+    Logits are rounded to float16, newly computed ones too, so that a second run trains on the same values as the first.
 
     Args:
-        teachers: The classifiers whose common logits they are; their weights are part of the key.
+        teachers: The classifiers of the logits; their weights are part of the key.
         fingerprint: Of the data set.
-        augment: How views are made.
+        augment: Augmentation of the views.
         batch_size: Images in a step.
         repeats: Copies of an image in it.
         steps: Steps of an epoch.
         classes: Of the data set.
         seed: Of the views.
         precision: Of the teachers' forward pass.
-        root: Where caches lie; by default deitkit's cache folder.
+        root: Folder of all caches; by default deitkit's cache folder.
     """
 
     def __init__(
@@ -72,23 +72,23 @@ class LogitCache:
             "repeats": repeats,
             "seed": seed,
             "precision": precision.name,
-            "device": precision.device.type,  # it draws the noise of erasing
+            "device": precision.device.type,  # which draws the noise of erasing
         }
         key = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:32]
         self.folder = (root or cache_folder()) / "answers" / key
         self.shape = (steps, batch_size, classes)
         self.device = precision.device
-        self.read = 0  # steps that needed no teacher
+        self.read = 0  # steps without a forward pass of the teacher
         self._epoch = -1
         self._recorded: Tensor | None = None
         self._new: Tensor | None = None
         self._kept = 0
 
     def get(self, epoch: int, step: int, compute: Callable[[], Tensor]) -> Float[Tensor, "batch classes"]:
-        """Return the logits for the view of a step, from the disk or computed and kept; a sample is checked.
+        """Return the logits for the view of a step, from the disk or newly computed; check a sample of the former.
 
         Raises:
-            TeacherError: What is on the disk is not what the teachers compute now, or there is no room for more.
+            TeacherError: Cached logits differ from those that the teachers compute now, or the disk is full.
         """
         kept = self.find(epoch, step)
         if kept is None:
@@ -98,7 +98,7 @@ class LogitCache:
         return kept
 
     def find(self, epoch: int, step: int) -> Float[Tensor, "batch classes"] | None:
-        """Return the logits that were kept for a step (both from 0), or None."""
+        """Return the cached logits of a step (epoch and step from 0), or None."""
         if epoch != self._epoch:
             self._open(epoch)
         if self._recorded is None:
@@ -107,7 +107,7 @@ class LogitCache:
         return self._recorded[step].float()
 
     def keep(self, epoch: int, step: int, logits: Float[Tensor, "batch classes"]) -> Float[Tensor, "batch classes"]:
-        """Keep logits and return them as they will be read; an epoch is written when all its steps are there."""
+        """Keep logits and return them as rounded for the cache; write an epoch when it is complete."""
         if self._new is None:
             self._require_space()
             self._new = torch.empty(self.shape, dtype=torch.float16, device=self.device)
@@ -119,11 +119,11 @@ class LogitCache:
         return rounded
 
     def check(self, kept: Float[Tensor, "batch classes"], logits: Float[Tensor, "batch classes"]) -> None:
-        """Raise TeacherError if logits on the disk are not what the teachers compute now; waits for the device."""
+        """Raise TeacherError if cached logits differ from those that the teachers compute now; wait for the device."""
         difference = (kept - logits).abs().mean() / logits.float().std().clamp(min=1e-6)
         if not float(difference) <= TOLERANCE:
             raise TeacherError(
-                f"the teacher's cached logits in {self.folder} are stale (they differ from its present ones by "
+                f"the teacher's cached logits in {self.folder} are stale (they differ from its current ones by "
                 f"{float(difference):.2f} standard deviations): delete that folder, or set teacher.cache=false"
             )
 
@@ -136,7 +136,7 @@ class LogitCache:
             with safe_open(self._path(epoch), framework="pt") as file:
                 recorded = file.get_tensor("answers")
         except (OSError, SafetensorError):
-            return  # none, or damaged: the teacher is asked
+            return  # missing or damaged: the logits are computed
         if tuple(recorded.shape) == self.shape and recorded.dtype == torch.float16:
             self._recorded = recorded.to(self.device)
 
@@ -146,8 +146,8 @@ class LogitCache:
         free = shutil.disk_usage(self.folder).free
         if needed > 0.9 * free:
             raise TeacherError(
-                f"teacher.cache needs {needed / 2**30:.1f} GiB for each epoch and {free / 2**30:.1f} GiB are free in "
-                f"{self.folder.parent}: set DEITKIT_CACHE to a larger disk, or teacher.cache=false"
+                f"teacher.cache needs {needed / 2**30:.1f} GiB for each epoch, but {free / 2**30:.1f} GiB are free in "
+                f"{self.folder.parent}: set DEITKIT_CACHE to a folder on a larger disk, or teacher.cache=false"
             )
 
     def _write(self, epoch: int) -> None:

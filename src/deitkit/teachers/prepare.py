@@ -1,4 +1,4 @@
-"""The teacher: how it comes about, how it is checked before it may teach, and how it is kept from changing.
+"""Preparing the teachers of a comparison.
 
 A teacher is built from a name, gets weights from a file, a library or training here, passes the gate, and is frozen.
 """
@@ -35,10 +35,10 @@ from deitkit.training.student import Student
 def prepare_teacher(
     recipe: Recipe, dataset: Dataset, *, folder: Path, precision: Precision, watcher: Watcher
 ) -> tuple[FrozenTeacher, TeacherCard]:
-    """Build, train where the recipe says so, check and freeze the teacher; writes its folder, or reads it on resume.
+    """Build the teacher, train it if required, check and freeze it; write its folder, or read it on resume.
 
     Raises:
-        TeacherError: The gate refused it; the sentence names the likely cause.
+        TeacherError: The teacher cannot be built, or the gate refuses it; the message has the likely cause.
     """
     card_path = folder / "card.json"
     if card_path.exists():
@@ -51,11 +51,11 @@ def prepare_teacher(
         classifier, card = draft_teacher(recipe.teacher, dataset)
     accelerate(classifier, recipe.speed, precision.device)
     if card.fit != "none":
-        lessons = dataset
+        train_data = dataset
         if recipe.teacher.all_images:
-            lessons = load_dataset(recipe.data.model_copy(update={"train_images": None}), watcher.reading)
-        _train(classifier, card, recipe, lessons, folder=folder, precision=precision, watcher=watcher)
-        card = replace(card, source=f"{card.source}, trained here on {len(lessons.train)} images")
+            train_data = load_dataset(recipe.data.model_copy(update={"train_images": None}), watcher.reading)
+        _train(classifier, card, recipe, train_data, folder=folder, precision=precision, watcher=watcher)
+        card = replace(card, source=f"{card.source}, trained here on {len(train_data.train)} images")
     card = gate(classifier, card, dataset, recipe.teacher, precision)
     save_classifier(folder, classifier, _model_card(card, dataset, recipe))
     card = replace(card, sha256=file_sha256(folder / "model.safetensors"))
@@ -79,7 +79,7 @@ def _model_card(card: TeacherCard, dataset: Dataset, recipe: Recipe) -> dict[str
 
 
 def draft_teacher(recipe: TeacherRecipe, dataset: Dataset) -> tuple[Classifier, TeacherCard]:
-    """Build a teacher with the weights that its recipe names; the card's accuracy is not known yet."""
+    """Build a teacher with the weights of its recipe; the accuracy on its card is still 0."""
     recipe, built, readout = _build(recipe, dataset)
     source, new_head, new_body = built.source, built.new_head, not recipe.pretrained
     if recipe.checkpoint is not None:
@@ -88,7 +88,7 @@ def draft_teacher(recipe: TeacherRecipe, dataset: Dataset) -> tuple[Classifier, 
         new_head, new_body = bool(report.mismatched or report.missing), False
     if recipe.reset_head:
         reset_head(built, dataset.classes)
-        source, new_head = f"{source}, classifier replaced by a fresh one", True
+        source, new_head = f"{source}, classifier replaced by a new one", True
     fit = recipe.fit
     if fit == "auto":
         fit = "full" if new_body else "head" if new_head else "none"
@@ -115,7 +115,7 @@ def draft_teacher(recipe: TeacherRecipe, dataset: Dataset) -> tuple[Classifier, 
 
 
 def _build(recipe: TeacherRecipe, dataset: Dataset) -> tuple[TeacherRecipe, BuiltClassifier, str | None]:
-    """Build the architecture; of one named by a path, return also what the card there says of its use."""
+    """Build the architecture; for a path, return the recipe and the readout with the values of its card."""
     if Path(recipe.name).exists():
         return build_saved(recipe, dataset)
     built = create_classifier(
@@ -129,7 +129,7 @@ def _build(recipe: TeacherRecipe, dataset: Dataset) -> tuple[TeacherRecipe, Buil
 
 
 def _untrained(new_head: bool, new_body: bool) -> str:
-    """Say what of a teacher that is not trained here was never trained at all."""
+    """Return the untrained part of a teacher that is not trained here, as a verdict; empty if there is none."""
     if new_body:
         return "no weights were loaded (teacher.checkpoint is not set) and none are trained here"
     return "its classifier is new and was not trained" if new_head else ""
@@ -148,7 +148,7 @@ def _normalisation(
         if mean is not None and std is not None:
             if len(mean) != dataset.channels or len(std) != dataset.channels:
                 raise TeacherError(
-                    f"teacher.mean={list(mean)} has {len(mean)} channels, the images have {dataset.channels}: "
+                    f"teacher.mean={list(mean)} has {len(mean)} channels, but the images have {dataset.channels}: "
                     f"give {dataset.channels} values, or set data.channels={len(mean)}"
                 )
             return mean, std
@@ -166,7 +166,7 @@ def _train(
     watcher: Watcher,
 ) -> None:
     """Train the teacher on labels alone: a cohort of one."""
-    part = "classifier layer" if card.fit == "head" else "every layer"
+    part = "the classifier layer" if card.fit == "head" else "all layers"
     watcher.say(f"teacher {card.name}: training {part} for {recipe.teacher.train.epochs} epochs")
     student = Student(
         folder.name,
@@ -202,10 +202,10 @@ def _train(
 def prepare_teachers(
     recipe: Recipe, dataset: Dataset, *, folder: Path, precision: Precision, watcher: Watcher
 ) -> tuple[Teachers, list[TeacherCard]]:
-    """Prepare every teacher of a recipe, in ``folder``, ``folder-2``, ...; those that are there already are read.
+    """Prepare every teacher of a recipe, in ``folder``, ``folder-2``, ...; read those that exist already.
 
     Raises:
-        TeacherError: The gate refused one.
+        TeacherError: A teacher cannot be built, or the gate refuses it.
     """
     teachers, cards = [], []
     homes = teacher_folders(recipe, folder)
@@ -230,7 +230,7 @@ def teacher_folders(recipe: Recipe, folder: Path) -> list[Path]:
 def common_card(
     teachers: Teachers, cards: Sequence[TeacherCard], dataset: Dataset, precision: Precision
 ) -> TeacherCard:
-    """Return the card of the answer that teaches: the only teacher's own, or one of the mean of several."""
+    """Return the card of all teachers together: that of a single teacher, or one for the mean of several."""
     if len(cards) == 1:
         return cards[0]
     top1 = top_k_accuracy(
@@ -244,7 +244,7 @@ def common_card(
         verdict="; ".join(dict.fromkeys(card.verdict for card in cards)),
         weak=any(card.weak for card in cards),
         parameters=sum(card.parameters for card in cards),
-        image_px=None,  # each has a resolution, a normalisation and a readout of its own
+        image_px=None,  # resolution, normalisation and readout differ between teachers
         mean=(),
         std=(),
         readout=None,

@@ -1,6 +1,6 @@
-"""A teacher from the folder of a model that was trained before: a CNN, or a student, which then teaches others.
+"""A teacher from the folder of a saved model: a CNN, or a student.
 
-What is trained and checked before it may teach is decided in ``teacher``.
+Training and checking it is in ``prepare``.
 """
 
 from pathlib import Path
@@ -15,12 +15,12 @@ from deitkit.recipe.schema import TeacherRecipe
 
 
 def build_saved(recipe: TeacherRecipe, dataset: Dataset) -> tuple[TeacherRecipe, BuiltClassifier, str | None]:
-    """Build a teacher from the card of its folder, which also has its weights, normalisation, resolution and readout.
+    """Build a teacher from the card of its folder; return its recipe completed by the card, its model and its readout.
 
-    A student with two heads answers with the readout that it won its comparison by, else with both (``joint``).
+    A student with two heads uses the readout with which it won its comparison, else both heads (``joint``).
 
     Raises:
-        TeacherError: A file without a card, other classes than the data's, or what a student cannot do as a teacher.
+        TeacherError: The path has no card, the classes differ from the data's, or a field does not suit a student.
     """
     path = Path(recipe.name)
     folder = model_folder(path if path.is_dir() else path.parent)
@@ -28,12 +28,12 @@ def build_saved(recipe: TeacherRecipe, dataset: Dataset) -> tuple[TeacherRecipe,
         card = read_card(folder)
     except CheckpointError:
         raise TeacherError(
-            f"teacher.name={recipe.name} is a file without a model.json beside it: "
+            f"teacher.name={recipe.name} is a file without a model.json in its folder: "
             f"give the architecture, as in teacher.name=cifar/resnet56 teacher.checkpoint={recipe.name}"
         ) from None
     if card["class_names"] != list(dataset.class_names):
         raise TeacherError(
-            f"teacher.name={recipe.name} knows the classes {', '.join(card['class_names'][:4])}..., the data has "
+            f"teacher.name={recipe.name} has the classes {', '.join(card['class_names'][:4])}..., but the data has "
             f"{', '.join(dataset.class_names[:4])}...: train it on this data, or give its weights as teacher.checkpoint"
         )
     own = {
@@ -51,21 +51,21 @@ def build_saved(recipe: TeacherRecipe, dataset: Dataset) -> tuple[TeacherRecipe,
 
 
 def _check_student(recipe: TeacherRecipe, config: dict[str, Any]) -> None:
-    """Refuse what a student that teaches cannot do."""
+    """Raise TeacherError for fields that a student does not support as a teacher."""
     if recipe.image_px not in (None, config["image_px"]):
         raise TeacherError(
-            f"teacher.image_px={recipe.image_px} does not suit the student {recipe.name}, which takes images of "
+            f"teacher.image_px={recipe.image_px} does not suit the student {recipe.name}, which needs images of "
             f"{config['image_px']} px: leave it out, and every view is resized to that"
         )
     if len(config["tokens"]) > 1 and (recipe.reset_head or recipe.fit == "head"):
         raise TeacherError(
-            f"teacher.name={recipe.name} is a student with two classifier layers, of which teacher.fit=head and "
-            "teacher.reset_head know one only: set teacher.fit=none or full"
+            f"teacher.name={recipe.name} is a student with two classifier layers, but teacher.fit=head and "
+            "teacher.reset_head support only one: set teacher.fit=none or full"
         )
 
 
 def _readout(config: dict[str, Any] | None) -> str | None:
-    """Return with which readout a student teaches: the paper's joint one where it has both tokens."""
+    """Return the default readout of a student as teacher: the paper's joint one if it has both tokens."""
     if config is None:
         return None
     tokens = config["tokens"] or ["class"]
