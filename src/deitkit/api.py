@@ -16,8 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
+from deitkit.cli.console import as_text, console
 from deitkit.cli.progress import Terminal
 from deitkit.comparison.ablation import compare_variants
 from deitkit.comparison.compare import compare as run_comparison
@@ -107,10 +106,7 @@ class Comparison:
         return Model(self.folder / "winner") if self.results["winner"] is not None else None
 
     def __str__(self) -> str:
-        console = Console(width=120, color_system=None)
-        with console.capture() as capture:
-            console.print(rich_table(self.results))
-        return capture.get()
+        return as_text(rich_table(self.results))
 
     def __repr__(self) -> str:
         return f"<deitkit comparison {self.folder}: {self.verdict}>"
@@ -231,7 +227,7 @@ def _run(recipe: Recipe, out: str | Path | None, resume: bool, progress: bool) -
 def _watching(progress: bool) -> Iterator[Watcher]:
     """Return a terminal, which handles Ctrl-C; only the main thread of a process may handle signals."""
     if progress and threading.current_thread() is threading.main_thread():
-        with Terminal(Console()) as terminal:
+        with Terminal(console) as terminal:
             yield terminal
     else:
         yield Silent()

@@ -4,7 +4,7 @@ import json
 import sys
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.markup import escape
 
 from deitkit.errors import one_line
@@ -16,6 +16,14 @@ errors = Console(stderr=True)
 def say(text: str, to: Console = console, *, style: str | None = None) -> None:
     """Print one line that may contain paths: unwrapped, without markup, control characters escaped."""
     to.print(one_line(text), style=style, highlight=False, markup=False, soft_wrap=True)
+
+
+def as_text(renderable: RenderableType, width: int = 120) -> str:
+    """Return what would be printed, as plain text of a fixed width."""
+    page = Console(width=width, color_system=None)
+    with page.capture() as capture:
+        page.print(renderable)
+    return capture.get()
 
 
 def plain(value: Any) -> str:
