@@ -45,8 +45,8 @@ def compare(
     Args:
         recipe: What to compare.
         folder: New or empty; with ``resume`` one that this recipe has begun.
-        watcher: Is told how it goes, and asked whether to stop.
-        resume: Go on with a run that was stopped, or train what the recipe has more than it; one that ended is only
+        watcher: Receives progress, and may request a stop.
+        resume: Continue a run that was stopped, or train the methods and seeds that it lacks; a finished run is only
             reported again.
         dataset: What ``recipe.data`` names, if it is loaded already.
 
@@ -61,17 +61,7 @@ def compare(
     watcher.say(f"device {device}, precision {precision.name}")
     if dataset is None:
         dataset = load_dataset(recipe.data, watcher.reading)
-    watcher.say(
-        f"data {dataset.name}: {len(dataset.train)} training, {len(dataset.validation)} validation, "
-        f"{len(dataset.test)} test images, {dataset.classes} classes"
-    )
-    if dataset.duplicates.count:
-        watcher.say(dataset.duplicates.sentence())
-    if recipe.train.learning_rate_per is not None:
-        watcher.say(
-            f"learning rate {peak_learning_rate(recipe.train, recipe.train):g}: {recipe.train.learning_rate:g} for "
-            f"{recipe.train.learning_rate_per} images, {recipe.train.batch_size} in a step"
-        )
+    _describe_data(recipe, dataset, watcher)
     start = rehearse(recipe, dataset, precision)
     for line in start:
         watcher.say(line)
@@ -101,6 +91,21 @@ def compare(
     write_text(folder / "results.json", json.dumps(results, indent=2, ensure_ascii=False) + "\n")
     write_report(folder)
     return results
+
+
+def _describe_data(recipe: Recipe, dataset: Dataset, watcher: Watcher) -> None:
+    """Report the splits, duplicates across them, and a learning rate that follows from the batch size."""
+    watcher.say(
+        f"data {dataset.name}: {len(dataset.train)} training, {len(dataset.validation)} validation, "
+        f"{len(dataset.test)} test images, {dataset.classes} classes"
+    )
+    if dataset.duplicates.count:
+        watcher.say(dataset.duplicates.sentence())
+    if recipe.train.learning_rate_per is not None:
+        watcher.say(
+            f"learning rate {peak_learning_rate(recipe.train, recipe.train):g}: {recipe.train.learning_rate:g} for "
+            f"{recipe.train.learning_rate_per} images, {recipe.train.batch_size} in a step"
+        )
 
 
 def has_finished(folder: Path, recipe: Recipe) -> bool:
