@@ -70,6 +70,17 @@ def test_an_estimate_changes_nothing(tiny_recipe: TinyRecipe, tmp_path: Path, mo
     assert_same_run(tmp_path / "without", tmp_path / "with")
 
 
+def test_no_teacher_is_built_where_no_method_has_one(
+    tiny_recipe: TinyRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(estimate, "LEAST_VIEWS", 0)
+    recipe = tiny_recipe("methods=[none]", f"teacher.checkpoint={tmp_path / 'absent.pth'}")
+    found = estimate_training(recipe, load_dataset(recipe.data), tmp_path / "run", CPU_FP32)
+    assert found is not None
+    assert found.teachers == 0.0
+    assert found.students > 0
+
+
 def test_short_runs_and_gpus_are_not_estimated(tiny_recipe: TinyRecipe, tmp_path: Path) -> None:
     recipe = tiny_recipe("methods=[none]")
     data = load_dataset(recipe.data)

@@ -124,6 +124,18 @@ def test_a_run_that_was_stopped_goes_on_before_what_is_new(tiny_recipe: TinyReci
     assert_same_run(tmp_path / "once", tmp_path / "run")
 
 
+def test_a_run_whose_newest_state_is_gone_grows_from_the_one_before(tiny_recipe: TinyRecipe, tmp_path: Path) -> None:
+    both, often = tiny_recipe("methods=[none, soft]", *FIELDS), "speed.save_seconds=0.000001"
+    grow(both, tmp_path / "once")
+    folder = tmp_path / "run"
+    with pytest.raises(Interrupted):
+        compare(tiny_recipe("methods=[none]", *FIELDS, often), folder, watcher=StopAfter(9))
+    (folder / "seed-0" / "checkpoint.safetensors").unlink()
+    assert (folder / "seed-0" / "checkpoint.before.safetensors").exists()
+    assert grow(both, folder).trained == {(0, "none"), (0, "soft")}
+    assert_same_run(tmp_path / "once", folder)
+
+
 def test_a_kill_between_two_students_that_are_kept_loses_neither(
     tiny_recipe: TinyRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

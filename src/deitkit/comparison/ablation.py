@@ -18,7 +18,7 @@ from jaxtyping import Bool, Int64
 from torch import Tensor
 
 from deitkit import __version__
-from deitkit.comparison.compare import compare, has_finished, needs_teacher, rehearse
+from deitkit.comparison.compare import compare, has_finished, rehearse
 from deitkit.comparison.finetune import BEFORE
 from deitkit.comparison.rows import paired_over_seeds, reported_rows, row_hits
 from deitkit.comparison.seed_run import load_predictions
@@ -34,6 +34,7 @@ from deitkit.run.results import read_results
 from deitkit.system.device import Precision, choose_device
 from deitkit.system.files import write_text
 from deitkit.teachers.prepare import prepare_teachers
+from deitkit.training.build import needs_teacher
 
 Hits = dict[tuple[str, str, str], dict[int, Bool[Tensor, " n"]]]  # method, weights, readout -> seed -> images got right
 

@@ -31,7 +31,7 @@ from deitkit.system.files import write_text
 from deitkit.teachers.frozen import Teachers, mean_teacher_logits
 from deitkit.teachers.gate import TeacherCard
 from deitkit.teachers.prepare import common_card, prepare_teachers
-from deitkit.training.build import build_students, initial_weights, student_names
+from deitkit.training.build import build_students, initial_weights, needs_teacher, student_names
 from deitkit.training.optim import peak_learning_rate
 
 MODEL_FILES = ("model.safetensors", "model.json")
@@ -114,11 +114,6 @@ def has_finished(folder: Path, recipe: Recipe) -> bool:
         return False
     results = read_results(folder)
     return results["recipe"]["methods"] == list(recipe.methods) and results["seeds"] == list(recipe.seeds)
-
-
-def needs_teacher(recipe: Recipe) -> bool:
-    """Return whether any method of a recipe learns from a teacher."""
-    return any(find_method(name).teacher_signal for name in recipe.methods)
 
 
 def rehearse(recipe: Recipe, dataset: Dataset, precision: Precision) -> list[str]:

@@ -14,7 +14,7 @@ from deitkit.system.device import Precision
 from deitkit.system.timer import duration_text
 from deitkit.teachers.frozen import FrozenTeacher, Teachers
 from deitkit.teachers.prepare import draft_teacher, teacher_folders
-from deitkit.training.build import build_students, student_names
+from deitkit.training.build import build_students, needs_teacher, student_names
 from deitkit.training.cohort import Cohort
 from deitkit.training.student import Student
 
@@ -32,8 +32,8 @@ class Estimate:
 
     def __str__(self) -> str:
         parts = {"teacher": self.teachers, "students": self.students}
-        told = ", ".join(f"{name} {duration_text(seconds)}" for name, seconds in parts.items() if seconds > 0)
-        return f"training will take about {duration_text(self.teachers + self.students)} on this machine ({told})"
+        shares = ", ".join(f"{name} {duration_text(seconds)}" for name, seconds in parts.items() if seconds > 0)
+        return f"training will take about {duration_text(self.teachers + self.students)} on this machine ({shares})"
 
 
 def estimate_training(recipe: Recipe, dataset: Dataset, folder: Path, precision: Precision) -> Estimate | None:
@@ -52,7 +52,7 @@ def estimate_training(recipe: Recipe, dataset: Dataset, folder: Path, precision:
         return None
     teachers = []
     seconds_of_teachers = 0.0
-    for one, home in zip(recipe.teacher.all_teachers, homes, strict=True):
+    for one, home in zip(recipe.teacher.all_teachers, homes, strict=True) if needs_teacher(recipe) else ():
         classifier, card = draft_teacher(one, dataset)
         accelerate(classifier, recipe.speed, precision.device)
         if card.fit != "none" and not (home / "card.json").exists():
@@ -63,7 +63,9 @@ def estimate_training(recipe: Recipe, dataset: Dataset, folder: Path, precision:
             seconds_of_teachers += _seconds([student], None, recipe, dataset, one.augment, one.train, precision)
         teachers.append(FrozenTeacher(classifier))
     students = build_students(recipe, dataset, recipe.seeds[0], precision, names=max(missing.values(), key=len))
-    each = _seconds(students, Teachers(teachers), recipe, dataset, recipe.augment, recipe.train, precision)
+    each = _seconds(
+        students, Teachers(teachers) if teachers else None, recipe, dataset, recipe.augment, recipe.train, precision
+    )
     gc.collect()  # the cohorts, before the run builds its own
     return Estimate(seconds_of_teachers, each * count / len(students))
 

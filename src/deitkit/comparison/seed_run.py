@@ -18,7 +18,7 @@ from deitkit.models.saved import save_classifier
 from deitkit.recipe.schema import Recipe
 from deitkit.run.metrics import read_metrics
 from deitkit.run.observer import Watcher
-from deitkit.run.state import drop_state, load_state, load_tree, save_tree
+from deitkit.run.state import drop_state, has_state, load_state, load_tree, save_tree
 from deitkit.system.device import Precision
 from deitkit.system.files import write_text
 from deitkit.teachers.frozen import Teachers
@@ -113,15 +113,16 @@ def plan_cohorts(home: Path, names: Sequence[str], say: Callable[[str], None]) -
     """
     missing = missing_students(home.parent, int(home.name.removeprefix("seed-")), names)
     shared = home / STATE
-    begun = _students_in(load_state(shared, say)) if (home / STATE).exists() else ()
+    state = (load_state(shared, say) if has_state(shared) else None) or {"students": {}}
+    begun = tuple(state["students"])
     for name in begun:
         if name not in names and not (home / name / PREDICTIONS).exists():
-            _set_aside(name, home)
+            _set_aside(name, state, home)
             say(f"{name} is not in the comparison any more: its training so far stays in {home / name}")
     together = tuple(name for name in missing if name in begun)
     if begun and not together:
         drop_state(shared)
-    alone = [name for name in missing if name not in begun and (home / name / STATE).exists()]
+    alone = [name for name in missing if name not in begun and has_state(home / name / STATE)]
     rest = tuple(name for name in missing if name not in (*together, *alone))
     cohorts = [PlannedCohort((name,), home / name / STATE) for name in alone]
     return (
@@ -138,16 +139,11 @@ def missing_students(folder: Path, seed: int, names: Sequence[str]) -> list[str]
 
 def training_has_begun(home: Path) -> bool:
     """Return whether a state of a training lies in a seed's or a teacher's folder."""
-    return (home / STATE).exists()
+    return has_state(home / STATE)
 
 
-def _students_in(state: dict[str, Any] | None) -> tuple[str, ...]:
-    return () if state is None else tuple(state["students"])
-
-
-def _set_aside(name: str, home: Path) -> None:
-    """Write what the cohort's state holds of one student as the state of a cohort of its own, and its metrics."""
-    state = load_tree(home / STATE)
+def _set_aside(name: str, state: dict[str, Any], home: Path) -> None:
+    """Write what a cohort's state holds of one student as the state of a cohort of its own, and its metrics."""
     _write_metrics(home / name, read_metrics(home.parent), int(home.name.removeprefix("seed-")))
     save_tree(home / name / STATE, state | {"students": {name: state["students"][name]}})
 

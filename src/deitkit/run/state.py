@@ -81,6 +81,11 @@ def load_state(path: Path, say: Callable[[str], None]) -> Any:
     return None
 
 
+def has_state(path: Path) -> bool:
+    """Return whether there is a state to resume from, the newest or the previous one."""
+    return path.exists() or _before(path).exists()
+
+
 def drop_state(path: Path) -> None:
     """Delete the states of a finished run."""
     for file in (path, _before(path)):

@@ -4,7 +4,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 
 from deitkit.data.dataset import Dataset
-from deitkit.distillation.methods import METHODS, Method
+from deitkit.distillation.methods import METHODS, Method, find_method
 from deitkit.errors import RecipeError
 from deitkit.models.accelerate import accelerate
 from deitkit.models.classifier import Classifier
@@ -23,6 +23,11 @@ BASELINE = "cnn-baseline"
 def student_names(recipe: Recipe) -> list[str]:
     """Return the names of a comparison's students in table order: its methods, then the CNN baseline."""
     return [*recipe.methods, *([BASELINE] if recipe.baseline is not None else [])]
+
+
+def needs_teacher(recipe: Recipe) -> bool:
+    """Return whether any method of a recipe learns from a teacher."""
+    return any(find_method(name).teacher_signal for name in recipe.methods)
 
 
 def build_students(

@@ -261,7 +261,7 @@ class Cohort:
             "epoch": self.epoch,
             "step": self.step,
             "seconds": {name: watch.seconds for name, watch in self.watches.items()},
-            "students": {student.name: student.state_dict() for student in self.students},
+            "students": {student.name: student.state_dict(between_epochs=self.step == 0) for student in self.students},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -64,7 +64,6 @@ class Student:
         self.average = ExponentialMovingAverage(classifier, ema_decay) if ema_decay is not None else None
         self.stopped: str | None = None
         self.good = self._snapshot()
-        self.has_moved = False  # since the last good state
         self.reset_meters()
 
     def reset_meters(self) -> None:
@@ -116,7 +115,6 @@ class Student:
 
     def update_ema(self) -> None:
         """Update the average of the weights; not part of a recording, since the decay changes from step to step."""
-        self.has_moved = True
         if self.average is not None:
             self.average.update(self.classifier)
 
@@ -141,25 +139,23 @@ class Student:
                 f"stopped at step {bad_step + 1}: the loss is not finite (learning rate {rate_of(bad_step):.3g})"
             )
             self._restore(self.good)
-            self.has_moved = False
 
     def mark_good(self) -> None:
         """Keep the current weights as the last good state."""
         if self.stopped is None:
             self.good = self._snapshot()
-            self.has_moved = False
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self, *, between_epochs: bool) -> dict[str, Any]:
         """Return the state to resume from, in tensors and plain values only.
 
-        The last good state is None if it is the current one, as between two epochs.
+        Between two epochs the last good weights are the current ones, and are not stored again.
         """
         return {
             "model": self.classifier.model.state_dict(),
             "optimizers": [gathered_state(optimizer) for optimizer in self.optimizers],
             "average": self.average.classifier.state_dict() if self.average else None,
             "average_updates": self.average.updates if self.average else 0,
-            "good": self.good if self.has_moved else None,
+            "good": None if between_epochs else self.good,
             "stopped": self.stopped,
             "seconds": self.watch.seconds,
             "optimizer_seconds": self.optimizer_watch.seconds,
@@ -176,8 +172,7 @@ class Student:
             self.average.classifier.load_state_dict(state["average"])
             self.average.updates = state["average_updates"]
         device = self.bad_step.device
-        self.has_moved = state["good"] is not None
-        self.good = _to(state["good"], device) if self.has_moved else self._snapshot()
+        self.good = self._snapshot() if state["good"] is None else _to(state["good"], device)
         self.stopped, self.watch = state["stopped"], Stopwatch(device, state["seconds"])
         self.optimizer_watch = Stopwatch(device, state["optimizer_seconds"])
         self.term_sums, self.bad_step = _to(state["term_sums"], device), state["bad_step"].to(device)
