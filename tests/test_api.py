@@ -31,34 +31,34 @@ def test_a_comparison_of_own_images(
     monkeypatch.chdir(tmp_path)
     result = deitkit.compare("own-images", data=f"folder:{photos}", **FAST)
     assert result.folder == Path("runs/own-images")
-    assert [row["row"] for row in result.rows][:2] == ["none/class", "token-hard/class"]
-    assert all(row["n"] == 24 for row in result.rows)
+    assert [row.row for row in result.rows][:2] == ["none/class", "token-hard/class"]
+    assert all(row.n == 24 for row in result.rows)
     assert result.winner is not None
     assert result.winner.class_names == ["cat", "dog"]
     (answer,) = result.winner.predict(photos / "test" / "cat" / "0.png")
     assert [name for name, _ in answer["classes"]] in (["cat", "dog"], ["dog", "cat"])
     assert len(result.winner.predict([photos / "test" / "cat", str(photos / "test" / "dog" / "0.png")], top=1)) == 13
     readouts = result.winner.evaluate(f"folder:{photos}")["readouts"]
-    won = next(row for row in result.rows if row["row"] == result.results["winner"])
-    assert {entry["readout"]: entry["top1"] for entry in readouts}[won["readout"]] == won["top1"][0]
+    won = next(row for row in result.rows if row.row == result.results.winner)
+    assert {entry["readout"]: entry["top1"] for entry in readouts}[won.readout] == won.top1[0]
     assert "none/class" in str(result)
     assert "(token-hard, joint)" in result._repr_markdown_()
     assert result.verdict in repr(result)
     assert deitkit.load_model(result.folder).card == result.winner.card
 
     more = deitkit.compare("own-images", data=f"folder:{photos}", **FAST | {"methods": ["none"]}, resume=True)
-    assert [row["row"] for row in more.rows] == ["none/class"]
+    assert [row.row for row in more.rows] == ["none/class"]
     with pytest.raises(CheckpointError, match=r"train\.epochs was 1, now 2"):
         deitkit.compare("own-images", data=f"folder:{photos}", **FAST | {"train.epochs": 2}, resume=True)
     tuned = deitkit.finetune(result.folder, "own-images", data=f"folder:{photos}", **FAST | {"methods": ["none"]})
-    assert tuned.rows[0]["row"].startswith("before/")
+    assert tuned.rows[0].row.startswith("before/")
     alone = deitkit.train(
         "own-images",
         "soft",
         data=f"folder:{photos}",
         **{k: v for k, v in FAST.items() if k not in ("methods", "baseline")},
     )
-    assert {row["method"] for row in alone.rows} == {"soft"}
+    assert {row.method for row in alone.rows} == {"soft"}
 
 
 def test_it_runs_in_a_thread_too(tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ from deitkit.recipe.schema import Recipe
 from deitkit.report.table import rich_table
 from deitkit.run.folder import choose_run_folder, occupied
 from deitkit.run.observer import Silent, Watcher
+from deitkit.run.results import Results, Row
 
 __all__ = [
     "METHODS", "Comparison", "Model", "compare", "finetune", "load_dataset", "load_model", "load_recipe", "train",
@@ -86,24 +87,24 @@ class Comparison:
         results: All that ``results.json`` holds.
     """
 
-    def __init__(self, folder: Path, results: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, results: Results) -> None:
         self.folder = folder
         self.results = results
 
     @property
-    def rows(self) -> list[dict[str, Any]]:
-        """The rows of the table: a method and a readout each."""
-        return list(self.results["rows"])
+    def rows(self) -> tuple[Row, ...]:
+        """The rows of the table: a method and a readout each, such as ``row.method``, ``row.top1_mean``."""
+        return self.results.rows
 
     @property
     def verdict(self) -> str:
         """Which student wins and by how much, in a sentence or two."""
-        return str(self.results["verdict"])
+        return self.results.verdict
 
     @property
     def winner(self) -> Model | None:
         """The winning student; None where none reached its end, and of an ablation, which has no winner."""
-        return Model(self.folder / "winner") if self.results["winner"] is not None else None
+        return Model(self.folder / "winner") if self.results.winner is not None else None
 
     def __str__(self) -> str:
         return as_text(rich_table(self.results))

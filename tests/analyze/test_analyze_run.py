@@ -3,7 +3,6 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -18,15 +17,17 @@ from deitkit.data.dataset import load_dataset
 from deitkit.errors import CheckpointError, DataError, Interrupted, RecipeError
 from deitkit.models.saved import load_classifier
 from deitkit.recipe.load import load_recipe
+from deitkit.run.analysis import Analysis, read_analysis, write_analysis
 from deitkit.run.observer import Silent
+from deitkit.run.results import Results, write_results
 from deitkit.run.state import load_tree
 
 CPU = torch.device("cpu")
 FP32 = ("train.precision=fp32", "teacher.train.precision=fp32")
-Analyzed = tuple[Path, dict[str, Any], dict[str, Any]]
+Analyzed = tuple[Path, Results, Analysis]
 
 
-def compared(folder: Path, *overrides: str) -> dict[str, Any]:
+def compared(folder: Path, *overrides: str) -> Results:
     return compare(load_recipe("digits", [*TINY, *FP32, *overrides]), folder, watcher=Silent())
 
 
@@ -59,53 +60,53 @@ def decided(analyzed: Analyzed) -> dict[str, list[list[int]]]:
     return found
 
 
-def test_judges_are_the_rows_of_the_table_with_its_figures(analyzed: Analyzed) -> None:
+def test_its_rows_are_those_of_the_table_with_its_figures(analyzed: Analyzed) -> None:
     folder, results, analysis = analyzed
-    teacher, *judges = analysis["judges"]
-    assert teacher["judge"] == "teacher"
-    assert teacher["top1"] == results["teacher"]["test_top1"]
-    assert "agreement_overall" not in teacher
-    assert [judge["judge"] for judge in judges] == [row["row"] for row in results["rows"]]
-    for judge, row in zip(judges, results["rows"], strict=True):
-        assert judge["top1"] == pytest.approx(row["top1_mean"], abs=1e-12), row["row"]
-        assert judge["agreement_overall"] == pytest.approx(row["teacher_agreement"], abs=1e-12), row["row"]
-        assert sum(place["count"] for place in judge["reliability"]) == 2 * 100, "the images of both seeds"
-    assert json.loads((folder / "analysis.json").read_text(encoding="utf-8")) == analysis
-    assert analysis["notes"] == []
+    teacher, *summaries = analysis.rows
+    assert teacher.row == "teacher"
+    assert teacher.top1 == results.teacher.test_top1
+    assert teacher.agreement_overall is None
+    assert [summary.row for summary in summaries] == [row.row for row in results.rows]
+    for summary, row in zip(summaries, results.rows, strict=True):
+        assert summary.top1 == pytest.approx(row.top1_mean, abs=1e-12), row.row
+        assert summary.agreement_overall == pytest.approx(row.teacher_agreement, abs=1e-12), row.row
+        assert sum(place.count for place in summary.reliability) == 2 * 100, "the images of both seeds"
+    assert read_analysis(folder) == analysis
+    assert analysis.notes == ()
 
 
 def test_disagreement_is_that_of_a_loop_over_saved_predictions(
     analyzed: Analyzed, decided: dict[str, list[list[int]]]
 ) -> None:
-    table = analyzed[2]["disagreement"]
-    assert table["judges"] == ["truth", "teacher", *(row for row in decided if "/" in row and "logits" not in row)]
-    for first, shares in zip(table["judges"], table["shares"], strict=True):
-        for second, share in zip(table["judges"], shares, strict=True):
+    table = analyzed[2].disagreement
+    assert table.rows == ("truth", "teacher", *(row for row in decided if "/" in row and "logits" not in row))
+    for first, shares in zip(table.rows, table.shares, strict=True):
+        for second, share in zip(table.rows, shares, strict=True):
             pairs = [zip(decided[first][seed], decided[second][seed], strict=True) for seed in (0, 1)]
             differing = sum(one != other for pair in pairs for one, other in pair)
             assert share == pytest.approx(differing / 200), (first, second)
-    assert max(max(shares) for shares in table["shares"]) > 0.1
+    assert max(max(shares) for shares in table.shares) > 0.1
 
 
 def test_classes_are_counted_for_the_teacher_and_one_row_of_each_student(
     analyzed: Analyzed, decided: dict[str, list[list[int]]]
 ) -> None:
-    entries = {entry["judge"]: entry for entry in analyzed[2]["classes"]}
+    entries = {entry.row: entry for entry in analyzed[2].classes}
     assert list(entries) == ["teacher", "none/class", "token-hard/joint", "mean-pool-none/class", "cnn-baseline/class"]
     truth = decided["truth"]
     for name, entry in entries.items():
         pairs = [pair for seed in (0, 1) for pair in zip(truth[seed], decided[name][seed], strict=True)]
-        assert {(true, said): count for true, said, count in entry["confusion"]} == {
+        assert {(true, said): count for true, said, count in entry.confusion} == {
             pair: pairs.count(pair) for pair in set(pairs)
         }
-        for label, accuracy in enumerate(entry["accuracy"]):
+        for label, accuracy in enumerate(entry.accuracy):
             said = [other for true, other in pairs if true == label]
             assert accuracy == pytest.approx(said.count(label) / len(said))
 
 
 def test_cosine_of_the_tokens_is_that_of_a_walk_through_the_blocks(analyzed: Analyzed) -> None:
     folder, _, analysis = analyzed
-    assert [entry["student"] for entry in analysis["tokens"]] == ["token-hard", "token-hard+ema"]
+    assert [entry.student for entry in analysis.tokens] == ["token-hard", "token-hard+ema"]
     images = load_dataset(load_recipe(str(folder / "recipe.yaml")).data).test.images.float() / 255
     layers: list[list[torch.Tensor]] = [[], [], []]
     learned = []
@@ -120,20 +121,20 @@ def test_cosine_of_the_tokens_is_that_of_a_walk_through_the_blocks(analyzed: Ana
                 x = block(x)
                 layer.append(F.normalize(x[:, 0], dim=-1).mul(F.normalize(x[:, 1], dim=-1)).sum(dim=-1))
             learned.append(float(F.normalize(tokens[0, 0], dim=0) @ F.normalize(tokens[0, 1], dim=0)))
-    entry = analysis["tokens"][0]
-    assert entry["learned"] == pytest.approx(sum(learned) / 2, abs=1e-5)
-    assert entry["cosine"] == pytest.approx([float(torch.cat(layer).mean()) for layer in layers], abs=1e-4)
-    assert entry["deviation"] == pytest.approx([float(torch.cat(layer).std()) for layer in layers], abs=1e-4)
+    entry = analysis.tokens[0]
+    assert entry.learned == pytest.approx(sum(learned) / 2, abs=1e-5)
+    assert list(entry.cosine) == pytest.approx([float(torch.cat(layer).mean()) for layer in layers], abs=1e-4)
+    assert list(entry.deviation) == pytest.approx([float(torch.cat(layer).std()) for layer in layers], abs=1e-4)
 
 
 def test_pictures_show_students_that_have_tokens(analyzed: Analyzed) -> None:
     folder, _, analysis = analyzed
-    assert [entry["student"] for entry in analysis["attention"]] == ["none", "token-hard"]
+    assert [entry.student for entry in analysis.attention] == ["none", "token-hard"]
     widths = []
-    for entry in analysis["attention"]:
-        assert entry["seed"] == 3
-        assert len(entry["images"]) == 3
-        with Image.open(folder / "analysis" / entry["file"]) as picture:
+    for entry in analysis.attention:
+        assert entry.seed == 3
+        assert len(entry.images) == 3
+        with Image.open(folder / "analysis" / entry.file) as picture:
             assert len(picture.convert("RGB").getcolors(1 << 24)) > 50
             widths.append(picture.width)
     assert widths[0] < widths[1], "a student with two tokens has two more maps"
@@ -153,23 +154,23 @@ def test_one_seed_alone(analyzed: Analyzed) -> None:
     folder, results, whole = analyzed
     try:
         analysis = analyze_run(folder, images=0, seed=5, watcher=Silent())
-        assert analysis["seeds"] == [5]
-        assert analysis["attention"] == []
-        assert [judge["top1"] for judge in analysis["judges"][1:]] == [row["top1"][1] for row in results["rows"]]
+        assert analysis.seeds == (5,)
+        assert analysis.attention == ()
+        assert [row.top1 for row in analysis.rows[1:]] == [row.top1[1] for row in results.rows]
     finally:
-        (folder / "analysis.json").write_text(json.dumps(whole), encoding="utf-8")
-    with pytest.raises(RecipeError, match=r"--seed 4 is no seed of .*: choose from 3, 5"):
+        write_analysis(whole, folder)
+    with pytest.raises(RecipeError, match=r"--seed 4 is not a seed of .*: choose from 3, 5"):
         analyze_run(folder, seed=4, watcher=Silent())
 
 
 def test_one_student_and_no_teacher(tmp_path: Path) -> None:
     compared(tmp_path / "run", "methods=[none]", "train.epochs=1")
     analysis = analyze_run(tmp_path / "run", images=1, watcher=Silent())
-    assert analysis["disagreement"]["judges"] == ["truth", "none/class"]
-    (judge,) = analysis["judges"]
-    assert "divergence" not in judge
-    assert analysis["tokens"] == []
-    assert [entry["student"] for entry in analysis["attention"]] == ["none"]
+    assert analysis.disagreement.rows == ("truth", "none/class")
+    (row,) = analysis.rows
+    assert row.divergence is None
+    assert analysis.tokens == ()
+    assert [entry.student for entry in analysis.attention] == ["none"]
 
 
 @pytest.mark.parametrize("streaming", ["false", "true"])
@@ -183,8 +184,8 @@ def test_folders_of_grey_images_of_another_size_in_memory_and_streamed(
         "methods=[token-soft]", "train.batch_size=4", "teacher.train.batch_size=4", "train.epochs=1",
     )  # fmt: skip
     analysis = analyze_run(tmp_path / "run", watcher=Silent())
-    assert analysis["n"] == 24
-    assert [judge["top1"] for judge in analysis["judges"][1:]] == [row["top1_mean"] for row in results["rows"]]
+    assert analysis.n == 24
+    assert [row.top1 for row in analysis.rows[1:]] == [row.top1_mean for row in results.rows]
 
 
 def test_a_student_that_stopped_is_left_out(tmp_path: Path) -> None:
@@ -195,9 +196,9 @@ def test_a_student_that_stopped_is_left_out(tmp_path: Path) -> None:
     results["rows"][0] = stopped | {"top1_std": None, "top1_ci95": None}
     (folder / "results.json").write_text(json.dumps(results), encoding="utf-8")
     analysis = analyze_run(folder, images=1, watcher=Silent())
-    assert analysis["disagreement"]["judges"] == ["truth", "class-only/class"]
-    assert [entry["student"] for entry in analysis["attention"]] == ["class-only"]
-    assert analysis["notes"] == ["none/class is left out: it stopped, or the run does not hold its model."]
+    assert analysis.disagreement.rows == ("truth", "class-only/class")
+    assert [entry.student for entry in analysis.attention] == ["class-only"]
+    assert analysis.notes == ("none/class is left out: it stopped, or the run folder does not contain its model.",)
 
 
 def test_two_teachers_answer_by_their_mean_and_a_row_without_a_model_is_left_out(tmp_path: Path) -> None:
@@ -206,11 +207,12 @@ def test_two_teachers_answer_by_their_mean_and_a_row_without_a_model_is_left_out
         folder, "methods=[soft]", "train.epochs=1",
         "teacher.also=[{name: cifar/resnet20, allow_weak: true, train: {batch_size: 16, epochs: 2}}]",
     )  # fmt: skip
-    before = results["rows"][0] | {"row": "before/class", "method": "before", "top1": [0.5]}
-    (folder / "results.json").write_text(json.dumps(results | {"rows": [before, *results["rows"]]}), encoding="utf-8")
+    changed = {"row": "before/class", "method": "before", "kind": "checkpoint", "top1": (0.5,)}
+    before = results.rows[0].model_copy(update=changed)
+    write_results(results.model_copy(update={"rows": (before, *results.rows)}), folder)
     analysis = analyze_run(folder, images=0, watcher=Silent())
-    teacher, student = analysis["judges"]
-    assert teacher["top1"] == results["teacher"]["test_top1"]
+    teacher, student = analysis.rows
+    assert teacher.top1 == results.teacher.test_top1
     images = load_dataset(load_recipe(str(folder / "recipe.yaml")).data).test.images.float() / 255
     shares = []
     for name in ("teacher", "teacher-2"):
@@ -219,8 +221,8 @@ def test_two_teachers_answer_by_their_mean_and_a_row_without_a_model_is_left_out
     decisions = (shares[0] + shares[1]).argmax(dim=-1)
     (scores,) = load_tree(folder / "seed-0" / "soft" / "predictions.safetensors")["scores"]["last"]["test"].values()
     agrees = (scores.argmax(dim=-1) == decisions).double().mean().item()
-    assert student["agreement_overall"] == pytest.approx(agrees)
-    assert analysis["notes"] == ["before/class is left out: it stopped, or the run does not hold its model."]
+    assert student.agreement_overall == pytest.approx(agrees)
+    assert analysis.notes == ("before/class is left out: it stopped, or the run folder does not contain its model.",)
     (folder / "teacher-2" / "card.json").unlink()
     with pytest.raises(CheckpointError, match=r"teacher-2 holds no card.json"):
         analyze_run(folder, watcher=Silent())
@@ -240,19 +242,20 @@ def test_what_cannot_be_analyzed_is_told_in_one_sentence(tmp_path: Path) -> None
         analyze_run(folder, watcher=Impatient())
     assert not (folder / "analysis.json").exists()
     text = (folder / "results.json").read_text(encoding="utf-8")
-    (folder / "results.json").write_text(text.replace(results["dataset"]["fingerprint"], "0" * 64), encoding="utf-8")
-    assert "fingerprint" in analyze_run(folder, images=0, watcher=Silent())["notes"][0]
-    results["dataset"]["test"] = 90
-    (folder / "results.json").write_text(json.dumps(results), encoding="utf-8")
-    with pytest.raises(DataError, match="has 100 test images of 10 classes, the run was tested on 90 of 10"):
+    (folder / "results.json").write_text(text.replace(results.dataset.fingerprint, "0" * 64), encoding="utf-8")
+    assert "fingerprint" in analyze_run(folder, images=0, watcher=Silent()).notes[0]
+    fewer = results.dataset.model_copy(update={"test": 90})
+    write_results(results.model_copy(update={"dataset": fewer}), folder)
+    with pytest.raises(DataError, match="has 100 test images of 10 classes, but the run was tested on 90 of 10"):
         analyze_run(folder, watcher=Silent())
     (folder / "results.json").write_text(text, encoding="utf-8")
     (folder / "seed-0" / "none" / "model.json").unlink()
-    with pytest.raises(CheckpointError, match=r"run holds no student that ended its training, as seed-0/METHOD"):
+    with pytest.raises(CheckpointError, match=r"run contains no student that finished its training, as seed-0/METHOD"):
         analyze_run(folder, watcher=Silent())
     added = ("variant", "changed", "teacher_name", "teacher_test_top1", "difference_vs_base", "p_vs_base")
-    row = results["rows"][0] | dict.fromkeys((*added, "difference_vs_base_ci95", "p_vs_base_test"))
-    ablation = results | {"variants": {"base": {}}, "rows": [row]}
+    stored = json.loads(text)
+    row = stored["rows"][0] | dict.fromkeys((*added, "difference_vs_base_ci95", "p_vs_base_test"))
+    ablation = stored | {"variants": {"base": {}}, "rows": [row | {"variant": "base", "changed": ""}]}
     (folder / "results.json").write_text(json.dumps(ablation), encoding="utf-8")
     with pytest.raises(CheckpointError, match=r"analyze one of its variants, such as .*run/variants/base"):
         analyze_run(folder, watcher=Silent())

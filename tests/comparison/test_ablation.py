@@ -72,42 +72,42 @@ def hits_by_hand(run: Path, recipe: Recipe, variant: str) -> torch.Tensor:
 def test_the_difference_is_that_of_the_saved_predictions(tiny_recipe: TinyRecipe, tmp_path: Path) -> None:
     recipe = tiny_recipe(*ONE_EPOCH, *LEARNS, *TWO)
     results = compare_variants(recipe, tmp_path / "run", watcher=Silent())
-    assert [row["variant"] for row in results["rows"]] == ["base", "sgd", "shallow"]
-    assert results["rows"][0]["difference_vs_base"] is None
+    assert [row.variant for row in results.rows] == ["base", "sgd", "shallow"]
+    assert results.rows[0].difference_vs_base is None
     base = hits_by_hand(tmp_path / "run", recipe, "base")
-    for row in results["rows"][1:]:
-        hits = hits_by_hand(tmp_path / "run", recipe, row["variant"])
+    for row in results.rows[1:]:
+        hits = hits_by_hand(tmp_path / "run", recipe, row.variant)
         gained, lost = int((hits & ~base).sum()), int((base & ~hits).sum())
         assert gained != lost, "these two show nothing: choose others"
-        assert row["top1"] == [pytest.approx(int(hits.sum()) / 100)]
-        assert row["difference_vs_base"] == pytest.approx((gained - lost) / 100)
-        assert row["p_vs_base"] == pytest.approx(binomtest(gained, gained + lost).pvalue)
+        assert list(row.top1) == [pytest.approx(int(hits.sum()) / 100)]
+        assert row.difference_vs_base == pytest.approx((gained - lost) / 100)
+        assert row.p_vs_base == pytest.approx(binomtest(gained, gained + lost).pvalue)
         # Wald's interval of a difference of paired shares, as textbooks print it (with n - 1)
         deviation = math.sqrt((gained + lost - (gained - lost) ** 2 / 100) / 99 / 100)
         half = 1.96 * deviation
-        assert row["difference_vs_base_ci95"] == pytest.approx(
+        assert row.difference_vs_base_ci95 == pytest.approx(
             ((gained - lost) / 100 - half, (gained - lost) / 100 + half)
         )
     found = verify_run(tmp_path / "run", Silent())
-    assert found["holds"]
-    assert [(row["row"], [row["measured"]]) for row in found["rows"]] == [
-        (row["row"], pytest.approx(row["top1"])) for row in results["rows"]
+    assert found.holds
+    assert [(row.row, [row.measured]) for row in found.rows] == [
+        (row.row, pytest.approx(row.top1)) for row in results.rows
     ]
     told = json.loads((tmp_path / "run" / "results.json").read_text())
     told["rows"][2]["top1"][0] += 0.01
     (tmp_path / "run" / "results.json").write_text(json.dumps(told))
     found = verify_run(tmp_path / "run", Silent())
-    assert [row["row"] for row in found["rows"] if not row["holds"]] == [results["rows"][2]["row"]]
-    assert results["variants"] == {
+    assert [row.row for row in found.rows if not row.holds] == [results.rows[2].row]
+    assert results.variants == {
         "base": {}, "sgd": {"train.optimizer": ("adamw", "sgd")}, "shallow": {"model.depth": (2, 1)},
     }  # fmt: skip
 
 
 def test_over_seeds_the_difference_is_paired_by_seed(tiny_recipe: TinyRecipe, tmp_path: Path) -> None:
     recipe = tiny_recipe(*ONE_EPOCH, *LEARNS, TWO[0], "seeds=[0, 1]", "train.epochs=4")
-    base, sgd = compare_variants(recipe, tmp_path / "run", watcher=Silent())["rows"]
-    assert sgd["p_vs_base"] == pytest.approx(ttest_rel(sgd["top1"], base["top1"]).pvalue)
-    assert sgd["difference_vs_base"] == pytest.approx(sgd["top1_mean"] - base["top1_mean"])
+    base, sgd = compare_variants(recipe, tmp_path / "run", watcher=Silent()).rows
+    assert sgd.p_vs_base == pytest.approx(ttest_rel(sgd.top1, base.top1).pvalue)
+    assert sgd.difference_vs_base == pytest.approx(sgd.top1_mean - base.top1_mean)
 
 
 def test_stopped_in_the_second_variant_it_goes_on_there(tiny_recipe: TinyRecipe, tmp_path: Path) -> None:
@@ -125,7 +125,7 @@ def test_stopped_in_the_second_variant_it_goes_on_there(tiny_recipe: TinyRecipe,
     resumed = compare_variants(recipe, run, watcher=watcher, resume=True)
     assert len(watcher.titles) == 2, "the base was trained again"
     assert (run / "variants" / "base" / "metrics.jsonl").read_bytes() == before
-    assert [row["top1"] for row in resumed["rows"]] == [row["top1"] for row in whole["rows"]]
+    assert [row.top1 for row in resumed.rows] == [row.top1 for row in whole.rows]
     for name in ("base", "sgd", "shallow"):
         weights = [load_file(place / "variants" / name / "seed-0/none/model.safetensors") for place in
                    (run, tmp_path / "whole")]  # fmt: skip
@@ -137,7 +137,7 @@ def test_a_run_takes_more_variants_and_no_other_ones(tiny_recipe: TinyRecipe, tm
     watcher = Counting()
     results = compare_variants(tiny_recipe(*ONE_EPOCH, *TWO), tmp_path / "run", watcher=watcher, resume=True)
     assert len(watcher.titles) == 1
-    assert [row["variant"] for row in results["rows"]] == ["base", "sgd", "shallow"]
+    assert [row.variant for row in results.rows] == ["base", "sgd", "shallow"]
     other = tiny_recipe(*ONE_EPOCH, "variants.sgd.train.optimizer=adamw")
     with pytest.raises(CheckpointError, match=r"train\.optimizer was sgd, now adamw"):
         compare_variants(other, tmp_path / "run", watcher=Silent(), resume=True)
@@ -156,22 +156,22 @@ def test_a_teacher_is_trained_once_and_shared_where_it_is_the_same(tiny_recipe: 
     weights = {name: (tmp_path / "run/variants" / name / "teacher/model.safetensors").read_bytes()
                for name in ("base", "sgd", "larger")}  # fmt: skip
     assert weights["base"] == weights["sgd"] != weights["larger"]
-    taught = {row["variant"]: row for row in results["rows"] if row["method"] == "token-hard"}
-    assert {name: row["teacher_name"] for name, row in taught.items()} == {
+    taught = {row.variant: row for row in results.rows if row.method == "token-hard"}
+    assert {name: row.teacher_name for name, row in taught.items()} == {
         "base": "cifar/resnet20", "sgd": "cifar/resnet20", "larger": "cifar/resnet32",
     }  # fmt: skip
-    assert all(row["readout"] == "joint" for row in taught.values())
-    rows = {row["row"]: row for row in results["rows"]}
-    assert rows["larger: none/class"]["difference_vs_base"] == 0, "a student without teacher noticed the teacher"
-    assert rows["larger: none/class"]["teacher_name"] is None
+    assert all(row.readout == "joint" for row in taught.values())
+    rows = {row.row: row for row in results.rows}
+    assert rows["larger: none/class"].difference_vs_base == 0, "a student without teacher noticed the teacher"
+    assert rows["larger: none/class"].teacher_name is None
 
 
 def test_averaged_weights_stand_beside_the_base_without(tiny_recipe: TinyRecipe, tmp_path: Path) -> None:
     recipe = tiny_recipe(*ONE_EPOCH, "variants.ema.train.ema_decay=0.9")
-    rows = compare_variants(recipe, tmp_path / "run", watcher=Silent())["rows"]
-    assert [row["row"] for row in rows] == ["base: none/class", "ema: none/class", "ema: none/class+ema"]
-    assert rows[1]["difference_vs_base"] == 0
-    assert rows[2]["difference_vs_base"] == pytest.approx(rows[2]["top1_mean"] - rows[0]["top1_mean"])
+    rows = compare_variants(recipe, tmp_path / "run", watcher=Silent()).rows
+    assert [row.row for row in rows] == ["base: none/class", "ema: none/class", "ema: none/class+ema"]
+    assert rows[1].difference_vs_base == 0
+    assert rows[2].difference_vs_base == pytest.approx(rows[2].top1_mean - rows[0].top1_mean)
 
 
 def test_a_student_that_stopped_keeps_a_row_that_says_so(
@@ -179,10 +179,10 @@ def test_a_student_that_stopped_keeps_a_row_that_says_so(
 ) -> None:
     monkeypatch.setattr(Student, "backward", poisoned_gradient("none", 13))
     results = compare_variants(tiny_recipe(*ONE_EPOCH, *TWO), tmp_path / "run", watcher=Silent())
-    base, sgd, shallow = results["rows"]
-    assert sgd["status"].startswith("seed 0 stopped at step 4")
-    assert sgd["difference_vs_base"] is None
-    assert (base["status"], shallow["status"]) == ("ok", "ok")
+    base, sgd, shallow = results.rows
+    assert sgd.status.startswith("seed 0 stopped at step 4")
+    assert sgd.difference_vs_base is None
+    assert (base.status, shallow.status) == ("ok", "ok")
     assert "| sgd | train.optimizer: muon → sgd | stopped† |" in (tmp_path / "run" / "table.md").read_text()
 
 
@@ -271,7 +271,6 @@ def test_other_test_images_are_refused(
     with pytest.raises(DataError, match=r"variant larger: .*test images"):
         compare_variants(tiny_recipe(*ONE_EPOCH, "variants.larger.data.image_px=12"), tmp_path, watcher=Silent())
     monkeypatch.undo()
-    rows = compare_variants(tiny_recipe(*ONE_EPOCH, "variants.larger.data.image_px=12"), tmp_path, watcher=Silent())[
-        "rows"
-    ]
-    assert rows[1]["difference_vs_base"] is not None
+    recipe = tiny_recipe(*ONE_EPOCH, "variants.larger.data.image_px=12")
+    rows = compare_variants(recipe, tmp_path, watcher=Silent()).rows
+    assert rows[1].difference_vs_base is not None

@@ -65,7 +65,7 @@ def test_a_run_folder_holds_all_that_the_design_promises(tiny_recipe: TinyRecipe
     ):  # fmt: skip
         assert (tmp_path / "run" / name).stat().st_size > 0, name
     assert not list((tmp_path / "run").rglob("*.pkl"))
-    rows = {row["row"]: row for row in results["rows"]}
+    rows = {row.row: row for row in results.rows}
     assert set(rows) == {
         f"{name}{ema}"
         for ema in ("", "+ema")
@@ -74,16 +74,16 @@ def test_a_run_folder_holds_all_that_the_design_promises(tiny_recipe: TinyRecipe
             "cnn-baseline/class",
         )
     }  # fmt: skip
-    assert rows["none/class"]["difference_vs_none"] is None
-    assert rows["token-hard/joint"]["p_test"] == "McNemar"
-    assert results["dataset"]["train"] == 64
+    assert rows["none/class"].difference_vs_none is None
+    assert rows["token-hard/joint"].p_test == "McNemar"
+    assert results.dataset.train == 64
     assert load_recipe(str(tmp_path / "run" / "recipe.yaml")) == recipe
 
     # The table's figure is that of the saved weights on the test images.
     classifier, _ = load_classifier(tmp_path / "run" / "seed-0" / "token-hard", torch.device("cpu"))
     test = load_dataset(recipe.data).test
     scores = readout_scores(predict(classifier, test, CPU_FP32))["joint"]
-    assert rows["token-hard/joint"]["top1"] == [top_k_accuracy(scores, test.labels)]
+    assert rows["token-hard/joint"].top1 == (top_k_accuracy(scores, test.labels),)
     before = (tmp_path / "run" / "table.csv").read_text()
     write_report(tmp_path / "run")
     assert (tmp_path / "run" / "table.csv").read_text() == before
@@ -92,12 +92,12 @@ def test_a_run_folder_holds_all_that_the_design_promises(tiny_recipe: TinyRecipe
 def test_rows_over_seeds_have_spread_and_a_paired_test(tiny_recipe: TinyRecipe, tmp_path: Path) -> None:
     recipe = tiny_recipe("methods=[none, soft]", "seeds=[0, 1, 2]", "augment.cutmix=0", "augment.crop=none", *LEARNS)
     results = compare(recipe, tmp_path / "run", watcher=Silent())
-    soft = results["rows"][1]
-    mean = sum(soft["top1"]) / 3
-    assert soft["top1_mean"] == pytest.approx(mean)
-    assert soft["top1_std"] == pytest.approx(math.sqrt(sum((value - mean) ** 2 for value in soft["top1"]) / 2))
-    assert soft["p_test"] == "paired t"
-    assert len(set(soft["top1"])) > 1, "three seeds gave one figure"
+    soft = results.rows[1]
+    mean = sum(soft.top1) / 3
+    assert soft.top1_mean == pytest.approx(mean)
+    assert soft.top1_std == pytest.approx(math.sqrt(sum((value - mean) ** 2 for value in soft.top1) / 2))
+    assert soft.p_test == "paired t"
+    assert len(set(soft.top1)) > 1, "three seeds gave one figure"
 
 
 @pytest.mark.parametrize("steps", [1, 5, 6, 9, 13, 17, 23])
@@ -130,8 +130,8 @@ def test_a_clock_that_jumps_changes_nothing(
     with pytest.raises(Interrupted):
         compare(recipe, tmp_path / "jumping", watcher=StopAfter(9))
     jumping = compare(recipe, tmp_path / "jumping", watcher=Silent(), resume=True)
-    assert timeless(jumping) == timeless(steady)
-    assert all(0 < row["train_seconds"] < 3600 for row in jumping["rows"])
+    assert timeless(jumping.to_json()) == timeless(steady.to_json())
+    assert all(0 < row.train_seconds < 3600 for row in jumping.rows)
 
 
 def test_resume_of_an_ended_run_trains_nothing(tiny_recipe: TinyRecipe, tmp_path: Path) -> None:
@@ -176,11 +176,11 @@ def test_a_stopped_student_is_a_row_that_says_so(
 ) -> None:
     monkeypatch.setattr(Student, "backward", poisoned_gradient("hard", 5))
     results = compare(tiny_recipe("methods=[none, hard]"), tmp_path / "run", watcher=Silent())
-    none, hard = results["rows"]
-    assert none["status"] == "ok"
-    assert hard["status"].startswith("seed 0 stopped at step 6: the loss is not finite (learning rate")
-    assert hard["top1"] == [None]
-    assert results["winner"] == "none/class"
+    none, hard = results.rows
+    assert none.status == "ok"
+    assert hard.status.startswith("seed 0 stopped at step 6: the loss is not finite (learning rate")
+    assert hard.top1 == (None,)
+    assert results.winner == "none/class"
 
 
 LEARNS = ("data.train_images=320", "train.epochs=4", "train.optimizer=adamw", "train.learning_rate=0.004")
@@ -210,11 +210,11 @@ def test_every_shipped_recipe_trains_two_steps(name: str, tmp_path: Path, monkey
         monkeypatch.setattr("deitkit.comparison.compare.write_report", lambda *_: [])
         monkeypatch.setattr("deitkit.comparison.compare.draw_views", lambda *_: None)
         results = compare_variants(recipe, tmp_path / "run", watcher=Silent())
-        assert {row["variant"] for row in results["rows"]} == {"base", *recipe.variants}
+        assert {row.variant for row in results.rows} == {"base", *recipe.variants}
     else:
         results = compare(recipe, tmp_path / "run", watcher=Silent())
-    assert {row["method"] for row in results["rows"]} - {"cnn-baseline"} == set(recipe.methods)
-    assert all(row["status"] == "ok" for row in results["rows"])
+    assert {row.method for row in results.rows} - {"cnn-baseline"} == set(recipe.methods)
+    assert all(row.status == "ok" for row in results.rows)
 
 
 def test_a_cohort_of_every_method_trains(tiny_recipe: TinyRecipe) -> None:

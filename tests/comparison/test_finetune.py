@@ -67,26 +67,26 @@ def finetune(checkpoint: Path, tmp_path: Path, *overrides: str) -> tuple[dict[st
     """Run it, and return the rows by name and all results."""
     recipe = start_from(recipe_of(tmp_path, *overrides), checkpoint)
     results = compare(recipe, tmp_path / "tuned", watcher=Silent())
-    return {row["row"]: row for row in results["rows"]}, results
+    return {row.row: row for row in results.rows}, results
 
 
 def test_the_row_before_is_what_evaluate_says_and_gains_are_paired_with_it(plain: Path, tmp_path: Path) -> None:
     rows, results = finetune(plain, tmp_path, "methods=[none, token-hard]", "data.image_px=12")
     (expected,) = evaluate_model(plain / "winner", "digits")["readouts"]
     before = rows["before/class"]
-    assert before["top1"] == [expected["top1"]]
-    assert before["top1_ci95"] == expected["top1_ci95"]
-    assert before["top5"] == [expected["top5"]]
+    assert before.top1 == (expected["top1"],)
+    assert before.top1_ci95 == expected["top1_ci95"]
+    assert before.top5 == (expected["top5"],)
     assert 0.3 < expected["top1"] < 0.99, "a model that is neither new nor perfect tells rows apart"
 
     test = load_dataset(recipe_of(tmp_path).data).test
     predictions = load_tree(tmp_path / "tuned" / "seed-0" / "token-hard" / "predictions.safetensors")
     after = predictions["scores"]["last"]["test"]["joint"].argmax(-1) == test.labels
     row = rows["token-hard/joint"]
-    assert row["difference_vs_before"] == pytest.approx(after.double().mean().item() - expected["top1"])
-    assert row["p_vs_before_test"] == "McNemar"
-    low, high = row["difference_vs_before_ci95"]
-    assert low < row["difference_vs_before"] < high
+    assert row.difference_vs_before == pytest.approx(after.double().mean().item() - expected["top1"])
+    assert row.p_vs_before_test == "McNemar"
+    low, high = row.difference_vs_before_ci95
+    assert low < row.difference_vs_before < high
 
     layout = lay_out(results)
     assert layout.lines[0].name == "before/class"
@@ -99,23 +99,23 @@ def test_the_row_before_is_what_evaluate_says_and_gains_are_paired_with_it(plain
 @pytest.mark.usefixtures("without_report")
 def test_students_start_from_the_checkpoint(plain: Path, tmp_path: Path) -> None:
     rows, _ = finetune(plain, tmp_path, "methods=[none, hard, token-hard]", *FROZEN)
-    before = rows["before/class"]["top1_mean"]
+    before = rows["before/class"].top1_mean
     for name in ("none/class", "hard/class"):
-        assert rows[name]["top1_mean"] == before, name
-        assert (rows[name]["difference_vs_before"], rows[name]["p_vs_before"]) == (0, 1)
+        assert rows[name].top1_mean == before, name
+        assert (rows[name].difference_vs_before, rows[name].p_vs_before) == (0, 1)
     for name in ("token-hard/class", "token-hard/distillation"):  # one token more for all to attend to
-        assert rows[name]["top1_mean"] == pytest.approx(before, abs=0.1), name
+        assert rows[name].top1_mean == pytest.approx(before, abs=0.1), name
 
 
 @pytest.mark.usefixtures("without_report")
 def test_two_seeds_are_compared_with_one_model(plain: Path, tmp_path: Path) -> None:
     rows, results = finetune(plain, tmp_path, "methods=[none]", "seeds=[0, 1]", "train.epochs=1")
     before, after = rows["before/class"], rows["none/class"]
-    assert len(before["top1"]) == 1
-    differences = [value - before["top1"][0] for value in after["top1"]]
-    assert after["difference_vs_before"] == pytest.approx(sum(differences) / 2)
-    assert after["p_vs_before"] == pytest.approx(stats.ttest_1samp(differences, 0).pvalue)
-    assert after["p_vs_before_test"] == "paired t"
+    assert len(before.top1) == 1
+    differences = [value - before.top1[0] for value in after.top1]
+    assert after.difference_vs_before == pytest.approx(sum(differences) / 2)
+    assert after.p_vs_before == pytest.approx(stats.ttest_1samp(differences, 0).pvalue)
+    assert after.p_vs_before_test == "paired t"
     assert lay_out(results).lines[0].cells["top1"].endswith("]")
 
 
@@ -127,8 +127,8 @@ def test_other_classes_get_a_new_head_and_a_sentence(
     fields = (f"data.name=folder:{photos}", "data.train_images=null", "train.batch_size=4", "methods=[none]")
     rows, results = finetune(plain, tmp_path, *fields)
     assert set(rows) == {"none/class"}
-    assert "difference_vs_before" not in rows["none/class"]
-    (note,) = [note for note in results["notes"] if "no row of its own" in note]
+    assert "difference_vs_before" not in results.to_json()["rows"][0]
+    (note,) = [note for note in results.notes if "no row of its own" in note]
     assert "10 other classes (0, 1, 2, 3, ...) than the 2 of folder:" in note
     assert note in lay_out(results).footnotes
 
@@ -143,14 +143,14 @@ def test_a_released_file_is_asked_as_timm_would(tmp_path: Path) -> None:
     sees = ("data.image_px=16", "data.channels=3")
     rows, results = finetune(tmp_path / "released.pth", tmp_path, *sees, "methods=[none]", *FROZEN)
     data = load_dataset(recipe_of(tmp_path, *sees).data)
-    assert any("nothing names its classes" in note for note in results["notes"])
+    assert any("nothing names its classes" in note for note in results.notes)
     mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
     with torch.no_grad():
         answers = model((data.test.images / 255 - mean) / std).argmax(-1)
     expected = (answers == data.test.labels).double().mean().item()
-    assert rows["before/class"]["top1"] == [expected]
-    assert rows["none/class"]["top1"] == [pytest.approx(expected, abs=0.01)], "another normalisation, taken up"
-    assert results["recipe"]["model"]["patch_px"] == 8
+    assert rows["before/class"].top1 == (expected,)
+    assert list(rows["none/class"].top1) == [pytest.approx(expected, abs=0.01)], "another normalisation, taken up"
+    assert results.recipe["model"]["patch_px"] == 8
     assert len(set(answers.tolist())) > 3, "an answer that never changes would agree with anything"
 
 

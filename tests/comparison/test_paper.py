@@ -85,17 +85,17 @@ def test_all_ingredients_run_together_in_memory_and_streamed(image_folder: str, 
         run = tmp_path / streaming
         results = compare(recipe, run, watcher=Silent())
         readouts = ("class", "distillation", "joint", "joint-logits")
-        assert {row["row"] for row in results["rows"]} == {
+        assert {row.row for row in results.rows} == {
             f"token-hard/{readout}{average}" for readout in readouts for average in ("", "+ema")
         }
-        assert all(row["status"] == "ok" and row["n"] == 8 for row in results["rows"])
+        assert all(row.status == "ok" and row.n == 8 for row in results.rows)
         for folder in ("seed-0/token-hard", "seed-0/token-hard+ema", "teacher"):
             assert json.loads((run / folder / "model.json").read_text())["eval_crop"] == 0.875
         (record,) = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         assert record["step"] == 2  # an epoch of 26 images has two steps of 12, each of four images in three views
         assert record["learning_rate"] == pytest.approx(0.0005 * 12 / 512)
         assert set(record["terms"]) == {"labels", "teacher"}
-        seen.append((record["train_loss"], record["validation"], [row["top1"] for row in results["rows"]]))
+        seen.append((record["train_loss"], record["validation"], [row.top1 for row in results.rows]))
     assert seen[0] == seen[1]
 
 

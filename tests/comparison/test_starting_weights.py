@@ -46,8 +46,8 @@ def test_a_comparison_goes_on_from_the_winner_of_another(tiny_recipe: TinyRecipe
     tokens = "token-hard: tokens: class -> class+distillation; distillation token and head start as copies of the class"
     assert f"students start from {name}" in watcher.heard
     assert any(line.startswith(tokens) for line in watcher.heard)
-    assert results["initial"] == name
-    assert f"Students start from {name}." in results["notes"]
+    assert results.initial == name
+    assert f"Students start from {name}." in results.notes
     card = json.loads((tmp_path / "second" / "seed-0" / "token-hard" / "model.json").read_text())
     assert card["initial"] == name
 
@@ -55,7 +55,7 @@ def test_a_comparison_goes_on_from_the_winner_of_another(tiny_recipe: TinyRecipe
 def test_without_a_checkpoint_nothing_is_said_and_none_is_recorded(tiny_recipe: TinyRecipe, tmp_path: Path) -> None:
     watcher = Listener()
     results = compare(tiny_recipe("methods=[none]", "train.epochs=1"), tmp_path / "run", watcher=watcher)
-    assert results["initial"] is None
+    assert results.initial is None
     assert not [line for line in watcher.heard if "start" in line]
 
 

@@ -28,7 +28,7 @@ def test_a_table_holds_until_a_student_or_the_data_change(tmp_path: Path) -> Non
     assert found["holds"]
     assert found["tolerance"] == 0
     assert [(row["row"], row["measured"]) for row in found["rows"]] == [
-        (row["row"], pytest.approx(row["top1"][0])) for row in results["rows"]
+        (row.row, pytest.approx(row.top1[0])) for row in results.rows
     ]
     told = json.loads((run / "results.json").read_text())
     recorded = told["rows"][0]["top1"][0]

@@ -262,16 +262,16 @@ def test_a_comparison_tells_of_duplicates(tiny_recipe, tmp_path, capsys):
     write_split(tmp_path / "data", "folder", pixels, train=40)
     said = []
     results = compare_once(tiny_recipe, tmp_path, said, f"data.name=folder:{tmp_path / 'data'}")
-    found = results["dataset"]["duplicates"]
-    assert len(found["examples"]) == 5
-    test, train = found["examples"][0]
-    sentence = f"{found['count']} test images are also among the training images, such as '{test}' (as '{train}')"
+    found = results.dataset.duplicates
+    assert len(found.examples) == 5
+    test, train = found.examples[0]
+    sentence = f"{found.count} test images are also among the training images, such as '{test}' (as '{train}')"
     assert sum(line.startswith(sentence) for line in said) == 1
-    assert sum(note.startswith(sentence) for note in results["notes"]) == 1
+    assert sum(note.startswith(sentence) for note in results.notes) == 1
     written = json.loads((tmp_path / "run" / "results.json").read_text(encoding="utf-8"))
     assert written["dataset"]["duplicates"] == {
-        "count": found["count"],
-        "examples": [list(p) for p in found["examples"]],
+        "count": found.count,
+        "examples": [list(p) for p in found.examples],
     }
     for name in ("table.md", "table.tex", "report.html"):
         assert "also among the training images" in (tmp_path / "run" / name).read_text(encoding="utf-8")
@@ -307,7 +307,7 @@ def test_class_names_of_any_kind_go_all_the_way(tiny_recipe, tmp_path, capsys, m
     results = compare_once(tiny_recipe, tmp_path, [], f"data.name=parquet:{tmp_path}")
     run = tmp_path / "run"
     names = sorted(NAMES)
-    assert results["dataset"]["class_names"] == names
+    assert results.dataset.class_names == tuple(names)
     assert json.loads((run / "results.json").read_text(encoding="utf-8"))["dataset"]["class_names"] == names
     page = (run / "report.html").read_text(encoding="utf-8")
     listed = re.search('<ul class="names">(.*?)</ul>', page, re.DOTALL)[1]

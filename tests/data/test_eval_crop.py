@@ -121,7 +121,7 @@ def test_a_model_is_evaluated_and_used_as_its_card_says(
     for folder in ("seed-0/hard", "teacher"):
         assert json.loads((tmp_path / "run" / folder / "model.json").read_text())["eval_crop"] == CROP
     measured = evaluate_model(tmp_path / "run" / "seed-0" / "hard", f"folder:{photos}")
-    assert measured["readouts"][0]["top1"] == results["rows"][0]["top1"][0]
+    assert measured["readouts"][0]["top1"] == results.rows[0].top1[0]
 
     files = sorted((photos / "test").rglob("*.png"))
     answers = predict_files(tmp_path / "run" / "winner", files, top=2)

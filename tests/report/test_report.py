@@ -20,15 +20,16 @@ from deitkit.errors import CheckpointError
 from deitkit.recipe.schema import Recipe
 from deitkit.report.charts import accuracy_chart, curve_charts
 from deitkit.report.figures import curves_of, validation_accuracy
-from deitkit.report.published import published_rows
+from deitkit.report.published import published_figures
 from deitkit.report.table import rich_table, write_tables
-from deitkit.report.table_layout import lay_out
+from deitkit.report.table_layout import Layout, lay_out
 from deitkit.report.write import write_report
 from deitkit.run.metrics import read_metrics
-from deitkit.run.results import read_results
+from deitkit.run.results import parse_results, read_results, write_results
 from deitkit.system.files import write_bytes, write_text
 
 CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+PUBLISHED = ("reproduction", "paper")
 HOSTILE = """</script><script>alert(1)</script>'"`&|_100%#$~^\\{[x](y)"""
 LABELS = {
     "none": "no distillation",
@@ -111,7 +112,9 @@ def make_results(seeds: tuple[int, ...] = (0, 1), teacher: bool = True) -> dict[
         "format": 1,
         "deitkit": "0.1.0",
         "created": "2026-11-22T22:00:00Z",
-        "recipe": Recipe(name="cifar10-small", seeds=seeds, published=("seed", "paper")).model_dump(mode="json"),
+        "recipe": Recipe(name="cifar10-small", seeds=seeds, published=("reproduction", "paper")).model_dump(
+            mode="json"
+        ),
         "dataset": {
             "name": "cifar10",
             "train": 5000,
@@ -129,7 +132,7 @@ def make_results(seeds: tuple[int, ...] = (0, 1), teacher: bool = True) -> dict[
         "rows": rows,
         "winner": "token-hard/joint",
         "verdict": "token-hard, read out jointly, wins: 62.43 % top-1, 2.33 points more than no distillation.",
-        "published": published_rows(("seed", "paper")),
+        "published": [entry.model_dump() for entry in published_figures(PUBLISHED)],
         "machine": {"processor": "A processor", "cores": 2, "memory_gib": 24, "device": "cpu", "precision": "fp32"},
         "notes": ["soft: seed 1 was resumed at epoch 7"],
     }
@@ -173,9 +176,13 @@ def make_folder(folder: Path, results: dict[str, Any], metrics: list[dict[str, A
     return folder
 
 
+def laid_out(results: dict[str, Any]) -> Layout:
+    return lay_out(parse_results(results))
+
+
 def terminal(results: dict[str, Any], width: int, encoding: str = "utf-8") -> str:
     file = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
-    Console(file=file, width=width).print(rich_table(results))
+    Console(file=file, width=width).print(rich_table(parse_results(results)))
     file.flush()
     return file.buffer.getvalue().decode(encoding)  # type: ignore[attr-defined]
 
@@ -231,15 +238,15 @@ def page(reported: Path) -> Page:
 
 
 def cells_of(results: dict[str, Any]) -> dict[str, dict[str, str]]:
-    return {line.name: line.cells for line in lay_out(results).lines}
+    return {line.name: line.cells for line in laid_out(results).lines}
 
 
 def test_table_states_spread_over_seeds_and_wilson_interval_for_one() -> None:
     assert cells_of(make_results())["token-hard/joint"]["top1"] == "62.43 ± 0.14"
-    assert "± standard deviation over 2 seeds, on 10,000 test images" in lay_out(make_results()).footnotes[0]
+    assert "± standard deviation over 2 seeds, on 10,000 test images" in laid_out(make_results()).footnotes[0]
     one = make_results(seeds=(0,))
     assert cells_of(one)["token-hard/joint"]["top1"] == "62.33 [61.39, 63.27]"
-    assert "Wilson interval], one seed" in lay_out(one).footnotes[0]
+    assert "Wilson interval], one seed" in laid_out(one).footnotes[0]
 
 
 def test_table_has_one_decimal_below_a_thousand_images() -> None:
@@ -263,21 +270,21 @@ def test_table_gives_difference_interval_and_p() -> None:
 
 
 def test_a_table_of_one_seed_says_what_that_cannot_tell() -> None:
-    assert any("--seeds 5" in note for note in lay_out(make_results(seeds=(0,))).footnotes)
-    assert not any("--seeds 5" in note for note in lay_out(make_results(seeds=(0, 1))).footnotes)
+    assert any("--seeds 5" in note for note in laid_out(make_results(seeds=(0,))).footnotes)
+    assert not any("--seeds 5" in note for note in laid_out(make_results(seeds=(0, 1))).footnotes)
 
 
 def test_a_seed_reading_is_compared_with_its_own_student_without_teacher() -> None:
     results = make_results()
     results["rows"] = [make_row("class-only", "class", [0.58, 0.59], label="only a class token"), results["rows"][2]]
-    layout = lay_out(results)
+    layout = laid_out(results)
     assert layout.lines[0].label == "only a class token (class-only, class)"
     assert any("more than 'class-only/class'" in note for note in layout.footnotes)
-    assert accuracy_chart(results, [])["layout"]["shapes"][0]["x0"] == pytest.approx(58.5)
+    assert accuracy_chart(parse_results(results), [])["layout"]["shapes"][0]["x0"] == pytest.approx(58.5)
 
 
 def test_stopped_students_are_marked_and_explained() -> None:
-    layout = lay_out(make_results())
+    layout = laid_out(make_results())
     assert cells_of(make_results())["hard/class"]["top1"] == "62.05 (1 seed)†"
     assert any(note.startswith("† hard/class: seed 1 stopped at step 120") for note in layout.footnotes)
     results = make_results(seeds=(0,))
@@ -286,28 +293,31 @@ def test_stopped_students_are_marked_and_explained() -> None:
 
 
 def test_published_figures_stand_beside_their_method_and_readout_only() -> None:
-    layout = lay_out(make_results())
-    cells = {line.name: (line.cells["seed"], line.cells["paper"]) for line in layout.lines}
+    layout = laid_out(make_results())
+    cells = {line.name: (line.cells["reproduction"], line.cells["paper"]) for line in layout.lines}
     assert cells["none/class"] == ("67.69", "72.2")
     assert cells["token-hard/joint"] == ("46.11", "74.5")
-    assert cells["token-hard/class"] == ("–", "73.9"), "the seed's class embedding is another model"
+    assert cells["token-hard/class"] == ("–", "73.9"), "the reproduction's class embedding is another model"
     assert cells["token-hard/joint+ema"] == cells["none/class+ema"] == ("–", "–")
     assert cells["cnn-baseline/class"] == ("88.46", "–")
     assert [column.title for column in layout.columns if column.published] == [
-        "seed, as published",
+        "reproduction, as published",
         "paper (ImageNet, Ti)",
     ]
     assert len(layout.published_only) == 3
-    assert "seed, as published: class embedding, teacher hard: 61.69 %" in layout.published_only
+    assert "reproduction, as published: class embedding, teacher hard: 61.69 %" in layout.published_only
 
 
 def test_seed_figures_prefer_mean_pool_rows_and_the_paper_never_takes_them() -> None:
     results = make_results()
     pooled = make_row("none", "class", [0.5, 0.5]) | {"row": "mean-pool-none/class", "method": "mean-pool-none"}
     results["rows"].append(pooled | {"label": "no distillation"})
-    lines = {line.name: line for line in lay_out(results).lines}
-    assert (lines["mean-pool-none/class"].cells["seed"], lines["mean-pool-none/class"].cells["paper"]) == ("67.69", "–")
-    assert (lines["none/class"].cells["seed"], lines["none/class"].cells["paper"]) == ("–", "72.2")
+    lines = {line.name: line for line in laid_out(results).lines}
+    assert (lines["mean-pool-none/class"].cells["reproduction"], lines["mean-pool-none/class"].cells["paper"]) == (
+        "67.69",
+        "–",
+    )
+    assert (lines["none/class"].cells["reproduction"], lines["none/class"].cells["paper"]) == ("–", "72.2")
     assert "mean-pool-none" in lines["mean-pool-none/class"].label, "a label that hides its method gets it"
 
 
@@ -318,11 +328,11 @@ def test_paper_column_follows_the_student() -> None:
 
 
 def test_published_tables_are_whole() -> None:
-    seed, paper = published_rows(["seed"]), published_rows(["paper"])
-    assert [entry["top1"] for entry in seed] == [0.6769, 0.6885, 0.4019, 0.0807, 0.6169, 0.6919, 0.4611, 0.8846]
+    reproduction, paper = published_figures(["reproduction"]), published_figures(["paper"])
+    assert [entry.top1 for entry in reproduction] == [0.6769, 0.6885, 0.4019, 0.0807, 0.6169, 0.6919, 0.4611, 0.8846]
     by_model = {
-        model: [entry["top1"] for entry in paper if entry["model"] == model]
-        for model in dict.fromkeys(e["model"] for e in paper)
+        model: [entry.top1 for entry in paper if entry.model == model]
+        for model in dict.fromkeys(entry.model for entry in paper)
     }
     assert by_model["DeiT-B 384"] == [0.831, 0.832, 0.84, 0.842, 0.844, 0.845]
     assert [len(figures) for figures in by_model.values()] == [6, 6, 6, 6]
@@ -360,11 +370,11 @@ def test_terminal_table_survives_an_ascii_terminal_and_markup_in_names() -> None
 def test_markdown_has_a_cell_per_column_and_escapes(tmp_path: Path) -> None:
     results = make_results()
     results["rows"][2]["label"] = "soft " + HOSTILE
-    write_tables(results, tmp_path)
+    write_tables(parse_results(results), tmp_path)
     text = (tmp_path / "table.md").read_text(encoding="utf-8")
     rows = [line for line in text.splitlines() if line.startswith("|")]
     assert len(rows) == 2 + len(results["rows"]) + 1
-    assert {len(re.findall(r"(?<!\\)\|", row)) for row in rows} == {len(lay_out(results).columns) + 2}
+    assert {len(re.findall(r"(?<!\\)\|", row)) for row in rows} == {len(laid_out(results).columns) + 2}
     assert "<script" not in re.sub(r"\\.", "", text)
     assert "**DeiT⚗ class + distillation (token-hard, joint)** ★" in text
 
@@ -377,17 +387,17 @@ def test_tables_say_where_their_figures_come_from(tmp_path: Path) -> None:
         "recipe cifar10-small; deitkit 0.1.0 (c0dec0de); data cifar10 (a3f19c); teacher cifar/resnet56 (7eac7eac); "
         "seeds 0, 1; A processor, 2 cores, 24 GiB, cpu, fp32; 2026-11-22"
     )
-    markdown, _, latex = (path.read_text(encoding="utf-8") for path in write_tables(results, tmp_path))
+    markdown, _, latex = (path.read_text(encoding="utf-8") for path in write_tables(parse_results(results), tmp_path))
     assert f"*{told}*" in markdown
     assert told in latex
     del results["code"], results["teacher"]["sha256"]  # as in results from before these were recorded
-    assert "deitkit 0.1.0; data" in write_tables(results, tmp_path)[0].read_text(encoding="utf-8")
+    assert "deitkit 0.1.0; data" in write_tables(parse_results(results), tmp_path)[0].read_text(encoding="utf-8")
 
 
 def test_latex_balances_and_escapes(tmp_path: Path) -> None:
     results = make_results()
     results["rows"][2]["label"] = "soft " + HOSTILE
-    write_tables(results, tmp_path)
+    write_tables(parse_results(results), tmp_path)
     text = (tmp_path / "table.tex").read_text(encoding="utf-8")
     label = next(line for line in text.splitlines() if "soft " in line).split(" & ")[0].strip()
     want = (
@@ -396,7 +406,7 @@ def test_latex_balances_and_escapes(tmp_path: Path) -> None:
     assert label.startswith(want + r"\textasciicircum{}\textbackslash{}\{{[}x{]}(y)")
     body = text.partition(r"\midrule")[2].partition(r"\bottomrule")[0]
     rows = [line for line in body.splitlines() if line.endswith(r"\\")]
-    assert {len(re.findall(r"(?<!\\)&", row)) for row in rows} == {len(lay_out(results).columns)}
+    assert {len(re.findall(r"(?<!\\)&", row)) for row in rows} == {len(laid_out(results).columns)}
     bare = re.sub(r"\\[{}]", "", text)
     assert bare.count("{") == bare.count("}")
     assert body.count(r"\midrule") == 2, "baseline and teacher are set apart"
@@ -461,11 +471,11 @@ def test_accuracy_of_a_student_is_its_fullest_readout() -> None:
 
 
 def test_charts_are_valid_plotly_and_hold_every_value() -> None:
-    results, metrics = make_results(), make_metrics()
+    results, metrics = parse_results(make_results()), make_metrics()
     rows = accuracy_chart(results, metrics)
     go.Figure(rows)  # raises for any property that Plotly does not know
     seeds = [value for trace in rows["data"] if "text" in trace for value in trace["x"]]
-    assert sorted(seeds) == sorted(100 * value for row in results["rows"] for value in row["top1"] if value is not None)
+    assert sorted(seeds) == sorted(100 * value for row in results.rows for value in row.top1 if value is not None)
     charts = curve_charts(results, metrics)
     assert list(charts) == ["Accuracy", "Training loss", "Loss terms", "Learning rate"]
     for chart in charts.values():
@@ -570,7 +580,7 @@ def test_numbers_that_are_not_finite_become_gaps(tmp_path: Path) -> None:
         ("{", "not valid JSON"),
         ("[]", "has format None"),
         ('{"format": 2}', "has format 2, this version reads format 1"),
-        ('{"format": 1}', "lacks created, recipe, dataset, seeds, rows"),
+        ('{"format": 1}', "lacks deitkit, created, recipe, dataset, seeds, rows"),
     ],
 )
 def test_bad_results_give_one_sentence(tmp_path: Path, text: str | None, said: str) -> None:
@@ -595,7 +605,26 @@ def test_metrics_forgive_a_kill_and_a_resume_but_no_garbage(tmp_path: Path) -> N
 
 
 def test_results_read_back_as_written(tmp_path: Path) -> None:
-    assert read_results(make_folder(tmp_path, make_results(), [])) == make_results()
+    written = make_results()
+    results = read_results(make_folder(tmp_path, written, []))
+    stored = results.to_json()
+    for key in written.keys() - {"rows"}:
+        assert stored[key] == written[key], key
+    assert [{key: row[key] for key in written["rows"][0]} for row in stored["rows"]] == written["rows"]
+    write_results(results, tmp_path)
+    assert read_results(tmp_path) == results
+    assert all(row["kind"] == "baseline" if "cnn" in row["row"] else row["kind"] == "student" for row in stored["rows"])
+    assert [row["row"] for row in stored["rows"] if row["reference"]] == ["none/class"]
+
+
+def test_a_malformed_row_is_named(tmp_path: Path) -> None:
+    results = make_results()
+    results["rows"][3]["top1"] = "high"
+    with pytest.raises(CheckpointError, match=r"has an invalid rows\.top1: run the comparison again"):
+        read_results(make_folder(tmp_path, results, []))
+    del results["rows"][3]["top1"]
+    with pytest.raises(CheckpointError, match=r"lacks rows\.top1: run the comparison again"):
+        read_results(make_folder(tmp_path, results, []))
 
 
 def test_files_are_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -619,7 +648,7 @@ def test_report_imports_no_training_code() -> None:
     import deitkit.report.write
 
     folder = Path(deitkit.report.write.__file__).parent
-    read = ("system.files", "run.results", "run.metrics")
+    read = ("system.files", "run.results", "run.analysis", "run.metrics")
     sources = [*folder.glob("*.py"), *(folder.parent / f"{name.replace('.', '/')}.py" for name in read)]
     for source in sources:
         text = source.read_text(encoding="utf-8")

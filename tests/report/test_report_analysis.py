@@ -11,17 +11,19 @@ from PIL import Image
 from test_report import CLASSES, HOSTILE, Page, make_folder, make_metrics, make_results
 
 from deitkit.errors import CheckpointError
-from deitkit.report.analysis import lay_out_analysis
+from deitkit.report.analysis import PublishedPair, Section, lay_out_analysis
 from deitkit.report.analysis_charts import class_labels, confusion_charts, drawn_classes
 from deitkit.report.write import write_report
+from deitkit.run.analysis import Analysis, ClassSummary, read_analysis
+from deitkit.run.results import parse_results
 
-JUDGES = ["teacher", "none/class", "token-hard/class", "token-hard/distillation", "token-hard/joint"]
+ROWS = ["teacher", "none/class", "token-hard/class", "token-hard/distillation", "token-hard/joint"]
 STUDENTS = ["teacher", "none/class", "token-hard/joint"]
 
 
-def make_classes(judge: str, classes: int, n: int = 2000) -> dict[str, Any]:
-    """A judge that gets most images right and takes many of class 0 for class 1."""
-    draw = random.Random(judge)
+def make_classes(row: str, classes: int, n: int = 2000) -> dict[str, Any]:
+    """A row that gets most images right and takes many of class 0 for class 1."""
+    draw = random.Random(row)
     counts = {(0, 1): n // classes}
     for _ in range(n):
         true = draw.randrange(classes)
@@ -30,7 +32,7 @@ def make_classes(judge: str, classes: int, n: int = 2000) -> dict[str, Any]:
     totals = [sum(count for (true, _), count in counts.items() if true == label) for label in range(classes)]
     mistakes = sorted(((count, pair) for pair, count in counts.items() if pair[0] != pair[1]), reverse=True)
     return {
-        "judge": judge,
+        "row": row,
         "accuracy": [counts.get((c, c), 0) / totals[c] if totals[c] else None for c in range(classes)],
         "confusion": [[true, said, count] for (true, said), count in sorted(counts.items())],
         "most_confused": [
@@ -46,20 +48,20 @@ def make_analysis(classes: int = 10) -> dict[str, Any]:
     scores = {"seeds": [0, 1], "top1": 0.6, "ece": 0.051, "mce": 0.2, "nll": 1.25, "brier": 0.5, "reliability": bins}
     followed = {"agreement_overall": 0.65, "agreement_teacher_right": 0.7, "agreement_teacher_wrong": 0.3,
                 "agreement_corrected": None, "divergence": 1.125}  # fmt: skip
-    named = ["truth", *JUDGES]
+    named = ["truth", *ROWS]
     return {
-        "format": 1,
+        "format": 2,
         "deitkit": "0.1.0",
         "created": "2026-11-25T13:00:00Z",
         "seeds": [0, 1],
         "n": 10000,
         "notes": ["The data have changed."],
         "disagreement": {
-            "judges": named,
+            "rows": named,
             "shares": [[abs(i - j) / 20 if i != j else 0.0 for j in range(6)] for i in range(6)],
         },
-        "judges": [{"judge": judge, **scores, **(followed if judge != "teacher" else {})} for judge in JUDGES],
-        "classes": [make_classes(judge, classes) for judge in STUDENTS],
+        "rows": [{"row": row, **scores, **(followed if row != "teacher" else {})} for row in ROWS],
+        "classes": [make_classes(row, classes) for row in STUDENTS],
         "tokens": [{"student": "token-hard", "learned": 0.5, "cosine": [0.7, 0.9, 0.95], "deviation": [0, 0.1, 0.2]}],
         "attention": [{"student": "token-hard", "seed": 0, "file": "attention-token-hard.png", "images": [4, 2]}],
     }
@@ -73,6 +75,10 @@ def make_analyzed(folder: Path, analysis: dict[str, Any], results: dict[str, Any
     return folder
 
 
+def laid_out(analysis: dict[str, Any], results: dict[str, Any], folder: Path) -> Section:
+    return lay_out_analysis(Analysis.model_validate(analysis), parse_results(results), {}, folder)
+
+
 def page_of(folder: Path) -> Page:
     return Page(write_report(folder)[-1].read_text(encoding="utf-8"))
 
@@ -81,7 +87,7 @@ def test_the_page_shows_an_analysis_and_keeps_it(tmp_path: Path) -> None:
     folder = make_analyzed(tmp_path, make_analysis())
     page = page_of(folder)
     for text in (
-        "who disagrees with whom", "The data have changed.", "1.125", "5.10", "bird", "taken for automobile",
+        "Analysis: disagreement", "The data have changed.", "1.125", "5.10", "bird", "predicted as automobile",
         "what the tokens attend to",
     ):  # fmt: skip
         assert text in page.text, text
@@ -91,25 +97,25 @@ def test_the_page_shows_an_analysis_and_keeps_it(tmp_path: Path) -> None:
     write_report(folder)
     assert (folder / "report.html").read_bytes() == before
     (folder / "analysis.json").unlink()
-    assert "disagrees" not in page_of(folder).text
+    assert "Analysis" not in page_of(folder).text
 
 
 def test_the_papers_figures_stand_beside_ours(tmp_path: Path) -> None:
-    section = lay_out_analysis(make_analysis(), make_results(), {}, tmp_path)
-    beside = {(pair["first"], pair["second"]): (pair["ours"], pair["paper"]) for pair in section.beside}
-    assert beside["teacher", "token-hard/distillation"] == ("15.00", "10.0")
-    assert beside["truth", "token-hard/joint"] == ("25.00", "16.6")
-    assert len(beside) == 10
-    alone = make_analysis() | {"disagreement": {"judges": ["truth", "none/class"], "shares": [[0, 0.4], [0.4, 0]]}}
-    (pair,) = lay_out_analysis(alone, make_results(), {}, tmp_path).beside
-    assert pair == {"first": "truth", "second": "none/class", "ours": "40.00", "paper": "18.2"}
+    section = laid_out(make_analysis(), make_results(), tmp_path)
+    published = {(pair.first, pair.second): (pair.ours, pair.paper) for pair in section.published}
+    assert published["teacher", "token-hard/distillation"] == ("15.00", "10.0")
+    assert published["truth", "token-hard/joint"] == ("25.00", "16.6")
+    assert len(published) == 10
+    alone = make_analysis() | {"disagreement": {"rows": ["truth", "none/class"], "shares": [[0, 0.4], [0.4, 0]]}}
+    (pair,) = laid_out(alone, make_results(), tmp_path).published
+    assert pair == PublishedPair(first="truth", second="none/class", ours="40.00", paper="18.2")
 
 
 @pytest.mark.parametrize("classes", [2, 10, 100, 1000])
 def test_charts_are_valid_plotly_for_any_number_of_classes(tmp_path: Path, classes: int) -> None:
     results = make_results()
     results["dataset"] |= {"class_names": [f"class {label}" for label in range(classes)], "classes": classes}
-    section = lay_out_analysis(make_analysis(classes), results, {}, tmp_path)
+    section = laid_out(make_analysis(classes), results, tmp_path)
     for tabs in section.charts.values():
         for chart in tabs.values():
             go.Figure(chart)  # raises for any property that Plotly does not know
@@ -121,12 +127,8 @@ def test_charts_are_valid_plotly_for_any_number_of_classes(tmp_path: Path, class
 
 
 def test_a_matrix_holds_the_share_of_each_mistake() -> None:
-    entry = {
-        "judge": "a",
-        "confusion": [[0, 0, 3], [0, 2, 1], [2, 0, 5], [2, 2, 5]],
-        "accuracy": [],
-        "most_confused": [],
-    }
+    confusion = ((0, 0, 3), (0, 2, 1), (2, 0, 5), (2, 2, 5))
+    entry = ClassSummary(row="a", confusion=confusion, accuracy=(), most_confused=())
     right, wrong = confusion_charts([entry], ["x", "y", "z"])["a"]["data"]
     assert right["z"] == [75, None, 50]
     assert wrong["z"] == [[None, None, 25], [None] * 3, [50, None, None]]
@@ -134,7 +136,7 @@ def test_a_matrix_holds_the_share_of_each_mistake() -> None:
 
 
 def test_of_very_many_classes_those_confused_most_are_drawn() -> None:
-    entry = make_classes("teacher", 1000)
+    entry = ClassSummary.model_validate(make_classes("teacher", 1000))
     drawn = drawn_classes(entry, 1000)
     assert {0, 1} <= set(drawn)
     assert drawn == sorted(set(drawn))
@@ -151,8 +153,8 @@ def test_labels_are_short_safe_and_all_different() -> None:
 def make_hostile_analysis(analysis: dict[str, Any], name: str = HOSTILE) -> dict[str, Any]:
     """Call everything by a hostile name that a run may call."""
     analysis["notes"] = [name]
-    for entry in (*analysis["judges"], *analysis["classes"]):
-        entry["judge"] = f"{name}{entry['judge']}"
+    for entry in (*analysis["rows"], *analysis["classes"]):
+        entry["row"] = f"{name}{entry['row']}"
     analysis["tokens"][0]["student"] = analysis["attention"][0]["student"] = name
     return analysis
 
@@ -172,9 +174,34 @@ def test_hostile_names_stay_text(tmp_path: Path) -> None:
     assert not any("<" in text for text in texts), "Plotly reads HTML in its texts"
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"format": 2}', '{"format": 1}'])
+@pytest.mark.parametrize("text", ["{", "[]", '{"format": 3}', '{"format": 2}'])
 def test_a_file_that_is_no_analysis_gives_one_sentence(tmp_path: Path, text: str) -> None:
     folder = make_folder(tmp_path, make_results(), make_metrics())
     (folder / "analysis.json").write_text(text, encoding="utf-8")
-    with pytest.raises(CheckpointError, match="is no analysis of format 1: delete it, or run `deitkit analyze` again"):
+    with pytest.raises(CheckpointError, match="is not an analysis of format 2: delete it, or run `deitkit analyze`"):
         write_report(folder)
+
+
+def test_an_analysis_of_version_0_1_is_still_read(tmp_path: Path) -> None:
+    def renamed(entry: dict[str, Any]) -> dict[str, Any]:
+        return {"judge" if key == "row" else key: value for key, value in entry.items()}
+
+    analysis = make_analysis()
+    older = analysis | {
+        "format": 1,
+        "judges": [
+            {"judge": entry["row"]} | {k: v for k, v in entry.items() if k != "row"} for entry in analysis["rows"]
+        ],
+        "classes": [
+            {"judge": entry["row"]} | {k: v for k, v in entry.items() if k != "row"} for entry in analysis["classes"]
+        ],
+        "disagreement": {"judges": ["truth", *ROWS], "shares": analysis["disagreement"]["shares"]},
+    }
+    del older["rows"]
+    made = make_analyzed(tmp_path / "older", older), make_analyzed(tmp_path / "new", analysis)
+    found = [read_analysis(folder) for folder in made]
+    assert found[0] is not None
+    assert found[0].model_copy(update={"format": 2}) == found[1]
+    assert (made[0] / "analysis.json").read_text() != (made[1] / "analysis.json").read_text()
+    pages = [write_report(folder)[-1].read_text(encoding="utf-8") for folder in made]
+    assert pages[0] == pages[1]

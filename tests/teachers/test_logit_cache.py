@@ -39,8 +39,8 @@ def answers(classifier: Classifier, **changes: Any) -> LogitCache:
 
 
 def results(recipe: Recipe, folder: Path) -> list[Any]:
-    rows = compare(recipe, folder, watcher=Silent())["rows"]
-    return [(row["row"], row["top1"], row.get("train_loss")) for row in rows]
+    rows = compare(recipe, folder, watcher=Silent()).rows
+    return [(row.row, row.top1) for row in rows]
 
 
 def count_questions(monkeypatch: pytest.MonkeyPatch) -> list[int]:

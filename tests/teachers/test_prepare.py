@@ -21,11 +21,15 @@ from deitkit.models.zoo import create_classifier
 from deitkit.recipe.load import parse_recipe
 from deitkit.recipe.schema import Recipe
 from deitkit.run.observer import Silent
+from deitkit.run.results import TeacherCard
 from deitkit.teachers.frozen import FrozenTeacher
-from deitkit.teachers.gate import TeacherCard, gate
+from deitkit.teachers.gate import gate
 from deitkit.teachers.prepare import prepare_teacher
 
-CARD = TeacherCard("test", "test", "none", 0.0, 0, 0.0, "", False, 1, None, (0.0,) * 3, (1.0,) * 3)
+CARD = TeacherCard(
+    name="test", source="test", fit="none", top1=0.0, n=0, chance=0.0, verdict="", weak=False, parameters=1,
+    image_px=None, mean=(0.0,) * 3, std=(1.0,) * 3,
+)  # fmt: skip
 
 
 class Brightness(nn.Module):
@@ -58,7 +62,7 @@ def test_a_good_teacher_passes_with_its_accuracy(stripes: Dataset) -> None:
 def test_an_untrained_head_is_refused_and_named(stripes: Dataset) -> None:
     torch.manual_seed(0)
     random_head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 3, bias=False))
-    untrained = replace(CARD, verdict="its classifier is new and was not trained")
+    untrained = CARD.model_copy(update={"verdict": "its classifier is new and was not trained"})
     with pytest.raises(
         TeacherError, match=r"is not significantly above chance.*its classifier is new.*teacher\.fit=head"
     ):
@@ -261,12 +265,12 @@ def test_a_student_asks_the_gate_as_any_teacher_does(stripes: Dataset, tmp_path:
 
 def test_the_winner_of_a_run_teaches_the_next(tiny_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
     first = compare(tiny_recipe("methods=[none]"), tmp_path / "first", watcher=Silent())
-    assert first["winner"] == "none/class"
+    assert first.winner == "none/class"
     taught = tiny_recipe("methods=[none, token-hard]", f"teacher.name={tmp_path / 'first'}", "teacher.cache=true")
     second = compare(taught, tmp_path / "second", watcher=Silent())
-    assert second["teacher"]["name"] == str(tmp_path / "first")
-    assert second["teacher"]["readout"] == "class"
-    assert second["teacher"]["test_top1"] == first["rows"][0]["top1"][0]
+    assert second.teacher.name == str(tmp_path / "first")
+    assert second.teacher.readout == "class"
+    assert second.teacher.test_top1 == first.rows[0].top1[0]
 
 
 def test_a_timm_transformer_sees_views_at_its_own_resolution(stripes: Dataset, tmp_path: Path) -> None:

@@ -72,17 +72,17 @@ def test_teachers_answer_as_one_without_gradients_and_stay_in_evaluation_mode() 
 
 def test_a_run_keeps_and_reports_every_teacher(tiny_recipe: Any, tmp_path: Path) -> None:
     results = compare(tiny_recipe("methods=[none, soft]", ALSO), tmp_path, watcher=Silent())
-    first, second = results["teachers"]
+    first, second = results.teachers
     weights = [load_file(tmp_path / name / "model.safetensors") for name in ("teacher", "teacher-2")]
     assert not torch.equal(weights[0]["conv1.weight"], weights[1]["conv1.weight"]), (
         "each starts from weights of its own"
     )
     for home, card in (("teacher", first), ("teacher-2", second)):
         kept = json.loads((tmp_path / home / "card.json").read_text())
-        assert {key: card[key] for key in kept} == {**kept, "mean": tuple(kept["mean"]), "std": tuple(kept["std"])}
-    assert results["teacher"]["name"] == "cifar/resnet20 + cifar/resnet20"
-    assert results["teacher"]["parameters"] == first["parameters"] + second["parameters"]
-    assert (results["teacher"]["image_px"], results["teacher"]["mean"]) == (None, ())
+        assert card.model_dump(mode="json", exclude={"test_top1"}) == kept
+    assert results.teacher.name == "cifar/resnet20 + cifar/resnet20"
+    assert results.teacher.parameters == first.parameters + second.parameters
+    assert (results.teacher.image_px, results.teacher.mean) == (None, ())
     names = [line.name for line in lay_out(results).lines if line.group == "teacher"]
     assert names == ["teacher: cifar/resnet20", "teacher: cifar/resnet20", "teachers: mean answer"]
     page = (tmp_path / "report.html").read_text()
@@ -98,14 +98,14 @@ def test_accuracies_are_those_of_the_mean_answer(tiny_recipe: Any, tmp_path: Pat
     teachers, cards = prepare_teachers(
         recipe, dataset, folder=tmp_path / "teacher", precision=CPU_FP32, watcher=Silent()
     )
-    for split, accuracy in (("validation", results["teacher"]["top1"]), ("test", results["teacher"]["test_top1"])):
+    for split, accuracy in (("validation", results.teacher.top1), ("test", results.teacher.test_top1)):
         images = getattr(dataset, split)
         view = images.images.float() / 255
         with torch.no_grad():
             each = [classifier(view).class_logits.softmax(dim=-1) for classifier in teachers.classifiers]
         hits = (sum(each).argmax(dim=-1) == images.labels).double().mean().item()
         assert accuracy == pytest.approx(hits)
-    assert [card.top1 for card in cards] == [card["top1"] for card in results["teachers"]]
+    assert [card.top1 for card in cards] == [card.top1 for card in results.teachers]
 
 
 def test_each_passes_the_gate_on_its_own(tiny_recipe: Any, tmp_path: Path) -> None:
@@ -152,9 +152,9 @@ def test_a_run_that_was_stopped_in_the_second_teacher_ends_the_same(tiny_recipe:
     with pytest.raises(Interrupted):
         compare(recipe, tmp_path / "parts", watcher=StopsIn("seed 0"), resume=True)
     parts = compare(recipe, tmp_path / "parts", watcher=Silent(), resume=True)
-    for one, other in zip(whole["rows"], parts["rows"], strict=True):
-        assert (one["row"], one["top1"]) == (other["row"], other["top1"])
-    assert whole["teachers"] == parts["teachers"]
+    for one, other in zip(whole.rows, parts.rows, strict=True):
+        assert (one.row, one.top1) == (other.row, other.top1)
+    assert whole.teachers == parts.teachers
     paths = [tmp_path / run / "seed-0" / "soft" / "model.safetensors" for run in ("whole", "parts")]
     weights = [load_file(path) for path in paths]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])

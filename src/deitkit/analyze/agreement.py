@@ -1,30 +1,32 @@
-"""How classifiers decide about the same images: where they differ, which classes they confuse, whom they follow.
+"""Decisions of classifiers on the same images: disagreement, confusions, agreement with the teacher.
 
-Pure functions of decisions and labels; whose decisions they are is not known here.
+Pure functions of decisions and labels.
 """
 
 from collections.abc import Mapping
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
+from deitkit.run.analysis import Confusion
+
 Decisions: TypeAlias = Int64[Tensor, " n"]
 
 
-def disagreement(judges: Mapping[str, Mapping[int, Decisions]]) -> list[list[float | None]]:
-    """Return the share of images that each two judges classify differently, the mean over the seeds of both.
+def disagreement(rows: Mapping[str, Mapping[int, Decisions]]) -> list[list[float | None]]:
+    """Return the share of images that each two rows classify differently, the mean over the seeds of both.
 
     Source: Touvron et al. 2020, Table 4.
 
     Args:
-        judges: The decisions of each by seed, about the same images.
+        rows: The decisions of each by seed, on the same images.
 
     Returns:
-        A symmetric matrix in the order of ``judges``; None where two have no seed in common.
+        A symmetric matrix in the order of ``rows``; None where two have no seed in common.
     """
-    return [[_differing(first, second) for second in judges.values()] for first in judges.values()]
+    return [[_differing(first, second) for second in rows.values()] for first in rows.values()]
 
 
 def _differing(first: Mapping[int, Decisions], second: Mapping[int, Decisions]) -> float | None:
@@ -33,22 +35,18 @@ def _differing(first: Mapping[int, Decisions], second: Mapping[int, Decisions]) 
 
 
 def confusion_matrix(decisions: Decisions, labels: Int64[Tensor, " n"], classes: int) -> Int64[Tensor, "true decided"]:
-    """Return how many images of each class were decided to be of each class."""
+    """Return how many images of each class were predicted to be of each class."""
     return (labels * classes + decisions).bincount(minlength=classes * classes).view(classes, classes)
 
 
 def per_class_accuracy(counts: Int64[Tensor, "true decided"]) -> list[float | None]:
-    """Return the share of each class's images that were decided rightly; None for a class without images."""
+    """Return the accuracy of each class; None for a class without images."""
     shares = counts.diagonal().double() / counts.sum(dim=1)
     return [None if share.isnan() else share.item() for share in shares]
 
 
-def most_confused(counts: Int64[Tensor, "true decided"], pairs: int = 5) -> list[dict[str, Any]]:
-    """Return the commonest mistakes, first by number, then by class.
-
-    Returns:
-        ``true`` and ``decided`` (classes), ``count``, ``of`` (images of that class) and ``share``.
-    """
+def most_confused(counts: Int64[Tensor, "true decided"], pairs: int = 5) -> tuple[Confusion, ...]:
+    """Return the most frequent errors, by number, then by class."""
     mistakes = counts.clone().fill_diagonal_(0).flatten()
     order = mistakes.argsort(descending=True, stable=True)[:pairs]
     totals = counts.sum(dim=1).tolist()
@@ -56,19 +54,18 @@ def most_confused(counts: Int64[Tensor, "true decided"], pairs: int = 5) -> list
     for place in order[mistakes[order] > 0].tolist():
         true, decided = divmod(place, len(counts))
         count = int(mistakes[place])
-        found.append(
-            {"true": true, "decided": decided, "count": count, "of": totals[true], "share": count / totals[true]}
-        )
-    return found
+        share = count / totals[true]
+        found.append(Confusion(true=true, decided=decided, count=count, of=totals[true], share=share))
+    return tuple(found)
 
 
 def agreement(decisions: Decisions, teacher: Decisions, labels: Int64[Tensor, " n"]) -> dict[str, float | None]:
-    """Return how often a classifier decides as its teacher does, and what becomes of the teacher's mistakes.
+    """Return how often a classifier agrees with its teacher, and what becomes of the teacher's errors.
 
     Returns:
         Shares of the images: ``overall`` is agreement; ``teacher_right`` and ``teacher_wrong`` the same among the
-        images that the teacher gets right, and wrong (an inherited mistake); ``corrected`` the share of the teacher's
-        mistakes that the classifier gets right. None where there is no such image.
+        images that the teacher classifies correctly, and wrongly (an inherited error); ``corrected`` the share of the
+        teacher's errors that the classifier corrects. None where there is no such image.
     """
     agrees, teacher_right = decisions == teacher, teacher == labels
     return {

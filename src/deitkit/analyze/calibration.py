@@ -1,27 +1,27 @@
-"""Does a classifier know how sure it may be? Calibration errors, proper scores and the reliability curve."""
+"""Calibration errors, proper scoring rules and the reliability curve."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
 from deitkit.analyze.agreement import log_probabilities
+from deitkit.run.analysis import ReliabilityBin
 
 BINS = 15  # Guo et al. 2017, section 5
 
 
 @dataclass(frozen=True)
 class Reliability:
-    """Images gathered by the confidence (highest probability) of their decision, in bins of equal width over (0, 1].
+    """Images by the confidence (highest probability) of their decision, in bins of equal width over (0, 1].
 
     Source: Guo et al. 2017 (arXiv 1706.04599), section 2. A bin holds its upper edge, not its lower.
 
     Attributes:
         counts: Images in each bin.
         confidence: Their confidences, summed.
-        hits: How many of them are decided rightly.
+        hits: How many of them are classified correctly.
     """
 
     counts: Int64[Tensor, " bins"]
@@ -34,7 +34,7 @@ class Reliability:
 
     @property
     def gaps(self) -> Float[Tensor, " bins"]:
-        """How far mean confidence and accuracy of each bin lie apart; 0 in an empty bin."""
+        """Absolute difference of mean confidence and accuracy in each bin; 0 in an empty bin."""
         return (self.confidence - self.hits).abs() / self.counts.clamp(min=1)
 
     @property
@@ -47,20 +47,20 @@ class Reliability:
         """MCE: the gap of the worst bin, in [0, 1], however few images are in it."""
         return self.gaps.max().item()
 
-    def curve(self) -> list[dict[str, Any]]:
-        """Return ``count``, mean ``confidence`` and ``accuracy`` of every bin that holds an image, with its edges."""
+    def curve(self) -> tuple[ReliabilityBin, ...]:
+        """Return every bin with at least one image."""
         width = 1 / len(self.counts)
-        return [
-            {
-                "low": index * width,
-                "high": (index + 1) * width,
-                "count": int(count),
-                "confidence": (self.confidence[index] / count).item(),
-                "accuracy": (self.hits[index] / count).item(),
-            }
+        return tuple(
+            ReliabilityBin(
+                low=index * width,
+                high=(index + 1) * width,
+                count=int(count),
+                confidence=(self.confidence[index] / count).item(),
+                accuracy=(self.hits[index] / count).item(),
+            )
             for index, count in enumerate(self.counts)
             if count
-        ]
+        )
 
 
 def reliability(

@@ -1,4 +1,4 @@
-"""analyze.collect"""
+"""Predictions of several classifiers on the test images, with the similarity of their tokens."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
@@ -17,18 +17,18 @@ from deitkit.system.device import Precision
 
 
 @dataclass(frozen=True)
-class Told(Split):
-    """A split that tells how many of its images have been asked for."""
+class ProgressSplit(Split):
+    """A split that reports how many of its images were processed."""
 
-    tell: Callable[[int], None]
+    on_progress: Callable[[int], None]
 
     def batches(self, size: int) -> Iterator[UInt8[Tensor, "batch channels height width"]]:
-        """Yield all images in order, so many at a time."""
+        """Yield all images in order, in batches."""
         done = 0
         for images in super().batches(size):
             yield images
             done += len(images)
-            self.tell(done)
+            self.on_progress(done)
 
 
 def has_both_tokens(classifier: Classifier) -> bool:
@@ -36,28 +36,30 @@ def has_both_tokens(classifier: Classifier) -> bool:
     return isinstance(classifier.model, DeiT) and classifier.model.config["tokens"] == list(TOKENS)
 
 
-def ask(
-    panel: Mapping[str, Classifier], split: Split, precision: Precision, tell: Callable[[int], None]
+def predict_with_similarity(
+    classifiers: Mapping[str, Classifier], split: Split, precision: Precision, on_progress: Callable[[int], None]
 ) -> tuple[dict[str, Output], dict[str, Float[Tensor, "layers n"]]]:
-    """Ask every classifier about every image, each image decoded once.
+    """Predict every image with every classifier, and record the similarity of the tokens; decode each image once.
 
     Args:
-        panel: Classifiers by name.
-        split: Images.
+        classifiers: By name.
+        split: The images.
         precision: Of the forward passes.
-        tell: Called with the number of images done, after every batch.
+        on_progress: Called with the number of processed images, after every batch.
 
     Returns:
-        The heads' logits by name; and, of those with both tokens, the cosine of the tokens by layer and image.
+        The heads' logits by name; and, of students with both tokens, the cosine of the tokens by layer and image.
     """
     with ExitStack() as stack:
         meters = {
             name: stack.enter_context(recorded_similarity(classifier))
-            for name, classifier in panel.items()
+            for name, classifier in classifiers.items()
             if has_both_tokens(classifier)
         }
-        outputs = predict_all(list(panel.values()), Told(split.images, split.labels, tell), precision)
+        outputs = predict_all(
+            list(classifiers.values()), ProgressSplit(split.images, split.labels, on_progress), precision
+        )
     similarities = {
         name: torch.stack([torch.cat(batches).cpu() for batches in layers]) for name, layers in meters.items()
     }
-    return dict(zip(panel, outputs, strict=True)), similarities
+    return dict(zip(classifiers, outputs, strict=True)), similarities

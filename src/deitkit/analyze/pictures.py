@@ -25,7 +25,7 @@ class Example:
     Attributes:
         image: In [0, 1].
         label: The true class.
-        decision: The class that the student gives it.
+        decision: The class that the student predicts.
         maps: By title, on the grid of patches.
     """
 
@@ -51,7 +51,7 @@ def draw_attention(examples: Sequence[Example], path: Path) -> None:
     for row, example in zip(cells, examples, strict=True):
         _show(row[0], example.image.permute(1, 2, 0).squeeze(-1).numpy())
         right = example.decision == example.label
-        says = "right" if right else f"says {one_line(example.decision)[:14]}"
+        says = "right" if right else f"as {one_line(example.decision)[:14]}"
         row[0].set_ylabel(
             f"{one_line(example.label)[:14]}\n{says}",
             fontsize=7,

@@ -1,12 +1,9 @@
-"""A judge is whoever classifies the test images: a row of the comparison's table, or the teacher.
+"""Statistics of one row of the comparison's table, or of the teacher, accumulated seed by seed.
 
-Of each image's probabilities only the decision is kept; everything else is summed up at once, seed by seed, so that
-memory does not grow with the number of students and seeds.
+Only the decisions are kept of each image, so that memory does not grow with students, seeds and classes.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int64
@@ -23,17 +20,18 @@ from deitkit.analyze.agreement import (
     share_of,
 )
 from deitkit.analyze.calibration import Reliability, brier_score, negative_log_likelihood, reliability
+from deitkit.run.analysis import ClassSummary, RowSummary
 
 CONFUSED_PAIRS = 20  # written down; the page shows fewer
 
 
 @dataclass
-class Judge:
-    """What is kept of a judge's answers.
+class RowStatistics:
+    """What is kept of a row's predictions.
 
     Attributes:
-        name: As a row is called, ``token-hard/joint``; or ``teacher``.
-        decisions: By seed, the class that it gives each image.
+        name: Of the row, such as ``token-hard/joint``; or ``teacher``.
+        decisions: By seed, the predicted class of each image.
         figures: Of each seed, the shares and scores that are averaged over the seeds.
         pooled: The images of all seeds by confidence.
     """
@@ -43,14 +41,14 @@ class Judge:
     figures: list[dict[str, float | None]] = field(default_factory=list)
     pooled: Reliability | None = None
 
-    def hear(
+    def add(
         self,
         seed: int,
         probabilities: Float[Tensor, "n classes"],
         labels: Int64[Tensor, " n"],
         teacher: Float[Tensor, "n classes"] | None = None,
     ) -> None:
-        """Take in what the judge says under a seed, beside its teacher's probabilities where it has one."""
+        """Add the probabilities under a seed, and compare them with the teacher's if there is one."""
         decisions = probabilities.argmax(dim=-1)
         found = reliability(probabilities, labels)
         figures: dict[str, float | None] = {
@@ -68,30 +66,22 @@ class Judge:
         self.figures.append(figures)
         self.pooled = found if self.pooled is None else self.pooled + found
 
-    def describe(self) -> dict[str, Any]:
+    def summary(self) -> RowSummary:
         """Return the means over the seeds, and the reliability curve of the images of all seeds."""
         assert self.pooled is not None
-        described: dict[str, Any] = {"judge": self.name, "seeds": list(self.decisions)}
-        for key in self.figures[0]:
-            described[key] = mean([value for figures in self.figures if (value := figures[key]) is not None])
-        return described | {"reliability": self.pooled.curve()}
-
-    def describe_classes(self, labels: Int64[Tensor, " n"], classes: int) -> dict[str, Any]:
-        """Return accuracy by class and confusions, over the images of all seeds.
-
-        ``confusion`` holds [true class, class decided, images] for what occurs only: of n images at most n entries,
-        where a matrix of a thousand classes would have a million.
-        """
-        counts = sum_of([confusion_matrix(decisions, labels, classes) for decisions in self.decisions.values()])
-        places = counts.nonzero()
-        return {
-            "judge": self.name,
-            "accuracy": per_class_accuracy(counts),
-            "confusion": [[*place, int(counts[tuple(place)])] for place in places.tolist()],
-            "most_confused": most_confused(counts, CONFUSED_PAIRS),
+        means = {
+            key: mean([value for figures in self.figures if (value := figures[key]) is not None])
+            for key in self.figures[0]
         }
+        return RowSummary(row=self.name, seeds=tuple(self.decisions), reliability=self.pooled.curve(), **means)
 
-
-def sum_of(tensors: Sequence[Tensor]) -> Tensor:
-    """Return the sum of some tensors, at least one."""
-    return torch.stack(list(tensors)).sum(dim=0)
+    def class_summary(self, labels: Int64[Tensor, " n"], classes: int) -> ClassSummary:
+        """Return accuracy and confusions by class, over the images of all seeds."""
+        matrices = [confusion_matrix(decisions, labels, classes) for decisions in self.decisions.values()]
+        counts = torch.stack(matrices).sum(dim=0)
+        return ClassSummary(
+            row=self.name,
+            accuracy=tuple(per_class_accuracy(counts)),
+            confusion=tuple((true, decided, int(counts[true, decided])) for true, decided in counts.nonzero().tolist()),
+            most_confused=most_confused(counts, CONFUSED_PAIRS),
+        )

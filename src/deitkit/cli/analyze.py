@@ -1,12 +1,15 @@
 """The command ``analyze``."""
 
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
 from deitkit.cli.console import console, errors, plain, print_json, say
 from deitkit.cli.options import Json, RunArgument
+
+if TYPE_CHECKING:
+    from deitkit.run.analysis import Analysis
 
 COLUMNS = {
     "top-1": "top1",
@@ -36,24 +39,24 @@ def analyze(
     with Terminal(errors if as_json else console, stopped="stopped; nothing was written") as terminal:
         analysis = analyze_run(run, images=images, seed=seed, watcher=terminal)
     if as_json:
-        print_json(analysis, ensure_ascii=False)
+        print_json(analysis.model_dump(mode="json"), ensure_ascii=False)
         return
     console.print(_table(analysis))
-    for path in (run / "analysis.json", *(run / "analysis" / entry["file"] for entry in analysis["attention"])):
+    for path in (run / "analysis.json", *(run / "analysis" / sheet.file for sheet in analysis.attention)):
         say(str(path))
     say(f"page     {run / 'report.html'}")
 
 
-def _table(analysis: dict[str, Any]) -> Table:
+def _table(analysis: "Analysis") -> Table:
     table = Table(
-        title=f"{analysis['n']:,} test images, per cent; agreement with the teacher: all, where it is right, wrong",
+        title=f"{analysis.n:,} test images, per cent; agreement with the teacher: all, where it is right, wrong",
         title_justify="left",
         box=None,
     )
-    table.add_column("judge", no_wrap=True)
+    table.add_column("row", no_wrap=True)
     for title in COLUMNS:
         table.add_column(title, justify="right", no_wrap=True)
-    for judge in analysis["judges"]:
-        values = [judge.get(key) for key in COLUMNS.values()]
-        table.add_row(plain(judge["judge"]), *("" if value is None else f"{100 * value:.2f}" for value in values))
+    for row in analysis.rows:
+        values = [getattr(row, key) for key in COLUMNS.values()]
+        table.add_row(plain(row.row), *("" if value is None else f"{100 * value:.2f}" for value in values))
     return table

@@ -1,7 +1,7 @@
 """The commands that train: ``compare``, ``train``, ``finetune`` and ``teacher``, and where their run folders go."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
@@ -12,7 +12,7 @@ from deitkit.recipe.load import load_recipe
 from deitkit.recipe.schema import Recipe
 
 if TYPE_CHECKING:
-    from deitkit.teachers.gate import TeacherCard
+    from deitkit.run.results import TeacherCard
 
 
 def compare(
@@ -108,17 +108,21 @@ def teacher(
         )
         together = common_card(teachers, cards, dataset, precision)
     if as_json:
-        print_json({**together.__dict__, "teachers": [card.__dict__ for card in cards]})
+        print_json(_facts(together) | {"teachers": [_facts(card) for card in cards]})
         return
     _print_cards(cards, folder)
     if len(cards) > 1:
         say(f"their mean answer: {100 * together.top1:.2f} % on {together.n} validation images")
 
 
+def _facts(card: "TeacherCard") -> dict[str, Any]:
+    return card.model_dump(exclude={"test_top1"})
+
+
 def _print_cards(cards: list["TeacherCard"], folder: Path) -> None:
     for number, card in enumerate(cards, start=1):
         table = Table(box=None, show_header=False)
-        for key, value in card.__dict__.items():
+        for key, value in _facts(card).items():
             table.add_row(key, f"{100 * value:.2f} %" if key in ("top1", "chance") else str(value))
         console.print(table)
         home = folder / ("teacher" if number == 1 else f"teacher-{number}")
@@ -131,20 +135,21 @@ def _compare(recipe: Recipe, out: Path | None, resume: bool, as_json: bool) -> N
     from deitkit.comparison.compare import compare
     from deitkit.report.table import rich_table
     from deitkit.run.folder import choose_run_folder, occupied
+    from deitkit.run.results import AblationResults
 
     folder = choose_run_folder(out, recipe.name, resume)
     with Terminal(errors if as_json else console) as terminal, occupied(folder):
         terminal.say(f"run folder {folder}")
         results = (compare_variants if recipe.variants else compare)(recipe, folder, watcher=terminal, resume=resume)
     if as_json:
-        print_json(results)
+        print_json(results.to_json())
         return
     console.print(rich_table(results))
     say(f"page     {folder / 'report.html'}")
     say(f"curves   {folder / 'curves.png'}")
-    for name in results.get("variants", {}):
+    for name in results.variants if isinstance(results, AblationResults) else ():
         say(f"variant  {folder / 'variants' / name}")
-    if results["winner"] is not None:
+    if results.winner is not None:
         say(f"winner   {folder / 'winner'}   (deitkit predict {folder} IMAGE...)")
 
 

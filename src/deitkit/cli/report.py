@@ -1,5 +1,7 @@
 """The commands that read a finished run: ``report`` and ``verify``."""
 
+from dataclasses import asdict
+
 import typer
 from rich.table import Table
 
@@ -31,19 +33,19 @@ def verify(run: RunArgument, as_json: Json = False) -> None:
     with Terminal(errors if as_json else console, stopped="stopped; nothing was written") as terminal:
         found = verify_run(run, terminal)
     if as_json:
-        print_json(found, ensure_ascii=False)
+        print_json(asdict(found), ensure_ascii=False)
     else:
         table = Table("row", "seed", "recorded %", "measured %", "holds", box=None)
-        for row in found["rows"]:
-            shown = ["-" if row[key] is None else f"{100 * row[key]:.2f}" for key in ("recorded", "measured")]
-            holds = {True: "yes", False: "NO", None: "-"}[row["holds"]]
-            table.add_row(plain(row["row"]), str(row["seed"]), *shown, holds)
+        for row in found.rows:
+            shown = ["-" if value is None else f"{100 * value:.2f}" for value in (row.recorded, row.measured)]
+            holds = {True: "yes", False: "NO", None: "-"}[row.holds]
+            table.add_row(plain(row.row), str(row.seed), *shown, holds)
         console.print(table)
-        data = "the run's" if found["same_data"] else "NOT the run's (another fingerprint)"
+        data = "the run's" if found.same_data else "NOT the run's (another fingerprint)"
         teachers = {True: "the run's", False: "NOT the run's (other weights)", None: "none on record"}[
-            found["same_teachers"]
+            found.same_teachers
         ]
-        tolerance = f"{100 * found['tolerance']:.2f} points"
+        tolerance = f"{100 * found.tolerance:.2f} points"
         console.print(f"data: {data}; teacher: {teachers}; tolerance: {tolerance}", highlight=False)
-    if not found["holds"]:
+    if not found.holds:
         raise typer.Exit(1)

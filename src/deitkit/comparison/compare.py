@@ -5,14 +5,16 @@ Each stage leaves its result in the run folder, so that a run that was stopped g
 
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor
 
 from deitkit import __version__
 from deitkit.comparison.estimate import estimate_training
-from deitkit.comparison.finetune import Before, ask_checkpoint, beside_checkpoint
+from deitkit.comparison.finetune import StartingPoint, add_checkpoint_row, measure_checkpoint
 from deitkit.comparison.rows import summarise
 from deitkit.comparison.seed_run import adopt_older_layout, gather_metrics, load_predictions, run_seed
 from deitkit.data.augment.preview import draw_views
@@ -21,15 +23,23 @@ from deitkit.data.dataset import Dataset, load_dataset
 from deitkit.distillation.methods import find_method
 from deitkit.evaluation.readouts import top_k_accuracy
 from deitkit.recipe.schema import Recipe
+from deitkit.report.published import published_figures
 from deitkit.report.write import write_report
 from deitkit.run.folder import begin_run, check_run
 from deitkit.run.observer import Watcher
-from deitkit.run.provenance import code_sha256
-from deitkit.run.results import read_results
+from deitkit.run.provenance import code_sha256, envelope
+from deitkit.run.results import (
+    FORMAT,
+    DatasetSummary,
+    DuplicateImages,
+    Results,
+    TeacherCard,
+    read_results,
+    write_results,
+)
 from deitkit.system.device import Precision, choose_device, describe_machine
 from deitkit.system.files import write_text
 from deitkit.teachers.frozen import Teachers, mean_teacher_logits
-from deitkit.teachers.gate import TeacherCard
 from deitkit.teachers.prepare import common_card, prepare_teachers
 from deitkit.training.build import build_students, initial_weights, needs_teacher, student_names
 from deitkit.training.optim import peak_learning_rate
@@ -39,8 +49,8 @@ MODEL_FILES = ("model.safetensors", "model.json")
 
 def compare(
     recipe: Recipe, folder: Path, *, watcher: Watcher, resume: bool = False, dataset: Dataset | None = None
-) -> dict[str, Any]:
-    """Run a comparison into a folder and return its ``results.json``.
+) -> Results:
+    """Run a comparison into a folder and return its results.
 
     Args:
         recipe: What to compare.
@@ -65,7 +75,7 @@ def compare(
     start = rehearse(recipe, dataset, precision)
     for line in start:
         watcher.say(line)
-    before = ask_checkpoint(recipe, dataset, precision, watcher)
+    checkpoint = measure_checkpoint(recipe, dataset, precision, watcher)
     begin_run(folder, recipe)
     adopt_older_layout(folder)
     machine = describe_machine(device, precision)
@@ -84,11 +94,11 @@ def compare(
         )
     for seed in recipe.seeds:
         run_seed(recipe, dataset, teachers, seed, folder=folder, precision=precision, watcher=watcher)
-    results = _results(recipe, dataset, teachers, cards, before, folder=folder, precision=precision)
-    results["machine"] = machine
-    results["notes"] += [f"{line[0].upper()}{line[1:]}." for line in start]
-    _hand_over(results, folder)
-    write_text(folder / "results.json", json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+    results = _results(recipe, dataset, teachers, cards, checkpoint, folder=folder, precision=precision)
+    notes = (*results.notes, *(f"{line[0].upper()}{line[1:]}." for line in start))
+    results = results.model_copy(update={"machine": machine, "notes": notes})
+    _copy_winner(results, folder)
+    write_results(results, folder)
     write_report(folder)
     return results
 
@@ -113,7 +123,7 @@ def has_finished(folder: Path, recipe: Recipe) -> bool:
     if not (folder / "results.json").exists():
         return False
     results = read_results(folder)
-    return results["recipe"]["methods"] == list(recipe.methods) and results["seeds"] == list(recipe.seeds)
+    return results.recipe["methods"] == list(recipe.methods) and results.seeds == recipe.seeds
 
 
 def rehearse(recipe: Recipe, dataset: Dataset, precision: Precision) -> list[str]:
@@ -132,67 +142,72 @@ def _results(
     recipe: Recipe,
     dataset: Dataset,
     teachers: Teachers | None,
-    cards: list[TeacherCard],
-    before: Before | None,
+    cards: Sequence[TeacherCard],
+    checkpoint: StartingPoint | None,
     *,
     folder: Path,
     precision: Precision,
-) -> dict[str, Any]:
-    """Gather the seeds' predictions into rows, in the format of docs/design.md."""
-    answers, teacher_entry, each = None, None, []
+) -> Results:
+    """Gather the predictions of all seeds into rows."""
+    teacher_logits, together = None, None
     if teachers is not None:
-        said = teachers.logits(dataset.test, precision)
-        each = [
-            {**card.__dict__, "test_top1": top_k_accuracy(answer, dataset.test.labels)}
-            for card, answer in zip(cards, said, strict=True)
-        ]
-        answers = mean_teacher_logits(said)
-        teacher_entry = {**common_card(teachers, cards, dataset, precision).__dict__}
-    predictions = load_predictions(folder, recipe.seeds, student_names(recipe))
-    gather_metrics(folder, recipe.seeds, student_names(recipe))
-    summary = summarise(recipe, dataset, predictions, answers, folder / "metrics.jsonl")
-    if before is not None:
-        summary = beside_checkpoint(summary, before, dataset, predictions, answers)
-    if teacher_entry is not None:
-        teacher_entry["test_top1"] = summary.pop("teacher_test_top1")
-    return {
-        "format": 1,
-        "deitkit": __version__,
-        "code": code_sha256(),
-        "created": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "recipe": recipe.model_dump(mode="json"),
-        "dataset": {
-            "name": dataset.name,
-            "train": len(dataset.train),
-            "validation": len(dataset.validation),
-            "test": len(dataset.test),
-            "classes": dataset.classes,
-            "class_names": list(dataset.class_names),
-            "image_px": list(dataset.image_px),
-            "channels": dataset.channels,
-            "skipped": len(dataset.skipped),
-            "skipped_files": list(dataset.skipped),
-            "fingerprint": dataset.fingerprint,
-            "duplicates": asdict(dataset.duplicates),
-        },
-        "teacher": teacher_entry,
-        "teachers": each,
-        "initial": initial_weights(recipe),
-        "seeds": list(recipe.seeds),
-        **summary,
-    }
+        each = teachers.logits(dataset.test, precision)
+        teacher_logits = mean_teacher_logits(each)
+        cards = [_tested(card, logits, dataset) for card, logits in zip(cards, each, strict=True)]
+        together = _tested(common_card(teachers, cards, dataset, precision), teacher_logits, dataset)
+    names = student_names(recipe)
+    predictions = load_predictions(folder, recipe.seeds, names)
+    gather_metrics(folder, recipe.seeds, names)
+    summary = summarise(recipe, dataset, predictions, teacher_logits, folder / "metrics.jsonl")
+    if checkpoint is not None:
+        summary = add_checkpoint_row(summary, checkpoint, dataset, predictions, teacher_logits)
+    return Results(
+        **envelope(FORMAT),
+        recipe=recipe.model_dump(mode="json"),
+        dataset=_summary(dataset),
+        teacher=together,
+        teachers=tuple(cards),
+        initial=initial_weights(recipe),
+        seeds=recipe.seeds,
+        rows=summary.rows,
+        winner=None if summary.winner is None else summary.winner.row,
+        verdict=summary.verdict,
+        published=published_figures(recipe.published),
+        notes=summary.notes,
+    )
 
 
-def _hand_over(results: dict[str, Any], folder: Path) -> None:
-    """Copy the winner's model to ``winner/``, with the readout that it won by."""
-    if results["winner"] is None:
+def _tested(card: TeacherCard, logits: Float[Tensor, "n classes"], dataset: Dataset) -> TeacherCard:
+    return card.model_copy(update={"test_top1": top_k_accuracy(logits, dataset.test.labels)})
+
+
+def _summary(dataset: Dataset) -> DatasetSummary:
+    return DatasetSummary(
+        name=dataset.name,
+        train=len(dataset.train),
+        validation=len(dataset.validation),
+        test=len(dataset.test),
+        classes=dataset.classes,
+        class_names=tuple(dataset.class_names),
+        image_px=tuple(dataset.image_px),
+        channels=dataset.channels,
+        skipped=len(dataset.skipped),
+        skipped_files=tuple(dataset.skipped),
+        fingerprint=dataset.fingerprint,
+        duplicates=DuplicateImages(**asdict(dataset.duplicates)),
+    )
+
+
+def _copy_winner(results: Results, folder: Path) -> None:
+    """Copy the winner's model to ``winner/``, and record the readout by which it won."""
+    row = results.row(results.winner)
+    if row is None:
         return
-    row = next(row for row in results["rows"] if row["row"] == results["winner"])
-    seed = max(zip(row["validation_top1"], results["seeds"], strict=True), key=lambda pair: pair[0] or 0.0)[1]
-    source = folder / f"seed-{seed}" / (row["method"] + ("+ema" if row["weights"] == "ema" else ""))
+    place = max(range(len(results.seeds)), key=lambda place: row.validation_top1[place] or 0.0)
+    source = folder / f"seed-{results.seeds[place]}" / row.student
     (folder / "winner").mkdir(exist_ok=True)
     for name in MODEL_FILES:
         shutil.copy2(source / name, folder / "winner" / name)
     card = json.loads((folder / "winner" / "model.json").read_text(encoding="utf-8"))
-    card |= {"readout": row["readout"], "test_top1": row["top1"][results["seeds"].index(seed)]}
+    card |= {"readout": row.readout, "test_top1": row.top1[place]}
     write_text(folder / "winner" / "model.json", json.dumps(card, indent=2, ensure_ascii=False) + "\n")

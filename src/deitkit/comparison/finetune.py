@@ -1,11 +1,9 @@
-"""Fine-tuning: a comparison whose students start from a checkpoint, and the checkpoint itself as a row beside them.
+"""Fine-tuning: a comparison whose students start from a checkpoint, which has a row of its own in the table.
 
-What a recipe leaves open of the architecture is the checkpoint's. How weights are read and made to fit is the business
-of ``models/exchange``, how students are trained that of ``compare``.
+The architecture is the checkpoint's, unless the recipe sets it. ``models/weights`` reads and adapts weights.
 """
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +11,19 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from deitkit.comparison.rows import Predictions, RowKey, Summary, p_in_words, paired_over_seeds
 from deitkit.data.dataset import Dataset, load_test
 from deitkit.distillation.methods import METHODS
 from deitkit.errors import RecipeError
 from deitkit.evaluation.predict import predict
 from deitkit.evaluation.readouts import default_readout, readout_scores, top_k_accuracy, top_k_hits
-from deitkit.evaluation.statistics import paired_difference, wilson_interval
+from deitkit.evaluation.statistics import wilson_interval
 from deitkit.models.classifier import Classifier
 from deitkit.models.vit import SIZES
 from deitkit.models.weights.initialise import Weights, read_weights
 from deitkit.recipe.schema import DataRecipe, ModelRecipe, Recipe
 from deitkit.run.observer import Watcher
+from deitkit.run.results import Difference, Row, difference_fields
 from deitkit.system.device import Precision
 
 BEFORE = "before"  # stands where a row has its method
@@ -88,15 +88,15 @@ def _check_division(data: DataRecipe, weights: Weights) -> None:
 
 
 @dataclass(frozen=True)
-class Before:
-    """The model that the students start from, as it was before.
+class StartingPoint:
+    """The checkpoint that the students start from.
 
     Attributes:
-        scores: On the test images, by the readout; None where it cannot be asked.
-        readout: Which heads answer.
-        parameters: How many it has.
-        method: By which it was trained, if its card tells.
-        note: What a reader of the table must know of it.
+        scores: On the test images; None where it cannot be measured.
+        readout: Of the scores.
+        parameters: Of the model.
+        method: By which it was trained, if its card records it.
+        note: What a reader of the table must know of it, as a sentence.
     """
 
     scores: Float[Tensor, "n classes"] | None
@@ -106,10 +106,12 @@ class Before:
     note: str
 
 
-def ask_checkpoint(recipe: Recipe, dataset: Dataset, precision: Precision, watcher: Watcher) -> Before | None:
-    """Ask the checkpoint of a recipe about the test images, at its own resolution; None where there is no checkpoint.
+def measure_checkpoint(
+    recipe: Recipe, dataset: Dataset, precision: Precision, watcher: Watcher
+) -> StartingPoint | None:
+    """Predict the test images with the checkpoint of a recipe, at its own resolution; None without a checkpoint.
 
-    Nothing is chosen by the answer. It is asked only where it knows the classes of the data.
+    Nothing is chosen by the result. A checkpoint with other classes than the data is not measured.
     """
     if recipe.model.checkpoint is None:
         return None
@@ -119,7 +121,7 @@ def ask_checkpoint(recipe: Recipe, dataset: Dataset, precision: Precision, watch
     obstacle = _obstacle(weights, dataset)
     if obstacle is not None:
         note = f"{recipe.model.checkpoint}, from which the students started, has no row of its own: {obstacle}."
-        return Before(None, "", parameters, card.get("method"), note)
+        return StartingPoint(None, "", parameters, card.get("method"), note)
     px = found.image_px[0]
     own = {"image_px": px, "channels": found.channels, "eval_crop": card.get("eval_crop", recipe.data.eval_crop)}
     test, _ = load_test(recipe.data.model_copy(update=own), watcher.reading)
@@ -131,7 +133,7 @@ def ask_checkpoint(recipe: Recipe, dataset: Dataset, precision: Precision, watch
         note += "; nothing names its classes, which are taken to be those of the data"
     top1 = top_k_accuracy(scores[readout], dataset.test.labels.cpu())
     watcher.say(f"before fine-tuning: {100 * top1:.2f} % on the test images at {px} px ({readout})")
-    return Before(scores[readout], readout, parameters, card.get("method"), f"{note}.")
+    return StartingPoint(scores[readout], readout, parameters, card.get("method"), f"{note}.")
 
 
 def _obstacle(weights: Weights, dataset: Dataset) -> str | None:
@@ -154,96 +156,82 @@ def _build(weights: Weights) -> Classifier:
     return Classifier(model, mean=mean, std=std)
 
 
-def beside_checkpoint(
-    summary: dict[str, Any],
-    before: Before,
+def add_checkpoint_row(
+    summary: Summary,
+    start: StartingPoint,
     dataset: Dataset,
-    predictions: dict[int, Any],
-    answers: Float[Tensor, "n classes"] | None,
-) -> dict[str, Any]:
-    """Put the row of the checkpoint before those of the students, and what each has gained over it.
+    predictions: Predictions,
+    teacher_logits: Float[Tensor, "n classes"] | None,
+) -> Summary:
+    """Put the row of the checkpoint before those of the students, and add each student's gain over it.
 
     Args:
-        summary: What ``rows.summarise`` says.
-        before: The checkpoint as it was.
+        summary: Of the students.
+        start: The checkpoint.
         dataset: Its test labels.
         predictions: As for ``rows.summarise``.
-        answers: The teacher's logits on the test images.
+        teacher_logits: The teachers' logits on the test images.
     """
-    summary = summary | {"notes": [*summary["notes"], before.note]}
-    if before.scores is None:
+    summary = replace(summary, notes=(*summary.notes, start.note))
+    if start.scores is None:
         return summary
     labels = dataset.test.labels.cpu()
-    hits = top_k_hits(before.scores, labels)
+    hits = top_k_hits(start.scores, labels)
     rows = [
-        row | _gain(row, [student[row["method"]] for student in predictions.values()], hits, labels)
-        for row in summary["rows"]
+        row.model_copy(update=difference_fields("before", _gain(row, predictions, hits, labels)))
+        for row in summary.rows
     ]
-    return summary | {
-        "rows": [_row(before, dataset, answers), *rows],
-        "verdict": summary["verdict"] + _verdict(rows, summary["winner"]),
-    }
+    winner = next((row for row in rows if summary.winner is not None and row.row == summary.winner.row), None)
+    return replace(
+        summary,
+        rows=(_checkpoint_row(start, dataset, teacher_logits), *rows),
+        winner=winner,
+        verdict=summary.verdict + _verdict(winner),
+    )
 
 
-def _gain(row: dict[str, Any], students: Sequence[Any], start: Tensor, labels: Tensor) -> dict[str, Any]:
-    """Compare a row with the checkpoint on the same images, over the seeds that ended."""
-    finished = [student["scores"][row["weights"]]["test"] for student in students if student["status"] is None]
-    if not finished:
-        return _NO_GAIN
-    hits = [top_k_hits(scores[row["readout"]], labels) for scores in finished]
-    difference = paired_difference(hits, [start] * len(hits))
-    return {
-        "difference_vs_before": difference.mean,
-        "difference_vs_before_ci95": difference.ci95,
-        "p_vs_before": difference.p,
-        "p_vs_before_test": difference.test,
-    }
+def _gain(row: Row, predictions: Predictions, start: Tensor, labels: Tensor) -> Difference | None:
+    """Compare a row with the checkpoint on the same images, over the finished seeds."""
+    hits = RowKey(row.method, row.weights, row.readout).hits(predictions, labels)
+    return paired_over_seeds(hits, dict.fromkeys(hits, start))
 
 
-_NO_GAIN: dict[str, Any] = dict.fromkeys(
-    ("difference_vs_before", "difference_vs_before_ci95", "p_vs_before", "p_vs_before_test")
-)
-
-
-def _row(before: Before, dataset: Dataset, answers: Float[Tensor, "n classes"] | None) -> dict[str, Any]:
+def _checkpoint_row(start: StartingPoint, dataset: Dataset, teacher_logits: Float[Tensor, "n classes"] | None) -> Row:
     """Return the checkpoint's row: of one model, whatever the number of seeds."""
-    assert before.scores is not None
+    assert start.scores is not None
     labels = dataset.test.labels.cpu()
-    hits, n = int(top_k_hits(before.scores, labels).sum()), len(labels)
-    method = METHODS.get(before.method or "")
-    agreement = None if answers is None else top_k_accuracy(before.scores, answers.argmax(dim=-1))
-    unknown = ("top1_std", "difference_vs_none", "difference_ci95", "p_vs_none", "p_test")
-    return {
-        "row": f"{BEFORE}/{before.readout}",
-        "label": "before fine-tuning",
-        "method": BEFORE,
-        "readout": before.readout,
-        "weights": "last",
-        "labels": method.uses_labels if method else None,
-        "teacher": method.teacher_signal if method else None,
-        "tokens": method.token_layout if method else "-",
-        "top1": [hits / n],
-        "top5": [top_k_accuracy(before.scores, labels, 5)] if dataset.classes > 5 else None,
-        "n": n,
-        "top1_mean": hits / n,
-        "top1_ci95": wilson_interval(hits, n),
-        "validation_top1": [None],
-        **dict.fromkeys(unknown),
-        **_NO_GAIN,
-        "teacher_agreement": agreement,
-        "parameters": before.parameters,
-        "images_per_second": None,
-        "train_seconds": None,
-        "status": "ok",
-    }
+    hits, n = int(top_k_hits(start.scores, labels).sum()), len(labels)
+    method = METHODS.get(start.method or "")
+    return Row(
+        row=f"{BEFORE}/{start.readout}",
+        label="before fine-tuning",
+        method=BEFORE,
+        readout=start.readout,
+        weights="last",
+        kind="checkpoint",
+        reference=False,
+        labels=method.uses_labels if method else None,
+        teacher=method.teacher_signal if method else None,
+        tokens=method.token_layout if method else "-",
+        top1=(hits / n,),
+        top5=(top_k_accuracy(start.scores, labels, 5),) if dataset.classes > 5 else None,
+        n=n,
+        top1_mean=hits / n,
+        top1_ci95=wilson_interval(hits, n),
+        validation_top1=(None,),
+        teacher_agreement=None
+        if teacher_logits is None
+        else top_k_accuracy(start.scores, teacher_logits.argmax(dim=-1)),
+        parameters=start.parameters,
+        status="ok",
+    )
 
 
-def _verdict(rows: Sequence[dict[str, Any]], winner: str | None) -> str:
-    row = next((row for row in rows if row["row"] == winner), None)
-    if row is None:
+def _verdict(winner: Row | None) -> str:
+    gain = None if winner is None else winner.difference_to("before")
+    if winner is None or gain is None:
         return ""
-    luck = "" if row["p_vs_before"] < 0.05 else ": it may be luck"
     return (
-        f" {winner} differs by {100 * row['difference_vs_before']:+.2f} points from the model before fine-tuning "
-        f"(p = {row['p_vs_before']:.2g}, {row['p_vs_before_test']}{luck})."
+        f" {winner.row} differs by {100 * gain.mean:+.2f} points from the model before fine-tuning "
+        f"({p_in_words(gain)})."
     )

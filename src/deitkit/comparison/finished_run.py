@@ -1,7 +1,6 @@
 """The students and teachers of a finished run, loaded as they were trained."""
 
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -12,6 +11,7 @@ from deitkit.models.classifier import Classifier
 from deitkit.models.saved import load_classifier
 from deitkit.recipe.schema import Recipe, SpeedRecipe
 from deitkit.run.observer import Watcher
+from deitkit.run.results import Results
 from deitkit.system.device import Precision
 from deitkit.teachers.prepare import prepare_teachers, teacher_folders
 
@@ -31,30 +31,25 @@ def teachers_of(
     return teachers.classifiers
 
 
-def students_of(folder: Path, results: dict[str, Any], seed: int) -> dict[str, Path]:
-    """Return the folders of the students that reached the end of their training under a seed; ``+ema`` for averages.
+def students_of(folder: Path, results: Results, seed: int) -> dict[str, Path]:
+    """Return the folders of the students that finished their training under a seed; ``+ema`` for averaged weights.
 
-    A row whose model the run does not hold, such as that of a model before it was fine-tuned, has none.
+    A row without a model in the run folder, such as that of a checkpoint before fine-tuning, has none.
 
     Args:
         folder: Of the run.
-        results: Its ``results.json``.
+        results: Of the run.
         seed: Of the run.
     """
-    place = results["seeds"].index(seed)
-    homes = {student_name(row): folder / f"seed-{seed}" / student_name(row) for row in results["rows"]}
-    stopped = {student_name(row) for row in results["rows"] if row["top1"][place:] and row["top1"][place] is None}
+    place = results.seeds.index(seed)
+    homes = {row.student: folder / f"seed-{seed}" / row.student for row in results.rows}
+    stopped = {row.student for row in results.rows if row.top1[place:] and row.top1[place] is None}
     return {name: home for name, home in homes.items() if name not in stopped and (home / "model.json").exists()}
 
 
 def load_as_trained(folder: Path, speed: SpeedRecipe, device: torch.device) -> Classifier:
-    """Load a classifier with the kernels that it was measured with, so that it decides as in the table.
+    """Load a classifier with the kernels of its evaluation, so that its decisions are those of the table.
 
-    Only compiled it is not: compiled blocks would not call the hooks that look into them.
+    It is never compiled: compiled blocks do not call the hooks of ``analyze``.
     """
     return accelerate(load_classifier(folder, device)[0], speed.model_copy(update={"compile": False}), device)
-
-
-def student_name(row: dict[str, Any]) -> str:
-    """Return the name of a row's student, which is that of its folder."""
-    return f"{row['method']}+ema" if row["weights"] == "ema" else str(row["method"])

@@ -1,203 +1,205 @@
 """From predictions to rows: a comparison's accuracies, differences, significance, winner and verdict.
 
-Pure functions of what the cohorts left behind; nothing here trains or draws.
+Pure functions of the students' predictions; nothing here trains or draws.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from deitkit.data.dataset import Dataset
-from deitkit.distillation.methods import METHODS
+from deitkit.distillation.methods import METHODS, reference_method
 from deitkit.evaluation.readouts import default_readout, top_k_accuracy, top_k_hits
-from deitkit.evaluation.statistics import Difference, mean_interval, paired_difference, wilson_interval
+from deitkit.evaluation.statistics import mean_interval, paired_difference, wilson_interval
 from deitkit.recipe.schema import Recipe
-from deitkit.report.published import published_rows
 from deitkit.run.metrics import read_metrics
+from deitkit.run.results import Difference, Row, difference_fields
+from deitkit.training.build import BASELINE, baseline_architecture
 
-# What `none` is called where only the seed's reading of it was trained.
-REFERENCES = ("none", "mean-pool-none", "class-only")
+Hits = dict[int, Bool[Tensor, " n"]]  # by seed, which test images are classified correctly
+SomeRow = TypeVar("SomeRow", bound=Row)
 
-TITLES = {
-    ("token-hard", "class"): "DeiT distilled: class embedding",
-    ("token-hard", "distillation"): "DeiT distilled: distil. embedding",
-    ("token-hard", "joint"): "DeiT distilled: class + distillation",
-    ("token-hard", "joint-logits"): "DeiT distilled: class + distillation, mean of logits",
-    ("token-soft", "class"): "DeiT distilled (soft): class embedding",
-    ("token-soft", "distillation"): "DeiT distilled (soft): distil. embedding",
-    ("token-soft", "joint"): "DeiT distilled (soft): class + distillation",
-    ("token-soft", "joint-logits"): "DeiT distilled (soft): class + distillation, mean of logits",
-    ("none", "class"): "no distillation",
-    ("soft", "class"): "usual distillation",
-    ("hard", "class"): "hard distillation",
-    ("class-only", "class"): "only a class token",
-    ("distillation-only", "distillation"): "only a distillation token",
-    ("mean-pool-none", "class"): "no distillation, mean pooling",
-    ("mean-pool-soft", "class"): "usual distillation, mean pooling",
-    ("mean-pool-hard", "class"): "hard distillation, mean pooling",
-    ("dkd", "class"): "decoupled distillation (DKD)",
-    ("dist", "class"): "distillation of relations (DIST)",
-    ("standardised", "class"): "distillation of standardised logits",
-    ("consistent", "class"): "consistent distillation, without labels",
-}
+
+@dataclass(frozen=True)
+class StudentPredictions:
+    """What is kept of a student's training under one seed.
+
+    Attributes:
+        status: None, or why it stopped.
+        parameters: Of the model.
+        scores: By weights (``last``, ``ema``), split and readout, as float32 on the CPU.
+    """
+
+    status: str | None
+    parameters: int
+    scores: dict[str, dict[str, dict[str, Float[Tensor, "n classes"]]]]
+
+
+Predictions = Mapping[int, Mapping[str, StudentPredictions]]  # seed -> student
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The part of the results that follows from predictions alone."""
+
+    rows: tuple[Row, ...]
+    winner: Row | None
+    verdict: str
+    notes: tuple[str, ...]
 
 
 def summarise(
     recipe: Recipe,
     dataset: Dataset,
-    predictions: dict[int, Any],
-    answers: Float[Tensor, "n classes"] | None,
+    predictions: Predictions,
+    teacher_logits: Float[Tensor, "n classes"] | None,
     metrics: Path,
-) -> dict[str, Any]:
-    """Return ``rows``, ``winner``, ``verdict``, ``published`` and ``notes`` of results.json.
+) -> Summary:
+    """Return rows, winner, verdict and notes.
 
     Args:
         recipe: Of the comparison.
         dataset: Its test and validation labels.
-        predictions: For each seed: student -> status, parameters and scores by weights, split and readout.
-        answers: The teacher's logits on the test images.
+        predictions: For each seed and student.
+        teacher_logits: The teachers' logits on the test images.
         metrics: The run's metrics.jsonl, for speed.
     """
     speed = _speed(metrics)
-    rows = [
-        _row(name, weights, readout, recipe, dataset, predictions, answers) | speed.get(name, _NO_SPEED)
-        for name, weights, readout in _row_keys(predictions[recipe.seeds[0]])
-    ]
+    teacher_decisions = None if teacher_logits is None else teacher_logits.argmax(dim=-1)
+    rows = tuple(
+        _row(key, recipe, dataset, predictions, teacher_decisions, speed.get(key.student, _NO_SPEED))
+        for key in _row_keys(predictions[recipe.seeds[0]])
+    )
     winner = _winner(rows)
-    summary: dict[str, Any] = {
-        "rows": rows,
-        "winner": winner["row"] if winner else None,
-        "verdict": _verdict(winner, rows, len(recipe.seeds)),
-        "published": published_rows(recipe.published),
-        "notes": _notes(dataset),
-    }
-    if answers is not None:
-        summary["teacher_test_top1"] = top_k_accuracy(answers, dataset.test.labels)
-    return summary
+    return Summary(rows, winner, _verdict(winner, rows, len(recipe.seeds)), tuple(_notes(recipe, dataset)))
 
 
-def _row_keys(students: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
+@dataclass(frozen=True)
+class RowKey:
+    """What a row is of: a student, its weights and a readout."""
+
+    student: str
+    weights: str
+    readout: str
+
+    @property
+    def name(self) -> str:
+        """The row's name."""
+        return f"{self.student}/{self.readout}" + ("+ema" if self.weights == "ema" else "")
+
+    def hits(self, predictions: Predictions, labels: Int64[Tensor, " n"]) -> Hits:
+        """Return which test images the row gets right, for each seed that did not stop."""
+        return {seed: top_k_hits(scores, labels) for seed, scores in self.scores(predictions, "test").items()}
+
+    def scores(self, predictions: Predictions, split: str) -> dict[int, Float[Tensor, "n classes"]]:
+        """Return the row's scores, for each seed that did not stop."""
+        students = {seed: students[self.student] for seed, students in predictions.items()}
+        return {
+            seed: student.scores[self.weights][split][self.readout]
+            for seed, student in students.items()
+            if student.status is None
+        }
+
+
+def _row_keys(students: Mapping[str, StudentPredictions]) -> Iterator[RowKey]:
     for name, student in students.items():
-        for weights, splits in student["scores"].items():
+        for weights, splits in student.scores.items():
             for readout in splits["test"]:
-                yield name, weights, readout
+                yield RowKey(name, weights, readout)
 
 
 def _row(
-    name: str,
-    weights: str,
-    readout: str,
+    key: RowKey,
     recipe: Recipe,
     dataset: Dataset,
-    predictions: dict[int, Any],
-    answers: Float[Tensor, "n classes"] | None,
-) -> dict[str, Any]:
+    predictions: Predictions,
+    teacher_decisions: Int64[Tensor, " n"] | None,
+    speed: dict[str, float | None],
+) -> Row:
     """Describe one student and readout over all seeds; a stopped seed has no accuracy and leaves the statistics."""
-    labels = dataset.test.labels
-    finished = [seed for seed in recipe.seeds if predictions[seed][name]["status"] is None]
-    scores = {seed: predictions[seed][name]["scores"][weights] for seed in finished}
-    hits = row_hits(predictions, name, weights, readout, labels)
-    top1 = [hits[seed].double().mean().item() if seed in hits else None for seed in recipe.seeds]
-    values = [value for value in top1 if value is not None]
-    top5 = None
-    if dataset.classes > 5:
-        top5 = [
-            top_k_accuracy(scores[seed]["test"][readout], labels, 5) if seed in scores else None
-            for seed in recipe.seeds
-        ]
+    labels, seeds = dataset.test.labels, recipe.seeds
+    hits = key.hits(predictions, labels)
+    scores = key.scores(predictions, "test")
+    validation = key.scores(predictions, "validation")
+    top1 = {seed: hits[seed].double().mean().item() for seed in hits}
+    top5 = {seed: top_k_accuracy(scores[seed], labels, 5) for seed in scores} if dataset.classes > 5 else None
+    validation_top1 = {seed: top_k_accuracy(validation[seed], dataset.validation.labels) for seed in validation}
     agreement = None
-    if answers is not None and values:
-        decisions = answers.argmax(dim=-1)
-        agreement = float(np.mean([top_k_accuracy(scores[seed]["test"][readout], decisions) for seed in finished]))
-    stopped = [f"seed {seed} {predictions[seed][name]['status']}" for seed in recipe.seeds if seed not in finished]
-    method = METHODS.get(name)
-    return {
-        "row": f"{name}/{readout}" + ("+ema" if weights == "ema" else ""),
-        "label": _label(name, weights, readout, recipe),
-        "method": name,
-        "readout": readout,
-        "weights": weights,
-        "labels": method.uses_labels if method else True,
-        "teacher": method.teacher_signal if method else None,
-        "tokens": method.token_layout if method else "-",
-        "top1": top1,
-        "top5": top5,
-        "n": len(labels),
-        "top1_mean": float(np.mean(values)) if values else None,
-        "top1_std": float(np.std(values, ddof=1)) if len(values) > 1 else None,
-        "top1_ci95": _interval(values, len(labels)),
-        "validation_top1": [
-            top_k_accuracy(scores[seed]["validation"][readout], dataset.validation.labels) if seed in scores else None
-            for seed in recipe.seeds
-        ],
-        **_against_none(name, hits, dataset, predictions),
-        "teacher_agreement": agreement,
-        "parameters": predictions[recipe.seeds[0]][name]["parameters"],
-        "status": "; ".join(stopped) or "ok",
-    }
+    if teacher_decisions is not None and scores:
+        agreement = float(np.mean([top_k_accuracy(each, teacher_decisions) for each in scores.values()]))
+    stopped = {seed: predictions[seed][key.student].status for seed in seeds if seed not in scores}
+    values = list(top1.values())
+    reference = _reference(predictions)
+    return Row(
+        row=key.name,
+        **_method_fields(key, recipe),
+        readout=key.readout,
+        weights=key.weights,
+        reference=key == reference,
+        top1=tuple(top1.get(seed) for seed in seeds),
+        top5=None if top5 is None else tuple(top5.get(seed) for seed in seeds),
+        n=len(labels),
+        top1_mean=float(np.mean(values)) if values else None,
+        top1_std=float(np.std(values, ddof=1)) if len(values) > 1 else None,
+        top1_ci95=_interval(values, len(labels)),
+        validation_top1=tuple(validation_top1.get(seed) for seed in seeds),
+        **difference_fields("none", _difference_to_reference(key, hits, reference, predictions, labels)),
+        teacher_agreement=agreement,
+        parameters=predictions[seeds[0]][key.student].parameters,
+        status="; ".join(f"seed {seed} {status}" for seed, status in stopped.items()) or "ok",
+        **speed,
+    )
 
 
-def row_hits(
-    predictions: dict[int, Any], name: str, weights: str, readout: str, labels: Int64[Tensor, " n"]
-) -> dict[int, Bool[Tensor, " n"]]:
-    """Return which test images a row gets right, for each seed that did not stop."""
-    students = {seed: students[name] for seed, students in predictions.items()}
-    return {
-        seed: top_k_hits(student["scores"][weights]["test"][readout], labels)
-        for seed, student in students.items()
-        if student["status"] is None
-    }
+def _method_fields(key: RowKey, recipe: Recipe) -> dict[str, Any]:
+    """Return the fields of a row that its method decides; the baseline learns from labels alone."""
+    if key.student == BASELINE:
+        title, kind = f"CNN baseline ({baseline_architecture(recipe)}), labels alone", "baseline"
+        facts = {"labels": True, "teacher": None, "tokens": "-"}
+    else:
+        method = METHODS[key.student]
+        title, kind = method.title_of(key.readout), "student"
+        facts = {"labels": method.uses_labels, "teacher": method.teacher_signal, "tokens": method.token_layout}
+    label = f"{title}, EMA" if key.weights == "ema" else title
+    return {"label": label, "method": key.student, "kind": kind} | facts
 
 
-def _interval(values: list[float], n: int) -> tuple[float, float] | None:
+def _interval(values: Sequence[float], n: int) -> tuple[float, float] | None:
     if not values:
         return None
     return wilson_interval(round(values[0] * n), n) if len(values) == 1 else mean_interval(values)
 
 
-def _label(name: str, weights: str, readout: str, recipe: Recipe) -> str:
-    if name not in METHODS:
-        assert recipe.baseline is not None
-        architecture = recipe.teacher.name if recipe.baseline.name == "teacher" else recipe.baseline.name
-        title = f"CNN baseline ({architecture}), labels alone"
-    else:
-        title = TITLES.get((name, readout), f"{name}, {readout}")
-    return f"{title}, EMA" if weights == "ema" else title
-
-
-def _against_none(name: str, hits: dict[int, Tensor], dataset: Dataset, predictions: dict[int, Any]) -> dict[str, Any]:
-    """Compare a row with the student that learned from labels alone, over the seeds that both finished."""
-    empty = {"difference_vs_none": None, "difference_ci95": None, "p_vs_none": None, "p_test": None}
+def _reference(predictions: Predictions) -> RowKey | None:
+    """Return the row that others are compared with: of a student without a teacher, from the last weights."""
     students = next(iter(predictions.values()))
-    reference = next((candidate for candidate in REFERENCES if candidate in students), None)
-    if reference is None or name == reference:
-        return empty
-    other = row_hits(predictions, reference, "last", "class", dataset.test.labels)
-    difference = paired_over_seeds(hits, other)
-    if difference is None:
-        return empty
-    return {
-        "difference_vs_none": difference.mean,
-        "difference_ci95": difference.ci95,
-        "p_vs_none": difference.p,
-        "p_test": difference.test,
-    }
+    name = reference_method(students)
+    return None if name is None else RowKey(name, "last", default_readout(list(students[name].scores["last"]["test"])))
 
 
-def paired_over_seeds(hits: dict[int, Bool[Tensor, " n"]], other: dict[int, Bool[Tensor, " n"]]) -> Difference | None:
-    """Return how far one row lies above another over the seeds that both finished; None where there is no such seed."""
+def _difference_to_reference(
+    key: RowKey, hits: Hits, reference: RowKey | None, predictions: Predictions, labels: Int64[Tensor, " n"]
+) -> Difference | None:
+    if reference is None or key.student == reference.student:
+        return None
+    return paired_over_seeds(hits, reference.hits(predictions, labels))
+
+
+def paired_over_seeds(hits: Hits, other: Hits) -> Difference | None:
+    """Return the difference of two rows over the seeds that both finished; None where there is no such seed."""
     seeds = [seed for seed in hits if seed in other]
     return paired_difference([hits[seed] for seed in seeds], [other[seed] for seed in seeds]) if seeds else None
 
 
-_NO_SPEED = {"images_per_second": None, "train_seconds": None}
+_NO_SPEED: dict[str, float | None] = {"images_per_second": None, "train_seconds": None}
 
 
-def _speed(metrics: Path) -> dict[str, dict[str, float]]:
+def _speed(metrics: Path) -> dict[str, dict[str, float | None]]:
     """Return each student's own images/s and seconds per seed, without the part that all students share."""
     seconds: dict[str, float] = {}
     images: dict[str, float] = {}
@@ -213,55 +215,57 @@ def _speed(metrics: Path) -> dict[str, dict[str, float]]:
     }
 
 
-def _winner(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
+def _winner(rows: Sequence[Row]) -> Row | None:
     """Return the student's row with the best mean validation accuracy; the test set chooses nothing.
 
     Of a student with two heads only the joint readout of the paper may win; of equals the first.
     """
-    candidates = [row for row in reported_rows(rows) if row["method"] in METHODS and row["status"] == "ok"]
+    candidates = [row for row in reported_rows(rows) if row.kind == "student" and row.status == "ok"]
     return max(candidates, key=_validation_mean, default=None)
 
 
-def reported_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the rows by which students are judged: of a student with two heads the paper's joint readout."""
+def reported_rows(rows: Iterable[SomeRow]) -> list[SomeRow]:
+    """Return the rows by which students are compared: of a student with two heads the paper's joint readout."""
+    rows = list(rows)
     readouts: dict[str, list[str]] = {}
     for row in rows:
-        readouts.setdefault(row["method"], []).append(row["readout"])
-    return [row for row in rows if row["readout"] == default_readout(readouts[row["method"]])]
+        readouts.setdefault(row.method, []).append(row.readout)
+    return [row for row in rows if row.readout == default_readout(readouts[row.method])]
 
 
-def _validation_mean(row: dict[str, Any]) -> float:
-    return float(np.mean([value for value in row["validation_top1"] if value is not None]))
+def _validation_mean(row: Row) -> float:
+    return float(np.mean([value for value in row.validation_top1 if value is not None]))
 
 
-def _verdict(winner: dict[str, Any] | None, rows: list[dict[str, Any]], seeds: int) -> str:
-    """Say in one or two sentences which student wins, by how much, and how sure that is."""
+def _verdict(winner: Row | None, rows: Sequence[Row], seeds: int) -> str:
+    """Return which student wins, by how much, and how certain that is, in one or two sentences."""
     if winner is None:
         return "No student reached the end of its training."
+    assert winner.top1_mean is not None
     over = f"mean of {seeds} seeds" if seeds > 1 else "one seed"
-    text = (
-        f"{winner['row']} wins on the validation images and scores {100 * winner['top1_mean']:.2f} % on the test images"
-    )
-    text += f" ({over}, n = {winner['n']})"
-    if winner["difference_vs_none"] is not None:
-        points = 100 * winner["difference_vs_none"]
-        sure = winner["p_vs_none"] < 0.05
-        text += f", {points:+.2f} points against labels alone"
-        text += f" (p = {winner['p_vs_none']:.2g}, {winner['p_test']}{'' if sure else ': it may be luck'})"
-    elif any(row["difference_vs_none"] is not None for row in rows):
+    text = f"{winner.row} wins on the validation images and scores {100 * winner.top1_mean:.2f} % on the test images"
+    text += f" ({over}, n = {winner.n})"
+    difference = winner.difference_to("none")
+    if difference is not None:
+        text += f", {100 * difference.mean:+.2f} points against labels alone ({p_in_words(difference)})"
+    elif any(row.difference_to("none") is not None for row in rows):
         text += ": no teaching beat labels alone there"
-    best = max((row for row in rows if row["method"] in METHODS and row["top1_mean"]), key=lambda row: row["top1_mean"])
-    if best["top1_mean"] > winner["top1_mean"]:
-        text += f". On the test images {best['row']} is higher ({100 * best['top1_mean']:.2f} %), but nothing is chosen"
-        text += " there"
+    tested = {row.row: row.top1_mean for row in rows if row.kind == "student" and row.top1_mean}
+    best = max(tested, key=lambda name: tested[name])
+    if tested[best] > winner.top1_mean:
+        text += f". On the test images {best} is higher ({100 * tested[best]:.2f} %), but nothing is chosen there"
     return text + "."
 
 
-def _notes(dataset: Dataset) -> list[str]:
-    """Say what a reader of the table must know of this run beside its figures."""
-    notes = []
+def p_in_words(difference: Difference) -> str:
+    """Return a p value with its test, and a warning where chance may explain the difference."""
+    return f"p = {difference.p:.2g}, {difference.test}{'' if difference.is_significant else ': it may be luck'}"
+
+
+def _notes(recipe: Recipe, dataset: Dataset) -> Iterator[str]:
+    """Yield what a reader of the table must know besides its figures."""
+    yield from dict.fromkeys(METHODS[name].note for name in recipe.methods if METHODS[name].note)
     if dataset.skipped:
-        notes.append(f"{len(dataset.skipped)} files could not be read and were left out, first {dataset.skipped[0]}.")
+        yield f"{len(dataset.skipped)} files could not be read and were left out, first {dataset.skipped[0]}."
     if dataset.duplicates.count:
-        notes.append(f"{dataset.duplicates.sentence()}.")
-    return notes
+        yield f"{dataset.duplicates.sentence()}."

@@ -10,6 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
+from deitkit.comparison.rows import StudentPredictions
 from deitkit.data.dataset import Dataset
 from deitkit.evaluation.predict import predict_all
 from deitkit.evaluation.readouts import readout_scores
@@ -153,7 +156,7 @@ def _keep(
 ) -> None:
     """Write each student's weights, metrics and predictions; the last come last, and mark it as finished."""
     weights = {student.name: _weights(student) for student in students}
-    scores: dict[str, dict[str, dict[str, Any]]] = {
+    scores: dict[str, dict[str, dict[str, dict[str, Tensor]]]] = {
         name: {which: {} for which in classifiers} for name, classifiers in weights.items()
     }
     for split in ("validation", "test"):
@@ -168,12 +171,12 @@ def _keep(
         if "ema" in weights[student.name]:
             save_classifier(home.with_name(f"{student.name}+ema"), weights[student.name]["ema"], card)
         _write_metrics(home, read_metrics(folder), seed)
-        prediction = {
-            "status": student.stopped,
-            "parameters": sum(parameter.numel() for parameter in student.classifier.model.parameters()),
-            "scores": scores[student.name],
-        }
-        save_tree(home / PREDICTIONS, prediction)
+        predictions = StudentPredictions(
+            status=student.stopped,
+            parameters=sum(parameter.numel() for parameter in student.classifier.model.parameters()),
+            scores=scores[student.name],
+        )
+        save_tree(home / PREDICTIONS, vars(predictions))
 
 
 def _write_metrics(home: Path, records: Sequence[dict[str, Any]], seed: int) -> None:
@@ -188,13 +191,15 @@ def _return_metrics(home: Path, folder: Path) -> None:
     write_text(folder / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in records))
 
 
-def load_predictions(folder: Path, seeds: Sequence[int], names: Sequence[str]) -> dict[int, dict[str, Any]]:
-    """Return what finished students predicted: seed -> student -> status, parameters and scores.
-
-    Scores are by weights (``last``, ``ema``), split and readout, as float32 on the CPU.
-    """
+def load_predictions(
+    folder: Path, seeds: Sequence[int], names: Sequence[str]
+) -> dict[int, dict[str, StudentPredictions]]:
+    """Return the predictions of finished students by seed and name."""
     adopt_older_layout(folder)
-    return {seed: {name: load_tree(folder / f"seed-{seed}" / name / PREDICTIONS) for name in names} for seed in seeds}
+    return {
+        seed: {name: StudentPredictions(**load_tree(folder / f"seed-{seed}" / name / PREDICTIONS)) for name in names}
+        for seed in seeds
+    }
 
 
 def gather_metrics(folder: Path, seeds: Sequence[int], names: Sequence[str]) -> None:

@@ -1,106 +1,131 @@
-"""`deitkit verify`: a finished run's saved students, asked once more; does its table hold?
+"""`deitkit verify`: measure the saved students of a finished run again, and compare them with its table.
 
-Each row's accuracy is measured anew and compared with what ``results.json`` says. Nothing is written.
+Nothing is written.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
-# Of another processor or version of torch: this many images in a thousand may lie so close to a boundary between two
-# classes that rounding decides. On the machine of the run a row holds exactly or not at all.
-ELSEWHERE = 0.005
+from deitkit.comparison.finished_run import load_as_trained, students_of
+from deitkit.data.dataset import Dataset, load_dataset
+from deitkit.evaluation.predict import predict_all
+from deitkit.evaluation.readouts import readout_scores, top_k_accuracy
+from deitkit.models.weights.read import file_sha256
+from deitkit.recipe.load import load_recipe
+from deitkit.recipe.schema import DataRecipe
+from deitkit.run.observer import Watcher
+from deitkit.run.results import AblationResults, Row, read_results
+from deitkit.system.device import Precision, choose_device, describe_machine
+from deitkit.teachers.prepare import teacher_folders
+
+# Tolerance for another processor or version of torch, where rounding decides images near a boundary between two
+# classes. On the machine of the run figures must be identical.
+TOLERANCE_ELSEWHERE = 0.005
 
 
-def verify_run(folder: Path, watcher: Any) -> dict[str, Any]:
-    """Return what is recorded and what is measured of every row and seed, and whether all of it holds.
+@dataclass(frozen=True)
+class VerifiedRow:
+    """Accuracy of a row under a seed, as recorded and as measured; ``holds`` is None where nothing is recorded."""
+
+    row: str
+    seed: int
+    recorded: float | None
+    measured: float | None
+    holds: bool | None
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What `deitkit verify` found.
+
+    Attributes:
+        holds: Whether all of it holds.
+        same_data: Whether the data have the fingerprint of the run's.
+        same_teachers: Whether the teachers' weights have the run's hashes; None if none are recorded.
+        tolerance: Allowed difference of an accuracy.
+        rows: By seed and row.
+    """
+
+    holds: bool
+    same_data: bool
+    same_teachers: bool | None
+    tolerance: float
+    rows: tuple[VerifiedRow, ...]
+
+
+def verify_run(folder: Path, watcher: Watcher) -> Verification:
+    """Measure every row and seed of a finished run again.
 
     Args:
         folder: Of a finished run; of an ablation every variant is measured.
-        watcher: Is told how it goes.
+        watcher: Receives progress.
 
     Raises:
         CheckpointError: The run is not finished, or one of its models cannot be read.
         DataError: The data cannot be loaded.
     """
-    from deitkit.data.dataset import load_dataset
-    from deitkit.run.results import read_results
-
     results = read_results(folder)
     load = lru_cache(maxsize=1)(lambda data: load_dataset(data, watcher.reading))
-    if not results.get("variants"):
-        return _verify(folder, results["rows"], load, watcher)
+    if not isinstance(results, AblationResults):
+        return _verify(folder, results.rows, load, watcher)
     found = []
-    for name in results["variants"]:
+    for name in results.variants:
         watcher.say(f"variant {name}")
-        rows = [row for row in results["rows"] if row["variant"] == name]
+        rows = [row for row in results.rows if row.variant == name]
         found.append(_verify(folder / "variants" / name, rows, load, watcher))
-    return {
-        "holds": all(part["holds"] for part in found),
-        "same_data": all(part["same_data"] for part in found),
-        "same_teachers": _all_or_none(part["same_teachers"] for part in found),
-        "tolerance": max(part["tolerance"] for part in found),
-        "rows": [row for part in found for row in part["rows"]],
-    }
+    return Verification(
+        holds=all(part.holds for part in found),
+        same_data=all(part.same_data for part in found),
+        same_teachers=_all_or_none(part.same_teachers for part in found),
+        tolerance=max(part.tolerance for part in found),
+        rows=tuple(row for part in found for row in part.rows),
+    )
 
 
-def _verify(folder: Path, recorded_rows: list[dict[str, Any]], load: Any, watcher: Any) -> dict[str, Any]:
+def _verify(
+    folder: Path, recorded_rows: Sequence[Row], load: Callable[[DataRecipe], Dataset], watcher: Watcher
+) -> Verification:
     """Measure the students in a folder, and compare them with rows of its own table or of the ablation's."""
-    from deitkit.comparison.finetune import BEFORE
-    from deitkit.comparison.finished_run import load_as_trained, student_name, students_of
-    from deitkit.evaluation.predict import predict_all
-    from deitkit.evaluation.readouts import readout_scores, top_k_accuracy
-    from deitkit.recipe.load import load_recipe
-    from deitkit.run.results import read_results
-    from deitkit.system.device import Precision, choose_device, describe_machine
-    from deitkit.teachers.prepare import teacher_folders
-
     results, recipe = read_results(folder), load_recipe(str(folder / "recipe.yaml"))
     device = choose_device("auto")
     precision = Precision.choose(recipe.train.precision, device)
     dataset = load(recipe.data)
-    same_data = dataset.fingerprint == results["dataset"]["fingerprint"]
+    same_data = dataset.fingerprint == results.dataset.fingerprint
     homes_of_teachers = teacher_folders(recipe, folder / "teacher")
     same_teachers = _all_or_none(
-        _has_sha256(home / "model.safetensors", card["sha256"])
-        for card, home in zip(results.get("teachers", []), homes_of_teachers, strict=False)
-        if card.get("sha256")
+        _has_sha256(home / "model.safetensors", card.sha256)
+        for card, home in zip(results.teachers, homes_of_teachers, strict=False)
+        if card.sha256
     )
-    tolerance = 0.0 if results.get("machine") == describe_machine(device, precision) else ELSEWHERE
+    tolerance = 0.0 if results.machine == describe_machine(device, precision) else TOLERANCE_ELSEWHERE
     rows = []
-    for place, seed in enumerate(results["seeds"]):
+    for place, seed in enumerate(results.seeds):
         watcher.say(f"seed {seed}: measuring its students on {len(dataset.test)} test images")
         homes = students_of(folder, results, seed)
         students = [load_as_trained(home, recipe.speed, device) for home in homes.values()]
         outputs = dict(zip(homes, predict_all(students, dataset.test, precision), strict=True))
         for row in recorded_rows:
-            recorded = row["top1"][place] if place < len(row["top1"]) else None
-            output = outputs.get(student_name(row))
+            recorded = row.top1[place] if place < len(row.top1) else None
+            output = outputs.get(row.student)
             measured = None
             if output is not None:
-                measured = top_k_accuracy(readout_scores(output)[row["readout"]], dataset.test.labels)
-            # A student that stopped, or that was never the run's, has nothing to hold; one that is gone does not hold.
+                measured = top_k_accuracy(readout_scores(output)[row.readout], dataset.test.labels)
+            # A student that stopped has no figure to verify, and a checkpoint no model; one that is missing fails.
             holds: bool | None = None
-            if recorded is not None and row["method"] != BEFORE:
+            if recorded is not None and row.kind != "checkpoint":
                 holds = measured is not None and abs(recorded - measured) <= tolerance + 1e-9
-            rows.append({"row": row["row"], "seed": seed, "recorded": recorded, "measured": measured, "holds": holds})
-    return {
-        "holds": same_data and same_teachers is not False and all(row["holds"] is not False for row in rows),
-        "same_data": same_data,
-        "same_teachers": same_teachers,
-        "tolerance": tolerance,
-        "rows": rows,
-    }
+            rows.append(VerifiedRow(row.row, seed, recorded, measured, holds))
+    holds_all = same_data and same_teachers is not False and all(row.holds is not False for row in rows)
+    return Verification(holds_all, same_data, same_teachers, tolerance, tuple(rows))
 
 
 def _has_sha256(path: Path, sha256: str) -> bool:
-    from deitkit.models.weights.read import file_sha256
-
     return path.exists() and file_sha256(path) == sha256
 
 
-def _all_or_none(answers: Iterable[bool | None]) -> bool | None:
-    """Return whether all that are known are True; None where nothing is known."""
-    known = [answer for answer in answers if answer is not None]
+def _all_or_none(checks: Iterable[bool | None]) -> bool | None:
+    """Return whether all known checks are True; None where none is known."""
+    known = [check for check in checks if check is not None]
     return all(known) if known else None

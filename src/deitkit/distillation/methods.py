@@ -5,7 +5,7 @@ depends on a method's name.
 """
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -105,14 +105,38 @@ class Term:
         return self.weight(settings) * SIGNALS[self.signal].loss(logits, teacher_logits, targets, settings)
 
 
+# How the table names the readouts of a student with two heads.
+READOUT_TITLES = {
+    "class": "class embedding",
+    "distillation": "distil. embedding",
+    "joint": "class + distillation",
+    "joint-logits": "class + distillation, mean of logits",
+}
+
+
 @dataclass(frozen=True)
 class Method:
-    """A supervision scheme: one row of the table below."""
+    """A supervision scheme: one row of the table below.
+
+    Attributes:
+        name: In recipes, tables and files.
+        tokens: Of the student: ``class``, ``distillation``, both, or none for mean pooling.
+        terms: Of the loss.
+        title: For the readers of a table.
+        summary: What it is, in a line.
+        note: What a reader of a table with it must know, as a sentence; or nothing.
+    """
 
     name: str
     tokens: tuple[str, ...]
     terms: tuple[Term, ...]
+    title: str
     summary: str
+    note: str = ""
+
+    def title_of(self, readout: str) -> str:
+        """Return the title of a row of the table: of a student with two heads with its readout."""
+        return f"{self.title}: {READOUT_TITLES[readout]}" if len(self.tokens) > 1 else self.title
 
     def loss_terms(
         self, output: Output, teacher_logits: Logits | None, targets: Logits, settings: DistillationRecipe
@@ -182,45 +206,56 @@ _STANDARDISED = _weighted(
     lambda settings: settings.standardised_weight,
 )
 
+_SINGLE_NOTE = (
+    "class-only and distillation-only are students of their own, with that one token, as in the reproduction."
+)
+
+# fmt: off
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
-        Method("none", ("class",), _LABELS, "labels alone: a plain ViT"),
-        Method("soft", ("class",), _SOFT, "usual distillation: labels and the teacher's softmax, on one head"),
-        Method("hard", ("class",), _HARD, "labels and the teacher's decision, on one head"),
-        Method("token-hard", _BOTH, _shared("hard", "token_weight", _BOTH), "DeiT: a token and a head for the teacher"),
-        Method("token-soft", _BOTH, _shared("soft", "token_weight", _BOTH), "DeiT with the teacher's softmax"),
-        Method("class-only", ("class",), _LABELS, "'class embedding' of the reproduction: only a class token"),
-        Method(
-            "distillation-only",
-            ("distillation",),
-            (Term("distillation", "hard", _all),),
-            "'distil embedding' of the reproduction: only a distillation token, only the teacher's decision",
-        ),
-        Method("mean-pool-none", (), _LABELS, "'none' without any token, as in the reproduction"),
-        Method("mean-pool-soft", (), _SOFT, "'soft' without any token, as in the reproduction"),
-        Method("mean-pool-hard", (), _HARD, "'hard' without any token, as in the reproduction"),
-        Method(
-            "dkd", ("class",), _weighted("dkd", _all, _all), "decoupled: separate terms for target and other classes"
-        ),
-        Method("dist", ("class",), _weighted("dist", _all, _all), "correlations with the teacher, by image and class"),
-        Method("standardised", ("class",), _STANDARDISED, "labels and the teacher's softmax, logits standardised"),
-        Method("token-dkd", _BOTH, _shared("dkd", "token_weight", _BOTH), "DeiT with the loss of 'dkd'"),
-        Method("token-dist", _BOTH, _shared("dist", "token_weight", _BOTH), "DeiT with the loss of 'dist'"),
-        Method(
-            "token-standardised",
-            _BOTH,
-            _shared("standardised", "token_weight", _BOTH),
-            "DeiT with the teacher's softmax, logits standardised",
-        ),
-        Method(
-            "consistent",
-            ("class",),
-            (Term("class", "consistent", _all),),
-            "the teacher's softmax alone, without labels",
-        ),
+        Method("none", ("class",), _LABELS, "no distillation", "labels alone: a plain ViT"),
+        Method("soft", ("class",), _SOFT, "usual distillation",
+               "usual distillation: labels and the teacher's softmax, on one head"),
+        Method("hard", ("class",), _HARD, "hard distillation", "labels and the teacher's decision, on one head"),
+        Method("token-hard", _BOTH, _shared("hard", "token_weight", _BOTH), "DeiT distilled",
+               "DeiT: a token and a head for the teacher"),
+        Method("token-soft", _BOTH, _shared("soft", "token_weight", _BOTH), "DeiT distilled (soft)",
+               "DeiT with the teacher's softmax"),
+        Method("mean-pool-none", (), _LABELS, "no distillation, mean pooling",
+               "'none' without any token, as in the reproduction"),
+        Method("mean-pool-soft", (), _SOFT, "usual distillation, mean pooling",
+               "'soft' without any token, as in the reproduction"),
+        Method("mean-pool-hard", (), _HARD, "hard distillation, mean pooling",
+               "'hard' without any token, as in the reproduction"),
+        Method("class-only", ("class",), _LABELS, "only a class token",
+               "'class embedding' of the reproduction: only a class token", _SINGLE_NOTE),
+        Method("distillation-only", ("distillation",), (Term("distillation", "hard", _all),),
+               "only a distillation token",
+               "'distil embedding' of the reproduction: only a distillation token, only the teacher's decision",
+               _SINGLE_NOTE),
+        Method("dkd", ("class",), _weighted("dkd", _all, _all), "decoupled distillation (DKD)",
+               "decoupled: separate terms for target and other classes"),
+        Method("dist", ("class",), _weighted("dist", _all, _all), "distillation of relations (DIST)",
+               "correlations with the teacher, by image and class"),
+        Method("standardised", ("class",), _STANDARDISED, "distillation of standardised logits",
+               "labels and the teacher's softmax, logits standardised"),
+        Method("token-dkd", _BOTH, _shared("dkd", "token_weight", _BOTH), "DeiT distilled (DKD)",
+               "DeiT with the loss of 'dkd'"),
+        Method("token-dist", _BOTH, _shared("dist", "token_weight", _BOTH), "DeiT distilled (DIST)",
+               "DeiT with the loss of 'dist'"),
+        Method("token-standardised", _BOTH, _shared("standardised", "token_weight", _BOTH),
+               "DeiT distilled (standardised logits)", "DeiT with the teacher's softmax, logits standardised"),
+        Method("consistent", ("class",), (Term("class", "consistent", _all),),
+               "consistent distillation, without labels", "the teacher's softmax alone, without labels"),
     )
 }
+# fmt: on
+
+
+def reference_method(names: Collection[str]) -> str | None:
+    """Return the method to which a comparison's others are compared: the first of the table without a teacher."""
+    return next((name for name, method in METHODS.items() if name in names and method.teacher_signal is None), None)
 
 
 def find_method(name: str) -> Method:

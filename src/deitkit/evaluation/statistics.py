@@ -5,12 +5,13 @@ Nothing here selects a model by its test accuracy.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Bool
 from scipy import stats
 from torch import Tensor
+
+from deitkit.run.results import Difference
 
 
 def wilson_interval(hits: int, n: int) -> tuple[float, float]:
@@ -36,16 +37,6 @@ def mcnemar_p(hits: Bool[Tensor, " n"], other: Bool[Tensor, " n"]) -> float:
     if only_first + only_second == 0:
         return 1.0
     return float(stats.binomtest(only_first, only_first + only_second).pvalue)
-
-
-@dataclass(frozen=True)
-class Difference:
-    """Difference of the accuracies of two rows."""
-
-    mean: float
-    ci95: tuple[float, float] | None
-    p: float
-    test: str
 
 
 def paired_difference(hits: Sequence[Bool[Tensor, " n"]], other: Sequence[Bool[Tensor, " n"]]) -> Difference:

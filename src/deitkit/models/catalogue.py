@@ -32,6 +32,7 @@ class CatalogueModel:
         student: The value of ``model.name``; None for a model that can only be a teacher.
         patch_px: Of the student.
         tokens: Of the student.
+        method: By which the student was trained.
         teacher: The value of ``teacher.name``; None if no library has it with a single classifier.
         millions: Parameters in millions, with the digits of the publication.
         top1: On ImageNet, in per cent.
@@ -44,6 +45,7 @@ class CatalogueModel:
     student: str | None = None
     patch_px: int = 16
     tokens: tuple[str, ...] = ("class",)
+    method: str = "none"
     teacher: str | None = None
     millions: str | None = None
     top1: float | None = None
@@ -68,12 +70,11 @@ class CatalogueModel:
         """Return the fields of a recipe that select it, as overrides."""
         if self.student is None:
             return {"teacher.name": self.teacher or ""}
-        method = "token-hard" if len(self.tokens) > 1 else "none"
         return {
             "model.name": self.student,
             "model.patch_px": self.patch_px,
             "data.image_px": self.image_px,
-            "methods": f"[{method}]",
+            "methods": f"[{self.method}]",
         }
 
 
@@ -86,12 +87,13 @@ def _deit(
     images_per_second: float | None,
     teacher: str | None = None,
 ) -> CatalogueModel:
-    tokens = ("class", "distillation") if "distilled" in name else ("class",)
+    distilled = "distilled" in name
     return CatalogueModel(
         name,
         px,
         student,
-        tokens=tokens,
+        tokens=("class", "distillation") if distilled else ("class",),
+        method="token-hard" if distilled else "none",
         teacher=teacher,
         millions=millions,
         top1=top1,
@@ -101,7 +103,17 @@ def _deit(
 
 def _vit(row: str, student: str, patch_px: int, millions: str, top1: float, speed: float) -> CatalogueModel:
     teacher = f"timm/{student}_patch{patch_px}_384"
-    return CatalogueModel(row, 384, student, patch_px, ("class",), teacher, millions, top1, speed, ("DeiT", "ViT"))
+    return CatalogueModel(
+        row,
+        384,
+        student,
+        patch_px,
+        teacher=teacher,
+        millions=millions,
+        top1=top1,
+        images_per_second=speed,
+        sources=("DeiT", "ViT"),
+    )
 
 
 def _cnn(

@@ -305,10 +305,19 @@ class Recipe(Section):
     speed: SpeedRecipe = SpeedRecipe()
     seeds: tuple[NonNegativeInt, ...] = Field((0,), min_length=1, description="One cohort is trained per seed.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda if available.")
-    published: tuple[Literal["seed", "paper"], ...] = Field((), description="Published tables to print next to ours.")
+    published: tuple[Literal["reproduction", "paper"], ...] = Field(
+        (), description="Published tables to print next to ours."
+    )
     variants: dict[str, dict[str, Any]] = Field(
         {}, description="An ablation in one table: by name, the fields that a further comparison changes."
     )
+
+    @field_validator("published", mode="before")
+    @classmethod
+    def _rename_reproduction(cls, value: Any) -> Any:
+        """Accept ``seed``, the name of version 0.1 for the reproduction's table."""
+        named = isinstance(value, list | tuple)
+        return ["reproduction" if table == "seed" else table for table in value] if named else value
 
     @field_validator("variants", mode="before")
     @classmethod

@@ -1,8 +1,7 @@
-"""The report of an ablation: its table and its differences to the base, drawn. That of a comparison is elsewhere."""
+"""The report of an ablation: its table, and a chart of its differences to the base."""
 
 from html import escape
 from pathlib import Path
-from typing import Any
 
 from matplotlib.figure import Figure
 
@@ -16,14 +15,20 @@ from deitkit.report.table_layout import (
     Layout,
     Line,
     accuracy,
+    interval,
     lay_out,
     millions,
     p_value,
     percent,
     points,
     provenance_of,
+    spread_note,
+    stopped_notes,
+    test_names,
     title_of,
+    whole,
 )
+from deitkit.run.results import AblationResults, Difference, Results, VariantRow
 
 _COLUMNS = (
     Column("changed", "what changed", 5, numeric=False),
@@ -39,14 +44,14 @@ _COLUMNS = (
 )
 
 
-def lay_out_any(results: dict[str, Any]) -> Layout:
+def lay_out_any(results: Results) -> Layout:
     """Lay out an ablation by its variants, any other comparison by its methods."""
-    return lay_out_variants(results) if "variants" in results else lay_out(results)
+    return lay_out_variants(results) if isinstance(results, AblationResults) else lay_out(results)
 
 
-def lay_out_variants(results: dict[str, Any]) -> Layout:
-    """Turn an ablation's results into columns, lines and footnotes; columns that say nothing are left out."""
-    lines = tuple(_line(row, results) for row in results["rows"])
+def lay_out_variants(results: AblationResults) -> Layout:
+    """Return an ablation's results as columns, lines and footnotes, without empty columns."""
+    lines = tuple(_line(row, results) for row in results.rows)
     used = {key for line in lines for key, cell in line.cells.items() if cell != NOTHING}
     return Layout(
         title=title_of(results),
@@ -54,61 +59,58 @@ def lay_out_variants(results: dict[str, Any]) -> Layout:
         lines=lines,
         published_only=(),
         footnotes=tuple(_footnotes(results)),
-        verdict=results["verdict"],
+        verdict=results.verdict,
         provenance=provenance_of(results),
     )
 
 
-def _line(row: dict[str, Any], results: dict[str, Any]) -> Line:
-    images = row["n"]
-    low, high = row["difference_vs_base_ci95"] or (None, None)
+def _line(row: VariantRow, results: AblationResults) -> Line:
+    images, difference = row.n, row.difference_to("base")
     cells = {
-        "changed": row["changed"] or NOTHING,
-        "teacher": row["teacher_name"] or NOTHING,
-        "teacher_top1": percent(row["teacher_test_top1"], images),
-        "top1": accuracy(row) + (STATUS_MARK if row["status"] != "ok" else ""),
-        "difference": points(row["difference_vs_base"], images),
-        "interval": NOTHING if low is None else f"[{points(low, images)}, {points(high, images)}]",
-        "p": p_value(row["p_vs_base"]),
-        "agreement": percent(row["teacher_agreement"], images),
-        "parameters": millions(row["parameters"]),
-        "seconds": NOTHING if row["train_seconds"] is None else f"{row['train_seconds']:,.0f}",
+        "changed": row.changed or NOTHING,
+        "teacher": row.teacher_name or NOTHING,
+        "teacher_top1": percent(row.teacher_test_top1, images),
+        "top1": accuracy(row) + (STATUS_MARK if row.status != "ok" else ""),
+        "difference": points(difference, images),
+        "interval": interval(difference, images),
+        "p": p_value(difference),
+        "agreement": percent(row.teacher_agreement, images),
+        "parameters": millions(row.parameters),
+        "seconds": whole(row.train_seconds),
     }
     name = _short(row, results)
-    return Line(name, name, cells, group=row["method"], link=f"variants/{row['variant']}/report.html")
+    return Line(name, name, cells, group=row.method, link=f"variants/{row.variant}/report.html")
 
 
-def _short(row: dict[str, Any], results: dict[str, Any]) -> str:
+def _short(row: VariantRow, results: AblationResults) -> str:
     """Name a row by its variant alone where there is only one method."""
-    ending = "+ema" if row["weights"] == "ema" else ""
-    return row["variant"] + ending if len({other["method"] for other in results["rows"]}) == 1 else row["row"]
+    ending = "+ema" if row.weights == "ema" else ""
+    return row.variant + ending if len({other.method for other in results.rows}) == 1 else row.row
 
 
-def _footnotes(results: dict[str, Any]) -> list[str]:
-    rows, seeds = results["rows"], len(results["seeds"])
-    spread = f"mean ± standard deviation over {seeds} seeds" if seeds > 1 else "[95 % Wilson interval], one seed"
-    students = ", ".join(dict.fromkeys(f"{row['method']}/{row['readout']}" for row in rows))
-    notes = [f"top-1 of {students}: {spread}, on {rows[0]['n']:,} test images; weights of the last epoch."]
-    tests = sorted({row["p_vs_base_test"] for row in rows if row["p_vs_base_test"]})
+def _footnotes(results: AblationResults) -> list[str]:
+    rows, seeds = results.rows, len(results.seeds)
+    students = ", ".join(dict.fromkeys(f"{row.method}/{row.readout}" for row in rows))
+    notes = [f"top-1 of {students}: {spread_note(seeds)}, on {rows[0].n:,} test images; weights of the last epoch."]
+    tests = test_names(row.difference_to("base") for row in rows)
     if tests:
         notes.append(
             "vs base: points of top-1 more than the base's same row on the same test images, with their 95 % interval; "
-            f"p: {', '.join(tests)}, of one row each, not corrected for the number of rows."
+            f"p: {tests}, of one row each, not corrected for the number of rows."
         )
     if tests and seeds == 1:
         notes.append(ONE_SEED)
-    return notes + [f"{STATUS_MARK} {row['row']}: {row['status']}." for row in rows if row["status"] != "ok"]
+    return notes + stopped_notes(rows)
 
 
-def difference_chart(results: dict[str, Any]) -> Chart:
+def difference_chart(results: AblationResults) -> Chart:
     """Return the differences to the base, in points of top-1, with their 95 % intervals."""
     rows = _compared(results)
     data: list[Chart] = []
-    for index, row in enumerate(rows):
-        shared = {"type": "scatter", "showlegend": False, "name": escape(row["row"]), "y": [index]}
-        middle = 100 * row["difference_vs_base"]
-        low, high = (100 * bound for bound in row["difference_vs_base_ci95"] or (row["difference_vs_base"],) * 2)
-        colour = _colour(row, rows)
+    for index, (row, difference) in enumerate(rows.items()):
+        shared = {"type": "scatter", "showlegend": False, "name": escape(row.row), "y": [index]}
+        low, middle, high = _in_points(difference)
+        colour = _colour(row, results)
         error = {"type": "data", "symmetric": False, "array": [high - middle], "arrayminus": [middle - low]}
         data.append(
             {
@@ -133,7 +135,7 @@ def difference_chart(results: dict[str, Any]) -> Chart:
     return {"data": data, "layout": layout}
 
 
-def write_differences(results: dict[str, Any], folder: Path) -> list[Path]:
+def write_differences(results: AblationResults, folder: Path) -> list[Path]:
     """Write ``differences.png`` and ``differences.svg``; nothing where no row could be compared.
 
     Raises:
@@ -142,15 +144,14 @@ def write_differences(results: dict[str, Any], folder: Path) -> list[Path]:
     return write_figure(lambda: _draw(results), folder, "differences") if _compared(results) else []
 
 
-def _draw(results: dict[str, Any]) -> Figure:
+def _draw(results: AblationResults) -> Figure:
     rows = _compared(results)
     figure = Figure(figsize=(9.6, 1.3 + 0.36 * len(rows)), layout="constrained")
     axes = figure.add_subplot()
-    for index, row in enumerate(rows):
-        middle = 100 * row["difference_vs_base"]
-        colour = _colour(row, rows)
-        low, high = row["difference_vs_base_ci95"] or (row["difference_vs_base"],) * 2
-        axes.plot([100 * low, 100 * high], [index, index], color=colour, linewidth=3.5, alpha=0.4)
+    for index, (row, difference) in enumerate(rows.items()):
+        low, middle, high = _in_points(difference)
+        colour = _colour(row, results)
+        axes.plot([low, high], [index, index], color=colour, linewidth=3.5, alpha=0.4)
         axes.plot(middle, index, "o", color=colour, markersize=7)
     axes.axvline(0, color="#444444", linestyle=":", linewidth=1.1, zorder=1)
     axes.set_yticks(range(len(rows)), [_short(row, results) for row in rows], parse_math=False)
@@ -163,10 +164,17 @@ def _draw(results: dict[str, Any]) -> Figure:
     return figure
 
 
-def _compared(results: dict[str, Any]) -> list[dict[str, Any]]:
-    return [row for row in results["rows"] if row["difference_vs_base"] is not None]
+def _compared(results: AblationResults) -> dict[VariantRow, Difference]:
+    differences = {row: row.difference_to("base") for row in results.rows}
+    return {row: difference for row, difference in differences.items() if difference is not None}
 
 
-def _colour(row: dict[str, Any], rows: list[dict[str, Any]]) -> str:
-    methods = list(dict.fromkeys(other["method"] for other in rows))
-    return COLOURS[methods.index(row["method"]) % len(COLOURS)]
+def _in_points(difference: Difference) -> tuple[float, float, float]:
+    """Return lower bound, mean and upper bound of a difference in points."""
+    low, high = difference.ci95 or (difference.mean,) * 2
+    return 100 * low, 100 * difference.mean, 100 * high
+
+
+def _colour(row: VariantRow, results: AblationResults) -> str:
+    methods = list(dict.fromkeys(other.method for other in results.rows))
+    return COLOURS[methods.index(row.method) % len(COLOURS)]

@@ -1,13 +1,14 @@
-"""The interactive charts of the analysis, as plain Plotly figures; what they show is computed elsewhere."""
+"""The interactive charts of the analysis, as plain Plotly figures."""
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from html import escape
 from typing import Any
 
 from deitkit.report.charts import INK, Chart, chart_layout
 from deitkit.report.figures import COLOURS
 from deitkit.report.published import PAPER_COSINES
+from deitkit.run.analysis import ClassSummary, RowSummary, TokenSimilarity
 
 MOST_CLASSES = 100  # of a matrix that is drawn whole; of more classes those that are most confused are drawn
 LABEL_LENGTH = 28
@@ -16,25 +17,25 @@ _SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "star", "cross", 
 Colour = Callable[[str], str]
 
 
-def class_labels(names: list[str]) -> list[str]:
+def class_labels(names: Sequence[str]) -> list[str]:
     """Return names that are short, escaped and all different (ImageNet has two cranes), for an axis of categories."""
     short = [name if len(name) <= LABEL_LENGTH else f"{name[: LABEL_LENGTH - 1]}…" for name in names]
     counts = Counter(short)
     return [escape(text if counts[text] == 1 else f"{text} ({place})") for place, text in enumerate(short)]
 
 
-def similarity_chart(tokens: list[dict[str, Any]], colour: Colour) -> Chart:
+def similarity_chart(tokens: Sequence[TokenSimilarity], colour: Colour) -> Chart:
     """Return the cosine of class and distillation token by layer: the mean over images, within one deviation."""
-    depth = max(len(entry["cosine"]) for entry in tokens) - 1
+    depth = max(len(entry.cosine) for entry in tokens) - 1
     places = ["learned", "input", *(str(block) for block in range(1, depth + 1))]
     data: list[Chart] = []
     for entry in tokens:
-        name, means = escape(entry["student"]), entry["cosine"]
-        line = {"color": colour(entry["student"]), "width": 2.4, "dash": _dash(entry["student"])}
-        error = {"type": "data", "array": [0, *entry["deviation"]], "thickness": 1, "width": 3}
+        name, means = escape(entry.student), entry.cosine
+        line = {"color": colour(entry.student), "width": 2.4, "dash": _dash(entry.student)}
+        error = {"type": "data", "array": [0, *entry.deviation], "thickness": 1, "width": 3}
         data.append({
             "type": "scatter", "mode": "lines+markers", "name": name, "line": line, "error_y": error,
-            "x": places[: len(means) + 1], "y": [entry["learned"], *means],
+            "x": places[: len(means) + 1], "y": [entry.learned, *means],
             "hovertemplate": "%{x}: %{y:.3f}<extra>%{data.name}</extra>",
         })  # fmt: skip
     data.append({
@@ -50,11 +51,11 @@ def similarity_chart(tokens: list[dict[str, Any]], colour: Colour) -> Chart:
     return {"data": data, "layout": layout | {"legend": _legend()}}
 
 
-def reliability_charts(judges: list[dict[str, Any]], colour: Colour) -> dict[str, Chart]:
+def reliability_charts(rows: Sequence[RowSummary], colour: Colour) -> dict[str, Chart]:
     """Return by student, first the teacher, accuracy against confidence of each of its readouts."""
-    groups: dict[str, list[dict[str, Any]]] = {}
-    for judge in judges:
-        groups.setdefault(judge["judge"].partition("/")[0], []).append(judge)
+    groups: dict[str, list[RowSummary]] = {}
+    for row in rows:
+        groups.setdefault(row.row.partition("/")[0], []).append(row)
     charts = {}
     for name, members in groups.items():
         line = {"color": INK, "width": 1.2, "dash": "dot"}
@@ -62,40 +63,40 @@ def reliability_charts(judges: list[dict[str, Any]], colour: Colour) -> dict[str
         layout = chart_layout(height=440, margin={"l": 56, "r": 12, "t": 12, "b": 50})
         layout["xaxis"] |= {"title": {"text": "confidence (%)"}, "range": [0, 102]}
         layout["yaxis"] |= {"title": {"text": "accuracy (%)"}, "range": [-2, 102]}
-        data = [_reliability_trace(judge, place, colour(name)) for place, judge in enumerate(members)]
+        data = [_reliability_trace(row, place, colour(name)) for place, row in enumerate(members)]
         charts[name] = {"data": data, "layout": layout | {"shapes": [diagonal], "legend": _legend()}}
     return charts
 
 
-def _reliability_trace(judge: dict[str, Any], place: int, colour: str) -> Chart:
-    bins = judge["reliability"]
-    most = max(entry["count"] for entry in bins)
+def _reliability_trace(row: RowSummary, place: int, colour: str) -> Chart:
+    bins = row.reliability
+    most = max(entry.count for entry in bins)
     colour = colour if place == 0 else COLOURS[(COLOURS.index(colour) + place) % len(COLOURS)]
     return {
-        "type": "scatter", "mode": "lines+markers", "name": escape(judge["judge"]),
-        "x": [100 * entry["confidence"] for entry in bins], "y": [100 * entry["accuracy"] for entry in bins],
-        "text": [f"{entry['count']:,} images" for entry in bins], "line": {"color": colour, "width": 2},
+        "type": "scatter", "mode": "lines+markers", "name": escape(row.row),
+        "x": [100 * entry.confidence for entry in bins], "y": [100 * entry.accuracy for entry in bins],
+        "text": [f"{entry.count:,} images" for entry in bins], "line": {"color": colour, "width": 2},
         # area in proportion to images, down to what a finger still hits
-        "marker": {"size": [max(5, 20 * (entry["count"] / most) ** 0.5) for entry in bins], "opacity": 0.75},
+        "marker": {"size": [max(5, 20 * (entry.count / most) ** 0.5) for entry in bins], "opacity": 0.75},
         "hovertemplate": "confidence %{x:.1f} %, accuracy %{y:.1f} %, %{text}<extra>%{data.name}</extra>",
     }  # fmt: skip
 
 
-def accuracy_by_class_chart(classes: list[dict[str, Any]], names: list[str], colour: Colour) -> Chart:
-    """Return one dot for every class and judge, the hardest class on top."""
+def accuracy_by_class_chart(classes: Sequence[ClassSummary], names: Sequence[str], colour: Colour) -> Chart:
+    """Return one dot for every class and row, the hardest class on top."""
     known = {
-        place: [entry["accuracy"][place] for entry in classes if entry["accuracy"][place] is not None]
+        place: [share for entry in classes if (share := entry.accuracy[place]) is not None]
         for place in range(len(names))
     }
     order = sorted((place for place, values in known.items() if values), key=lambda p: sum(known[p]) / len(known[p]))
     labels = class_labels(names)
     data = [
         {
-            "type": "scatter", "mode": "markers", "name": escape(entry["judge"]),
-            "x": [None if (share := entry["accuracy"][p]) is None else 100 * share for p in order],
+            "type": "scatter", "mode": "markers", "name": escape(entry.row),
+            "x": [None if (share := entry.accuracy[p]) is None else 100 * share for p in order],
             "y": [labels[p] for p in order],
             "marker": {
-                "color": colour(entry["judge"].partition("/")[0]), "opacity": 0.85,
+                "color": colour(entry.row.partition("/")[0]), "opacity": 0.85,
                 "size": 9 if len(order) <= 40 else 5, "symbol": _SYMBOLS[number % len(_SYMBOLS)],
             },
             "hovertemplate": "%{y}: %{x:.1f} %<extra>%{data.name}</extra>",
@@ -108,16 +109,16 @@ def accuracy_by_class_chart(classes: list[dict[str, Any]], names: list[str], col
     return {"data": data, "layout": layout | {"legend": _legend()}}
 
 
-def confusion_charts(classes: list[dict[str, Any]], names: list[str]) -> dict[str, Chart]:
-    """Return by judge the shares of each true class (a row) that were decided to be of each class (a column)."""
-    return {entry["judge"]: _confusion_chart(entry, names) for entry in classes}
+def confusion_charts(classes: Sequence[ClassSummary], names: Sequence[str]) -> dict[str, Chart]:
+    """Return by row of the table the shares of each true class that were predicted to be of each class."""
+    return {entry.row: _confusion_chart(entry, names) for entry in classes}
 
 
-def drawn_classes(entry: dict[str, Any], count: int) -> list[int]:
-    """Return which classes a judge's matrix shows: all, or of very many those that it confuses most."""
+def drawn_classes(entry: ClassSummary, count: int) -> list[int]:
+    """Return which classes a matrix shows: all, or of very many those that are confused most."""
     if count <= MOST_CLASSES:
         return list(range(count))
-    mistakes = [triple for triple in entry["confusion"] if triple[0] != triple[1]]
+    mistakes = [triple for triple in entry.confusion if triple[0] != triple[1]]
     chosen: dict[int, None] = {}
     for true, decided, _ in sorted(mistakes, key=lambda triple: -triple[2]):
         if len(chosen.keys() | {true, decided}) > MOST_CLASSES // 2:
@@ -126,16 +127,16 @@ def drawn_classes(entry: dict[str, Any], count: int) -> list[int]:
     return sorted(chosen)
 
 
-def _confusion_chart(entry: dict[str, Any], names: list[str]) -> Chart:
+def _confusion_chart(entry: ClassSummary, names: Sequence[str]) -> Chart:
     places = {place: index for index, place in enumerate(drawn_classes(entry, len(names)))}
     labels = [class_labels(names)[place] for place in places]
     totals: Counter[int] = Counter()
-    for true, _, count in entry["confusion"]:
+    for true, _, count in entry.confusion:
         totals[true] += count
     wrong: list[list[float | None]] = [[None] * len(places) for _ in places]
     counts = [[0] * len(places) for _ in places]
     right: list[float | None] = [None] * len(places)
-    for true, decided, count in entry["confusion"]:
+    for true, decided, count in entry.confusion:
         if true in places and decided in places:
             row, column, share = places[true], places[decided], round(100 * count / totals[true], 2)
             if row == column:
@@ -144,10 +145,10 @@ def _confusion_chart(entry: dict[str, Any], names: list[str]) -> Chart:
                 wrong[row][column], counts[row][column] = share, count
     text = {"texttemplate": "%{z:.0f}"} if len(places) <= 20 else {}
     shared = {"type": "heatmap", "showscale": False, "xgap": 1, "ygap": 1, "zmin": 0} | text
-    hover = "%{y}, decided to be %{x}: %{z:.1f} %"
+    hover = "%{y}, predicted as %{x}: %{z:.1f} %"
     data = [
         shared | {"x": labels, "y": labels, "z": right, "zmax": 100, "colorscale": _fading(_RIGHT),
-                  "hovertemplate": "%{y}, decided rightly: %{z:.1f} %<extra></extra>"},
+                  "hovertemplate": "%{y}, correct: %{z:.1f} %<extra></extra>"},
         shared | {"x": labels, "y": labels, "z": wrong, "customdata": counts, "colorscale": _fading(_WRONG),
                   "hovertemplate": f"{hover} (%{{customdata}} images)<extra></extra>"},
     ]  # fmt: skip
@@ -155,7 +156,7 @@ def _confusion_chart(entry: dict[str, Any], names: list[str]) -> Chart:
         height=170 + min(max(30 * len(places), 150), 700), margin={"l": 56, "r": 12, "t": 12, "b": 50}
     )
     category = {"type": "category", "categoryorder": "array", "categoryarray": labels, "showgrid": False}
-    layout["xaxis"] |= category | {"title": {"text": "decided"}}
+    layout["xaxis"] |= category | {"title": {"text": "predicted class"}}
     layout["yaxis"] |= category | {"title": {"text": "true class"}, "autorange": "reversed"}
     return {"data": data, "layout": layout}
 

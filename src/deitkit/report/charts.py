@@ -1,11 +1,12 @@
 """The interactive charts of the page, as plain Plotly figures: names in them are escaped, since Plotly reads HTML."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from html import escape
 from typing import Any
 
 from deitkit.report.figures import COLOURS, Curve, colours_of, curves_of, mean, validation_accuracy
-from deitkit.report.table_layout import WINNER_MARK, Number, percent, reference_row
+from deitkit.report.table_layout import WINNER_MARK, Number, percent
+from deitkit.run.results import Results, Row
 
 Chart = dict[str, Any]
 Value = Callable[[dict[str, Any]], Number | None]
@@ -15,18 +16,18 @@ _GRID = "rgba(128,136,150,0.22)"
 _ROW_PX = 50
 
 
-def accuracy_chart(results: dict[str, Any], metrics: list[dict[str, Any]]) -> Chart:
+def accuracy_chart(results: Results, metrics: list[dict[str, Any]]) -> Chart:
     """Return top-1 of every row: the mean, its 95 % interval, and one dot per seed."""
-    rows = sorted(results["rows"], key=lambda row: row["method"] == "cnn-baseline")
+    rows = sorted(results.rows, key=lambda row: row.kind == "baseline")
     colours = colours_of(metrics)
     data: list[Chart] = []
     notes: list[Chart] = []
     for index, row in enumerate(rows):
-        colour = colours.get(row["method"], COLOURS[0])
-        data += _row_traces(row, index, colour, results["seeds"])
-        value = "stopped" if row["top1_mean"] is None else percent(row["top1_mean"], row["n"])
-        text = f"<b>{value}</b>  {escape(row['row'])}"
-        if row["row"] == results.get("winner"):
+        colour = colours.get(row.method, COLOURS[0])
+        data += _row_traces(row, index, colour, results.seeds)
+        value = "stopped" if row.top1_mean is None else percent(row.top1_mean, row.n)
+        text = f"<b>{value}</b>  {escape(row.row)}"
+        if row.row == results.winner:
             text = f"<b>{WINNER_MARK} {text}</b>"
         # the short name, above its bar rather than beside the axis: it then fits a phone; hovering gives the label
         place = {"xref": "paper", "x": 0, "xanchor": "left", "y": index, "yshift": 15}
@@ -39,7 +40,7 @@ def accuracy_chart(results: dict[str, Any], metrics: list[dict[str, Any]]) -> Ch
     return {"data": data, "layout": layout}
 
 
-def curve_charts(results: dict[str, Any], metrics: list[dict[str, Any]]) -> dict[str, Chart]:
+def curve_charts(results: Results, metrics: list[dict[str, Any]]) -> dict[str, Chart]:
     """Return the curves by title: accuracy, training loss, its terms, learning rate; empty where there is no metric."""
     if not metrics:
         return {}
@@ -54,12 +55,12 @@ def curve_charts(results: dict[str, Any], metrics: list[dict[str, Any]]) -> dict
     return {title: chart for title, chart in charts.items() if chart["data"]}
 
 
-def _row_traces(row: dict[str, Any], index: int, colour: str, seeds: list[int]) -> list[Chart]:
+def _row_traces(row: Row, index: int, colour: str, seeds: Sequence[int]) -> list[Chart]:
     traces: list[Chart] = []
-    averaged = row["weights"] == "ema"
-    shared = {"type": "scatter", "showlegend": False, "name": escape(row["label"])}
-    if row.get("top1_ci95"):
-        interval = [100 * bound for bound in row["top1_ci95"]]
+    averaged = row.weights == "ema"
+    shared = {"type": "scatter", "showlegend": False, "name": escape(row.label)}
+    if row.top1_ci95 is not None:
+        interval = [100 * bound for bound in row.top1_ci95]
         line = {"color": colour, "width": 5}
         hover = "95 % interval: %{x:.2f}<extra></extra>"
         traces.append(
@@ -73,7 +74,7 @@ def _row_traces(row: dict[str, Any], index: int, colour: str, seeds: list[int]) 
                 "hovertemplate": hover,
             }
         )
-    seen = [(seed, 100 * top1) for seed, top1 in zip(seeds, row["top1"], strict=False) if top1 is not None]
+    seen = [(seed, 100 * top1) for seed, top1 in zip(seeds, row.top1, strict=False) if top1 is not None]
     if len(seeds) > 1:
         traces.append(
             {
@@ -86,7 +87,7 @@ def _row_traces(row: dict[str, Any], index: int, colour: str, seeds: list[int]) 
                 "hovertemplate": "%{text}: %{x:.2f} %<extra>%{data.name}</extra>",
             }
         )
-    if row["top1_mean"] is not None:
+    if row.top1_mean is not None:
         marker = {
             "color": colour,
             "size": 12,
@@ -94,7 +95,7 @@ def _row_traces(row: dict[str, Any], index: int, colour: str, seeds: list[int]) 
             "line": {"width": 2.5, "color": colour},
         }
         hover = "%{x:.2f} %<extra>%{data.name}</extra>"
-        mean_dot = {"mode": "markers", "x": [100 * row["top1_mean"]], "y": [index], "marker": marker}
+        mean_dot = {"mode": "markers", "x": [100 * row.top1_mean], "y": [index], "marker": marker}
         traces.append({**shared, **mean_dot, "hovertemplate": hover})
     return traces
 
@@ -107,12 +108,12 @@ def _padded(data: list[Chart]) -> list[Number] | None:
     return [min(values) - pad, max(values) + pad]
 
 
-def _none_line(results: dict[str, Any]) -> list[Chart]:
+def _none_line(results: Results) -> list[Chart]:
     """A thin line through the row that all others are compared with."""
-    base = reference_row(results)
-    if base is None or base["top1_mean"] is None:
+    reference = results.reference
+    if reference is None or reference.top1_mean is None:
         return []
-    place = 100 * base["top1_mean"]
+    place = 100 * reference.top1_mean
     line = {"color": INK, "width": 1, "dash": "dot"}
     return [
         {"type": "line", "yref": "paper", "x0": place, "x1": place, "y0": 0, "y1": 1, "line": line, "layer": "below"}
@@ -171,12 +172,11 @@ def _curve_traces(curve: Curve, term: str, colour: str, dash: str) -> list[Chart
     return traces
 
 
-def _reference_lines(results: dict[str, Any]) -> list[Chart]:
+def _reference_lines(results: Results) -> list[Chart]:
     """The teacher (dashed) and chance (dotted), named on the line."""
-    references = [("chance", 1 / results["dataset"]["classes"], "dot", "bottom")]
-    teacher = results.get("teacher")
-    if teacher and teacher.get("top1") is not None:
-        references.append((f"teacher {teacher['name']}", teacher["top1"], "dash", "top"))
+    references = [("chance", 1 / results.dataset.classes, "dot", "bottom")]
+    if results.teacher is not None:
+        references.append((f"teacher {results.teacher.name}", results.teacher.top1, "dash", "top"))
     return [
         {
             "type": "line",

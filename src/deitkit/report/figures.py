@@ -12,6 +12,7 @@ from matplotlib.ticker import MaxNLocator
 
 import deitkit.system.files as files
 from deitkit.report.table_layout import Number, percent
+from deitkit.run.results import Results
 
 # Okabe and Ito's palette, which stays apart under colour blindness, without its yellow, which white paper swallows.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
@@ -71,7 +72,7 @@ def colours_of(metrics: list[dict[str, Any]]) -> dict[str, str]:
     return {student: COLOURS[index % len(COLOURS)] for index, student in enumerate(students)}
 
 
-def write_curves(results: dict[str, Any], metrics: list[dict[str, Any]], folder: Path) -> list[Path]:
+def write_curves(results: Results, metrics: list[dict[str, Any]], folder: Path) -> list[Path]:
     """Write ``curves.png`` and ``curves.svg``: one line per student, the mean over seeds within its range.
 
     Returns:
@@ -102,12 +103,12 @@ def write_figure(draw: Callable[[], Figure], folder: Path, name: str) -> list[Pa
     return written
 
 
-def _draw(results: dict[str, Any], curves: list[Curve]) -> Figure:
-    data = results["dataset"]
+def _draw(results: Results, curves: list[Curve]) -> Figure:
+    data = results.dataset
     figure = Figure(figsize=(9.6, 5.2), layout="constrained")
     axes = figure.add_subplot()
     for index, curve in enumerate(curves):
-        _draw_curve(axes, curve, index, data["validation"])
+        _draw_curve(axes, curve, index, data.validation)
     low = min(min(curve.over_seeds(min)) for curve in curves) * 100
     high = max(max(curve.over_seeds(max)) for curve in curves) * 100
     _draw_references(axes, results, low, high)
@@ -119,9 +120,9 @@ def _draw(results: dict[str, Any], curves: list[Curve]) -> Figure:
     axes.margins(x=0.02)
     axes.set_xlabel("epoch")
     axes.set_ylabel("validation accuracy (%)")
-    seeds = len(results["seeds"])
+    seeds = len(results.seeds)
     spread = f", mean and range over {seeds} seeds" if seeds > 1 else ""
-    title = f"{data['name']}, {data['train']:,} training images{spread}"
+    title = f"{data.name}, {data.train:,} training images{spread}"
     axes.set_title(title, loc="left", fontweight="bold", parse_math=False)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#DDDDDD", linewidth=0.7)
@@ -175,20 +176,20 @@ def _add_legend(axes: Axes, curves: list[Curve]) -> None:
         text.set_parse_math(False)
 
 
-def _draw_references(axes: Axes, results: dict[str, Any], low: float, high: float) -> None:
+def _draw_references(axes: Axes, results: Results, low: float, high: float) -> None:
     """Draw the teacher and chance, unless they lie so far off that they would flatten the curves."""
     span = max(high - low, 1.0)
-    teacher = results.get("teacher")
-    chance = 100 / results["dataset"]["classes"]
+    teacher = results.teacher
+    chance = 100 / results.dataset.classes
     where: dict[str, Any] = {
         "color": "#444444",
         "fontsize": 9,
         "transform": axes.get_yaxis_transform(),
         "parse_math": False,
     }
-    if teacher and teacher.get("top1") is not None:
-        accuracy = 100 * teacher["top1"]
-        text = f"teacher {teacher['name']}: {percent(teacher['top1'], teacher['n'])} %"
+    if teacher is not None:
+        accuracy = 100 * teacher.top1
+        text = f"teacher {teacher.name}: {percent(teacher.top1, teacher.n)} %"
         if low - 0.5 * span <= accuracy <= low + 1.6 * span:
             axes.axhline(accuracy, color="#444444", linestyle="--", linewidth=1.1, zorder=1)
             axes.text(0.01, accuracy, text, va="bottom", **where)

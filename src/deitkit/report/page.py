@@ -1,4 +1,4 @@
-"""The page: one self-contained HTML file that explains a comparison. Charts and table are made elsewhere."""
+"""The page: one self-contained HTML file with the table, the charts and the facts of a comparison."""
 
 import base64
 from pathlib import Path
@@ -10,24 +10,27 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from deitkit.report.ablation import difference_chart, lay_out_any
-from deitkit.report.analysis import Section, lay_out_analysis, read_analysis
+from deitkit.report.analysis import Section, lay_out_analysis
 from deitkit.report.charts import accuracy_chart, curve_charts
 from deitkit.report.figures import colours_of
-from deitkit.report.table_layout import NOTHING, WINNER_MARK, millions, percent, reference_row, teachers_of
+from deitkit.report.published import PAPER, REPRODUCTION
+from deitkit.report.table_layout import NOTHING, WINNER_MARK, millions, percent
+from deitkit.run.analysis import read_analysis
+from deitkit.run.results import AblationResults, Results
 from deitkit.system.files import write_text
 
 _UNITS = {"memory_gib": "memory (GiB)"}
 
 
 def write_page(
-    results: dict[str, Any], metrics: list[dict[str, Any]], teacher_metrics: list[dict[str, Any]], folder: Path
+    results: Results, metrics: list[dict[str, Any]], teacher_metrics: list[dict[str, Any]], folder: Path
 ) -> list[Path]:
-    """Write ``report.html``, which needs no network, with ``views.png`` and ``analysis.json`` where there are any.
+    """Write ``report.html``, which needs no network, with ``views.png`` and ``analysis.json`` where they exist.
 
     Args:
-        results: What `read_results` returned.
+        results: Of the run.
         metrics: One entry per seed, student and epoch.
-        teacher_metrics: The same of a teacher that was trained here, or nothing.
+        teacher_metrics: The same of a teacher that was trained here, or empty.
         folder: The run folder.
 
     Raises:
@@ -41,7 +44,7 @@ def write_page(
 
 
 def render_page(
-    results: dict[str, Any],
+    results: Results,
     metrics: list[dict[str, Any]],
     teacher_metrics: list[dict[str, Any]],
     views: str | None,
@@ -57,46 +60,48 @@ def render_page(
     )
     environment.filters |= {"percent": percent, "millions": millions}
     template = environment.get_template("page.html.j2")
-    rows = difference_chart(results) if "variants" in results else accuracy_chart(results, metrics)
+    rows = difference_chart(results) if isinstance(results, AblationResults) else accuracy_chart(results, metrics)
     charts: dict[str, Any] = {"rows": {"": rows}}
     charts["curves"] = curve_charts(results, metrics)
-    charts["teacher"] = curve_charts(results | {"teacher": None}, teacher_metrics)
+    charts["teacher"] = curve_charts(results.model_copy(update={"teacher": None}), teacher_metrics)
     charts |= analysis.charts if analysis is not None else {}
     layout = lay_out_any(results)
     return template.render(
         results=results,
         layout=layout,
-        teachers=teachers_of(results),
+        ablation=isinstance(results, AblationResults),
+        teachers=results.teachers,
         mark=WINNER_MARK,
         nothing=NOTHING,
-        reference=reference_row(results),
+        reference=results.reference,
         charts={name: views for name, views in charts.items() if views},
         several_seeds=len({line["seed"] for line in metrics}) > 1,
         views=views,
         analysis=analysis,
         published=_published_tables(results),
-        recipe=yaml.safe_dump(results["recipe"], sort_keys=False, allow_unicode=True),
-        machine={
-            _UNITS.get(key, key.replace("_", " ")): value for key, value in (results.get("machine") or {}).items()
-        },
+        recipe=yaml.safe_dump(results.recipe, sort_keys=False, allow_unicode=True),
+        machine={_UNITS.get(key, key.replace("_", " ")): value for key, value in results.machine.items()},
         plotly=Markup(get_plotlyjs()),
     )
 
 
-def _published_tables(results: dict[str, Any]) -> list[dict[str, Any]]:
+def _published_tables(results: Results) -> list[dict[str, Any]]:
     """Return each published table as a heading, models as columns, and rows of figures in per cent."""
-    titles = {"seed": "The seed's table (CIFAR-10, 20 epochs)", "paper": "The paper's table (ImageNet, 300 epochs)"}
+    titles = {
+        REPRODUCTION: "The reproduction's table (CIFAR-10, 20 epochs)",
+        PAPER: "The paper's table (ImageNet, 300 epochs)",
+    }
     tables = []
     for name, title in titles.items():
-        entries = [entry for entry in results.get("published", []) if entry["table"] == name]
-        models = list(dict.fromkeys(entry["model"] for entry in entries)) if name == "paper" else ["top-1 %"]
-        rows: dict[tuple[Any, ...], dict[str, Any]] = {}
+        entries = [entry for entry in results.published if entry.table == name]
+        models = list(dict.fromkeys(entry.model for entry in entries)) if name == PAPER else ["top-1 %"]
+        rows: dict[tuple[str, str | None], dict[str, Any]] = {}
         for entry in entries:
-            key = (entry["row"], entry["teacher"])
-            row = rows.setdefault(key, {"row": entry["row"], "teacher": entry["teacher"] or "none", "figures": {}})
-            row["figures"][entry["model"] if name == "paper" else "top-1 %"] = 100 * entry["top1"]
+            key = (entry.row, entry.teacher)
+            row = rows.setdefault(key, {"row": entry.row, "teacher": entry.teacher or "none", "figures": {}})
+            row["figures"][entry.model if name == PAPER else "top-1 %"] = 100 * entry.top1
         if entries:
-            form = "%.1f" if name == "paper" else "%.2f"
+            form = "%.1f" if name == PAPER else "%.2f"
             tables.append({"title": title, "models": models, "rows": list(rows.values()), "form": form})
     return tables
 

@@ -1,11 +1,14 @@
-"""What others published, as data, and which figures stand beside our rows. Nothing here was measured by us."""
+"""What others published, as data, and which of our rows each figure compares with. Nothing here was measured by us."""
 
 from collections.abc import Sequence
-from typing import Any
+
+from deitkit.run.results import PublishedFigure, Results, Row
+
+REPRODUCTION, PAPER = "reproduction", "paper"
 
 # method, readout, teacher, row as printed, top-1 in per cent.
 # A reproduction of the paper's table: DeiT-Ti, CIFAR-10, 20 epochs. Its readout of two tokens is taken to be joint.
-_SEED = (
+_REPRODUCTION = (
     ("none", "class", None, "no distillation", 67.69),
     ("soft", "class", "soft", "usual distillation", 68.85),
     ("hard", "class", "hard", "hard distillation", 40.19),
@@ -26,74 +29,79 @@ _PAPER = (
     ("token-hard", "distillation", "hard", "DeiT distilled: distil. embedding", (74.6, 81.1, 83.1, 84.4)),
     ("token-hard", "joint", "hard", "DeiT distilled: class + distillation", (74.5, 81.2, 83.4, 84.5)),
 )
+# In both tables, "labels: no".
+_PRINTED_WITHOUT_LABELS = ("soft", "hard", "mean-pool-soft", "mean-pool-hard")
 _PAPER_MODEL_OF = {"deit_small": "DeiT-S", "deit_base": "DeiT-B", "vit_base": "DeiT-B", "vit_large": "DeiT-B"}
 
 
-def published_rows(tables: Sequence[str]) -> list[dict[str, Any]]:
-    """Return the published figures of the named tables, top-1 as a fraction.
+def published_figures(tables: Sequence[str]) -> tuple[PublishedFigure, ...]:
+    """Return the published figures of the named tables.
 
     Both tables print "labels: no" for usual and hard distillation; true labels are part of both losses (deit#215), so
     ``labels`` is true throughout.
 
     Args:
-        tables: Of ``seed`` and ``paper``, in the order wanted. The paper's four models are separate entries.
+        tables: Of ``reproduction`` and ``paper``, in the order wanted. The paper's four models are separate entries.
     """
-    rows: list[dict[str, Any]] = []
-    for table in tables:
-        rows += {"seed": _seed_rows, "paper": _paper_rows}[table]()
-    return rows
+    figures = {REPRODUCTION: _reproduction_figures, PAPER: _paper_figures}
+    return tuple(entry for table in tables for entry in figures[table]())
 
 
-def published_beside(results: dict[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
-    """Return, by table and by our row's name, the published figure that belongs beside that row.
+def published_by_row(results: Results) -> dict[str, dict[str, PublishedFigure]]:
+    """Return, by table and by our row's name, the published figure of the same method and readout.
 
-    A figure belongs beside the row of its method and readout, taken from the last weights. The seed's first three rows
-    used mean pooling: they stand beside our ``mean-pool-*`` rows where there are any. Of the paper's models the one
-    that was trained here counts (DeiT-Ti for ``micro``).
+    Only rows of the last weights have one. The first three rows of the reproduction used mean pooling: they compare
+    with our ``mean-pool-*`` rows where there are any. Of the paper's models the one that was trained here counts
+    (DeiT-Ti for ``micro``).
     """
-    beside: dict[str, dict[str, dict[str, Any]]] = {}
+    by_row: dict[str, dict[str, PublishedFigure]] = {}
     for entry in _candidates(results):
-        pooled = f"mean-pool-{entry['method']}" if entry["table"] == "seed" else entry["method"]
-        for method in (pooled, entry["method"]):
-            row = next((row for row in results["rows"] if _fits(row, method, entry["readout"])), None)
+        pooled = f"mean-pool-{entry.method}" if entry.table == REPRODUCTION else entry.method
+        for method in (pooled, entry.method):
+            row = next((row for row in results.rows if _fits(row, method, entry.readout)), None)
             if row is not None:
-                beside.setdefault(entry["table"], {})[row["row"]] = entry
+                by_row.setdefault(entry.table, {})[row.row] = entry
                 break
-    return beside
+    return by_row
 
 
-def published_only(results: dict[str, Any]) -> list[dict[str, Any]]:
+def published_only(results: Results) -> list[PublishedFigure]:
     """Return the published figures that have no counterpart among our rows."""
-    placed = [entry for rows in published_beside(results).values() for entry in rows.values()]
+    placed = [entry for rows in published_by_row(results).values() for entry in rows.values()]
     return [entry for entry in _candidates(results) if entry not in placed]
 
 
-def paper_model(results: dict[str, Any]) -> str:
+def paper_model(results: Results) -> str:
     """Return the paper's model that compares with the student trained here."""
-    student = results["recipe"].get("model", {}).get("name")
+    student = results.recipe.get("model", {}).get("name")
     return _PAPER_MODEL_OF.get(student, "DeiT-Ti")
 
 
-def _candidates(results: dict[str, Any]) -> list[dict[str, Any]]:
+def is_printed_without_labels(row: Row) -> bool:
+    """Return whether the published tables print "labels: no" for a row whose loss contains true labels."""
+    return bool(row.labels) and row.method in _PRINTED_WITHOUT_LABELS
+
+
+def _candidates(results: Results) -> list[PublishedFigure]:
     model = paper_model(results)
-    return [entry for entry in results.get("published", []) if entry["table"] != "paper" or entry["model"] == model]
+    return [entry for entry in results.published if entry.table != PAPER or entry.model == model]
 
 
-def _fits(row: dict[str, Any], method: str, readout: str) -> bool:
-    return row["method"] == method and row["readout"] == readout and row["weights"] == "last"
+def _fits(row: Row, method: str, readout: str) -> bool:
+    return row.method == method and row.readout == readout and row.weights == "last"
 
 
-def _seed_rows() -> list[dict[str, Any]]:
-    rows = []
-    for method, readout, teacher, row, per_cent in _SEED:
+def _reproduction_figures() -> list[PublishedFigure]:
+    figures = []
+    for method, readout, teacher, row, per_cent in _REPRODUCTION:
         model = "ResNet-18" if method == "cnn-baseline" else "DeiT-Ti"
-        rows.append(_entry("seed", model, "CIFAR-10", method, readout, teacher, row, per_cent))
-    return rows
+        figures.append(_entry(REPRODUCTION, model, "CIFAR-10", method, readout, teacher, row, per_cent))
+    return figures
 
 
-def _paper_rows() -> list[dict[str, Any]]:
+def _paper_figures() -> list[PublishedFigure]:
     return [
-        _entry("paper", model, "ImageNet", method, readout, teacher, row, per_cent)
+        _entry(PAPER, model, "ImageNet", method, readout, teacher, row, per_cent)
         for method, readout, teacher, row, figures in _PAPER
         for model, per_cent in zip(_PAPER_MODELS, figures, strict=True)
     ]
@@ -101,18 +109,18 @@ def _paper_rows() -> list[dict[str, Any]]:
 
 def _entry(
     table: str, model: str, data: str, method: str, readout: str, teacher: str | None, row: str, per_cent: float
-) -> dict[str, Any]:
-    return {
-        "table": table,
-        "model": model,
-        "data": data,
-        "row": row,
-        "method": method,
-        "readout": readout,
-        "labels": True,
-        "teacher": teacher,
-        "top1": round(per_cent / 100, 4),
-    }
+) -> PublishedFigure:
+    return PublishedFigure(
+        table=table,
+        model=model,
+        data=data,
+        row=row,
+        method=method,
+        readout=readout,
+        labels=True,
+        teacher=teacher,
+        top1=round(per_cent / 100, 4),
+    )
 
 
 # Touvron et al., arXiv 2012.12877, Table 4: the share of ImageNet's validation images that two classify differently.

@@ -1,9 +1,9 @@
-"""The table of a comparison, drawn for a terminal, Markdown, LaTeX and CSV. What it says is `layout`'s business."""
+"""The table of a comparison for a terminal, in Markdown, LaTeX and CSV; its content is in ``table_layout``."""
 
 import csv
 import io
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,9 @@ from rich.table import Table
 from rich.text import Text
 
 from deitkit.report.ablation import lay_out_any
-from deitkit.report.published import published_beside
+from deitkit.report.published import PAPER, REPRODUCTION, published_by_row
 from deitkit.report.table_layout import WINNER_MARK, Column, Layout, Line
+from deitkit.run.results import Results
 from deitkit.system.files import write_text
 
 _ASCII = str.maketrans({"±": "+-", "−": "-", "–": "-", "★": ">", "†": "!", "⚗": "*", "’": "'"})
@@ -58,12 +59,12 @@ class TerminalTable:
             kept.remove(max(kept, key=lambda column: column.rank))
 
 
-def rich_table(results: dict[str, Any]) -> TerminalTable:
+def rich_table(results: Results) -> TerminalTable:
     """Return the table as a rich renderable; where the terminal is narrow the least important columns are left out."""
     return TerminalTable(lay_out_any(results))
 
 
-def write_tables(results: dict[str, Any], folder: Path) -> list[Path]:
+def write_tables(results: Results, folder: Path) -> list[Path]:
     """Write ``table.md``, ``table.csv`` and ``table.tex`` (booktabs) into the folder.
 
     Raises:
@@ -169,16 +170,17 @@ def _one_line(text: str) -> str:
     return re.sub(r"\s+", " ", "".join(character if character.isprintable() else " " for character in text)).strip()
 
 
-def _csv(results: dict[str, Any]) -> str:
+def _csv(results: Results) -> str:
     """Raw fractions: one line per row, lists spread over columns."""
-    beside = published_beside(results)
+    published = published_by_row(results)
     records = []
-    for row in results["rows"]:
+    for row in results.to_json()["rows"]:
         record: dict[str, Any] = {}
         for key, value in row.items():
-            record.update(_spread(key, value, results["seeds"]))
-        for table in ("seed", "paper"):
-            record[f"published_{table}"] = beside.get(table, {}).get(row["row"], {}).get("top1")
+            record.update(_spread(key, value, results.seeds))
+        for table in (REPRODUCTION, PAPER):
+            entry = published.get(table, {}).get(row["row"])
+            record[f"published_{table}"] = None if entry is None else entry.top1
         records.append(record)
     names = list(dict.fromkeys(name for record in records for name in record))
     text = io.StringIO()
@@ -188,7 +190,7 @@ def _csv(results: dict[str, Any]) -> str:
     return text.getvalue()
 
 
-def _spread(key: str, value: Any, seeds: list[int]) -> dict[str, Any]:
+def _spread(key: str, value: Any, seeds: Sequence[int]) -> dict[str, Any]:
     if key in ("top1", "top5"):
         return {f"{key}_seed_{seed}": each for seed, each in zip(seeds, value or [None] * len(seeds), strict=False)}
     if key.endswith("_ci95"):

@@ -1,9 +1,17 @@
-"""What the table says: its columns, lines and footnotes as plain text. How a format draws them is not decided here."""
+"""The content of the table: columns, lines and footnotes as plain text, for every format to draw."""
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from deitkit.report.published import paper_model, published_beside, published_only
+from deitkit.report.published import (
+    PAPER,
+    REPRODUCTION,
+    is_printed_without_labels,
+    paper_model,
+    published_by_row,
+    published_only,
+)
+from deitkit.run.results import Difference, PublishedFigure, Results, Row, TeacherCard, VariantRow
 
 Number = int | float  # JSON writes a whole number as an int
 
@@ -56,10 +64,10 @@ class Layout:
     provenance: str
 
 
-def lay_out(results: dict[str, Any]) -> Layout:
-    """Turn results into columns, lines and footnotes; columns in which no line says anything are left out."""
-    beside = published_beside(results)
-    lines = [_line(row, results, beside) for row in results["rows"]]
+def lay_out(results: Results) -> Layout:
+    """Return results as columns, lines and footnotes, without empty columns."""
+    published = published_by_row(results)
+    lines = [_line(row, results, published) for row in results.rows]
     lines.sort(key=lambda line: line.group == "baseline")
     lines += _teacher_lines(results)
     used = {key for line in lines for key, cell in line.cells.items() if cell != NOTHING}
@@ -69,20 +77,20 @@ def lay_out(results: dict[str, Any]) -> Layout:
         lines=tuple(lines),
         published_only=tuple(_published_text(entry) for entry in published_only(results)),
         footnotes=tuple(_footnotes(results)),
-        verdict=results.get("verdict") or "",
+        verdict=results.verdict,
         provenance=provenance_of(results),
     )
 
 
-def title_of(results: dict[str, Any]) -> str:
-    """Return one line that names the data set and how much of it was used."""
-    data = results["dataset"]
-    train, test = data["train"], data["test"]
-    return f"{data['name']}: {train:,} training images, {test:,} test images, {_count(len(results['seeds']), 'seed')}"
+def title_of(results: Results) -> str:
+    """Return one line with the data set, its numbers of images, and the number of seeds."""
+    data, seeds = results.dataset, len(results.seeds)
+    images = f"{data.train:,} training images, {data.test:,} test images"
+    return f"{data.name}: {images}, {seeds} {'seed' if seeds == 1 else 'seeds'}"
 
 
-def provenance_of(results: dict[str, Any]) -> str:
-    """Return one line that says where the figures come from: recipe, code, data, teacher, seeds, machine, day."""
+def provenance_of(results: Results) -> str:
+    """Return one line with the source of the figures: recipe, code, data, teacher, seeds, machine, day."""
 
     def hashed(name: str, sha256: str | None) -> str:
         return f"{name} ({sha256[:8]})" if sha256 else name
@@ -90,30 +98,24 @@ def provenance_of(results: dict[str, Any]) -> str:
     units = {"cores": " cores", "memory_gib": " GiB"}
     machine = [
         f"{name} {value}" if name == "torch" else f"{value}{units.get(name, '')}"
-        for name, value in results["machine"].items()
+        for name, value in results.machine.items()
         if name not in ("platform", "python")
     ]
-    teachers = [(card["name"], card.get("sha256")) for card in results.get("teachers") or [results["teacher"]] if card]
-    # An ablation names them row by row.
-    teachers += [(row["teacher_name"], row.get("teacher_sha256")) for row in results["rows"] if row.get("teacher_name")]
+    teachers = [(card.name, card.sha256) for card in results.teachers]
+    for row in results.rows:
+        if isinstance(row, VariantRow) and row.teacher_name:
+            teachers.append((row.teacher_name, row.teacher_sha256))
     return "; ".join(
         [
-            f"recipe {results['recipe'].get('name') or 'custom'}",
-            hashed(f"deitkit {results['deitkit']}", results.get("code")),
-            "data " + hashed(results["dataset"]["name"], results["dataset"]["fingerprint"]),
+            f"recipe {results.recipe.get('name') or 'custom'}",
+            hashed(f"deitkit {results.deitkit}", results.code),
+            "data " + hashed(results.dataset.name, results.dataset.fingerprint),
             *("teacher " + hashed(*teacher) for teacher in dict.fromkeys(teachers)),
-            "seeds " + ", ".join(str(seed) for seed in results["seeds"]),
+            "seeds " + ", ".join(str(seed) for seed in results.seeds),
             ", ".join(machine),
-            results["created"][:10],
+            results.created[:10],
         ]
     )
-
-
-def reference_row(results: dict[str, Any]) -> dict[str, Any] | None:
-    """Return the row that "vs none" compares with: the first method there is that learns from labels alone."""
-    last = [row for row in results["rows"] if row["weights"] == "last"]
-    rows = (row for method in ("none", "mean-pool-none", "class-only") for row in last if row["method"] == method)
-    return next(rows, None)
 
 
 def percent(value: Number | None, images: int) -> str:
@@ -128,7 +130,7 @@ def millions(count: int | None) -> str:
     return f"{count / 1e6:.2f} M" if count >= 1e6 else f"{count / 1e3:.0f} k"
 
 
-def _columns(results: dict[str, Any]) -> tuple[Column, ...]:
+def _columns(results: Results) -> tuple[Column, ...]:
     paper = paper_model(results).removeprefix("DeiT-")
     return (
         Column("labels", "labels", 4, numeric=False),
@@ -144,168 +146,171 @@ def _columns(results: dict[str, Any]) -> tuple[Column, ...]:
         Column("parameters", "params", 9),
         Column("images_per_second", "images/s", 10),
         Column("seconds", "seconds", 11),
-        Column("seed", "seed, as published", 5, published=True),
-        Column("paper", f"paper (ImageNet, {paper})", 6, published=True),
+        Column(REPRODUCTION, "reproduction, as published", 5, published=True),
+        Column(PAPER, f"paper (ImageNet, {paper})", 6, published=True),
     )
 
 
-def _line(row: dict[str, Any], results: dict[str, Any], beside: dict[str, dict[str, dict[str, Any]]]) -> Line:
-    images = row["n"]
-    low, high = row.get("difference_ci95") or (None, None)
-    labels = NOTHING if row["labels"] is None else "yes" if row["labels"] else "no"
+def _line(row: Row, results: Results, published: dict[str, dict[str, PublishedFigure]]) -> Line:
+    images = row.n
+    difference, gain = row.difference_to("none"), row.difference_to("before")
+    labels = NOTHING if row.labels is None else "yes" if row.labels else "no"
     cells = {
-        "labels": labels + LABELS_MARK if _on_one_head(row) else labels,
-        "teacher": NOTHING if row["labels"] is None else row["teacher"] or "none",
-        "top1": accuracy(row) + (STATUS_MARK if row["status"] != "ok" else ""),
-        "difference": points(row.get("difference_vs_none"), images),
-        "interval": NOTHING if low is None else f"[{points(low, images)}, {points(high, images)}]",
-        "p": p_value(row.get("p_vs_none")),
-        "top5": percent(_mean(row.get("top5")), images),
-        "agreement": percent(row.get("teacher_agreement"), images),
-        "parameters": millions(row.get("parameters")),
-        "images_per_second": _plain(row.get("images_per_second"), "{:,.0f}"),
-        "seconds": _plain(row.get("train_seconds"), "{:,.0f}"),
-        "gain": points(row.get("difference_vs_before"), images),
-        "gain_p": p_value(row.get("p_vs_before")),
+        "labels": labels + LABELS_MARK if is_printed_without_labels(row) else labels,
+        "teacher": NOTHING if row.labels is None else row.teacher or "none",
+        "top1": accuracy(row) + (STATUS_MARK if row.status != "ok" else ""),
+        "difference": points(difference, images),
+        "interval": interval(difference, images),
+        "p": p_value(difference),
+        "top5": percent(_mean(row.top5), images),
+        "agreement": percent(row.teacher_agreement, images),
+        "parameters": millions(row.parameters),
+        "images_per_second": whole(row.images_per_second),
+        "seconds": whole(row.train_seconds),
+        "gain": points(gain, images),
+        "gain_p": p_value(gain),
     }
-    for table in ("seed", "paper"):
-        entry = beside.get(table, {}).get(row["row"])
+    for table in (REPRODUCTION, PAPER):
+        entry = published.get(table, {}).get(row.row)
         cells[table] = NOTHING if entry is None else _published_figure(entry)
-    label = row["label"]
-    spelled = f"{row['method']}, {row['readout']}"
-    if spelled not in label and row["method"] != "cnn-baseline":
-        label = f"{label} ({spelled})"  # the two readings of one table must not look alike
+    label = row.label
+    spelled = f"{row.method}, {row.readout}"
+    if spelled not in label and row.kind != "baseline":
+        label = f"{label} ({spelled})"  # so that no two rows look alike
     return Line(
-        name=row["row"],
+        name=row.row,
         label=label,
         cells=cells,
-        group="baseline" if row["method"] == "cnn-baseline" else "students",
-        winner=row["row"] == results.get("winner"),
+        group="baseline" if row.kind == "baseline" else "students",
+        winner=row.row == results.winner,
     )
 
 
-def teachers_of(results: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the card of every teacher; a run of a former version names the only one."""
-    only = [results["teacher"]] if results.get("teacher") else []
-    return results.get("teachers") or only
-
-
-def _teacher_lines(results: dict[str, Any]) -> list[Line]:
-    """Return a line for every teacher, and one for the mean answer of several."""
-    teachers = teachers_of(results)
-    lines = [_teacher_line(f"teacher: {teacher['name']}", teacher, results) for teacher in teachers]
-    if len(teachers) > 1:
-        lines.append(_teacher_line("teachers: mean answer", results["teacher"], results))
+def _teacher_lines(results: Results) -> list[Line]:
+    """Return a line for every teacher, and one for the mean of several."""
+    lines = [_teacher_line(f"teacher: {teacher.name}", teacher, results) for teacher in results.teachers]
+    if len(lines) > 1 and results.teacher is not None:
+        lines.append(_teacher_line("teachers: mean answer", results.teacher, results))
     return lines
 
 
-def _teacher_line(name: str, teacher: dict[str, Any], results: dict[str, Any]) -> Line:
-    keys = [column.key for column in _columns(results)]
-    tested = teacher.get("test_top1") is not None
-    images = results["dataset"]["test"] if tested else teacher["n"]
-    cells = dict.fromkeys(keys, NOTHING)
-    cells["top1"] = percent(teacher["test_top1"] if tested else teacher["top1"], images)
-    cells["parameters"] = millions(teacher.get("parameters"))
-    name += "" if tested else " (validation images)"
+def _teacher_line(name: str, teacher: TeacherCard, results: Results) -> Line:
+    cells = {column.key: NOTHING for column in _columns(results)}
+    if teacher.test_top1 is None:
+        name += " (validation images)"
+        cells["top1"] = percent(teacher.top1, teacher.n)
+    else:
+        cells["top1"] = percent(teacher.test_top1, results.dataset.test)
+    cells["parameters"] = millions(teacher.parameters)
     return Line(name=name, label=name, cells=cells, group="teacher")
 
 
-def accuracy(row: dict[str, Any]) -> str:
+def accuracy(row: Row) -> str:
     """Return a row's top-1 with its spread over seeds, or the Wilson interval of its one seed."""
-    finished = [value for value in row["top1"] if value is not None]
-    mean, images = row.get("top1_mean"), row["n"]
-    if mean is None:
+    finished = [value for value in row.top1 if value is not None]
+    if row.top1_mean is None:
         return "stopped"
-    text = percent(mean, images)
+    text = percent(row.top1_mean, row.n)
     if len(finished) > 1:
-        return f"{text} ± {percent(row.get('top1_std'), images)}"
-    if len(row["top1"]) > 1:
+        return f"{text} ± {percent(row.top1_std, row.n)}"
+    if len(row.top1) > 1:
         return f"{text} (1 seed)"
-    low, high = row.get("top1_ci95") or (None, None)
-    return text if low is None else f"{text} [{percent(low, images)}, {percent(high, images)}]"
+    low, high = row.top1_ci95 or (None, None)
+    return text if low is None else f"{text} [{percent(low, row.n)}, {percent(high, row.n)}]"
 
 
-def _footnotes(results: dict[str, Any]) -> list[str]:
-    rows, seeds = results["rows"], len(results["seeds"])
-    spread = f"mean ± standard deviation over {seeds} seeds" if seeds > 1 else "[95 % Wilson interval], one seed"
-    counts = " or ".join(f"{count:,}" for count in sorted({row["n"] for row in rows}))
-    notes = [f"top-1: {spread}, on {counts} test images; weights of the last epoch, never of the best."]
-    tests = sorted({row["p_test"] for row in rows if row.get("p_test")})
-    reference = reference_row(results)
-    if tests and reference is not None:
+def _footnotes(results: Results) -> list[str]:
+    rows, seeds = results.rows, len(results.seeds)
+    counts = " or ".join(f"{count:,}" for count in sorted({row.n for row in rows}))
+    notes = [f"top-1: {spread_note(seeds)}, on {counts} test images; weights of the last epoch, never of the best."]
+    tests = test_names(row.difference_to("none") for row in rows)
+    if tests and results.reference is not None:
         notes.append(
-            f"vs none: points of top-1 more than '{reference['row']}', with their 95 % interval; p: {', '.join(tests)}."
+            f"vs none: points of top-1 more than '{results.reference.row}', with their 95 % interval; p: {tests}."
         )
     if tests and seeds == 1:
         notes.append(ONE_SEED)
-    gains = sorted({row["p_vs_before_test"] for row in rows if row.get("p_vs_before_test")})
-    if gains:
-        notes.append(f"vs before: points of top-1 more than the model before fine-tuning; p: {', '.join(gains)}.")
-    if any(_on_one_head(row) for row in rows):
+    tests = test_names(row.difference_to("before") for row in rows)
+    if tests:
+        notes.append(f"vs before: points of top-1 more than the model before fine-tuning; p: {tests}.")
+    if any(is_printed_without_labels(row) for row in rows):
         notes.append(
             f"{LABELS_MARK} The paper prints 'labels: no' for these rows; true labels are in their loss (deit#215)."
         )
-    tokens = [row for row in rows if row["method"].startswith("token-")]
-    if len({row["readout"] for row in tokens}) > 1:
-        notes.append("Rows of one token-... method are one trained student, read out through one head or both.")
-    if any(row["method"] in ("class-only", "distillation-only") for row in rows):
-        notes.append(
-            "class-only and distillation-only are students of their own, with that one token (the seed's reading)."
-        )
-    notes += [f"{STATUS_MARK} {row['row']}: {row['status']}." for row in rows if row["status"] != "ok"]
-    notes += [f"teacher: {teacher['verdict']}." for teacher in teachers_of(results) if teacher.get("weak")]
-    return notes + list(results.get("notes", [])) + _published_notes(results)
+    if len({(row.method, row.readout) for row in rows}) > len({row.method for row in rows}):
+        notes.append("Rows of one method are one trained student, read out through one head or both.")
+    notes += stopped_notes(rows)
+    notes += [f"teacher: {teacher.verdict}." for teacher in results.teachers if teacher.weak]
+    return notes + list(results.notes) + _published_notes(results)
 
 
-def _published_notes(results: dict[str, Any]) -> list[str]:
-    notes, tables = [], {entry["table"] for entry in results.get("published", [])}
-    if "seed" in tables:
+def spread_note(seeds: int) -> str:
+    """Return what the spread of a top-1 is, for a footnote."""
+    return f"mean ± standard deviation over {seeds} seeds" if seeds > 1 else "[95 % Wilson interval], one seed"
+
+
+def test_names(differences: Iterable[Difference | None]) -> str:
+    """Return the tests of some differences, for a footnote; empty without any."""
+    return ", ".join(sorted({difference.test for difference in differences if difference is not None}))
+
+
+def stopped_notes(rows: Iterable[Row]) -> list[str]:
+    """Return a footnote for every row with a stopped seed."""
+    return [f"{STATUS_MARK} {row.row}: {row.status}." for row in rows if row.status != "ok"]
+
+
+def _published_notes(results: Results) -> list[str]:
+    notes, tables = [], {entry.table for entry in results.published}
+    if REPRODUCTION in tables:
         notes.append(
-            "seed, as published: not measured here; DeiT-Ti on CIFAR-10 for 20 epochs, taught by an untrained head; "
-            "its 'no', 'usual' and 'hard' rows used mean pooling, its CNN is a ResNet-18."
+            "reproduction, as published: not measured here; DeiT-Ti on CIFAR-10 for 20 epochs, taught by an untrained "
+            "head; its 'no', 'usual' and 'hard' rows used mean pooling, its CNN is a ResNet-18."
         )
-    if "paper" in tables:
+    if PAPER in tables:
         notes.append(
             "paper: not measured here; ImageNet for 300 epochs (arXiv 2012.12877), not comparable with our column."
         )
     return notes
 
 
-def _published_text(entry: dict[str, Any]) -> str:
-    source = "seed, as published" if entry["table"] == "seed" else f"paper ({entry['data']}, {entry['model']})"
-    return f"{source}: {entry['row']}, teacher {entry['teacher'] or 'none'}: {_published_figure(entry)} %"
+def _published_text(entry: PublishedFigure) -> str:
+    reproduced = entry.table == REPRODUCTION
+    source = "reproduction, as published" if reproduced else f"paper ({entry.data}, {entry.model})"
+    return f"{source}: {entry.row}, teacher {entry.teacher or 'none'}: {_published_figure(entry)} %"
 
 
-def _published_figure(entry: dict[str, Any]) -> str:
-    return f"{100 * entry['top1']:.{2 if entry['table'] == 'seed' else 1}f}"  # the digits that were printed
+def _published_figure(entry: PublishedFigure) -> str:
+    return f"{100 * entry.top1:.{2 if entry.table == REPRODUCTION else 1}f}"  # the digits that were printed
 
 
-def _on_one_head(row: dict[str, Any]) -> bool:
-    return row["method"].removeprefix("mean-pool-") in ("soft", "hard") and row["labels"]
+def points(difference: Difference | None, images: int) -> str:
+    """Return a difference in points, with a sign."""
+    return NOTHING if difference is None else _signed(difference.mean, images)
 
 
-def points(value: Number | None, images: int) -> str:
-    """Return a difference of fractions in points, with a sign."""
-    if value is None:
+def interval(difference: Difference | None, images: int) -> str:
+    """Return the 95 % interval of a difference in points."""
+    if difference is None or difference.ci95 is None:
         return NOTHING
+    return f"[{', '.join(_signed(bound, images) for bound in difference.ci95)}]"
+
+
+def _signed(value: Number, images: int) -> str:
     return f"{100 * value:+.{2 if images >= 1000 else 1}f}".replace("-", "−")
 
 
-def p_value(p: Number | None) -> str:
-    """Return a p value as a table shows it."""
-    if p is None:
+def p_value(difference: Difference | None) -> str:
+    """Return the p value of a difference."""
+    if difference is None:
         return NOTHING
-    return "<0.001" if p < 0.001 else f"{p:.3f}"
+    return "<0.001" if difference.p < 0.001 else f"{difference.p:.3f}"
 
 
-def _plain(value: Number | None, form: str) -> str:
-    return NOTHING if value is None else form.format(value)
+def whole(value: Number | None) -> str:
+    """Return a number without decimals."""
+    return NOTHING if value is None else f"{value:,.0f}"
 
 
-def _mean(values: list[Number | None] | None) -> float | None:
+def _mean(values: Sequence[Number | None] | None) -> float | None:
     finished = [value for value in values or [] if value is not None]
     return sum(finished) / len(finished) if finished else None
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

@@ -1,4 +1,4 @@
-"""From a run folder to what a person reads. Nothing here trains, or knows how a run was made."""
+"""Writing all reports of a run folder, from its files alone."""
 
 from pathlib import Path
 from typing import Any
@@ -8,11 +8,11 @@ from deitkit.report.figures import write_curves
 from deitkit.report.page import write_page
 from deitkit.report.table import write_tables
 from deitkit.run.metrics import read_metrics
-from deitkit.run.results import read_results
+from deitkit.run.results import AblationResults, Results, read_results
 
 
 def write_report(folder: Path) -> list[Path]:
-    """Write tables, curves and the page of a run folder, from what lies in it alone.
+    """Write the tables, curves and page of a run folder.
 
     Returns:
         The files: ``table.md|csv|tex``, ``curves.png|svg`` (where there are metrics), of an ablation
@@ -24,16 +24,17 @@ def write_report(folder: Path) -> list[Path]:
     results = read_results(folder)
     metrics = _metrics_of(results, folder)
     written = write_tables(results, folder) + write_curves(results, metrics, folder)
-    if "variants" in results:
+    if isinstance(results, AblationResults):
         written += write_differences(results, folder)
-    lessons = [line for home in sorted(folder.glob("teacher*")) for line in read_metrics(home)]
-    return written + write_page(results, metrics, lessons, folder)
+    teacher_metrics = [line for home in sorted(folder.glob("teacher*")) for line in read_metrics(home)]
+    return written + write_page(results, metrics, teacher_metrics, folder)
 
 
-def _metrics_of(results: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
-    """Return a run's metrics; of an ablation those of all variants, whose students then bear the variant's name."""
+def _metrics_of(results: Results, folder: Path) -> list[dict[str, Any]]:
+    """Return a run's metrics; of an ablation those of all variants, with students named ``VARIANT: STUDENT``."""
+    variants = results.variants if isinstance(results, AblationResults) else ()
     return read_metrics(folder) + [
         line | {"student": f"{name}: {line['student']}"}
-        for name in results.get("variants", {})
+        for name in variants
         for line in read_metrics(folder / "variants" / name)
     ]

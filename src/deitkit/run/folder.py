@@ -36,6 +36,7 @@ FREE_TO_CHANGE = {
     "teacher.also.min_top1",
     "variants",
     "methods",
+    "published",
 }
 
 

@@ -29,7 +29,7 @@ def _metric_lines(path: Path) -> Iterator[dict[str, Any]]:
         if not text.strip():
             continue
         try:
-            line = _parse(text)
+            line = parse_json(text)
         except ValueError:
             line = None
         if isinstance(line, dict) and {"seed", "student", "epoch"} <= line.keys():
@@ -40,5 +40,6 @@ def _metric_lines(path: Path) -> Iterator[dict[str, Any]]:
             )
 
 
-def _parse(text: str) -> Any:
+def parse_json(text: str) -> Any:
+    """Return the value of a JSON text, with None for numbers that are not finite; raise ValueError on a mistake."""
     return json.loads(text, parse_constant=lambda name: None)

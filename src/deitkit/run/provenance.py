@@ -1,8 +1,10 @@
-"""Which code produced a figure: a hash of the package, which distinguishes two states of one version."""
+"""Which code produced a figure, and when: what every file of results begins with."""
 
 import hashlib
+from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import deitkit
 
@@ -16,3 +18,13 @@ def code_sha256() -> str:
         digest.update(path.relative_to(home).as_posix().encode())
         digest.update(path.read_bytes())
     return digest.hexdigest()
+
+
+def envelope(file_format: int) -> dict[str, Any]:
+    """Return the first fields of a file of results: its format, version and code of the writer, and the time."""
+    return {
+        "format": file_format,
+        "deitkit": deitkit.__version__,
+        "code": code_sha256(),
+        "created": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+    }

@@ -1,63 +1,373 @@
-"""Reading ``results.json``, and the fields that it must have."""
+"""The results of a comparison: ``results.json`` as typed records, with one reader and one writer.
 
+The format is described in docs/design.md. A file of an older version is completed while it is read, nowhere else.
+"""
+
+import json
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from deitkit.errors import CheckpointError
-from deitkit.run.metrics import _parse
+from deitkit.run.metrics import parse_json
+from deitkit.system.files import write_text
 
-_FORMAT = 1
-_REQUIRED = ("created", "recipe", "dataset", "seeds", "rows")
-_REQUIRED_OF_ROW = (
-    "row",
-    "label",
-    "method",
-    "readout",
-    "weights",
-    "labels",
-    "teacher",
-    "top1",
-    "n",
-    "top1_mean",
-    "status",
-)
-_REQUIRED_OF_VARIANT = (
-    "variant",
-    "changed",
-    "teacher_name",
-    "teacher_test_top1",
-    "difference_vs_base",
-    "difference_vs_base_ci95",
-    "p_vs_base",
-    "p_vs_base_test",
-)
+FORMAT = 1
+Interval = tuple[float, float]
+Reference = Literal["none", "before", "base"]  # what a difference is relative to
+
+# The fields of a row that hold its difference to each reference: mean, 95 % interval, p value, name of the test.
+_DIFFERENCE_FIELDS: dict[Reference, tuple[str, str, str, str]] = {
+    "none": ("difference_vs_none", "difference_ci95", "p_vs_none", "p_test"),
+    "before": ("difference_vs_before", "difference_vs_before_ci95", "p_vs_before", "p_vs_before_test"),
+    "base": ("difference_vs_base", "difference_vs_base_ci95", "p_vs_base", "p_vs_base_test"),
+}
 
 
-def read_results(folder: Path) -> dict[str, Any]:
-    """Return ``results.json`` of a run folder; numbers that are not finite become None.
+@dataclass(frozen=True)
+class Difference:
+    """A difference of two accuracies on the same images.
+
+    Attributes:
+        mean: Over the seeds, as a fraction.
+        ci95: Its 95 % interval.
+        p: The p value of ``test``, two-sided.
+        test: ``McNemar`` or ``paired t``.
+    """
+
+    mean: float
+    ci95: Interval | None
+    p: float
+    test: str
+
+    @property
+    def is_significant(self) -> bool:
+        """Whether p is below 0.05."""
+        return self.p < 0.05
+
+
+def difference_fields(reference: Reference, difference: Difference | None) -> dict[str, Any]:
+    """Return a difference as fields of a row; all None where there is none."""
+    values = (None,) * 4 if difference is None else (difference.mean, difference.ci95, difference.p, difference.test)
+    return dict(zip(_DIFFERENCE_FIELDS[reference], values, strict=True))
+
+
+class Record(BaseModel):
+    """A part of a file; unknown fields are ignored."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class Row(Record):
+    """A row of the table: one student (or the baseline, or a checkpoint) and one readout, over all seeds.
+
+    Attributes:
+        row: Its name, ``METHOD/READOUT``, with ``+ema`` for averaged weights.
+        label: Its title for readers.
+        method: The student's name: its method, ``cnn-baseline`` or ``before``.
+        readout: ``class``, ``distillation``, ``joint`` or ``joint-logits``.
+        weights: ``last`` or ``ema``.
+        kind: ``student``, ``baseline``, or ``checkpoint`` for the model before fine-tuning.
+        reference: Whether differences "vs none" are relative to this row.
+        labels: Whether true labels were part of its loss; None if unknown.
+        teacher: The part of the teacher's output that was used: ``soft``, ``hard`` or None.
+        tokens: The student's tokens, ``-`` for a CNN.
+        top1: Accuracy on the test images by seed, as a fraction; None for a seed that stopped.
+        top5: The same for the five highest scores; None for at most five classes.
+        n: Test images.
+        top1_mean: Over the finished seeds.
+        top1_std: Over the finished seeds; None for one seed.
+        top1_ci95: Of several seeds Student's t interval, of one seed Wilson's.
+        validation_top1: Accuracy on the validation images by seed.
+        teacher_agreement: Share of test images with the teacher's decision.
+        parameters: Of the model.
+        status: ``ok``, or which seed stopped and why.
+        images_per_second: Of training, without the work that all students share.
+        train_seconds: Of training, by the same count, for each seed.
+    """
+
+    row: str
+    label: str
+    method: str
+    readout: str
+    weights: str
+    kind: Literal["student", "baseline", "checkpoint"]
+    reference: bool
+    labels: bool | None
+    teacher: str | None
+    tokens: str = "-"
+    top1: tuple[float | None, ...]
+    top5: tuple[float | None, ...] | None = None
+    n: int
+    top1_mean: float | None
+    top1_std: float | None = None
+    top1_ci95: Interval | None = None
+    validation_top1: tuple[float | None, ...] = ()
+    difference_vs_none: float | None = None
+    difference_ci95: Interval | None = None
+    p_vs_none: float | None = None
+    p_test: str | None = None
+    teacher_agreement: float | None = None
+    parameters: int | None = None
+    status: str
+    images_per_second: float | None = None
+    train_seconds: float | None = None
+    difference_vs_before: float | None = None
+    difference_vs_before_ci95: Interval | None = None
+    p_vs_before: float | None = None
+    p_vs_before_test: str | None = None
+
+    @property
+    def student(self) -> str:
+        """The name of the student's folder in the run folder."""
+        return f"{self.method}+ema" if self.weights == "ema" else self.method
+
+    def difference_to(self, reference: Reference) -> Difference | None:
+        """Return the row's difference to a reference; None where it was not compared."""
+        mean, ci95, p, test = (getattr(self, name) for name in _DIFFERENCE_FIELDS[reference])
+        return None if mean is None else Difference(mean, ci95, p, test)
+
+
+class VariantRow(Row):
+    """A row of an ablation: a row of one of its variants, with the difference to the base's row.
+
+    Attributes:
+        variant: The variant's name; ``base`` is the recipe unchanged.
+        changed: The fields in which it differs from the base, as text.
+        teacher_name: Of the variant's teacher.
+        teacher_sha256: Of that teacher's weights.
+        teacher_test_top1: That teacher's accuracy on the test images.
+    """
+
+    variant: str
+    changed: str
+    teacher_name: str | None
+    teacher_sha256: str | None = None
+    teacher_test_top1: float | None
+    difference_vs_base: float | None
+    difference_vs_base_ci95: Interval | None
+    p_vs_base: float | None
+    p_vs_base_test: str | None
+
+
+class TeacherCard(Record):
+    """Facts about a teacher.
+
+    Attributes:
+        name: Its architecture or folder; of several teachers all names.
+        source: Where its weights are from.
+        fit: What was trained here: ``none``, ``head`` or ``full``.
+        top1: Accuracy on the validation images, through the preprocessing of distillation.
+        n: Validation images.
+        chance: The share of the most frequent class among them.
+        verdict: Of the gate.
+        weak: Whether the gate would have refused it without ``teacher.allow_weak``.
+        parameters: Of the model.
+        image_px: Its resolution; None for that of the data.
+        mean: Of its normalisation, by channel.
+        std: Of its normalisation, by channel.
+        readout: Of a student as teacher; None for a CNN, which has one head.
+        sha256: Of its weights in the run folder.
+        test_top1: Accuracy on the test images; None before they were predicted.
+    """
+
+    name: str
+    source: str
+    fit: str
+    top1: float
+    n: int
+    chance: float
+    verdict: str
+    weak: bool
+    parameters: int
+    image_px: int | None
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    readout: str | None = None
+    sha256: str | None = None
+    test_top1: float | None = None
+
+
+class DuplicateImages(Record):
+    """Test images that are also training images: their number, and pairs of names as examples."""
+
+    count: int = 0
+    examples: tuple[tuple[str, str], ...] = ()
+
+
+class DatasetSummary(Record):
+    """The data set of a comparison: numbers of images by split, classes, and the hash of its pixels and labels."""
+
+    name: str
+    train: int
+    validation: int
+    test: int
+    classes: int
+    class_names: tuple[str, ...]
+    image_px: tuple[int, ...]
+    channels: int
+    skipped: int
+    skipped_files: tuple[str, ...] = ()
+    fingerprint: str
+    duplicates: DuplicateImages | None = None
+
+
+class PublishedFigure(Record):
+    """A figure that others published: ``top1`` as a fraction, of a ``row`` as printed and of the method it stands for.
+
+    Attributes:
+        table: ``reproduction`` (of the paper's table on CIFAR-10) or ``paper``.
+    """
+
+    table: str
+    model: str
+    data: str
+    row: str
+    method: str
+    readout: str
+    labels: bool
+    teacher: str | None
+    top1: float
+
+
+class Results(Record):
+    """All that ``results.json`` holds.
+
+    Attributes:
+        format: Of the file.
+        deitkit: The version that wrote it.
+        code: Hash of the code that wrote it.
+        created: UTC.
+        recipe: The whole recipe, as JSON values.
+        dataset: Its splits and classes.
+        teacher: All teachers together; None without a teacher.
+        teachers: Each of them.
+        initial: Name and hash of the checkpoint from which the students started.
+        seeds: In the order of every list by seed.
+        rows: In the order of the table.
+        winner: Name of the winning row; None if no student finished, and for an ablation.
+        verdict: The outcome in a sentence or two.
+        published: Figures that others published.
+        notes: What a reader of the table must know.
+        machine: Processor, cores, memory, device, precision, versions.
+    """
+
+    format: int
+    deitkit: str
+    code: str | None = None
+    created: str
+    recipe: dict[str, Any]
+    dataset: DatasetSummary
+    teacher: TeacherCard | None = None
+    teachers: tuple[TeacherCard, ...] = ()
+    initial: str | None = None
+    seeds: tuple[int, ...]
+    rows: tuple[Row, ...]
+    winner: str | None = None
+    verdict: str = ""
+    published: tuple[PublishedFigure, ...] = ()
+    notes: tuple[str, ...] = ()
+    machine: dict[str, Any] = {}
+
+    def to_json(self) -> dict[str, Any]:
+        """Return all as JSON values, without the fields that no row has, such as ``difference_vs_before``."""
+        used = set().union(*(row.model_fields_set for row in self.rows))
+        rows = [row.model_dump(mode="json", include=used) for row in self.rows]
+        return self.model_dump(mode="json", exclude={"rows"}, exclude_unset=True) | {"rows": rows}
+
+    def row(self, name: str | None) -> Row | None:
+        """Return a row by name, or None."""
+        return next((row for row in self.rows if row.row == name), None)
+
+    @property
+    def reference(self) -> Row | None:
+        """The row that differences "vs none" are relative to; None without a student that has no teacher."""
+        return next((row for row in self.rows if row.reference), None)
+
+
+class AblationResults(Results):
+    """The results of an ablation: all variants in one table.
+
+    Attributes:
+        variants: By variant the changed fields, each with the base's value and its own.
+    """
+
+    rows: tuple[VariantRow, ...]
+    variants: dict[str, dict[str, tuple[Any, Any]]]
+
+
+def write_results(results: Results, folder: Path) -> None:
+    """Write ``results.json``; raise CheckpointError if it cannot be written."""
+    write_text(folder / "results.json", json.dumps(results.to_json(), indent=2, ensure_ascii=False) + "\n")
+
+
+def read_results(folder: Path) -> Results:
+    """Return the results in a run folder; numbers that are not finite become None.
 
     Raises:
         CheckpointError: The file is missing, is not JSON, has another format than 1, or lacks a required field.
     """
     path = folder / "results.json"
     try:
-        results = _parse(path.read_text(encoding="utf-8"))
+        stored = parse_json(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise CheckpointError(
             f"no results in '{folder}': {path.name} cannot be read; finish the comparison first"
         ) from error
     except ValueError as error:
         raise CheckpointError(f"'{path}' is not valid JSON: run the comparison again with --resume") from error
-    if not isinstance(results, dict) or results.get("format") != _FORMAT:
-        found = results.get("format") if isinstance(results, dict) else None
+    if not isinstance(stored, dict) or stored.get("format") != FORMAT:
+        found = stored.get("format") if isinstance(stored, dict) else None
         raise CheckpointError(
-            f"'{path}' has format {found!r}, this version reads format {_FORMAT}: use the deitkit that wrote it"
+            f"'{path}' has format {found!r}, this version reads format {FORMAT}: use the deitkit that wrote it"
         )
-    lacking = [name for name in _REQUIRED if name not in results]
-    required = _REQUIRED_OF_ROW + (_REQUIRED_OF_VARIANT if "variants" in results else ())
-    for row in results.get("rows") or []:
-        lacking += [f"rows.{name}" for name in required if name not in row]
-    if lacking or not results["rows"]:
-        what = ", ".join(dict.fromkeys(lacking)) or "rows"
-        raise CheckpointError(f"'{path}' lacks {what}: run the comparison again with --resume")
+    return parse_results(stored, str(path))
+
+
+def parse_results(stored: dict[str, Any], source: str = "results.json") -> Results:
+    """Return the content of a ``results.json`` as records; ``source`` names it in an error.
+
+    Raises:
+        CheckpointError: A required field is missing, or a field has another type.
+    """
+    kind = AblationResults if "variants" in stored else Results
+    try:
+        results = kind.model_validate(_completed(stored))
+    except ValidationError as error:
+        places = {
+            ".".join(str(part) for part in one["loc"] if isinstance(part, str)): one["type"] for one in error.errors()
+        }
+        lacking = [place for place, problem in places.items() if problem == "missing"]
+        what = f"lacks {', '.join(lacking)}" if lacking else f"has an invalid {', '.join(places)}"
+        raise CheckpointError(f"'{source}' {what}: run the comparison again with --resume") from error
+    if not results.rows:
+        raise CheckpointError(f"'{source}' lacks rows: run the comparison again with --resume")
     return results
+
+
+def _completed(stored: dict[str, Any]) -> dict[str, Any]:
+    """Add to the content of an older file what version 0.1 did not store; it knew rows by the name of their method."""
+    rows = stored.get("rows")
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        return stored
+    kinds = {"cnn-baseline": "baseline", "before": "checkpoint"}
+    last = [row.get("method") for row in rows if row.get("weights") == "last"]
+    reference = next((name for name in ("none", "mean-pool-none", "class-only") if name in last), None)
+    rows = [
+        {
+            "kind": kinds.get(str(row.get("method")), "student"),
+            "reference": row.get("weights") == "last" and row.get("method") == reference,
+        }
+        | row
+        for row in rows
+    ]
+    published = [
+        entry | {"table": "reproduction"} if isinstance(entry, dict) and entry.get("table") == "seed" else entry
+        for entry in stored.get("published") or []
+    ]
+    stored = stored | {"rows": rows, "notes": stored.get("notes") or [], "published": published}
+    if not stored.get("teachers") and stored.get("teacher"):
+        stored["teachers"] = [stored["teacher"]]
+    return stored

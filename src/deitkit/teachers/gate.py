@@ -1,7 +1,5 @@
 """The gate: it measures a teacher before distillation, and refuses a bad one with the likely cause."""
 
-from dataclasses import dataclass, replace
-
 import torch
 from scipy import stats
 from scipy.optimize import linear_sum_assignment
@@ -13,31 +11,12 @@ from deitkit.evaluation.predict import predict
 from deitkit.evaluation.readouts import top_k_hits
 from deitkit.models.classifier import Classifier
 from deitkit.recipe.schema import TeacherRecipe
+from deitkit.run.results import TeacherCard
 from deitkit.system.device import Precision
 
 IMAGENET_NORMALISATION = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 # A gain in accuracy by another normalisation or order of classes that indicates a wrong one.
 SUSPICIOUS_GAIN = 0.05
-
-
-@dataclass(frozen=True)
-class TeacherCard:
-    """Facts about a teacher for the readers of a comparison; ``top1`` is on the ``n`` validation images."""
-
-    name: str
-    source: str
-    fit: str  # none | head | full
-    top1: float
-    n: int
-    chance: float
-    verdict: str
-    weak: bool
-    parameters: int
-    image_px: int | None
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    readout: str | None = None  # of a student as teacher; None for a CNN, which has one head
-    sha256: str | None = None  # of the teacher's weights in the run folder
 
 
 def gate(
@@ -64,7 +43,7 @@ def gate(
     hits, n = int(top_k_hits(logits, labels).sum()), len(labels)
     top1 = hits / n
     chance = labels.bincount(minlength=dataset.classes).max().item() / n
-    measured = replace(card, top1=top1, n=n, chance=chance, verdict="fit to teach")
+    measured = card.model_copy(update={"top1": top1, "n": n, "chance": chance, "verdict": "fit to teach"})
     reason = "is accidental" if card.verdict else None
     if stats.binomtest(hits, n, min(chance, 1.0), alternative="greater").pvalue > 0.001:
         reason = f"is not significantly above chance ({100 * chance:.1f} %)"
@@ -79,7 +58,8 @@ def gate(
     usual = "it was trained too briefly" if card.fit != "none" else "its weights are not for this data"
     cause = card.verdict or cause or usual
     if recipe.allow_weak:
-        return replace(measured, verdict=f"weak, allowed by the recipe: {reason}; {cause}", weak=True)
+        verdict = f"weak, allowed by the recipe: {reason}; {cause}"
+        return measured.model_copy(update={"verdict": verdict, "weak": True})
     raise TeacherError(
         f"teacher {card.name} scores {100 * top1:.2f} % on {n} validation images, which {reason}: {cause}; "
         f"{_next_step(card, recipe)}, or set teacher.allow_weak=true to use it anyway"

@@ -5,7 +5,6 @@ A teacher is built from a name, gets weights from a file, a library or training 
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +19,13 @@ from deitkit.models.weights.read import LoadReport, file_sha256, load_into, read
 from deitkit.models.zoo import BuiltClassifier, create_classifier, reset_head
 from deitkit.recipe.schema import Recipe, TeacherRecipe
 from deitkit.run.observer import Watcher
+from deitkit.run.results import TeacherCard
 from deitkit.run.state import drop_state
 from deitkit.system.device import Precision
 from deitkit.system.files import write_text
 from deitkit.system.seeding import seeded
 from deitkit.teachers.frozen import FrozenTeacher, Teachers, mean_teacher_logits
-from deitkit.teachers.gate import TeacherCard, gate
+from deitkit.teachers.gate import gate
 from deitkit.teachers.saved import build_saved
 from deitkit.training.cohort import Cohort
 from deitkit.training.fit import train_to_end
@@ -43,10 +43,9 @@ def prepare_teacher(
     card_path = folder / "card.json"
     if card_path.exists():
         classifier = accelerate(load_classifier(folder, precision.device)[0], recipe.speed, precision.device)
-        stored = json.loads(card_path.read_text(encoding="utf-8"))
-        classifier.readout = stored.get("readout")
-        stored |= {name: tuple(stored[name]) for name in ("mean", "std")}
-        return FrozenTeacher(classifier), TeacherCard(**stored)
+        card = TeacherCard.model_validate_json(card_path.read_text(encoding="utf-8"))
+        classifier.readout = card.readout
+        return FrozenTeacher(classifier), card
     with seeded(recipe.seeds[0], folder.name):
         classifier, card = draft_teacher(recipe.teacher, dataset)
     accelerate(classifier, recipe.speed, precision.device)
@@ -55,11 +54,12 @@ def prepare_teacher(
         if recipe.teacher.all_images:
             train_data = load_dataset(recipe.data.model_copy(update={"train_images": None}), watcher.reading)
         _train(classifier, card, recipe, train_data, folder=folder, precision=precision, watcher=watcher)
-        card = replace(card, source=f"{card.source}, trained here on {len(train_data.train)} images")
+        source = f"{card.source}, trained here on {len(train_data.train)} images"
+        card = card.model_copy(update={"source": source})
     card = gate(classifier, card, dataset, recipe.teacher, precision)
     save_classifier(folder, classifier, _model_card(card, dataset, recipe))
-    card = replace(card, sha256=file_sha256(folder / "model.safetensors"))
-    write_text(card_path, json.dumps(asdict(card), indent=2) + "\n")
+    card = card.model_copy(update={"sha256": file_sha256(folder / "model.safetensors")})
+    write_text(card_path, json.dumps(card.model_dump(exclude={"test_top1"}), indent=2) + "\n")
     drop_state(folder / "checkpoint.safetensors")
     watcher.say(f"teacher {card.name}: {100 * card.top1:.2f} % on {card.n} validation images, {card.verdict}")
     return FrozenTeacher(classifier), card
@@ -236,17 +236,18 @@ def common_card(
     top1 = top_k_accuracy(
         mean_teacher_logits(teachers.logits(dataset.validation, precision)), dataset.validation.labels.cpu()
     )
-    return replace(
-        cards[0],
-        name=" + ".join(card.name for card in cards),
-        source="; ".join(card.source for card in cards),
-        top1=top1,
-        verdict="; ".join(dict.fromkeys(card.verdict for card in cards)),
-        weak=any(card.weak for card in cards),
-        parameters=sum(card.parameters for card in cards),
-        image_px=None,  # resolution, normalisation and readout differ between teachers
-        mean=(),
-        std=(),
-        readout=None,
-        sha256=None,
-    )
+    together = {
+        "name": " + ".join(card.name for card in cards),
+        "source": "; ".join(card.source for card in cards),
+        "top1": top1,
+        "verdict": "; ".join(dict.fromkeys(card.verdict for card in cards)),
+        "weak": any(card.weak for card in cards),
+        "parameters": sum(card.parameters for card in cards),
+        # Resolution, normalisation and readout differ between teachers.
+        "image_px": None,
+        "mean": (),
+        "std": (),
+        "readout": None,
+        "sha256": None,
+    }
+    return cards[0].model_copy(update=together)
