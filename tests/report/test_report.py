@@ -321,6 +321,18 @@ def test_seed_figures_prefer_mean_pool_rows_and_the_paper_never_takes_them() -> 
     assert "mean-pool-none" in lines["mean-pool-none/class"].label, "a label that hides its method gets it"
 
 
+def test_the_published_cnn_stands_beside_a_teacher_trained_here_without_a_baseline() -> None:
+    results = make_results()
+    results["rows"].pop()  # the baseline
+    only = "reproduction, as published: ResNet-18 (CNN baseline), teacher none: 88.46 %"
+    assert only in laid_out(results).published_only, "a teacher from a checkpoint is another model"
+    results["teacher"]["fit"] = "full"
+    assert cells_of(results)["teacher: cifar/resnet56"]["reproduction"] == "88.46"
+    assert only not in laid_out(results).published_only
+    results["teacher"]["readout"] = "class"
+    assert cells_of(results)["teacher: cifar/resnet56"]["reproduction"] == "–", "a student is not a CNN"
+
+
 def test_paper_column_follows_the_student() -> None:
     results = make_results()
     results["recipe"]["model"]["name"] = "deit_base"

@@ -84,7 +84,7 @@ def test_a_run_keeps_and_reports_every_teacher(tiny_recipe: Any, tmp_path: Path)
     assert results.teacher.parameters == first.parameters + second.parameters
     assert (results.teacher.image_px, results.teacher.mean) == (None, ())
     names = [line.name for line in lay_out(results).lines if line.group == "teacher"]
-    assert names == ["teacher: cifar/resnet20", "teacher: cifar/resnet20", "teachers: mean answer"]
+    assert names == ["teacher: cifar/resnet20", "teacher: cifar/resnet20", "teachers: mean of their outputs"]
     page = (tmp_path / "report.html").read_text()
     assert "Teacher 1" in page
     assert "Teacher 2" in page

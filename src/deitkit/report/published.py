@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from deitkit.run.results import PublishedFigure, Results, Row
 
 REPRODUCTION, PAPER = "reproduction", "paper"
+CNN = "cnn-baseline"
 
 # method, readout, teacher, row as printed, top-1 in per cent.
 # A reproduction of the paper's table: DeiT-Ti, CIFAR-10, 20 epochs. Its readout of two tokens is taken to be joint.
@@ -16,7 +17,7 @@ _REPRODUCTION = (
     ("class-only", "class", "hard", "class embedding", 61.69),
     ("token-soft", "joint", "soft", "class + distillation", 69.19),
     ("token-hard", "joint", "hard", "class + distillation", 46.11),
-    ("cnn-baseline", "class", None, "ResNet-18 (CNN baseline)", 88.46),
+    (CNN, "class", None, "ResNet-18 (CNN baseline)", 88.46),
 )
 
 # Touvron et al., arXiv 2012.12877, Table 3: ImageNet, 300 epochs; the last column was fine-tuned at 384 px.
@@ -52,7 +53,8 @@ def published_by_row(results: Results) -> dict[str, dict[str, PublishedFigure]]:
 
     Only rows of the last weights have one. The first three rows of the reproduction used mean pooling: they compare
     with our ``mean-pool-*`` rows where there are any. Of the paper's models the one that was trained here counts
-    (DeiT-Ti for ``micro``).
+    (DeiT-Ti for ``micro``). The published CNN compares with the baseline, or with a CNN that was trained here as the
+    only teacher, under the name ``teacher``.
     """
     by_row: dict[str, dict[str, PublishedFigure]] = {}
     for entry in _candidates(results):
@@ -62,6 +64,9 @@ def published_by_row(results: Results) -> dict[str, dict[str, PublishedFigure]]:
             if row is not None:
                 by_row.setdefault(entry.table, {})[row.row] = entry
                 break
+        else:
+            if entry.method == CNN and _has_cnn_trained_here(results):
+                by_row.setdefault(entry.table, {})["teacher"] = entry
     return by_row
 
 
@@ -82,6 +87,11 @@ def is_printed_without_labels(row: Row) -> bool:
     return bool(row.labels) and row.method in _PRINTED_WITHOUT_LABELS
 
 
+def _has_cnn_trained_here(results: Results) -> bool:
+    """Return whether the only teacher is a CNN that was trained on the data, as in the reproduction."""
+    return len(results.teachers) == 1 and results.teachers[0].fit == "full" and results.teachers[0].readout is None
+
+
 def _candidates(results: Results) -> list[PublishedFigure]:
     model = paper_model(results)
     return [entry for entry in results.published if entry.table != PAPER or entry.model == model]
@@ -94,7 +104,7 @@ def _fits(row: Row, method: str, readout: str) -> bool:
 def _reproduction_figures() -> list[PublishedFigure]:
     figures = []
     for method, readout, teacher, row, per_cent in _REPRODUCTION:
-        model = "ResNet-18" if method == "cnn-baseline" else "DeiT-Ti"
+        model = "ResNet-18" if method == CNN else "DeiT-Ti"
         figures.append(_entry(REPRODUCTION, model, "CIFAR-10", method, readout, teacher, row, per_cent))
     return figures
 

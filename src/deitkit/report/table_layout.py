@@ -69,7 +69,7 @@ def lay_out(results: Results) -> Layout:
     published = published_by_row(results)
     lines = [_line(row, results, published) for row in results.rows]
     lines.sort(key=lambda line: line.group == "baseline")
-    lines += _teacher_lines(results)
+    lines += _teacher_lines(results, published)
     used = {key for line in lines for key, cell in line.cells.items() if cell != NOTHING}
     return Layout(
         title=title_of(results),
@@ -170,9 +170,7 @@ def _line(row: Row, results: Results, published: dict[str, dict[str, PublishedFi
         "gain": points(gain, images),
         "gain_p": p_value(gain),
     }
-    for table in (REPRODUCTION, PAPER):
-        entry = published.get(table, {}).get(row.row)
-        cells[table] = NOTHING if entry is None else _published_figure(entry)
+    cells |= _published_cells(row.row, published)
     label = row.label
     spelled = f"{row.method}, {row.readout}"
     if spelled not in label and row.kind != "baseline":
@@ -186,16 +184,22 @@ def _line(row: Row, results: Results, published: dict[str, dict[str, PublishedFi
     )
 
 
-def _teacher_lines(results: Results) -> list[Line]:
+def _published_cells(row: str, published: dict[str, dict[str, PublishedFigure]]) -> dict[str, str]:
+    entries = {table: published.get(table, {}).get(row) for table in (REPRODUCTION, PAPER)}
+    return {table: NOTHING if entry is None else _published_figure(entry) for table, entry in entries.items()}
+
+
+def _teacher_lines(results: Results, published: dict[str, dict[str, PublishedFigure]]) -> list[Line]:
     """Return a line for every teacher, and one for the mean of several."""
-    lines = [_teacher_line(f"teacher: {teacher.name}", teacher, results) for teacher in results.teachers]
+    cells = _published_cells("teacher", published)
+    lines = [_teacher_line(f"teacher: {teacher.name}", teacher, results, cells) for teacher in results.teachers]
     if len(lines) > 1 and results.teacher is not None:
-        lines.append(_teacher_line("teachers: mean answer", results.teacher, results))
+        lines.append(_teacher_line("teachers: mean of their outputs", results.teacher, results, cells))
     return lines
 
 
-def _teacher_line(name: str, teacher: TeacherCard, results: Results) -> Line:
-    cells = {column.key: NOTHING for column in _columns(results)}
+def _teacher_line(name: str, teacher: TeacherCard, results: Results, published: dict[str, str]) -> Line:
+    cells = {column.key: NOTHING for column in _columns(results)} | published
     if teacher.test_top1 is None:
         name += " (validation images)"
         cells["top1"] = percent(teacher.top1, teacher.n)
