@@ -156,7 +156,7 @@ def test_a_run_is_compared_evaluated_reported_and_used(run: Run, tmp_path: Path,
     assert "<b>dog&" not in (out / "report.html").read_text()
     code, text, errors = run("analyze", out, "--images", "2", "--json")
     assert code == 0, errors
-    assert {judge["judge"]: judge["top1"] for judge in json.loads(text)["judges"]}.items() >= {
+    assert {row["row"]: row["top1"] for row in json.loads(text)["rows"]}.items() >= {
         (f"token-hard/{readout}", value) for readout, value in top1.items()
     }
     code, text, _ = run("analyze", out, "--images", "1")

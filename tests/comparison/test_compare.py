@@ -228,7 +228,7 @@ def test_a_cohort_of_every_method_trains(tiny_recipe: TinyRecipe) -> None:
        precision=CPU_FP32, seed=0,
     )  # fmt: skip
     records = next(cohort.fit())
-    assert [record["student"] for record in records] == list(METHODS)
+    assert [record.student for record in records] == list(METHODS)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals as POSIX has them")

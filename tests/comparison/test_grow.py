@@ -34,7 +34,7 @@ class Listener(Silent):
         self.heard.append(text)
 
     def epoch(self, title: str, records: list[dict[str, Any]]) -> None:
-        self.trained |= {(record["seed"], record["student"]) for record in records if "teacher" not in title}
+        self.trained |= {(record.seed, record.student) for record in records if "teacher" not in title}
 
 
 def grow(recipe: Recipe, folder: Path) -> Listener:

@@ -52,7 +52,7 @@ def losses(chosen: Recipe, speed: SpeedRecipe) -> list[float]:
         dataset=data, augment=chosen.augment, train=chosen.train,
         speed=speed, precision=CPU_FP32, seed=0,
     )  # fmt: skip
-    return [record["train_loss"] for records in cohort.fit() for record in records]
+    return [record.train_loss for records in cohort.fit() for record in records]
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -118,7 +118,7 @@ def test_epochs_say_where_their_time_went() -> None:
         train=chosen.train,speed=SpeedRecipe(), precision=CPU_FP32, seed=0,
     )  # fmt: skip
     cohort.students = cohort.students[:1]
-    shares = next(cohort.fit())[0]["shares"]
+    shares = next(cohort.fit())[0].shares
     assert set(shares) == {"waiting", "views", "teacher", "students", "optimizers"}
     assert all(0 <= share <= 1 for share in shares.values())
     assert 0.8 < sum(shares.values()) <= 1

@@ -19,12 +19,12 @@ from rich.console import Console
 from deitkit.errors import CheckpointError
 from deitkit.recipe.schema import Recipe
 from deitkit.report.charts import accuracy_chart, curve_charts
-from deitkit.report.figures import curves_of, validation_accuracy
+from deitkit.report.figures import curves_of
 from deitkit.report.published import published_figures
 from deitkit.report.table import rich_table, write_tables
 from deitkit.report.table_layout import Layout, lay_out
 from deitkit.report.write import write_report
-from deitkit.run.metrics import read_metrics
+from deitkit.run.metrics import EpochMetrics, read_metrics
 from deitkit.run.results import parse_results, read_results, write_results
 from deitkit.system.files import write_bytes, write_text
 
@@ -167,6 +167,10 @@ def make_metrics(seeds: tuple[int, ...] = (0, 1), epochs: int = 20) -> list[dict
                     }
                 )
     return lines
+
+
+def typed(metrics: list[dict[str, Any]]) -> list[EpochMetrics]:
+    return [EpochMetrics(**line) for line in metrics]
 
 
 def make_folder(folder: Path, results: dict[str, Any], metrics: list[dict[str, Any]]) -> Path:
@@ -471,19 +475,23 @@ def test_curves_of_one_epoch_one_seed_and_hostile_names(tmp_path: Path) -> None:
 
 
 def test_a_curve_averages_the_seeds_that_got_there() -> None:
-    curve = next(curve for curve in curves_of(make_metrics(), validation_accuracy) if curve.student == "hard")
+    curves = curves_of(typed(make_metrics()), lambda line: line.main_accuracy)
+    curve = next(curve for curve in curves if curve.student == "hard")
     assert curve.epochs == list(range(1, 21))
     assert curve.over_seeds(len) == [2] * 3 + [1] * 17
 
 
 def test_accuracy_of_a_student_is_its_fullest_readout() -> None:
-    assert validation_accuracy({"validation": {"class": 0.1, "distillation": 0.2, "joint": 0.3}}) == 0.3
-    assert validation_accuracy({"validation": {"distillation": 0.2, "class": None}}) == 0.2
-    assert validation_accuracy({"validation": None}) is None
+    def accuracy(validation: dict[str, float | None] | None) -> float | None:
+        return EpochMetrics(seed=0, student="none", epoch=1, validation=validation).main_accuracy
+
+    assert accuracy({"class": 0.1, "distillation": 0.2, "joint": 0.3}) == 0.3
+    assert accuracy({"distillation": 0.2, "class": None}) == 0.2
+    assert accuracy(None) is None
 
 
 def test_charts_are_valid_plotly_and_hold_every_value() -> None:
-    results, metrics = parse_results(make_results()), make_metrics()
+    results, metrics = parse_results(make_results()), typed(make_metrics())
     rows = accuracy_chart(results, metrics)
     go.Figure(rows)  # raises for any property that Plotly does not know
     seeds = [value for trace in rows["data"] if "text" in trace for value in trace["x"]]
@@ -580,7 +588,7 @@ def test_numbers_that_are_not_finite_become_gaps(tmp_path: Path) -> None:
     folder = make_folder(tmp_path, make_results(), metrics)
     write_report(folder)
     page = Page((folder / "report.html").read_text(encoding="utf-8"))
-    assert read_metrics(folder)[5]["train_loss"] is None
+    assert read_metrics(folder)[5].train_loss is None
     first = next(trace for trace in page.charts["curves"]["Training loss"]["data"] if trace["name"] == "none, seed 0")
     assert first["x"] == [epoch for epoch in range(1, 21) if epoch != metrics[5]["epoch"]]
 
@@ -609,7 +617,7 @@ def test_metrics_forgive_a_kill_and_a_resume_but_no_garbage(tmp_path: Path) -> N
     ]
     text = "".join(json.dumps(line) + "\n" for line in lines)
     (tmp_path / "metrics.jsonl").write_text(text + '{"seed": 0, "stud')
-    assert [line["train_loss"] for line in read_metrics(tmp_path)] == [2.0, 1.4]
+    assert [line.train_loss for line in read_metrics(tmp_path)] == [2.0, 1.4]
     (tmp_path / "metrics.jsonl").write_text("not json\n" + text)
     with pytest.raises(CheckpointError, match="is not a line of metrics"):
         read_metrics(tmp_path)

@@ -15,6 +15,7 @@ from deitkit.errors import Interrupted
 from deitkit.models.classifier import Classifier
 from deitkit.models.vit import DeiT
 from deitkit.recipe.schema import AugmentRecipe, SpeedRecipe, TrainRecipe
+from deitkit.run.metrics import EpochMetrics
 from deitkit.run.observer import Progress
 from deitkit.run.state import load_tree, save_tree
 from deitkit.training.cohort import Cohort
@@ -78,8 +79,9 @@ def assert_equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]
         assert torch.equal(first[name], second[name]), name
 
 
-def without_times(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{key: value for key, value in r.items() if "second" not in key and key != "shares"} for r in records]
+def without_times(metrics: list[EpochMetrics]) -> list[dict[str, Any]]:
+    times = {"seconds", "images_per_second", "cohort_images_per_second", "shares"}
+    return [line.model_dump(exclude=times) for line in metrics]
 
 
 def test_a_student_learns_the_same_alone_as_beside_others(stripes: Dataset) -> None:
@@ -132,6 +134,21 @@ def test_a_stopped_run_goes_on_to_the_same_weights_and_metrics(
         assert_equal(one.average.classifier.state_dict(), other.average.classifier.state_dict())
 
 
+def test_progress_reports_the_speed_of_the_last_steps_not_of_a_pause(stripes: Dataset) -> None:
+    paused = cohort(["none"], stripes)
+    paused.next_step(paused.batches.epoch(0))
+    state = paused.state_dict()
+    state["seconds"]["step"] = 1e6  # as if the process had been stopped for eleven days
+    resumed = cohort(["none"], stripes)
+    resumed.load_state_dict(state)
+    seen: list[Progress] = []
+    metrics = [line for lines in resumed.fit(on_step=seen.append) for line in lines]
+    assert len(seen) == 2 * resumed.batches.steps_per_epoch - 1
+    assert max(progress.seconds_left for progress in seen) < 1000
+    assert min(progress.images_per_second for progress in seen) > 1
+    assert metrics[0].cohort_images_per_second < 0.01, "an epoch's own figure counts all of its time"
+
+
 def test_the_average_follows_every_step(stripes: Dataset) -> None:
     trained = cohort(["none"], stripes)
     (student,) = trained.students
@@ -157,7 +174,7 @@ def test_it_learns(stripes: Dataset) -> None:
     train = TrainRecipe(epochs=12, batch_size=8, learning_rate=3e-3)
     plain = AugmentRecipe(flip=0.0, crop="none")
     *_, last = cohort(["none", "token-hard"], stripes, train=train, augment=plain).fit()
-    assert all(max(record["validation"].values()) > 0.8 for record in last)
+    assert all(max(record.validation.values()) > 0.8 for record in last)
 
 
 def test_a_loss_that_is_not_finite_stops_that_student_alone(stripes: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,7 +188,7 @@ def test_a_loss_that_is_not_finite_stops_that_student_alone(stripes: Dataset, mo
     assert stopped.stopped is not None
     assert f"stopped at step {steps + 2}" in stopped.stopped
     assert "learning rate" in stopped.stopped
-    assert [record["student"] for record in records[-1]] == ["hard"]
+    assert [record.student for record in records[-1]] == ["hard"]
     assert all(torch.isfinite(value).all() for value in weights(stopped).values())
     assert_equal(weights(unharmed), weights(healthy.students[1]))
 

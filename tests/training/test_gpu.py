@@ -85,7 +85,7 @@ def test_a_step_waits_for_nothing() -> None:
 def test_a_replayed_student_follows_its_learning_rate_and_its_dropout() -> None:
     chosen = recipe("model.dropout=0.2", "model.drop_path=0.1", "methods=[none]", "train.warmup_epochs=2")
     first, second = losses(chosen), losses(chosen)
-    assert [record["train_loss"] for record in first] == [record["train_loss"] for record in second]
+    assert [record.train_loss for record in first] == [record.train_loss for record in second]
     still = losses(recipe("methods=[none]", "train.learning_rate=1e-12", "train.warmup_learning_rate=0"))
     assert still[-1]["train_loss"] > first[-1]["train_loss"]
 

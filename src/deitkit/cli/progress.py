@@ -14,7 +14,7 @@ from rich.table import Table
 
 from deitkit.cli.console import say
 from deitkit.errors import Interrupted
-from deitkit.evaluation.readouts import default_readout
+from deitkit.run.metrics import EpochMetrics
 from deitkit.run.observer import Progress as Standing
 from deitkit.system.timer import duration_text
 
@@ -136,24 +136,20 @@ class Terminal:
         assert self._live is not None
         self._live.update(self._picture())
 
-    def epoch(self, title: str, records: list[dict[str, Any]]) -> None:
+    def epoch(self, title: str, metrics: list[EpochMetrics]) -> None:
         """Store the validation accuracies; without a terminal, print a line for the epoch."""
-        self._accuracies = {
-            record["student"]: record["validation"][default_readout(list(record["validation"]))] for record in records
-        }
-        if not records:
+        if not metrics:
             return
-        first = records[0]
-        self._waiting = first["shares"]["waiting"]
+        first = metrics[0]
+        self._accuracies = {line.student: line.main_accuracy or 0.0 for line in metrics}
+        self._waiting = (first.shares or {}).get("waiting") or 0.0
         if self.console.is_terminal:
             return
-        speed = first["cohort_images_per_second"]
         students = "  ".join(
-            f"{record['student']} {record['train_loss']:.3f}/{100 * self._accuracies[record['student']]:.1f}%"
-            for record in records
+            f"{line.student} {line.train_loss:.3f}/{100 * self._accuracies[line.student]:.1f}%" for line in metrics
         )
         self._line(
-            f"{title} epoch {first['epoch']}/{first['epochs']}  {speed:.0f} images/s, "
+            f"{title} epoch {first.epoch}/{first.epochs}  {first.cohort_images_per_second:.0f} images/s, "
             f"{100 * self._waiting:.0f} % waiting for data  loss/validation: {students}"
         )
 

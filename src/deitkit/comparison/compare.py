@@ -26,6 +26,7 @@ from deitkit.recipe.schema import Recipe
 from deitkit.report.published import published_figures
 from deitkit.report.write import write_report
 from deitkit.run.folder import begin_run, check_run
+from deitkit.run.metrics import read_metrics
 from deitkit.run.observer import Watcher
 from deitkit.run.provenance import code_sha256, envelope
 from deitkit.run.results import (
@@ -158,7 +159,7 @@ def _results(
     names = student_names(recipe)
     predictions = load_predictions(folder, recipe.seeds, names)
     gather_metrics(folder, recipe.seeds, names)
-    summary = summarise(recipe, dataset, predictions, teacher_logits, folder / "metrics.jsonl")
+    summary = summarise(recipe, dataset, predictions, teacher_logits, read_metrics(folder))
     if checkpoint is not None:
         summary = add_checkpoint_row(summary, checkpoint, dataset, predictions, teacher_logits)
     return Results(

@@ -5,7 +5,6 @@ Pure functions of the students' predictions; nothing here trains or draws.
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -17,7 +16,7 @@ from deitkit.distillation.methods import METHODS, reference_method
 from deitkit.evaluation.readouts import default_readout, top_k_accuracy, top_k_hits
 from deitkit.evaluation.statistics import mean_interval, paired_difference, wilson_interval
 from deitkit.recipe.schema import Recipe
-from deitkit.run.metrics import read_metrics
+from deitkit.run.metrics import EpochMetrics
 from deitkit.run.results import Difference, Row, difference_fields
 from deitkit.training.build import BASELINE, baseline_architecture
 
@@ -58,7 +57,7 @@ def summarise(
     dataset: Dataset,
     predictions: Predictions,
     teacher_logits: Float[Tensor, "n classes"] | None,
-    metrics: Path,
+    metrics: Iterable[EpochMetrics],
 ) -> Summary:
     """Return rows, winner, verdict and notes.
 
@@ -67,7 +66,7 @@ def summarise(
         dataset: Its test and validation labels.
         predictions: For each seed and student.
         teacher_logits: The teachers' logits on the test images.
-        metrics: The run's metrics.jsonl, for speed.
+        metrics: Of the run, for its speed.
     """
     speed = _speed(metrics)
     teacher_decisions = None if teacher_logits is None else teacher_logits.argmax(dim=-1)
@@ -199,16 +198,16 @@ def paired_over_seeds(hits: Hits, other: Hits) -> Difference | None:
 _NO_SPEED: dict[str, float | None] = {"images_per_second": None, "train_seconds": None}
 
 
-def _speed(metrics: Path) -> dict[str, dict[str, float | None]]:
+def _speed(metrics: Iterable[EpochMetrics]) -> dict[str, dict[str, float | None]]:
     """Return each student's own images/s and seconds per seed, without the part that all students share."""
     seconds: dict[str, float] = {}
     images: dict[str, float] = {}
     seeds = set()
-    for record in read_metrics(metrics.parent):
-        name = record["student"]
-        seeds.add(record["seed"])
-        seconds[name] = seconds.get(name, 0.0) + record["seconds"]
-        images[name] = images.get(name, 0.0) + record["seconds"] * record["images_per_second"]
+    for line in metrics:
+        taken, pace = line.seconds or 0.0, line.images_per_second or 0.0
+        seeds.add(line.seed)
+        seconds[line.student] = seconds.get(line.student, 0.0) + taken
+        images[line.student] = images.get(line.student, 0.0) + taken * pace
     return {
         name: {"images_per_second": images[name] / seconds[name], "train_seconds": seconds[name] / len(seeds)}
         for name in seconds

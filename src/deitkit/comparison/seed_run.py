@@ -4,7 +4,6 @@ A student learns the same alone as beside others, so a comparison may grow: only
 is kept of one lies in its own folder, `seed-N/STUDENT/`.
 """
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,11 +18,10 @@ from deitkit.evaluation.readouts import readout_scores
 from deitkit.models.classifier import Classifier
 from deitkit.models.saved import save_classifier
 from deitkit.recipe.schema import Recipe
-from deitkit.run.metrics import read_metrics
+from deitkit.run.metrics import EpochMetrics, read_metrics, write_metrics
 from deitkit.run.observer import Watcher
 from deitkit.run.state import drop_state, has_state, load_state, load_tree, save_tree
 from deitkit.system.device import Precision
-from deitkit.system.files import write_text
 from deitkit.teachers.frozen import Teachers
 from deitkit.teachers.logit_cache import open_logit_cache
 from deitkit.training.build import BASELINE, baseline_architecture, build_students, initial_weights, student_names
@@ -80,7 +78,7 @@ def run_seed(
             cohort,
             title=f"seed {seed}",
             checkpoint=planned.state,
-            metrics=folder / "metrics.jsonl",
+            folder=folder,
             watcher=watcher,
             log_folder=folder / "tensorboard" / f"seed-{seed}",
             save_seconds=recipe.speed.save_seconds,
@@ -147,7 +145,7 @@ def training_has_begun(home: Path) -> bool:
 
 def _set_aside(name: str, state: dict[str, Any], home: Path) -> None:
     """Write what a cohort's state holds of one student as the state of a cohort of its own, and its metrics."""
-    _write_metrics(home / name, read_metrics(home.parent), int(home.name.removeprefix("seed-")))
+    _write_own_metrics(home / name, read_metrics(home.parent), int(home.name.removeprefix("seed-")))
     save_tree(home / name / STATE, state | {"students": {name: state["students"][name]}})
 
 
@@ -170,7 +168,7 @@ def _keep(
         save_classifier(home, student.classifier, card)
         if "ema" in weights[student.name]:
             save_classifier(home.with_name(f"{student.name}+ema"), weights[student.name]["ema"], card)
-        _write_metrics(home, read_metrics(folder), seed)
+        _write_own_metrics(home, read_metrics(folder), seed)
         predictions = StudentPredictions(
             status=student.stopped,
             parameters=sum(parameter.numel() for parameter in student.classifier.model.parameters()),
@@ -179,16 +177,14 @@ def _keep(
         save_tree(home / PREDICTIONS, vars(predictions))
 
 
-def _write_metrics(home: Path, records: Sequence[dict[str, Any]], seed: int) -> None:
-    """Write the records of one student among those of a run into its folder."""
-    own = [record for record in records if (record["seed"], record["student"]) == (seed, home.name)]
-    write_text(home / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in own))
+def _write_own_metrics(home: Path, metrics: Sequence[EpochMetrics], seed: int) -> None:
+    """Write the metrics of one student among those of a run into its folder."""
+    write_metrics((line for line in metrics if (line.seed, line.student) == (seed, home.name)), home)
 
 
 def _return_metrics(home: Path, folder: Path) -> None:
     """Put the metrics of a student that was set aside back among those of the run."""
-    records = read_metrics(folder) + read_metrics(home)
-    write_text(folder / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in records))
+    write_metrics(read_metrics(folder) + read_metrics(home), folder)
 
 
 def load_predictions(
@@ -204,17 +200,17 @@ def load_predictions(
 
 def gather_metrics(folder: Path, seeds: Sequence[int], names: Sequence[str]) -> None:
     """Write the metrics of finished students as those of the run, in the order of one cohort a seed."""
-    records = [record for seed in seeds for name in names for record in read_metrics(folder / f"seed-{seed}" / name)]
-    records.sort(key=lambda record: (seeds.index(record["seed"]), record["epoch"], names.index(record["student"])))
-    write_text(folder / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in records))
+    lines = [line for seed in seeds for name in names for line in read_metrics(folder / f"seed-{seed}" / name)]
+    lines.sort(key=lambda line: (seeds.index(line.seed), line.epoch, names.index(line.student)))
+    write_metrics(lines, folder)
 
 
 def adopt_older_layout(folder: Path) -> None:
     """Divide what version 0.1 kept of all students of a seed in one file among the students' own folders."""
     for path in sorted(folder.glob(f"seed-*/{PREDICTIONS}")):
-        seed, records = int(path.parent.name.removeprefix("seed-")), read_metrics(folder)
+        seed, metrics = int(path.parent.name.removeprefix("seed-")), read_metrics(folder)
         for name, prediction in load_tree(path).items():
-            _write_metrics(path.parent / name, records, seed)
+            _write_own_metrics(path.parent / name, metrics, seed)
             save_tree(path.parent / name / PREDICTIONS, prediction)
         path.unlink()
 

@@ -4,19 +4,20 @@ from collections.abc import Callable, Sequence
 from html import escape
 from typing import Any
 
-from deitkit.report.figures import COLOURS, Curve, colours_of, curves_of, mean, validation_accuracy
+from deitkit.report.figures import COLOURS, Curve, colours_of, curves_of, mean
 from deitkit.report.table_layout import WINNER_MARK, Number, percent
+from deitkit.run.metrics import EpochMetrics
 from deitkit.run.results import Results, Row
 
 Chart = dict[str, Any]
-Value = Callable[[dict[str, Any]], Number | None]
+Value = Callable[[EpochMetrics], Number | None]
 
 INK = "#76808f"  # legible on the page's light and dark ground alike
 _GRID = "rgba(128,136,150,0.22)"
 _ROW_PX = 50
 
 
-def accuracy_chart(results: Results, metrics: list[dict[str, Any]]) -> Chart:
+def accuracy_chart(results: Results, metrics: Sequence[EpochMetrics]) -> Chart:
     """Return top-1 of every row: the mean, its 95 % interval, and one dot per seed."""
     rows = sorted(results.rows, key=lambda row: row.kind == "baseline")
     colours = colours_of(metrics)
@@ -40,16 +41,16 @@ def accuracy_chart(results: Results, metrics: list[dict[str, Any]]) -> Chart:
     return {"data": data, "layout": layout}
 
 
-def curve_charts(results: Results, metrics: list[dict[str, Any]]) -> dict[str, Chart]:
+def curve_charts(results: Results, metrics: Sequence[EpochMetrics]) -> dict[str, Chart]:
     """Return the curves by title: accuracy, training loss, its terms, learning rate; empty where there is no metric."""
     if not metrics:
         return {}
-    terms = list(dict.fromkeys(name for line in metrics for name in line.get("terms") or {}))
+    terms = list(dict.fromkeys(name for line in metrics for name in line.terms or {}))
     charts = {
-        "Accuracy": _curve_chart(metrics, {"": _percent_of(validation_accuracy)}, "validation accuracy (%)"),
-        "Training loss": _curve_chart(metrics, {"": lambda line: line.get("train_loss")}, "training loss"),
+        "Accuracy": _curve_chart(metrics, {"": _accuracy}, "validation accuracy (%)"),
+        "Training loss": _curve_chart(metrics, {"": lambda line: line.train_loss}, "training loss"),
         "Loss terms": _curve_chart(metrics, {name: _term(name) for name in terms}, "term of the loss"),
-        "Learning rate": _curve_chart(metrics, {"": lambda line: line.get("learning_rate")}, "learning rate"),
+        "Learning rate": _curve_chart(metrics, {"": lambda line: line.learning_rate}, "learning rate"),
     }
     charts["Accuracy"]["layout"]["shapes"] = _reference_lines(results)
     return {title: chart for title, chart in charts.items() if chart["data"]}
@@ -120,7 +121,7 @@ def _none_line(results: Results) -> list[Chart]:
     ]
 
 
-def _curve_chart(metrics: list[dict[str, Any]], values: dict[str, Value], title: str) -> Chart:
+def _curve_chart(metrics: Sequence[EpochMetrics], values: dict[str, Value], title: str) -> Chart:
     colours = colours_of(metrics)
     data: list[Chart] = []
     for term, value in values.items():
@@ -129,7 +130,7 @@ def _curve_chart(metrics: list[dict[str, Any]], values: dict[str, Value], title:
         for curve in curves:
             data += _curve_traces(curve, term, colours[curve.student], dash)
     layout = chart_layout(height=460, margin={"l": 56, "r": 12, "t": 12, "b": 50})
-    last = max(line["epoch"] for line in metrics)
+    last = max(line.epoch for line in metrics)
     layout["xaxis"] |= {"title": {"text": "epoch"}, "tickformat": "d", "dtick": 1 if last <= 10 else None}
     layout["yaxis"]["title"] = {"text": title}
     layout["legend"] = {"orientation": "h", "x": 0, "y": -0.17, "yanchor": "top"}
@@ -197,16 +198,12 @@ def _reference_lines(results: Results) -> list[Chart]:
     ]
 
 
-def _percent_of(value: Value) -> Value:
-    def scaled(line: dict[str, Any]) -> Number | None:
-        fraction = value(line)
-        return None if fraction is None else 100 * fraction
-
-    return scaled
+def _accuracy(line: EpochMetrics) -> Number | None:
+    return None if line.main_accuracy is None else 100 * line.main_accuracy
 
 
 def _term(name: str) -> Value:
-    return lambda line: (line.get("terms") or {}).get(name)
+    return lambda line: (line.terms or {}).get(name)
 
 
 def chart_layout(height: int, margin: dict[str, int]) -> Chart:

@@ -12,6 +12,7 @@ from matplotlib.ticker import MaxNLocator
 
 import deitkit.system.files as files
 from deitkit.report.table_layout import Number, percent
+from deitkit.run.metrics import EpochMetrics
 from deitkit.run.results import Results
 
 # Okabe and Ito's palette, which stays apart under colour blindness, without its yellow, which white paper swallows.
@@ -50,29 +51,23 @@ def mean(values: Sequence[Number]) -> float:
     return sum(values) / len(values)
 
 
-def curves_of(metrics: list[dict[str, Any]], value: Callable[[dict[str, Any]], Number | None]) -> list[Curve]:
+def curves_of(metrics: Sequence[EpochMetrics], value: Callable[[EpochMetrics], Number | None]) -> list[Curve]:
     """Gather one value per epoch, by student (in the order they appear) and seed; absent values leave a gap."""
     gathered: dict[str, dict[int, dict[int, Number]]] = {}
     for line in metrics:
         number = value(line)
         if number is not None:
-            gathered.setdefault(line["student"], {}).setdefault(line["seed"], {})[line["epoch"]] = number
+            gathered.setdefault(line.student, {}).setdefault(line.seed, {})[line.epoch] = number
     return [Curve(student, seeds) for student, seeds in gathered.items()]
 
 
-def validation_accuracy(line: dict[str, Any]) -> Number | None:
-    """Return the accuracy of a student's fullest readout: joint, else class, else distillation."""
-    readouts = line.get("validation") or {}
-    return next((readouts[name] for name in ("joint", "class", "distillation") if readouts.get(name) is not None), None)
-
-
-def colours_of(metrics: list[dict[str, Any]]) -> dict[str, str]:
+def colours_of(metrics: Sequence[EpochMetrics]) -> dict[str, str]:
     """Return a colour for every student, the same in all figures."""
-    students = dict.fromkeys(line["student"] for line in metrics)
+    students = dict.fromkeys(line.student for line in metrics)
     return {student: COLOURS[index % len(COLOURS)] for index, student in enumerate(students)}
 
 
-def write_curves(results: Results, metrics: list[dict[str, Any]], folder: Path) -> list[Path]:
+def write_curves(results: Results, metrics: Sequence[EpochMetrics], folder: Path) -> list[Path]:
     """Write ``curves.png`` and ``curves.svg``: one line per student, the mean over seeds within its range.
 
     Returns:
@@ -81,7 +76,7 @@ def write_curves(results: Results, metrics: list[dict[str, Any]], folder: Path) 
     Raises:
         CheckpointError: The folder cannot be written.
     """
-    curves = curves_of(metrics, validation_accuracy)
+    curves = curves_of(metrics, lambda line: line.main_accuracy)
     if not curves:
         return []
     return write_figure(lambda: _draw(results, curves), folder, "curves")

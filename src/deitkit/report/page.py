@@ -1,6 +1,7 @@
 """The page: one self-contained HTML file with the table, the charts and the facts of a comparison."""
 
 import base64
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from deitkit.report.figures import colours_of
 from deitkit.report.published import PAPER, REPRODUCTION
 from deitkit.report.table_layout import NOTHING, WINNER_MARK, millions, percent
 from deitkit.run.analysis import read_analysis
+from deitkit.run.metrics import EpochMetrics
 from deitkit.run.results import AblationResults, Results
 from deitkit.system.files import write_text
 
@@ -23,7 +25,7 @@ _UNITS = {"memory_gib": "memory (GiB)"}
 
 
 def write_page(
-    results: Results, metrics: list[dict[str, Any]], teacher_metrics: list[dict[str, Any]], folder: Path
+    results: Results, metrics: Sequence[EpochMetrics], teacher_metrics: Sequence[EpochMetrics], folder: Path
 ) -> list[Path]:
     """Write ``report.html``, which needs no network, with ``views.png`` and ``analysis.json`` where they exist.
 
@@ -45,8 +47,8 @@ def write_page(
 
 def render_page(
     results: Results,
-    metrics: list[dict[str, Any]],
-    teacher_metrics: list[dict[str, Any]],
+    metrics: Sequence[EpochMetrics],
+    teacher_metrics: Sequence[EpochMetrics],
     views: str | None,
     analysis: Section | None = None,
 ) -> str:
@@ -75,7 +77,7 @@ def render_page(
         nothing=NOTHING,
         reference=results.reference,
         charts={name: views for name, views in charts.items() if views},
-        several_seeds=len({line["seed"] for line in metrics}) > 1,
+        several_seeds=len({line.seed for line in metrics}) > 1,
         views=views,
         analysis=analysis,
         published=_published_tables(results),

@@ -1,13 +1,12 @@
 """Writing all reports of a run folder, from its files alone."""
 
 from pathlib import Path
-from typing import Any
 
 from deitkit.report.ablation import write_differences
 from deitkit.report.figures import write_curves
 from deitkit.report.page import write_page
 from deitkit.report.table import write_tables
-from deitkit.run.metrics import read_metrics
+from deitkit.run.metrics import EpochMetrics, read_metrics
 from deitkit.run.results import AblationResults, Results, read_results
 
 
@@ -30,11 +29,11 @@ def write_report(folder: Path) -> list[Path]:
     return written + write_page(results, metrics, teacher_metrics, folder)
 
 
-def _metrics_of(results: Results, folder: Path) -> list[dict[str, Any]]:
+def _metrics_of(results: Results, folder: Path) -> list[EpochMetrics]:
     """Return a run's metrics; of an ablation those of all variants, with students named ``VARIANT: STUDENT``."""
     variants = results.variants if isinstance(results, AblationResults) else ()
     return read_metrics(folder) + [
-        line | {"student": f"{name}: {line['student']}"}
+        line.model_copy(update={"student": f"{name}: {line.student}"})
         for name in variants
         for line in read_metrics(folder / "variants" / name)
     ]

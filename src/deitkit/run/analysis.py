@@ -9,7 +9,7 @@ from pathlib import Path
 from pydantic import AliasChoices, Field, ValidationError
 
 from deitkit.errors import CheckpointError
-from deitkit.run.results import Record
+from deitkit.run.metrics import Record
 from deitkit.system.files import write_text
 
 FORMAT = 2  # 1 named rows "judges"; it is still read

@@ -1,14 +1,65 @@
-"""Reading ``metrics.jsonl``."""
+"""The metrics of a training: ``metrics.jsonl`` as typed records, with one reader and one writer."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict, ValidationError
+
 from deitkit.errors import CheckpointError
+from deitkit.system.files import write_text
+
+MAIN_READOUTS = ("joint", "class", "distillation")
 
 
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
+class Record(BaseModel):
+    """A part of a file of results; unknown fields are ignored."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class EpochMetrics(Record):
+    """Metrics of a student's epoch: a line of ``metrics.jsonl``. Numbers that were not finite are None.
+
+    Attributes:
+        seed: Of the training.
+        student: Its name.
+        epoch: From 1.
+        epochs: Of the training.
+        step: Of the training, at the end of the epoch.
+        train_loss: Mean over the steps.
+        terms: The same by term of the loss: ``labels``, ``teacher``.
+        validation: Accuracy on the validation images by readout, as a fraction.
+        learning_rate: Of the last step.
+        images_per_second: Without the work that all students share.
+        seconds: By the same count.
+        cohort_images_per_second: Of all students together.
+        shares: Of the time of a step, by kind of work.
+    """
+
+    seed: int
+    student: str
+    epoch: int
+    epochs: int | None = None
+    step: int | None = None
+    train_loss: float | None = None
+    terms: dict[str, float | None] | None = None
+    validation: dict[str, float | None] | None = None
+    learning_rate: float | None = None
+    images_per_second: float | None = None
+    seconds: float | None = None
+    cohort_images_per_second: float | None = None
+    shares: dict[str, float | None] | None = None
+
+    @property
+    def main_accuracy(self) -> float | None:
+        """The validation accuracy of the student's main readout: joint, else class, else distillation."""
+        readouts = self.validation or {}
+        return next((value for name in MAIN_READOUTS if (value := readouts.get(name)) is not None), None)
+
+
+def read_metrics(folder: Path) -> list[EpochMetrics]:
     """Return the lines of ``metrics.jsonl``, in order; an empty list if the file does not exist.
 
     Ignore a last line that a kill cut short. If a resumed run wrote an epoch twice, the later line counts.
@@ -19,25 +70,27 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     path = folder / "metrics.jsonl"
     if not path.is_file():
         return []
-    lines = {(line["seed"], line["student"], line["epoch"]): line for line in _metric_lines(path)}
-    return list(lines.values())
-
-
-def _metric_lines(path: Path) -> Iterator[dict[str, Any]]:
     texts = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    lines: dict[tuple[int, str, int], EpochMetrics] = {}
     for number, text in enumerate(texts, start=1):
         if not text.strip():
             continue
         try:
-            line = parse_json(text)
-        except ValueError:
-            line = None
-        if isinstance(line, dict) and {"seed", "student", "epoch"} <= line.keys():
-            yield line
-        elif number < len(texts):  # a whole line ends in a newline, so only the last text can be half of one
-            raise CheckpointError(
-                f"line {number} of '{path}' is not a line of metrics: remove it, then run `deitkit report` again"
-            )
+            line = EpochMetrics.model_validate(parse_json(text))
+        except (ValueError, ValidationError) as error:
+            if number < len(texts):  # a whole line ends in a newline, so only the last text can be half of one
+                raise CheckpointError(
+                    f"line {number} of '{path}' is not a line of metrics: remove it, then run `deitkit report` again"
+                ) from error
+            continue
+        lines[line.seed, line.student, line.epoch] = line
+    return list(lines.values())
+
+
+def write_metrics(lines: Iterable[EpochMetrics], folder: Path) -> None:
+    """Write ``metrics.jsonl``; raise CheckpointError if it cannot be written."""
+    texts = (json.dumps(line.model_dump(exclude_unset=True)) + "\n" for line in lines)
+    write_text(folder / "metrics.jsonl", "".join(texts))
 
 
 def parse_json(text: str) -> Any:

@@ -2,7 +2,9 @@
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
+
+from deitkit.run.metrics import EpochMetrics
 
 
 @dataclass
@@ -15,7 +17,7 @@ class Progress:
     step: int  # of the epoch, from 1
     steps_per_epoch: int
     images_per_second: float
-    seconds_left: float  # of this cohort's training, at the speed of this epoch
+    seconds_left: float  # of this cohort's training, at the speed of the last steps
     losses: dict[str, float] = field(default_factory=dict)
 
 
@@ -32,8 +34,8 @@ class Watcher(Protocol):
     def step(self, title: str, progress: Progress) -> None:
         """Report a training step."""
 
-    def epoch(self, title: str, records: list[dict[str, Any]]) -> None:
-        """Report the metrics of an epoch, one record per student."""
+    def epoch(self, title: str, metrics: list[EpochMetrics]) -> None:
+        """Report the metrics of an epoch, of each student."""
 
     def defer_interrupts(self) -> AbstractContextManager[None]:
         """Defer requests to stop to the next ``should_stop`` inside the block; outside they may end the run at once."""
@@ -54,7 +56,7 @@ class Silent:
     def step(self, title: str, progress: Progress) -> None:
         pass
 
-    def epoch(self, title: str, records: list[dict[str, Any]]) -> None:
+    def epoch(self, title: str, metrics: list[EpochMetrics]) -> None:
         pass
 
     def defer_interrupts(self) -> AbstractContextManager[None]:

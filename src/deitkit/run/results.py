@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import Field, ValidationError
 
 from deitkit.errors import CheckpointError
-from deitkit.run.metrics import parse_json
+from deitkit.run.metrics import Record, parse_json
 from deitkit.system.files import write_text
 
 FORMAT = 1
@@ -52,12 +52,6 @@ def difference_fields(reference: Reference, difference: Difference | None) -> di
     """Return a difference as fields of a row; all None where there is none."""
     values = (None,) * 4 if difference is None else (difference.mean, difference.ci95, difference.p, difference.test)
     return dict(zip(_DIFFERENCE_FIELDS[reference], values, strict=True))
-
-
-class Record(BaseModel):
-    """A part of a file; unknown fields are ignored."""
-
-    model_config = ConfigDict(frozen=True, extra="ignore")
 
 
 class Row(Record):
@@ -269,7 +263,7 @@ class Results(Record):
     verdict: str = ""
     published: tuple[PublishedFigure, ...] = ()
     notes: tuple[str, ...] = ()
-    machine: dict[str, Any] = {}
+    machine: dict[str, Any] = Field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Return all as JSON values, without the fields that no row has, such as ``difference_vs_before``."""

@@ -190,7 +190,7 @@ def _train(
         cohort,
         title=folder.name,
         checkpoint=folder / "checkpoint.safetensors",
-        metrics=folder / "metrics.jsonl",
+        folder=folder,
         watcher=watcher,
         log_folder=folder.parent / "tensorboard",
         save_seconds=recipe.speed.save_seconds,

@@ -4,6 +4,7 @@ All students of a cohort see the same views and the same teacher logits, in lock
 alone (a teacher, the baseline) is a cohort of one student with the method ``none``.
 """
 
+from collections import deque
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
@@ -20,6 +21,7 @@ from deitkit.errors import Interrupted, OutOfMemory, is_out_of_memory
 from deitkit.evaluation.predict import predict_all
 from deitkit.evaluation.readouts import readout_scores, top_k_accuracy
 from deitkit.recipe.schema import AugmentRecipe, SpeedRecipe, TrainRecipe
+from deitkit.run.metrics import EpochMetrics
 from deitkit.run.observer import Progress
 from deitkit.system.device import Precision
 from deitkit.system.seeding import derived_generator, derived_seed
@@ -29,6 +31,7 @@ from deitkit.training.optim import learning_rate
 from deitkit.training.student import Student
 
 LOG_EVERY = 50  # steps between two synchronisations with the device
+PACE_MARKS = 50  # log steps over which the speed is measured that progress reports
 WATCHED = ("step", "waiting", "views", "teacher")
 
 
@@ -81,11 +84,14 @@ class Cohort:
         self.logit_cache = logit_cache
         self.recorder = Recorder(self.device, speed.cuda_graphs and not speed.checkpoint_activations)
         self.epoch, self.step = 0, 0  # the next ones to train, from 0
+        self._pace: deque[tuple[int, float]] = deque(maxlen=PACE_MARKS)
         self.reset_watches()
 
     def reset_watches(self, seconds: dict[str, float] | None = None) -> None:
         """Reset the stopwatches of an epoch: whole steps, waiting for images, making views, and the teacher."""
         self.watches = {name: Stopwatch(self.device, (seconds or {}).get(name, 0.0)) for name in WATCHED}
+        self._pace.clear()
+        self._pace.append((self.step if seconds else 0, self.watches["step"].seconds))
 
     @property
     def active(self) -> list[Student]:
@@ -143,8 +149,8 @@ class Cohort:
 
     def fit(
         self, on_step: Callable[[Progress], None] | None = None, should_stop: Callable[[], bool] = lambda: False
-    ) -> Iterator[list[dict[str, Any]]]:
-        """Train until the last epoch, and yield each epoch's metrics, one record per student.
+    ) -> Iterator[list[EpochMetrics]]:
+        """Train until the last epoch, and yield each epoch's metrics, of each student.
 
         The cohort can be saved whenever the iterator is suspended or has ended, however it ended.
 
@@ -168,9 +174,9 @@ class Cohort:
                         on_step(self._progress())
                 if should_stop():
                     raise Interrupted
-            records = self._close_epoch(should_stop)
+            metrics = self._close_epoch(should_stop)
             self.epoch, self.step = self.epoch + 1, 0
-            yield records
+            yield metrics
 
     def next_step(self, batches: Iterator[tuple[Tensor, Tensor]]) -> None:
         """Train on the next batch of the epoch."""
@@ -197,46 +203,53 @@ class Cohort:
     def _progress(self) -> Progress:
         steps = self.train_recipe.epochs * self.batches.steps_per_epoch
         left = steps - self.epoch * self.batches.steps_per_epoch - self.step
+        seconds_per_step = self._seconds_per_step()
         return Progress(
             seed=self.seed,
             epoch=self.epoch + 1,
             epochs=self.train_recipe.epochs,
             step=self.step,
             steps_per_epoch=self.batches.steps_per_epoch,
-            images_per_second=self.step * self.batches.batch_size / self.watches["step"].seconds,
-            seconds_left=left * self.watches["step"].seconds / self.step,
+            images_per_second=self.batches.batch_size / seconds_per_step,
+            seconds_left=left * seconds_per_step,
             losses={student.name: float(sum(student.term_sums.values())) / self.step for student in self.active},
         )
 
-    def _close_epoch(self, should_stop: Callable[[], bool]) -> list[dict[str, Any]]:
-        """Validate, return the epoch's records, and reset its sums."""
+    def _seconds_per_step(self) -> float:
+        """Return the time of one of the last steps, so that a pause or a slow start soon leaves the estimate."""
+        first_step, first_seconds = self._pace[0]
+        self._pace.append((self.step, self.watches["step"].seconds))
+        return (self._pace[-1][1] - first_seconds) / (self.step - first_step)
+
+    def _close_epoch(self, should_stop: Callable[[], bool]) -> list[EpochMetrics]:
+        """Validate, return the epoch's metrics, and reset its sums."""
         steps = self.batches.steps_per_epoch
         last_step = (self.epoch + 1) * steps - 1
         shares = self.shares()
-        records = []
+        metrics = []
         for student, accuracy in zip(self.active, self._validate(should_stop), strict=True):
             terms = {name: float(total) / steps for name, total in student.term_sums.items()}
-            records.append(
-                {
-                    "seed": self.seed,
-                    "student": student.name,
-                    "epoch": self.epoch + 1,
-                    "epochs": self.train_recipe.epochs,
-                    "step": last_step + 1,
-                    "train_loss": sum(terms.values()),
-                    "terms": terms,
-                    "validation": accuracy,
-                    "learning_rate": self.rate(student, last_step),
-                    "images_per_second": steps * self.batches.batch_size / student.watch.seconds,
-                    "seconds": student.watch.seconds,
-                    "cohort_images_per_second": steps * self.batches.batch_size / self.watches["step"].seconds,
-                    "shares": shares,
-                }
+            metrics.append(
+                EpochMetrics(
+                    seed=self.seed,
+                    student=student.name,
+                    epoch=self.epoch + 1,
+                    epochs=self.train_recipe.epochs,
+                    step=last_step + 1,
+                    train_loss=sum(terms.values()),
+                    terms=terms,
+                    validation=accuracy,
+                    learning_rate=self.rate(student, last_step),
+                    images_per_second=steps * self.batches.batch_size / student.watch.seconds,
+                    seconds=student.watch.seconds,
+                    cohort_images_per_second=steps * self.batches.batch_size / self.watches["step"].seconds,
+                    shares=shares,
+                )
             )
             student.mark_good()
             student.reset_meters()
         self.reset_watches()
-        return records
+        return metrics
 
     def shares(self) -> dict[str, float]:
         """Return the parts of the time of the epoch's steps, as fractions; wait for the device."""

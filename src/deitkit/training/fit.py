@@ -1,18 +1,15 @@
 """Training a cohort to its end in a run folder: timed states, metrics, TensorBoard, interrupts."""
 
-import json
 import time
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
 from deitkit.errors import Interrupted
-from deitkit.run.metrics import read_metrics
+from deitkit.run.metrics import EpochMetrics, read_metrics, write_metrics
 from deitkit.run.observer import Progress, Watcher
 from deitkit.run.state import load_state, save_state
-from deitkit.system.files import write_text
 from deitkit.training.cohort import Cohort
 
 # At the end of an epoch a state is smaller and a resumed run repeats nothing, so it is saved sooner than mid-epoch.
@@ -57,7 +54,7 @@ def train_to_end(
     *,
     title: str,
     checkpoint: Path,
-    metrics: Path,
+    folder: Path,
     watcher: Watcher,
     log_folder: Path,
     save_seconds: float,
@@ -68,7 +65,7 @@ def train_to_end(
         cohort: Newly built.
         title: For the watcher.
         checkpoint: File of the state.
-        metrics: File with one line per student and epoch.
+        folder: Of ``metrics.jsonl``, one line per student and epoch.
         watcher: Receives progress, and decides whether to stop.
         log_folder: Of TensorBoard; each student has a subfolder.
         save_seconds: The longest time between two states, see ``StateSaver``.
@@ -81,12 +78,11 @@ def train_to_end(
         cohort.load_state_dict(state)
         watcher.say(f"{title}: resuming at epoch {cohort.epoch + 1}, step {cohort.step + 1}")
     names = {student.name for student in cohort.students}
-    kept = [
-        record
-        for record in read_metrics(metrics.parent)
-        if record["seed"] != cohort.seed or record["student"] not in names or record["epoch"] <= cohort.epoch
+    lines = [
+        line
+        for line in read_metrics(folder)
+        if line.seed != cohort.seed or line.student not in names or line.epoch <= cohort.epoch
     ]
-    lines = [json.dumps(record) for record in kept]
     saver = StateSaver(cohort, checkpoint, save_seconds)
 
     def on_step(progress: Progress) -> None:
@@ -98,12 +94,12 @@ def train_to_end(
             name: stack.enter_context(SummaryWriter(log_folder / name, purge_step=cohort.epoch + 1)) for name in names
         }
         try:
-            for records in cohort.fit(on_step, watcher.should_stop):
-                lines += [json.dumps(record) for record in records]
-                write_text(metrics, "\n".join(lines) + "\n")
-                for record in records:
-                    _to_board(boards[record["student"]], record)
-                watcher.epoch(title, records)
+            for metrics in cohort.fit(on_step, watcher.should_stop):
+                lines += metrics
+                write_metrics(lines, folder)
+                for line in metrics:
+                    _write_to_board(boards[line.student], line)
+                watcher.epoch(title, metrics)
                 # The iterator has not started the next epoch yet, so this saves the state that it starts from.
                 saver.save_if_due()
                 if watcher.should_stop():
@@ -114,9 +110,8 @@ def train_to_end(
         saver.save()  # so that a failure of the following gate or predictions does not lose the training
 
 
-def _to_board(board: SummaryWriter, record: dict[str, Any]) -> None:
-    epoch = record["epoch"]
-    board.add_scalar("train_loss", record["train_loss"], epoch)
-    board.add_scalar("learning_rate", record["learning_rate"], epoch)
-    for readout, accuracy in record["validation"].items():
-        board.add_scalar(f"validation/{readout}", accuracy, epoch)
+def _write_to_board(board: SummaryWriter, metrics: EpochMetrics) -> None:
+    board.add_scalar("train_loss", metrics.train_loss, metrics.epoch)
+    board.add_scalar("learning_rate", metrics.learning_rate, metrics.epoch)
+    for readout, accuracy in (metrics.validation or {}).items():
+        board.add_scalar(f"validation/{readout}", accuracy, metrics.epoch)
