@@ -28,7 +28,7 @@ from deitkit.analyze.tokens import (
     recorded_similarity,
     rollout,
 )
-from deitkit.evaluation.readouts import readout_probabilities, readout_scores
+from deitkit.evaluation.readouts import readout_scores
 from deitkit.models.classifier import Classifier
 from deitkit.models.vit import DeiT, Output
 
@@ -91,7 +91,7 @@ def test_probabilities_of_each_readout_sum_to_one() -> None:
     generator = torch.Generator().manual_seed(0)
     logits = [torch.randn(5, 3, generator=generator) for _ in range(2)]
     scores = readout_scores(Output(*logits))
-    found = {name: readout_probabilities(name, values) for name, values in scores.items()}
+    found = {name: values.softmax(dim=-1) for name, values in scores.items()}
     for name, values in found.items():
         torch.testing.assert_close(values.sum(dim=-1), torch.ones(5), msg=name)
     torch.testing.assert_close(found["joint"], (found["class"] + found["distillation"]) / 2)

@@ -1,5 +1,6 @@
 """Each kind of bad input, tried and answered by one sentence; and the commands that read a run."""
 
+import io
 import json
 import os
 import stat
@@ -12,6 +13,7 @@ import pytest
 
 import deitkit
 from conftest import TINY
+from deitkit.cli.console import print_json
 
 FAST = [*TINY, "methods=[none]", "train.epochs=1"]
 
@@ -223,3 +225,11 @@ def test_show_batch_draws_and_trains_nothing(run: Run, tmp_path: Path) -> None:
     assert code == 0, errors
     assert (tmp_path / "digits-views.png").stat().st_size > 10_000
     assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_json_can_be_printed_where_stdout_is_ascii(monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
+    print_json({"class": "貓 é"})
+    sys.stdout.flush()
+    assert json.loads(raw.getvalue()) == {"class": "貓 é"}

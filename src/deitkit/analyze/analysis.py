@@ -19,7 +19,7 @@ from deitkit.analyze.tokens import attention_maps, learned_similarity
 from deitkit.comparison.finished_run import load_as_trained, students_of, teachers_of
 from deitkit.data.dataset import Dataset, load_dataset
 from deitkit.errors import CheckpointError, DataError, Interrupted, RecipeError
-from deitkit.evaluation.readouts import default_readout, readout_probabilities, readout_scores
+from deitkit.evaluation.readouts import default_readout, readout_scores
 from deitkit.models.classifier import Classifier
 from deitkit.models.vit import DeiT
 from deitkit.recipe.load import load_recipe
@@ -158,8 +158,7 @@ class RunStatistics:
             self.teacher.add(seed, self._teacher_probabilities, self.labels)
         for row in self.results.rows:
             if row.student in students:
-                scores = readout_scores(outputs[row.student])[row.readout]
-                probabilities = readout_probabilities(row.readout, scores)
+                probabilities = readout_scores(outputs[row.student])[row.readout].softmax(dim=-1)
                 self.rows[row.row].add(seed, probabilities, self.labels, self._teacher_probabilities)
         for name, values in cosines.items():
             self._cosines.setdefault(name, []).append(values)

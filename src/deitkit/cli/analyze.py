@@ -39,7 +39,7 @@ def analyze(
     with Terminal(errors if as_json else console, stopped="stopped; nothing was written") as terminal:
         analysis = analyze_run(run, images=images, seed=seed, watcher=terminal)
     if as_json:
-        print_json(analysis.model_dump(mode="json"), ensure_ascii=False)
+        print_json(analysis.model_dump(mode="json"))
         return
     console.print(_table(analysis))
     for path in (run / "analysis.json", *(run / "analysis" / sheet.file for sheet in analysis.attention)):

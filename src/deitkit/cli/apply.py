@@ -47,7 +47,7 @@ def predict(
 
     predictions = predict_files(model_folder(model), images, readout=readout, top=top)
     if as_json:
-        print_json(predictions, ensure_ascii=False)
+        print_json(predictions)
         return
     table = Table("image", "class", "probability")
     for prediction in predictions:

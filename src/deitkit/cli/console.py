@@ -31,6 +31,6 @@ def plain(value: Any) -> str:
     return escape(one_line(str(value)))
 
 
-def print_json(value: Any, *, ensure_ascii: bool = True) -> None:
-    """Print a value as one line of JSON to standard output."""
-    sys.stdout.write(json.dumps(value, ensure_ascii=ensure_ascii) + "\n")
+def print_json(value: Any) -> None:
+    """Print a value as one line of JSON to standard output, in ASCII, which every terminal and pipe can carry."""
+    sys.stdout.write(json.dumps(value) + "\n")

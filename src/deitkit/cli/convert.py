@@ -45,24 +45,15 @@ def convert(
     For example `deitkit convert runs/digits --to timm --out digits-timm --check`, or
     `deitkit convert deit_tiny_distilled_patch16_224-b40b3cf7.pth --to ours --out deit-tiny --image-px 384`.
     """
-    from deitkit.models.weights.export import plan
+    from deitkit.models.weights.export import Changes, plan
     from deitkit.models.weights.export_layouts import largest_difference
 
     layout = _layout(to, out)
-    planned = plan(
-        source,
-        image_px=image_px,
-        patch_px=patch_px,
-        channels=channels,
-        classes=classes,
-        tokens=tokens,
-        heads=heads,
-        mean=_numbers("--mean", mean),
-        std=_numbers("--std", std),
-    )
+    wanted = Changes(image_px, patch_px, channels, classes, tokens)
+    planned = plan(source, wanted, heads=heads, mean=_numbers("--mean", mean), std=_numbers("--std", std))
     opening = layout.write(planned, out)
     difference = largest_difference(planned, layout, out) if check else None
-    _refuse_other_answers(difference, source, out)
+    _require_same_logits(difference, source, out)
     if as_json:
         result = {
             "source": str(source), "to": to, "out": str(out), "architecture": asdict(planned.architecture),
@@ -76,17 +67,17 @@ def convert(
         say(line)
 
 
-def _refuse_other_answers(difference: float | None, source: Path, out: Path) -> None:
+def _require_same_logits(difference: float | None, source: Path, out: Path) -> None:
     if difference is not None and not difference <= TOLERANCE:
         raise CheckpointError(
-            f"{out} answers otherwise than {source}: its logits differ by up to {difference:.2g}; "
+            f"{out} does not reproduce {source}: its logits differ by up to {difference:.2g}; "
             "another version of the library may read it differently, so do not use it"
         )
 
 
 def _checked(difference: float | None) -> str:
     if difference is None:
-        return "not checked: the classifier is new and answers zero to everything, so there is nothing to compare"
+        return "not checked: the classifier is new and its logits are all zero, so there is nothing to compare"
     return f"checked: on 8 random images the logits differ by {difference:.1e} at most"
 
 
@@ -99,7 +90,7 @@ def _layout(to: str, out: Path) -> "Layout":
     if layout.suffix and out.suffix != layout.suffix:
         raise RecipeError(f"--out {out}: --to {to} writes a file, so give a name that ends in {layout.suffix}")
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
-        raise RecipeError(f"--out {out} is there already: name a new {'file' if layout.suffix else 'folder'}")
+        raise RecipeError(f"--out {out} already exists: name a new {'file' if layout.suffix else 'folder'}")
     return layout
 
 

@@ -33,7 +33,7 @@ def verify(run: RunArgument, as_json: Json = False) -> None:
     with Terminal(errors if as_json else console, stopped="stopped; nothing was written") as terminal:
         found = verify_run(run, terminal)
     if as_json:
-        print_json(asdict(found), ensure_ascii=False)
+        print_json(asdict(found))
     else:
         table = Table("row", "seed", "recorded %", "measured %", "holds", box=None)
         for row in found.rows:

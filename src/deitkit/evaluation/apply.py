@@ -15,7 +15,6 @@ from deitkit.errors import DataError, RecipeError
 from deitkit.evaluation.predict import predict
 from deitkit.evaluation.readouts import (
     default_readout,
-    readout_probabilities,
     readout_scores,
     top_k_accuracy,
     top_k_hits,
@@ -85,8 +84,7 @@ def predict_files(folder: Path, paths: list[Path], *, readout: str | None = None
     chosen = readout or card.get("readout") or default_readout(list(scores))
     if chosen not in scores:
         raise RecipeError(f"--readout {chosen}: this model has {', '.join(scores)}")
-    values = scores[chosen]
-    probabilities = readout_probabilities(chosen, values)
+    probabilities = scores[chosen].softmax(dim=-1)
     best = probabilities.topk(min(top, probabilities.shape[-1]), dim=-1)
     names = card["class_names"]
     return [

@@ -5,32 +5,16 @@ from collections.abc import Sequence
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
+from deitkit.models.classifier import READOUT_LOGITS
 from deitkit.models.vit import Output
-
-READOUTS = ("class", "distillation", "joint", "joint-logits")
 
 
 def readout_scores(output: Output) -> dict[str, Float[Tensor, "n classes"]]:
-    """Return the scores of every readout that the heads allow; the highest score is the prediction.
-
-    ``joint`` adds the softmax of both heads (Touvron et al. 2020, section 4); ``joint-logits`` averages their logits
-    (the released code, timm and transformers).
-    """
+    """Return the logits of every readout that the heads allow; their softmax is the readout's probabilities."""
     classes, distillation = output.class_logits, output.distillation_logits
     if classes is None or distillation is None:
         return {"class": classes} if classes is not None else {"distillation": distillation}  # type: ignore[dict-item]
-    joint = classes.softmax(dim=-1) + distillation.softmax(dim=-1)
-    return {
-        "class": classes,
-        "distillation": distillation,
-        "joint": joint,
-        "joint-logits": (classes + distillation) / 2,
-    }
-
-
-def readout_probabilities(readout: str, scores: Float[Tensor, "n classes"]) -> Float[Tensor, "n classes"]:
-    """Convert a readout's scores to probabilities: ``joint`` is a sum of two softmax outputs, all others are logits."""
-    return scores / 2 if readout == "joint" else scores.softmax(dim=-1)
+    return {name: logits(classes, distillation) for name, logits in READOUT_LOGITS.items()}
 
 
 def default_readout(names: Sequence[str]) -> str:

@@ -13,14 +13,15 @@ from torch import Tensor, nn
 
 from deitkit.models.vit import Output
 
-# Logits whose softmax gives the probabilities of a readout, from the logits of the class and the distillation head.
+# The readouts of a student with two heads: logits whose softmax is the readout's probabilities.
 READOUT_LOGITS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "class": lambda classes, distillation: classes,
     "distillation": lambda classes, distillation: distillation,
-    # The log of the mean probability: the paper's sum of both softmax outputs (section 4), as logits to distil from.
+    # The log of the mean probability: the paper adds the softmax of both heads (Touvron et al. 2020, section 4).
     "joint": lambda classes, distillation: (
         torch.logaddexp(classes.float().log_softmax(dim=-1), distillation.float().log_softmax(dim=-1)) - math.log(2)
     ),
+    # The mean of the logits, as in the released code, timm and transformers.
     "joint-logits": lambda classes, distillation: (classes + distillation) / 2,
 }
 

@@ -51,27 +51,49 @@ class Plan:
         return student.eval()
 
 
-def plan(
-    source: Path,
-    *,
-    image_px: int | None = None,
-    patch_px: int | None = None,
-    channels: int | None = None,
-    classes: int | None = None,
-    tokens: str | None = None,
-    heads: int | None = None,
-    mean: Values | None = None,
-    std: Values | None = None,
-) -> Plan:
-    """Read weights and adapt them; None leaves a property unchanged.
+@dataclass(frozen=True)
+class Changes:
+    """Properties to change in an export; None leaves one unchanged.
 
-    Args:
-        source: See ``read_weights``.
+    Attributes:
         image_px: Side of the square images.
         patch_px: Side of a patch.
         channels: 1 or 3.
         classes: Number of classes.
         tokens: As ``class+distillation``; ``none`` for mean pooling.
+    """
+
+    image_px: int | None = None
+    patch_px: int | None = None
+    channels: int | None = None
+    classes: int | None = None
+    tokens: str | None = None
+
+    def apply(self, given: Architecture) -> Architecture:
+        """Return an architecture with these properties; raise RecipeError for unknown tokens."""
+        return replace(
+            given,
+            image_px=(self.image_px, self.image_px) if self.image_px else given.image_px,
+            patch_px=self.patch_px or given.patch_px,
+            channels=self.channels or given.channels,
+            classes=self.classes or given.classes,
+            tokens=given.tokens if self.tokens is None else _parse_tokens(self.tokens),
+        )
+
+
+def plan(
+    source: Path,
+    wanted: Changes,
+    *,
+    heads: int | None = None,
+    mean: Values | None = None,
+    std: Values | None = None,
+) -> Plan:
+    """Read weights and adapt them.
+
+    Args:
+        source: See ``read_weights``.
+        wanted: Properties to change.
         heads: Attention heads of a block, if no card or config is in the folder of the file.
         mean: Normalisation that the weights were trained with, if no card or config is in the folder of the file.
         std: As ``mean``.
@@ -81,20 +103,10 @@ def plan(
         CheckpointError: The weights cannot be read.
     """
     weights = read_weights(source, heads)
-    given = weights.architecture
-    sides = (image_px, image_px) if image_px else given.image_px
-    target = replace(
-        given,
-        image_px=sides,
-        patch_px=patch_px or given.patch_px,
-        channels=channels or given.channels,
-        classes=classes or given.classes,
-        tokens=given.tokens if tokens is None else _parse_tokens(tokens),
-    )
+    given, target = weights.architecture, wanted.apply(weights.architecture)
     _check(target, source)
-    lines = list(weights.remarks)
     mean, std, remarks = _normalisation(weights, mean, std)
-    lines += remarks
+    lines = [*weights.remarks, *remarks]
     state: State = weights.state
     changes: list[str] = []
     if target.channels != given.channels:  # use the mean over channels for every new channel
