@@ -23,7 +23,8 @@ from deitkit.run.results import Results, write_results
 from deitkit.run.state import load_tree
 
 CPU = torch.device("cpu")
-FP32 = ("train.precision=fp32", "teacher.train.precision=fp32")
+SHORT = "{name: cifar/resnet20, allow_weak: true, train: {batch_size: 16, epochs: 2}}"
+FP32 = ("train.precision=fp32",)
 Analyzed = tuple[Path, Results, Analysis]
 
 
@@ -205,7 +206,7 @@ def test_two_teachers_answer_by_their_mean_and_a_row_without_a_model_is_left_out
     folder = tmp_path / "run"
     results = compared(
         folder, "methods=[soft]", "train.epochs=1",
-        "teacher.also=[{name: cifar/resnet20, allow_weak: true, train: {batch_size: 16, epochs: 2}}]",
+        f"teachers=[{SHORT}, {SHORT}]",
     )  # fmt: skip
     changed = {"row": "before/class", "method": "before", "kind": "checkpoint", "top1": (0.5,)}
     before = results.rows[0].model_copy(update=changed)

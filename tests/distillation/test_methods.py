@@ -17,10 +17,10 @@ from deitkit.training.student import Student
 
 SETTINGS = DistillationRecipe(
     temperature=2.0, soft_weight=0.3, hard_weight=0.4, token_weight=0.6,
-    dkd_target_weight=0.9, dkd_others_weight=5.0, dkd_temperature=4.0,
-    dist_inter_weight=1.5, dist_intra_weight=2.5, dist_temperature=5.0,
-    standardised_label_weight=0.2, standardised_weight=8.0, standardised_temperature=3.0,
-    consistent_temperature=1.5,
+    dkd={"target_weight": 0.9, "others_weight": 5.0, "temperature": 4.0},
+    dist={"inter_weight": 1.5, "intra_weight": 2.5, "temperature": 5.0},
+    standardised={"label_weight": 0.2, "teacher_weight": 8.0, "temperature": 3.0},
+    consistent={"temperature": 1.5},
 )  # fmt: skip
 every_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 

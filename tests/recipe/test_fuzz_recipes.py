@@ -98,7 +98,7 @@ def sections(section: type[BaseModel] = Recipe) -> st.SearchStrategy[dict[str, A
         inner = _section_of(field.annotation)
         if inner is not None:
             fields[name] = sections(inner)
-        elif name not in ("variants", "also"):
+        elif name not in ("variants", "teachers"):
             bounded = Annotated[(field.annotation, *field.metadata)] if field.metadata else field.annotation
             fields[name] = st.from_type(bounded).filter(lambda value, name=name: accepts(section, name, value))  # type: ignore[misc]
     return st.lists(st.sampled_from(sorted(fields)), max_size=4, unique=True).flatmap(

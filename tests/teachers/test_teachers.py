@@ -21,7 +21,8 @@ from deitkit.teachers.frozen import FrozenTeacher, Teachers, mean_teacher_logits
 from deitkit.teachers.logit_cache import open_logit_cache
 from deitkit.teachers.prepare import prepare_teachers
 
-ALSO = "teacher.also=[{name: cifar/resnet20, allow_weak: true, train: {epochs: 1, batch_size: 16, warmup_epochs: 0}}]"
+ONE = "{name: cifar/resnet20, allow_weak: true, train: {epochs: 1, batch_size: 16, warmup_epochs: 0}}"
+TWO = f"teachers=[{ONE}, {ONE}]"
 
 
 def naive_softmax(row: list[float]) -> list[float]:
@@ -71,7 +72,7 @@ def test_teachers_answer_as_one_without_gradients_and_stay_in_evaluation_mode() 
 
 
 def test_a_run_keeps_and_reports_every_teacher(tiny_recipe: Any, tmp_path: Path) -> None:
-    results = compare(tiny_recipe("methods=[none, soft]", ALSO), tmp_path, watcher=Silent())
+    results = compare(tiny_recipe("methods=[none, soft]", TWO), tmp_path, watcher=Silent())
     first, second = results.teachers
     weights = [load_file(tmp_path / name / "model.safetensors") for name in ("teacher", "teacher-2")]
     assert not torch.equal(weights[0]["conv1.weight"], weights[1]["conv1.weight"]), (
@@ -92,7 +93,7 @@ def test_a_run_keeps_and_reports_every_teacher(tiny_recipe: Any, tmp_path: Path)
 
 
 def test_accuracies_are_those_of_the_mean_answer(tiny_recipe: Any, tmp_path: Path) -> None:
-    recipe = tiny_recipe("methods=[hard]", "train.precision=fp32", ALSO)
+    recipe = tiny_recipe("methods=[hard]", "train.precision=fp32", TWO)
     results = compare(recipe, tmp_path, watcher=Silent())
     dataset = load_dataset(recipe.data)
     teachers, cards = prepare_teachers(
@@ -109,23 +110,23 @@ def test_accuracies_are_those_of_the_mean_answer(tiny_recipe: Any, tmp_path: Pat
 
 
 def test_each_passes_the_gate_on_its_own(tiny_recipe: Any, tmp_path: Path) -> None:
-    untrained = "teacher.also=[{name: cifar/resnet20, fit: none}]"
-    with pytest.raises(TeacherError, match=r"^teacher\.also\.0: teacher cifar/resnet20 scores"):
+    untrained = f"teachers=[{ONE}, {{name: cifar/resnet20, fit: none}}]"
+    with pytest.raises(TeacherError, match=r"^teachers\.1: teacher cifar/resnet20 scores"):
         compare(tiny_recipe("methods=[soft]", untrained), tmp_path, watcher=Silent())
     assert (tmp_path / "teacher" / "card.json").exists()
     assert not (tmp_path / "teacher-2" / "card.json").exists()
 
 
 def test_a_teacher_that_the_gate_refused_is_asked_again_and_not_trained_again(tiny_recipe: Any, tmp_path: Path) -> None:
-    strict = ALSO.replace("allow_weak: true", "min_top1: 1.0")
-    with pytest.raises(TeacherError, match=r"teacher\.also\.0"):
+    strict = f"teachers=[{ONE}, {ONE.replace('allow_weak: true', 'min_top1: 1.0')}]"
+    with pytest.raises(TeacherError, match=r"^teachers\.1: "):
         compare(tiny_recipe("methods=[soft]", strict), tmp_path, watcher=Silent())
     kept = load_file(tmp_path / "teacher-2" / "checkpoint.safetensors")
-    compare(tiny_recipe("methods=[soft]", ALSO), tmp_path, watcher=Silent(), resume=True)
+    compare(tiny_recipe("methods=[soft]", TWO), tmp_path, watcher=Silent(), resume=True)
     taught = load_file(tmp_path / "teacher-2" / "model.safetensors")
     assert any(torch.equal(taught["conv1.weight"], value) for value in kept.values())
-    more = tiny_recipe("methods=[soft]", ALSO.replace("epochs: 1", "epochs: 2"))
-    with pytest.raises(CheckpointError, match=r"teacher\.also\.train\.epochs was 1, now 2"):
+    more = tiny_recipe("methods=[soft]", TWO.replace("epochs: 1", "epochs: 2"))
+    with pytest.raises(CheckpointError, match=r"teachers\.train\.epochs was 1, now 2"):
         compare(more, tmp_path, watcher=Silent(), resume=True)
 
 
@@ -144,7 +145,7 @@ class StopsIn(Silent):
 
 
 def test_a_run_that_was_stopped_in_the_second_teacher_ends_the_same(tiny_recipe: Any, tmp_path: Path) -> None:
-    recipe = tiny_recipe("methods=[soft, hard]", ALSO)
+    recipe = tiny_recipe("methods=[soft, hard]", TWO)
     whole = compare(recipe, tmp_path / "whole", watcher=Silent())
     with pytest.raises(Interrupted):
         compare(recipe, tmp_path / "parts", watcher=StopsIn("teacher-2"))
@@ -174,7 +175,7 @@ def test_recorded_answers_belong_to_all_teachers(tiny_recipe: Any) -> None:
 
 
 def test_the_list_is_one_field_and_others_keep_their_dotted_keys() -> None:
-    recipe = load_recipe("digits", [ALSO, "teacher.train.epochs=7"])
-    assert [teacher.train.epochs for teacher in recipe.teacher.all_teachers] == [7, 1]
-    names = [name for name in field_names() if name.startswith("teacher.also")]
-    assert names == ["teacher.also"]
+    assert [teacher.train.epochs for teacher in load_recipe("digits", [TWO]).all_teachers] == [1, 1]
+    (only,) = load_recipe("digits", ["teacher.train.epochs=7"]).all_teachers
+    assert only.train.epochs == 7
+    assert [name for name in field_names() if name.startswith("teachers")] == ["teachers"]

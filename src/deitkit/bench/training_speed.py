@@ -51,7 +51,7 @@ class Bench:
         self.precision = Precision.choose(recipe.train.precision, self.device)
         self.dataset = synthetic_dataset(recipe) if synthetic else load_dataset(recipe.data)
         self.synthetic = synthetic
-        self.teachers = Teachers([self._build_teacher(teacher) for teacher in recipe.teacher.all_teachers])
+        self.teachers = Teachers([self._build_teacher(teacher) for teacher in recipe.all_teachers])
 
     def _build_teacher(self, recipe: TeacherRecipe) -> FrozenTeacher:
         dataset = self.dataset
@@ -95,7 +95,7 @@ class Bench:
             "image_px": [height, width],
             "model": recipe.model.model_dump(mode="json"),
             "methods": list(recipe.methods),
-            "teacher": " + ".join(teacher.name for teacher in recipe.teacher.all_teachers),
+            "teacher": " + ".join(teacher.name for teacher in recipe.all_teachers),
             "batch_size": recipe.train.batch_size,
         }
 

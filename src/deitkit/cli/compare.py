@@ -98,7 +98,7 @@ def teacher(
 
     loaded = _load(recipe, overrides, None)
     folder = choose_run_folder(out, f"{loaded.name}-teacher", resume)
-    precision = Precision.choose(loaded.teacher.train.precision, choose_device(loaded.device))
+    precision = Precision.choose(loaded.train.precision, choose_device(loaded.device))
     with Terminal(errors if as_json else console) as terminal, occupied(folder):
         check_run(folder, loaded, resume)
         dataset = load_dataset(loaded.data, terminal.reading)

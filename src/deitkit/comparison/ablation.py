@@ -135,7 +135,7 @@ def _copy_teacher(source: Path, home: Path) -> None:
 
 def _teacher_key(recipe: Recipe) -> tuple[Any, ...]:
     """Return everything on which a teacher depends."""
-    return recipe.teacher, recipe.data, recipe.train.precision, recipe.seeds[0]
+    return recipe.all_teachers, recipe.data, recipe.train.precision, recipe.seeds[0]
 
 
 def _results(

@@ -52,7 +52,7 @@ def estimate_training(recipe: Recipe, dataset: Dataset, folder: Path, precision:
         return None
     teachers = []
     seconds_of_teachers = 0.0
-    for one, home in zip(recipe.teacher.all_teachers, homes, strict=True) if needs_teacher(recipe) else ():
+    for one, home in zip(recipe.all_teachers, homes, strict=True) if needs_teacher(recipe) else ():
         classifier, card = draft_teacher(one, dataset)
         accelerate(classifier, recipe.speed, precision.device)
         if card.fit != "none" and not (home / "card.json").exists():

@@ -61,7 +61,7 @@ def run_seed(
             _return_metrics(planned.state.parent, folder)
         students = build_students(recipe, dataset, seed, precision, names=planned.names)
         logit_cache = None
-        if teachers is not None and recipe.teacher.cache:
+        if teachers is not None and any(teacher.cache for teacher in recipe.all_teachers):
             logit_cache = open_logit_cache(recipe, dataset, teachers, seed, precision)
         cohort = Cohort(
             students,

@@ -25,6 +25,7 @@ from deitkit.models.vit import Output
 from deitkit.recipe.schema import DistillationRecipe
 
 Logits: TypeAlias = Float[Tensor, "batch classes"]
+Weight: TypeAlias = Callable[[DistillationRecipe], float]
 
 
 @dataclass(frozen=True)
@@ -51,9 +52,9 @@ def _decoupled(logits: Logits, teacher_logits: Logits, targets: Logits, settings
         logits,
         teacher_logits,
         targets,
-        target_weight=settings.dkd_target_weight,
-        others_weight=settings.dkd_others_weight,
-        temperature=settings.dkd_temperature,
+        target_weight=settings.dkd.target_weight,
+        others_weight=settings.dkd.others_weight,
+        temperature=settings.dkd.temperature,
     )
 
 
@@ -61,18 +62,18 @@ def _relations(logits: Logits, teacher_logits: Logits, targets: Logits, settings
     return relation_distillation_loss(
         logits,
         teacher_logits,
-        inter_weight=settings.dist_inter_weight,
-        intra_weight=settings.dist_intra_weight,
-        temperature=settings.dist_temperature,
+        inter_weight=settings.dist.inter_weight,
+        intra_weight=settings.dist.intra_weight,
+        temperature=settings.dist.temperature,
     )
 
 
 def _standardised(logits: Logits, teacher_logits: Logits, targets: Logits, settings: DistillationRecipe) -> Tensor:
-    return standardised_distillation_loss(logits, teacher_logits, temperature=settings.standardised_temperature)
+    return standardised_distillation_loss(logits, teacher_logits, temperature=settings.standardised.temperature)
 
 
 def _consistent(logits: Logits, teacher_logits: Logits, targets: Logits, settings: DistillationRecipe) -> Tensor:
-    return soft_distillation_loss(logits, teacher_logits, temperature=settings.consistent_temperature)
+    return soft_distillation_loss(logits, teacher_logits, temperature=settings.consistent.temperature)
 
 
 SIGNALS: dict[str, Signal] = {
@@ -94,7 +95,7 @@ class Term:
 
     head: str  # class | distillation
     signal: str  # a key of SIGNALS
-    weight: Callable[[DistillationRecipe], float]
+    weight: Weight
 
     def value(
         self, output: Output, teacher_logits: Logits | None, targets: Logits, settings: DistillationRecipe
@@ -177,33 +178,35 @@ class Method:
         return "+".join(self.tokens) or "mean pool"
 
 
+_BOTH = ("class", "distillation")
+
+
 def _all(settings: DistillationRecipe) -> float:
     return 1.0
 
 
-def _shared(signal: str, weight: str, heads: tuple[str, str] = ("class", "class")) -> tuple[Term, ...]:
+def _shared(signal: str, weight: Weight, heads: tuple[str, str] = ("class", "class")) -> tuple[Term, ...]:
     """Return terms with a total weight of 1: 1 - weight for the labels, weight for the teacher."""
-    return (
-        Term(heads[0], "labels", lambda settings: 1 - getattr(settings, weight)),
-        Term(heads[1], signal, lambda settings: getattr(settings, weight)),
-    )
+    return Term(heads[0], "labels", lambda settings: 1 - weight(settings)), Term(heads[1], signal, weight)
 
 
-def _weighted(
-    signal: str, labels: Callable[[DistillationRecipe], float], teacher: Callable[..., float]
-) -> tuple[Term, ...]:
+def _with_token(signal: str) -> tuple[Term, ...]:
+    """Return terms of the labels on the class head, and of the teacher on the distillation head."""
+    return _shared(signal, lambda settings: settings.token_weight, _BOTH)
+
+
+def _weighted(signal: str, labels: Weight, teacher: Weight) -> tuple[Term, ...]:
     """Return terms of labels and teacher on one head, with independent weights."""
     return Term("class", "labels", labels), Term("class", signal, teacher)
 
 
 _LABELS = (Term("class", "labels", _all),)
-_SOFT = _shared("soft", "soft_weight")
-_HARD = _shared("hard", "hard_weight")
-_BOTH = ("class", "distillation")
+_SOFT = _shared("soft", lambda settings: settings.soft_weight)
+_HARD = _shared("hard", lambda settings: settings.hard_weight)
 _STANDARDISED = _weighted(
     "standardised",
-    lambda settings: settings.standardised_label_weight,
-    lambda settings: settings.standardised_weight,
+    lambda settings: settings.standardised.label_weight,
+    lambda settings: settings.standardised.teacher_weight,
 )
 
 _SINGLE_NOTE = (
@@ -218,9 +221,9 @@ METHODS: dict[str, Method] = {
         Method("soft", ("class",), _SOFT, "usual distillation",
                "usual distillation: labels and the teacher's softmax, on one head"),
         Method("hard", ("class",), _HARD, "hard distillation", "labels and the teacher's decision, on one head"),
-        Method("token-hard", _BOTH, _shared("hard", "token_weight", _BOTH), "DeiT distilled",
+        Method("token-hard", _BOTH, _with_token("hard"), "DeiT distilled",
                "DeiT: a token and a head for the teacher"),
-        Method("token-soft", _BOTH, _shared("soft", "token_weight", _BOTH), "DeiT distilled (soft)",
+        Method("token-soft", _BOTH, _with_token("soft"), "DeiT distilled (soft)",
                "DeiT with the teacher's softmax"),
         Method("mean-pool-none", (), _LABELS, "no distillation, mean pooling",
                "'none' without any token, as in the reproduction"),
@@ -240,11 +243,11 @@ METHODS: dict[str, Method] = {
                "correlations with the teacher, by image and class"),
         Method("standardised", ("class",), _STANDARDISED, "distillation of standardised logits",
                "labels and the teacher's softmax, logits standardised"),
-        Method("token-dkd", _BOTH, _shared("dkd", "token_weight", _BOTH), "DeiT distilled (DKD)",
+        Method("token-dkd", _BOTH, _with_token("dkd"), "DeiT distilled (DKD)",
                "DeiT with the loss of 'dkd'"),
-        Method("token-dist", _BOTH, _shared("dist", "token_weight", _BOTH), "DeiT distilled (DIST)",
+        Method("token-dist", _BOTH, _with_token("dist"), "DeiT distilled (DIST)",
                "DeiT with the loss of 'dist'"),
-        Method("token-standardised", _BOTH, _shared("standardised", "token_weight", _BOTH),
+        Method("token-standardised", _BOTH, _with_token("standardised"),
                "DeiT distilled (standardised logits)", "DeiT with the teacher's softmax, logits standardised"),
         Method("consistent", ("class",), (Term("class", "consistent", _all),),
                "consistent distillation, without labels", "the teacher's softmax alone, without labels"),

@@ -25,8 +25,6 @@ PAIRED_BY = {
 }
 
 MOST_VALUES, MOST_LEVELS = 10_000, 20  # of a recipe; the shipped ones stay below 100 and 5
-# Fields of earlier versions that never changed a result: a recipe in an old run folder may still have them.
-RETIRED_FIELDS = (("speed", "side_by_side"),)
 
 
 def shipped_recipes() -> dict[str, str]:
@@ -185,6 +183,8 @@ def _read_tree(source: str, above: tuple[str, ...] = ()) -> dict[str, Any]:
 
 def _merged(base: dict[str, Any], tree: dict[str, Any]) -> dict[str, Any]:
     """Return the base with its values replaced by the tree's; sections are merged field by field."""
+    if "teachers" in tree:
+        base = {key: value for key, value in base.items() if key != "teacher"}
     both = {key for key in base if isinstance(base[key], dict) and isinstance(tree.get(key), dict)}
     return base | tree | {key: _merged(base[key], tree[key]) for key in both}
 
@@ -199,9 +199,6 @@ def _parse(source: str) -> dict[str, Any]:
         near = _nearest(source, shipped) or f"shipped are {', '.join(shipped)}."
         raise RecipeError(f"recipe '{source}' is neither a shipped recipe nor a file: {near} See `deitkit recipes`")
     tree = _load_yaml(text, f"recipe '{source}'", "correct the file and run again")
-    for section, field in RETIRED_FIELDS:
-        if isinstance(tree, dict) and isinstance(tree.get(section), dict):
-            tree[section].pop(field, None)
     if tree is None:
         tree = {}
     if not isinstance(tree, dict) or not all(isinstance(key, str) for key in tree):
@@ -265,6 +262,8 @@ def _path(key: str, value: Any) -> list[str]:
 
 def _set(tree: dict[str, Any], path: list[str], value: Any) -> None:
     *parents, last = path
+    if path[0] == "teachers":  # they replace the recipe's only teacher
+        tree.pop("teacher", None)
     place = tree
     for parent in parents:
         if not isinstance(place.get(parent), dict):
@@ -296,6 +295,6 @@ def _sentence(problem: dict[str, Any]) -> str:
 
 def _nearest(name: str, known: Sequence[str] | dict[str, str]) -> str:
     last = name.rpartition(".")[2]
-    near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.6)
-    near += [key for key in known if key.rpartition(".")[2] == last and key not in near]
+    near = [key for key in known if key.rpartition(".")[2] == last]
+    near += [key for key in difflib.get_close_matches(name, list(known), n=3, cutoff=0.6) if key not in near]
     return f"did you mean {' or '.join(near[:3])}?" if near else ""

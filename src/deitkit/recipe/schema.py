@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
+from deitkit.recipe.older import upgraded
+
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
@@ -139,7 +141,7 @@ class OptimizerRecipe(Section):
 
 
 class TrainRecipe(OptimizerRecipe):
-    """Length of the training, and its batches."""
+    """Length of a training, and its batches."""
 
     epochs: PositiveInt = Field(20, description="Passes over the training images.")
     schedule_epochs: PositiveInt | None = Field(
@@ -149,15 +151,20 @@ class TrainRecipe(OptimizerRecipe):
         128, description="Images in a step; the last, smaller batch of an epoch is left out."
     )
     label_smoothing: Fraction = Field(0.1, description="On true labels only, never on the teacher's decision.")
+    repeats: PositiveInt = Field(
+        1,
+        description="Repeated augmentation: views of an image in a step; an epoch then has 1/repeats of the images.",
+    )
+
+
+class StudentTrainRecipe(TrainRecipe):
+    """Training of the students, and the precision of everything."""
+
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = Field(
         None, description="Keep an exponential moving average of the weights, reported in separate rows."
     )
     precision: Literal["auto", "fp32", "bf16"] = Field(
-        "auto", description="auto: bf16 if the processor has instructions for it."
-    )
-    repeats: PositiveInt = Field(
-        1,
-        description="Repeated augmentation: views of an image in a step; an epoch then has 1/repeats of the images.",
+        "auto", description="Of students and teachers; auto: bf16 if the processor has instructions for it."
     )
 
 
@@ -223,20 +230,47 @@ class TeacherRecipe(Section):
     )
     min_top1: Probability | None = Field(None, description="Refuse a teacher below this validation accuracy.")
     allow_weak: bool = Field(False, description="Use a teacher that the gate refuses, marked as weak.")
-
-
-class TeachersRecipe(TeacherRecipe):
-    """The teacher, further teachers, and the cache of their mean logits."""
-
     cache: bool = Field(False, description="Cache the logits on the disk, for other comparisons on the same views.")
-    also: tuple[TeacherRecipe, ...] = Field(
-        (), description="More teachers, each with the fields of this section; students learn from the mean softmax."
+
+
+class DkdRecipe(Section):
+    """Settings of 'dkd' and 'token-dkd'."""
+
+    target_weight: NonNegativeFloat = Field(
+        1.0, description="Weight of the target class against the rest (Zhao et al.: alpha = 1)."
+    )
+    others_weight: NonNegativeFloat = Field(
+        8.0, description="Weight of the other classes among themselves (Zhao et al., CIFAR-100: beta = 8)."
+    )
+    temperature: PositiveFloat = Field(4.0, description="Temperature (Zhao et al., CIFAR-100: 4).")
+
+
+class DistRecipe(Section):
+    """Settings of 'dist' and 'token-dist'."""
+
+    inter_weight: NonNegativeFloat = Field(
+        2.0, description="Weight of the correlation over the classes of an image (Huang et al.: beta = 2)."
+    )
+    intra_weight: NonNegativeFloat = Field(
+        2.0, description="Weight of the correlation over the images of a class (Huang et al.: gamma = 2)."
+    )
+    temperature: PositiveFloat = Field(1.0, description="Temperature (Huang et al., ImageNet: 1; CIFAR-100: 4).")
+
+
+class StandardisedRecipe(Section):
+    """Settings of 'standardised' and 'token-standardised'."""
+
+    label_weight: NonNegativeFloat = Field(0.1, description="Weight of the labels (Sun et al.: 0.1).")
+    teacher_weight: NonNegativeFloat = Field(9.0, description="Weight of the teacher (Sun et al.: 9).")
+    temperature: PositiveFloat = Field(
+        2.0, description="Temperature, in standard deviations of the logits (Sun et al.: 2)."
     )
 
-    @property
-    def all_teachers(self) -> tuple[TeacherRecipe, ...]:
-        """All teachers, this one first."""
-        return (self, *self.also)
+
+class ConsistentRecipe(Section):
+    """Settings of 'consistent'."""
+
+    temperature: PositiveFloat = Field(1.0, description="Temperature (Beyer et al., ImageNet: 1).")
 
 
 class DistillationRecipe(Section):
@@ -249,30 +283,10 @@ class DistillationRecipe(Section):
     soft_scale: Literal["batch-mean", "legacy"] = Field(
         "batch-mean", description="legacy: also divide by the number of classes, as the released code does."
     )
-    dkd_target_weight: NonNegativeFloat = Field(
-        1.0, description="Weight of the target class against the rest in 'dkd' (Zhao et al.: alpha = 1)."
-    )
-    dkd_others_weight: NonNegativeFloat = Field(
-        8.0, description="Weight of the other classes among themselves in 'dkd' (Zhao et al., CIFAR-100: beta = 8)."
-    )
-    dkd_temperature: PositiveFloat = Field(4.0, description="Of 'dkd' (Zhao et al., CIFAR-100: 4).")
-    dist_inter_weight: NonNegativeFloat = Field(
-        2.0, description="Weight of the correlation over the classes of an image in 'dist' (Huang et al.: beta = 2)."
-    )
-    dist_intra_weight: NonNegativeFloat = Field(
-        2.0, description="Weight of the correlation over the images of a class in 'dist' (Huang et al.: gamma = 2)."
-    )
-    dist_temperature: PositiveFloat = Field(1.0, description="Of 'dist' (Huang et al., ImageNet: 1; CIFAR-100: 4).")
-    standardised_label_weight: NonNegativeFloat = Field(
-        0.1, description="Weight of the labels in 'standardised' (Sun et al.: 0.1)."
-    )
-    standardised_weight: NonNegativeFloat = Field(
-        9.0, description="Weight of the teacher in 'standardised' (Sun et al.: 9)."
-    )
-    standardised_temperature: PositiveFloat = Field(
-        2.0, description="Of 'standardised', in standard deviations of the logits (Sun et al.: 2)."
-    )
-    consistent_temperature: PositiveFloat = Field(1.0, description="Of 'consistent' (Beyer et al., ImageNet: 1).")
+    dkd: DkdRecipe = DkdRecipe()
+    dist: DistRecipe = DistRecipe()
+    standardised: StandardisedRecipe = StandardisedRecipe()
+    consistent: ConsistentRecipe = ConsistentRecipe()
 
 
 class BaselineRecipe(OptimizerRecipe):
@@ -298,10 +312,14 @@ class Recipe(Section):
     methods: tuple[str, ...] = Field(
         ("none", "soft", "hard", "token-hard"), min_length=1, description="Names of methods: see `deitkit methods`."
     )
-    teacher: TeachersRecipe = TeachersRecipe()
+    teacher: TeacherRecipe = TeacherRecipe()
+    teachers: tuple[TeacherRecipe, ...] = Field(
+        (),
+        description="Several teachers instead of 'teacher', each with its fields; they teach by their mean softmax.",
+    )
     distillation: DistillationRecipe = DistillationRecipe()
     baseline: BaselineRecipe | None = None
-    train: TrainRecipe = TrainRecipe()
+    train: StudentTrainRecipe = StudentTrainRecipe()
     speed: SpeedRecipe = SpeedRecipe()
     seeds: tuple[NonNegativeInt, ...] = Field((0,), min_length=1, description="One cohort is trained per seed.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda if available.")
@@ -312,12 +330,15 @@ class Recipe(Section):
         {}, description="An ablation in one table: by name, the fields that a further comparison changes."
     )
 
-    @field_validator("published", mode="before")
+    @property
+    def all_teachers(self) -> tuple[TeacherRecipe, ...]:
+        """The teachers: at least one."""
+        return self.teachers or (self.teacher,)
+
+    @model_validator(mode="before")
     @classmethod
-    def _rename_reproduction(cls, value: Any) -> Any:
-        """Accept ``seed``, the name of version 0.1 for the reproduction's table."""
-        named = isinstance(value, list | tuple)
-        return ["reproduction" if table == "seed" else table for table in value] if named else value
+    def _upgrade(cls, tree: Any) -> Any:
+        return upgraded(tree) if isinstance(tree, dict) else tree
 
     @field_validator("variants", mode="before")
     @classmethod
@@ -359,9 +380,10 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
     schedule = recipe.train.schedule_epochs
     if schedule is not None and schedule < recipe.train.epochs:
         yield f"train.schedule_epochs={schedule} is less than train.epochs={recipe.train.epochs}: raise it or drop it"
-    teachers = {"teacher": recipe.teacher} | {
-        f"teacher.also.{number}": teacher for number, teacher in enumerate(recipe.teacher.also)
-    }
+    if recipe.teachers and recipe.teacher != TeacherRecipe():
+        yield "teacher and teachers exclude each other: list every teacher in teachers"
+    teachers = {f"teachers.{number}": teacher for number, teacher in enumerate(recipe.teachers)}
+    teachers = teachers or {"teacher": recipe.teacher}
     for name, teacher in teachers.items():
         if (teacher.mean is None) != (teacher.std is None):
             yield f"{name}.mean and {name}.std belong together: give both or neither"

@@ -9,11 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import yaml
 from filelock import FileLock, Timeout
 
 from deitkit.errors import CheckpointError, RecipeError
-from deitkit.recipe.load import changed_fields, dump_recipe
+from deitkit.recipe.load import changed_fields, dump_recipe, load_recipe
 from deitkit.recipe.schema import Recipe
 from deitkit.system.files import write_text
 
@@ -32,8 +31,9 @@ FREE_TO_CHANGE = {
     "teacher.cache",
     "teacher.allow_weak",
     "teacher.min_top1",
-    "teacher.also.allow_weak",
-    "teacher.also.min_top1",
+    "teachers.cache",
+    "teachers.allow_weak",
+    "teachers.min_top1",
     "variants",
     "methods",
     "published",
@@ -112,7 +112,7 @@ def check_run(folder: Path, recipe: Recipe, resume: bool) -> None:
             f"--out {folder} already contains a run: add --resume to continue it, or name a new folder"
         )
     if in_use:
-        changed = _changes(yaml.safe_load(path.read_text(encoding="utf-8")), recipe.model_dump(mode="json"))
+        changed = _changes(load_recipe(str(path)).model_dump(mode="json"), recipe.model_dump(mode="json"))
         if changed:
             raise CheckpointError(f"{folder} was started with another recipe ({'; '.join(changed)}): name a new folder")
 

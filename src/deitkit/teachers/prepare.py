@@ -209,12 +209,12 @@ def prepare_teachers(
     """
     teachers, cards = [], []
     homes = teacher_folders(recipe, folder)
-    for number, (chosen, home) in enumerate(zip(recipe.teacher.all_teachers, homes, strict=True)):
-        alone = recipe.model_copy(update={"teacher": chosen})
+    for number, (chosen, home) in enumerate(zip(recipe.all_teachers, homes, strict=True)):
+        alone = recipe.model_copy(update={"teacher": chosen, "teachers": ()})
         try:
             teacher, card = prepare_teacher(alone, dataset, folder=home, precision=precision, watcher=watcher)
         except TeacherError as error:
-            where = f"teacher.also.{number - 1}: " if number else ""
+            where = f"teachers.{number}: " if recipe.teachers else ""
             raise TeacherError(f"{where}{error}") from error
         teachers.append(teacher)
         cards.append(card)
@@ -223,7 +223,7 @@ def prepare_teachers(
 
 def teacher_folders(recipe: Recipe, folder: Path) -> list[Path]:
     """Return the folder of every teacher of a recipe: ``folder``, ``folder-2``, ..."""
-    more = range(2, len(recipe.teacher.all_teachers) + 1)
+    more = range(2, len(recipe.all_teachers) + 1)
     return [folder, *(folder.with_name(f"{folder.name}-{number}") for number in more)]
 
 

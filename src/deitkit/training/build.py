@@ -92,7 +92,7 @@ def initial_weights(recipe: Recipe) -> str | None:
 def baseline_architecture(recipe: Recipe) -> str:
     """Return the name of the CNN baseline's architecture."""
     assert recipe.baseline is not None
-    return recipe.teacher.name if recipe.baseline.name == "teacher" else recipe.baseline.name
+    return recipe.all_teachers[0].name if recipe.baseline.name == "teacher" else recipe.baseline.name
 
 
 def _build_baseline(recipe: Recipe, dataset: Dataset, seed: int, precision: Precision) -> Student:
