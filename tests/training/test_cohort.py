@@ -14,14 +14,14 @@ from deitkit.distillation.methods import METHODS
 from deitkit.errors import Interrupted
 from deitkit.models.classifier import Classifier
 from deitkit.models.vit import DeiT
-from deitkit.recipe.schema import AugmentRecipe, SpeedRecipe, TrainRecipe
+from deitkit.recipe.schema import AugmentRecipe, SpeedRecipe, StudentTrainRecipe
 from deitkit.run.metrics import EpochMetrics
 from deitkit.run.observer import Progress
 from deitkit.run.state import load_tree, save_tree
 from deitkit.training.cohort import Cohort
 from deitkit.training.student import Student
 
-TRAIN = TrainRecipe(epochs=2, batch_size=16, learning_rate=2e-3, ema_decay=0.9, clip_norm=1.0)
+TRAIN = StudentTrainRecipe(epochs=2, batch_size=16, learning_rate=2e-3, ema_decay=0.9, clip_norm=1.0)
 AUGMENT = AugmentRecipe(randaugment="2,9", erase=0.25, mixup=0.4, cutmix=0.4)
 
 
@@ -37,7 +37,7 @@ class Teacher(nn.Module):
         return torch.stack([-(view.mean(dim=(1, 2, 3)) - level).abs() * 20 for level in (0.1, 0.4, 0.6)], dim=1)
 
 
-def student(name: str, dataset: Dataset, train: TrainRecipe = TRAIN) -> Student:
+def student(name: str, dataset: Dataset, train: StudentTrainRecipe = TRAIN) -> Student:
     torch.manual_seed(0)
     model = DeiT(
         image_px=8, patch_px=4, channels=3, classes=3, width=16, depth=2, heads=2,
@@ -54,7 +54,7 @@ def cohort(
     names: list[str],
     dataset: Dataset,
     teacher: nn.Module | None = None,
-    train: TrainRecipe = TRAIN,
+    train: StudentTrainRecipe = TRAIN,
     augment: AugmentRecipe = AUGMENT,
 ) -> Cohort:
     return Cohort(
@@ -171,7 +171,7 @@ def test_the_average_follows_every_step(stripes: Dataset) -> None:
 
 
 def test_it_learns(stripes: Dataset) -> None:
-    train = TrainRecipe(epochs=12, batch_size=8, learning_rate=3e-3)
+    train = StudentTrainRecipe(epochs=12, batch_size=8, learning_rate=3e-3)
     plain = AugmentRecipe(flip=0.0, crop="none")
     *_, last = cohort(["none", "token-hard"], stripes, train=train, augment=plain).fit()
     assert all(max(record.validation.values()) > 0.8 for record in last)
