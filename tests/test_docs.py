@@ -1,0 +1,52 @@
+"""README and docs: links lead somewhere, and recipes with their overrides are valid."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from deitkit.recipe.load import load_recipe, shipped_recipes
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "results").glob("*/README.md"))]
+
+
+def anchors(page: Path) -> set[str]:
+    """Return the anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_to_a_file_and_a_heading(page: Path) -> None:
+    links = re.findall(r"\]\(([^)\s]+)\)", page.read_text())
+    for link in links:
+        if link.startswith(("http://", "https://", "mailto:")):
+            continue
+        name, _, anchor = link.partition("#")
+        target = (page.parent / name).resolve() if name else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+def commands() -> list[tuple[str, list[str]]]:
+    """Return recipe and overrides of every command in the docs that starts from a shipped recipe."""
+    found = []
+    for page in PAGES:
+        for line in re.findall(r"deitkit (?:compare|train) ([^`|\n]+)", page.read_text()):
+            words = shlex.split(line.partition(" #")[0].rstrip("\\"), posix=True) if line.count("'") % 2 == 0 else []
+            overrides = [word for word in words[1:] if re.match(r"[a-z_.0-9-]+=", word) and "..." not in word]
+            if words and words[0] in shipped_recipes() and "augment.crop=foo" not in words:  # the mistake that is shown
+                found.append((words[0], overrides))
+    return found
+
+
+def test_there_are_links() -> None:
+    assert sum(len(re.findall(r"\]\(", page.read_text())) for page in PAGES) > 100
+
+
+def test_recipes_and_overrides_in_the_docs_are_valid() -> None:
+    assert len(commands()) > 40
+    for recipe, overrides in commands():
+        load_recipe(recipe, overrides)
