@@ -153,7 +153,7 @@ def load_dataset(name: str, **fields: Any) -> Dataset:
 
 
 def load_model(path: str | Path) -> Model:
-    """Return a trained model: from its folder, or from a run folder, which stands for its winner."""
+    """Return a trained model: from its folder, or the winner of a run folder."""
     return Model(model_folder(Path(path)))
 
 

@@ -242,6 +242,6 @@ def test_ctrl_c_saves_and_resume_ends(tmp_path: Path) -> None:
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "--resume goes on from here" in errors
+    assert "--resume continues" in errors
     assert "Traceback" not in errors
     assert (tmp_path / "run" / "seed-0" / "checkpoint.safetensors").exists()

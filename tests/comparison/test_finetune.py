@@ -129,7 +129,7 @@ def test_other_classes_get_a_new_head_and_a_sentence(
     assert set(rows) == {"none/class"}
     assert "difference_vs_before" not in results.to_json()["rows"][0]
     (note,) = [note for note in results.notes if "no row of its own" in note]
-    assert "10 other classes (0, 1, 2, 3, ...) than the 2 of folder:" in note
+    assert "its 10 classes (0, 1, 2, 3, ...) are not the 2 of folder:" in note
     assert note in lay_out(results).footnotes
 
 
@@ -190,7 +190,7 @@ def test_contradictions_are_one_sentence(plain: Path, tmp_path: Path) -> None:
         (("model.width=32",), ("model.width=32 in the recipe", "model.width=16 model.depth=2 model.heads=2")),
         (("model.name=deit_tiny",), ("model.depth=12", "model.heads=3", "leave them all out")),
         (("model.checkpoint=elsewhere",), ("model.checkpoint=elsewhere", str(plain))),
-        (("data.split_seed=7",), ("images that it learnt", "data.split_seed=0", "data.test_fraction=0.4")),
+        (("data.split_seed=7",), ("tested on its training images", "data.split_seed=0", "data.test_fraction=0.4")),
     ):
         with pytest.raises(RecipeError) as caught:
             start_from(recipe_of(tmp_path, *overrides), plain)

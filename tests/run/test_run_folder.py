@@ -143,7 +143,7 @@ def test_a_signal_before_training_ends_the_command_at_once(number: int, code: in
         _, errors = process.communicate(timeout=60)
         assert time.monotonic() - sent < 10
     assert process.returncode == code
-    assert "--resume goes on from here" in errors
+    assert "--resume continues" in errors
     assert "Traceback" not in errors
 
 

@@ -1,4 +1,4 @@
-"""Several teachers: their mean answer, what a run keeps and says of each, and that it goes on after a stop."""
+"""Several teachers: the mean of their outputs, what a run keeps of each, and that it resumes after a stop."""
 
 import json
 import math

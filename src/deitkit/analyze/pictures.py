@@ -51,9 +51,9 @@ def draw_attention(examples: Sequence[Example], path: Path) -> None:
     for row, example in zip(cells, examples, strict=True):
         _show(row[0], example.image.permute(1, 2, 0).squeeze(-1).numpy())
         right = example.decision == example.label
-        says = "right" if right else f"as {one_line(example.decision)[:14]}"
+        outcome = "right" if right else f"as {one_line(example.decision)[:14]}"
         row[0].set_ylabel(
-            f"{one_line(example.label)[:14]}\n{says}",
+            f"{one_line(example.label)[:14]}\n{outcome}",
             fontsize=7,
             rotation="horizontal",
             ha="right",

@@ -1,7 +1,6 @@
-"""A student from inside: its tokens after each block, and what they attend to.
+"""A student's tokens after each block, and their attention.
 
-Everything is recorded by hooks during an ordinary forward pass, so that what is looked at is what answers, and the
-student's own code pays nothing for being looked at.
+Everything is recorded by hooks during an ordinary forward pass, at no cost to the student's own code.
 """
 
 from collections.abc import Iterator, Sequence
@@ -30,7 +29,7 @@ def recorded(modules: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
 
 @contextmanager
 def recorded_similarity(classifier: Classifier) -> Iterator[list[list[Float[Tensor, " batch"]]]]:
-    """Record, whenever a student answers inside the block, the cosine of its class and distillation token.
+    """Record the cosine of a student's class and distillation token during the forward passes inside the block.
 
     The tokens are those of the residual stream: not normalised, and before the first block with their position
     embeddings. Touvron et al. 2020, section 4, give its mean over images.

@@ -183,7 +183,7 @@ def bench_data(recipe: Recipe, *, synthetic: bool, repeats: int, steps: int) -> 
 def bench_cohort(recipe: Recipe, *, synthetic: bool, repeats: int, steps: int) -> dict[str, Any]:
     """Time the recipe's methods in one cohort and separately, on the same views.
 
-    The ratio is the cohort's time over the sum of the separate times; "recorded answers" are cached teacher logits.
+    The ratio is the cohort's time over the sum of the separate times; cached logits are read from the disk.
     Peak memory is given for cohorts of 1, 2, ... students.
     """
     bench = Bench(recipe, synthetic)
@@ -192,7 +192,7 @@ def bench_cohort(recipe: Recipe, *, synthetic: bool, repeats: int, steps: int) -
     with tempfile.TemporaryDirectory(prefix="deitkit-bench-") as folder, suppress(KeyboardInterrupt):
         functions = {"cohort": Stepper(bench.cohort(bench.students(methods)))}
         functions |= {name: Stepper(bench.cohort(bench.students((name,)))) for name in methods}
-        functions["cohort, recorded answers"] = _recorded(bench, Path(folder))
+        functions["cohort, cached logits"] = _recorded(bench, Path(folder))
         warm_up = WARM_UP + 2 if bench.device.type == "cuda" else 1
         taken = time_in_turn(functions, device=bench.device, repeats=repeats, calls=steps, warm_up=warm_up)
     shares = functions["cohort"].cohort.shares()
@@ -202,7 +202,7 @@ def bench_cohort(recipe: Recipe, *, synthetic: bool, repeats: int, steps: int) -
         "seconds_per_step": {name: asdict(timing) for name, timing in taken.items()},
         "alone_seconds": alone,
         "ratio": taken["cohort"].median / alone,
-        "ratio_recorded": taken["cohort, recorded answers"].median / alone,
+        "ratio_recorded": taken["cohort, cached logits"].median / alone,
         "teacher_per_student_step": shares["teacher"] / per_student,
         "shares": shares,
         "peak_memory_gib": memory,

@@ -121,7 +121,7 @@ def cohort(
         table.add_row(f"step of {name}", f"{1000 * seconds['median']:.1f} ms")
     table.add_row("teacher, in student's steps", f"{result['teacher_per_student_step']:.2f}")
     table.add_row("cohort / alone", f"{result['ratio']:.3f}")
-    table.add_row("cohort with recorded answers / alone", f"{result['ratio_recorded']:.3f}")
+    table.add_row("cohort with cached logits / alone", f"{result['ratio_recorded']:.3f}")
     peaks = ", ".join(f"{peak:.2f}" for peak in result["peak_memory_gib"])
     table.add_row("peak memory of 1, 2, ... students", f"{peaks} GiB")
     console.print(table)

@@ -112,7 +112,7 @@ def teacher(
         return
     _print_cards(cards, folder)
     if len(cards) > 1:
-        say(f"their mean answer: {100 * together.top1:.2f} % on {together.n} validation images")
+        say(f"the mean of their outputs: {100 * together.top1:.2f} % on {together.n} validation images")
 
 
 def _facts(card: "TeacherCard") -> dict[str, Any]:

@@ -51,11 +51,11 @@ def main() -> None:
         say(f"error: {error}", errors, style="red")
         sys.exit(2)
     except (Interrupted, KeyboardInterrupt) as stop:
-        say(str(stop) or "stopped; the same command with --resume goes on from here", errors)
+        say(str(stop) or "stopped; the same command with --resume continues", errors)
         sys.exit(getattr(stop, "exit_code", Interrupted.exit_code))
     except (MemoryError, RuntimeError) as error:
         if is_dead_worker(error):
-            advice = "a process that decodes images died, killed or out of memory: --resume goes on; lower data.workers"
+            advice = "a process that decodes images was killed or out of memory: --resume continues; lower data.workers"
         elif is_out_of_memory(error):
             advice = "out of memory: lower train.batch_size, teacher.train.batch_size or data.image_px"
         else:

@@ -1,6 +1,6 @@
-"""A comparison, whole: recipe -> teacher -> cohorts over seeds -> test set, once -> results.json -> report.
+"""A comparison: recipe -> teacher -> cohorts over seeds -> test set, once -> results.json -> report.
 
-Each stage leaves its result in the run folder, so that a run that was stopped goes on where it was.
+Each stage writes its result into the run folder, so that a stopped run resumes at the stage that it had reached.
 """
 
 import json
@@ -62,7 +62,7 @@ def compare(
         dataset: What ``recipe.data`` names, if it is loaded already.
 
     Raises:
-        Interrupted: The watcher asked to stop; the run can be resumed.
+        Interrupted: The watcher requested a stop; the run can be resumed.
     """
     device = choose_device(recipe.device)
     precision = Precision.choose(recipe.train.precision, device)
@@ -128,10 +128,10 @@ def has_finished(folder: Path, recipe: Recipe) -> bool:
 
 
 def rehearse(recipe: Recipe, dataset: Dataset, precision: Precision) -> list[str]:
-    """Build once and throw away: what cannot be built is a mistake to hear of before the teacher trains.
+    """Build the students once, to fail before the teacher trains.
 
     Returns:
-        What the students start from, line by line, where that is a checkpoint.
+        The initial checkpoint and its adaptations, line by line; empty without a checkpoint.
     """
     Batches(dataset.train, recipe.train.batch_size, 0, precision.device)
     start: list[str] = []

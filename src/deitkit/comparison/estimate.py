@@ -1,4 +1,4 @@
-"""How long a comparison will train on this machine, from a few steps of its own; nothing that it builds is kept."""
+"""Estimate how long a comparison will train on this machine, from a few steps of its cohorts."""
 
 import gc
 import time

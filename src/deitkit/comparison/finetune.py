@@ -26,16 +26,15 @@ from deitkit.run.observer import Watcher
 from deitkit.run.results import Difference, Row, difference_fields
 from deitkit.system.device import Precision
 
-BEFORE = "before"  # stands where a row has its method
+BEFORE = "before"  # the method of the checkpoint's row
 ADAPTABLE = ("patch_px", "layer_scale")  # of the architecture, what weights can be made to fit
 
 
 def start_from(recipe: Recipe, checkpoint: Path) -> Recipe:
-    """Return the recipe with students that start from a checkpoint, and have its architecture.
+    """Return the recipe with students that start from a checkpoint and have its architecture.
 
-    What the recipe leaves open is the checkpoint's. It may name another patch, to which the patch embedding is resized,
-    and have LayerScale or not; and say how many heads a file has that no card tells of, otherwise one for each 64 of
-    its width.
+    The recipe may set another patch size, to which the patch embedding is resized, and LayerScale; and the number of
+    heads of a file without a card, by default one per 64 of its width.
 
     Args:
         recipe: What to train on, and how.
@@ -43,7 +42,7 @@ def start_from(recipe: Recipe, checkpoint: Path) -> Recipe:
 
     Raises:
         CheckpointError: The checkpoint cannot be read.
-        RecipeError: The recipe names another size or checkpoint, or would test on images that the checkpoint learnt.
+        RecipeError: The recipe has another size or checkpoint, or would test on the checkpoint's training images.
     """
     model = recipe.model
     if model.checkpoint not in (None, checkpoint):
@@ -58,9 +57,9 @@ def start_from(recipe: Recipe, checkpoint: Path) -> Recipe:
     named = _named(model)
     wrong = [f"model.{name}={named[name]}" for name, value in found.items() if named.get(name, value) != value]
     if wrong:
-        told = " ".join(f"model.{name}={value}" for name, value in found.items() if name not in ADAPTABLE)
+        shown = " ".join(f"model.{name}={value}" for name, value in found.items() if name not in ADAPTABLE)
         raise RecipeError(
-            f"{' and '.join(wrong)} in the recipe, but {checkpoint} has {told}: set these, or leave them all out"
+            f"{' and '.join(wrong)} in the recipe, but {checkpoint} has {shown}: set these, or leave them all out"
         )
     _check_division(recipe.data, weights)
     sizes = (model.name, *SIZES)
@@ -70,20 +69,20 @@ def start_from(recipe: Recipe, checkpoint: Path) -> Recipe:
 
 
 def _named(model: ModelRecipe) -> dict[str, Any]:
-    """Return what a recipe says of the architecture: the size that it names, if any, and what it sets itself."""
+    """Return the architecture that a recipe sets: the named size, if any, and the fields set explicitly."""
     size = asdict(SIZES[model.name]) if "name" in model.model_fields_set else {}
     chosen = {name: getattr(model, name) for name in model.model_fields_set}
     return size | {name: value for name, value in chosen.items() if value is not None}
 
 
 def _check_division(data: DataRecipe, weights: Weights) -> None:
-    """Raise RecipeError if the data are divided otherwise than when the checkpoint was trained on them."""
+    """Raise RecipeError if the split of the data differs from that of the checkpoint's training."""
     division = weights.card.get("split", {}) if weights.card.get("dataset") == data.name else {}
     if any(getattr(data, field) != value for field, value in division.items()):
-        told = " ".join(f"data.{field}={value}" for field, value in division.items())
+        shown = " ".join(f"data.{field}={value}" for field, value in division.items())
         raise RecipeError(
-            f"{weights.file.parent} was trained on {data.name} as divided by {told}; under another division it would "
-            "be tested on images that it learnt: set these"
+            f"{weights.file.parent} was trained on {data.name} with the split {shown}; with another it would be "
+            "tested on its training images: set these"
         )
 
 
@@ -96,7 +95,7 @@ class StartingPoint:
         readout: Of the scores.
         parameters: Of the model.
         method: By which it was trained, if its card records it.
-        note: What a reader of the table must know of it, as a sentence.
+        note: A remark for the readers of the table, as a sentence.
     """
 
     scores: Float[Tensor, "n classes"] | None
@@ -137,13 +136,13 @@ def measure_checkpoint(
 
 
 def _obstacle(weights: Weights, dataset: Dataset) -> str | None:
-    """Say why a model cannot be asked about a data set, if so."""
+    """Return why a model cannot be measured on a data set, or None."""
     found, names = weights.architecture, weights.class_names
     if found.classes == 0:
         return "it has no classifier"
     if found.classes != dataset.classes or names not in (None, dataset.class_names):
         shown = f" ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''})" if names else ""
-        return f"it knows {found.classes} other classes{shown} than the {dataset.classes} of {dataset.name}"
+        return f"its {found.classes} classes{shown} are not the {dataset.classes} of {dataset.name}"
     if found.image_px[0] != found.image_px[1]:
         return f"it takes images of {found.image_px[0]} x {found.image_px[1]} px, and these are square"
     return None
@@ -197,7 +196,7 @@ def _gain(row: Row, predictions: Predictions, start: Tensor, labels: Tensor) -> 
 
 
 def _checkpoint_row(start: StartingPoint, dataset: Dataset, teacher_logits: Float[Tensor, "n classes"] | None) -> Row:
-    """Return the checkpoint's row: of one model, whatever the number of seeds."""
+    """Return the checkpoint's row: of one model, for any number of seeds."""
     assert start.scores is not None
     labels = dataset.test.labels.cpu()
     hits, n = int(top_k_hits(start.scores, labels).sum()), len(labels)

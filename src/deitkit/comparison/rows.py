@@ -262,7 +262,7 @@ def p_in_words(difference: Difference) -> str:
 
 
 def _notes(recipe: Recipe, dataset: Dataset) -> Iterator[str]:
-    """Yield what a reader of the table must know besides its figures."""
+    """Yield the remarks for the readers of the table."""
     yield from dict.fromkeys(METHODS[name].note for name in recipe.methods if METHODS[name].note)
     if dataset.skipped:
         yield f"{len(dataset.skipped)} files could not be read and were left out, first {dataset.skipped[0]}."

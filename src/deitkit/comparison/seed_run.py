@@ -1,7 +1,7 @@
-"""One seed of a comparison: the cohorts that its unfinished students train in, and what is kept of the finished ones.
+"""One seed of a comparison: the cohorts of its unfinished students, and the files of the finished ones.
 
-A student learns the same alone as beside others, so a comparison may grow: only students that are missing train. What
-is kept of one lies in its own folder, `seed-N/STUDENT/`.
+A student learns the same alone as in a cohort, so a comparison may grow: only missing students are trained. Its files
+are in its own folder, `seed-N/STUDENT/`.
 """
 
 from collections.abc import Callable, Sequence
@@ -53,9 +53,9 @@ def run_seed(
     """Train the students of a seed that are not finished, save them, and predict the test images once.
 
     Raises:
-        Interrupted: The watcher asked to stop; the run can be resumed.
+        Interrupted: The watcher requested a stop; the run can be resumed.
     """
-    _say_what_is_there(folder / f"seed-{seed}", student_names(recipe), watcher)
+    _report_finished(folder / f"seed-{seed}", student_names(recipe), watcher)
     for planned in plan_cohorts(folder / f"seed-{seed}", student_names(recipe), watcher.say):
         if planned.state.parent.name in planned.names:
             _return_metrics(planned.state.parent, folder)
@@ -88,7 +88,7 @@ def run_seed(
             drop_state(state)
 
 
-def _say_what_is_there(home: Path, names: Sequence[str], watcher: Watcher) -> None:
+def _report_finished(home: Path, names: Sequence[str], watcher: Watcher) -> None:
     """Report which students are finished before others train, and which are left out of the table."""
     finished = sorted(path.parent.name for path in home.glob(f"*/{PREDICTIONS}"))
     missing = [name for name in names if name not in finished]
@@ -104,8 +104,8 @@ def _say_what_is_there(home: Path, names: Sequence[str], watcher: Watcher) -> No
 def plan_cohorts(home: Path, names: Sequence[str], say: Callable[[str], None]) -> list[PlannedCohort]:
     """Divide the unfinished students of a seed into cohorts, those that are furthest first.
 
-    Students that a state holds go on together. One that a state holds and that is no longer in the comparison is set
-    aside, its training so far in a state of its own, and goes on alone when it comes back.
+    Students in one state continue together. A student in the state that left the comparison is set aside with a state
+    of its own, and continues alone when it is added again.
 
     Args:
         home: The seed's folder.
@@ -139,7 +139,7 @@ def missing_students(folder: Path, seed: int, names: Sequence[str]) -> list[str]
 
 
 def training_has_begun(home: Path) -> bool:
-    """Return whether a state of a training lies in a seed's or a teacher's folder."""
+    """Return whether the folder of a seed or a teacher contains the state of a training."""
     return has_state(home / STATE)
 
 
@@ -152,7 +152,7 @@ def _set_aside(name: str, state: dict[str, Any], home: Path) -> None:
 def _keep(
     students: Sequence[Student], recipe: Recipe, dataset: Dataset, seed: int, *, folder: Path, precision: Precision
 ) -> None:
-    """Write each student's weights, metrics and predictions; the last come last, and mark it as finished."""
+    """Write each student's weights, metrics and predictions; the predictions mark it as finished."""
     weights = {student.name: _weights(student) for student in students}
     scores: dict[str, dict[str, dict[str, dict[str, Tensor]]]] = {
         name: {which: {} for which in classifiers} for name, classifiers in weights.items()
@@ -206,7 +206,7 @@ def gather_metrics(folder: Path, seeds: Sequence[int], names: Sequence[str]) -> 
 
 
 def adopt_older_layout(folder: Path) -> None:
-    """Divide what version 0.1 kept of all students of a seed in one file among the students' own folders."""
+    """Move predictions that version 0.1 kept in one file for all students of a seed into the students' folders."""
     for path in sorted(folder.glob(f"seed-*/{PREDICTIONS}")):
         seed, metrics = int(path.parent.name.removeprefix("seed-")), read_metrics(folder)
         for name, prediction in load_tree(path).items():
@@ -216,7 +216,7 @@ def adopt_older_layout(folder: Path) -> None:
 
 
 def _weights(student: Student) -> dict[str, Classifier]:
-    """Return the last weights, and their average if it was kept."""
+    """Return the classifiers with the last weights, and with their average if there is one."""
     average = {"ema": student.average.classifier} if student.average is not None else {}
     return {"last": student.classifier, **average}
 

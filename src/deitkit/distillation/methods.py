@@ -125,7 +125,7 @@ class Method:
         terms: Of the loss.
         title: For the readers of a table.
         summary: What it is, in a line.
-        note: What a reader of a table with it must know, as a sentence; or nothing.
+        note: A remark for the readers of a table with this method, as a sentence; may be empty.
     """
 
     name: str

@@ -108,7 +108,7 @@ def _confused_pairs(analysis: Analysis, names: Sequence[str]) -> Iterator[Confus
         totals: dict[int, int] = {}
         for true, _, count in entry.confusion:
             totals[true] = totals.get(true, 0) + count
-        shares.append({(true, said): count / totals[true] for true, said, count in entry.confusion if true != said})
+        shares.append({(true, other): count / totals[true] for true, other, count in entry.confusion if true != other})
         for error in entry.most_confused:
             pair = (error.true, error.decided)
             highest[pair] = max(highest.get(pair, 0), error.share)

@@ -171,5 +171,5 @@ def _dash(student: str) -> str:
 
 
 def _legend() -> Chart:
-    """Above the plot, where it lies as near whatever the chart's height."""
+    """Return the position of a legend above the plot, at the same distance for any height."""
     return {"orientation": "h", "x": 0, "y": 1.01, "yanchor": "bottom"}

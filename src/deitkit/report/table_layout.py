@@ -20,8 +20,8 @@ WINNER_MARK = "★"
 LABELS_MARK = "*"
 STATUS_MARK = "†"
 ONE_SEED = (
-    "Of one seed, intervals and p are those of the test images: they tell these students apart, and not what trained "
-    "them; --seeds 5 does."
+    "With one seed, intervals and p reflect the test images: they compare these trained students, not their methods; "
+    "--seeds 5 compares methods."
 )
 
 
@@ -119,7 +119,7 @@ def provenance_of(results: Results) -> str:
 
 
 def percent(value: Number | None, images: int) -> str:
-    """Return a fraction in per cent, with as many digits as that number of images can tell apart."""
+    """Return a fraction in per cent, with as many digits as that number of images resolves."""
     return NOTHING if value is None else f"{100 * value:.{2 if images >= 1000 else 1}f}"
 
 

@@ -128,7 +128,7 @@ class Analysis(Record):
         created: UTC.
         seeds: Whose students were analyzed.
         n: Test images.
-        notes: What a reader must know.
+        notes: Remarks for the reader.
         disagreement: Of truth, teacher and rows.
         rows: The teacher, then the rows of the table.
         classes: The teacher, then one row of each student.

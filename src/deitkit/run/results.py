@@ -244,7 +244,7 @@ class Results(Record):
         winner: Name of the winning row; None if no student finished, and for an ablation.
         verdict: The outcome in a sentence or two.
         published: Figures that others published.
-        notes: What a reader of the table must know.
+        notes: Remarks for the readers of the table.
         machine: Processor, cores, memory, device, precision, versions.
     """
 
