@@ -1,10 +1,13 @@
 """The public Python API, as a user writes it."""
 
+import re
+import shutil
 import subprocess
 import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -59,6 +62,21 @@ def test_a_comparison_of_own_images(
         **{k: v for k, v in FAST.items() if k not in ("methods", "baseline")},
     )
     assert {row.method for row in alone.rows} == {"soft"}
+
+
+def test_the_code_of_the_docs_runs(
+    tmp_path: Path, write_images: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``docs/python.md`` as it is written, with a smaller training."""
+    page = (Path(__file__).parents[1] / "docs" / "python.md").read_text(encoding="utf-8")
+    first, *_ = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    photos = write_images(tmp_path / "photos")
+    shutil.copy(photos / "test" / "cat" / "0.png", tmp_path / "x.jpg")
+    names: dict[str, Any] = {"FAST": FAST}
+    assert 'train={"epochs": 40}' in first
+    exec(first.replace('train={"epochs": 40}', "**FAST"), names)
+    assert names["result"].rows[0].method == "none"
 
 
 def test_it_runs_in_a_thread_too(tmp_path: Path) -> None:
