@@ -39,6 +39,13 @@ def test_importing_the_command_line_loads_no_heavy_library() -> None:
     assert done.stdout == "[]\n"
 
 
+def test_a_comparison_loads_no_drawing_library_before_it_draws() -> None:
+    script = "import sys, deitkit.comparison.ablation, deitkit.report.table\n"
+    script += "print(sorted({'matplotlib', 'plotly', 'jinja2'} & {*sys.modules}))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
 def test_consoles_are_made_in_one_place() -> None:
     source = Path(deitkit.__file__).parent
     makers = [path for path in source.rglob("*.py") if "Console(" in path.read_text(encoding="utf-8")]

@@ -2,8 +2,7 @@
 
 from html import escape
 from pathlib import Path
-
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING
 
 from deitkit.report.charts import Chart, chart_layout
 from deitkit.report.figures import COLOURS, write_figure
@@ -29,6 +28,9 @@ from deitkit.report.table_layout import (
     whole,
 )
 from deitkit.run.results import AblationResults, Difference, Results, VariantRow
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _COLUMNS = (
     Column("changed", "what changed", 5, numeric=False),
@@ -144,7 +146,9 @@ def write_differences(results: AblationResults, folder: Path) -> list[Path]:
     return write_figure(lambda: _draw(results), folder, "differences") if _compared(results) else []
 
 
-def _draw(results: AblationResults) -> Figure:
+def _draw(results: AblationResults) -> "Figure":
+    from matplotlib.figure import Figure
+
     rows = _compared(results)
     figure = Figure(figsize=(9.6, 1.3 + 0.36 * len(rows)), layout="constrained")
     axes = figure.add_subplot()

@@ -3,17 +3,16 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import matplotlib
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from typing import TYPE_CHECKING, Any
 
 import deitkit.system.files as files
 from deitkit.report.table_layout import Number, percent
 from deitkit.run.metrics import EpochMetrics
 from deitkit.run.results import Results
+
+if TYPE_CHECKING:  # matplotlib is loaded when something is drawn, not while students train
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 # Okabe and Ito's palette, which stays apart under colour blindness, without its yellow, which white paper swallows.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
@@ -82,12 +81,14 @@ def write_curves(results: Results, metrics: Sequence[EpochMetrics], folder: Path
     return write_figure(lambda: _draw(results, curves), folder, "curves")
 
 
-def write_figure(draw: Callable[[], Figure], folder: Path, name: str) -> list[Path]:
+def write_figure(draw: Callable[[], "Figure"], folder: Path, name: str) -> list[Path]:
     """Write a figure as PNG and SVG; the same run gives the same files.
 
     Raises:
         CheckpointError: The folder cannot be written.
     """
+    import matplotlib
+
     written = []
     # a fixed salt, no date and text as text
     with matplotlib.rc_context({"svg.hashsalt": "deitkit", "svg.fonttype": "none", "font.size": 10}):
@@ -98,7 +99,10 @@ def write_figure(draw: Callable[[], Figure], folder: Path, name: str) -> list[Pa
     return written
 
 
-def _draw(results: Results, curves: list[Curve]) -> Figure:
+def _draw(results: Results, curves: list[Curve]) -> "Figure":
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
     data = results.dataset
     figure = Figure(figsize=(9.6, 5.2), layout="constrained")
     axes = figure.add_subplot()
@@ -126,7 +130,7 @@ def _draw(results: Results, curves: list[Curve]) -> Figure:
     return figure
 
 
-def _draw_curve(axes: Axes, curve: Curve, index: int, images: int) -> None:
+def _draw_curve(axes: "Axes", curve: Curve, index: int, images: int) -> None:
     colour = COLOURS[index % len(COLOURS)]
     epochs, means = curve.epochs, [100 * value for value in curve.over_seeds(mean)]
     if len(curve.seeds) > 1:
@@ -151,7 +155,7 @@ def _draw_curve(axes: Axes, curve: Curve, index: int, images: int) -> None:
     )
 
 
-def _add_legend(axes: Axes, curves: list[Curve]) -> None:
+def _add_legend(axes: "Axes", curves: list[Curve]) -> None:
     """Name the curves beside the axes, best on top."""
     finals = [curve.over_seeds(mean)[-1] for curve in curves]
     order = sorted(range(len(curves)), key=lambda index: finals[index], reverse=True)
@@ -171,7 +175,7 @@ def _add_legend(axes: Axes, curves: list[Curve]) -> None:
         text.set_parse_math(False)
 
 
-def _draw_references(axes: Axes, results: Results, low: float, high: float) -> None:
+def _draw_references(axes: "Axes", results: Results, low: float, high: float) -> None:
     """Draw the teacher and chance, unless they lie so far off that they would flatten the curves."""
     span = max(high - low, 1.0)
     teacher = results.teacher

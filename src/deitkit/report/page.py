@@ -6,9 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
-from plotly.offline import get_plotlyjs
 
 from deitkit.report.ablation import difference_chart, lay_out_any
 from deitkit.report.analysis import Section, lay_out_analysis
@@ -53,6 +50,10 @@ def render_page(
     analysis: Section | None = None,
 ) -> str:
     """Return the page; ``views`` is a data URI of augmented views, ``analysis`` what `deitkit analyze` found."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+    from markupsafe import Markup
+    from plotly.offline import get_plotlyjs
+
     environment = Environment(
         loader=PackageLoader("deitkit.report", package_path=""),
         autoescape=True,

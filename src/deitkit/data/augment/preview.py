@@ -3,8 +3,6 @@
 from pathlib import Path
 
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
 from deitkit.data.augment.augment import Augment
 from deitkit.data.augment.mix import Mix
@@ -25,6 +23,9 @@ def draw_views(dataset: Dataset, recipe: AugmentRecipe, label_smoothing: float, 
         path: Of the PNG.
         count: Number of images.
     """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     augment, mix = Augment(recipe, dataset.mean, dataset.std), Mix(recipe, dataset.classes, label_smoothing)
     chosen = torch.randperm(len(dataset.train), generator=derived_generator(0, "preview"))[:count]
     images, labels = dataset.train.pixels(chosen), dataset.train.labels[chosen]
