@@ -140,8 +140,8 @@ def test_a_signal_before_training_ends_the_command_at_once(number: int, code: in
         assert process.stdout.readline() == "loading\n"
         sent = time.monotonic()
         process.send_signal(number)
-        _, errors = process.communicate(timeout=60)
-        assert time.monotonic() - sent < 10
+        _, errors = process.communicate(timeout=120)
+        assert time.monotonic() - sent < 45, "it slept to its end"  # of 60 s; a busy machine may need some to end
     assert process.returncode == code
     assert "--resume continues" in errors
     assert "Traceback" not in errors

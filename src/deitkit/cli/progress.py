@@ -15,7 +15,7 @@ from rich.table import Table
 from deitkit.cli.console import say
 from deitkit.errors import Interrupted
 from deitkit.run.metrics import EpochMetrics
-from deitkit.run.observer import Progress as Standing
+from deitkit.run.observer import Progress as TrainingProgress
 from deitkit.system.timer import duration_text
 
 LINE_SECONDS = 60.0  # between two lines of one training, without a terminal
@@ -36,7 +36,7 @@ class Terminal:
         self.console = console
         self._stopped = stopped
         self._stop: int | None = None  # the signal received
-        self._patient = False
+        self._deferring = False
         self._live: Live | None = None
         self._task: Any = None
         self._title = ""
@@ -59,7 +59,7 @@ class Terminal:
 
     def __enter__(self) -> "Terminal":
         for number in (signal.SIGINT, signal.SIGTERM):
-            self._handlers[number] = signal.signal(number, self._ask_to_stop)
+            self._handlers[number] = signal.signal(number, self._on_signal)
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
@@ -69,23 +69,23 @@ class Terminal:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
 
-    def _ask_to_stop(self, number: int, frame: FrameType | None) -> None:
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self._stop is not None:
             signal.signal(number, signal.SIG_DFL)
             raise KeyboardInterrupt
         self._stop = number
-        if not self._patient:
+        if not self._deferring:
             raise Interrupted(self._stopped)
         self.console.print("[yellow]stopping after this step, and saving; once more to stop at once[/]")
 
     @contextmanager
     def defer_interrupts(self) -> Iterator[None]:
         """Defer a request to stop until the context ends; inside it, ``should_stop`` reports the request."""
-        self._patient = True
+        self._deferring = True
         try:
             yield
         finally:
-            self._patient = False
+            self._deferring = False
         if self._stop is not None:
             raise Interrupted(self._stopped)
 
@@ -112,7 +112,7 @@ class Terminal:
         if done >= total:
             self._end_live()
 
-    def step(self, title: str, progress: Standing) -> None:
+    def step(self, title: str, progress: TrainingProgress) -> None:
         """Update the bar and the losses a few times a second; without a terminal, print a line each minute."""
         if time.monotonic() - self._drawn < (0.2 if self.console.is_terminal else LINE_SECONDS):
             return
