@@ -234,26 +234,18 @@ class TeacherRecipe(Section):
 
 
 class DkdRecipe(Section):
-    """Settings of 'dkd' and 'token-dkd'."""
+    """Weights and temperature of 'dkd' and 'token-dkd'."""
 
-    target_weight: NonNegativeFloat = Field(
-        1.0, description="Weight of the target class against the rest (Zhao et al.: alpha = 1)."
-    )
-    others_weight: NonNegativeFloat = Field(
-        8.0, description="Weight of the other classes among themselves (Zhao et al., CIFAR-100: beta = 8)."
-    )
+    target_weight: NonNegativeFloat = Field(1.0, description="Of the target class against the rest (Zhao et al.: 1).")
+    others_weight: NonNegativeFloat = Field(8.0, description="Of the other classes (Zhao et al., CIFAR-100: 8).")
     temperature: PositiveFloat = Field(4.0, description="Temperature (Zhao et al., CIFAR-100: 4).")
 
 
 class DistRecipe(Section):
-    """Settings of 'dist' and 'token-dist'."""
+    """Weights of the correlations, and temperature, of 'dist' and 'token-dist'."""
 
-    inter_weight: NonNegativeFloat = Field(
-        2.0, description="Weight of the correlation over the classes of an image (Huang et al.: beta = 2)."
-    )
-    intra_weight: NonNegativeFloat = Field(
-        2.0, description="Weight of the correlation over the images of a class (Huang et al.: gamma = 2)."
-    )
+    inter_weight: NonNegativeFloat = Field(2.0, description="Over the classes of an image (Huang et al.: 2).")
+    intra_weight: NonNegativeFloat = Field(2.0, description="Over the images of a class (Huang et al.: 2).")
     temperature: PositiveFloat = Field(1.0, description="Temperature (Huang et al., ImageNet: 1; CIFAR-100: 4).")
 
 
