@@ -11,6 +11,7 @@ from scipy import stats
 from timm.models.vision_transformer import VisionTransformer
 
 from conftest import CPU_FP32, TINY
+from deitkit.comparison.ablation import compare_variants
 from deitkit.comparison.compare import compare
 from deitkit.comparison.finetune import start_from
 from deitkit.data.dataset import load_dataset
@@ -204,3 +205,11 @@ def test_contradictions_are_one_sentence(plain: Path, tmp_path: Path) -> None:
     save_classifier(tmp_path / "cnn", cnn, {"architecture": "cifar/resnet20", "class_names": []})
     with pytest.raises(CheckpointError, match="vision transformer"):
         start_from(recipe_of(tmp_path), tmp_path / "cnn")
+
+
+def test_an_ablation_of_a_fine_tuning_compares_its_students(plain: Path, tmp_path: Path, without_report: None) -> None:
+    open_recipe = recipe_of(tmp_path, "methods=[none]", "train.epochs=1", "variants.slow.train.learning_rate=1e-5")
+    results = compare_variants(start_from(open_recipe, plain), tmp_path / "tuned", watcher=Silent())
+    assert [row.row for row in results.rows] == ["base: none/class", "slow: none/class"]
+    assert results.rows[1].difference_to("base") is not None
+    assert all(row.difference_to("before") is not None for row in results.rows)
