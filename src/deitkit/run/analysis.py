@@ -9,7 +9,7 @@ from pathlib import Path
 from pydantic import AliasChoices, Field, ValidationError
 
 from deitkit.errors import CheckpointError
-from deitkit.run.metrics import Record
+from deitkit.run.record import Document, Record
 from deitkit.system.files import write_text
 
 FORMAT = 2  # 1 named rows "judges"; it is still read
@@ -118,14 +118,10 @@ class AttentionSheet(Record):
     images: tuple[int, ...]
 
 
-class Analysis(Record):
+class Analysis(Document):
     """All that ``analysis.json`` holds.
 
     Attributes:
-        format: Of the file.
-        deitkit: The version that wrote it.
-        code: Hash of the code that wrote it.
-        created: UTC.
         seeds: Whose students were analyzed.
         n: Test images.
         notes: Remarks for the reader.
@@ -136,10 +132,6 @@ class Analysis(Record):
         attention: Of the students with tokens.
     """
 
-    format: int
-    deitkit: str
-    code: str | None = None
-    created: str
     seeds: tuple[int, ...]
     n: int
     notes: tuple[str, ...] = ()

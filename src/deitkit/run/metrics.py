@@ -3,20 +3,14 @@
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
 from deitkit.errors import CheckpointError
+from deitkit.run.record import Record, parse_json
 from deitkit.system.files import write_text
 
 MAIN_READOUTS = ("joint", "class", "distillation")
-
-
-class Record(BaseModel):
-    """A part of a file of results; unknown fields are ignored."""
-
-    model_config = ConfigDict(frozen=True, extra="ignore")
 
 
 class EpochMetrics(Record):
@@ -91,8 +85,3 @@ def write_metrics(lines: Iterable[EpochMetrics], folder: Path) -> None:
     """Write ``metrics.jsonl``; raise CheckpointError if it cannot be written."""
     texts = (json.dumps(line.model_dump(exclude_unset=True)) + "\n" for line in lines)
     write_text(folder / "metrics.jsonl", "".join(texts))
-
-
-def parse_json(text: str) -> Any:
-    """Return the value of a JSON text, with None for numbers that are not finite; raise ValueError on a mistake."""
-    return json.loads(text, parse_constant=lambda name: None)

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError
 
 from deitkit.errors import CheckpointError
-from deitkit.run.metrics import Record, parse_json
+from deitkit.run.record import Document, Record, parse_json
 from deitkit.system.files import write_text
 
 FORMAT = 1
@@ -226,14 +226,10 @@ class PublishedFigure(Record):
     top1: float
 
 
-class Results(Record):
+class Results(Document):
     """All that ``results.json`` holds.
 
     Attributes:
-        format: Of the file.
-        deitkit: The version that wrote it.
-        code: Hash of the code that wrote it.
-        created: UTC.
         recipe: The whole recipe, as JSON values.
         dataset: Its splits and classes.
         teacher: All teachers together; None without a teacher.
@@ -248,10 +244,6 @@ class Results(Record):
         machine: Processor, cores, memory, device, precision, versions.
     """
 
-    format: int
-    deitkit: str
-    code: str | None = None
-    created: str
     recipe: dict[str, Any]
     dataset: DatasetSummary
     teacher: TeacherCard | None = None
