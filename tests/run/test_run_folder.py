@@ -156,7 +156,7 @@ def test_a_worker_that_died_is_one_sentence(
     monkeypatch.setattr(cli, "app", die)
     with pytest.raises(SystemExit, match="2"):
         cli.main()
-    assert "a process that decodes images died" in capsys.readouterr().err
+    assert "a process that decodes images was killed or out of memory" in capsys.readouterr().err
 
 
 def test_a_place_that_cannot_be_written_is_told_before_anything_is_done(tmp_path: Path) -> None:

@@ -204,7 +204,9 @@ def _copy_winner(results: Results, folder: Path) -> None:
     row = results.row(results.winner)
     if row is None:
         return
-    place = max(range(len(results.seeds)), key=lambda place: row.validation_top1[place] or 0.0)
+    place = max(
+        range(len(results.seeds)), key=lambda place: -1.0 if (top1 := row.validation_top1[place]) is None else top1
+    )
     source = folder / f"seed-{results.seeds[place]}" / row.student
     (folder / "winner").mkdir(exist_ok=True)
     for name in MODEL_FILES:

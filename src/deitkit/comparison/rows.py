@@ -249,7 +249,7 @@ def _verdict(winner: Row | None, rows: Sequence[Row], seeds: int) -> str:
         text += f", {100 * difference.mean:+.2f} points against labels alone ({p_in_words(difference)})"
     elif any(row.difference_to("none") is not None for row in rows):
         text += ": no teaching beat labels alone there"
-    tested = {row.row: row.top1_mean for row in rows if row.kind == "student" and row.top1_mean}
+    tested = {row.row: row.top1_mean for row in rows if row.kind == "student" and row.top1_mean is not None}
     best = max(tested, key=lambda name: tested[name])
     if tested[best] > winner.top1_mean:
         text += f". On the test images {best} is higher ({100 * tested[best]:.2f} %), but nothing is chosen there"
