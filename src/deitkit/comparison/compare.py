@@ -204,9 +204,8 @@ def _copy_winner(results: Results, folder: Path) -> None:
     row = results.row(results.winner)
     if row is None:
         return
-    place = max(
-        range(len(results.seeds)), key=lambda place: -1.0 if (top1 := row.validation_top1[place]) is None else top1
-    )
+    validation = [top1 for top1 in row.validation_top1 if top1 is not None]  # of every seed: a winner never stopped
+    place = validation.index(max(validation))
     source = folder / f"seed-{results.seeds[place]}" / row.student
     (folder / "winner").mkdir(exist_ok=True)
     for name in MODEL_FILES:
