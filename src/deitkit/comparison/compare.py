@@ -110,6 +110,8 @@ def _describe_data(recipe: Recipe, dataset: Dataset, watcher: Watcher) -> None:
         f"data {dataset.name}: {len(dataset.train)} training, {len(dataset.validation)} validation, "
         f"{len(dataset.test)} test images, {dataset.classes} classes"
     )
+    for remark in dataset.remarks:
+        watcher.say(remark)
     if dataset.duplicates.count:
         watcher.say(dataset.duplicates.sentence())
     if recipe.train.learning_rate_per is not None:

@@ -264,6 +264,7 @@ def p_in_words(difference: Difference) -> str:
 def _notes(recipe: Recipe, dataset: Dataset) -> Iterator[str]:
     """Yield the remarks for the readers of the table."""
     yield from dict.fromkeys(METHODS[name].note for name in recipe.methods if METHODS[name].note)
+    yield from (f"{remark[0].upper()}{remark[1:]}." for remark in dataset.remarks)
     if dataset.skipped:
         yield f"{len(dataset.skipped)} files could not be read and were left out, first {dataset.skipped[0]}."
     if dataset.duplicates.count:

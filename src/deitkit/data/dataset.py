@@ -47,6 +47,7 @@ class Dataset:
         fingerprint: SHA-256 over images, labels and class names of all splits, in hexadecimal; for streamed images over
             the names, sizes and times of their files instead.
         duplicates: Test images that are also training images.
+        remarks: What was assumed or left out while the data set was listed, as sentences without a full stop.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Dataset:
     skipped: tuple[str, ...]
     fingerprint: str
     duplicates: Duplicates = field(default_factory=Duplicates)
+    remarks: tuple[str, ...] = ()
 
     @property
     def classes(self) -> int:
@@ -114,6 +116,7 @@ def load_dataset(recipe: DataRecipe, progress: Progress | None = None) -> Datase
         skipped=listing.skipped + found.skipped,
         fingerprint=_fingerprint(splits, listing.class_names, found.key if isinstance(found, Survey) else None),
         duplicates=_duplicates(listing, (places[0], places[2]), find_duplicates(hashes[0], hashes[2])),
+        remarks=listing.remarks,
     )
 
 

@@ -42,6 +42,7 @@ class Listing:
         official_test: Which images belong to the data set's own test split; None if it has none.
         class_names: Names of the classes.
         skipped: Names of images that were omitted because they could not be decoded.
+        remarks: What was assumed or left out, as sentences without a full stop.
     """
 
     images: UInt8[Tensor, "n channels height width"] | EncodedImages
@@ -49,3 +50,4 @@ class Listing:
     official_test: Bool[Tensor, " n"] | None
     class_names: tuple[str, ...]
     skipped: tuple[str, ...] = ()
+    remarks: tuple[str, ...] = ()

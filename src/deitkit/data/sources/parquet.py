@@ -24,18 +24,19 @@ _BATCH_ROWS = 256
 
 
 def has_shards(folder: Path) -> bool:
-    """Return whether a folder contains shards of a training split."""
-    return bool(_shards(folder).get("train"))
+    """Return whether a folder contains shards of a training split, in itself or in a configuration."""
+    return "train" in _shards(folder) or any("train" in shards for shards in _configurations(folder).values())
 
 
 def list_parquet(path: Path, *, test_names: Sequence[str] = TEST_NAMES, more_training: Sequence[str] = ()) -> Listing:
     """List the images in a parquet file, or in a folder of them.
 
-    In a folder, the test split of ``train-*.parquet`` is ``test-*.parquet`` (or ``val``, ``valid``, ``validation``, the
-    first that exists). Without any of them, and if no file name has a split, there is no official test split. The
-    images are the column with type Image in the schema's ``huggingface`` metadata, else a column of bytes; the labels
-    are ``label``, ``labels``, ``fine_label`` or the column with type ClassLabel. Class names come from the metadata,
-    else from the sorted strings of a column of strings, else they are "0", "1", ...
+    Layouts are those of the Hub's repositories: ``train-*.parquet`` or ``train/*.parquet``, also in ``data`` or in the
+    folder of a configuration. The test split is ``test`` (or ``val``, ``valid``, ``validation``, the first that
+    exists); without one there is no official test split, and without any split all files belong together. The images
+    are the column with type Image in the schema's ``huggingface`` metadata, else a column of bytes; the labels are
+    ``label``, ``labels``, ``fine_label`` or the column with type ClassLabel. Labels of a file are read by its own class
+    names; without any, classes are named by the sorted labels.
 
     Args:
         path: A file, or a folder of them.
@@ -45,7 +46,7 @@ def list_parquet(path: Path, *, test_names: Sequence[str] = TEST_NAMES, more_tra
     Raises:
         DataError: The path does not exist or cannot be read, or a shard, a column or a label is missing or wrong.
     """
-    train_files, test_files = _choose_files(path, test_names, more_training)
+    train_files, test_files, remarks = _choose_files(path, test_names, more_training)
     files = train_files + test_files
     columns = _columns(files[0])
     train, test = ([_read_labels(file, columns) for file in part] for part in (train_files, test_files))
@@ -56,44 +57,85 @@ def list_parquet(path: Path, *, test_names: Sequence[str] = TEST_NAMES, more_tra
     ]
     if not names:
         raise DataError(f"'{path}' contains no rows: name other files")
-    labels, class_names = _number_classes(train, test, columns, names)
+    labels, class_names = _number_classes(train, test)
     is_test = torch.arange(len(labels)) >= sum(len(column) for column in train)
     encoded = EncodedImages(names, partial(_read_images, files, columns.image), _content_key(files))
-    return Listing(encoded, torch.from_numpy(labels), is_test if test else None, class_names)
+    return Listing(
+        encoded,
+        torch.from_numpy(labels),
+        is_test if test else None,
+        class_names,
+        remarks=(*remarks, *columns.remarks),
+    )
 
 
-def _choose_files(path: Path, test_names: Sequence[str], more_training: Sequence[str]) -> tuple[list[Path], list[Path]]:
-    """Return the files to train on and those to test on, each with all of its shards."""
+def _choose_files(
+    path: Path, test_names: Sequence[str], more_training: Sequence[str]
+) -> tuple[list[Path], list[Path], list[str]]:
+    """Return the files to train on and those to test on, each with all of its shards, and remarks."""
     if path.is_file():
-        splits, test = [[path]], []
-    elif path.is_dir():
-        shards = _shards(path)
-        if "train" not in shards and "" not in shards:
-            raise DataError(f"'{path}' contains no train-*.parquet: name such a file, a folder of them, or folder:PATH")
-        if "train" not in shards and len(shards) > 1:
-            raise DataError(
-                f"'{path}' contains parquet files of a test split but no train-*.parquet: add them, or move the test "
-                "files elsewhere"
-            )
-        splits = [shards[name] for name in ("train", *more_training) if name in shards] or [shards[""]]
-        test = next((shards[name] for name in test_names if name in shards), [])
-    else:
+        return [path], [], []
+    if not path.is_dir():
         raise DataError(f"'{path}' does not exist: data.name=parquet:PATH needs a parquet file or a folder of them")
-    for part in (*splits, test):
+    remarks = []
+    shards, configurations = _shards(path), _configurations(path)
+    if not shards.keys() & {"train", *TEST_NAMES} and configurations:
+        chosen = next(iter(configurations)) if len(configurations) == 1 else "default"
+        if chosen not in configurations:
+            raise DataError(
+                f"'{path}' contains the configurations {', '.join(configurations)}: name one, such as "
+                f"parquet:{path / next(iter(configurations))}"
+            )
+        shards = configurations[chosen]
+        remarks.append(f"configuration '{chosen}' of '{path.name}' is read")
+    if "train" not in shards and shards.keys() & {*TEST_NAMES}:
+        raise DataError(
+            f"'{path}' contains parquet files of a test split but no train-*.parquet: add them, or move the test "
+            "files elsewhere"
+        )
+    if not shards:
+        raise DataError(f"'{path}' contains no train-*.parquet: name such a file, a folder of them, or folder:PATH")
+    if "train" in shards:
+        splits = {name: shards[name] for name in ("train", *more_training) if name in shards}
+        test_name = next((name for name in test_names if name in shards), None)
+        others = {name: files for name, files in shards.items() if name not in (*splits, test_name)}
+        remarks += [f"left out: {len(files)} parquet file(s) of '{name}'" for name, files in others.items()]
+    else:
+        splits, test_name = {"": [file for files in shards.values() for file in files]}, None
+    test = shards[test_name] if test_name is not None else []
+    for part in (*splits.values(), test):
         _require_every_shard(part)
-    return [file for part in splits for file in part], test
+    return [file for part in splits.values() for file in part], test, remarks
+
+
+def _configurations(folder: Path) -> dict[str, dict[str, list[Path]]]:
+    """Return the shards of each subfolder with a training split, other than ``data``: the configurations of the Hub."""
+    if not folder.is_dir():
+        return {}
+    inner = sorted(entry for entry in folder.iterdir() if entry.is_dir() and entry.name not in ("data", "train"))
+    found = {entry.name: _shards(entry) for entry in inner if entry.name not in TEST_NAMES}
+    return {name: shards for name, shards in found.items() if "train" in shards}
 
 
 def _shards(folder: Path) -> dict[str, list[Path]]:
-    """Group the parquet files of a folder, or of ``data`` in it, by split; "" for file names without a split."""
+    """Group the parquet files of a folder, or of ``data`` in it, by split: that of their name, else of their subfolder.
+
+    A split's name is that of its files without their number: ``test_new-00000-of-00002.parquet`` is of ``test_new``.
+    """
     if not folder.is_dir():
         return {}
     if not any(folder.glob("*.parquet")) and (folder / "data").is_dir():
         folder = folder / "data"
     shards: dict[str, list[Path]] = {}
+    splits = ("train", *TEST_NAMES)
     for file in sorted((*folder.glob("*.parquet"), *folder.glob("*/*.parquet"))):
-        match = re.match(rf"(train|{'|'.join(TEST_NAMES)})(?![a-z0-9])", str(file.relative_to(folder)))
-        shards.setdefault(match[1] if match else "", []).append(file)
+        inside = file.parent != folder
+        name = re.sub(r"(?<=\w)[-_.]\d+(-of-\d+)?([-_.][0-9a-f]+)?$|(?<=[a-z])\d+$", "", file.stem)
+        if inside and file.parent.name in splits:
+            name = file.parent.name
+        elif inside and name in splits:
+            continue  # of a configuration
+        shards.setdefault(name, []).append(file)
     return shards
 
 
@@ -106,11 +148,23 @@ def _require_every_shard(files: list[Path]) -> None:
 
 @dataclass(frozen=True)
 class _Columns:
-    """Names of the columns; ``class_names`` is None if the schema has none."""
+    """Names of the columns, and remarks on their choice."""
 
     image: str
     label: str
+    remarks: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Labels:
+    """The labels of a file, int64 or str, and the class names of its schema, if any."""
+
+    file: Path
+    values: np.ndarray
     class_names: tuple[str, ...] | None
+
+    def __len__(self) -> int:
+        return len(self.values)
 
 
 def _open(file: Path) -> pq.ParquetFile:
@@ -130,8 +184,14 @@ def _columns(file: Path) -> _Columns:
     if not images or not labels:
         lacks = "images (bytes, or a struct with bytes)" if not images else "labels (label, labels or fine_label)"
         raise DataError(f"'{file}' has no column of {lacks} but only {', '.join(schema.names)}: rename or convert one")
-    names = features.get(labels[0], {}).get("names")
-    return _Columns(images[0], labels[0], tuple(str(name) for name in names) if isinstance(names, list) else None)
+    images, labels = list(dict.fromkeys(images)), list(dict.fromkeys(labels))
+    image = next((name for name in ("image", "img") if name in images), images[0])
+    remarks = []
+    if len(images) > 1:
+        remarks.append(f"of the columns of images {', '.join(images)}, '{image}' is read")
+    if len(labels) > 1:
+        remarks.append(f"of the columns of labels {', '.join(labels)}, '{labels[0]}' is read")
+    return _Columns(image, labels[0], tuple(remarks))
 
 
 def _features(schema: pa.Schema) -> dict[str, dict[str, Any]]:
@@ -151,9 +211,11 @@ def _holds_bytes(kind: pa.DataType) -> bool:
     return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
 
 
-def _read_labels(file: Path, columns: _Columns) -> np.ndarray:
-    """Return the labels of a file, int64 or str."""
+def _read_labels(file: Path, columns: _Columns) -> _Labels:
+    """Return the labels of a file, with its own class names."""
     with _open(file) as opened:
+        names = _features(opened.schema_arrow).get(columns.label, {}).get("names")
+        class_names = tuple(str(name) for name in names) if isinstance(names, list) else None
         missing = [name for name in (columns.image, columns.label) if name not in opened.schema_arrow.names]
         if missing:
             raise DataError(f"'{file}' has no column '{missing[0]}', unlike other files: use the same columns in all")
@@ -170,32 +232,59 @@ def _read_labels(file: Path, columns: _Columns) -> np.ndarray:
             "fill them in or remove the rows"
         )
     if pa.types.is_integer(column.type) or pa.types.is_boolean(column.type):
-        return np.asarray(column.to_numpy(), dtype=np.int64)
+        return _Labels(file, np.asarray(column.to_numpy(), dtype=np.int64), class_names)
     if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
-        return np.asarray(column.to_pylist(), dtype=str)
+        return _Labels(file, np.asarray(column.to_pylist(), dtype=str), None)
     raise DataError(f"column '{columns.label}' of '{file}' holds {column.type}: labels must be integers or strings")
 
 
-def _number_classes(
-    train: list[np.ndarray], test: list[np.ndarray], columns: _Columns, row_names: list[str]
-) -> tuple[np.ndarray, tuple[str, ...]]:
-    labels = np.concatenate(train + test)
-    if labels.dtype.kind == "U":
-        if test:
-            require_same_classes(
-                {str(name) for column in train for name in column}, {str(name) for column in test for name in column},
-                "the training split", "the test split",
-            )  # fmt: skip
-        names, labels = np.unique(labels, return_inverse=True)
-        return labels.astype(np.int64), tuple(names.tolist())
-    classes = len(columns.class_names) if columns.class_names is not None else len(labels)
-    wrong = np.flatnonzero((labels < 0) | (labels >= classes))
-    if len(wrong):
+def _number_classes(train: list[_Labels], test: list[_Labels]) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Return the class of every row, and the names of the classes: those of the first file that has any.
+
+    Raises:
+        DataError: A label is out of range, or the files do not have the same classes.
+    """
+    parts = train + test
+    first = next((part for part in parts if part.class_names is not None), None)
+    if first is not None and first.class_names is not None:
+        return np.concatenate([_numbers(part, first, first.class_names) for part in parts]), first.class_names
+    for part in parts:
+        if part.values.dtype.kind != "U":
+            _require_range(part, sum(len(part) for part in parts))
+    if test and parts[0].values.dtype.kind == "U":
+        trained, tested = ({str(name) for part in side for name in part.values} for side in (train, test))
+        require_same_classes(trained, tested, "the training split", "the test split")
+    values, labels = np.unique(np.concatenate([part.values for part in parts]), return_inverse=True)
+    return labels.astype(np.int64), tuple(str(value) for value in values)
+
+
+def _numbers(part: _Labels, first: _Labels, class_names: tuple[str, ...]) -> np.ndarray:
+    """Return the labels of a file as places in the class names of the first file."""
+    places = {name: place for place, name in enumerate(class_names)}
+    is_text = part.values.dtype.kind == "U"
+    own = tuple(np.unique(part.values).tolist()) if is_text else part.class_names or class_names
+    if set(own) - set(class_names) or not (is_text or set(own) == set(class_names)):
         raise DataError(
-            f"{len(wrong)} of {len(labels)} labels are outside 0..{classes - 1}, first {labels[wrong[0]]} in "
-            f"{row_names[wrong[0]]}: correct or remove those rows (-1 marks a split without labels)"
+            f"the class names of '{part.file}' are not those of '{first.file}': use files of one data set, with equal "
+            "classes"
         )
-    return labels, columns.class_names or tuple(str(label) for label in range(int(labels.max()) + 1))
+    if is_text:
+        return np.array([places[name] for name in part.values.tolist()], dtype=np.int64)
+    _require_range(part, len(own))
+    return np.array([places[name] for name in own], dtype=np.int64)[part.values]
+
+
+def _require_range(part: _Labels, classes: int) -> None:
+    """Raise DataError if a label is negative, or not below the number of classes (without names: of rows)."""
+    wrong = np.flatnonzero((part.values < 0) | (part.values >= classes))
+    if len(wrong):
+        hint = "-1 marks a split without labels"
+        if (part.values.min(), part.values.max()) == (1, classes):
+            hint = f"they are numbered from 1: subtract 1, so that {classes} classes are 0..{classes - 1}"
+        raise DataError(
+            f"{len(wrong)} of {len(part)} labels are outside 0..{classes - 1}, first {part.values[wrong[0]]} in "
+            f"{part.file.name} row {wrong[0]}: correct or remove those rows ({hint})"
+        )
 
 
 def _read_images(files: list[Path], column: str, positions: list[int]) -> Iterator[bytes]:
