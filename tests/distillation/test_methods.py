@@ -9,7 +9,7 @@ from deitkit.distillation.methods import METHODS, Method, find_method
 from deitkit.errors import RecipeError
 from deitkit.evaluation.readouts import readout_scores
 from deitkit.models.classifier import Classifier
-from deitkit.models.vit import DeiT
+from deitkit.models.vit import DeiT, Output
 from deitkit.recipe.schema import AugmentRecipe, DistillationRecipe, SpeedRecipe, TrainRecipe
 from deitkit.teachers.frozen import FrozenTeacher
 from deitkit.training.cohort import Cohort
@@ -178,3 +178,40 @@ def test_readouts_follow_from_the_tokens(method: Method) -> None:
 def test_an_unknown_method_names_its_neighbours() -> None:
     with pytest.raises(RecipeError, match="'token-hrad' is not a method; did you mean token-hard"):
         find_method("token-hrad")
+
+
+@every_method
+def test_a_classifier_that_starts_at_zero_learns_as_a_random_one_does(method: Method) -> None:
+    """A checkpoint with other classes starts so; the first gradient must have the size that a random head's has."""
+    generator = torch.Generator().manual_seed(0)
+    images, classes = 64, 10
+    features = torch.randn(images, 32, generator=generator)
+    teacher = features @ torch.randn(32, classes, generator=generator) * 0.6
+    targets = torch.nn.functional.one_hot(teacher.argmax(dim=-1), classes).float()
+    norms, agreements = [], []
+    for start in (0.0, 0.02):
+        torch.manual_seed(0)
+        heads = {token: torch.nn.Linear(32, classes) for token in ("class", "distillation")}
+        for head in heads.values():
+            torch.nn.init.normal_(head.weight, 0, start)
+            torch.nn.init.zeros_(head.bias)
+        optimizer = torch.optim.SGD([p for head in heads.values() for p in head.parameters()], lr=0.02, momentum=0.9)
+        for step in range(300):
+            logits = {token: head(features) for token, head in heads.items()}
+            output = Output(*(logits[token] if _has_head(method, token) else None for token in logits))
+            loss = sum(method.loss_terms(output, teacher, targets, DistillationRecipe()).values())
+            optimizer.zero_grad()
+            loss.backward()
+            if step == 0:
+                norms.append(
+                    sum(float(p.grad.norm()) for h in heads.values() for p in h.parameters() if p.grad is not None)
+                )
+            optimizer.step()
+        token = "distillation" if _has_head(method, "distillation") else "class"
+        agreements.append(float((heads[token](features).argmax(dim=-1) == teacher.argmax(dim=-1)).float().mean()))
+    assert norms[0] < 10 * norms[1], norms
+    assert agreements[0] > agreements[1] - 0.05, agreements
+
+
+def _has_head(method: Method, token: str) -> bool:
+    return any(term.head == token for term in method.terms)

@@ -12,6 +12,11 @@ from torch import Tensor
 
 Logits: TypeAlias = Float[Tensor, "batch classes"]
 
+# A student's row that varies less than CONSTANT, as that of a classifier that starts at zero, has no scale of its own,
+# and its gradient no bound. It is scaled as if it varied by TYPICAL, about what a random classifier does. Both are
+# standard deviations: of logits, or of probabilities relative to their mean.
+CONSTANT, TYPICAL = 1e-4, 0.2
+
 
 def label_loss(student_logits: Logits, targets: Logits) -> Float[Tensor, ""]:
     """Cross-entropy with dense targets: -mean over the batch of sum_c y_c log p_c.
@@ -122,11 +127,15 @@ def relation_distillation_loss(
 
 
 def _row_correlations(
-    first: Float[Tensor, "rows columns"], second: Float[Tensor, "rows columns"]
+    student: Float[Tensor, "rows columns"], teacher: Float[Tensor, "rows columns"]
 ) -> Float[Tensor, " rows"]:
-    """Return the Pearson correlation of corresponding rows; 0 where a row is constant."""
-    first, second = (values - values.mean(dim=-1, keepdim=True) for values in (first, second))
-    return F.cosine_similarity(first, second, dim=-1)
+    """Return the Pearson correlation of corresponding rows; about 0 where a row is constant."""
+    mean = student.mean(dim=-1, keepdim=True)
+    student, teacher = student - mean, teacher - teacher.mean(dim=-1, keepdim=True)
+    unit = mean.detach() * student.shape[-1] ** 0.5  # the norm of a row with a standard deviation of its mean
+    norm = student.norm(dim=-1, keepdim=True)
+    norm = torch.where(norm < CONSTANT * unit, TYPICAL * unit, norm).clamp(min=1e-8)
+    return (student / norm * F.normalize(teacher, dim=-1, eps=1e-8)).sum(dim=-1)
 
 
 def standardised_distillation_loss(
@@ -145,8 +154,8 @@ def standardised_distillation_loss(
         teacher_logits: The teacher's logits.
         temperature: The paper's base temperature, greater than 0.
     """
-    # layer_norm is the z-score; its epsilon is for a head with equal logits, as before the first step.
-    student, teacher = (
-        F.layer_norm(logits.float(), logits.shape[-1:], eps=1e-7) for logits in (student_logits, teacher_logits)
-    )
-    return soft_distillation_loss(student, teacher, temperature=temperature)
+    student = student_logits.float() - student_logits.float().mean(dim=-1, keepdim=True)
+    variance = student.square().mean(dim=-1, keepdim=True)
+    deviation = torch.where(variance < CONSTANT**2, TYPICAL**2, variance + 1e-7).sqrt()
+    teacher = F.layer_norm(teacher_logits.float(), teacher_logits.shape[-1:], eps=1e-7)  # the z-score
+    return soft_distillation_loss(student / deviation, teacher, temperature=temperature)
