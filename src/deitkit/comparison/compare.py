@@ -21,6 +21,7 @@ from deitkit.data.augment.preview import draw_views
 from deitkit.data.batches import Batches
 from deitkit.data.dataset import Dataset, load_dataset
 from deitkit.distillation.methods import find_method
+from deitkit.errors import RecipeError
 from deitkit.evaluation.readouts import top_k_accuracy
 from deitkit.recipe.schema import Recipe
 from deitkit.report.published import published_figures
@@ -42,8 +43,16 @@ from deitkit.system.device import Precision, choose_device, describe_machine
 from deitkit.system.files import write_text
 from deitkit.teachers.frozen import Teachers, mean_teacher_logits
 from deitkit.teachers.prepare import common_card, prepare_teachers
-from deitkit.training.build import build_students, initial_weights, needs_teacher, student_names
+from deitkit.training.build import (
+    BASELINE,
+    baseline_architecture,
+    build_students,
+    initial_weights,
+    needs_teacher,
+    student_names,
+)
 from deitkit.training.optim import peak_learning_rate
+from deitkit.training.trial import failure_of
 
 MODEL_FILES = ("model.safetensors", "model.json")
 
@@ -137,7 +146,12 @@ def rehearse(recipe: Recipe, dataset: Dataset, precision: Precision) -> list[str
     """
     Batches(dataset.train, recipe.train.batch_size, 0, precision.device)
     start: list[str] = []
-    build_students(recipe, dataset, recipe.seeds[0], precision, start.append)
+    students = build_students(recipe, dataset, recipe.seeds[0], precision, start.append)
+    for cnn in (student.classifier for student in students if student.name == BASELINE):
+        failure = failure_of(cnn, dataset, recipe.train.batch_size, precision, trained=True)
+        if failure is not None:
+            name = baseline_architecture(recipe)
+            raise RecipeError(f"baseline.name={name} {failure}; name another CNN, or set another data.image_px")
     return start
 
 

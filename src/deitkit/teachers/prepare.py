@@ -30,6 +30,7 @@ from deitkit.teachers.saved import build_saved
 from deitkit.training.cohort import Cohort
 from deitkit.training.fit import train_to_end
 from deitkit.training.student import Student
+from deitkit.training.trial import failure_of
 
 
 def prepare_teacher(
@@ -49,6 +50,7 @@ def prepare_teacher(
     with seeded(recipe.seeds[0], folder.name):
         classifier, card = draft_teacher(recipe.teacher, dataset)
     accelerate(classifier, recipe.speed, precision.device)
+    _try(classifier, card, recipe.teacher, dataset, precision)
     if card.fit != "none":
         train_data = dataset
         if recipe.teacher.all_images:
@@ -63,6 +65,17 @@ def prepare_teacher(
     drop_state(folder / "checkpoint.safetensors")
     watcher.say(f"teacher {card.name}: {100 * card.top1:.2f} % on {card.n} validation images, {card.verdict}")
     return FrozenTeacher(classifier), card
+
+
+def _try(
+    classifier: Classifier, card: TeacherCard, recipe: TeacherRecipe, dataset: Dataset, precision: Precision
+) -> None:
+    """Raise TeacherError if a teacher cannot process the views, before anything trains."""
+    trained = card.fit != "none"
+    failure = failure_of(classifier, dataset, recipe.train.batch_size if trained else 1, precision, trained=trained)
+    if failure is not None:
+        way = "teacher.image_px, teacher.train.batch_size" if trained else "teacher.image_px"
+        raise TeacherError(f"teacher {card.name} {failure}; set another {way} or teacher.name")
 
 
 def _model_card(card: TeacherCard, dataset: Dataset, recipe: Recipe) -> dict[str, Any]:
@@ -209,6 +222,10 @@ def prepare_teachers(
     """
     teachers, cards = [], []
     homes = teacher_folders(recipe, folder)
+    for chosen, home in zip(recipe.teachers, homes, strict=False):  # several: all are tried before the first trains
+        if not (home / "card.json").exists():
+            classifier, card = draft_teacher(chosen, dataset)
+            _try(accelerate(classifier, recipe.speed, precision.device), card, chosen, dataset, precision)
     for number, (chosen, home) in enumerate(zip(recipe.all_teachers, homes, strict=True)):
         alone = recipe.model_copy(update={"teacher": chosen, "teachers": ()})
         try:

@@ -5,7 +5,7 @@ import hashlib
 import pickle
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,7 +111,7 @@ def load_into(model: nn.Module, state: Mapping[str, Tensor], *, head: str, sourc
         bad = {name.rpartition(".")[0] for name in wrong}
         raise CheckpointError(
             f"checkpoint {source} is not a {type(model).__name__} of this shape: {len(bad)} of {len(layers)} layers do "
-            f"not fit (first: {_difference(wrong[0], own, state)}); name the architecture of the checkpoint"
+            f"not fit (first: {_difference(wrong[0], own, state)}); {_remedy(wrong, own, state)}"
         )
     # A head that fits only in part, such as its bias, stays new as a whole.
     new_head = any(name.startswith(f"{head}.") for name in (*mismatched, *missing))
@@ -121,6 +121,16 @@ def load_into(model: nn.Module, state: Mapping[str, Tensor], *, head: str, sourc
     model.load_state_dict(fitting, strict=False)
     described = tuple(_difference(name, own, state) for name in mismatched)
     return LoadReport(len(fitting), tuple(missing), tuple(unexpected), described)
+
+
+def _remedy(wrong: Sequence[str], own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:
+    """Return the next step: if one kernel alone has another number of input channels, it is that of the images."""
+    shapes = [(tuple(state[name].shape), tuple(own[name].shape)) for name in wrong if name in own and name in state]
+    if len(shapes) == len(wrong) == 1 and len(shapes[0][0]) == 4:
+        theirs, ours = shapes[0]
+        if theirs[:1] + theirs[2:] == ours[:1] + ours[2:] and theirs[1] in (1, 3):
+            return f"it is for images of {theirs[1]} channels, so set data.channels={theirs[1]}"
+    return "name the architecture of the checkpoint"
 
 
 def _difference(name: str, own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:

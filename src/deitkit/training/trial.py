@@ -1,0 +1,55 @@
+"""A trial of a library's model before anything trains: one step at the real size, batch and precision.
+
+Architectures by name come from other libraries. What they cannot process must fail at once, in one sentence.
+"""
+
+from copy import deepcopy
+
+import torch
+
+from deitkit.data.dataset import Dataset
+from deitkit.errors import is_out_of_memory
+from deitkit.models.classifier import Classifier
+from deitkit.system.device import Precision
+
+
+def failure_of(
+    classifier: Classifier, dataset: Dataset, batch_size: int, precision: Precision, *, trained: bool
+) -> str | None:
+    """Return why a classifier cannot process a batch of views, or None. Neither it nor random numbers are changed.
+
+    Args:
+        classifier: On the device.
+        dataset: Its channels and resolution.
+        batch_size: Of the views.
+        precision: Of the forward pass.
+        trained: Whether to try a training step: training mode, and a backward pass.
+
+    Returns:
+        What was tried and what failed, to be completed by a next step.
+    """
+    height, width = dataset.image_px
+    tried = f"cannot process {batch_size} {'image' if batch_size == 1 else 'images'} of {height} x {width} px"
+    reason = _reason(classifier, (batch_size, dataset.channels, height, width), precision, trained)
+    return None if reason is None else f"{tried}: {reason}"
+
+
+def _reason(
+    classifier: Classifier, shape: tuple[int, int, int, int], precision: Precision, trained: bool
+) -> str | None:
+    model = deepcopy(classifier).train(trained)
+    devices = [precision.device] if precision.device.type == "cuda" else []
+    try:
+        with torch.random.fork_rng(devices=devices), torch.set_grad_enabled(trained), precision.autocast():
+            logits = model(torch.rand(shape, device=precision.device)).class_logits
+            if not isinstance(logits, torch.Tensor):
+                return f"it returns {type(logits).__name__} instead of logits"
+            if logits.ndim != 2 or len(logits) != shape[0]:
+                return f"it returns an output of shape {tuple(logits.shape)} instead of one row per image"
+            if trained:
+                logits.float().logsumexp(dim=-1).mean().backward()
+    except Exception as error:  # libraries raise many types
+        if is_out_of_memory(error):
+            raise
+        return str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
+    return None
