@@ -16,7 +16,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, features
 from safetensors.torch import save
 from torch import Tensor, nn
 
@@ -197,7 +197,8 @@ def image_bytes(kind: str) -> bytes:
     return stream.getvalue()
 
 
-IMAGES = {kind: image_bytes(kind) for kind in ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "PPM")}
+KINDS = ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "PPM", *(("AVIF",) if features.check("avif") else ()))
+IMAGES = {kind: image_bytes(kind) for kind in KINDS}
 PARTS = (
     b"\xff\xd8\xff\xe1",
     b"Exif\0\0",

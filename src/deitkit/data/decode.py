@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from jaxtyping import Bool, Int64, UInt8
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError, features
 from torch import Tensor
 
 from deitkit.data import cache
@@ -27,9 +27,15 @@ from deitkit.data.pixels import evaluation_frame, is_grey, require_memory
 from deitkit.errors import DataError
 from deitkit.recipe.schema import DataRecipe
 
-SUFFIXES = frozenset((".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"))
+_AVIF = features.check("avif")  # Pillow 11.3 or newer, built with it
+SUFFIXES = frozenset(
+    (
+        ".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm",
+        *((".avif",) if _AVIF else ()),
+    )
+)  # fmt: skip
 # A closed list, because Pillow goes by content and would pass an EPS file named .png to Ghostscript.
-_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", *(("AVIF",) if _AVIF else ()))
 _FORMAT_VERSION = 2  # of cached images: raise it when decoding changes
 _WINDOW = 256  # encoded images in memory at a time
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -12,21 +13,31 @@ from deitkit.data.listing import EncodedImages, Listing, writable
 from deitkit.errors import DataError
 
 TEST_NAMES = ("test", "val", "valid", "validation")
+_SPELLINGS = {"training": "train", "testing": "test"}
+
+
+def split_name(name: str) -> str:
+    """Return the name of a split in its usual spelling: ``train`` for ``Training``."""
+    return _SPELLINGS.get(name.lower(), name.lower())
 
 
 def class_folders(folder: Path) -> list[str]:
     """Return the sorted names of the class folders in a folder; an empty list if the folder does not exist."""
     if not folder.is_dir():
         return []
-    return sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    return sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not _is_hidden(entry))
+
+
+def _is_hidden(path: Path) -> bool:
+    return path.name.startswith(".") or path.name == "__MACOSX"
 
 
 def list_folder(folder: Path, *, test_names: Sequence[str] = TEST_NAMES, more_training: Sequence[str] = ()) -> Listing:
-    """List the images in class folders; classes are numbered in the order of their sorted names.
+    """List the images in class folders and their subfolders; classes are numbered in the order of their sorted names.
 
-    The test split of ``train/<class>/*`` is the first of ``test``, ``val``, ``valid`` and ``validation`` that exists.
-    Without any of them, and if the class folders are in ``folder`` itself, there is no official test split. Hidden
-    files and folders, and files of other types, are ignored.
+    The test split of ``train/<class>/*`` is the first of ``test``, ``val``, ``valid`` and ``validation`` that exists,
+    also as ``Testing``. Without any of them, and if the class folders are in ``folder`` itself, there is no official
+    test split. Hidden files and folders are ignored; what else is left out is counted in the remarks.
 
     Args:
         folder: The folder of the data set.
@@ -40,12 +51,16 @@ def list_folder(folder: Path, *, test_names: Sequence[str] = TEST_NAMES, more_tr
         raise DataError(
             f"folder '{folder}' does not exist: data.name=folder:PATH needs <class>/* or train/<class>/* in PATH"
         )
-    train, test = [folder], []
-    if class_folders(folder / "train"):
+    named = {split_name(name): folder / name for name in reversed(class_folders(folder))}
+    train, test, remarks = [folder], [], []
+    if "train" in named and class_folders(named["train"]):
         train, test = (
-            [folder / name for name in names if class_folders(folder / name)]
+            [named[name] for name in names if name in named and class_folders(named[name])]
             for names in (("train", *more_training), test_names)
         )
+        used = {path.name for path in (*train, *test[:1])}
+        others = [name for name in class_folders(folder) if name not in used]
+        remarks += [f"left out: folder '{writable(name)}' of '{writable(folder.name)}'" for name in others]
     class_names = class_folders(train[0])
     if not class_names:
         raise DataError(f"'{folder}' contains no class folders: arrange the images as <class>/* or train/<class>/*")
@@ -55,14 +70,24 @@ def list_folder(folder: Path, *, test_names: Sequence[str] = TEST_NAMES, more_tr
     files: list[Path] = []
     labels: list[int] = []
     is_test: list[bool] = []
+    left_out: Counter[str] = Counter()
     for part in parts:
+        beside = (path for path in part.iterdir() if path.is_file() and not _is_hidden(path))
+        left_out.update(path.suffix.lower() or "no ending" for path in beside)
         for label, name in enumerate(class_names):
-            images = _images(part / name)
+            images = _images(part / name, left_out)
             files += images
             labels += [label] * len(images)
             is_test += [part in test] * len(images)
+    if left_out:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in left_out.most_common(5))
+        remarks.append(f"left out: {sum(left_out.values())} files that are not images of a class ({kinds})")
     return Listing(
-        encoded_files(folder, files), torch.tensor(labels), torch.tensor(is_test) if test else None, tuple(class_names)
+        encoded_files(folder, files),
+        torch.tensor(labels),
+        torch.tensor(is_test) if test else None,
+        tuple(class_names),
+        remarks=tuple(remarks),
     )
 
 
@@ -128,9 +153,22 @@ def _is_broken_link(path: Path) -> bool:
     return path.is_symlink() and not os.path.exists(path)  # noqa: PTH110 - Path.exists raises on a loop before 3.12
 
 
-def _images(folder: Path) -> list[Path]:
-    images = image_files(folder)
+def _images(folder: Path, left_out: Counter[str]) -> list[Path]:
+    """Return the images of a class, those in its subfolders too, and count its other files by their ending."""
+    images = []
+    for path in _files(folder):
+        if path.suffix.lower() in SUFFIXES and (path.is_file() or _is_broken_link(path)):
+            images.append(path)
+        else:
+            left_out[path.suffix.lower() or "no ending"] += 1
     if not images:
         kinds = ", ".join(sorted(suffix[1:] for suffix in SUFFIXES))
         raise DataError(f"class folder '{folder}' contains no images ({kinds}): add some or remove the folder")
-    return images
+    return sorted(images)
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """Yield everything in a folder and its subfolders that is not a folder; hidden files and folders are left out."""
+    for place, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if not _is_hidden(Path(name))]
+        yield from (Path(place, name) for name in files if not _is_hidden(Path(name)))

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import torch
 
 from deitkit.data.listing import EncodedImages, Listing
-from deitkit.data.sources.folders import TEST_NAMES, require_same_classes
+from deitkit.data.sources.folders import TEST_NAMES, require_same_classes, split_name
 from deitkit.errors import DataError
 
 _BATCH_ROWS = 256
@@ -112,8 +112,9 @@ def _configurations(folder: Path) -> dict[str, dict[str, list[Path]]]:
     """Return the shards of each subfolder with a training split, other than ``data``: the configurations of the Hub."""
     if not folder.is_dir():
         return {}
-    inner = sorted(entry for entry in folder.iterdir() if entry.is_dir() and entry.name not in ("data", "train"))
-    found = {entry.name: _shards(entry) for entry in inner if entry.name not in TEST_NAMES}
+    reserved = ("data", "train", *TEST_NAMES)
+    inner = sorted(entry for entry in folder.iterdir() if entry.is_dir() and split_name(entry.name) not in reserved)
+    found = {entry.name: _shards(entry) for entry in inner}
     return {name: shards for name, shards in found.items() if "train" in shards}
 
 
@@ -131,8 +132,9 @@ def _shards(folder: Path) -> dict[str, list[Path]]:
     for file in sorted((*folder.glob("*.parquet"), *folder.glob("*/*.parquet"))):
         inside = file.parent != folder
         name = re.sub(r"(?<=\w)[-_.]\d+(-of-\d+)?([-_.][0-9a-f]+)?$|(?<=[a-z])\d+$", "", file.stem)
-        if inside and file.parent.name in splits:
-            name = file.parent.name
+        name = split_name(name)
+        if inside and split_name(file.parent.name) in splits:
+            name = split_name(file.parent.name)
         elif inside and name in splits:
             continue  # of a configuration
         shards.setdefault(name, []).append(file)

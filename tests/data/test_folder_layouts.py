@@ -1,0 +1,70 @@
+"""Folders of images as people have them: spellings of splits, subfolders, other endings, and what is left out."""
+
+from pathlib import Path
+
+import pytest
+from PIL import Image, features
+
+from deitkit.data.dataset import load_dataset
+from deitkit.data.sources.folders import list_folder
+from deitkit.recipe.schema import DataRecipe
+
+
+def draw(path: Path, colour: int = 0) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (8, 8), (colour, 20, 30)).save(path, format="JPEG" if path.suffix == ".jfif" else None)
+
+
+def sizes(folder: Path) -> tuple[int, int | None]:
+    listing = list_folder(folder)
+    return len(listing.labels), None if listing.official_test is None else int(listing.official_test.sum())
+
+
+@pytest.mark.parametrize(
+    ("train", "test"),
+    [("train", "test"), ("Training", "Testing"), ("TRAIN", "Val"), ("training", "VALIDATION"), ("Train", "valid")],
+)
+def test_splits_are_found_in_their_common_spellings(tmp_path: Path, train: str, test: str) -> None:
+    for split, count in ((train, 3), (test, 2)):
+        for name in ("cat", "dog"):
+            for number in range(count):
+                draw(tmp_path / split / name / f"{number}.png")
+    assert sizes(tmp_path) == (10, 4)
+    assert list_folder(tmp_path).remarks == ()
+
+
+def test_images_in_subfolders_of_a_class_are_read(tmp_path: Path) -> None:
+    for path in ("cat/0.png", "cat/batch2/1.png", "cat/batch2/deep/2.png", "dog/0.png", "dog/.hidden/1.png"):
+        draw(tmp_path / path)
+    draw(tmp_path / "dog" / "__MACOSX" / "0.png")
+    assert list_folder(tmp_path).labels.tolist() == [0, 0, 0, 1]
+
+
+@pytest.mark.parametrize("ending", [".jfif", ".apng", ".avif", ".JPG", ".jpe"])
+def test_what_pillow_reads_is_read(tmp_path: Path, ending: str) -> None:
+    if ending == ".avif" and not features.check("avif"):
+        pytest.skip("this Pillow reads no AVIF")
+    for name in ("cat", "dog"):
+        for number in range(4):
+            path = tmp_path / name / f"{number}{ending}"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            kind = {".apng": "PNG", ".avif": "AVIF"}.get(ending, "JPEG")
+            Image.new("RGB", (8, 8), (60 * number, 0, 200)).save(path, format=kind)
+    data = load_dataset(DataRecipe(name=f"folder:{tmp_path}"))
+    assert data.skipped == ()
+    assert sum(len(split) for split in (data.train, data.validation, data.test)) == 8
+
+
+def test_what_is_left_out_is_counted_by_its_ending(tmp_path: Path) -> None:
+    for name in ("cat", "dog"):
+        draw(tmp_path / "train" / name / "0.png")
+        draw(tmp_path / "test" / name / "0.png")
+        (tmp_path / "train" / name / "scan.mat").write_bytes(b"matlab")
+    (tmp_path / "train" / "dog" / "notes.txt").write_text("notes")
+    (tmp_path / "train" / "labels.csv").write_text("a,b")
+    (tmp_path / "train" / ".DS_Store").write_text("hidden")
+    draw(tmp_path / "unlabelled" / "all" / "0.png")
+    assert list_folder(tmp_path).remarks == (
+        f"left out: folder 'unlabelled' of '{tmp_path.name}'",
+        "left out: 4 files that are not images of a class (2 .mat, 1 .csv, 1 .txt)",
+    )
