@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torchvision.transforms.v2 import functional as reference
 
 from deitkit.data import cache
@@ -253,6 +253,19 @@ def test_a_far_too_large_jpeg_is_about_the_same_as_one_resized_in_full():
     full = Image.open(io.BytesIO(content)).resize((16, 16), Image.Resampling.BICUBIC)
     difference = decode_image(content, 3, 16).astype(int) - np.asarray(full).transpose(2, 0, 1).astype(int)
     assert abs(difference).max() <= 3
+
+
+@pytest.mark.parametrize("size", [(1001, 777), (1000, 1001), (513, 1030), (999, 333)])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_jpeg_decoded_at_a_fraction_shows_the_same_part(size, orientation):
+    """Its last column and row go beyond the image, on the side where its orientation puts them."""
+    noise = np.random.default_rng(0).integers(0, 256, (9, 12, 3), dtype=np.uint8)
+    stream, exif = io.BytesIO(), Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC).save(stream, "JPEG", quality=95, exif=exif)
+    whole = ImageOps.exif_transpose(Image.open(io.BytesIO(stream.getvalue()))).convert("RGB")
+    difference = decode_image(stream.getvalue(), 3, 16).astype(int) - decode_image(encode(np.asarray(whole)), 3, 16)
+    assert abs(difference).max() <= 2
 
 
 def test_a_file_and_its_bytes_decode_alike(tmp_path: Path):

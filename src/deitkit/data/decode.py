@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from jaxtyping import Bool, Int64, UInt8
-from PIL import Image, ImageOps, UnidentifiedImageError, features
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError, features
 from torch import Tensor
 
 from deitkit.data import cache
@@ -27,6 +27,7 @@ from deitkit.data.pixels import evaluation_frame, is_grey, require_memory
 from deitkit.errors import DataError
 from deitkit.recipe.schema import DataRecipe
 
+Box = tuple[float, float, float, float]  # left, top, right, bottom
 _AVIF = features.check("avif")  # Pillow 11.3 or newer, built with it
 SUFFIXES = frozenset(
     (
@@ -36,7 +37,7 @@ SUFFIXES = frozenset(
 )  # fmt: skip
 # A closed list, because Pillow goes by content and would pass an EPS file named .png to Ghostscript.
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", *(("AVIF",) if _AVIF else ()))
-_FORMAT_VERSION = 2  # of cached images: raise it when decoding changes
+_FORMAT_VERSION = 3  # of cached images: raise it when decoding changes
 _WINDOW = 256  # encoded images in memory at a time
 
 
@@ -73,17 +74,34 @@ def decode_image(
     Raises:
         Exception: The image cannot be decoded; the type is Pillow's choice.
     """
+    drafted = None
     with Image.open(io.BytesIO(encoded) if isinstance(encoded, bytes) else encoded, formats=_FORMATS) as image:
         if image_px is not None:
             frame_px = 2 * evaluation_frame(image_px, eval_crop)[0]
-            image.draft(image.mode, (frame_px, frame_px))  # decode a much larger JPEG at 1/2, 1/4 or 1/8
+            drafted = image.draft(image.mode, (frame_px, frame_px))  # decode a much larger JPEG at 1/2, 1/4 or 1/8
         image.load()
+        extent = _extent(image, drafted)
         ImageOps.exif_transpose(image, in_place=True)
         plain = _to_mode(image, "L" if channels == 1 else "RGB")
     if image_px is not None:
-        plain = _resize_and_crop(plain, image_px, eval_crop)
+        plain = _resize_and_crop(plain, extent, image_px, eval_crop)
     pixels = np.asarray(plain)
     return pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
+
+
+def _extent(image: Image.Image, drafted: tuple[str, Box] | None) -> Box:
+    """Return the part of a decoded image that shows the whole original, after its EXIF orientation is applied.
+
+    A JPEG decoded at a fraction of its size has up to one more column and row than that fraction of the original.
+    """
+    width, height = (0.0, 0.0, *image.size)[2:] if drafted is None else drafted[1][2:]
+    right, bottom = image.width - width, image.height - height  # what there is too much of, on these sides
+    orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    left = right if orientation in (2, 3) else bottom if orientation in (6, 7) else 0.0
+    top = bottom if orientation in (3, 4) else right if orientation in (7, 8) else 0.0
+    if orientation in (5, 6, 7, 8):
+        width, height = height, width
+    return left, top, left + width, top + height
 
 
 def _to_mode(image: Image.Image, mode: str) -> Image.Image:
@@ -101,10 +119,11 @@ def _to_mode(image: Image.Image, mode: str) -> Image.Image:
     return image.convert(mode)
 
 
-def _resize_and_crop(image: Image.Image, image_px: int, eval_crop: float) -> Image.Image:
-    """Resize the centre square only: the same pixels, without a large intermediate image for a panorama."""
-    side = min(image.size)
-    left, top = (image.width - side) / 2, (image.height - side) / 2
+def _resize_and_crop(image: Image.Image, extent: Box, image_px: int, eval_crop: float) -> Image.Image:
+    """Resize the centre square of an extent only: without a large intermediate image for a panorama."""
+    width, height = extent[2] - extent[0], extent[3] - extent[1]
+    side = min(width, height)
+    left, top = extent[0] + (width - side) / 2, extent[1] + (height - side) / 2
     resized_px, start = evaluation_frame(image_px, eval_crop)
     box = (left, top, left + side, top + side)
     square = image.resize((resized_px, resized_px), Image.Resampling.BICUBIC, box=box)

@@ -25,7 +25,7 @@ from deitkit.errors import DataError
 from deitkit.recipe.schema import DataRecipe
 from deitkit.system.process import usable_cores
 
-_FORMAT_VERSION = 2  # of a survey: raise it when decoding changes
+_FORMAT_VERSION = 3  # of a survey: raise it when decoding changes
 _MOST_MEMORY = 0.6  # share of the free memory, for decoded images
 
 
