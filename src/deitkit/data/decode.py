@@ -89,12 +89,12 @@ def decode_image(
     return pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
 
 
-def _extent(image: Image.Image, drafted: tuple[str, Box] | None) -> Box:
+def _extent(image: Image.Image, drafted: tuple[str, tuple[float | int, ...]] | None) -> Box:
     """Return the part of a decoded image that shows the whole original, after its EXIF orientation is applied.
 
     A JPEG decoded at a fraction of its size has up to one more column and row than that fraction of the original.
     """
-    width, height = (0.0, 0.0, *image.size)[2:] if drafted is None else drafted[1][2:]
+    width, height = (float(px) for px in (image.size if drafted is None else drafted[1][2:]))
     right, bottom = image.width - width, image.height - height  # what there is too much of, on these sides
     orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
     left = right if orientation in (2, 3) else bottom if orientation in (6, 7) else 0.0
