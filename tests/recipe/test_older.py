@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from deitkit.errors import RecipeError
 from deitkit.recipe.load import expand_variants, load_recipe, parse_recipe
 from deitkit.recipe.schema import Recipe
 from deitkit.run.folder import check_run
@@ -53,3 +54,40 @@ def test_the_recipe_of_every_committed_run_loads_and_resumes(path: Path) -> None
 
 def test_there_are_committed_runs() -> None:
     assert len(COMMITTED) >= 7
+
+
+def test_of_an_older_and_a_present_name_the_later_one_counts(tmp_path: Path) -> None:
+    older, present = "distillation.dkd_temperature=5", "distillation.dkd.temperature=7"
+    assert load_recipe("digits", [older, present]).distillation.dkd.temperature == 7
+    assert load_recipe("digits", [present, older]).distillation.dkd.temperature == 5
+    first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
+    first.write_text("distillation: {dkd_temperature: 5}")
+    second.write_text(f"base: {first}\ndistillation: {{dkd: {{temperature: 7}}}}")
+    assert load_recipe(str(second)).distillation.dkd.temperature == 7
+    first.write_text("distillation: {dkd: {temperature: 5}}")
+    second.write_text(f"base: {first}\ndistillation: {{dkd_temperature: 7}}")
+    assert load_recipe(str(second)).distillation.dkd.temperature == 7
+    second.write_text("distillation: {dkd_temperature: 5, dkd: {temperature: 7}}")
+    with pytest.raises(
+        RecipeError, match=r"unknown key 'distillation\.dkd_temperature': did you mean .*dkd\.temperature"
+    ):
+        load_recipe(str(second))
+
+
+def test_an_older_field_beside_a_wrong_section_is_a_mistake_of_the_recipe() -> None:
+    with pytest.raises(RecipeError, match=r"distillation\.dkd=3"):
+        parse_recipe({"distillation": {"dkd": 3, "dkd_temperature": 5}})
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["teacher.also.0.name=cifar/resnet56"], "unknown key 'teacher.also'"),
+        (["teachers=[{}, {}]", "teacher.also=[{}]"], "teacher.also=.*exclude each other"),
+        (["teachers=[{}, {}]", "teacher.name=cifar/resnet20"], "teacher.name='cifar/resnet20': .*exclude each other"),
+        (["teachers=[{}, {}]", "variants.x.teacher.also=[{}]"], "variants.x: teacher.also=.*exclude each other"),
+    ],
+)
+def test_no_older_field_is_dropped_without_a_word(overrides: list[str], words: str) -> None:
+    with pytest.raises(RecipeError, match=words):
+        load_recipe("digits", overrides)

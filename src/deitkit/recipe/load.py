@@ -13,6 +13,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from deitkit.errors import RecipeError
+from deitkit.recipe.older import RENAMED, renamed
 from deitkit.recipe.schema import BASE, Recipe
 
 # Fields that a variant must not change, and what its rows share with those of the base for that reason.
@@ -73,10 +74,12 @@ def expand_variants(recipe: Recipe) -> dict[str, Recipe]:
     expanded, problems = {BASE: base}, []
     for name, changes in recipe.variants.items():
         tree = base.model_dump() | {"name": f"{recipe.name}-{name}"}
-        for key, value in changes.items():
-            _set(tree, _path(key, value), value)
         try:
+            for key, value in changes.items():
+                _set(tree, _path(RENAMED.get(key, key), value), value)
             expanded[name] = Recipe.model_validate(tree)
+        except RecipeError as error:
+            problems.append(f"variants.{name}: {error}")
         except ValidationError as error:
             problems += [f"variants.{name}: {_sentence(dict(problem))}" for problem in error.errors()]
         else:
@@ -205,7 +208,7 @@ def _parse(source: str) -> dict[str, Any]:
         raise RecipeError(
             f"recipe '{source}' must be a mapping of field names to values, such as 'train: {{epochs: 20}}'"
         )
-    return tree
+    return renamed(tree)
 
 
 def _read_file(source: str) -> str | None:
@@ -249,6 +252,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     if not equals or not key:
         raise RecipeError(f"'{override}' is not an override: write key=value, such as train.epochs=20")
     value = _load_yaml(text, f"the value of '{override}'", "quote it")
+    key = RENAMED.get(key, key)
     # The fields of a variant stay dotted: variants, its name, the field.
     _set(tree, key.split(".", 2) if key.startswith("variants.") else _path(key, value), value)
 
@@ -262,6 +266,9 @@ def _path(key: str, value: Any) -> list[str]:
 
 def _set(tree: dict[str, Any], path: list[str], value: Any) -> None:
     *parents, last = path
+    if path[0] == "teacher" and tree.get("teachers"):
+        given = f"{'.'.join(path)}={value!r}"
+        raise RecipeError(f"{given}: teacher and teachers exclude each other: list every teacher in teachers")
     if path[0] == "teachers":  # they replace the recipe's only teacher
         tree.pop("teacher", None)
     place = tree

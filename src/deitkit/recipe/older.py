@@ -22,14 +22,25 @@ RENAMED = {
 }
 
 
-def upgraded(stored: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a recipe's tree of plain values with the present names of its fields; the argument is not changed."""
+def renamed(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a copy of a tree in which the flat settings of single losses are in the sections of these losses.
+
+    A setting stays where it is, and is refused as unknown, if its new name has a value too.
+    """
     tree: dict[str, Any] = deepcopy(dict(stored))
     for old, new in RENAMED.items():
         section, name = old.split(".")
         if isinstance(tree.get(section), dict) and name in tree[section]:
             *_, inner, field = new.split(".")
-            tree[section].setdefault(inner, {})[field] = tree[section].pop(name)
+            place = tree[section].setdefault(inner, {})
+            if isinstance(place, dict) and field not in place:
+                place[field] = tree[section].pop(name)
+    return tree
+
+
+def upgraded(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a recipe's tree of plain values with the present names of its fields; the argument is not changed."""
+    tree = renamed(stored)
     if isinstance(tree.get("speed"), dict):
         tree["speed"].pop("side_by_side", None)
     _list_teachers(tree)
@@ -48,8 +59,9 @@ def upgraded(stored: Mapping[str, Any]) -> dict[str, Any]:
 def _list_teachers(tree: dict[str, Any]) -> None:
     """Turn ``teacher.also``, a list of further teachers, into the list ``teachers``."""
     teacher = tree.get("teacher")
-    if not isinstance(teacher, dict) or "also" not in teacher:
-        return
-    also = teacher.pop("also")
-    if isinstance(also, list | tuple) and also:
+    also = teacher.get("also") if isinstance(teacher, dict) else None
+    if not isinstance(also, list | tuple) or (also and tree.get("teachers")):
+        return  # refused as an unknown key, if it is set
+    tree["teacher"].pop("also")
+    if also:
         tree["teachers"] = [tree.pop("teacher"), *also]
