@@ -190,7 +190,8 @@ def test_released_files_are_read(wrapping: str, tokens: tuple[str, ...], tmp_pat
     assert weights.architecture == Architecture(
         image_px=(PX, PX), patch_px=16, channels=3, classes=CLASSES, width=192, depth=12, heads=3, tokens=tokens
     )
-    assert (weights.class_names, weights.mean, weights.remarks) == (None, None, ())
+    chosen = ("of its parts model_ema, model, 'model_ema' is read",) if "DeiT run" in wrapping else ()
+    assert (weights.class_names, weights.mean, weights.remarks) == (None, None, chosen)
 
 
 def saved(folder: Path, model: DeiT, **card: Any) -> Path:
@@ -340,3 +341,31 @@ def test_a_stem_of_convolutions_is_read_from_our_folders_and_not_converted(tmp_p
     for convert in (to_timm, to_transformers):
         with pytest.raises(CheckpointError, match="no vision transformer with a stem of convolutions"):
             convert(dict(model.state_dict()))
+
+
+@pytest.mark.parametrize("released", [False, True], ids=["timm's names", "the released names"])
+def test_deit_iii_without_a_position_of_its_class_token_gives_timms_logits(tmp_path: Path, released: bool) -> None:
+    torch.manual_seed(0)
+    theirs = timm.models.vision_transformer.VisionTransformer(
+        img_size=32,
+        patch_size=8,
+        embed_dim=24,
+        depth=2,
+        num_heads=3,
+        num_classes=5,
+        no_embed_class=True,
+        init_values=0.1,
+    ).eval()
+    torch.nn.init.normal_(theirs.pos_embed)
+    state = theirs.state_dict()
+    if released:
+        state = {name.replace("ls1.gamma", "gamma_1").replace("ls2.gamma", "gamma_2"): v for name, v in state.items()}
+    torch.save({"model": state}, tmp_path / "deit3.pth")
+    weights = read_weights(tmp_path / "deit3.pth", heads=3)
+    assert weights.remarks == ("position embeddings: absent in the file for the class token, and zero",)
+    assert weights.architecture.image_px == (32, 32)
+    ours = weights.architecture.build()
+    ours.load_state_dict(weights.state)
+    images = torch.randn(4, 3, 32, 32)
+    with torch.inference_mode():
+        torch.testing.assert_close(ours.eval()(images).class_logits, theirs(images), rtol=1e-5, atol=1e-6)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from deitkit.errors import CheckpointError
 from deitkit.models.cnn import CifarResNet
-from deitkit.models.weights.read import file_sha256, load_into, read_state
+from deitkit.models.weights.read import file_sha256, load_into, read_checkpoint, read_state
 
 
 def small_model(classes: int = 3) -> nn.Sequential:
@@ -214,3 +214,34 @@ def test_weights_for_other_channels_name_the_field() -> None:
     other = nn.Sequential(nn.Conv2d(3, 8, 5), nn.Conv2d(8, 4, 3))
     with pytest.raises(CheckpointError, match="name the architecture of the checkpoint"):
         load_into(colour, other.state_dict(), head="head", source="weights.pth")
+
+
+PLAIN = {"conv.weight": torch.full((2, 3), 1.0), "head.bias": torch.zeros(2)}
+AVERAGED = {f"module.{name}": value + 1 for name, value in PLAIN.items()} | {"n_averaged": torch.tensor(5)}
+
+
+@pytest.mark.parametrize(
+    ("content", "first", "remarks"),
+    [
+        ({"model": PLAIN, "model_ema": AVERAGED}, 2.0, ("of its parts model_ema, model, 'model_ema' is read",)),
+        ({"state_dict": {f"model.{k}": v for k, v in PLAIN.items()} | {"criterion.weight": torch.ones(8)}}, 1.0, ()),
+        ({"state_dict": {f"net.{k}": v for k, v in PLAIN.items()}}, 1.0, ()),
+        ({"state_dict": {f"network.module.{k}": v for k, v in PLAIN.items()}, "epoch": 3}, 1.0, ()),
+        (PLAIN | {"total_ops": torch.zeros(1), "conv.total_params": torch.zeros(1)}, 1.0, ()),
+        (AVERAGED, 2.0, ()),
+        ({"loss_fn.pos_weight": torch.ones(2)} | PLAIN, 1.0, ()),
+    ],
+)
+def test_what_training_tools_wrap_and_add_is_taken_off(
+    tmp_path: Path, content: dict[str, Any], first: float, remarks: tuple[str, ...]
+) -> None:
+    torch.save(content, tmp_path / "weights.pth")
+    checkpoint = read_checkpoint(tmp_path / "weights.pth")
+    assert checkpoint.state.keys() == PLAIN.keys()
+    assert checkpoint.state["conv.weight"][0, 0] == first
+    assert checkpoint.remarks == remarks
+
+
+def test_weights_of_a_loss_alone_are_left_as_they_are(tmp_path: Path) -> None:
+    torch.save({"criterion.weight": torch.ones(8)}, tmp_path / "weights.pth")
+    assert read_checkpoint(tmp_path / "weights.pth").state.keys() == {"criterion.weight"}

@@ -15,7 +15,7 @@ from deitkit.evaluation.readouts import top_k_accuracy
 from deitkit.models.accelerate import accelerate
 from deitkit.models.classifier import Classifier
 from deitkit.models.saved import load_classifier, save_classifier
-from deitkit.models.weights.read import LoadReport, file_sha256, load_into, read_state
+from deitkit.models.weights.read import file_sha256, load_into, read_checkpoint
 from deitkit.models.zoo import BuiltClassifier, create_classifier, reset_head
 from deitkit.recipe.schema import Recipe, TeacherRecipe
 from deitkit.run.observer import Watcher
@@ -96,8 +96,10 @@ def draft_teacher(recipe: TeacherRecipe, dataset: Dataset) -> tuple[Classifier, 
     recipe, built, readout = _build(recipe, dataset)
     source, new_head, new_body = built.source, built.new_head, not recipe.pretrained
     if recipe.checkpoint is not None:
-        report = _load(built, recipe)
+        checkpoint = read_checkpoint(recipe.checkpoint)
+        report = load_into(built.model, checkpoint.state, head=built.head, source=str(recipe.checkpoint))
         source = f"{recipe.checkpoint.name} (sha256 {file_sha256(recipe.checkpoint)[:8]})"
+        source = "; ".join((source, *checkpoint.remarks))
         new_head, new_body = bool(report.mismatched or report.missing), False
     if recipe.reset_head:
         reset_head(built, dataset.classes)
@@ -146,11 +148,6 @@ def _untrained(new_head: bool, new_body: bool) -> str:
     if new_body:
         return "no weights were loaded (teacher.checkpoint is not set) and none are trained here"
     return "its classifier is new and was not trained" if new_head else ""
-
-
-def _load(built: BuiltClassifier, recipe: TeacherRecipe) -> LoadReport:
-    assert recipe.checkpoint is not None
-    return load_into(built.model, read_state(recipe.checkpoint), head=built.head, source=str(recipe.checkpoint))
 
 
 def _normalisation(

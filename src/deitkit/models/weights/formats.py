@@ -114,10 +114,36 @@ def from_any(state: Mapping[str, Tensor], source: str) -> tuple[State, list[str]
     if pooler:
         ours = {name: value for name, value in ours.items() if name not in pooler}
         lines.append("pooler: left out, since no classifier uses it")
+    # The LayerScale of DeiT III as it was released; timm has our names.
+    ours = {re.sub(r"^(blocks\.\d+)\.gamma_([12])$", r"\1.ls\2.gamma", name): value for name, value in ours.items()}
     if "dist_token" in ours and "head.weight" in ours and "head_dist.weight" not in ours:
         ours |= {f"head_dist.{part}": ours[f"head.{part}"].clone() for part in ("weight", "bias")}
         lines.append("distillation head: absent in the file, a copy of the class head")
     return ours, lines
+
+
+def with_token_positions(state: State, image_px: tuple[int, int] | None) -> tuple[State, list[str]]:
+    """Add positions of zero for tokens that have none, as in DeiT III, where patches alone have positions.
+
+    Args:
+        state: By the names of ``vit``.
+        image_px: Height and width of the images, if known; otherwise they are square.
+    """
+    tokens = [token for token in TOKENS if PARAMETERS[token][0] in state]
+    positions, patch_px = state["pos_embed"], state["patch_embed.proj.weight"].shape[-1]
+    count = positions.shape[1]
+    of_patches_alone = _is_square(count) and not _is_square(count - len(tokens))
+    if image_px is not None:
+        of_patches_alone = count == (image_px[0] // patch_px) * (image_px[1] // patch_px)
+    if not tokens or not of_patches_alone:
+        return state, []
+    zeros = positions.new_zeros(1, len(tokens), positions.shape[2])
+    line = f"position embeddings: absent in the file for the {' and the '.join(tokens)} token, and zero"
+    return state | {"pos_embed": torch.cat([zeros, positions], dim=1)}, [line]
+
+
+def _is_square(count: int) -> bool:
+    return count > 0 and math.isqrt(count) ** 2 == count
 
 
 def _from_transformers(state: Mapping[str, Tensor]) -> State:

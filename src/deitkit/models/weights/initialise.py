@@ -15,8 +15,8 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from deitkit.errors import CheckpointError
 from deitkit.models.vit import NORM_EPS, DeiT
 from deitkit.models.weights.adapt import Normalisation, Values, adapt, renormalise
-from deitkit.models.weights.formats import Architecture, State, describe, from_any
-from deitkit.models.weights.read import read_state
+from deitkit.models.weights.formats import Architecture, State, describe, from_any, with_token_positions
+from deitkit.models.weights.read import read_checkpoint
 
 _WEIGHTS_FILES = ("model.safetensors", "pytorch_model.bin")
 
@@ -68,7 +68,9 @@ def read_weights(path: Path, heads: int | None = None) -> Weights:
     """
     file = weights_file(path)
     folder = file.parent
-    state, lines = from_any(read_state(file), str(path))
+    checkpoint = read_checkpoint(file)
+    state, lines = from_any(checkpoint.state, str(path))
+    lines = [*checkpoint.remarks, *lines]
     card: dict[str, Any] = {}
     found: dict[str, Any] = {}
     if file.name in _WEIGHTS_FILES:  # a card describes these files only, not others in its folder
@@ -77,6 +79,8 @@ def read_weights(path: Path, heads: int | None = None) -> Weights:
             found = _from_card(card, folder)
         elif (folder / "config.json").is_file():
             found = _from_config(folder)
+    state, more = with_token_positions(state, found.get("image_px"))
+    lines += more
     kinds = {value.dtype for value in state.values() if value.is_floating_point()} - {torch.float32}
     lines += [
         f"precision: {str(kind).removeprefix('torch.')} in the file, converted to float32"

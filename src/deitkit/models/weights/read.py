@@ -17,8 +17,19 @@ from torch import Tensor, nn
 from deitkit.errors import CheckpointError
 
 _WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model", "net", "teacher")
-_PREFIXES = ("module.", "_orig_mod.", "model.")
+_PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "network.")
+# What training tools add to a state: losses with weights, counters of averages, and of operations (thop).
+_ADDED = ("criterion.", "loss.", "loss_fn.")
+_COUNTERS = ("n_averaged", "total_ops", "total_params")
 MOST_COMPRESSION = 10  # ratio of an archive; weights hardly compress
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint's tensors by name, and remarks on which of its parts they are."""
+
+    state: dict[str, Tensor]
+    remarks: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -32,7 +43,12 @@ class LoadReport:
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
-    """Read a checkpoint's tensors by name, without wrappers and prefixes; nothing is unpickled.
+    """Return the tensors of ``read_checkpoint``."""
+    return read_checkpoint(path).state
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Read a checkpoint's tensors by name, without wrappers, prefixes and what tools add; nothing is unpickled.
 
     Args:
         path: ``.safetensors``, or anything that ``torch.load(weights_only=True)`` reads.
@@ -54,20 +70,26 @@ def read_state(path: Path) -> dict[str, Tensor]:
         raise _damaged(path) from None
     except Exception:  # torch's reader raises many types for a damaged pickle
         raise _damaged(path) from None
+    remarks = []
     while isinstance(content, dict):
-        inner = next((content[name] for name in _WRAPPERS if isinstance(content.get(name), dict)), None)
-        if inner is None:
+        found = [name for name in _WRAPPERS if isinstance(content.get(name), dict)]
+        if not found:
             break
-        content = inner
+        if len(found) > 1:
+            remarks.append(f"of its parts {', '.join(found)}, '{found[0]}' is read")
+        content = content[found[0]]
     named = content.items() if isinstance(content, dict) else ()
     state = {name: value for name, value in named if isinstance(name, str) and isinstance(value, Tensor)}
     if any(value.nbytes > path.stat().st_size for value in state.values()):
         raise _damaged(path)  # a small file that claims a tensor larger than memory
     if not state:
         raise CheckpointError(f"checkpoint {path} contains no tensors by name: save a model's state_dict")
+    added = [name for name in state if name.startswith(_ADDED) or name.rpartition(".")[2] in _COUNTERS]
+    if len(added) < len(state):
+        state = {name: value for name, value in state.items() if name not in added}
     while prefix := next((prefix for prefix in _PREFIXES if all(name.startswith(prefix) for name in state)), None):
         state = {name.removeprefix(prefix): value for name, value in state.items()}
-    return state
+    return Checkpoint(state, tuple(remarks))
 
 
 def _refuse_bomb(path: Path) -> None:
