@@ -582,6 +582,15 @@ def test_page_without_teacher_metrics_winner_or_published(tmp_path: Path) -> Non
     assert "stopped†" in terminal(results, 80)
 
 
+@pytest.mark.parametrize(("px", "shown"), [(None, "that of the view"), (48, "48 px")])
+def test_the_resolution_of_a_teacher_is_its_own_or_the_views(tmp_path: Path, px: int | None, shown: str) -> None:
+    results = make_results()
+    results["teacher"]["image_px"] = px
+    page = Page(write_report(make_folder(tmp_path, results, []))[-1].read_text(encoding="utf-8"))
+    assert shown in page.text
+    assert "None px" not in page.text
+
+
 def test_numbers_that_are_not_finite_become_gaps(tmp_path: Path) -> None:
     metrics = make_metrics()
     metrics[5]["train_loss"] = metrics[7]["validation"]["class"] = math.nan
