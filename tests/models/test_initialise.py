@@ -168,6 +168,7 @@ def test_shapes_tell_the_architecture(size: str, tokens: tuple[str, ...]) -> Non
     assert told == Architecture.of(ours)
 
 
+HEADS = "attention heads: absent in the file, 3 assumed, one per 64 of the width (model.heads)"
 RELEASES: dict[str, Callable[[dict[str, Tensor]], Any]] = {
     "model, as the released DeiT": lambda state: {"model": state},
     "model with arguments, as a DeiT run": lambda state: {
@@ -191,7 +192,7 @@ def test_released_files_are_read(wrapping: str, tokens: tuple[str, ...], tmp_pat
         image_px=(PX, PX), patch_px=16, channels=3, classes=CLASSES, width=192, depth=12, heads=3, tokens=tokens
     )
     chosen = ("of its parts model_ema, model, 'model_ema' is read",) if "DeiT run" in wrapping else ()
-    assert (weights.class_names, weights.mean, weights.remarks) == (None, None, chosen)
+    assert (weights.class_names, weights.mean, weights.remarks) == (None, None, (*chosen, HEADS))
 
 
 def saved(folder: Path, model: DeiT, **card: Any) -> Path:
@@ -217,7 +218,7 @@ def test_half_precision_becomes_float32_and_is_told(tmp_path: Path) -> None:
     state = {name: value.half() for name, value in student(("class",), depth=1).state_dict().items()}
     save_file(state, tmp_path / "weights.safetensors")
     weights = read_weights(tmp_path / "weights.safetensors")
-    assert weights.remarks == ("precision: float16 in the file, converted to float32",)
+    assert weights.remarks == ("precision: float16 in the file, converted to float32", HEADS)
     same(weights.state, {name: value.float() for name, value in state.items()})
 
 

@@ -15,7 +15,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from deitkit.errors import CheckpointError
 from deitkit.models.vit import NORM_EPS, DeiT
 from deitkit.models.weights.adapt import Normalisation, Values, adapt, renormalise
-from deitkit.models.weights.formats import Architecture, State, describe, from_any, with_token_positions
+from deitkit.models.weights.formats import HEAD_WIDTH, Architecture, State, describe, from_any, with_token_positions
 from deitkit.models.weights.read import read_checkpoint
 
 _WEIGHTS_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -87,6 +87,11 @@ def read_weights(path: Path, heads: int | None = None) -> Weights:
         for kind in sorted(kinds, key=str)
     ]
     architecture = describe(state, source=str(path), heads=found.get("heads") or heads, image_px=found.get("image_px"))
+    if heads is None and not found.get("heads"):
+        count = architecture.heads
+        lines.append(
+            f"attention heads: absent in the file, {count} assumed, one per {HEAD_WIDTH} of the width (--heads)"
+        )
     names = tuple(found["class_names"]) if found.get("class_names") else None
     mean, std = (tuple(map(float, found[key])) if found.get(key) else None for key in ("mean", "std"))
     state = {name: value.float() for name, value in state.items()}
