@@ -90,7 +90,7 @@ def read_weights(path: Path, heads: int | None = None) -> Weights:
     if heads is None and not found.get("heads"):
         count = architecture.heads
         lines.append(
-            f"attention heads: absent in the file, {count} assumed, one per {HEAD_WIDTH} of the width (--heads)"
+            f"attention heads: absent in the file, {count} assumed, one per {HEAD_WIDTH} of the width (model.heads)"
         )
     names = tuple(found["class_names"]) if found.get("class_names") else None
     mean, std = (tuple(map(float, found[key])) if found.get(key) else None for key in ("mean", "std"))
