@@ -6,6 +6,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -18,7 +20,7 @@ from deitkit.cli import main as cli
 from deitkit.cli.progress import Terminal
 from deitkit.data.dataset import Dataset
 from deitkit.distillation.methods import METHODS
-from deitkit.errors import CheckpointError
+from deitkit.errors import CheckpointError, Interrupted
 from deitkit.models.classifier import Classifier
 from deitkit.models.vit import DeiT
 from deitkit.recipe.schema import TrainRecipe
@@ -131,9 +133,10 @@ def test_a_run_that_wrote_nothing_leaves_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_before_training_ends_the_command_at_once(number: int, code: int, tmp_path: Path) -> None:
     script = "import deitkit.comparison.compare, time\nfrom deitkit.cli.main import main\n"
-    script += (
-        "deitkit.comparison.compare.load_dataset = lambda *_: (print('loading', flush=True), time.sleep(60))\nmain()"
-    )
+    script += "def load(*_):\n    print('loading', flush=True)\n"
+    # Sixty seconds in short sleeps: a signal that arrives just before a sleep is handled only after it.
+    script += "    for _ in range(600): time.sleep(0.1)\n"
+    script += "deitkit.comparison.compare.load_dataset = load\nmain()"
     command = [sys.executable, "-c", script, "compare", "digits", "--json", "--out", str(tmp_path / "run")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -145,6 +148,30 @@ def test_a_signal_before_training_ends_the_command_at_once(number: int, code: in
     assert process.returncode == code
     assert "--resume continues" in errors
     assert "Traceback" not in errors
+
+
+@pytest.mark.parametrize(
+    "go_on",
+    [
+        lambda terminal: terminal.say("a stage"),
+        lambda terminal: terminal.reading("digits", 1, 2),
+        lambda terminal: terminal.defer_interrupts().__enter__(),
+    ],
+    ids=["say", "reading", "training"],
+)
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_whose_exception_was_swallowed_ends_the_command_at_its_next_stage(
+    number: int, code: int, go_on: Callable[[Terminal], object]
+) -> None:
+    def run() -> None:
+        with Terminal(Console(file=io.StringIO())) as terminal:
+            with suppress(Interrupted):  # as Python does in a finaliser, and a library with a bare except
+                signal.raise_signal(number)
+            go_on(terminal)
+
+    with pytest.raises(Interrupted) as stop:
+        run()
+    assert stop.value.exit_code == code
 
 
 def test_a_worker_that_died_is_one_sentence(

@@ -81,12 +81,17 @@ class Terminal:
     @contextmanager
     def defer_interrupts(self) -> Iterator[None]:
         """Defer a request to stop until the context ends; inside it, ``should_stop`` reports the request."""
+        self._raise_if_stopped()
         self._deferring = True
         try:
             yield
         finally:
             self._deferring = False
-        if self._stop is not None:
+        self._raise_if_stopped()
+
+    def _raise_if_stopped(self) -> None:
+        """Raise what the signal handler raised, in case it was swallowed: Python ignores exceptions in finalisers."""
+        if self._stop is not None and not self._deferring:
             raise Interrupted(self._stopped)
 
     def should_stop(self) -> bool:
@@ -95,6 +100,7 @@ class Terminal:
 
     def say(self, text: str) -> None:
         """Print a line."""
+        self._raise_if_stopped()
         self._end_live()
         self._line(text)
 
@@ -104,6 +110,7 @@ class Terminal:
 
     def reading(self, what: str, done: int, total: int) -> None:
         """Show on a terminal how much of the data has been read."""
+        self._raise_if_stopped()
         if not self.console.is_terminal:
             return
         if self._title != what:
