@@ -51,6 +51,14 @@ def test_a_peer_that_cannot_run_says_why() -> None:
     assert "num_workers option should be non-negative" in result["problems"]["the paper's loop"]
 
 
+def test_the_gates_simulation_refuses_no_right_teacher_and_finds_a_swap(capsys: pytest.CaptureFixture[str]) -> None:
+    script("gate").main(["--draws", "20", "--sizes", "24", "300"])
+    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
+    shares = {title: [float(share.removesuffix(" %")) for share in found] for title, *found in rows}
+    assert all(max(found) <= 5 for title, found in shares.items() if title.startswith("right"))  # 1 of 20 draws
+    assert min(shares["2 of 10 classes swapped, 95 %"][1:]) == 100
+
+
 def test_augmentation_is_timed_beside_torchvisions(tmp_path: Path) -> None:
     path = tmp_path / "augmentation.json"
     script("augmentation").main(

@@ -1,12 +1,15 @@
 """Fine-tuning: what a checkpoint decides, that students start from it, and its own row beside theirs."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from scipy import stats
 from timm.models.vision_transformer import VisionTransformer
 
@@ -15,6 +18,7 @@ from deitkit.comparison.ablation import compare_variants
 from deitkit.comparison.compare import compare
 from deitkit.comparison.finetune import start_from
 from deitkit.data.dataset import load_dataset
+from deitkit.data.duplicates import share_in_sketch, sketch
 from deitkit.errors import CheckpointError, RecipeError
 from deitkit.evaluation.apply import evaluate_model
 from deitkit.models.classifier import Classifier
@@ -191,7 +195,6 @@ def test_contradictions_are_one_sentence(plain: Path, tmp_path: Path) -> None:
         (("model.width=32",), ("model.width=32 in the recipe", "model.width=16 model.depth=2 model.heads=2")),
         (("model.name=deit_tiny",), ("model.depth=12", "model.heads=3", "leave them all out")),
         (("model.checkpoint=elsewhere",), ("model.checkpoint=elsewhere", str(plain))),
-        (("data.split_seed=7",), ("tested on its training images", "data.split_seed=0", "data.test_fraction=0.4")),
     ):
         with pytest.raises(RecipeError) as caught:
             start_from(recipe_of(tmp_path, *overrides), plain)
@@ -205,6 +208,62 @@ def test_contradictions_are_one_sentence(plain: Path, tmp_path: Path) -> None:
     save_classifier(tmp_path / "cnn", cnn, {"architecture": "cifar/resnet20", "class_names": []})
     with pytest.raises(CheckpointError, match="vision transformer"):
         start_from(recipe_of(tmp_path), tmp_path / "cnn")
+
+
+@pytest.mark.usefixtures("without_report")
+def test_training_images_of_the_checkpoint_are_no_test_images(plain: Path, tmp_path: Path) -> None:
+    told = r"(\d\d) % of the test images of digits are training images of .*data.split_seed=0 data.test_fraction=0.4"
+    for px in (8, 12):
+        with pytest.raises(RecipeError, match=told):
+            finetune(plain, tmp_path, "data.split_seed=7", f"data.image_px={px}")
+    assert not (tmp_path / "tuned").exists()
+    older = tmp_path / "older"
+    shutil.copytree(plain / "winner", older)
+    card = json.loads((older / "model.json").read_text())
+    (older / "model.json").write_text(json.dumps({key: card[key] for key in card if key != "trained_on"}))
+    with pytest.raises(RecipeError, match=r"tested on its training images.*|data.split_seed=0 data.test_fraction=0.4"):
+        start_from(recipe_of(tmp_path, "data.split_seed=7"), older)
+
+
+@pytest.mark.usefixtures("without_report")
+def test_the_same_images_are_recognised_wherever_they_lie(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    for name, level in (("dark", 40), ("light", 200)):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for number in range(30):
+            pixels = (level + generator.integers(0, 40, (8, 8, 3))).astype(np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "photos" / name / f"{number}.png")
+    shutil.copytree(tmp_path / "photos", tmp_path / "copy")
+    for number, path in enumerate(sorted((tmp_path / "copy").rglob("*.png"))):
+        path.rename(path.with_name(f"renamed-{number * 7 % 60:02}.png"))
+    (tmp_path / "link").symlink_to(tmp_path / "photos")
+    fields = ("methods=[none]", "data.image_px=8", "data.test_fraction=0.4", "data.train_images=30", "data.test_images=null")
+    photos = f"data.name=folder:{tmp_path / 'photos'}"
+    compare(load_recipe("digits", [*TINY, *fields, photos]), tmp_path / "run", watcher=Silent())
+    for spelt in (f"{tmp_path}/photos/../photos", str(tmp_path / "link"), str(tmp_path / "copy")):
+        with pytest.raises(RecipeError, match=r"of the test images of folder:.* are training images of"):
+            finetune(tmp_path / "run", tmp_path, *fields, f"data.name=folder:{spelt}", "data.split_seed=3")
+    again = f"data.name=folder:{tmp_path / 'link'}"
+    rows, _ = finetune(tmp_path / "run", tmp_path, *fields, again, "train.epochs=1")
+    assert "before/class" in rows
+    measured = evaluate_model(tmp_path / "run" / "winner", f"folder:{tmp_path / 'link'}")
+    assert measured["trained_on"] == 0
+
+
+def test_a_sketch_estimates_the_share_of_trained_images() -> None:
+    generator = torch.Generator().manual_seed(0)
+    hashes = torch.randint(-(2**63), 2**63 - 1, (20_000,), generator=generator)
+    train, new = hashes[:10_000], hashes[10_000:]
+    text = sketch(train)
+    assert len(text) == 2732
+    assert share_in_sketch(new, text) == 0
+    assert share_in_sketch(train, text) == 1
+    half = torch.cat([train[:2_000], new[:2_000]])
+    assert share_in_sketch(half, text) == pytest.approx(0.5, abs=0.15)
+    assert share_in_sketch(new, sketch(train[:100])) == 0
+    assert share_in_sketch(torch.cat([train[:3], new[:1]]), sketch(train[:100])) == 0.75
+    for damaged in ("", "no base64!", "AAAA"):
+        assert share_in_sketch(new, damaged) == 0
 
 
 def test_an_ablation_of_a_fine_tuning_compares_its_students(plain: Path, tmp_path: Path, without_report: None) -> None:

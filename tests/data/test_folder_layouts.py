@@ -7,6 +7,7 @@ from PIL import Image, features
 
 from deitkit.data.dataset import load_dataset
 from deitkit.data.sources.folders import list_folder
+from deitkit.errors import DataError
 from deitkit.recipe.schema import DataRecipe
 
 
@@ -31,6 +32,18 @@ def test_splits_are_found_in_their_common_spellings(tmp_path: Path, train: str, 
                 draw(tmp_path / split / name / f"{number}.png")
     assert sizes(tmp_path) == (10, 4)
     assert list_folder(tmp_path).remarks == ()
+
+
+def test_class_names_are_compared_after_unicode_normalisation(tmp_path: Path) -> None:
+    composed, decomposed = "caf\u00e9", "cafe\u0301"  # as most systems and as macOS write it
+    for place in (f"train/{composed}", "train/tea", f"test/{decomposed}", "test/tea"):
+        draw(tmp_path / place / "0.png")
+    listing = list_folder(tmp_path)
+    assert listing.class_names == (composed, "tea")
+    assert listing.labels.tolist() == [0, 1, 0, 1]
+    draw(tmp_path / f"train/{decomposed}" / "0.png")
+    with pytest.raises(DataError, match="two folders 'caf\u00e9', in two Unicode forms: merge them"):
+        list_folder(tmp_path)
 
 
 def test_images_in_subfolders_of_a_class_are_read(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from deitkit.cli.console import console, plain, print_json
+from deitkit.cli.console import console, plain, print_json, say
 from deitkit.cli.options import Json, ModelArgument
 
 
@@ -30,6 +30,8 @@ def evaluate(
         top5 = "" if row["top5"] is None else f"{100 * row['top5']:.2f}"
         table.add_row(row["readout"], f"{100 * row['top1']:.2f}", f"{100 * low:.2f} to {100 * high:.2f}", top5)
     console.print(table)
+    if result["trained_on"] > 0:
+        say(f"about {100 * result['trained_on']:.1f} % of these images are training images of this model")
 
 
 def predict(

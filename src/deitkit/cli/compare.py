@@ -123,7 +123,9 @@ def _print_cards(cards: list["TeacherCard"], folder: Path) -> None:
     for number, card in enumerate(cards, start=1):
         table = Table(box=None, show_header=False)
         for key, value in _facts(card).items():
-            table.add_row(key, f"{100 * value:.2f} %" if key in ("top1", "chance") else str(value))
+            if value is not None:
+                shares = ("top1", "chance", "own_px_top1", "view_px_top1")
+                table.add_row(key, f"{100 * value:.2f} %" if key in shares else str(value))
         console.print(table)
         home = folder / ("teacher" if number == 1 else f"teacher-{number}")
         say(f"teacher in {home}: use it with teacher.name={home}")

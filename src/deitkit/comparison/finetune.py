@@ -13,6 +13,7 @@ from torch import Tensor
 
 from deitkit.comparison.rows import Predictions, RowKey, Summary, p_in_words, paired_over_seeds
 from deitkit.data.dataset import Dataset, load_test
+from deitkit.data.duplicates import share_in_sketch
 from deitkit.distillation.methods import METHODS
 from deitkit.errors import RecipeError
 from deitkit.evaluation.predict import predict
@@ -26,6 +27,7 @@ from deitkit.run.observer import Watcher
 from deitkit.run.results import Difference, Row, difference_fields
 from deitkit.system.device import Precision
 
+MOST_SEEN = 0.05  # share of test images that may be training images of the checkpoint; photographs repeat
 BEFORE = "before"  # the method of the checkpoint's row
 ADAPTABLE = ("patch_px", "layer_scale")  # of the architecture, what weights can be made to fit
 
@@ -76,8 +78,9 @@ def _named(model: ModelRecipe) -> dict[str, Any]:
 
 
 def _check_division(data: DataRecipe, weights: Weights) -> None:
-    """Raise RecipeError if the split of the data differs from that of the checkpoint's training."""
-    division = weights.card.get("split", {}) if weights.card.get("dataset") == data.name else {}
+    """Raise RecipeError if a card without a sketch of its images names this data set with another split."""
+    known = "trained_on" not in weights.card and weights.card.get("dataset") == data.name
+    division = weights.card.get("split", {}) if known else {}
     if any(getattr(data, field) != value for field, value in division.items()):
         shown = " ".join(f"data.{field}={value}" for field, value in division.items())
         raise RecipeError(
@@ -123,16 +126,31 @@ def measure_checkpoint(
         return StartingPoint(None, "", parameters, card.get("method"), note)
     px = found.image_px[0]
     own = {"image_px": px, "channels": found.channels, "eval_crop": card.get("eval_crop", recipe.data.eval_crop)}
-    test, _ = load_test(recipe.data.model_copy(update=own), watcher.reading)
+    test, hashes = load_test(recipe.data.model_copy(update=own), watcher.reading)
     assert torch.equal(test.labels, dataset.test.labels.cpu()), "both are the same images in the same order"
+    seen = _share_seen(hashes, dataset, weights)
+    if seen > MOST_SEEN:
+        split = " ".join(f"data.{field}={value}" for field, value in card.get("split", {}).items())
+        raise RecipeError(
+            f"about {100 * seen:.0f} % of the test images of {dataset.name} are training images of "
+            f"{recipe.model.checkpoint}: divide the data as for its training ({split}), or test on other images"
+        )
     scores = readout_scores(predict(_build(weights).to(precision.device), test, precision))
     readout = card.get("readout") or default_readout(list(scores))
     note = f"{BEFORE}: {recipe.model.checkpoint} as it was before fine-tuning, at {px} px"
+    if seen > 0:
+        note += f"; about {100 * seen:.1f} % of the test images are its training images"
     if weights.class_names is None:
         note += "; nothing names its classes, which are taken to be those of the data"
     top1 = top_k_accuracy(scores[readout], dataset.test.labels.cpu())
     watcher.say(f"before fine-tuning: {100 * top1:.2f} % on the test images at {px} px ({readout})")
     return StartingPoint(scores[readout], readout, parameters, card.get("method"), f"{note}.")
+
+
+def _share_seen(hashes: Tensor, dataset: Dataset, weights: Weights) -> float:
+    """Estimate which share of test images the checkpoint was trained on; those that this run trains on do not count."""
+    of_this_run = torch.isin(dataset.test_hashes, dataset.train_hashes)
+    return share_in_sketch(hashes[~of_this_run], str(weights.card.get("trained_on", "")))
 
 
 def _obstacle(weights: Weights, dataset: Dataset) -> str | None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from deitkit.comparison.rows import StudentPredictions
 from deitkit.data.dataset import Dataset
+from deitkit.data.duplicates import sketch
 from deitkit.evaluation.predict import predict_all
 from deitkit.evaluation.readouts import readout_scores
 from deitkit.models.classifier import Classifier
@@ -232,6 +233,7 @@ def _student_card(recipe: Recipe, dataset: Dataset, student: Student, seed: int)
         "input_px": list(dataset.image_px),
         "eval_crop": recipe.data.eval_crop,
         "split": {"split_seed": recipe.data.split_seed, "test_fraction": recipe.data.test_fraction},
+        "trained_on": sketch(dataset.train_hashes),
     }
     if student.name == BASELINE:
         card["architecture"] = baseline_architecture(recipe)

@@ -6,6 +6,7 @@ The layout of each kind of source belongs in ``sources``; batches and augmentati
 import difflib
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -48,6 +49,8 @@ class Dataset:
             the names, sizes and times of their files instead.
         duplicates: Test images that are also training images.
         remarks: What was assumed or left out while the data set was listed, as sentences without a full stop.
+        train_hashes: Pixel hash of each training image.
+        test_hashes: Pixel hash of each test image.
     """
 
     name: str
@@ -61,6 +64,8 @@ class Dataset:
     fingerprint: str
     duplicates: Duplicates = field(default_factory=Duplicates)
     remarks: tuple[str, ...] = ()
+    train_hashes: Int64[Tensor, " train"] = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+    test_hashes: Int64[Tensor, " test"] = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
 
     @property
     def classes(self) -> int:
@@ -117,16 +122,36 @@ def load_dataset(recipe: DataRecipe, progress: Progress | None = None) -> Datase
         fingerprint=_fingerprint(splits, listing.class_names, found.key if isinstance(found, Survey) else None),
         duplicates=_duplicates(listing, (places[0], places[2]), find_duplicates(hashes[0], hashes[2])),
         remarks=listing.remarks,
+        train_hashes=hashes[0],
+        test_hashes=hashes[2],
     )
 
 
-def load_test(recipe: DataRecipe, progress: Progress | None = None) -> tuple[Split, tuple[str, ...]]:
-    """Load only the test images of ``load_dataset``, and the names of the classes."""
+def load_test(recipe: DataRecipe, progress: Progress | None = None) -> tuple[Split, Int64[Tensor, " n"]]:
+    """Load only the test images of ``load_dataset``, and their pixel hashes."""
     listing, indices = _plan(recipe, progress)
     found = _read(listing, indices.test, 0, recipe, progress)
     split = Split(found.images, listing.labels[indices.test[found.kept]])
     _require_all_classes({"test": split}, listing, recipe)
-    return split, listing.class_names
+    return split, found.hashes[found.kept]
+
+
+def load_validation_at(recipe: DataRecipe, sizes: Sequence[int], count: int) -> list[Split]:
+    """Load the same ``count`` validation images, drawn at random but always the same, at several resolutions.
+
+    Args:
+        recipe: The data set and its splits.
+        sizes: Sides in px, instead of ``recipe.image_px``.
+        count: At most this many images.
+    """
+    listing, indices = _plan(recipe, None)
+    shuffled = torch.randperm(len(indices.validation), generator=torch.Generator().manual_seed(0))
+    some = indices.validation[shuffled[:count].sort().values]
+    splits = []
+    for image_px in sizes:
+        found = _read(listing, some, 0, recipe.model_copy(update={"image_px": image_px}), None)
+        splits.append(Split(found.images, listing.labels[some[found.kept]]))
+    return splits
 
 
 def _plan(recipe: DataRecipe, progress: Progress | None) -> tuple[Listing, SplitIndices]:

@@ -1,8 +1,11 @@
 """Finding test images that are also training images, by their pixels, as in some self-made sets and in CIFAR-100.
 
-Duplicates are reported, never removed: the owner of the data set decides its splits.
+Duplicates are reported, never removed: the owner of the data set decides its splits. A model's card keeps a sketch of
+its training images, so that the same can be found for data that it meets later, wherever they lie.
 """
 
+import base64
+import binascii
 from dataclasses import dataclass
 from hashlib import blake2b
 
@@ -12,6 +15,7 @@ from jaxtyping import Int64, UInt8
 from torch import Tensor
 
 MOST_EXAMPLES = 5
+SKETCHED = 256
 
 
 @dataclass(frozen=True)
@@ -50,3 +54,26 @@ def find_duplicates(train: Int64[Tensor, " train"], test: Int64[Tensor, " test"]
     nearest = torch.searchsorted(ordered, test).clamp(max=len(train) - 1)
     found = (ordered[nearest] == test).nonzero().flatten()
     return torch.stack([found, places[nearest[found]]], dim=1)
+
+
+def sketch(train: Int64[Tensor, " train"]) -> str:
+    """Return the smallest 256 hashes of training images, as text: a random sample of the images, whatever their order.
+
+    Source: bottom-k sketches (Broder 1997; Cohen and Kaplan 2007).
+    """
+    return base64.b64encode(train.unique()[:SKETCHED].numpy().tobytes()).decode()
+
+
+def share_in_sketch(test: Int64[Tensor, " test"], text: str) -> float:
+    """Estimate which share of test images are among the training images of a sketch; exact for up to 256 of those.
+
+    Only test images whose hash would be in the sketch, if they were training images, are counted. A text that is not a
+    sketch gives 0.
+    """
+    try:
+        sketched = torch.from_numpy(np.frombuffer(base64.b64decode(text, validate=True), np.int64).copy())
+    except (binascii.Error, ValueError):
+        return 0.0
+    if len(sketched) >= SKETCHED:
+        test = test[test <= sketched[-1]]
+    return torch.isin(test, sketched).double().mean().item() if len(test) else 0.0

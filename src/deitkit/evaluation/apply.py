@@ -9,6 +9,7 @@ from torch import Tensor
 
 from deitkit.data.dataset import Split, load_dataset
 from deitkit.data.decode import SUFFIXES, decode_image, strict_pillow
+from deitkit.data.duplicates import share_in_sketch
 from deitkit.data.listing import writable
 from deitkit.data.sources.folders import image_files
 from deitkit.errors import DataError, RecipeError
@@ -38,6 +39,10 @@ def _eval_crop(card: dict[str, Any]) -> float:
 def evaluate_model(folder: Path, data: str, root: Path | None = None) -> dict[str, Any]:
     """Measure a saved model on the test images of a data set.
 
+    Returns:
+        ``model``, ``dataset``, ``n``, ``trained_on`` (the estimated share of test images that the model was trained on)
+        and ``readouts``, each with its accuracies as fractions.
+
     Raises:
         DataError: The classes of the data set differ from the model's.
     """
@@ -59,7 +64,8 @@ def evaluate_model(folder: Path, data: str, root: Path | None = None) -> dict[st
         hits = int(top_k_hits(values, labels).sum())
         top5 = top_k_accuracy(values, labels, 5) if dataset.classes > 5 else None
         rows.append({"readout": readout, "top1": hits / n, "top1_ci95": wilson_interval(hits, n), "top5": top5})
-    return {"model": str(folder), "dataset": dataset.name, "n": n, "readouts": rows}
+    seen = share_in_sketch(dataset.test_hashes, str(card.get("trained_on", "")))
+    return {"model": str(folder), "dataset": dataset.name, "n": n, "trained_on": seen, "readouts": rows}
 
 
 def predict_files(folder: Path, paths: list[Path], *, readout: str | None = None, top: int = 3) -> list[dict[str, Any]]:

@@ -39,6 +39,16 @@ def mcnemar_p(hits: Bool[Tensor, " n"], other: Bool[Tensor, " n"]) -> float:
     return float(stats.binomtest(only_first, only_first + only_second).pvalue)
 
 
+def sign_test_p(better: int, worse: int) -> float:
+    """Return the exact one-sided p value that images which only one of two classifiers gets right favour the first.
+
+    Args:
+        better: Images that only the first classifies correctly.
+        worse: Images that only the second classifies correctly.
+    """
+    return float(stats.binom.sf(better - 1, better + worse, 0.5))
+
+
 def paired_difference(hits: Sequence[Bool[Tensor, " n"]], other: Sequence[Bool[Tensor, " n"]]) -> Difference:
     """Compare two rows with the same training seeds and the same test images.
 

@@ -10,6 +10,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from deitkit import __version__
+from deitkit.data.listing import writable
 from deitkit.errors import CheckpointError
 from deitkit.models.classifier import Classifier
 from deitkit.models.vit import DeiT
@@ -68,7 +69,7 @@ def read_card(folder: Path) -> dict[str, Any]:
     wrong = [name for name, kind in CARD.items() if name not in card or not isinstance(card[name], kind)]
     if wrong:
         raise _wrong_card(folder, f"see {', '.join(wrong)}")
-    return card
+    return card | {"class_names": [writable(str(name)) for name in card["class_names"]]}
 
 
 def _format_of(card: Any) -> Any:

@@ -95,6 +95,19 @@ def reset_head(built: BuiltClassifier, classes: int) -> None:
     built.model.set_submodule(built.head, new)
 
 
+def reverse_channels(model: nn.Module) -> bool:
+    """Turn a model of red, green, blue into one of blue, green, red, or back, by its first convolution, in place.
+
+    Returns:
+        Whether it has a convolution of three channels.
+    """
+    for layer in model.modules():
+        if isinstance(layer, nn.Conv2d) and layer.in_channels == 3 and layer.groups == 1:
+            layer.weight.data = layer.weight.data.flip(1)
+            return True
+    return False
+
+
 def names() -> list[str]:
     """Return every name that ``create_classifier`` accepts, without timm's tags of weights."""
     return [

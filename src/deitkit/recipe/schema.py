@@ -223,6 +223,7 @@ class TeacherRecipe(Section):
     )
     mean: Colour | None = Field(None, description="Normalisation of the teacher, per channel, of values in [0, 1].")
     std: Colour | None = Field(None, description="Normalisation of the teacher, per channel, of values in [0, 1].")
+    channel_order: Literal["rgb", "bgr"] = Field("rgb", description="Of the images its weights were trained on.")
     train: TeacherTrainRecipe = TeacherTrainRecipe()
     augment: AugmentRecipe = AugmentRecipe()
     all_images: bool = Field(

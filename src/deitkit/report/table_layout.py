@@ -11,7 +11,7 @@ from deitkit.report.published import (
     published_by_row,
     published_only,
 )
-from deitkit.run.results import Difference, PublishedFigure, Results, Row, TeacherCard, VariantRow
+from deitkit.run.results import FIT_TO_TEACH, Difference, PublishedFigure, Results, Row, TeacherCard, VariantRow
 
 Number = int | float  # JSON writes a whole number as an int
 
@@ -244,7 +244,7 @@ def _footnotes(results: Results) -> list[str]:
     if len({(row.method, row.readout) for row in rows}) > len({row.method for row in rows}):
         notes.append("Rows of one method are one trained student, read out through one head or both.")
     notes += stopped_notes(rows)
-    notes += [f"teacher: {teacher.verdict}." for teacher in results.teachers if teacher.weak]
+    notes += [f"teacher: {teacher.verdict}." for teacher in results.teachers if teacher.verdict != FIT_TO_TEACH]
     return notes + list(results.notes) + _published_notes(results)
 
 

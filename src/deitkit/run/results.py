@@ -146,6 +146,9 @@ class VariantRow(Row):
     p_vs_base_test: str | None
 
 
+FIT_TO_TEACH = "fit to teach"  # the verdict of the gate on a teacher that passed every test
+
+
 class TeacherCard(Record):
     """Facts about a teacher.
 
@@ -165,6 +168,8 @@ class TeacherCard(Record):
         readout: Of a student as teacher; None for a CNN, which has one head.
         sha256: Of its weights in the run folder.
         test_top1: Accuracy on the test images; None before they were predicted.
+        own_px_top1: Accuracy on some validation images decoded at ``image_px``; None unless views are smaller.
+        view_px_top1: Accuracy on the views of the same images.
     """
 
     name: str
@@ -182,6 +187,8 @@ class TeacherCard(Record):
     readout: str | None = None
     sha256: str | None = None
     test_top1: float | None = None
+    own_px_top1: float | None = None
+    view_px_top1: float | None = None
 
 
 class DuplicateImages(Record):

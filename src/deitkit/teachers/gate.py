@@ -1,22 +1,76 @@
 """The gate: it measures a teacher before distillation, and refuses a bad one with the likely cause."""
 
+import math
+from enum import Enum
+
+import numpy as np
 import torch
 from scipy import stats
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from deitkit.data.dataset import Dataset, Split
+from deitkit.data.dataset import Dataset
+from deitkit.data.split import Split
 from deitkit.errors import TeacherError
 from deitkit.evaluation.predict import predict
 from deitkit.evaluation.readouts import top_k_hits
 from deitkit.models.classifier import Classifier
 from deitkit.recipe.schema import TeacherRecipe
-from deitkit.run.results import TeacherCard
+from deitkit.run.results import FIT_TO_TEACH, TeacherCard
 from deitkit.system.device import Precision
+from deitkit.teachers.alternatives import Alternative, better_alternative
 
-IMAGENET_NORMALISATION = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-# A gain in accuracy by another normalisation or order of classes that indicates a wrong one.
-SUSPICIOUS_GAIN = 0.05
+ALPHA = 0.01  # level of the test against chance
+# Level of the test whether a teacher is useless: with those of its alternatives below 1 of 100.
+ALPHA_USELESS = 0.003
+# A useful teacher is right in at least this share of the images that the most frequent class leaves over.
+USEFUL = 0.2
+# A teacher that was not trained here is also tested on training images, up to this number in total.
+EVIDENCE = 1000
+# Fewer images per class cannot show that two classes are swapped, however good the teacher is.
+FEWEST_PER_CLASS = 5
+MOST_NEEDED = 20_000  # no suggestion asks for more validation images
+
+
+class Finding(Enum):
+    """What images tell of a teacher's accuracy."""
+
+    ABOVE_CHANCE = "above chance"
+    USELESS = "useless"
+    UNDECIDED = "undecided"
+
+
+def compare_with_chance(hits: int, n: int, chance: float) -> Finding:
+    """Return whether ``hits`` of ``n`` images are significantly more than chance, else less than a useful teacher's.
+
+    Both tests are one-sided and binomial: a useful teacher is called useless in at most 3 of 1,000 cases at any n. Few
+    images decide neither.
+    """
+    if stats.binom.sf(hits - 1, n, min(chance, 1.0)) <= ALPHA:
+        return Finding.ABOVE_CHANCE
+    return Finding.USELESS if stats.binom.cdf(hits, n, _useful(chance)) <= ALPHA_USELESS else Finding.UNDECIDED
+
+
+def _useful(chance: float) -> float:
+    return chance + USEFUL * (1 - chance)
+
+
+def doubt(dataset: Dataset) -> str | None:
+    """Return a sentence if the validation images are too few to tell a barely useful teacher from chance, else None."""
+    labels = dataset.validation.labels
+    n, chance = len(labels), _chance(labels, dataset.classes)
+    sizes = np.arange(1, MOST_NEEDED)
+    least = stats.binom.isf(ALPHA, sizes, chance) + 1  # hits that are significantly above chance
+    enough = sizes[least <= _useful(chance) * sizes]
+    if len(enough) and n >= enough[0]:
+        return None
+    text = f"{n} validation images cannot tell a teacher from chance ({100 * chance:.1f} %)"
+    if least[n - 1] <= n:
+        text += f" below {100 * least[n - 1] / n:.0f} %"
+    share = enough[0] / (n + len(dataset.train)) if len(enough) else 1.0
+    if share > 0.5:
+        return f"{text}: add images, or judge the teacher by its test accuracy in the table"
+    share = math.ceil(20 * share) / 20
+    return f"{text}: set data.validation_fraction={share:g} for about {enough[0]} images, if that matters"
 
 
 def gate(
@@ -24,9 +78,10 @@ def gate(
 ) -> TeacherCard:
     """Measure the teacher on the validation images, with the normalisation and resolution of distillation.
 
-    Refuse it if its accuracy is not significantly above chance (one-sided binomial test against the most frequent class
-    at p = 0.001), if it is below ``teacher.min_top1``, or if another normalisation or another order of its classes
-    would make it much better. Under ``teacher.allow_weak``, mark it as weak instead.
+    Refuse it if it was never trained, if its accuracy is useless and not above chance (see ``compare_with_chance``), if
+    it is below ``teacher.min_top1``, or if it was not trained here and another normalisation, order of classes or order
+    of channels is significantly better (see ``alternatives``). A teacher that was not trained here is tested on
+    training images too, where validation images are few. Under ``teacher.allow_weak``, mark it as weak instead.
 
     Raises:
         TeacherError: The teacher is refused; the message has the likely cause and the next step.
@@ -40,78 +95,93 @@ def gate(
             f"teacher {card.name} has {logits.shape[-1]} classes, but the data has {dataset.classes}: "
             f"set teacher.fit=head to train a new classifier for it"
         )
-    hits, n = int(top_k_hits(logits, labels).sum()), len(labels)
-    top1 = hits / n
-    chance = labels.bincount(minlength=dataset.classes).max().item() / n
-    measured = card.model_copy(update={"top1": top1, "n": n, "chance": chance, "verdict": "fit to teach"})
-    reason = "is accidental" if card.verdict else None
-    if stats.binomtest(hits, n, min(chance, 1.0), alternative="greater").pvalue > 0.001:
-        reason = f"is not significantly above chance ({100 * chance:.1f} %)"
-    elif recipe.min_top1 is not None and top1 < recipe.min_top1:
-        reason = f"is below teacher.min_top1={recipe.min_top1:g}"
-    # A teacher that was fully trained here has the right normalisation and the classes of the data.
-    cause = None if card.fit == "full" else _likely_cause(classifier, logits, dataset, precision)
-    if reason is None and cause is not None:
-        reason = "is less than it could be"
+    hits, n, chance = int(top_k_hits(logits, labels).sum()), len(labels), _chance(labels, dataset.classes)
+    alternative, judged, right = None, n, hits
+    if card.fit == "none":
+        decisions, evidence, sample = _evidence(classifier, logits, dataset, precision)
+        alternative = better_alternative(classifier, decisions, evidence, sample, dataset, precision)
+        judged, right = len(evidence), int((decisions == evidence).sum())
+    finding = compare_with_chance(right, judged, chance)
+    verdict = FIT_TO_TEACH
+    if finding is Finding.UNDECIDED:
+        verdict = f"{judged} images cannot tell it from chance ({100 * chance:.1f} %)"
+    elif card.fit == "none" and judged < FEWEST_PER_CLASS * dataset.classes:
+        verdict = f"{judged} images cannot tell whether its classes are in this order: compare it with the teacher's"
+    measured = card.model_copy(update={"top1": hits / n, "n": n, "chance": chance, "verdict": verdict})
+    reason = _reason(card, recipe, finding, alternative, measured)
     if reason is None:
         return measured
-    usual = "it was trained too briefly" if card.fit != "none" else "its weights are not for this data"
-    cause = card.verdict or cause or usual
+    cause, next_step = _cause(card, recipe, alternative)
     if recipe.allow_weak:
-        verdict = f"weak, allowed by the recipe: {reason}; {cause}"
-        return measured.model_copy(update={"verdict": verdict, "weak": True})
+        weak = f"weak, allowed by the recipe: {reason}; {cause}"
+        return measured.model_copy(update={"verdict": weak, "weak": True})
     raise TeacherError(
-        f"teacher {card.name} scores {100 * top1:.2f} % on {n} validation images, which {reason}: {cause}; "
-        f"{_next_step(card, recipe)}, or set teacher.allow_weak=true to use it anyway"
+        f"teacher {card.name} scores {100 * measured.top1:.2f} % on {n} validation images, which {reason}: {cause}; "
+        f"{next_step}, or set teacher.allow_weak=true to use it anyway"
     )
 
 
-def _next_step(card: TeacherCard, recipe: TeacherRecipe) -> str:
+def _chance(labels: Tensor, classes: int) -> float:
+    """Return the share of the most frequent class."""
+    return labels.bincount(minlength=classes).max().item() / len(labels)
+
+
+def _evidence(
+    classifier: Classifier, validation_logits: Tensor, dataset: Dataset, precision: Precision
+) -> tuple[Tensor, Tensor, Split]:
+    """Return what a teacher that was not trained here is tested on.
+
+    Returns:
+        Its decisions on validation images, and on training images where those are few, for this run did not fit it to
+        either; their classes; and a sample of the images, to predict under another normalisation.
+    """
+    decisions, labels = [validation_logits.argmax(dim=-1)], [dataset.validation.labels.cpu()]
+    samples = [_sample(dataset.validation, EVIDENCE)]
+    if len(dataset.validation) < EVIDENCE:
+        more = _sample(dataset.train, EVIDENCE - len(dataset.validation))
+        logits = predict(classifier, more, precision).class_logits
+        assert logits is not None
+        decisions.append(logits.argmax(dim=-1))
+        labels.append(more.labels.cpu())
+        samples.append(more)
+    images = torch.cat([some.pixels(torch.arange(len(some))) for some in samples])
+    return torch.cat(decisions), torch.cat(labels), Split(images, torch.cat([some.labels for some in samples]))
+
+
+def _sample(split: Split, count: int) -> Split:
+    """Return some images of a split at random, always the same, in random order: splits are sorted by class."""
+    shuffled = torch.randperm(len(split), generator=torch.Generator().manual_seed(0))[:count]
+    return Split(split.pixels(shuffled), split.labels[shuffled.to(split.labels.device)])
+
+
+def _reason(
+    card: TeacherCard, recipe: TeacherRecipe, finding: Finding, alternative: Alternative | None, measured: TeacherCard
+) -> str | None:
+    """Return what is wrong with the accuracy of a refused teacher; None for one that passes."""
+    if finding is Finding.USELESS or (card.verdict and finding is Finding.UNDECIDED):
+        return f"is not significantly above chance ({100 * measured.chance:.1f} %)"
     if card.verdict:
-        return "set teacher.fit=head (or full) to train it"
-    if card.fit != "none":
-        return f"train it longer (teacher.train.epochs={2 * recipe.train.epochs})"
-    return "correct that, or set teacher.fit=full to train it here"
+        return "is accidental"
+    if recipe.min_top1 is not None and measured.top1 < recipe.min_top1:
+        return f"is below teacher.min_top1={recipe.min_top1:g}"
+    return None if alternative is None else "is less than it could be"
 
 
-def _likely_cause(classifier: Classifier, logits: Tensor, dataset: Dataset, precision: Precision) -> str | None:
-    """Return another order of classes, or another normalisation, that would make the teacher much better."""
-    labels = dataset.validation.labels.cpu()
-    hits = top_k_hits(logits, labels)
-    confusion = torch.zeros(dataset.classes, dataset.classes).index_put_(
-        (logits.argmax(dim=-1), labels), torch.ones(len(labels)), accumulate=True
+def _cause(card: TeacherCard, recipe: TeacherRecipe, alternative: Alternative | None) -> tuple[str, str]:
+    """Return the likely cause of a refusal, and the next step."""
+    if card.verdict:
+        return card.verdict, "set teacher.fit=head (or full) to train it"
+    if alternative is not None:
+        return alternative.cause, alternative.remedy
+    longer = f"train it longer (teacher.train.epochs={2 * recipe.train.epochs})"
+    if card.fit == "full":
+        return "it was trained too briefly, or with an unsuitable learning rate", longer
+    if card.fit == "head":
+        return (
+            "its classifier was trained too briefly, or its features do not suit",
+            f"{longer} or set teacher.fit=full",
+        )
+    return (
+        "its weights are not for this data",
+        "set teacher.fit=head to train a new classifier on them, or teacher.fit=full to train it here",
     )
-    predicted, classes = linear_sum_assignment(confusion.numpy(), maximize=True)
-    reordered = float(confusion[predicted, classes].sum()) / len(labels)
-    # The best order of a random head also beats chance, so a reordering must give a good teacher, not a better one.
-    if reordered > 0.5 and reordered - hits.double().mean().item() > max(SUSPICIOUS_GAIN, 0.5 * reordered):
-        return f"its classes are in another order (in the best order it would score {100 * reordered:.1f} %)"
-    sample = Split(dataset.validation.images[:1000], dataset.validation.labels[:1000])
-    best_name, best = "", hits[: len(sample)].double().mean().item() + SUSPICIOUS_GAIN
-    for name, (mean, std) in _normalisations(dataset).items():
-        other = Classifier(
-            classifier.model, mean=mean, std=std, image_px=classifier.image_px, readout=classifier.readout
-        ).to(precision.device)
-        scores = predict(other, sample, precision).class_logits
-        assert scores is not None
-        top1 = top_k_hits(scores, sample.labels.cpu()).double().mean().item()
-        if top1 > best:
-            best_name, best = f"{name} (teacher.mean={list(mean)} teacher.std={list(std)})", top1
-    return f"its normalisation is wrong: with {best_name} it would score {100 * best:.1f} %" if best_name else None
-
-
-def _normalisations(dataset: Dataset) -> dict[str, tuple[tuple[float, ...], tuple[float, ...]]]:
-    """Return the usual normalisations by name."""
-    channels = dataset.channels
-    usual = {
-        "values in [0, 1]": ((0.0,) * channels, (1.0,) * channels),
-        "values in [-1, 1]": ((0.5,) * channels, (0.5,) * channels),
-        "values in [0, 255]": ((0.0,) * channels, (1 / 255,) * channels),
-        "that of the data set": (
-            tuple(round(value, 4) for value in dataset.mean),
-            tuple(round(value, 4) for value in dataset.std),
-        ),
-    }
-    if channels == 3:
-        usual["that of ImageNet"] = IMAGENET_NORMALISATION
-    return usual

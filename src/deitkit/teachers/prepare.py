@@ -16,7 +16,7 @@ from deitkit.models.accelerate import accelerate
 from deitkit.models.classifier import Classifier
 from deitkit.models.saved import load_classifier, save_classifier
 from deitkit.models.weights.read import file_sha256, load_into, read_checkpoint
-from deitkit.models.zoo import BuiltClassifier, create_classifier, reset_head
+from deitkit.models.zoo import BuiltClassifier, create_classifier, reset_head, reverse_channels
 from deitkit.recipe.schema import Recipe, TeacherRecipe
 from deitkit.run.observer import Watcher
 from deitkit.run.results import TeacherCard
@@ -25,7 +25,8 @@ from deitkit.system.device import Precision
 from deitkit.system.files import write_text
 from deitkit.system.seeding import seeded
 from deitkit.teachers.frozen import FrozenTeacher, Teachers, mean_teacher_logits
-from deitkit.teachers.gate import gate
+from deitkit.teachers.gate import doubt, gate
+from deitkit.teachers.resolution import measure_at_own_resolution
 from deitkit.teachers.saved import build_saved
 from deitkit.training.cohort import Cohort
 from deitkit.training.fit import train_to_end
@@ -59,6 +60,9 @@ def prepare_teacher(
         source = f"{card.source}, trained here on {len(train_data.train)} images"
         card = card.model_copy(update={"source": source})
     card = gate(classifier, card, dataset, recipe.teacher, precision)
+    card, cost = measure_at_own_resolution(classifier, card, recipe.data, precision)
+    if cost is not None:
+        watcher.say(cost)
     save_classifier(folder, classifier, _model_card(card, dataset, recipe))
     card = card.model_copy(update={"sha256": file_sha256(folder / "model.safetensors")})
     write_text(card_path, json.dumps(card.model_dump(exclude={"test_top1"}), indent=2) + "\n")
@@ -101,6 +105,10 @@ def draft_teacher(recipe: TeacherRecipe, dataset: Dataset) -> tuple[Classifier, 
         source = f"{recipe.checkpoint.name} (sha256 {file_sha256(recipe.checkpoint)[:8]})"
         source = "; ".join((source, *checkpoint.remarks))
         new_head, new_body = bool(report.mismatched or report.missing), False
+    if recipe.channel_order == "bgr":
+        if not reverse_channels(built.model):
+            raise TeacherError(f"teacher.channel_order=bgr does not suit {recipe.name}: it has no layer of 3 channels")
+        source = f"{source}, channels reversed"
     if recipe.reset_head:
         reset_head(built, dataset.classes)
         source, new_head = f"{source}, classifier replaced by a new one", True
@@ -178,6 +186,9 @@ def _train(
     """Train the teacher on labels alone: a cohort of one."""
     part = "the classifier layer" if card.fit == "head" else "all layers"
     watcher.say(f"teacher {card.name}: training {part} for {recipe.teacher.train.epochs} epochs")
+    few = doubt(dataset)
+    if few is not None:
+        watcher.say(few)
     student = Student(
         folder.name,
         METHODS["none"],

@@ -21,11 +21,23 @@ def split_name(name: str) -> str:
     return _SPELLINGS.get(name.lower(), name.lower())
 
 
-def class_folders(folder: Path) -> list[str]:
-    """Return the sorted names of the class folders in a folder; an empty list if the folder does not exist."""
+def class_folders(folder: Path) -> dict[str, Path]:
+    """Return the class folders in a folder by their names, sorted; empty if the folder does not exist.
+
+    Raises:
+        DataError: Two names differ only in their Unicode form.
+    """
     if not folder.is_dir():
-        return []
-    return sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not _is_hidden(entry))
+        return {}
+    found: dict[str, Path] = {}
+    for entry in sorted(folder.iterdir()):
+        if entry.is_dir() and not _is_hidden(entry):
+            if writable(entry.name) in found:
+                raise DataError(
+                    f"'{folder}' contains two folders '{writable(entry.name)}', in two Unicode forms: merge them"
+                )
+            found[writable(entry.name)] = entry
+    return dict(sorted(found.items()))
 
 
 def _is_hidden(path: Path) -> bool:
@@ -51,17 +63,16 @@ def list_folder(folder: Path, *, test_names: Sequence[str] = TEST_NAMES, more_tr
         raise DataError(
             f"folder '{folder}' does not exist: data.name=folder:PATH needs <class>/* or train/<class>/* in PATH"
         )
-    named = {split_name(name): folder / name for name in reversed(class_folders(folder))}
+    named = {split_name(name): path for name, path in reversed(class_folders(folder).items())}
     train, test, remarks = [folder], [], []
     if "train" in named and class_folders(named["train"]):
         train, test = (
             [named[name] for name in names if name in named and class_folders(named[name])]
             for names in (("train", *more_training), test_names)
         )
-        used = {path.name for path in (*train, *test[:1])}
-        others = [name for name in class_folders(folder) if name not in used]
-        remarks += [f"left out: folder '{writable(name)}' of '{writable(folder.name)}'" for name in others]
-    class_names = class_folders(train[0])
+        others = [name for name, path in class_folders(folder).items() if path not in (*train, *test[:1])]
+        remarks += [f"left out: folder '{name}' of '{writable(folder.name)}'" for name in others]
+    class_names = tuple(class_folders(train[0]))
     if not class_names:
         raise DataError(f"'{folder}' contains no class folders: arrange the images as <class>/* or train/<class>/*")
     parts = [*train, *test[:1]]
@@ -74,8 +85,9 @@ def list_folder(folder: Path, *, test_names: Sequence[str] = TEST_NAMES, more_tr
     for part in parts:
         beside = (path for path in part.iterdir() if path.is_file() and not _is_hidden(path))
         left_out.update(path.suffix.lower() or "no ending" for path in beside)
+        homes = class_folders(part)
         for label, name in enumerate(class_names):
-            images = _images(part / name, left_out)
+            images = _images(homes[name], left_out)
             files += images
             labels += [label] * len(images)
             is_test += [part in test] * len(images)
@@ -86,7 +98,7 @@ def list_folder(folder: Path, *, test_names: Sequence[str] = TEST_NAMES, more_tr
         encoded_files(folder, files),
         torch.tensor(labels),
         torch.tensor(is_test) if test else None,
-        tuple(class_names),
+        class_names,
         remarks=tuple(remarks),
     )
 

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 
-from deitkit.data.listing import EncodedImages, Listing
+from deitkit.data.listing import EncodedImages, Listing, writable
 from deitkit.data.sources.folders import TEST_NAMES, require_same_classes, split_name
 from deitkit.errors import DataError
 
@@ -217,7 +217,7 @@ def _read_labels(file: Path, columns: _Columns) -> _Labels:
     """Return the labels of a file, with its own class names."""
     with _open(file) as opened:
         names = _features(opened.schema_arrow).get(columns.label, {}).get("names")
-        class_names = tuple(str(name) for name in names) if isinstance(names, list) else None
+        class_names = tuple(writable(str(name)) for name in names) if isinstance(names, list) else None
         missing = [name for name in (columns.image, columns.label) if name not in opened.schema_arrow.names]
         if missing:
             raise DataError(f"'{file}' has no column '{missing[0]}', unlike other files: use the same columns in all")
@@ -236,7 +236,7 @@ def _read_labels(file: Path, columns: _Columns) -> _Labels:
     if pa.types.is_integer(column.type) or pa.types.is_boolean(column.type):
         return _Labels(file, np.asarray(column.to_numpy(), dtype=np.int64), class_names)
     if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
-        return _Labels(file, np.asarray(column.to_pylist(), dtype=str), None)
+        return _Labels(file, np.asarray([writable(name) for name in column.to_pylist()], dtype=str), None)
     raise DataError(f"column '{columns.label}' of '{file}' holds {column.type}: labels must be integers or strings")
 
 

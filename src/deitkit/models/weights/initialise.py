@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
+from deitkit.data.listing import writable
 from deitkit.errors import CheckpointError
 from deitkit.models.vit import NORM_EPS, DeiT
 from deitkit.models.weights.adapt import Normalisation, Values, adapt, renormalise
@@ -92,7 +93,7 @@ def read_weights(path: Path, heads: int | None = None) -> Weights:
         lines.append(
             f"attention heads: absent in the file, {count} assumed, one per {HEAD_WIDTH} of the width (model.heads)"
         )
-    names = tuple(found["class_names"]) if found.get("class_names") else None
+    names = tuple(writable(str(name)) for name in found["class_names"]) if found.get("class_names") else None
     mean, std = (tuple(map(float, found[key])) if found.get(key) else None for key in ("mean", "std"))
     state = {name: value.float() for name, value in state.items()}
     return Weights(file, state, architecture, names, mean, std, card, (*lines, *found.get("lines", ())))

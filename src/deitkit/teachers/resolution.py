@@ -1,0 +1,40 @@
+"""What views cost a teacher that has a higher resolution: its accuracy on images that were decoded at its own."""
+
+from deitkit.data.dataset import load_validation_at
+from deitkit.evaluation.predict import predict
+from deitkit.evaluation.readouts import top_k_hits
+from deitkit.evaluation.statistics import sign_test_p
+from deitkit.models.classifier import Classifier
+from deitkit.recipe.schema import DataRecipe
+from deitkit.run.results import TeacherCard
+from deitkit.system.device import Precision
+
+IMAGES = 200
+ALPHA = 0.01  # level of the test whether the resolution matters
+
+
+def measure_at_own_resolution(
+    classifier: Classifier, card: TeacherCard, data: DataRecipe, precision: Precision
+) -> tuple[TeacherCard, str | None]:
+    """Compare views, enlarged to the teacher's resolution, with images decoded at it.
+
+    Returns:
+        The card with both accuracies on up to 200 validation images, and a sentence if the views cost accuracy. The
+        card is unchanged where views are not smaller than the teacher's images.
+    """
+    if data.image_px is None or card.image_px is None or card.image_px <= data.image_px:
+        return card, None
+    own, view = (
+        (top_k_hits(predict(classifier, split, precision).class_logits, split.labels))  # type: ignore[arg-type]
+        for split in load_validation_at(data, (card.image_px, data.image_px), IMAGES)
+    )
+    own_top1, view_top1 = own.double().mean().item(), view.double().mean().item()
+    card = card.model_copy(update={"own_px_top1": own_top1, "view_px_top1": view_top1})
+    p = sign_test_p(int((own & ~view).sum()), int((view & ~own).sum()))
+    if p > ALPHA:
+        return card, None
+    return card, (
+        f"teacher {card.name} scores {100 * own_top1:.1f} % on {len(own)} validation images of its own "
+        f"{card.image_px} px, but {100 * view_top1:.1f} % on views of {data.image_px} px (p = {p:.1g}): "
+        "with a larger data.image_px it can teach more"
+    )
