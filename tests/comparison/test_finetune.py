@@ -237,7 +237,8 @@ def test_the_same_images_are_recognised_wherever_they_lie(tmp_path: Path) -> Non
     for number, path in enumerate(sorted((tmp_path / "copy").rglob("*.png"))):
         path.rename(path.with_name(f"renamed-{number * 7 % 60:02}.png"))
     (tmp_path / "link").symlink_to(tmp_path / "photos")
-    fields = ("methods=[none]", "data.image_px=8", "data.test_fraction=0.4", "data.train_images=30", "data.test_images=null")
+    counts = ("data.test_fraction=0.4", "data.train_images=30", "data.test_images=null")
+    fields = ("methods=[none]", "data.image_px=8", *counts)
     photos = f"data.name=folder:{tmp_path / 'photos'}"
     compare(load_recipe("digits", [*TINY, *fields, photos]), tmp_path / "run", watcher=Silent())
     for spelt in (f"{tmp_path}/photos/../photos", str(tmp_path / "link"), str(tmp_path / "copy")):

@@ -66,3 +66,50 @@ def test_paired_difference_of_one_seed_is_mcnemar() -> None:
     # Wald: variance of a paired difference is (b + c - (b - c)^2 / n) / n^2, with b = 20 and c = 10.
     half = 1.96 * np.sqrt((30 - 100 / 100) / 100 / 99)
     assert difference.ci95 == pytest.approx((0.1 - half, 0.1 + half), abs=1e-6)
+
+
+def right(n: int, hits: int) -> torch.Tensor:
+    return torch.arange(n) < hits
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 5])
+def test_seeds_that_all_gain_one_image_of_ten_prove_nothing(seeds: int) -> None:
+    difference = paired_difference([right(10, 6)] * seeds, [right(10, 5)] * seeds)
+    assert difference.p == 1.0  # one discordant image
+    assert difference.test == "McNemar"
+    low, high = difference.ci95
+    assert low < 0 < 0.1 < high
+
+
+def test_seeds_that_differ_equally_in_other_images_have_the_least_certain_p() -> None:
+    first = [right(100, 60), right(100, 60)]
+    second = [right(100, 50), torch.cat([torch.zeros(30, dtype=torch.bool), torch.ones(50, dtype=torch.bool),
+                                         torch.zeros(20, dtype=torch.bool)])]  # fmt: skip
+    difference = paired_difference(first, second)
+    assert difference.mean == pytest.approx(0.1)
+    assert difference.p == pytest.approx(max(mcnemar_p(*pair) for pair in zip(first, second, strict=True)))
+
+
+@pytest.mark.parametrize("n", [1, 2, 10, 1000])
+@pytest.mark.parametrize("seeds", [1, 2, 4])
+def test_equal_predictions_leave_a_doubt_that_shrinks_with_the_images(n: int, seeds: int) -> None:
+    difference = paired_difference([right(n, n // 2)] * seeds, [right(n, n // 2)] * seeds)
+    assert (difference.mean, difference.p) == (0, 1)
+    low, high = difference.ci95
+    assert -low == high >= 1.96 / (n + 2)
+    assert n < 1000 or high < 0.002
+
+
+def test_statistics_with_ties_stay_in_their_range() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(300):
+        n, seeds = (int(torch.randint(low, high, (1,), generator=generator)) for low, high in ((1, 30), (1, 4)))
+        levels = torch.randint(0, 3, (2, seeds), generator=generator) / 2
+        rows = [[torch.rand(n, generator=generator) < level for level in levels[row]] for row in (0, 1)]
+        difference = paired_difference(*rows)
+        low, high = difference.ci95
+        assert 0 < difference.p <= 1
+        assert low <= difference.mean <= high
+        assert low < high
+        if n < 6 and difference.test == "McNemar":
+            assert difference.p > 0.05  # 2 / 2^5 is the smallest p of five images

@@ -14,7 +14,7 @@ from torch import Tensor
 from deitkit.data.dataset import Dataset
 from deitkit.distillation.methods import METHODS, reference_method
 from deitkit.evaluation.readouts import default_readout, top_k_accuracy, top_k_hits
-from deitkit.evaluation.statistics import mean_interval, paired_difference, wilson_interval
+from deitkit.evaluation.statistics import are_equal, mean_interval, paired_difference, wilson_interval
 from deitkit.recipe.schema import Recipe
 from deitkit.run.metrics import EpochMetrics
 from deitkit.run.results import Difference, Row, difference_fields
@@ -169,9 +169,10 @@ def _method_fields(key: RowKey, recipe: Recipe) -> dict[str, Any]:
 
 
 def _interval(values: Sequence[float], n: int) -> tuple[float, float] | None:
+    """Return the interval over seeds; over the images for one seed, or for seeds that are all equal."""
     if not values:
         return None
-    return wilson_interval(round(values[0] * n), n) if len(values) == 1 else mean_interval(values)
+    return wilson_interval(round(values[0] * n), n) if are_equal(values) else mean_interval(values)
 
 
 def _reference(predictions: Predictions) -> RowKey | None:
