@@ -1,6 +1,7 @@
 """Students of a comparison that start from a checkpoint: what they hold, and what is recorded of it."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from conftest import CPU_FP32
 from deitkit.comparison.compare import compare
 from deitkit.data.dataset import load_dataset
 from deitkit.errors import CheckpointError
+from deitkit.models.weights.initialise import Weights, read_weights
 from deitkit.models.weights.read import file_sha256
 from deitkit.recipe.schema import Recipe
 from deitkit.run.observer import Silent
@@ -65,3 +67,23 @@ def test_weights_of_another_size_end_the_run_before_it_begins(tiny_recipe: TinyR
     with pytest.raises(CheckpointError, match=r"is 16 wide and has 2 blocks, the student 32 and 2: set model.width=16"):
         compare(recipe, tmp_path / "second", watcher=Silent())
     assert not (tmp_path / "second").exists()
+
+
+def test_the_row_before_has_the_heads_of_the_students(tiny_recipe: TinyRecipe, tmp_path: Path) -> None:
+    compare(tiny_recipe("methods=[none]", "train.epochs=2"), tmp_path / "first", watcher=Silent())
+    bare = tmp_path / "bare.safetensors"  # without a card, nothing tells that it has two heads of 8
+    shutil.copy(tmp_path / "first" / "winner" / "model.safetensors", bare)
+    still = ("train.optimizer=sgd", "train.learning_rate=1e-12", "train.weight_decay=0", "train.epochs=1")
+    card = json.loads((tmp_path / "first" / "winner" / "model.json").read_text())
+    assert card["config"]["heads"] == 2
+    recipe = tiny_recipe("methods=[none]", f"model.checkpoint={bare}", "train.precision=fp32", *still)
+    asked = []
+
+    def spy(path: Path, heads: int | None = None) -> Weights:
+        asked.append(heads)
+        return read_weights(path, heads)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("deitkit.comparison.finetune.read_weights", spy)
+        compare(recipe, tmp_path / "second", watcher=Silent())
+    assert asked == [2]

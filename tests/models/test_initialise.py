@@ -15,9 +15,19 @@ from torch import Tensor
 
 from deitkit.errors import CheckpointError
 from deitkit.models.classifier import Classifier
-from deitkit.models.saved import save_classifier
+from deitkit.models.saved import load_classifier, save_classifier
 from deitkit.models.vit import SIZES, DeiT, Output
-from deitkit.models.weights.formats import Architecture, describe, from_any, to_timm, to_transformers
+from deitkit.models.weights.export import Changes, plan
+from deitkit.models.weights.export_layouts import LAYOUTS as LAYOUTS_OF_FILES
+from deitkit.models.weights.export_layouts import largest_difference
+from deitkit.models.weights.formats import (
+    Architecture,
+    describe,
+    from_any,
+    to_timm,
+    to_transformers,
+    with_distillation_head,
+)
 from deitkit.models.weights.initialise import load_initial, read_weights
 
 # The released sizes, whole but for the resolution, which only decides how many patches there are.
@@ -122,15 +132,101 @@ def test_transformers_models_are_read_from_memory_and_from_their_files(kind: Any
     assert weights.remarks == ()
 
 
-def test_a_deit_of_transformers_without_a_distillation_head_gets_a_copy() -> None:
+def test_a_deit_of_transformers_without_a_distillation_head_starts_from_a_copy() -> None:
     theirs = transformers_model(transformers.DeiTForImageClassification)
-    state, lines = from_any(theirs.state_dict(), "memory")
+    state, lines = with_distillation_head(from_any(theirs.state_dict(), "memory")[0])
     ours = describe(state, source="memory").build().eval()
     ours.load_state_dict(state, strict=True)
     images = torch.randn(2, 3, PX, PX)
     equal(ours(images).class_logits, theirs(images).logits)
     assert torch.equal(ours.head.weight, ours.head_dist.weight)
-    assert lines == ["distillation head: absent in the file, a copy of the class head"]
+    assert lines[0].startswith("distillation head: absent in the file; the class head alone answers")
+
+
+@pytest.mark.parametrize("to", ["ours", "transformers"])
+def test_only_the_trained_head_of_a_deit_of_transformers_answers(to: str, tmp_path: Path) -> None:
+    theirs = transformers_model(transformers.DeiTForImageClassification)
+    theirs.save_pretrained(tmp_path / "theirs")
+    planned = plan(tmp_path / "theirs", Changes(), mean=(0.5,) * 3, std=(0.5,) * 3)
+    LAYOUTS_OF_FILES[to].write(planned, tmp_path / "out")
+    assert largest_difference(planned, LAYOUTS_OF_FILES[to], tmp_path / "out") <= 1e-4
+    images = torch.rand(2, 3, PX, PX)
+    if to == "ours":
+        classifier, _ = load_classifier(tmp_path / "out", torch.device("cpu"))
+        output = classifier(images)
+        assert output.distillation_logits is None
+        equal(output.class_logits, theirs((images - 0.5) / 0.5).logits)
+        weights = read_weights(tmp_path / "out")
+        assert weights.only_readout == "class"
+    else:
+        again = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / "out").eval()
+        assert type(again) is transformers.DeiTForImageClassification
+        equal(again(images).logits, theirs(images).logits)
+    for layout in ("timm", "released"):
+        with pytest.raises(CheckpointError, match="only the class head of this one was trained"):
+            LAYOUTS_OF_FILES[layout].write(planned, tmp_path / f"{layout}.pth")
+
+
+def test_our_own_file_in_the_released_layout_says_what_a_card_would(tmp_path: Path) -> None:
+    card = {"class_names": ["a", "b", "c"], "channels": 3, "input_px": [PX, PX]}
+    sizes = {"width": 48, "depth": 1, "heads": 3, "channels": 3, "classes": 3}
+    model = scrambled(DeiT(image_px=PX, patch_px=8, tokens=("class", "distillation"), **sizes))
+    save_classifier(tmp_path / "mine", Classifier(model, mean=(0.1,) * 3, std=(0.2,) * 3), card)
+    LAYOUTS_OF_FILES["released"].write(plan(tmp_path / "mine", Changes()), tmp_path / "mine.pth")
+    weights = read_weights(tmp_path / "mine.pth")
+    assert weights.architecture.heads == 3
+    assert weights.class_names == ("a", "b", "c")
+    assert (weights.mean, weights.std) == (pytest.approx((0.1,) * 3), pytest.approx((0.2,) * 3))
+    assert not [line for line in weights.remarks if "heads" in line]
+    opened = timm.create_model(
+        "deit_tiny_distilled_patch16_224", checkpoint_path=str(tmp_path / "mine.pth"), num_classes=3, img_size=PX,
+        patch_size=8, embed_dim=48, depth=1, num_heads=3,
+    ).eval()  # fmt: skip
+    images = 3 * torch.randn(8, 3, PX, PX)
+    equal(opened(images), mean_logits(model.eval()(images)))
+
+
+def timm_folder(folder: Path, name: str, **arguments: Any) -> Any:
+    """Write a model of timm's as on the Hub, and return it."""
+    model = scrambled(timm.create_model(name, num_classes=CLASSES, img_size=PX, **arguments)).eval()
+    folder.mkdir()
+    save_file(model.state_dict(), folder / "model.safetensors")
+    card = {"architecture": name, "num_classes": CLASSES, "model_args": {"img_size": PX, **arguments}}
+    (folder / "config.json").write_text(json.dumps(card))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"global_pool": "avg", "fc_norm": False}, "answers by the 'avg' pooling of its patches"),
+        ({"act_layer": "relu"}, "has the activation ReLU"),
+        ({"act_layer": "quick_gelu"}, "has the activation QuickGELU"),
+    ],
+)
+def test_what_a_configuration_alone_tells_is_not_guessed(arguments: dict[str, Any], words: str, tmp_path: Path) -> None:
+    timm_folder(tmp_path / "model", "vit_tiny_patch16_224", depth=1, **arguments)
+    with pytest.raises(CheckpointError, match=words):
+        read_weights(tmp_path / "model")
+
+
+def test_the_heads_of_a_named_model_of_timm_are_timms(tmp_path: Path) -> None:
+    theirs = timm_folder(tmp_path / "model", "vit_tiny_patch16_224", embed_dim=96, depth=1)  # 3 heads of 32
+    weights = read_weights(tmp_path / "model")
+    assert weights.architecture.heads == 3
+    ours = weights.architecture.build().eval()
+    ours.load_state_dict(weights.state)
+    images = torch.randn(2, 3, PX, PX)
+    equal(ours(images).class_logits, theirs(images))
+
+
+def test_a_configuration_that_timm_refuses_is_one_sentence(tmp_path: Path) -> None:
+    timm_folder(tmp_path / "model", "vit_tiny_patch16_224", depth=1)
+    card = json.loads((tmp_path / "model" / "config.json").read_text())
+    card["model_args"]["no_such_argument"] = 1
+    (tmp_path / "model" / "config.json").write_text(json.dumps(card))
+    with pytest.raises(CheckpointError, match=r"does not describe a model of timm's .*no_such_argument"):
+        read_weights(tmp_path / "model")
 
 
 def test_a_pooler_is_left_out() -> None:
@@ -168,7 +264,7 @@ def test_shapes_tell_the_architecture(size: str, tokens: tuple[str, ...]) -> Non
     assert told == Architecture.of(ours)
 
 
-HEADS = "attention heads: absent in the file, 3 assumed, one per 64 of the width (model.heads)"
+HEADS = "attention heads: absent in the file, 3 assumed, one per 64 of the width (set --heads or model.heads)"
 RELEASES: dict[str, Callable[[dict[str, Tensor]], Any]] = {
     "model, as the released DeiT": lambda state: {"model": state},
     "model with arguments, as a DeiT run": lambda state: {

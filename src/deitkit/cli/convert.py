@@ -61,7 +61,7 @@ def convert(
         }  # fmt: skip
         print_json(result)
         return
-    checked = [_checked(difference)] if check else []
+    checked = [_checked(difference, planned.assumes_heads)] if check else []
     how = ("open it with", *(f"  {line}" for line in opening))
     for line in (*planned.lines, f"wrote {out}: {layout.holds}", *checked, *how):
         say(line)
@@ -75,10 +75,11 @@ def _require_same_logits(difference: float | None, source: Path, out: Path) -> N
         )
 
 
-def _checked(difference: float | None) -> str:
+def _checked(difference: float | None, assumes_heads: bool) -> str:
     if difference is None:
         return "not checked: the classifier is new and its logits are all zero, so there is nothing to compare"
-    return f"checked: on 8 random images the logits differ by {difference:.1e} at most"
+    line = f"checked: on 8 random images the logits differ by {difference:.1e} at most"
+    return f"{line}; the assumed number of heads is on both sides, and so not checked" if assumes_heads else line
 
 
 def _layout(to: str, out: Path) -> "Layout":

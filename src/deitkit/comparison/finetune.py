@@ -117,7 +117,8 @@ def measure_checkpoint(
     """
     if recipe.model.checkpoint is None:
         return None
-    weights = read_weights(recipe.model.checkpoint, heads=recipe.model.heads)
+    # The heads of the students, which no tensor shows.
+    weights = read_weights(recipe.model.checkpoint, heads=recipe.model.heads or SIZES[recipe.model.name].heads)
     found, card = weights.architecture, weights.card
     parameters = sum(value.numel() for value in weights.state.values())
     obstacle = _obstacle(weights, dataset)
@@ -170,7 +171,7 @@ def _build(weights: Weights) -> Classifier:
     model = weights.architecture.build()
     model.load_state_dict(weights.state)
     mean, std = weights.normalisation
-    return Classifier(model, mean=mean, std=std)
+    return Classifier(model, mean=mean, std=std, readout=weights.only_readout)
 
 
 def add_checkpoint_row(

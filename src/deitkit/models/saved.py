@@ -131,9 +131,10 @@ def load_classifier(folder: Path, device: torch.device) -> tuple[Classifier, dic
     """Return the classifier of a folder, in evaluation mode, and its card."""
     card, state = read_card(folder), read_state(folder / "model.safetensors")
     built = build_model(card, state, folder)
+    only = card.get("only_readout")
     try:
         classifier = Classifier(
-            built.model, mean=tuple(card["mean"]), std=tuple(card["std"]), image_px=card["image_px"]
+            built.model, mean=tuple(card["mean"]), std=tuple(card["std"]), image_px=card["image_px"], readout=only
         )
     except Exception as error:
         raise _wrong_card(folder, error) from None

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from deitkit.errors import CheckpointError, RecipeError
-from deitkit.models.vit import TOKENS
+from deitkit.models.vit import TOKENS, Output
 from deitkit.models.weights.adapt import Values, adapt, renormalise
 from deitkit.models.weights.formats import Architecture, State
 from deitkit.models.weights.initialise import Weights, read_weights
@@ -33,6 +33,8 @@ class Plan:
         eval_crop: Share of the resized side that is kept of a test image, as ``data.eval_crop``.
         about: Further fields of a card of deitkit.
         lines: Changes and assumptions, one line each.
+        assumes_heads: As for ``Weights``.
+        only_readout: As for ``Weights``.
     """
 
     state: State
@@ -43,12 +45,20 @@ class Plan:
     eval_crop: float
     about: dict[str, Any]
     lines: tuple[str, ...]
+    assumes_heads: bool = False
+    only_readout: str | None = None
 
     def build(self) -> nn.Module:
         """Build the student, in evaluation mode."""
         student = self.architecture.build()
         student.load_state_dict(self.state, strict=True)
         return student.eval()
+
+    def logits(self, output: Output) -> Tensor:
+        """Return the logits by which the model answers in timm and transformers: the mean over its trained heads."""
+        heads = [output.class_logits, None if self.only_readout else output.distillation_logits]
+        trained = [head for head in heads if head is not None]
+        return sum(trained[1:], trained[0]) / len(trained)
 
 
 @dataclass(frozen=True)
@@ -122,7 +132,8 @@ def plan(
         lines.append(f"class names: missing in the source; {names[0]} to {names[-1]} are written")
     about = _about(weights, source, changes)
     eval_crop = float(weights.card.get("eval_crop", 1.0))
-    return Plan(state, target, names, mean, std, eval_crop, about, (*lines, *changes))
+    only = weights.only_readout if len(target.tokens) == 2 else None
+    return Plan(state, target, names, mean, std, eval_crop, about, (*lines, *changes), weights.assumes_heads, only)
 
 
 def _about(weights: Weights, source: Path, changes: list[str]) -> dict[str, Any]:
@@ -169,9 +180,3 @@ def _normalisation(weights: Weights, mean: Values | None, std: Values | None) ->
     found = weights.mean is not None and weights.std is not None
     line = "normalisation: missing in the source; ImageNet's is written (set another with --mean and --std)"
     return *weights.normalisation, [] if found else [line]
-
-
-def mean_logits(output: Any) -> Tensor:
-    """Return the mean of the heads' logits, which timm and transformers return."""
-    heads = [head for head in (output.class_logits, output.distillation_logits) if head is not None]
-    return sum(heads[1:], heads[0]) / len(heads)

@@ -16,12 +16,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from deitkit.data.pixels import evaluation_frame
-from deitkit.errors import RecipeError
+from deitkit.errors import CheckpointError, RecipeError
 from deitkit.models.classifier import Classifier
 from deitkit.models.saved import load_classifier, save_classifier, save_tensors
 from deitkit.models.vit import INIT_STD, MLP_RATIO, NORM_EPS, SIZES
-from deitkit.models.weights.export import Plan, mean_logits
+from deitkit.models.weights.export import Plan
 from deitkit.models.weights.formats import to_timm, to_transformers
+from deitkit.models.weights.read import FACTS
 from deitkit.system.files import write_bytes, write_text
 
 Logits = Callable[[Float[Tensor, "batch channels height width"]], Float[Tensor, "batch classes"]]
@@ -54,7 +55,7 @@ def largest_difference(plan: Plan, layout: Layout, out: Path) -> float | None:
     shape = (8, config.channels, *config.image_px)
     images = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        theirs, ours = layout.open(plan, out)(images), mean_logits(plan.build()(images))
+        theirs, ours = layout.open(plan, out)(images), plan.logits(plan.build()(images))
     return float((theirs - ours).abs().max()) if ours.any() else None
 
 
@@ -64,6 +65,7 @@ def _write_ours(plan: Plan, out: Path) -> list[str]:
         "class_names": list(plan.class_names),
         "input_px": list(plan.architecture.image_px),
         "eval_crop": plan.eval_crop,
+        **({"only_readout": plan.only_readout} if plan.only_readout else {}),
         **plan.about,
     }
     save_classifier(out, Classifier(plan.build(), mean=plan.mean, std=plan.std), card)
@@ -75,7 +77,7 @@ def _write_ours(plan: Plan, out: Path) -> list[str]:
 
 def _open_ours(plan: Plan, out: Path) -> Logits:
     classifier, _ = load_classifier(out, torch.device("cpu"))
-    return lambda images: mean_logits(classifier.model(images))
+    return lambda images: plan.logits(classifier.model(images))
 
 
 def timm_arguments(plan: Plan) -> tuple[str, dict[str, Any]]:
@@ -116,6 +118,7 @@ def _normalisation_line(plan: Plan) -> str:
 
 
 def _write_timm(plan: Plan, out: Path) -> list[str]:
+    _require_all_heads(plan)
     name, arguments = timm_arguments(plan)
     config = plan.architecture
     heads = ["head", "head_dist"] if len(config.tokens) == 2 else ["head"]
@@ -150,6 +153,14 @@ def _write_timm(plan: Plan, out: Path) -> list[str]:
     ]
 
 
+def _require_all_heads(plan: Plan) -> None:
+    if plan.only_readout:
+        raise CheckpointError(
+            "timm's distilled models answer by the mean of two heads, but only the class head of this one was trained: "
+            "use --to transformers or ours"
+        )
+
+
 def _open_timm(plan: Plan, out: Path) -> Logits:
     name, arguments = timm_arguments(plan)
     file = out / "model.safetensors" if out.is_dir() else out
@@ -158,18 +169,27 @@ def _open_timm(plan: Plan, out: Path) -> Logits:
 
 
 def _write_released(plan: Plan, out: Path) -> list[str]:
+    _require_all_heads(plan)
+    facts = {
+        "heads": plan.architecture.heads,
+        "image_px": list(plan.architecture.image_px),
+        "class_names": list(plan.class_names),
+        "mean": list(plan.mean),
+        "std": list(plan.std),
+    }
     buffer = io.BytesIO()
-    torch.save({"model": to_timm(plan.state)}, buffer)
+    torch.save({"model": to_timm(plan.state), FACTS: facts}, buffer)
     write_bytes(out, buffer.getvalue())
     return ["import timm", _timm_line(plan, out), _normalisation_line(plan)]
 
 
 def _write_transformers(plan: Plan, out: Path) -> list[str]:
-    tensors = to_transformers(plan.state)
+    tensors = to_transformers(plan.state, class_head_only=plan.only_readout is not None)
     config = plan.architecture
     distilled = len(config.tokens) == 2
+    kind = "DeiTForImageClassification" if distilled else "ViTForImageClassification"
     card = {
-        "architectures": ["DeiTForImageClassificationWithTeacher" if distilled else "ViTForImageClassification"],
+        "architectures": [f"{kind}WithTeacher" if distilled and not plan.only_readout else kind],
         "model_type": "deit" if distilled else "vit",
         "hidden_size": config.width,
         "num_hidden_layers": config.depth,

@@ -116,10 +116,20 @@ def from_any(state: Mapping[str, Tensor], source: str) -> tuple[State, list[str]
         lines.append("pooler: left out, since no classifier uses it")
     # The LayerScale of DeiT III as it was released; timm has our names.
     ours = {re.sub(r"^(blocks\.\d+)\.gamma_([12])$", r"\1.ls\2.gamma", name): value for name, value in ours.items()}
-    if "dist_token" in ours and "head.weight" in ours and "head_dist.weight" not in ours:
-        ours |= {f"head_dist.{part}": ours[f"head.{part}"].clone() for part in ("weight", "bias")}
-        lines.append("distillation head: absent in the file, a copy of the class head")
     return ours, lines
+
+
+def with_distillation_head(state: State) -> tuple[State, list[str]]:
+    """Copy the class head for a distillation token that has none; a copy is where training may start, not an answer.
+
+    Args:
+        state: By the names of ``vit``.
+    """
+    if "dist_token" not in state or "head.weight" not in state or "head_dist.weight" in state:
+        return state, []
+    copy = {f"head_dist.{part}": state[f"head.{part}"].clone() for part in ("weight", "bias")}
+    line = "distillation head: absent in the file; the class head alone answers, and training would start from a copy"
+    return state | copy, [line]
 
 
 def with_token_positions(state: State, image_px: tuple[int, int] | None) -> tuple[State, list[str]]:
@@ -201,11 +211,11 @@ def to_timm(state: Mapping[str, Tensor]) -> State:
     return dict(state)
 
 
-def to_transformers(state: Mapping[str, Tensor]) -> State:
+def to_transformers(state: Mapping[str, Tensor], *, class_head_only: bool = False) -> State:
     """Return a student's tensors by the names in transformers' files.
 
-    A student with both tokens is a ``DeiTForImageClassificationWithTeacher``, one with a single token a
-    ``ViTForImageClassification``.
+    A student with both tokens is a ``DeiTForImageClassificationWithTeacher``, or with ``class_head_only`` a
+    ``DeiTForImageClassification``; one with a single token a ``ViTForImageClassification``.
 
     Raises:
         CheckpointError: transformers has no class for the student: it averages its patches or has a stem of
@@ -219,6 +229,8 @@ def to_transformers(state: Mapping[str, Tensor]) -> State:
         )
     distilled = "dist_token" in state
     model, head = ("deit", "cls_classifier") if distilled else ("vit", "classifier")
+    if class_head_only:
+        head, state = "classifier", {name: value for name, value in state.items() if not name.startswith("head_dist.")}
     names = {ours: f"{model}.{theirs}" for ours, theirs in _EMBEDDINGS.items()}
     names |= {"head": head, "head_dist": "distillation_classifier"}
     theirs: State = {}

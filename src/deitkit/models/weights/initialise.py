@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
@@ -16,7 +17,15 @@ from deitkit.data.listing import writable
 from deitkit.errors import CheckpointError
 from deitkit.models.vit import NORM_EPS, DeiT
 from deitkit.models.weights.adapt import Normalisation, Values, adapt, renormalise
-from deitkit.models.weights.formats import HEAD_WIDTH, Architecture, State, describe, from_any, with_token_positions
+from deitkit.models.weights.formats import (
+    HEAD_WIDTH,
+    Architecture,
+    State,
+    describe,
+    from_any,
+    with_distillation_head,
+    with_token_positions,
+)
 from deitkit.models.weights.read import read_checkpoint
 
 _WEIGHTS_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -35,6 +44,8 @@ class Weights:
         std: As ``mean``.
         card: The ``model.json`` in the folder of the file; empty if there is none.
         remarks: Changes while reading, one line each.
+        assumes_heads: Whether nothing tells the number of attention heads.
+        only_readout: ``class`` if only that head was trained, though there are both tokens; None if every head was.
     """
 
     file: Path
@@ -45,6 +56,8 @@ class Weights:
     std: Values | None
     card: dict[str, Any]
     remarks: tuple[str, ...]
+    assumes_heads: bool = False
+    only_readout: str | None = None
 
     @property
     def normalisation(self) -> Normalisation:
@@ -73,7 +86,7 @@ def read_weights(path: Path, heads: int | None = None) -> Weights:
     state, lines = from_any(checkpoint.state, str(path))
     lines = [*checkpoint.remarks, *lines]
     card: dict[str, Any] = {}
-    found: dict[str, Any] = {}
+    found = _from_facts(checkpoint.facts, str(path))
     if file.name in _WEIGHTS_FILES:  # a card describes these files only, not others in its folder
         if (folder / "model.json").is_file():
             card = _read_json(folder / "model.json")
@@ -81,22 +94,27 @@ def read_weights(path: Path, heads: int | None = None) -> Weights:
         elif (folder / "config.json").is_file():
             found = _from_config(folder)
     state, more = with_token_positions(state, found.get("image_px"))
-    lines += more
+    state, copied = with_distillation_head(state)
+    lines += more + copied
     kinds = {value.dtype for value in state.values() if value.is_floating_point()} - {torch.float32}
     lines += [
         f"precision: {str(kind).removeprefix('torch.')} in the file, converted to float32"
         for kind in sorted(kinds, key=str)
     ]
     architecture = describe(state, source=str(path), heads=found.get("heads") or heads, image_px=found.get("image_px"))
-    if heads is None and not found.get("heads"):
+    assumes_heads = heads is None and not found.get("heads")
+    if assumes_heads:
         count = architecture.heads
         lines.append(
-            f"attention heads: absent in the file, {count} assumed, one per {HEAD_WIDTH} of the width (model.heads)"
+            f"attention heads: absent in the file, {count} assumed, one per {HEAD_WIDTH} of the width (set --heads or "
+            "model.heads)"
         )
     names = tuple(writable(str(name)) for name in found["class_names"]) if found.get("class_names") else None
     mean, std = (tuple(map(float, found[key])) if found.get(key) else None for key in ("mean", "std"))
     state = {name: value.float() for name, value in state.items()}
-    return Weights(file, state, architecture, names, mean, std, card, (*lines, *found.get("lines", ())))
+    remarks = (*lines, *found.get("lines", ()))
+    only = "class" if copied else card.get("only_readout")
+    return Weights(file, state, architecture, names, mean, std, card, remarks, assumes_heads, only)
 
 
 def weights_file(path: Path) -> Path:
@@ -123,6 +141,19 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def _from_facts(facts: dict[str, Any], source: str) -> dict[str, Any]:
+    """Return what our own export of a single file says of itself; raise CheckpointError if it is damaged."""
+    if not facts:
+        return {}
+    try:
+        sides = tuple(int(side) for side in facts["image_px"])
+        numbers = {key: tuple(float(value) for value in facts[key]) for key in ("mean", "std")}
+        names = [str(name) for name in facts["class_names"]]
+        return {"heads": int(facts["heads"]), "image_px": sides, "class_names": names, **numbers}
+    except (KeyError, TypeError, ValueError):
+        raise CheckpointError(f"{source} is damaged: copy it again from the source of the weights") from None
+
+
 def _from_card(card: dict[str, Any], folder: Path) -> dict[str, Any]:
     config = card.get("config")
     if not isinstance(config, dict):
@@ -144,21 +175,57 @@ def _from_config(folder: Path) -> dict[str, Any]:
             f"{folder / 'config.json'} has hidden_act='{config['hidden_act']}', but deitkit's students have 'gelu': "
             "give another model"
         )
+    timms = _timm_facts(config, folder)
     normalisation = config.get("pretrained_cfg") or {}
     if processing.get("do_normalize"):
         normalisation = {"mean": processing.get("image_mean"), "std": processing.get("image_std")}
     arguments = config.get("model_args") or {}  # timm's
     size = config.get("image_size", arguments.get("img_size"))
-    names, epsilon = config.get("id2label"), config.get("layer_norm_eps", NORM_EPS)
+    names, epsilon = config.get("id2label"), config.get("layer_norm_eps", timms.get("eps", NORM_EPS))
     lines = [f"layer_norm_eps: {epsilon:g} in config.json, {NORM_EPS:g} here; logits differ slightly"]
     return {
-        "heads": config.get("num_attention_heads", arguments.get("num_heads")),
+        "heads": config.get("num_attention_heads", arguments.get("num_heads", timms.get("heads"))),
         "image_px": (size, size) if isinstance(size, int) else tuple(size) if size else None,
         "class_names": [names[key] for key in sorted(names, key=int)] if names else config.get("label_names"),
         "mean": normalisation.get("mean"),
         "std": normalisation.get("std"),
         "lines": lines if epsilon != NORM_EPS else [],
     }
+
+
+def _timm_facts(config: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Return the heads and epsilon of the model of timm's that a ``config.json`` names; empty without a name.
+
+    timm builds it without memory for its weights, since a name stands for much that no tensor shows.
+
+    Raises:
+        CheckpointError: Its readout or activation is not that of deitkit's students.
+    """
+    name, arguments = config.get("architecture"), config.get("model_args") or {}
+    if not isinstance(name, str) or not timm.is_model(name):
+        return {}
+    try:
+        with torch.device("meta"):
+            model: Any = timm.create_model(name, num_classes=config.get("num_classes") or 0, **arguments)
+    except Exception as error:  # timm raises many types for arguments that it does not know
+        reason = str(error).partition("\n")[0]
+        raise CheckpointError(
+            f"{folder / 'config.json'} does not describe a model of timm's ({reason}): get the folder again"
+        ) from None
+    if not isinstance(model, timm.models.VisionTransformer):
+        return {}  # its tensors will not fit, which has a message of its own
+    pooling, has_token = model.global_pool, model.cls_token is not None
+    if has_token and pooling != "token":
+        raise CheckpointError(
+            f"{folder} has a class token, but answers by the '{pooling}' pooling of its patches (global_pool), which "
+            "deitkit's students do not: give another model"
+        )
+    activation = type(model.blocks[0].mlp.act).__name__
+    if activation != "GELU":
+        raise CheckpointError(
+            f"{folder} has the activation {activation}, but deitkit's students have GELU: give another model"
+        )
+    return {"heads": model.blocks[0].attn.num_heads, "eps": getattr(model.norm, "eps", NORM_EPS)}
 
 
 def load_initial(

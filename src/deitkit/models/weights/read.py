@@ -6,7 +6,7 @@ import pickle
 import warnings
 import zipfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +21,17 @@ _PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "network.")
 # What training tools add to a state: losses with weights, counters of averages, and of operations (thop).
 _ADDED = ("criterion.", "loss.", "loss_fn.")
 _COUNTERS = ("n_averaged", "total_ops", "total_params")
+FACTS = "deitkit"  # where our own export of a single file keeps what a card would tell
 MOST_COMPRESSION = 10  # ratio of an archive; weights hardly compress
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint's tensors by name, and remarks on which of its parts they are."""
+    """A checkpoint's tensors by name, remarks on which of its parts they are, and what our own export adds."""
 
     state: dict[str, Tensor]
     remarks: tuple[str, ...]
+    facts: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     except Exception:  # torch's reader raises many types for a damaged pickle
         raise _damaged(path) from None
     remarks = []
+    facts = content.get(FACTS) if isinstance(content, dict) else None
     while isinstance(content, dict):
         found = [name for name in _WRAPPERS if isinstance(content.get(name), dict)]
         if not found:
@@ -89,7 +92,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
         state = {name: value for name, value in state.items() if name not in added}
     while prefix := next((prefix for prefix in _PREFIXES if all(name.startswith(prefix) for name in state)), None):
         state = {name.removeprefix(prefix): value for name, value in state.items()}
-    return Checkpoint(state, tuple(remarks))
+    return Checkpoint(state, tuple(remarks), facts if isinstance(facts, dict) else {})
 
 
 def _refuse_bomb(path: Path) -> None:
