@@ -253,6 +253,27 @@ def test_table_states_spread_over_seeds_and_wilson_interval_for_one() -> None:
     assert "Wilson interval], one seed" in laid_out(one).footnotes[0]
 
 
+def test_balanced_accuracy_is_a_column_where_accuracy_hides_the_rare_classes() -> None:
+    for balanced, shown in ((0.615, False), (0.5, True)):
+        results = make_results()
+        for row in results["rows"]:
+            row["balanced_accuracy"] = balanced if row["row"] == "soft/class" else row["top1_mean"]
+        layout = laid_out(results)
+        assert ("balanced" in {column.key for column in layout.columns}) is shown
+        assert any(note.startswith("balanced: mean over the classes") for note in layout.footnotes) is shown
+    assert next(line for line in layout.lines if line.name == "soft/class").cells["balanced"] == "50.00"
+
+
+def test_the_teacher_is_in_the_chart_of_accuracies() -> None:
+    chart = accuracy_chart(parse_results(make_results()), [])
+    teacher = chart["data"][-1]
+    assert (teacher["name"], teacher["x"]) == ("teacher cifar/resnet56", [pytest.approx(93.39)])
+    assert chart["layout"]["xaxis"]["range"][1] > 93.39
+    assert "93.39" in chart["layout"]["annotations"][-1]["text"]
+    without = accuracy_chart(parse_results(make_results(teacher=False)), [])
+    assert not [trace for trace in without["data"] if "teacher c" in trace["name"]]
+
+
 def test_table_has_one_decimal_below_a_thousand_images() -> None:
     results = make_results()
     for row in results["rows"]:

@@ -11,7 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from deitkit.comparison.rows import Predictions, RowKey, Summary, p_in_words, paired_over_seeds
+from deitkit.comparison.rows import Predictions, RowKey, Summary, paired_over_seeds
+from deitkit.comparison.verdict import p_in_words
 from deitkit.data.dataset import Dataset, load_test
 from deitkit.data.duplicates import share_in_sketch
 from deitkit.distillation.methods import METHODS

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
+import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
+from deitkit.comparison.verdict import Standing, verdict
 from deitkit.data.dataset import Dataset
 from deitkit.distillation.methods import METHODS, reference_method
 from deitkit.evaluation.readouts import default_readout, top_k_accuracy, top_k_hits
@@ -69,13 +71,15 @@ def summarise(
         metrics: Of the run, for its speed.
     """
     speed = _speed(metrics)
-    teacher_decisions = None if teacher_logits is None else teacher_logits.argmax(dim=-1)
+    decisions = None if teacher_logits is None else teacher_logits.argmax(dim=-1)
     rows = tuple(
-        _row(key, recipe, dataset, predictions, teacher_decisions, speed.get(key.student, _NO_SPEED))
+        _row(key, recipe, dataset, predictions, decisions, speed.get(key.student, _NO_SPEED))
         for key in _row_keys(predictions[recipe.seeds[0]])
     )
     winner = _winner(rows)
-    return Summary(rows, winner, _verdict(winner, rows, len(recipe.seeds)), tuple(_notes(recipe, dataset)))
+    teacher_hits = None if decisions is None else decisions == dataset.test.labels
+    standing = _standing(winner, recipe, dataset, predictions, teacher_hits)
+    return Summary(rows, winner, verdict(standing, rows), tuple(_notes(recipe, dataset)))
 
 
 @dataclass(frozen=True)
@@ -91,9 +95,9 @@ class RowKey:
         """The row's name."""
         return f"{self.student}/{self.readout}" + ("+ema" if self.weights == "ema" else "")
 
-    def hits(self, predictions: Predictions, labels: Int64[Tensor, " n"]) -> Hits:
-        """Return which test images the row gets right, for each seed that did not stop."""
-        return {seed: top_k_hits(scores, labels) for seed, scores in self.scores(predictions, "test").items()}
+    def hits(self, predictions: Predictions, labels: Int64[Tensor, " n"], split: str = "test") -> Hits:
+        """Return which images of a split the row gets right, for each seed that did not stop."""
+        return {seed: top_k_hits(scores, labels) for seed, scores in self.scores(predictions, split).items()}
 
     def scores(self, predictions: Predictions, split: str) -> dict[int, Float[Tensor, "n classes"]]:
         """Return the row's scores, for each seed that did not stop."""
@@ -147,7 +151,10 @@ def _row(
         top1_std=float(np.std(values, ddof=1)) if len(values) > 1 else None,
         top1_ci95=_interval(values, len(labels)),
         validation_top1=tuple(validation_top1.get(seed) for seed in seeds),
+        balanced_accuracy=_balanced_accuracy(hits, labels, dataset.classes),
         **difference_fields("none", _difference_to_reference(key, hits, reference, predictions, labels)),
+        **difference_fields("teacher", _difference_to_teacher(hits, teacher_decisions, labels)),
+        **difference_fields("baseline", _difference_to_baseline(key, hits, predictions, labels)),
         teacher_agreement=agreement,
         parameters=predictions[seeds[0]][key.student].parameters,
         status="; ".join(f"seed {seed} {status}" for seed, status in stopped.items()) or "ok",
@@ -188,6 +195,26 @@ def _difference_to_reference(
     if reference is None or key.student == reference.student:
         return None
     return paired_over_seeds(hits, reference.hits(predictions, labels))
+
+
+def _difference_to_teacher(hits: Hits, decisions: Tensor | None, labels: Tensor) -> Difference | None:
+    """Compare a row with the teachers, whose predictions are the same for all seeds."""
+    return None if decisions is None else paired_over_seeds(hits, dict.fromkeys(hits, decisions == labels))
+
+
+def _difference_to_baseline(
+    key: RowKey, hits: Hits, predictions: Predictions, labels: Int64[Tensor, " n"]
+) -> Difference | None:
+    if key.student == BASELINE or BASELINE not in next(iter(predictions.values())):
+        return None
+    return paired_over_seeds(hits, RowKey(BASELINE, "last", "class").hits(predictions, labels))
+
+
+def _balanced_accuracy(hits: Hits, labels: Int64[Tensor, " n"], classes: int) -> float | None:
+    """Return the mean recall of the classes, over the finished seeds."""
+    counts = labels.bincount(minlength=classes)
+    recalls = [(labels[right].bincount(minlength=classes) / counts)[counts > 0] for right in hits.values()]
+    return torch.stack(recalls).double().mean().item() if recalls else None
 
 
 def paired_over_seeds(hits: Hits, other: Hits) -> Difference | None:
@@ -237,29 +264,34 @@ def _validation_mean(row: Row) -> float:
     return float(np.mean([value for value in row.validation_top1 if value is not None]))
 
 
-def _verdict(winner: Row | None, rows: Sequence[Row], seeds: int) -> str:
-    """Return which student wins, by how much, and how certain that is, in one or two sentences."""
+def _standing(
+    winner: Row | None, recipe: Recipe, dataset: Dataset, predictions: Predictions, teacher: Bool[Tensor, " n"] | None
+) -> Standing | None:
+    """Gather what the verdict rests on."""
     if winner is None:
-        return "No student reached the end of its training."
-    assert winner.top1_mean is not None
-    over = f"mean of {seeds} seeds" if seeds > 1 else "one seed"
-    text = f"{winner.row} wins on the validation images and scores {100 * winner.top1_mean:.2f} % on the test images"
-    text += f" ({over}, n = {winner.n})"
-    difference = winner.difference_to("none")
-    if difference is not None:
-        text += f", {100 * difference.mean:+.2f} points against labels alone ({p_in_words(difference)})"
-    elif any(row.difference_to("none") is not None for row in rows):
-        text += ": no teaching beat labels alone there"
-    tested = {row.row: row.top1_mean for row in rows if row.kind == "student" and row.top1_mean is not None}
-    best = max(tested, key=lambda name: tested[name])
-    if tested[best] > winner.top1_mean:
-        text += f". On the test images {best} is higher ({100 * tested[best]:.2f} %), but nothing is chosen there"
-    return text + "."
+        return None
+    labels = dataset.validation.labels
+    keys = {key.name: key for key in _row_keys(predictions[recipe.seeds[0]])}
+    own = keys[winner.row]
+    names = [name for name in keys if _is_rival(keys[name], own, predictions)]
+    validation = {name: keys[name].hits(predictions, labels, "validation") for name in (winner.row, *names)}
+    leads = {name: paired_over_seeds(validation[winner.row], validation[name]) for name in names}
+    answers = {answer for scores in own.scores(predictions, "test").values() for answer in scores.argmax(-1).tolist()}
+    return Standing(
+        winner=winner,
+        leads={name: lead for name, lead in leads.items() if lead is not None},
+        validation_images=len(labels),
+        seeds=len(recipe.seeds),
+        teacher_top1=None if teacher is None else teacher.double().mean().item(),
+        only_answer=dataset.class_names[answers.pop()] if len(answers) == 1 else None,
+    )
 
 
-def p_in_words(difference: Difference) -> str:
-    """Return a p value with its test, and a warning where chance may explain the difference."""
-    return f"p = {difference.p:.2g}, {difference.test}{'' if difference.is_significant else ': it may be luck'}"
+def _is_rival(key: RowKey, winner: RowKey, predictions: Predictions) -> bool:
+    """Return whether a row is another student, read out as it is compared, and with the same kind of weights."""
+    readouts = list(next(iter(predictions.values()))[key.student].scores[key.weights]["test"])
+    same_kind = key.weights == winner.weights and key.readout == default_readout(readouts)
+    return key.student not in (winner.student, BASELINE) and same_kind and bool(key.scores(predictions, "test"))
 
 
 def _notes(recipe: Recipe, dataset: Dataset) -> Iterator[str]:

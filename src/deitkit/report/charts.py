@@ -7,7 +7,7 @@ from typing import Any
 from deitkit.report.figures import COLOURS, Curve, colours_of, curves_of, mean
 from deitkit.report.table_layout import WINNER_MARK, Number, percent
 from deitkit.run.metrics import EpochMetrics
-from deitkit.run.results import Results, Row
+from deitkit.run.results import Results, Row, TeacherCard
 
 Chart = dict[str, Any]
 Value = Callable[[EpochMetrics], Number | None]
@@ -18,7 +18,7 @@ _ROW_PX = 50
 
 
 def accuracy_chart(results: Results, metrics: Sequence[EpochMetrics]) -> Chart:
-    """Return top-1 of every row: the mean, its 95 % interval, and one dot per seed."""
+    """Return top-1 of every row: the mean, its 95 % interval, and one dot per seed; last the teacher."""
     rows = sorted(results.rows, key=lambda row: row.kind == "baseline")
     colours = colours_of(metrics)
     data: list[Chart] = []
@@ -30,15 +30,43 @@ def accuracy_chart(results: Results, metrics: Sequence[EpochMetrics]) -> Chart:
         text = f"<b>{value}</b>  {escape(row.row)}"
         if row.row == results.winner:
             text = f"<b>{WINNER_MARK} {text}</b>"
-        # the short name, above its bar rather than beside the axis: it then fits a phone; hovering gives the label
-        place = {"xref": "paper", "x": 0, "xanchor": "left", "y": index, "yshift": 15}
-        notes.append({**place, "text": text, "align": "left", "showarrow": False, "font": {"size": 12.5}})
-    layout = chart_layout(height=_ROW_PX * len(rows) + 60, margin={"l": 4, "r": 4, "t": 12, "b": 44})
-    layout["yaxis"] = {"range": [len(rows) - 0.35, -0.75], "visible": False, "fixedrange": True}
+        notes.append(_note(text, index))
+    count = len(rows)
+    if results.teacher is not None and results.teacher.test_top1 is not None:
+        data.append(_teacher_trace(results.teacher, count))
+        value = percent(results.teacher.test_top1, results.dataset.test)
+        notes.append(_note(f"<b>{value}</b>  {_teacher_name(results.teacher)}", count))
+        count += 1
+    layout = chart_layout(height=_ROW_PX * count + 60, margin={"l": 4, "r": 4, "t": 12, "b": 44})
+    layout["yaxis"] = {"range": [count - 0.35, -0.75], "visible": False, "fixedrange": True}
     layout["xaxis"] |= {"title": {"text": "top-1 on the test set (%)"}, "fixedrange": True, "range": _padded(data)}
     layout["annotations"] = notes
     layout["shapes"] = _none_line(results)
     return {"data": data, "layout": layout}
+
+
+def _note(text: str, index: int) -> Chart:
+    """Return a row's short name, above its bar rather than beside the axis: it then fits a phone."""
+    place = {"xref": "paper", "x": 0, "xanchor": "left", "y": index, "yshift": 15}
+    return {**place, "text": text, "align": "left", "showarrow": False, "font": {"size": 12.5}}
+
+
+def _teacher_name(teacher: TeacherCard) -> str:
+    return escape(f"teacher {teacher.name}")
+
+
+def _teacher_trace(teacher: TeacherCard, index: int) -> Chart:
+    assert teacher.test_top1 is not None
+    return {
+        "type": "scatter",
+        "mode": "markers",
+        "showlegend": False,
+        "name": _teacher_name(teacher),
+        "x": [100 * teacher.test_top1],
+        "y": [index],
+        "marker": {"color": INK, "size": 12, "symbol": "diamond"},
+        "hovertemplate": "%{x:.2f} %<extra>%{data.name}</extra>",
+    }
 
 
 def curve_charts(results: Results, metrics: Sequence[EpochMetrics]) -> dict[str, Chart]:

@@ -19,6 +19,7 @@ NOTHING = "–"
 WINNER_MARK = "★"
 LABELS_MARK = "*"
 STATUS_MARK = "†"
+UNBALANCED = 0.02
 ONE_SEED = (
     "With one seed, intervals and p reflect the test images: they compare these trained students, not their methods; "
     "--seeds 5 compares methods."
@@ -136,6 +137,7 @@ def _columns(results: Results) -> tuple[Column, ...]:
         Column("labels", "labels", 4, numeric=False),
         Column("teacher", "teacher", 3, numeric=False),
         Column("top1", "top-1 %", 0),
+        Column("balanced", "balanced %", 1),
         Column("difference", "vs none", 1),
         Column("interval", "95 % interval", 7),
         Column("p", "p", 2),
@@ -159,6 +161,7 @@ def _line(row: Row, results: Results, published: dict[str, dict[str, PublishedFi
         "labels": labels + LABELS_MARK if is_printed_without_labels(row) else labels,
         "teacher": NOTHING if row.labels is None else row.teacher or "none",
         "top1": accuracy(row) + (STATUS_MARK if row.status != "ok" else ""),
+        "balanced": percent(row.balanced_accuracy, images) if _is_unbalanced(results) else NOTHING,
         "difference": points(difference, images),
         "interval": interval(difference, images),
         "p": p_value(difference),
@@ -181,6 +184,15 @@ def _line(row: Row, results: Results, published: dict[str, dict[str, PublishedFi
         cells=cells,
         group="baseline" if row.kind == "baseline" else "students",
         winner=row.row == results.winner,
+    )
+
+
+def _is_unbalanced(results: Results) -> bool:
+    """Return whether a row's accuracy hides what it does in rare classes: its mean recall is 2 points away or more."""
+    return any(
+        abs(row.top1_mean - row.balanced_accuracy) >= UNBALANCED
+        for row in results.rows
+        if row.top1_mean is not None and row.balanced_accuracy is not None
     )
 
 
@@ -237,6 +249,8 @@ def _footnotes(results: Results) -> list[str]:
     tests = test_names(row.difference_to("before") for row in rows)
     if tests:
         notes.append(f"vs before: points of top-1 more than the model before fine-tuning; p: {tests}.")
+    if _is_unbalanced(results):
+        notes.append("balanced: mean over the classes of the share of a class's test images that is right.")
     if any(is_printed_without_labels(row) for row in rows):
         notes.append(
             f"{LABELS_MARK} The paper prints 'labels: no' for these rows; true labels are in their loss (deit#215)."

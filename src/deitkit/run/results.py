@@ -16,13 +16,15 @@ from deitkit.system.files import write_text
 
 FORMAT = 1
 Interval = tuple[float, float]
-Reference = Literal["none", "before", "base"]  # what a difference is relative to
+Reference = Literal["none", "before", "base", "teacher", "baseline"]  # what a difference is relative to
 
 # The fields of a row that hold its difference to each reference: mean, 95 % interval, p value, name of the test.
 _DIFFERENCE_FIELDS: dict[Reference, tuple[str, str, str, str]] = {
     "none": ("difference_vs_none", "difference_ci95", "p_vs_none", "p_test"),
     "before": ("difference_vs_before", "difference_vs_before_ci95", "p_vs_before", "p_vs_before_test"),
     "base": ("difference_vs_base", "difference_vs_base_ci95", "p_vs_base", "p_vs_base_test"),
+    "teacher": ("difference_vs_teacher", "difference_vs_teacher_ci95", "p_vs_teacher", "p_vs_teacher_test"),
+    "baseline": ("difference_vs_baseline", "difference_vs_baseline_ci95", "p_vs_baseline", "p_vs_baseline_test"),
 }
 
 
@@ -72,6 +74,7 @@ class Row(Record):
         top5: The same for the five highest scores; None for at most five classes.
         n: Test images.
         top1_mean: Over the finished seeds.
+        balanced_accuracy: Mean over the classes of the share of their test images that is right, over the seeds.
         top1_std: Over the finished seeds; None for one seed.
         top1_ci95: Of several seeds Student's t interval, of one seed Wilson's.
         validation_top1: Accuracy on the validation images by seed.
@@ -112,6 +115,15 @@ class Row(Record):
     difference_vs_before_ci95: Interval | None = None
     p_vs_before: float | None = None
     p_vs_before_test: str | None = None
+    difference_vs_teacher: float | None = None
+    difference_vs_teacher_ci95: Interval | None = None
+    p_vs_teacher: float | None = None
+    p_vs_teacher_test: str | None = None
+    difference_vs_baseline: float | None = None
+    difference_vs_baseline_ci95: Interval | None = None
+    p_vs_baseline: float | None = None
+    p_vs_baseline_test: str | None = None
+    balanced_accuracy: float | None = None
 
     @property
     def student(self) -> str:

@@ -133,6 +133,8 @@ def draft_teacher(recipe: TeacherRecipe, dataset: Dataset) -> tuple[Classifier, 
         mean=mean,
         std=std,
         readout=readout,
+        own_px_top1=None,
+        view_px_top1=None,
     )
     return classifier, card
 

@@ -1,0 +1,118 @@
+"""The verdict: which student is best, by more than chance or not, and how far it is from labels alone and teacher."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from deitkit.run.results import Difference, Row
+
+
+@dataclass(frozen=True)
+class Standing:
+    """What a verdict rests on.
+
+    Attributes:
+        winner: The row of the student with the best validation accuracy.
+        leads: Its lead over each other student, by row, on the validation images.
+        validation_images: Their number.
+        seeds: Number of seeds.
+        teacher_top1: The teacher's accuracy on the test images; None without a teacher.
+        only_answer: The class that it answers to every test image, if it is always the same.
+    """
+
+    winner: Row
+    leads: Mapping[str, Difference]
+    validation_images: int
+    seeds: int
+    teacher_top1: float | None
+    only_answer: str | None
+
+
+def verdict(standing: Standing | None, rows: Sequence[Row]) -> str:
+    """Return the outcome of a comparison in a few sentences; without a winner in one."""
+    if standing is None:
+        return "No student reached the end of its training."
+    sentences = [
+        _choice(standing) + _against_labels(standing.winner, rows),
+        _only_answer(standing),
+        _teacher(standing),
+        *_baselines(standing.winner, rows),
+        _best_on_test(standing.winner, rows),
+    ]
+    return " ".join(f"{sentence}." for sentence in sentences if sentence)
+
+
+def _choice(standing: Standing) -> str:
+    winner, n = standing.winner, standing.validation_images
+    assert winner.top1_mean is not None
+    over = f"mean of {standing.seeds} seeds" if standing.seeds > 1 else "one seed"
+    scores = f"scores {_percent(winner.top1_mean)} on the test images ({over}, n = {winner.n:,})"
+    tied = [name for name, lead in standing.leads.items() if not lead.is_significant]
+    if not standing.leads:
+        return f"{winner.row} {scores}"
+    if not tied:
+        return f"{winner.row} wins on the validation images and {scores}"
+    better = f"on {n:,} validation images {winner.row} is better than {_list(tied)} by no more than chance"
+    return f"A tie: {better}. It {scores}"
+
+
+def _against_labels(winner: Row, rows: Sequence[Row]) -> str:
+    difference = winner.difference_to("none")
+    if difference is not None:
+        return f", {_points(difference)} against labels alone ({p_in_words(difference)})"
+    if any(row.difference_to("none") is not None for row in rows):
+        return ": no teaching beat labels alone on the validation images"
+    return ""
+
+
+def _only_answer(standing: Standing) -> str:
+    if standing.only_answer is None:
+        return ""
+    return f"It answers '{standing.only_answer}' to every test image: it has learnt nothing but which class is frequent"
+
+
+def _teacher(standing: Standing) -> str:
+    difference = standing.winner.difference_to("teacher")
+    if difference is None or standing.teacher_top1 is None:
+        return ""
+    return _other("The teacher", standing.teacher_top1, difference)
+
+
+def _baselines(winner: Row, rows: Sequence[Row]) -> list[str]:
+    """Compare with the CNN on labels alone, by what both differ from the same reference."""
+    found = [row for row in rows if row.kind == "baseline" and row.weights == "last" and row.top1_mean is not None]
+    difference = winner.difference_to("baseline")
+    return [] if difference is None else [_other("The CNN baseline", row.top1_mean or 0.0, difference) for row in found]
+
+
+def _other(name: str, top1: float, difference: Difference) -> str:
+    gap = 100 * abs(difference.mean)
+    scores = f"{name} scores {_percent(top1)}"
+    if not difference.is_significant:
+        return f"{scores}, a tie ({p_in_words(difference)})"
+    return f"{scores}, {gap:.2f} points {'less' if difference.mean > 0 else 'more'} ({p_in_words(difference)})"
+
+
+def _best_on_test(winner: Row, rows: Sequence[Row]) -> str:
+    tested = {row.row: row.top1_mean for row in rows if row.kind == "student" and row.top1_mean is not None}
+    best = max(tested, key=lambda name: tested[name])
+    if winner.top1_mean is None or tested[best] <= winner.top1_mean:
+        return ""
+    return f"On the test images {best} is higher ({_percent(tested[best])}), but nothing is chosen there"
+
+
+def p_in_words(difference: Difference) -> str:
+    """Return a p value with its test, and a warning where chance may explain the difference."""
+    p = "p < 1e-15" if difference.p < 1e-15 else f"p = {difference.p:.2g}"
+    return f"{p}, {difference.test}{'' if difference.is_significant else ': chance may explain it'}"
+
+
+def _percent(top1: float) -> str:
+    return f"{100 * top1:.2f} %"
+
+
+def _points(difference: Difference) -> str:
+    return f"{100 * difference.mean:+.2f} points"
+
+
+def _list(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

@@ -1,0 +1,104 @@
+"""The verdict in words: wins, ties, and how far the winner is from labels alone, the teacher and a CNN."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from deitkit.comparison.rows import StudentPredictions, Summary, summarise
+from deitkit.data.dataset import Dataset, load_dataset
+from deitkit.recipe.schema import Recipe
+
+TinyRecipe = Callable[..., Recipe]
+
+
+def scores_of(labels: Tensor, right: float) -> Tensor:
+    """Return scores by which this share of the images, spread over all of them, is classified correctly."""
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    chosen = (labels + 1) % 10
+    hits = order[: round(right * len(labels))]
+    chosen[hits] = labels[hits]
+    return torch.nn.functional.one_hot(chosen, 10).float()
+
+
+def student(dataset: Dataset, validation: float, test: float) -> StudentPredictions:
+    splits = {"validation": (dataset.validation, validation), "test": (dataset.test, test)}
+    scores = {name: {"class": scores_of(split.labels, right)} for name, (split, right) in splits.items()}
+    return StudentPredictions(None, 1, {"last": scores})
+
+
+def judge(recipe: Recipe, teacher: float | None, **students: tuple[float, float]) -> Summary:
+    """Summarise students, each with its accuracy on the validation and the test images."""
+    dataset = load_dataset(recipe.data)
+    logits = None if teacher is None else scores_of(dataset.test.labels, teacher)
+    trained = {name.replace("_", "-"): student(dataset, *both) for name, both in students.items()}
+    return summarise(recipe, dataset, {0: trained}, logits, [])
+
+
+@pytest.mark.parametrize(
+    ("none", "hard", "teacher", "words"),
+    [
+        # A clear win over labels alone, far from the teacher.
+        ((0.4, 0.4), (0.8, 0.7), 0.95,
+         ["hard/class wins on the validation images and scores 70.00 % on the test images (one seed, n = 20), "
+          "+30.00 points against labels alone", "The teacher scores 95.00 %"]),
+        # Ahead by one of 108 images: a tie, whatever the test images say.
+        ((0.70, 0.60), (0.71, 0.55), 0.95,
+         ["A tie: on 108 validation images hard/class is better than none/class by no more than chance. It scores",
+          "-5.00 points against labels alone (p = 1, McNemar: chance may explain it)",
+          "On the test images none/class is higher (60.00 %), but nothing is chosen there"]),
+        # Labels alone win.
+        ((0.8, 0.7), (0.4, 0.4), 0.7,
+         ["none/class wins on the validation images", "no teaching beat labels alone",
+          "The teacher scores 70.00 %, a tie (p = 1, McNemar: chance may explain it)"]),
+        # Better than its teacher.
+        ((0.4, 0.4), (0.9, 0.9), 0.2, ["The teacher scores 20.00 %, 70.00 points less (p = "]),
+        ((0.4, 0.4), (0.9, 0.2), 0.9, ["The teacher scores 90.00 %, 70.00 points more (p = "]),
+    ],
+)  # fmt: skip
+def test_the_verdict_weighs(
+    none: tuple[float, float], hard: tuple[float, float], teacher: float, words: list[str], tiny_recipe: TinyRecipe
+) -> None:
+    recipe = tiny_recipe("methods=[none, hard]", "data.test_images=20")
+    verdict = judge(recipe, teacher, none=none, hard=hard).verdict
+    for part in words:
+        assert part in verdict, verdict
+
+
+def test_the_cnn_baseline_is_in_the_verdict(tiny_recipe: TinyRecipe) -> None:
+    recipe = tiny_recipe("methods=[none]", "baseline.name=cifar/resnet20", "data.test_images=100")
+    summary = judge(recipe, None, none=(0.4, 0.4), cnn_baseline=(0.9, 0.9))
+    assert summary.winner is not None
+    assert summary.winner.row == "none/class"
+    assert "The CNN baseline scores 90.00 %, 50.00 points more (p = " in summary.verdict
+    assert summary.verdict.startswith("none/class scores 40.00 %")
+
+
+def test_several_seeds_that_do_not_agree_are_a_tie(tiny_recipe: TinyRecipe) -> None:
+    recipe = tiny_recipe("methods=[none, hard]", "seeds=[0, 1, 2]")
+    dataset = load_dataset(recipe.data)
+    hard = {seed: student(dataset, right, right) for seed, right in enumerate((0.5, 0.9, 0.6))}
+    none = {seed: student(dataset, 0.55, 0.55) for seed in range(3)}
+    predictions = {seed: {"none": none[seed], "hard": hard[seed]} for seed in range(3)}
+    verdict = summarise(recipe, dataset, predictions, None, []).verdict
+    assert verdict.startswith("A tie: on 108 validation images hard/class is better than none/class by no more than")
+    assert "(mean of 3 seeds, n = " in verdict
+
+
+def test_a_student_that_always_answers_the_frequent_class_is_called_that(tiny_recipe: TinyRecipe) -> None:
+    recipe = tiny_recipe("methods=[none]")
+    dataset = load_dataset(recipe.data)
+    frequent = torch.arange(len(dataset.test)) % 20 == 0
+    test = replace(dataset.test, labels=torch.where(frequent, 1, 0))
+    constant = {
+        name: {"class": torch.eye(10)[0].expand(len(split), 10)}
+        for name, split in (("validation", dataset.validation), ("test", test))
+    }
+    predictions = {0: {"none": StudentPredictions(None, 1, {"last": constant})}}
+    summary = summarise(recipe, replace(dataset, test=test), predictions, None, [])
+    assert "It answers '0' to every test image" in summary.verdict
+    (row,) = summary.rows
+    assert row.top1_mean == pytest.approx(0.95, abs=0.01)
+    assert row.balanced_accuracy == pytest.approx(0.5)  # of the two classes that have test images
