@@ -8,7 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deitkit.errors import RecipeError
-from deitkit.recipe.load import describe_fields, dump_recipe, field_names, load_recipe, parse_recipe, shipped_recipes
+from deitkit.models.vit import size_in_words
+from deitkit.recipe.load import (
+    describe_fields,
+    dump_recipe,
+    expand_variants,
+    field_names,
+    load_recipe,
+    parse_recipe,
+    shipped_recipes,
+)
 from deitkit.recipe.schema import Recipe
 
 
@@ -58,6 +67,14 @@ def test_overrides_reach_nested_fields() -> None:
         (["teacher.train.precision=fp32"], ["unknown key 'teacher.train.precision'", "did you mean train.precision"]),
         (["train.warmup_epochs=1000"], ["warmup_epochs"]),
         (["train.learning_rate=.nan"], ["train.learning_rate"]),
+        (["methods=token-hard"], ["methods=token-hard: write a list, as methods=[token-hard]"]),
+        (["seeds=3"], ["seeds=3: write a list, as seeds=[3]"]),
+        (["train.lr=0.1"], ["unknown key 'train.lr': did you mean train.learning_rate?"]),
+        (["teacher.train.wd=0.1"], ["did you mean teacher.train.weight_decay?"]),
+        (["device=mps"], ["not on Apple's GPUs"]),
+        (["train.epochs=true"], ["train.epochs=True: true is not a value of this field"]),
+        (["augment.mixup=true"], ["augment.mixup=True: true is not a value"]),
+        (["augment.flip=false"], ["false is not a value"]),
     ],
 )
 def test_mistakes_are_told_by_field_and_value(overrides: list[str], words: list[str]) -> None:
@@ -136,3 +153,30 @@ def test_any_tree_is_a_recipe_or_a_recipe_error(tree: dict) -> None:
 def test_every_field_has_a_meaning() -> None:
     for field, _, meaning in describe_fields():
         assert meaning, f"{field} is not described"
+
+
+def test_a_name_of_a_model_brings_its_own_size() -> None:
+    mixed = load_recipe("own-images").model
+    assert (mixed.name, mixed.width, mixed.depth, mixed.heads) == ("micro", 128, 6, 4)
+    for short in ("model.name=deit_tiny", "model=deit_tiny"):
+        named = load_recipe("own-images", [short]).model
+        assert (named.name, named.width, named.depth, named.heads) == ("deit_tiny", None, None, None)
+        assert named.patch_px == mixed.patch_px
+    wider = load_recipe("own-images", ["model.name=deit_tiny", "model.width=96"]).model
+    assert (wider.width, wider.depth, wider.heads) == (96, None, None)
+    assert load_recipe("own-images", ["model.width=96"]).model.depth == 6
+
+
+def test_a_recipe_and_a_variant_that_name_a_model_have_its_size_too(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("base: own-images\nmodel: {name: deit_small, heads: 3}\n")
+    mine = load_recipe(str(tmp_path / "mine.yaml")).model
+    assert (mine.name, mine.width, mine.depth, mine.heads) == ("deit_small", None, None, 3)
+    tiny = "variants={tiny: {model.name: deit_tiny}}"
+    variant = expand_variants(load_recipe("own-images", [tiny]))["tiny"].model
+    assert (variant.name, variant.width, variant.depth, variant.heads) == ("deit_tiny", None, None, None)
+
+
+def test_a_mixture_of_a_name_and_other_dimensions_is_named_as_such() -> None:
+    assert size_in_words(load_recipe("own-images").model) == "micro with width 128, depth 6, heads 4"
+    assert size_in_words(load_recipe("own-images", ["model.name=deit_tiny"]).model) == "deit_tiny"
+    assert size_in_words(load_recipe("own-images", ["model.name=deit_tiny", "model.width=192"]).model) == "deit_tiny"

@@ -94,7 +94,7 @@ def teacher(
     from deitkit.data.dataset import load_dataset
     from deitkit.run.folder import begin_run, check_run, choose_run_folder, occupied
     from deitkit.system.device import Precision, choose_device
-    from deitkit.teachers.prepare import common_card, prepare_teachers
+    from deitkit.teachers.prepare import common_card, prepare_teachers, rehearse_teachers
 
     loaded = _load(recipe, overrides, None)
     folder = choose_run_folder(out, f"{loaded.name}-teacher", resume)
@@ -102,6 +102,7 @@ def teacher(
     with Terminal(errors if as_json else console) as terminal, occupied(folder):
         check_run(folder, loaded, resume)
         dataset = load_dataset(loaded.data, terminal.reading)
+        rehearse_teachers(loaded, dataset, folder / "teacher", precision)
         begin_run(folder, loaded)
         teachers, cards = prepare_teachers(
             loaded, dataset, folder=folder / "teacher", precision=precision, watcher=terminal

@@ -21,8 +21,9 @@ from deitkit.comparison.rows import Hits, RowKey, paired_over_seeds, reported_ro
 from deitkit.comparison.seed_run import load_predictions
 from deitkit.data.dataset import Dataset, load_dataset
 from deitkit.errors import DataError, DeitkitError
+from deitkit.recipe.contradictions import BASE
 from deitkit.recipe.load import changed_fields, expand_variants
-from deitkit.recipe.schema import BASE, DataRecipe, Recipe
+from deitkit.recipe.schema import DataRecipe, Recipe
 from deitkit.report.write import write_report
 from deitkit.run.folder import begin_run, check_run
 from deitkit.run.observer import Watcher

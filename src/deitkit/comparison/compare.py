@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from deitkit import __version__
+from deitkit.comparison.describe import describe_data, describe_students
 from deitkit.comparison.estimate import estimate_training
 from deitkit.comparison.finetune import StartingPoint, add_checkpoint_row, measure_checkpoint
 from deitkit.comparison.rows import summarise
@@ -42,7 +43,7 @@ from deitkit.run.results import (
 from deitkit.system.device import Precision, choose_device, describe_machine
 from deitkit.system.files import write_text
 from deitkit.teachers.frozen import Teachers, mean_teacher_logits
-from deitkit.teachers.prepare import common_card, prepare_teachers
+from deitkit.teachers.prepare import common_card, prepare_teachers, rehearse_teachers
 from deitkit.training.build import (
     BASELINE,
     baseline_architecture,
@@ -51,7 +52,6 @@ from deitkit.training.build import (
     needs_teacher,
     student_names,
 )
-from deitkit.training.optim import peak_learning_rate
 from deitkit.training.trial import failure_of
 
 MODEL_FILES = ("model.safetensors", "model.json")
@@ -81,10 +81,13 @@ def compare(
     watcher.say(f"device {device}, precision {precision.name}")
     if dataset is None:
         dataset = load_dataset(recipe.data, watcher.reading)
-    _describe_data(recipe, dataset, watcher)
-    start = rehearse(recipe, dataset, precision)
-    for line in start:
+    for line in describe_data(dataset):
         watcher.say(line)
+    start, parameters = rehearse(recipe, dataset, precision)
+    for line in (*start, *describe_students(recipe, dataset, parameters)):
+        watcher.say(line)
+    if needs_teacher(recipe):
+        rehearse_teachers(recipe, dataset, folder / "teacher", precision)
     checkpoint = measure_checkpoint(recipe, dataset, precision, watcher)
     begin_run(folder, recipe)
     adopt_older_layout(folder)
@@ -113,23 +116,6 @@ def compare(
     return results
 
 
-def _describe_data(recipe: Recipe, dataset: Dataset, watcher: Watcher) -> None:
-    """Report the splits, duplicates across them, and a learning rate that follows from the batch size."""
-    watcher.say(
-        f"data {dataset.name}: {len(dataset.train)} training, {len(dataset.validation)} validation, "
-        f"{len(dataset.test)} test images, {dataset.classes} classes"
-    )
-    for remark in dataset.remarks:
-        watcher.say(remark)
-    if dataset.duplicates.count:
-        watcher.say(dataset.duplicates.sentence())
-    if recipe.train.learning_rate_per is not None:
-        watcher.say(
-            f"learning rate {peak_learning_rate(recipe.train, recipe.train):g}: {recipe.train.learning_rate:g} for "
-            f"{recipe.train.learning_rate_per} images, {recipe.train.batch_size} in a step"
-        )
-
-
 def has_finished(folder: Path, recipe: Recipe) -> bool:
     """Return whether a run folder holds the results of all methods and seeds of a recipe, and of no others."""
     if not (folder / "results.json").exists():
@@ -138,11 +124,12 @@ def has_finished(folder: Path, recipe: Recipe) -> bool:
     return results.recipe["methods"] == list(recipe.methods) and results.seeds == recipe.seeds
 
 
-def rehearse(recipe: Recipe, dataset: Dataset, precision: Precision) -> list[str]:
+def rehearse(recipe: Recipe, dataset: Dataset, precision: Precision) -> tuple[list[str], dict[str, int]]:
     """Build the students once, to fail before the teacher trains.
 
     Returns:
-        The initial checkpoint and its adaptations, line by line; empty without a checkpoint.
+        The initial checkpoint and its adaptations, line by line (empty without a checkpoint), and the number of
+        parameters of each student.
     """
     Batches(dataset.train, recipe.train.batch_size, 0, precision.device)
     start: list[str] = []
@@ -152,7 +139,7 @@ def rehearse(recipe: Recipe, dataset: Dataset, precision: Precision) -> list[str
         if failure is not None:
             name = baseline_architecture(recipe)
             raise RecipeError(f"baseline.name={name} {failure}; name another CNN, or set another data.image_px")
-    return start
+    return start, {one.name: sum(value.numel() for value in one.classifier.parameters()) for one in students}
 
 
 def _results(

@@ -190,8 +190,16 @@ def _list(recipe: DataRecipe, progress: Progress | None) -> Listing:
         return list_named(recipe, progress)
     near = difflib.get_close_matches(recipe.name, DATASETS, n=1)
     hint = f"did you mean {near[0]}? " if near else ""
+    if Path(recipe.name).expanduser().exists():
+        hint = f"did you mean {_kind_of(Path(recipe.name).expanduser())}:{recipe.name}? "
     allowed = ", ".join(DATASETS)
     raise DataError(f"data.name={recipe.name} is not a data set: {hint}Choose {allowed}, folder:PATH or parquet:PATH")
+
+
+def _kind_of(path: Path) -> str:
+    """Return which kind of source an existing path is."""
+    holds_parquet = path.suffix == ".parquet" or next(path.glob("**/*.parquet"), None) is not None
+    return "parquet" if holds_parquet else "folder"
 
 
 def _list_digits() -> Listing:

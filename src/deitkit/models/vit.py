@@ -5,7 +5,7 @@ the combination of heads at evaluation is in ``evaluation``.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -43,6 +43,13 @@ SIZES: dict[str, Size] = {
     "vit_base": Size(width=768, depth=12, heads=12),
     "vit_large": Size(width=1024, depth=24, heads=16),
 }
+
+
+def size_in_words(recipe: ModelRecipe) -> str:
+    """Return the name of a student's size, with the dimensions that differ from it: ``micro with width 128``."""
+    size = asdict(SIZES[recipe.name])
+    other = {name: getattr(recipe, name) for name in size if getattr(recipe, name) not in (None, size[name])}
+    return recipe.name + (f" with {', '.join(f'{key} {value}' for key, value in other.items())}" if other else "")
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ The fields are in ``schema``.
 """
 
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, get_args, get_origin
@@ -13,8 +13,9 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from deitkit.errors import RecipeError
+from deitkit.recipe.contradictions import BASE
 from deitkit.recipe.older import RENAMED, renamed
-from deitkit.recipe.schema import BASE, Recipe
+from deitkit.recipe.schema import Recipe
 
 # Fields that a variant must not change, and what its rows share with those of the base for that reason.
 PAIRED_BY = {
@@ -24,6 +25,22 @@ PAIRED_BY = {
     "data.test_fraction": "test images",
     "data.split_seed": "test images",
 }
+
+DIMENSIONS = ("width", "depth", "heads")  # of a student, which its named size has
+
+ABBREVIATIONS = {
+    "lr": "learning_rate",
+    "min_lr": "min_learning_rate",
+    "warmup_lr": "warmup_learning_rate",
+    "wd": "weight_decay",
+    "bs": "batch_size",
+    "opt": "optimizer",
+    "smoothing": "label_smoothing",
+    "reprob": "erase",
+    "clip_grad": "clip_norm",
+    "img_size": "image_px",
+    "patch_size": "patch_px",
+}  # other tools' names for fields
 
 MOST_VALUES, MOST_LEVELS = 10_000, 20  # of a recipe; the shipped ones stay below 100 and 5
 
@@ -48,8 +65,9 @@ def load_recipe(source: str | None, overrides: Sequence[str] = ()) -> Recipe:
         RecipeError: The recipe is invalid; the message lists all problems, and the nearest keys of an unknown one.
     """
     tree = _read_tree(source) if source is not None else {}
-    for override in overrides:
-        _apply(tree, override)
+    given = {_apply(tree, override) for override in overrides}
+    if "model.name" in given:
+        _forget_sizes(tree["model"], {key.removeprefix("model.") for key in given})
     return parse_recipe(tree)
 
 
@@ -77,6 +95,8 @@ def expand_variants(recipe: Recipe) -> dict[str, Recipe]:
         try:
             for key, value in changes.items():
                 _set(tree, _path(RENAMED.get(key, key), value), value)
+            if "model.name" in changes:
+                _forget_sizes(tree["model"], {key.removeprefix("model.") for key in changes})
             expanded[name] = Recipe.model_validate(tree)
         except RecipeError as error:
             problems.append(f"variants.{name}: {error}")
@@ -189,7 +209,16 @@ def _merged(base: dict[str, Any], tree: dict[str, Any]) -> dict[str, Any]:
     if "teachers" in tree:
         base = {key: value for key, value in base.items() if key != "teacher"}
     both = {key for key in base if isinstance(base[key], dict) and isinstance(tree.get(key), dict)}
+    if "model" in both and "name" in tree["model"]:
+        _forget_sizes(base["model"], tree["model"])
     return base | tree | {key: _merged(base[key], tree[key]) for key in both}
+
+
+def _forget_sizes(model: dict[str, Any], given: Collection[str]) -> None:
+    """Remove the dimensions of a model that is given another name, which brings its own, unless they are given too."""
+    for dimension in DIMENSIONS:
+        if dimension not in given:
+            model.pop(dimension, None)
 
 
 def _parse(source: str) -> dict[str, Any]:
@@ -247,14 +276,17 @@ def _load_yaml(text: str, what: str, remedy: str) -> Any:
     return tree
 
 
-def _apply(tree: dict[str, Any], override: str) -> None:
+def _apply(tree: dict[str, Any], override: str) -> str:
+    """Set the field of an override in a tree, and return its dotted key."""
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise RecipeError(f"'{override}' is not an override: write key=value, such as train.epochs=20")
     value = _load_yaml(text, f"the value of '{override}'", "quote it")
     key = RENAMED.get(key, key)
     # The fields of a variant stay dotted: variants, its name, the field.
-    _set(tree, key.split(".", 2) if key.startswith("variants.") else _path(key, value), value)
+    path = key.split(".", 2) if key.startswith("variants.") else _path(key, value)
+    _set(tree, path, value)
+    return ".".join(path)
 
 
 def _path(key: str, value: Any) -> list[str]:
@@ -296,12 +328,20 @@ def _sentence(problem: dict[str, Any]) -> str:
     if not where:
         return message
     value = problem["input"]
+    if problem["type"] == "tuple_type":
+        return f"{where}={value}: write a list, as {where}=[{value}]"
+    if where == "device" and value == "mps":
+        return "device=mps: deitkit runs on cpu and cuda, not on Apple's GPUs; leave device=auto for the CPU"
     shown = repr(value) if len(repr(value)) <= 60 else repr(value)[:57] + "..."
     return f"{where}={shown}: {message[0].lower()}{message[1:]}"
 
 
 def _nearest(name: str, known: Sequence[str] | dict[str, str]) -> str:
-    last = name.rpartition(".")[2]
+    head, dot, last = name.rpartition(".")
+    last = ABBREVIATIONS.get(last, last)
+    name = head + dot + last
+    if name in known:
+        return f"did you mean {name}?"
     near = [key for key in known if key.rpartition(".")[2] == last]
     near += [key for key in difflib.get_close_matches(name, list(known), n=3, cutoff=0.6) if key not in near]
     return f"did you mean {' or '.join(near[:3])}?" if near else ""

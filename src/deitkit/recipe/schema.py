@@ -3,13 +3,21 @@
 Every number that influences a result is a field. Nothing in this file builds a model or touches data.
 """
 
-import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
 
+from deitkit.recipe.contradictions import contradictions
 from deitkit.recipe.older import upgraded
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
@@ -19,14 +27,20 @@ NonNegativeInt = Annotated[int, Field(ge=0)]
 Colour = tuple[float, ...]
 OptimizerName = Literal["adamw", "sgd", "muon", "lamb"]
 
-BASE = "base"  # name of the recipe itself among its variants
-VARIANT_NAME = re.compile("[a-z0-9][a-z0-9_-]{0,63}")
-
 
 class Section(BaseModel):
     """A part of a recipe: immutable, and closed to unknown keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_for_a_number(cls, value: Any, info: Any) -> Any:
+        """Refuse ``true`` where a number is meant, which pydantic would take for 1."""
+        annotation = cls.model_fields[info.field_name or ""].annotation
+        if isinstance(value, bool) and annotation is not bool and bool not in get_args(annotation):
+            raise ValueError(f"{str(value).lower()} is not a value of this field")
+        return value
 
 
 class DataRecipe(Section):
@@ -347,7 +361,7 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> "Recipe":
-        problems = list(_contradictions(self))
+        problems = list(contradictions(self))
         if problems:
             raise ValueError("; ".join(problems))
         return self
@@ -359,42 +373,3 @@ def _flat(tree: dict[Any, Any], prefix: str = "") -> Iterator[tuple[Any, Any]]:
             yield from _flat(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
-
-
-def _contradictions(recipe: Recipe) -> Iterator[str]:
-    """Yield contradictions between fields that are each valid."""
-    if len(set(recipe.seeds)) != len(recipe.seeds):
-        yield f"seeds={list(recipe.seeds)} contains a seed twice: give each once"
-    if len(set(recipe.methods)) != len(recipe.methods):
-        yield f"methods={list(recipe.methods)} contains a method twice: give each once"
-    if recipe.data.eval_crop < 1 and recipe.data.image_px is None:
-        crop = recipe.data.eval_crop
-        yield f"data.eval_crop={crop:g} has no effect on images that are not resized: set data.image_px, or drop it"
-    schedule = recipe.train.schedule_epochs
-    if schedule is not None and schedule < recipe.train.epochs:
-        yield f"train.schedule_epochs={schedule} is less than train.epochs={recipe.train.epochs}: raise it or drop it"
-    if recipe.teachers and recipe.teacher != TeacherRecipe():
-        yield "teacher and teachers exclude each other: list every teacher in teachers"
-    teachers = {f"teachers.{number}": teacher for number, teacher in enumerate(recipe.teachers)}
-    teachers = teachers or {"teacher": recipe.teacher}
-    for name, teacher in teachers.items():
-        if (teacher.mean is None) != (teacher.std is None):
-            yield f"{name}.mean and {name}.std belong together: give both or neither"
-        if any(std <= 0 for std in teacher.std or ()):
-            yield f"{name}.std={list(teacher.std or ())} must be positive"
-    augments = {"augment": recipe.augment} | {f"{name}.augment": one.augment for name, one in teachers.items()}
-    for name, augment in augments.items():
-        policies = ("randaugment", "autoaugment", "three_augment")
-        chosen = [f"{name}.{policy}={getattr(augment, policy)}" for policy in policies if getattr(augment, policy)]
-        if len(chosen) > 1:
-            yield f"{' and '.join(chosen)} exclude each other: keep one"
-    for name, section in (
-        {"train": recipe.train} | {f"{name}.train": one.train for name, one in teachers.items()}
-    ).items():
-        if section.warmup_epochs > section.epochs:
-            yield f"{name}.warmup_epochs={section.warmup_epochs:g} exceeds {name}.epochs={section.epochs}: lower it"
-        if section.repeats > section.batch_size:
-            yield f"{name}.repeats={section.repeats} exceeds {name}.batch_size={section.batch_size}: lower it"
-    for name in recipe.variants:
-        if not VARIANT_NAME.fullmatch(name) or name == BASE:
-            yield (f"variants: '{name}' names a folder: use lower-case letters, digits, - and _, and not '{BASE}'")

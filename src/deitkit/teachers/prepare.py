@@ -4,7 +4,8 @@ A teacher is built from a name, gets weights from a file, a library or training 
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,6 @@ def prepare_teacher(
     with seeded(recipe.seeds[0], folder.name):
         classifier, card = draft_teacher(recipe.teacher, dataset)
     accelerate(classifier, recipe.speed, precision.device)
-    _try(classifier, card, recipe.teacher, dataset, precision)
     if card.fit != "none":
         train_data = dataset
         if recipe.teacher.all_images:
@@ -232,20 +232,37 @@ def prepare_teachers(
     """
     teachers, cards = [], []
     homes = teacher_folders(recipe, folder)
-    for chosen, home in zip(recipe.teachers, homes, strict=False):  # several: all are tried before the first trains
-        if not (home / "card.json").exists():
-            classifier, card = draft_teacher(chosen, dataset)
-            _try(accelerate(classifier, recipe.speed, precision.device), card, chosen, dataset, precision)
     for number, (chosen, home) in enumerate(zip(recipe.all_teachers, homes, strict=True)):
         alone = recipe.model_copy(update={"teacher": chosen, "teachers": ()})
-        try:
+        with _numbered(recipe, number):
             teacher, card = prepare_teacher(alone, dataset, folder=home, precision=precision, watcher=watcher)
-        except TeacherError as error:
-            where = f"teachers.{number}: " if recipe.teachers else ""
-            raise TeacherError(f"{where}{error}") from error
         teachers.append(teacher)
         cards.append(card)
     return Teachers(teachers), cards
+
+
+def rehearse_teachers(recipe: Recipe, dataset: Dataset, folder: Path, precision: Precision) -> None:
+    """Build every teacher that is not ready and try it on a batch of views, to fail before anything is written.
+
+    Raises:
+        TeacherError: A teacher cannot be built, or cannot process the views.
+    """
+    homes = teacher_folders(recipe, folder)
+    for number, (chosen, home) in enumerate(zip(recipe.all_teachers, homes, strict=True)):
+        if not (home / "card.json").exists():
+            with seeded(recipe.seeds[0], home.name), _numbered(recipe, number):
+                classifier, card = draft_teacher(chosen, dataset)
+                _try(accelerate(classifier, recipe.speed, precision.device), card, chosen, dataset, precision)
+
+
+@contextmanager
+def _numbered(recipe: Recipe, number: int) -> Iterator[None]:
+    """Begin the message of a refusal with the number of the teacher, where there are several."""
+    try:
+        yield
+    except TeacherError as error:
+        where = f"teachers.{number}: " if recipe.teachers else ""
+        raise TeacherError(f"{where}{error}") from error
 
 
 def teacher_folders(recipe: Recipe, folder: Path) -> list[Path]:

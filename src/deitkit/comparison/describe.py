@@ -1,0 +1,52 @@
+"""What is said of a comparison before anything trains: its images, what was left out, and its students."""
+
+from collections.abc import Iterator, Mapping
+
+from deitkit.data.dataset import Dataset
+from deitkit.models.vit import size_in_words
+from deitkit.recipe.schema import Recipe
+from deitkit.training.optim import peak_learning_rate
+
+
+def describe_data(dataset: Dataset) -> Iterator[str]:
+    """Yield the splits and their classes, what was assumed or left out, and duplicates across splits."""
+    counts = dataset.train.labels.bincount(minlength=dataset.classes)
+    fewest, most = int(counts.argmin()), int(counts.argmax())
+    classes = f"{dataset.classes} classes of {int(counts[fewest]):,} training images"
+    if int(counts[fewest]) != int(counts[most]):
+        names = dataset.class_names[fewest], dataset.class_names[most]
+        classes = (
+            f"{dataset.classes} classes of {int(counts[fewest]):,} ('{names[0]}') to {int(counts[most]):,} "
+            f"('{names[1]}') training images"
+        )
+    yield (
+        f"data {dataset.name}: {len(dataset.train):,} training, {len(dataset.validation):,} validation, "
+        f"{len(dataset.test):,} test images of {dataset.image_px[0]} x {dataset.image_px[1]} px; {classes}"
+    )
+    yield from dataset.remarks
+    if dataset.skipped:
+        files = "1 image" if len(dataset.skipped) == 1 else f"{len(dataset.skipped)} images"
+        yield f"left out: {files} that cannot be decoded, first {dataset.skipped[0]}"
+    if dataset.duplicates.count:
+        yield dataset.duplicates.sentence()
+
+
+def describe_students(recipe: Recipe, dataset: Dataset, parameters: Mapping[str, int]) -> Iterator[str]:
+    """Yield the students' architecture and steps, and a learning rate that follows from the batch size.
+
+    Args:
+        recipe: Of the comparison.
+        dataset: Its training images.
+        parameters: Of each student, by name.
+    """
+    model, train = recipe.model, recipe.train
+    counts = sorted({f"{count / 1e6:.2f}" for name, count in parameters.items() if name in recipe.methods})
+    yield (
+        f"students: {size_in_words(model)}, patches of {model.patch_px} px, {' or '.join(counts)} M parameters; "
+        f"{train.epochs} epochs of {len(dataset.train) // train.batch_size:,} steps"
+    )
+    if train.learning_rate_per is not None:
+        yield (
+            f"learning rate {peak_learning_rate(train, train):g}: {train.learning_rate:g} for "
+            f"{train.learning_rate_per} images, {train.batch_size} in a step"
+        )

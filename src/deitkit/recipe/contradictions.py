@@ -1,0 +1,50 @@
+"""Contradictions between fields of a recipe that are each valid; ``schema`` refuses a recipe that has any."""
+
+import re
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from deitkit.recipe.schema import Recipe
+
+BASE = "base"  # name of the recipe itself among its variants
+VARIANT_NAME = re.compile("[a-z0-9][a-z0-9_-]{0,63}")
+
+
+def contradictions(recipe: "Recipe") -> Iterator[str]:
+    """Yield contradictions between fields that are each valid."""
+    if len(set(recipe.seeds)) != len(recipe.seeds):
+        yield f"seeds={list(recipe.seeds)} contains a seed twice: give each once"
+    if len(set(recipe.methods)) != len(recipe.methods):
+        yield f"methods={list(recipe.methods)} contains a method twice: give each once"
+    if recipe.data.eval_crop < 1 and recipe.data.image_px is None:
+        crop = recipe.data.eval_crop
+        yield f"data.eval_crop={crop:g} has no effect on images that are not resized: set data.image_px, or drop it"
+    schedule = recipe.train.schedule_epochs
+    if schedule is not None and schedule < recipe.train.epochs:
+        yield f"train.schedule_epochs={schedule} is less than train.epochs={recipe.train.epochs}: raise it or drop it"
+    if recipe.teachers and recipe.teacher != type(recipe.teacher)():
+        yield "teacher and teachers exclude each other: list every teacher in teachers"
+    teachers = {f"teachers.{number}": teacher for number, teacher in enumerate(recipe.teachers)}
+    teachers = teachers or {"teacher": recipe.teacher}
+    for name, teacher in teachers.items():
+        if (teacher.mean is None) != (teacher.std is None):
+            yield f"{name}.mean and {name}.std belong together: give both or neither"
+        if any(std <= 0 for std in teacher.std or ()):
+            yield f"{name}.std={list(teacher.std or ())} must be positive"
+    augments = {"augment": recipe.augment} | {f"{name}.augment": one.augment for name, one in teachers.items()}
+    for name, augment in augments.items():
+        policies = ("randaugment", "autoaugment", "three_augment")
+        chosen = [f"{name}.{policy}={getattr(augment, policy)}" for policy in policies if getattr(augment, policy)]
+        if len(chosen) > 1:
+            yield f"{' and '.join(chosen)} exclude each other: keep one"
+    for name, section in (
+        {"train": recipe.train} | {f"{name}.train": one.train for name, one in teachers.items()}
+    ).items():
+        if section.warmup_epochs > section.epochs:
+            yield f"{name}.warmup_epochs={section.warmup_epochs:g} exceeds {name}.epochs={section.epochs}: lower it"
+        if section.repeats > section.batch_size:
+            yield f"{name}.repeats={section.repeats} exceeds {name}.batch_size={section.batch_size}: lower it"
+    for name in recipe.variants:
+        if not VARIANT_NAME.fullmatch(name) or name == BASE:
+            yield (f"variants: '{name}' names a folder: use lower-case letters, digits, - and _, and not '{BASE}'")
