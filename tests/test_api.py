@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import deitkit
-from deitkit.errors import CheckpointError, RecipeError
+from deitkit.errors import RecipeError
 
 FAST = {
     "data.image_px": 16, "data.train_images": 12,
@@ -51,7 +51,7 @@ def test_a_comparison_of_own_images(
 
     more = deitkit.compare("own-images", data=f"folder:{photos}", **FAST | {"methods": ["none"]}, resume=True)
     assert [row.row for row in more.rows] == ["none/class"]
-    with pytest.raises(CheckpointError, match=r"train\.epochs was 1, now 2"):
+    with pytest.raises(RecipeError, match=r"train\.epochs was 1, now 2"):
         deitkit.compare("own-images", data=f"folder:{photos}", **FAST | {"train.epochs": 2}, resume=True)
     tuned = deitkit.finetune(result.folder, "own-images", data=f"folder:{photos}", **FAST | {"methods": ["none"]})
     assert tuned.rows[0].row.startswith("before/")

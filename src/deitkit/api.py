@@ -61,7 +61,7 @@ class Model:
     def predict(
         self, images: str | Path | Sequence[str | Path], *, top: int = 3, readout: str | None = None
     ) -> list[dict[str, Any]]:
-        """Classify image files, or all images of a folder.
+        """Classify image files, or all images in a folder and its subfolders.
 
         Args:
             images: A file, a folder, or several of either.
@@ -69,7 +69,8 @@ class Model:
             readout: ``class``, ``distillation``, ``joint`` or ``joint-logits``; by default the one that it won by.
 
         Returns:
-            For each image ``image``, ``readout`` and ``classes``: names with probabilities, the likeliest first.
+            For each image ``image``, ``readout`` and ``classes``: names with probabilities, the likeliest first. A file
+            of a folder that cannot be decoded has no classes, and ``error``.
         """
         paths = [images] if isinstance(images, str | Path) else images
         return predict_files(self.folder, [Path(path) for path in paths], readout=readout, top=top)
@@ -218,7 +219,7 @@ def finetune(
 
 
 def _run(recipe: Recipe, out: str | Path | None, resume: bool, progress: bool) -> Comparison:
-    folder = choose_run_folder(None if out is None else Path(out), recipe.name, resume)
+    folder = choose_run_folder(None if out is None else Path(out), recipe, resume)
     run = compare_variants if recipe.variants else run_comparison
     with _watching(progress) as watcher, occupied(folder):
         return Comparison(folder, run(recipe, folder, watcher=watcher, resume=resume))

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -173,6 +174,23 @@ def test_a_run_is_compared_evaluated_reported_and_used(run: Run, tmp_path: Path,
     assert "attention-token-hard.png" in text
     assert "<b>dog&" not in (out / "report.html").read_text()
     refused(run("analyze", out, "--seed", "7"), "--seed 7", "choose from 0")
+    everything, broken = tmp_path / "everything", tmp_path / "everything" / "cat" / "broken.jpg"
+    shutil.copytree(photos / "test", everything)
+    broken.write_bytes(b"no image")
+    (everything / "notes.txt").write_text("no image either")
+    code, text, _ = run("predict", out, everything, "--json")
+    answers = {Path(answer["image"]): answer for answer in json.loads(text)}
+    assert set(answers) == {path for path in everything.rglob("*") if path.is_file() and path.suffix != ".txt"}
+    assert answers[broken]["classes"] == []
+    assert "identify" in answers[broken]["error"]
+    assert all(len(answer["classes"]) > 1 for path, answer in answers.items() if path != broken)
+    code, text, _ = run("predict", out, everything)
+    assert code == 0
+    assert f"{len(answers) - 1} of {len(answers)} images answered" in text
+    refused(run("predict", out, broken), "broken.jpg cannot be decoded")
+    for path in list(answers):
+        path.write_bytes(b"no image")
+    refused(run("predict", out, everything), f"none of {len(answers)} images can be decoded")
     refused(run("predict", out, tmp_path / "nowhere.png"), "nowhere.png")
     refused(run("predict", out, out / "results.json"), "cannot be decoded")
     refused(run("predict", out / "seed-0" / "none", photos / "test" / "cat", "--readout", "joint"), "--readout joint")

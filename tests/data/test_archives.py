@@ -119,6 +119,7 @@ def test_flowers_as_folders_and_parquet_are_numbered_as_everyone_does(tmp_path):
 
 
 def test_flowers_are_downloaded_by_torchvision(tmp_path, monkeypatch):
+    monkeypatch.setattr("deitkit.data.sources.named.unreachable", lambda url: None)
     monkeypatch.setattr(datasets.Flowers102, "download", lambda self: write_flowers(Path(self.root) / "flowers-102"))
     monkeypatch.setattr(datasets.Flowers102, "_check_integrity", lambda self: True)
     assert len(load("flowers102", root=tmp_path, image_px=4).test) == 102

@@ -128,6 +128,7 @@ def test_offline_and_absent_says_where_it_looked_and_what_to_do(tmp_path, monkey
         ("fashion_mnist", datasets.FashionMNIST),
     ):
         monkeypatch.setattr(kind, "download", offline)
+        monkeypatch.setattr("deitkit.data.sources.named.unreachable", lambda url: None)
         refused(name, str(tmp_path), "Name or service not known", "data.root", "DEITKIT_DATA", root=tmp_path)
         refused(name, str(tmp_path), "data.download", root=tmp_path, download=False)
     monkeypatch.setenv("DEITKIT_DATA", str(tmp_path / "from-environment"))

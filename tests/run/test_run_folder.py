@@ -20,11 +20,12 @@ from deitkit.cli import main as cli
 from deitkit.cli.progress import Terminal
 from deitkit.data.dataset import Dataset
 from deitkit.distillation.methods import METHODS
-from deitkit.errors import CheckpointError, Interrupted
+from deitkit.errors import CheckpointError, Interrupted, RecipeError
 from deitkit.models.classifier import Classifier
 from deitkit.models.vit import DeiT
+from deitkit.recipe.load import load_recipe
 from deitkit.recipe.schema import TrainRecipe
-from deitkit.run.folder import occupied
+from deitkit.run.folder import begin_run, choose_run_folder, occupied
 from deitkit.run.observer import Progress
 from deitkit.run.state import drop_state, load_state, load_tree, save_state, save_tree
 from deitkit.system.process import SPIN_COUNT, WAIT_SETTINGS, configure_process
@@ -321,3 +322,24 @@ def test_the_command_line_sets_it_before_torch_is_loaded() -> None:
     settings = {name: value for name, value in os.environ.items() if name not in WAIT_SETTINGS}
     done = subprocess.run([sys.executable, "-c", script], env=settings, capture_output=True, text=True, check=True)
     assert done.stdout.split() == [str(SPIN_COUNT), "False"]
+
+
+def test_resume_without_a_folder_finds_the_newest_run_of_this_recipe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    short, long = load_recipe("digits", ["train.epochs=2"]), load_recipe("digits", ["train.epochs=3"])
+    with pytest.raises(RecipeError, match=r"--resume found no run of this recipe named 'digits' under runs/: name"):
+        choose_run_folder(None, short, resume=True)
+    for number, recipe in enumerate((short, long, short, long)):
+        folder = choose_run_folder(None, recipe, resume=False)
+        begin_run(folder, recipe)
+        os.utime(folder / "recipe.yaml", (number, number))
+    assert choose_run_folder(None, short, resume=True) == Path("runs/digits-3")
+    assert choose_run_folder(None, long, resume=True) == Path("runs/digits-4")
+    grown = load_recipe("digits", ["train.epochs=2", "methods=[none, soft]"])
+    assert choose_run_folder(None, grown, resume=True) == Path("runs/digits-3")
+    other = load_recipe("digits", ["train.epochs=4"])
+    with pytest.raises(RecipeError, match=r"the newest, runs/digits-4, differs \(train.epochs was 3, now 4\)"):
+        choose_run_folder(None, other, resume=True)
+    assert choose_run_folder(None, short, resume=False, suffix="-teacher") == Path("runs/digits-teacher")

@@ -52,7 +52,12 @@ def predict(
         print_json(predictions)
         return
     table = Table("image", "class", "probability")
+    left_out = [prediction for prediction in predictions if "error" in prediction]
     for prediction in predictions:
         for place, (name, probability) in enumerate(prediction["classes"]):
             table.add_row("" if place else plain(prediction["image"]), plain(name), f"{100 * probability:.1f} %")
     console.print(table)
+    for prediction in left_out[:5]:
+        say(f"left out: {prediction['image']} cannot be decoded ({prediction['error']})")
+    if left_out:
+        say(f"{len(predictions) - len(left_out)} of {len(predictions)} images answered")

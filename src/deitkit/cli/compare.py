@@ -97,7 +97,7 @@ def teacher(
     from deitkit.teachers.prepare import common_card, prepare_teachers, rehearse_teachers
 
     loaded = _load(recipe, overrides, None)
-    folder = choose_run_folder(out, f"{loaded.name}-teacher", resume)
+    folder = choose_run_folder(out, loaded, resume, "-teacher")
     precision = Precision.choose(loaded.train.precision, choose_device(loaded.device))
     with Terminal(errors if as_json else console) as terminal, occupied(folder):
         check_run(folder, loaded, resume)
@@ -140,7 +140,7 @@ def _compare(recipe: Recipe, out: Path | None, resume: bool, as_json: bool) -> N
     from deitkit.run.folder import choose_run_folder, occupied
     from deitkit.run.results import AblationResults
 
-    folder = choose_run_folder(out, recipe.name, resume)
+    folder = choose_run_folder(out, recipe, resume)
     with Terminal(errors if as_json else console) as terminal, occupied(folder):
         terminal.say(f"run folder {folder}")
         results = (compare_variants if recipe.variants else compare)(recipe, folder, watcher=terminal, resume=resume)

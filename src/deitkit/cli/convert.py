@@ -49,6 +49,8 @@ def convert(
     from deitkit.models.weights.export_layouts import largest_difference
 
     layout = _layout(to, out)
+    if check:
+        layout.require_library()
     wanted = Changes(image_px, patch_px, channels, classes, tokens)
     planned = plan(source, wanted, heads=heads, mean=_numbers("--mean", mean), std=_numbers("--std", std))
     opening = layout.write(planned, out)

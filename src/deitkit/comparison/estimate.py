@@ -13,7 +13,7 @@ from deitkit.recipe.schema import AugmentRecipe, Recipe, TrainRecipe
 from deitkit.system.device import Precision
 from deitkit.system.timer import duration_text
 from deitkit.teachers.frozen import FrozenTeacher, Teachers
-from deitkit.teachers.prepare import draft_teacher, teacher_folders
+from deitkit.teachers.prepare import draft_teacher, is_trained, teacher_folders
 from deitkit.training.build import build_students, needs_teacher, student_names
 from deitkit.training.cohort import Cohort
 from deitkit.training.student import Student
@@ -55,7 +55,7 @@ def estimate_training(recipe: Recipe, dataset: Dataset, folder: Path, precision:
     for one, home in zip(recipe.all_teachers, homes, strict=True) if needs_teacher(recipe) else ():
         classifier, card = draft_teacher(one, dataset)
         accelerate(classifier, recipe.speed, precision.device)
-        if card.fit != "none" and not (home / "card.json").exists():
+        if card.fit != "none" and not is_trained(home):
             batch_size = one.train.batch_size
             student = Student(
                 "teacher", METHODS["none"], classifier, one.train, precision=precision, batch_size=batch_size

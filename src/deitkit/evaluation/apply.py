@@ -4,14 +4,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import UInt8
 from torch import Tensor
 
 from deitkit.data.dataset import Split, load_dataset
 from deitkit.data.decode import SUFFIXES, decode_image, strict_pillow
 from deitkit.data.duplicates import share_in_sketch
 from deitkit.data.listing import writable
-from deitkit.data.sources.folders import image_files
+from deitkit.data.sources.folders import files_below
 from deitkit.errors import DataError, RecipeError
 from deitkit.evaluation.predict import predict
 from deitkit.evaluation.readouts import (
@@ -73,19 +72,25 @@ def predict_files(folder: Path, paths: list[Path], *, readout: str | None = None
 
     Args:
         folder: Of the model.
-        paths: Image files, or folders of them.
+        paths: Image files, or folders of them, with their subfolders.
         readout: The readout to use; by default that of the model's card, else the default one.
         top: Number of classes to return for each image, with their probabilities.
 
+    Returns:
+        For each image ``image``, ``readout`` and ``classes``; one in a folder that cannot be decoded has no classes,
+        and ``error``.
+
     Raises:
-        DataError: A file cannot be read.
+        DataError: A named file cannot be read, or none of the images can.
         RecipeError: The model does not have the readout.
     """
     classifier, card = load_classifier(folder, choose_device("auto"))
-    files = [file for path in paths for file in _image_files(path)]
-    with strict_pillow():
-        images = torch.stack([_read(file, card["channels"], _input_px(card), _eval_crop(card)) for file in files])
-    split = Split(images, torch.zeros(len(images), dtype=torch.int64))
+    pixels, errors = _read_all(paths, card)
+    files = [file for file in pixels if file not in errors]
+    if not files:
+        first = next(iter(errors))
+        raise DataError(f"none of {len(errors)} images can be decoded, first {first} ({errors[first]}): convert them")
+    split = Split(torch.stack([pixels[file] for file in files]), torch.zeros(len(files), dtype=torch.int64))
     scores = readout_scores(predict(classifier, split, Precision.choose("auto", classifier.mean.device)))
     chosen = readout or card.get("readout") or default_readout(list(scores))
     if chosen not in scores:
@@ -93,34 +98,47 @@ def predict_files(folder: Path, paths: list[Path], *, readout: str | None = None
     probabilities = scores[chosen].softmax(dim=-1)
     best = probabilities.topk(min(top, probabilities.shape[-1]), dim=-1)
     names = card["class_names"]
-    return [
-        {
-            "image": writable(str(file)),
-            "readout": chosen,
-            "classes": [(names[index], value) for index, value in zip(indices.tolist(), shares.tolist(), strict=True)],
-        }
+    answers = {
+        file: [(names[index], value) for index, value in zip(indices.tolist(), shares.tolist(), strict=True)]
         for file, indices, shares in zip(files, best.indices, best.values, strict=True)
+    }
+    return [
+        {"image": writable(str(file)), "readout": chosen, "classes": answers.get(file, [])}
+        | ({"error": errors[file]} if file in errors else {})
+        for file in pixels
     ]
 
 
+def _read_all(paths: list[Path], card: dict[str, Any]) -> tuple[dict[Path, Tensor], dict[Path, str]]:
+    """Return the pixels of image files, and why some have none; a file that was named itself must be readable."""
+    pixels: dict[Path, Tensor] = {}
+    errors: dict[Path, str] = {}
+    with strict_pillow():
+        for named, file in ((path, file) for path in paths for file in _image_files(path)):
+            try:
+                image = decode_image(file, card["channels"], _input_px(card), _eval_crop(card))
+            except Exception as error:  # Pillow raises many types
+                if file == named and isinstance(error, FileNotFoundError):
+                    raise DataError(f"image {file} does not exist: check its name") from None
+                if file == named:
+                    told = f"image {file} cannot be decoded ({error}): convert it to PNG or leave it out"
+                    raise DataError(told) from None
+                pixels[file], errors[file] = torch.empty(0), str(error)
+            else:
+                pixels[file] = torch.from_numpy(image.copy())
+    return pixels, errors
+
+
 def _image_files(path: Path) -> list[Path]:
+    """Return the path itself, or the images in a folder and its subfolders."""
     if not path.is_dir():
         return [path]
-    files = image_files(path)
+    files = sorted(file for file in files_below(path) if file.suffix.lower() in SUFFIXES)
     if not files:
         raise DataError(
             f"{path} contains no image ({', '.join(sorted(SUFFIXES))}): name image files, or folders of them"
         )
     return files
-
-
-def _read(file: Path, channels: int, image_px: int, eval_crop: float) -> UInt8[Tensor, "channels height width"]:
-    try:
-        return torch.from_numpy(decode_image(file, channels, image_px, eval_crop).copy())
-    except FileNotFoundError:
-        raise DataError(f"image {file} does not exist: check its name") from None
-    except Exception as error:  # Pillow raises many types
-        raise DataError(f"image {file} cannot be decoded ({error}): convert it to PNG or leave it out") from None
 
 
 def _some(names: list[str]) -> str:

@@ -7,14 +7,18 @@ import difflib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import timm
+import torch
 import torchvision
 from torch import nn
 
 from deitkit.errors import TeacherError
 from deitkit.models.cnn import CIFAR_DEPTHS, CifarResNet, small_cnn, small_names
+from deitkit.system.network import no_endless_wait, unreachable
 
 # Default side of the images of torchvision's transformers.
 TIED_PX = 224
@@ -80,7 +84,7 @@ def create_classifier(
         source = f"torchvision {torchvision.__version__}, deitkit's stem for small images"
         return BuiltClassifier(model, _head_name(model, classes), None, None, None, source)
     build = _from_timm if library == "timm" else _from_torchvision
-    with _one_sentence(name, pretrained, image_px):
+    with _one_sentence(name, pretrained, image_px), no_endless_wait():
         return build(architecture, classes=classes, channels=channels, pretrained=pretrained, image_px=image_px)
 
 
@@ -127,8 +131,11 @@ def _from_timm(
             f"teacher.pretrained=true has no weights for 'timm/{architecture}': give a file as teacher.checkpoint"
         )
     tied = card is not None and card.fixed_input_size
-    size = {"img_size": image_px} if tied and image_px is not None else {}
-    model = timm.create_model(architecture, pretrained=pretrained, num_classes=classes, in_chans=channels, **size)
+    options: dict[str, Any] = {"img_size": image_px} if tied and image_px is not None else {}
+    size = bool(options)
+    if pretrained:
+        options["pretrained_cfg_overlay"] = _timm_file(card)
+    model = timm.create_model(architecture, pretrained=pretrained, num_classes=classes, in_chans=channels, **options)
     card = model.pretrained_cfg
     head = card.get("classifier")
     if not isinstance(head, str) or not isinstance(model.get_submodule(head), nn.Linear | nn.Conv2d):
@@ -147,6 +154,35 @@ def _from_timm(
     )
 
 
+def _timm_file(card: Any) -> dict[str, Any]:
+    """Return the file of timm's weights in its cache, as a change of their card; nothing if they can be downloaded.
+
+    Raises:
+        TeacherError: They are not in the cache, and the Hub cannot be reached.
+    """
+    hub = huggingface_hub.constants.ENDPOINT
+    reason = unreachable(hub) if card.hf_hub_id else None
+    if reason is None:
+        return {}
+    cached = [
+        huggingface_hub.try_to_load_from_cache(card.hf_hub_id, file)
+        for file in (card.hf_hub_filename, "model.safetensors", "pytorch_model.bin")
+        if file
+    ]
+    found = next((file for file in cached if isinstance(file, str)), None)
+    if found is None:
+        url = f"{hub}/{card.hf_hub_id}/resolve/main/model.safetensors"
+        raise _offline(f"timm/{card.architecture}", reason, url, card.input_size[-1])
+    return {"file": found}
+
+
+def _offline(name: str, reason: str, url: str, image_px: int) -> TeacherError:
+    return TeacherError(
+        f"the pretrained weights of '{name}' are not on this machine, and {reason}: connect to the internet, or fetch "
+        f"{url} elsewhere and set teacher.checkpoint to the file and teacher.image_px={image_px}"
+    )
+
+
 def _from_torchvision(
     architecture: str, *, classes: int, channels: int, pretrained: bool, image_px: int | None
 ) -> BuiltClassifier:
@@ -161,6 +197,10 @@ def _from_torchvision(
         options["image_size"] = native_px = image_px or native_px
     if pretrained:
         options["weights"] = weights
+        file = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
+        reason = None if file.exists() else unreachable(weights.url)
+        if reason is not None:
+            raise _offline(f"torchvision/{architecture}", reason, weights.url, preset.crop_size[0])
     built_classes = len(weights.meta["categories"]) if pretrained else classes
     model = torchvision.models.get_model(architecture, num_classes=built_classes, **options)
     if channels != 3:

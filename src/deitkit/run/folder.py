@@ -45,22 +45,35 @@ def folder_name(name: str) -> str:
     return re.sub(r"[^\w .-]", "-", name).strip(" .")[:100] or "custom"
 
 
-def choose_run_folder(out: Path | None, name: str, resume: bool) -> Path:
-    """Return ``out``; else a new folder under runs/ for a recipe's name, or to resume the newest of that name.
+def choose_run_folder(out: Path | None, recipe: Recipe, resume: bool, suffix: str = "") -> Path:
+    """Return ``out``; else a new folder under runs/ for a recipe, or to resume the newest that this recipe has begun.
+
+    Args:
+        out: Named by the user.
+        recipe: Its name is the folder's.
+        resume: Whether to continue a run.
+        suffix: Added to the name.
 
     Raises:
-        RecipeError: There is no run to resume.
+        RecipeError: There is no run of this recipe to resume.
     """
     if out is not None:
         return out
-    base = Path("runs") / folder_name(name)
+    base = Path("runs") / f"{folder_name(recipe.name)}{suffix}"
     numbered = [base, *(base.with_name(f"{base.name}-{number}") for number in range(2, 10_000))]
     if not resume:
         return next(path for path in numbered if not path.exists())
     existing = [path for path in numbered if (path / "recipe.yaml").exists()]
-    if not existing:
-        raise RecipeError(f"--resume found no run of recipe '{name}' under runs/: name its folder with --out")
-    return max(existing, key=lambda path: (path / "recipe.yaml").stat().st_mtime)
+    existing.sort(key=lambda path: (path / "recipe.yaml").stat().st_mtime, reverse=True)
+    found = next((path for path in existing if not _changes_since(path, recipe)), None)
+    if found is None:
+        newest = existing[:1]
+        differs = [f"; the newest, {run}, differs ({'; '.join(_changes_since(run, recipe))})" for run in newest]
+        raise RecipeError(
+            f"--resume found no run of this recipe named '{recipe.name}' under runs/{''.join(differs)}: name its "
+            "folder with --out, or repeat the options that it was started with"
+        )
+    return found
 
 
 @contextmanager
@@ -112,7 +125,7 @@ def check_run(folder: Path, recipe: Recipe, resume: bool) -> None:
             f"--out {folder} already contains a run: add --resume to continue it, or name a new folder"
         )
     if in_use:
-        changed = _changes(load_recipe(str(path)).model_dump(mode="json"), recipe.model_dump(mode="json"))
+        changed = _changes_since(folder, recipe)
         if changed:
             raise CheckpointError(f"{folder} was started with another recipe ({'; '.join(changed)}): name a new folder")
 
@@ -120,6 +133,11 @@ def check_run(folder: Path, recipe: Recipe, resume: bool) -> None:
 def begin_run(folder: Path, recipe: Recipe) -> None:
     """Write the recipe, which makes the folder a run folder; raise CheckpointError if it cannot be written."""
     write_text(folder / "recipe.yaml", dump_recipe(recipe))
+
+
+def _changes_since(folder: Path, recipe: Recipe) -> list[str]:
+    """Return the changes to the recipe of a run folder under which the run cannot go on."""
+    return _changes(load_recipe(str(folder / "recipe.yaml")).model_dump(mode="json"), recipe.model_dump(mode="json"))
 
 
 def _changes(old: Any, new: Any) -> list[str]:

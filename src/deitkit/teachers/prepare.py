@@ -15,8 +15,8 @@ from deitkit.errors import TeacherError
 from deitkit.evaluation.readouts import top_k_accuracy
 from deitkit.models.accelerate import accelerate
 from deitkit.models.classifier import Classifier
-from deitkit.models.saved import load_classifier, save_classifier
-from deitkit.models.weights.read import file_sha256, load_into, read_checkpoint
+from deitkit.models.saved import load_classifier, save_classifier, save_tensors
+from deitkit.models.weights.read import file_sha256, load_into, read_checkpoint, read_state
 from deitkit.models.zoo import BuiltClassifier, create_classifier, reset_head, reverse_channels
 from deitkit.recipe.schema import Recipe, TeacherRecipe
 from deitkit.run.observer import Watcher
@@ -33,6 +33,13 @@ from deitkit.training.cohort import Cohort
 from deitkit.training.fit import train_to_end
 from deitkit.training.student import Student
 from deitkit.training.trial import failure_of
+
+TRAINED = "trained.safetensors"  # a teacher's weights until the gate lets it pass: a refused one is not trained again
+
+
+def is_trained(folder: Path) -> bool:
+    """Return whether the folder of a teacher holds all that its training made."""
+    return (folder / "card.json").exists() or (folder / TRAINED).exists()
 
 
 def prepare_teacher(
@@ -56,7 +63,13 @@ def prepare_teacher(
         train_data = dataset
         if recipe.teacher.all_images:
             train_data = load_dataset(recipe.data.model_copy(update={"train_images": None}), watcher.reading)
-        _train(classifier, card, recipe, train_data, folder=folder, precision=precision, watcher=watcher)
+        trained = folder / TRAINED
+        if trained.exists():
+            classifier.model.load_state_dict(read_state(trained))
+        else:
+            _train(classifier, card, recipe, train_data, folder=folder, precision=precision, watcher=watcher)
+            save_tensors(trained, dict(classifier.model.state_dict()))
+        drop_state(folder / "checkpoint.safetensors")
         source = f"{card.source}, trained here on {len(train_data.train)} images"
         card = card.model_copy(update={"source": source})
     card = gate(classifier, card, dataset, recipe.teacher, precision)
@@ -66,7 +79,7 @@ def prepare_teacher(
     save_classifier(folder, classifier, _model_card(card, dataset, recipe))
     card = card.model_copy(update={"sha256": file_sha256(folder / "model.safetensors")})
     write_text(card_path, json.dumps(card.model_dump(exclude={"test_top1"}), indent=2) + "\n")
-    drop_state(folder / "checkpoint.safetensors")
+    (folder / TRAINED).unlink(missing_ok=True)
     watcher.say(f"teacher {card.name}: {100 * card.top1:.2f} % on {card.n} validation images, {card.verdict}")
     return FrozenTeacher(classifier), card
 

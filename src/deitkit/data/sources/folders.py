@@ -141,17 +141,6 @@ def _shown(names: list[str]) -> str:
     return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more"
 
 
-def image_files(folder: Path) -> list[Path]:
-    """Return the images in a folder, sorted; broken links too, so that they are reported as damaged files."""
-    return sorted(
-        entry
-        for entry in folder.iterdir()
-        if entry.suffix.lower() in SUFFIXES
-        and not entry.name.startswith(".")
-        and (entry.is_file() or _is_broken_link(entry))
-    )
-
-
 def _stat(path: Path) -> os.stat_result:
     """Return the status of a file or of a broken link; raise FileNotFoundError if there is neither."""
     try:
@@ -168,7 +157,7 @@ def _is_broken_link(path: Path) -> bool:
 def _images(folder: Path, left_out: Counter[str]) -> list[Path]:
     """Return the images of a class, those in its subfolders too, and count its other files by their ending."""
     images = []
-    for path in _files(folder):
+    for path in files_below(folder):
         if path.suffix.lower() in SUFFIXES and (path.is_file() or _is_broken_link(path)):
             images.append(path)
         else:
@@ -179,7 +168,7 @@ def _images(folder: Path, left_out: Counter[str]) -> list[Path]:
     return sorted(images)
 
 
-def _files(folder: Path) -> Iterator[Path]:
+def files_below(folder: Path) -> Iterator[Path]:
     """Yield everything in a folder and its subfolders that is not a folder; hidden files and folders are left out."""
     for place, folders, files in os.walk(folder):
         folders[:] = [name for name in folders if not _is_hidden(Path(name))]

@@ -27,6 +27,7 @@ from deitkit.data.sources.folders import TEST_NAMES, class_folders, list_folder
 from deitkit.data.sources.parquet import has_shards, list_parquet
 from deitkit.errors import DataError
 from deitkit.recipe.schema import DataRecipe
+from deitkit.system.network import no_endless_wait, unreachable
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,9 @@ class NamedSet:
         aliases: Names of its folder, besides its own name.
         read: Reads its special layout, torchvision's or that of its archives; None if a folder has another layout.
         download: Downloads it into a folder; None if the user must download it.
-        fetch: What the user must download, from where, and its size.
+        url: Where ``download`` gets it from.
+        fetch: What the user must download, from where, and its size; of a set with ``download`` also whereto, as a
+            folder in ``{root}``.
         shape: Shape of its images, which are then decoded at once; None if their sizes differ.
         test_names: Names of its test split in class folders and parquet files.
         more_training: Splits that are added to the training images.
@@ -49,6 +52,7 @@ class NamedSet:
     aliases: tuple[str, ...]
     read: Callable[[Path], Listing | None]
     download: Callable[[Path], object] | None = None
+    url: str = ""
     fetch: str = ""
     shape: tuple[int, int, int] | None = None
     test_names: tuple[str, ...] = TEST_NAMES
@@ -77,22 +81,26 @@ def list_named(recipe: DataRecipe, progress: Progress | None = None) -> Listing:
                 "set data.root or DEITKIT_DATA to its folder"
             )
         if not recipe.download:
-            raise DataError(absent + _remedy("data.download=false: set it to true"))
+            raise DataError(
+                f"{absent}data.download=false: set it to true, set data.root or DEITKIT_DATA to its folder, or use "
+                "data.name=digits, which is built in"
+            )
+        reason = unreachable(named.url)
         try:
-            named.download(root)
+            if reason is None:
+                with no_endless_wait():
+                    named.download(root)
         except (OSError, RuntimeError, EOFError, zlib.error) as error:
             reason = " ".join(str(error).split())[:200]
-            raise DataError(f"{absent}cannot be downloaded ({reason}): {_remedy('connect to the internet')}") from None
+        if reason is not None:
+            fetch = named.fetch.format(root=root)
+            raise DataError(
+                f"{absent}cannot be downloaded ({reason}): connect to the internet; or fetch {fetch} and run again; or "
+                "set data.root or DEITKIT_DATA to its folder, or use data.name=digits, which is built in"
+            )
         listing = _find(named, places, recipe, progress)
     assert listing is not None, "a completed download is found"
     return listing
-
-
-def _remedy(first: str) -> str:
-    return (
-        f"{first}, put it there, set data.root or DEITKIT_DATA to its folder, "
-        "or use data.name=digits, which is built in"
-    )
 
 
 def _find(named: NamedSet, places: list[Path], recipe: DataRecipe, progress: Progress | None) -> Listing | None:
@@ -232,12 +240,15 @@ def _inaturalist(year: int, classes: int, size: str) -> NamedSet:
     )
 
 
+FLOWERS_URL = "https://www.robots.ox.ac.uk/~vgg/data/flowers/102/"
 NAMED_SETS = {
     "cifar10": NamedSet(
         10,
         ("cifar-10", "CIFAR10", "CIFAR-10", "cifar-10-batches-py"),
         partial(_read_cifar, datasets.CIFAR10),
         download=lambda root: datasets.CIFAR10(str(root), download=True),
+        url=datasets.CIFAR10.url,
+        fetch=f"{datasets.CIFAR10.url} (170 MB) elsewhere, put it into {{root}}",
         shape=(3, 32, 32),
     ),
     "cifar100": NamedSet(
@@ -245,6 +256,8 @@ NAMED_SETS = {
         ("cifar-100", "CIFAR100", "CIFAR-100", "cifar-100-python"),
         partial(_read_cifar, datasets.CIFAR100),
         download=lambda root: datasets.CIFAR100(str(root), download=True),
+        url=datasets.CIFAR100.url,
+        fetch=f"{datasets.CIFAR100.url} (169 MB) elsewhere, put it into {{root}}",
         shape=(3, 32, 32),
     ),
     "fashion_mnist": NamedSet(
@@ -252,6 +265,11 @@ NAMED_SETS = {
         ("fashion-mnist", "FashionMNIST", "Fashion-MNIST"),
         _read_fashion_mnist,
         download=lambda root: datasets.FashionMNIST(str(root), download=True),
+        url=datasets.FashionMNIST.mirrors[0],
+        fetch=(
+            f"{', '.join(file for file, _ in datasets.FashionMNIST.resources)} (30 MB) from "
+            f"{datasets.FashionMNIST.mirrors[0]} elsewhere, put them into {{root}}/FashionMNIST/raw"
+        ),
         shape=(1, 28, 28),
     ),
     "flowers102": NamedSet(
@@ -259,6 +277,11 @@ NAMED_SETS = {
         ("flowers-102", "Flowers102", "oxford-flowers", "oxford_flowers102"),
         read_flowers,
         download=lambda root: datasets.Flowers102(str(root), download=True),
+        url=FLOWERS_URL,
+        fetch=(
+            f"102flowers.tgz (345 MB), imagelabels.mat and setid.mat from {FLOWERS_URL} elsewhere, put them into "
+            "{root}/flowers-102"
+        ),
         test_names=("test",),
         more_training=("val", "valid", "validation"),
         spellings=_flower_names,

@@ -7,6 +7,7 @@ import io
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +38,21 @@ class Layout:
         suffix: Required suffix of --out; empty for a folder.
         write: Writes a plan to a path; returns lines of Python that open the files.
         open: Returns the function from normalised images to logits, by the library's own implementation.
+        library: The package that ``open`` needs and deitkit does not.
     """
 
     holds: str
     suffix: str
     write: Callable[[Plan, Path], list[str]]
     open: Callable[[Plan, Path], Logits]
+    library: str | None = None
+
+    def require_library(self) -> None:
+        """Raise RecipeError if ``open`` would lack its library."""
+        if self.library is not None and find_spec(self.library) is None:
+            raise RecipeError(
+                f"--check needs {self.library}, which is not installed: pip install {self.library}, or drop --check"
+            )
 
 
 def largest_difference(plan: Plan, layout: Layout, out: Path) -> float | None:
@@ -236,11 +246,9 @@ def _write_transformers(plan: Plan, out: Path) -> list[str]:
 
 
 def _open_transformers(plan: Plan, out: Path) -> Logits:
-    try:
-        from transformers import AutoModelForImageClassification
-        from transformers.utils.logging import disable_progress_bar
-    except ImportError:
-        raise RecipeError("--check needs transformers, which is not installed: pip install transformers") from None
+    from transformers import AutoModelForImageClassification
+    from transformers.utils.logging import disable_progress_bar
+
     disable_progress_bar()
     model = AutoModelForImageClassification.from_pretrained(out).eval()
     return lambda images: model(images).logits
@@ -259,5 +267,6 @@ LAYOUTS: dict[str, Layout] = {
         "",
         _write_transformers,
         _open_transformers,
+        "transformers",
     ),
 }
