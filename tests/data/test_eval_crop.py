@@ -14,6 +14,7 @@ from torchvision.transforms import CenterCrop, InterpolationMode, Resize
 
 from conftest import CPU_FP32
 from deitkit.comparison.compare import compare
+from deitkit.data.augment.preview import draw_views
 from deitkit.data.dataset import Dataset, load_dataset
 from deitkit.data.decode import decode_image
 from deitkit.data.pixels import evaluation_frame, resize
@@ -24,7 +25,7 @@ from deitkit.evaluation.predict import predict
 from deitkit.evaluation.readouts import readout_scores
 from deitkit.models.saved import load_classifier
 from deitkit.recipe.load import load_recipe
-from deitkit.recipe.schema import DataRecipe
+from deitkit.recipe.schema import AugmentRecipe, DataRecipe
 from deitkit.run.observer import Silent
 
 CROP = 0.8
@@ -135,3 +136,27 @@ def test_a_model_is_evaluated_and_used_as_its_card_says(
 def test_without_resizing_it_is_refused() -> None:
     with pytest.raises(RecipeError, match=r"data\.eval_crop=0\.875 has no effect.*set data\.image_px"):
         load_recipe("digits", ["data.eval_crop=0.875"])
+
+
+def test_the_preview_shows_whole_images_and_the_part_that_is_kept(tmp_path: Path) -> None:
+    for name, shape in (("wide", (40, 90)), ("tall", (80, 30))):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for number in range(8):
+            pixels = np.full((*shape, 3), 10 * number, np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "photos" / name / f"{number}.png")
+    recipe = DataRecipe(name=f"folder:{tmp_path / 'photos'}", image_px=16)
+    dataset = load_dataset(recipe)
+    some = torch.tensor([5, 0, 3])
+    originals = dataset.originals(some)
+    shown = dataset.train.pixels(some)
+    for original, image, label in zip(originals, shown, dataset.train.labels[some], strict=True):
+        assert original.shape == ((40, 90, 3) if dataset.class_names[int(label)] == "wide" else (80, 30, 3))
+        assert int(original[0, 0, 0]) == int(image[0, 0, 0])
+    draw_views(dataset, AugmentRecipe(), 0.1, tmp_path / "with.png", count=3)
+    square = load_dataset(DataRecipe(name="digits", image_px=16))
+    draw_views(square, AugmentRecipe(), 0.1, tmp_path / "without.png", count=3)
+    heights = []
+    for name in ("with.png", "without.png"):
+        with Image.open(tmp_path / name) as picture:
+            heights.append(picture.height)
+    assert heights[0] / heights[1] == pytest.approx(5 / 4, abs=0.05)

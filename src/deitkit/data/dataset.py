@@ -6,8 +6,9 @@ The layout of each kind of source belongs in ``sources``; batches and augmentati
 import difflib
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from deitkit.data.cache import sha256
-from deitkit.data.decode import DecodedImages, decode_images
+from deitkit.data.decode import DecodedImages, decode_image, decode_images
 from deitkit.data.duplicates import MOST_EXAMPLES, Duplicates, find_duplicates, pixel_hashes
 from deitkit.data.listing import EncodedImages, Listing, Progress, writable
 from deitkit.data.pixels import mean_and_std, mean_and_std_of_counts, require_memory, resize, to_channels
@@ -51,6 +52,8 @@ class Dataset:
         remarks: What was assumed or left out while the data set was listed, as sentences without a full stop.
         train_hashes: Pixel hash of each training image.
         test_hashes: Pixel hash of each test image.
+        originals: Returns training images by their positions as they were before they were resized to a square; None if
+            nothing was resized.
     """
 
     name: str
@@ -66,6 +69,7 @@ class Dataset:
     remarks: tuple[str, ...] = ()
     train_hashes: Int64[Tensor, " train"] = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
     test_hashes: Int64[Tensor, " test"] = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+    originals: Callable[[Int64[Tensor, " m"]], list[np.ndarray]] | None = None
 
     @property
     def classes(self) -> int:
@@ -124,6 +128,7 @@ def load_dataset(recipe: DataRecipe, progress: Progress | None = None) -> Datase
         remarks=listing.remarks,
         train_hashes=hashes[0],
         test_hashes=hashes[2],
+        originals=partial(_originals, listing, places[0]) if recipe.image_px is not None else None,
     )
 
 
@@ -152,6 +157,16 @@ def load_validation_at(recipe: DataRecipe, sizes: Sequence[int], count: int) -> 
         found = _read(listing, some, 0, recipe.model_copy(update={"image_px": image_px}), None)
         splits.append(Split(found.images, listing.labels[some[found.kept]]))
     return splits
+
+
+def _originals(listing: Listing, places: Int64[Tensor, " train"], some: Int64[Tensor, " m"]) -> list[np.ndarray]:
+    """Return some training images as ``[height, width, 3]``, before they were resized."""
+    positions = places[some].tolist()
+    if isinstance(listing.images, Tensor):
+        return [image.expand(3, -1, -1).permute(1, 2, 0).numpy() for image in listing.images[positions]]
+    ascending = sorted(positions)
+    decoded = [decode_image(encoded, 3).transpose(1, 2, 0) for encoded in listing.images.read(ascending)]
+    return [decoded[ascending.index(position)] for position in positions]
 
 
 def _plan(recipe: DataRecipe, progress: Progress | None) -> tuple[Listing, SplitIndices]:

@@ -1,7 +1,9 @@
 """A figure of augmented views with their labels, as the teacher and the students see them."""
 
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 
 from deitkit.data.augment.augment import Augment
@@ -15,6 +17,8 @@ from deitkit.system.seeding import derived_generator
 
 def draw_views(dataset: Dataset, recipe: AugmentRecipe, label_smoothing: float, path: Path, count: int = 8) -> None:
     """Draw ``count`` training images, each unchanged and in three augmented views, with the labels of each.
+
+    Above them, where images are cropped to a square, are the whole ones with the part that is kept.
 
     Args:
         dataset: Its training images are drawn.
@@ -32,18 +36,40 @@ def draw_views(dataset: Dataset, recipe: AugmentRecipe, label_smoothing: float, 
     generator = derived_generator(0, "preview", "views")
     rows = [(images.float() / 255, torch.nn.functional.one_hot(labels, dataset.classes).float())]
     rows += [mix(augment(images, generator), labels, generator) for _ in range(3)]
-    figure = Figure(figsize=(1.5 * len(chosen), 1.85 * len(rows)), layout="constrained")
+    whole = [] if dataset.originals is None else dataset.originals(chosen)
+    above = any(image.shape[0] != image.shape[1] for image in whole)
+    lines = len(rows) + above
+    figure = Figure(figsize=(1.5 * len(chosen), 1.85 * lines), layout="constrained")
     FigureCanvasAgg(figure)
+    for column, image in enumerate(whole if above else []):
+        axes = _axes(figure, lines, len(chosen), 0, column, "whole")
+        axes.imshow(image)
+        axes.add_patch(_kept_part(image))
     for row, (views, targets) in enumerate(rows):
         for column, (view, target) in enumerate(zip(views, targets, strict=True)):
-            axes = figure.add_subplot(len(rows), len(chosen), row * len(chosen) + column + 1)
+            axes = _axes(figure, lines, len(chosen), row + above, column, "as it is" if row == 0 else f"view {row}")
             axes.imshow(view.permute(1, 2, 0).squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
             axes.set_title(_shares(target, dataset.class_names, mixed=row > 0), fontsize=7, parse_math=False)
-            axes.set_xticks([])
-            axes.set_yticks([])
-            if column == 0:
-                axes.set_ylabel("as it is" if row == 0 else f"view {row}", fontsize=8)
     write_figure(path, figure, dpi=110)
+
+
+def _axes(figure: Any, lines: int, columns: int, row: int, column: int, title: str) -> Any:
+    axes = figure.add_subplot(lines, columns, row * columns + column + 1)
+    axes.set_xticks([])
+    axes.set_yticks([])
+    if column == 0:
+        axes.set_ylabel(title, fontsize=8)
+    return axes
+
+
+def _kept_part(image: np.ndarray) -> Any:
+    """Return the outline of the centre square of an image ``[height, width, 3]``."""
+    from matplotlib.patches import Rectangle
+
+    height, width = image.shape[:2]
+    side = min(height, width)
+    corner = ((width - side) / 2 - 0.5, (height - side) / 2 - 0.5)
+    return Rectangle(corner, side, side, fill=False, edgecolor="red", linewidth=1.5)
 
 
 def _shares(target: torch.Tensor, names: tuple[str, ...], *, mixed: bool) -> str:
