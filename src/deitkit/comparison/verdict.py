@@ -32,7 +32,8 @@ def verdict(standing: Standing | None, rows: Sequence[Row]) -> str:
     if standing is None:
         return "No student reached the end of its training."
     sentences = [
-        _choice(standing) + _against_labels(standing.winner, rows),
+        _outcome(standing, rows),
+        _lead(standing),
         _only_answer(standing),
         _teacher(standing),
         *_baselines(standing.winner, rows),
@@ -41,27 +42,34 @@ def verdict(standing: Standing | None, rows: Sequence[Row]) -> str:
     return " ".join(f"{sentence}." for sentence in sentences if sentence)
 
 
-def _choice(standing: Standing) -> str:
-    winner, n = standing.winner, standing.validation_images
+def _outcome(standing: Standing, rows: Sequence[Row]) -> str:
+    """Say what the winner scores, and whether that is more than labels alone by more than chance."""
+    winner, difference = standing.winner, standing.winner.difference_to("none")
     assert winner.top1_mean is not None
     over = f"mean of {standing.seeds} seeds" if standing.seeds > 1 else "one seed"
     scores = f"scores {_percent(winner.top1_mean)} on the test images ({over}, n = {winner.n:,})"
-    tied = [name for name, lead in standing.leads.items() if not lead.is_significant]
     if not standing.leads:
         return f"{winner.row} {scores}"
-    if not tied:
-        return f"{winner.row} wins on the validation images and {scores}"
-    better = f"on {n:,} validation images {winner.row} is better than {_list(tied)} by no more than chance"
-    return f"A tie: {better}. It {scores}"
-
-
-def _against_labels(winner: Row, rows: Sequence[Row]) -> str:
-    difference = winner.difference_to("none")
+    best = "is best" if _tied(standing) else "wins"
+    text = f"{winner.row} {best} on the validation images and {scores}"
     if difference is not None:
-        return f", {_points(difference)} against labels alone ({p_in_words(difference)})"
+        tie = "" if difference.is_significant else "A tie with labels alone: "
+        return f"{tie}{text}, {_points(difference)} against labels alone ({p_in_words(difference)})"
     if any(row.difference_to("none") is not None for row in rows):
-        return ": no teaching beat labels alone on the validation images"
-    return ""
+        return f"{text}: no teaching beat labels alone there"
+    return text
+
+
+def _tied(standing: Standing) -> list[str]:
+    """Return the other students that chance may have put behind the winner on the validation images."""
+    return [name for name, lead in standing.leads.items() if not lead.is_significant]
+
+
+def _lead(standing: Standing) -> str:
+    tied = _tied(standing)
+    if not tied:
+        return ""
+    return f"Chance may explain its lead over {_list(tied)} on {standing.validation_images:,} validation images"
 
 
 def _only_answer(standing: Standing) -> str:
@@ -88,7 +96,7 @@ def _other(name: str, top1: float, difference: Difference) -> str:
     gap = 100 * abs(difference.mean)
     scores = f"{name} scores {_percent(top1)}"
     if not difference.is_significant:
-        return f"{scores}, a tie ({p_in_words(difference)})"
+        return f"{scores}, a tie ({_p(difference)})"
     return f"{scores}, {gap:.2f} points {'less' if difference.mean > 0 else 'more'} ({p_in_words(difference)})"
 
 
@@ -102,8 +110,11 @@ def _best_on_test(winner: Row, rows: Sequence[Row]) -> str:
 
 def p_in_words(difference: Difference) -> str:
     """Return a p value with its test, and a warning where chance may explain the difference."""
-    p = "p < 1e-15" if difference.p < 1e-15 else f"p = {difference.p:.2g}"
-    return f"{p}, {difference.test}{'' if difference.is_significant else ': chance may explain it'}"
+    return _p(difference) + ("" if difference.is_significant else ": chance may explain it")
+
+
+def _p(difference: Difference) -> str:
+    return f"{'p < 1e-15' if difference.p < 1e-15 else f'p = {difference.p:.2g}'}, {difference.test}"
 
 
 def _percent(top1: float) -> str:

@@ -158,7 +158,7 @@ def _line(row: Row, results: Results, published: dict[str, dict[str, PublishedFi
     difference, gain = row.difference_to("none"), row.difference_to("before")
     labels = NOTHING if row.labels is None else "yes" if row.labels else "no"
     cells = {
-        "labels": labels + LABELS_MARK if is_printed_without_labels(row) else labels,
+        "labels": labels + LABELS_MARK if results.published and is_printed_without_labels(row) else labels,
         "teacher": NOTHING if row.labels is None else row.teacher or "none",
         "top1": accuracy(row) + (STATUS_MARK if row.status != "ok" else ""),
         "balanced": percent(row.balanced_accuracy, images) if _is_unbalanced(results) else NOTHING,
@@ -251,7 +251,7 @@ def _footnotes(results: Results) -> list[str]:
         notes.append(f"vs before: points of top-1 more than the model before fine-tuning; p: {tests}.")
     if _is_unbalanced(results):
         notes.append("balanced: mean over the classes of the share of a class's test images that is right.")
-    if any(is_printed_without_labels(row) for row in rows):
+    if results.published and any(is_printed_without_labels(row) for row in rows):
         notes.append(
             f"{LABELS_MARK} The paper prints 'labels: no' for these rows; true labels are in their loss (deit#215)."
         )
