@@ -21,7 +21,7 @@ from deitkit.recipe.schema import Recipe
 from deitkit.system.device import Precision
 from deitkit.training.student import Student
 
-settings.register_profile("fuzz", max_examples=1000)  # `make fuzz`; what it scales is in fuzz_helpers
+settings.register_profile("fuzz", max_examples=1800)  # `make fuzz`; what it scales is in fuzz_helpers
 
 CPU_FP32 = Precision(torch.device("cpu"), torch.float32)
 

@@ -9,7 +9,7 @@ QUICK = 20  # cases with the suite, of a kind with a share of 1
 
 
 def cases(share: float) -> settings:
-    """Return how many cases of a kind run: a few with the suite, its share of 1,000 each under `make fuzz`."""
+    """Return how many cases of a kind run: a few with the suite, its share of 1,800 each under `make fuzz`."""
     is_long = settings.default.max_examples >= 1000  # the profile `fuzz` of conftest
     return settings(
         max_examples=round((settings.default.max_examples if is_long else QUICK) * share),
