@@ -24,6 +24,7 @@ from deitkit.data.dataset import Dataset, load_dataset
 from deitkit.distillation.methods import find_method
 from deitkit.errors import RecipeError
 from deitkit.evaluation.readouts import top_k_accuracy
+from deitkit.models.accelerate import release
 from deitkit.recipe.schema import Recipe
 from deitkit.report.published import published_figures
 from deitkit.report.write import write_report
@@ -139,6 +140,8 @@ def rehearse(recipe: Recipe, dataset: Dataset, precision: Precision) -> tuple[li
         if failure is not None:
             name = baseline_architecture(recipe)
             raise RecipeError(f"baseline.name={name} {failure}; name another CNN, or set another data.image_px")
+    for student in students:
+        release(student.classifier)
     return start, {one.name: sum(value.numel() for value in one.classifier.parameters()) for one in students}
 
 

@@ -16,6 +16,7 @@ from deitkit.data.dataset import Dataset
 from deitkit.data.duplicates import sketch
 from deitkit.evaluation.predict import predict_all
 from deitkit.evaluation.readouts import readout_scores
+from deitkit.models.accelerate import release
 from deitkit.models.classifier import Classifier
 from deitkit.models.saved import save_classifier
 from deitkit.recipe.schema import Recipe
@@ -85,6 +86,8 @@ def run_seed(
             save_seconds=recipe.speed.save_seconds,
         )
         _keep(students, recipe, dataset, seed, folder=folder, precision=precision)
+        for student in students:
+            release(student.classifier)
         for state in (planned.state, *(planned.state.parent / name / STATE for name in planned.names)):
             drop_state(state)
 

@@ -12,6 +12,9 @@ from deitkit.models.classifier import Classifier
 from deitkit.models.vit import Attention, DeiT
 from deitkit.recipe.schema import SpeedRecipe
 
+# Token layouts times resolutions, widths, dropout, stochastic depth and LayerScale; torch allows 8.
+RECOMPILATIONS = 64
+
 
 def accelerate(classifier: Classifier, speed: SpeedRecipe, device: torch.device) -> Classifier:
     """Move a classifier to its device and optimise it for speed, in place.
@@ -24,6 +27,7 @@ def accelerate(classifier: Classifier, speed: SpeedRecipe, device: torch.device)
         if speed.channels_last:
             model.to(memory_format=torch.channels_last)
         if speed.compile is True:
+            _allow_recompilations()
             model.compile()
         return classifier
     model.checkpoint_activations = speed.checkpoint_activations
@@ -31,9 +35,24 @@ def accelerate(classifier: Classifier, speed: SpeedRecipe, device: torch.device)
         if isinstance(module, Attention):
             module.kernel = speed.attention
     if speed.compile is True or (speed.compile == "auto" and device.type == "cuda"):
+        _allow_recompilations()
         for block in model.blocks:
             block.compile(dynamic=False)  # two token layouts are two shapes, each compiled separately
     return classifier
+
+
+def _allow_recompilations() -> None:
+    """Let torch compile for as many shapes as a comparison has, and fail beyond instead of running uncompiled."""
+    import torch._dynamo  # here, since it takes seconds to import
+
+    torch._dynamo.config.recompile_limit = RECOMPILATIONS
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+
+
+def release(classifier: Classifier) -> None:
+    """Drop compiled code, which refers to its module and so would keep a classifier in memory after its last use."""
+    for module in classifier.modules():
+        module._compiled_call_impl = None
 
 
 def uncompiled() -> AbstractContextManager[object]:

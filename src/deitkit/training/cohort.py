@@ -108,7 +108,10 @@ class Cohort:
         for student in self.active:
             torch.manual_seed(derived_seed(self.seed, "dropout", step))
             with student.watch:
-                terms = self.recorder.run(student.backward, view, targets, teacher_logits)
+                # A recording reads the same tensors at every step, so no student may get logits that it does not use:
+                # they are no longer made when all students that use them have stopped.
+                logits = teacher_logits if student.method.teacher_signal else None
+                terms = self.recorder.run(student.backward, view, targets, logits)
                 with student.optimizer_watch:
                     student.set_learning_rate(self.rate(student, step))
                     if student.can_record_optimizer_step:

@@ -43,8 +43,8 @@ class Recorder:
             return method(*inputs)
         key = (id(method.__self__), method.__name__)  # type: ignore[attr-defined]
         if key not in self.recordings:
-            self.recordings[key] = _Recording(method, self.stream, self.pool)
-        return self.recordings[key](*inputs)
+            self.recordings[key] = _Recording(self.stream, self.pool)
+        return self.recordings[key].run(method, *inputs)
 
     def hold(self, name: str, tensor: Tensor) -> Tensor:
         """Copy a tensor to the fixed address that the recordings read, and return the copy."""
@@ -56,34 +56,35 @@ class Recorder:
 
 
 class _Recording:
-    def __init__(self, method: Callable[..., Any], stream: torch.cuda.Stream, pool: Any) -> None:
-        self.method = method
+    """A recording of a method; it does not hold the method, whose object holds the recorder."""
+
+    def __init__(self, stream: torch.cuda.Stream, pool: Any) -> None:
         self.stream, self.pool = stream, pool
         self.calls = 0
         self.graph: torch.cuda.CUDAGraph | None = None
 
-    def __call__(self, *inputs: Tensor | None) -> Any:
+    def run(self, method: Callable[..., Any], *inputs: Tensor | None) -> Any:
         if self.calls < WARM_UP:
             self.calls += 1
-            return self._run(inputs)
+            return self._call(method, inputs)
         if self.graph is None:
-            self._record(inputs)
+            self._record(method, inputs)
         assert self.graph is not None
         assert all(kept is given for kept, given in zip(self.inputs, inputs, strict=True))
         self.graph.replay()
         return self.outputs
 
-    def _run(self, inputs: tuple[Tensor | None, ...]) -> Any:
+    def _call(self, method: Callable[..., Any], inputs: tuple[Tensor | None, ...]) -> Any:
         """Run directly, but on the stream of the recording, to which autograd ties the gradients."""
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
-            outputs = self.method(*inputs)
+            outputs = method(*inputs)
         torch.cuda.current_stream().wait_stream(self.stream)
         return outputs
 
-    def _record(self, inputs: tuple[Tensor | None, ...]) -> None:
+    def _record(self, method: Callable[..., Any], inputs: tuple[Tensor | None, ...]) -> None:
         self.inputs = inputs
         self.graph = torch.cuda.CUDAGraph()
         # Record the calls of this thread only: a loader may pin memory in another thread.
         with torch.cuda.graph(self.graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
-            self.outputs = self.method(*inputs)
+            self.outputs = method(*inputs)
