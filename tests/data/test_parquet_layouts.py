@@ -48,6 +48,12 @@ def test_files_of_other_classes_are_refused(tmp_path: Path) -> None:
         list_parquet(tmp_path)
 
 
+def test_two_classes_of_one_name_are_refused(tmp_path: Path) -> None:
+    write(tmp_path / "train-0.parquet", [0, 1, 2], ["ant", "caf\u00e9", "cafe\u0301"])
+    with pytest.raises(DataError, match="contain 'caf\u00e9' twice: give every class a name of its own"):
+        list_parquet(tmp_path)
+
+
 def test_strings_and_named_numbers_are_the_same_classes(tmp_path: Path) -> None:
     write(tmp_path / "train-0.parquet", [0, 1, 2], NAMES)
     write(tmp_path / "test-0.parquet", ["cat", "ant", "bee"])

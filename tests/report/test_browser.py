@@ -46,3 +46,27 @@ def test_no_name_becomes_an_element_or_runs(tmp_path: Path) -> None:
         assert hostile.tags[tag] == plain.tags[tag], tag
     assert not [name for name, _ in hostile.attributes if name.startswith("on")]
     assert hostile.text.count(ATTACK) >= 20
+
+
+def test_at_the_width_of_a_phone_every_accuracy_is_beside_its_row(tmp_path: Path) -> None:
+    page = write_report(make_analyzed(tmp_path / "run", make_analysis(), make_results()))[-1]
+    frame = tmp_path / "phone.html"
+    script = """
+    frame.onload = () => {
+      const inside = frame.contentDocument, cut = frame.contentWindow.innerWidth;
+      const rows = [...inside.querySelectorAll('.scroll table')[0].querySelectorAll('tbody tr')];
+      const cells = rows.map((row) => row.cells[1]);
+      document.title = cells.filter((cell) => cell.getBoundingClientRect().right > cut).length + ' of ' + cells.length;
+    }"""
+    frame.write_text(
+        '<title>?</title><iframe id="frame" style="width: 390px; height: 900px; border: 0" '
+        f'src="{page.as_uri()}"></iframe>'
+        f"<script>{script}</script>"
+    )
+    command = [str(BROWSER), "--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files"]
+    command += ["--virtual-time-budget=5000", "--dump-dom", frame.as_uri()]
+    shown = subprocess.run(command, capture_output=True, timeout=120, check=True).stdout.decode()
+    title = re.search("<title>(.*?)</title>", shown)
+    assert title is not None
+    cut, _, rows = title.group(1).partition(" of ")
+    assert (cut, int(rows) > 5) == ("0", True)

@@ -130,6 +130,8 @@ def test_a_matrix_holds_the_share_of_each_mistake() -> None:
     confusion = ((0, 0, 3), (0, 2, 1), (2, 0, 5), (2, 2, 5))
     entry = ClassSummary(row="a", confusion=confusion, accuracy=(), most_confused=())
     right, wrong = confusion_charts([entry], ["x", "y", "z"])["a"]["data"]
+    # Without both ends, the smallest share would have no colour, whatever it is.
+    assert [(trace["zmin"], trace["zmax"]) for trace in (right, wrong)] == [(0, 100), (0, 100)]
     assert right["z"] == [75, None, 50]
     assert wrong["z"] == [[None, None, 25], [None] * 3, [50, None, None]]
     assert wrong["customdata"][2] == [5, 0, 0]

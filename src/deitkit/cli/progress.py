@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
 from deitkit.cli.console import say
@@ -50,9 +50,6 @@ class Terminal:
             BarColumn(bar_width=None),
             MofNCompleteColumn(),
             TextColumn("{task.fields[speed]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(elapsed_when_finished=True),
             console=console,
             expand=True,
         )
@@ -138,7 +135,7 @@ class Terminal:
             self._task,
             completed=done,
             description=f"{title}, epoch {progress.epoch}/{progress.epochs}",
-            speed=f"{progress.images_per_second:.0f} images/s{self._waited()}",
+            speed=f"{progress.images_per_second:.0f} images/s, {duration_text(progress.seconds_left)} left",
         )
         assert self._live is not None
         self._live.update(self._picture())
@@ -160,10 +157,6 @@ class Terminal:
             f"{100 * self._waiting:.0f} % waiting for data  loss/validation: {students}"
         )
 
-    def _waited(self) -> str:
-        """Return the share of the last epoch spent waiting for images, as text."""
-        return "" if self._waiting is None else f", {100 * self._waiting:.0f} % waiting for data"
-
     def _picture(self) -> Group:
         table = Table(box=None, pad_edge=False)
         table.add_column("student")
@@ -172,7 +165,9 @@ class Terminal:
         for name, loss in self._losses.items():
             accuracy = f"{100 * self._accuracies[name]:.1f} %" if name in self._accuracies else ""
             table.add_row(name, f"{loss:.3f}", accuracy)
-        return Group(self._progress, table)
+        if self._waiting is None:
+            return Group(self._progress, table)
+        return Group(self._progress, table, f"{100 * self._waiting:.0f} % of the last epoch waiting for data")
 
     def _begin_live(self, title: str, total: int) -> None:
         self._end_live()

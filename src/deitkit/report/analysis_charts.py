@@ -144,10 +144,11 @@ def _confusion_chart(entry: ClassSummary, names: Sequence[str]) -> Chart:
             else:
                 wrong[row][column], counts[row][column] = share, count
     text = {"texttemplate": "%{z:.0f}"} if len(places) <= 20 else {}
-    shared = {"type": "heatmap", "showscale": False, "xgap": 1, "ygap": 1, "zmin": 0} | text
+    # Without both ends, Plotly fits the scale to the values, and the smallest share has no colour.
+    shared = {"type": "heatmap", "showscale": False, "xgap": 1, "ygap": 1, "zmin": 0, "zmax": 100} | text
     hover = "%{y}, predicted as %{x}: %{z:.1f} %"
     data = [
-        shared | {"x": labels, "y": labels, "z": right, "zmax": 100, "colorscale": _fading(_RIGHT),
+        shared | {"x": labels, "y": labels, "z": right, "colorscale": _fading(_RIGHT),
                   "hovertemplate": "%{y}, correct: %{z:.1f} %<extra></extra>"},
         shared | {"x": labels, "y": labels, "z": wrong, "customdata": counts, "colorscale": _fading(_WRONG),
                   "hovertemplate": f"{hover} (%{{customdata}} images)<extra></extra>"},

@@ -69,9 +69,14 @@ def render_page(
     charts["teacher"] = curve_charts(results.model_copy(update={"teacher": None}), teacher_metrics)
     charts |= analysis.charts if analysis is not None else {}
     layout = lay_out_any(results)
+    headline, details = _first_sentence(layout.verdict or layout.title)
     return template.render(
         results=results,
         layout=layout,
+        headline=headline,
+        details=details,
+        # The accuracy first: a phone shows what stands beside the name.
+        columns=sorted((one for one in layout.columns if one.key != "interval"), key=lambda one: one.key != "top1"),
         ablation=isinstance(results, AblationResults),
         teachers=results.teachers,
         mark=WINNER_MARK,
@@ -86,6 +91,12 @@ def render_page(
         machine={_UNITS.get(key, key.replace("_", " ")): value for key, value in results.machine.items()},
         plotly=Markup(get_plotlyjs()),
     )
+
+
+def _first_sentence(text: str) -> tuple[str, str]:
+    """Return the first sentence and the rest; a full stop in a number or a name does not end a sentence."""
+    first, stop, rest = text.partition(". ")
+    return first + stop.strip(), rest
 
 
 def _published_tables(results: Results) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 import io
 import os
 import warnings
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
@@ -11,6 +12,13 @@ from deitkit.errors import CheckpointError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+# What systems bring for Chinese, Japanese and Korean.
+CJK_FONTS = (
+    "Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans CJK KR", "WenQuanYi Micro Hei", "WenQuanYi Zen Hei",
+    "PingFang SC", "Hiragino Sans", "Apple SD Gothic Neo", "Arial Unicode MS", "Microsoft YaHei", "Yu Gothic",
+    "Malgun Gothic", "SimHei",
+)  # fmt: skip
 
 
 def write_text(path: Path, text: str) -> None:
@@ -46,16 +54,34 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 def write_figure(path: Path, figure: "Figure", **options: Any) -> None:
-    """Write a figure in the format of its suffix; a character that the font lacks becomes a box, without a warning.
+    """Write a figure in the format of its suffix; a character that no font has becomes a box, without a warning.
 
     Raises:
         CheckpointError: As ``write_bytes``.
     """
+    from matplotlib.text import Text
+
     picture = io.BytesIO()
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing from|Matplotlib currently does not support .* natively")
+        warnings.filterwarnings(
+            "ignore",
+            "Glyph .* missing from|Matplotlib currently does not support .* natively|constrained_layout not applied",
+        )
+        if len(_fonts()) > 1:
+            figure.draw_without_rendering()  # which makes the labels of ticks
+            for text in figure.findobj(Text):
+                text.set_fontfamily(_fonts())
         figure.savefig(picture, format=path.suffix.removeprefix("."), **options)
     write_bytes(path, picture.getvalue())
+
+
+@cache
+def _fonts() -> list[str]:
+    """Return matplotlib's font, then those on this machine that have what it lacks: Chinese, Japanese and Korean."""
+    from matplotlib import font_manager
+
+    present = {font.name for font in font_manager.fontManager.ttflist}
+    return ["DejaVu Sans", *(name for name in CJK_FONTS if name in present)]
 
 
 def _sync_folder(folder: Path) -> None:

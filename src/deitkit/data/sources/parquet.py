@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -218,6 +219,11 @@ def _read_labels(file: Path, columns: _Columns) -> _Labels:
     with _open(file) as opened:
         names = _features(opened.schema_arrow).get(columns.label, {}).get("names")
         class_names = tuple(writable(str(name)) for name in names) if isinstance(names, list) else None
+        twice = [name for name, count in Counter(class_names or ()).items() if count > 1]
+        if twice:
+            raise DataError(
+                f"the class names of '{file}' contain '{twice[0]}' twice: give every class a name of its own"
+            )
         missing = [name for name in (columns.image, columns.label) if name not in opened.schema_arrow.names]
         if missing:
             raise DataError(f"'{file}' has no column '{missing[0]}', unlike other files: use the same columns in all")
