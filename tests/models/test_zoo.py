@@ -67,6 +67,13 @@ def test_sources_name_the_library_and_its_version() -> None:
     assert sources == ["deitkit", f"timm {timm.__version__}"]
 
 
+@pytest.fixture
+def online(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hosts can be reached, so that the library itself is asked for its weights."""
+    monkeypatch.setattr("deitkit.models.zoo.unreachable", lambda url: None)
+
+
+@pytest.mark.usefixtures("online")
 @pytest.mark.parametrize(("classes", "new_head"), [(1000, False), (10, True)])
 def test_pretrained_torchvision(classes: int, new_head: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     state = torchvision.models.resnet18(weights=None).state_dict()
@@ -79,6 +86,7 @@ def test_pretrained_torchvision(classes: int, new_head: bool, monkeypatch: pytes
     assert built.source == f"torchvision {torchvision.__version__}, ImageNet weights IMAGENET1K_V1"
 
 
+@pytest.mark.usefixtures("online")
 @pytest.mark.parametrize(("classes", "new_head"), [(1000, False), (10, True)])
 def test_pretrained_timm(classes: int, new_head: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     state = timm.create_model("resnet18").state_dict()
@@ -94,6 +102,7 @@ def unreachable(*_: Any, **__: Any) -> None:
     raise urllib.error.URLError("no route")
 
 
+@pytest.mark.usefixtures("online")
 @pytest.mark.parametrize("name", ["timm/resnet18", "torchvision/resnet18"])
 def test_offline_is_told_in_one_sentence(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", unreachable)
