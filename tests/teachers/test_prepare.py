@@ -257,6 +257,25 @@ def test_a_student_teaches_by_one_readout(
     assert teacher(torch.rand(2, 3, 20, 20)).shape == (2, 3)
 
 
+def test_a_student_with_one_trained_head_teaches_by_that_one(stripes: Dataset, tmp_path: Path) -> None:
+    student = saved_student(tmp_path / "student", ("class", "distillation"), only_readout="class")
+    teacher, told = prepare(recipe(name=str(tmp_path / "student"), allow_weak=True), stripes, tmp_path / "run")
+    assert told.readout == "class"
+    view = torch.rand(5, 3, 8, 8)
+    torch.testing.assert_close(teacher(view).softmax(dim=-1), naive_answers(student, view)["class"].float())
+
+
+def test_weights_of_blue_green_red_are_turned_round(stripes: Dataset, tmp_path: Path) -> None:
+    built = create_classifier("cifar/resnet20", classes=3, channels=3)
+    save_tensors(tmp_path / "bgr.safetensors", dict(built.model.state_dict()))
+    given = {"checkpoint": str(tmp_path / "bgr.safetensors"), "mean": [0.5] * 3, "std": [0.5] * 3, "allow_weak": True}
+    plain, _ = prepare(recipe(**given), stripes, tmp_path / "plain")
+    turned, card = prepare(recipe(channel_order="bgr", **given), stripes, tmp_path / "turned")
+    view = torch.rand(4, 3, 8, 8)
+    torch.testing.assert_close(turned(view), plain(view.flip(1)))
+    assert card.source.endswith("channels reversed")
+
+
 def test_a_student_asks_the_gate_as_any_teacher_does(stripes: Dataset, tmp_path: Path) -> None:
     saved_student(tmp_path / "student", ("class", "distillation"))
     with pytest.raises(TeacherError, match="on 60 validation images, which"):

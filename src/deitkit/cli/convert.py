@@ -50,7 +50,7 @@ def convert(
 
     layout = _layout(to, out)
     if check:
-        layout.require_library()
+        layout.require_package()
     wanted = Changes(image_px, patch_px, channels, classes, tokens)
     planned = plan(source, wanted, heads=heads, mean=_numbers("--mean", mean), std=_numbers("--std", std))
     opening = layout.write(planned, out)

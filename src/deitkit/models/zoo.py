@@ -131,8 +131,8 @@ def _from_timm(
             f"teacher.pretrained=true has no weights for 'timm/{architecture}': give a file as teacher.checkpoint"
         )
     tied = card is not None and card.fixed_input_size
-    options: dict[str, Any] = {"img_size": image_px} if tied and image_px is not None else {}
-    size = bool(options)
+    sized = tied and image_px is not None
+    options: dict[str, Any] = {"img_size": image_px} if sized else {}
     if pretrained:
         options["pretrained_cfg_overlay"] = _timm_file(card)
     model = timm.create_model(architecture, pretrained=pretrained, num_classes=classes, in_chans=channels, **options)
@@ -148,7 +148,7 @@ def _from_timm(
         head,
         tuple(card["mean"]) if channels == 3 else None,
         tuple(card["std"]) if channels == 3 else None,
-        image_px if size else native_px,
+        image_px if sized else native_px,
         f"timm {timm.__version__}" + (f", weights {card.get('tag') or 'default'}" if pretrained else ""),
         new_head=pretrained and card["num_classes"] != classes,
     )

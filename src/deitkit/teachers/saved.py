@@ -17,7 +17,8 @@ from deitkit.recipe.schema import TeacherRecipe
 def build_saved(recipe: TeacherRecipe, dataset: Dataset) -> tuple[TeacherRecipe, BuiltClassifier, str | None]:
     """Build a teacher from the card of its folder; return its recipe completed by the card, its model and its readout.
 
-    A student with two heads uses the readout with which it won its comparison, else both heads (``joint``).
+    A student with two heads uses the readout with which it won its comparison, else its only trained head, else both
+    (``joint``).
 
     Raises:
         TeacherError: The path has no card, the classes differ from the data's, or a field does not suit a student.
@@ -47,7 +48,11 @@ def build_saved(recipe: TeacherRecipe, dataset: Dataset) -> tuple[TeacherRecipe,
     built = build_model(card | {"image_px": own["image_px"]}, state, folder)
     if card["kind"] == "deit":
         _check_student(recipe, card["config"])
-    return recipe.model_copy(update=own), built, card.get("readout") or _readout(card["config"])
+    return (
+        recipe.model_copy(update=own),
+        built,
+        card.get("readout") or card.get("only_readout") or _readout(card["config"]),
+    )
 
 
 def _check_student(recipe: TeacherRecipe, config: dict[str, Any]) -> None:

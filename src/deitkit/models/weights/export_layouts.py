@@ -38,20 +38,20 @@ class Layout:
         suffix: Required suffix of --out; empty for a folder.
         write: Writes a plan to a path; returns lines of Python that open the files.
         open: Returns the function from normalised images to logits, by the library's own implementation.
-        library: The package that ``open`` needs and deitkit does not.
+        package: The one that ``open`` needs and deitkit does not.
     """
 
     holds: str
     suffix: str
     write: Callable[[Plan, Path], list[str]]
     open: Callable[[Plan, Path], Logits]
-    library: str | None = None
+    package: str | None = None
 
-    def require_library(self) -> None:
+    def require_package(self) -> None:
         """Raise RecipeError if ``open`` would lack its library."""
-        if self.library is not None and find_spec(self.library) is None:
+        if self.package is not None and find_spec(self.package) is None:
             raise RecipeError(
-                f"--check needs {self.library}, which is not installed: pip install {self.library}, or drop --check"
+                f"--check needs {self.package}, which is not installed: pip install {self.package}, or drop --check"
             )
 
 

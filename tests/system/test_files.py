@@ -1,0 +1,24 @@
+"""Figures: characters that matplotlib's own font lacks are drawn by one that has them."""
+
+from pathlib import Path
+
+import pytest
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+
+from deitkit.system import files
+
+
+def test_every_text_of_a_figure_may_use_the_fonts_of_the_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fonts = ["DejaVu Sans", "DejaVu Serif"]  # both come with matplotlib
+    monkeypatch.setattr(files, "_fonts", lambda: fonts)
+    figure = Figure()
+    axes = figure.add_subplot()
+    axes.set_title("花")
+    axes.set_yticks([0, 1], ["雪", "snow"])
+    files.write_figure(tmp_path / "figure.png", figure)
+    texts = [text for text in figure.findobj(Text) if text.get_text()]
+    assert {"花", "雪"} <= {text.get_text() for text in texts}
+    assert all(text.get_fontfamily() == fonts for text in texts)
