@@ -76,7 +76,8 @@ def test_the_row_before_has_the_heads_of_the_students(tiny_recipe: TinyRecipe, t
     still = ("train.optimizer=sgd", "train.learning_rate=1e-12", "train.weight_decay=0", "train.epochs=1")
     card = json.loads((tmp_path / "first" / "winner" / "model.json").read_text())
     assert card["config"]["heads"] == 2
-    recipe = tiny_recipe("methods=[none]", f"model.checkpoint={bare}", "train.precision=fp32", *still)
+    named = ("model.heads=null", "train.precision=fp32")  # two, those of its named size
+    recipe = tiny_recipe("methods=[none]", f"model.checkpoint={bare}", *named, *still)
     asked = []
 
     def spy(path: Path, heads: int | None = None) -> Weights:

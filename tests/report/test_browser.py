@@ -55,7 +55,8 @@ def test_at_the_width_of_a_phone_every_accuracy_is_beside_its_row(tmp_path: Path
     frame.onload = () => {
       const inside = frame.contentDocument, cut = frame.contentWindow.innerWidth;
       const rows = [...inside.querySelectorAll('.scroll table')[0].querySelectorAll('tbody tr')];
-      const cells = rows.map((row) => row.cells[1]);
+      const heads = [...inside.querySelectorAll('.scroll table')[0].querySelectorAll('thead th')];
+      const cells = rows.map((row) => row.cells[heads.findIndex((head) => head.textContent == 'top-1 %')]);
       document.title = cells.filter((cell) => cell.getBoundingClientRect().right > cut).length + ' of ' + cells.length;
     }"""
     frame.write_text(
