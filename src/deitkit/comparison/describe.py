@@ -41,9 +41,10 @@ def describe_students(recipe: Recipe, dataset: Dataset, parameters: Mapping[str,
     """
     model, train = recipe.model, recipe.train
     counts = sorted({f"{count / 1e6:.2f}" for name, count in parameters.items() if name in recipe.methods})
+    steps = len(dataset.train) // train.batch_size
     yield (
         f"students: {size_in_words(model)}, patches of {model.patch_px} px, {' or '.join(counts)} M parameters; "
-        f"{train.epochs} epochs of {len(dataset.train) // train.batch_size:,} steps"
+        f"{train.epochs} epochs of {steps:,} step{'s' if steps != 1 else ''}"
     )
     if train.learning_rate_per is not None:
         yield (

@@ -1,6 +1,7 @@
 """Atomic writes: a reader never sees a partly written file. The formats belong to other modules."""
 
 import io
+import logging
 import os
 import warnings
 from functools import cache
@@ -13,6 +14,7 @@ from deitkit.errors import CheckpointError
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+FIRST_CJK = "\u1100"  # Hangul; what follows is not in matplotlib's font
 # What systems bring for Chinese, Japanese and Korean.
 CJK_FONTS = (
     "Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans CJK KR", "WenQuanYi Micro Hei", "WenQuanYi Zen Hei",
@@ -61,15 +63,16 @@ def write_figure(path: Path, figure: "Figure", **options: Any) -> None:
     """
     from matplotlib.text import Text
 
+    logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)  # a font without a bold face is no matter
     picture = io.BytesIO()
     with warnings.catch_warnings():
         warnings.filterwarnings(
             "ignore",
             "Glyph .* missing from|Matplotlib currently does not support .* natively|constrained_layout not applied",
         )
-        if len(_fonts()) > 1:
-            figure.draw_without_rendering()  # which makes the labels of ticks
-            for text in figure.findobj(Text):
+        figure.draw_without_rendering()  # which makes the labels of ticks
+        for text in figure.findobj(Text):
+            if max(text.get_text(), default="") >= FIRST_CJK:
                 text.set_fontfamily(_fonts())
         figure.savefig(picture, format=path.suffix.removeprefix("."), **options)
     write_bytes(path, picture.getvalue())
