@@ -70,10 +70,11 @@ def write_figure(path: Path, figure: "Figure", **options: Any) -> None:
             "ignore",
             "Glyph .* missing from|Matplotlib currently does not support .* natively|constrained_layout not applied",
         )
-        figure.draw_without_rendering()  # which makes the labels of ticks
-        for text in figure.findobj(Text):
-            if max(text.get_text(), default="") >= FIRST_CJK:
-                text.set_fontfamily(_fonts())
+        if len(_fonts()) > 1:
+            figure.draw_without_rendering()  # which makes the labels of ticks
+            for text in figure.findobj(Text):
+                if max(text.get_text(), default="") >= FIRST_CJK:
+                    text.set_fontfamily(_fonts())
         figure.savefig(picture, format=path.suffix.removeprefix("."), **options)
     write_bytes(path, picture.getvalue())
 
