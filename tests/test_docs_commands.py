@@ -1,4 +1,4 @@
-"""README and docs as a reader follows them: every command parses, what a laptop can run is run, and figures have a source."""
+"""README and docs as a reader follows them: commands parse, what a laptop can run is run, figures have a source."""
 
 import re
 import shlex
@@ -113,7 +113,9 @@ def test_what_the_docs_show_runs_in_their_order(
     assert {words[0] for words in done} >= {"compare", "predict", "evaluate", "analyze", "verify", "finetune"}
 
 
-def test_mistakes_that_the_docs_show_are_the_programs(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mistakes_that_the_docs_show_are_the_programs(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     for page, command in (
         ("recipes", "deitkit compare digits train.epoch=3 augment.crop=foo"),

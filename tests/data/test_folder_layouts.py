@@ -79,5 +79,5 @@ def test_what_is_left_out_is_counted_by_its_ending(tmp_path: Path) -> None:
     draw(tmp_path / "unlabelled" / "all" / "0.png")
     assert list_folder(tmp_path).remarks == (
         f"left out: folder 'unlabelled' of '{tmp_path.name}'",
-        "left out: 4 files that are not images of a class (2 .mat, 1 .csv, 1 .txt)",
+        "left out, as no image of a class: 4 files (2 .mat, 1 .csv, 1 .txt)",
     )

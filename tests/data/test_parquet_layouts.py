@@ -102,7 +102,7 @@ def test_what_is_left_out_or_assumed_is_remarked(tmp_path: Path) -> None:
     write(tmp_path / "plain" / "train-0.parquet", [0, 1, 2], NAMES)
     write(tmp_path / "plain" / "test_corrupted-0.parquet", [0, 1, 2], NAMES)
     assert list_parquet(tmp_path).remarks == (
-        f"configuration 'plain' of '{tmp_path.name}' is read", "left out: 1 parquet file(s) of 'test_corrupted'",
+        f"configuration 'plain' of '{tmp_path.name}' is read", "left out: 1 parquet file of 'test_corrupted'",
     )  # fmt: skip
 
 

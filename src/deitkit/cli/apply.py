@@ -8,6 +8,7 @@ from rich.table import Table
 
 from deitkit.cli.console import console, plain, print_json, say
 from deitkit.cli.options import Json, ModelArgument
+from deitkit.system.words import counted
 
 
 def evaluate(
@@ -60,4 +61,4 @@ def predict(
     for prediction in left_out[:5]:
         say(f"left out: {prediction['image']} cannot be decoded ({prediction['error']})")
     if left_out:
-        say(f"{len(predictions) - len(left_out)} of {len(predictions)} images answered")
+        say(f"{len(predictions) - len(left_out)} of {counted(len(predictions), 'image')} answered")

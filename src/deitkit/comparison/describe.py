@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from deitkit.data.dataset import Dataset
 from deitkit.models.vit import size_in_words
 from deitkit.recipe.schema import Recipe
+from deitkit.system.words import counted
 from deitkit.training.optim import peak_learning_rate
 
 
@@ -12,7 +13,7 @@ def describe_data(dataset: Dataset) -> Iterator[str]:
     """Yield the splits and their classes, what was assumed or left out, and duplicates across splits."""
     counts = dataset.train.labels.bincount(minlength=dataset.classes)
     fewest, most = int(counts.argmin()), int(counts.argmax())
-    classes = f"{dataset.classes} classes of {int(counts[fewest]):,} training images"
+    classes = f"{counted(dataset.classes, 'class')} of {counted(int(counts[fewest]), 'training image')}"
     if int(counts[fewest]) != int(counts[most]):
         names = dataset.class_names[fewest], dataset.class_names[most]
         classes = (
@@ -25,7 +26,7 @@ def describe_data(dataset: Dataset) -> Iterator[str]:
     )
     yield from dataset.remarks
     if dataset.skipped:
-        files = "1 image" if len(dataset.skipped) == 1 else f"{len(dataset.skipped)} images"
+        files = counted(len(dataset.skipped), "file")
         yield f"left out: {files} that cannot be decoded, first {dataset.skipped[0]}"
     if dataset.duplicates.count:
         yield dataset.duplicates.sentence()
@@ -44,7 +45,7 @@ def describe_students(recipe: Recipe, dataset: Dataset, parameters: Mapping[str,
     steps = len(dataset.train) // train.batch_size
     yield (
         f"students: {size_in_words(model)}, patches of {model.patch_px} px, {' or '.join(counts)} M parameters; "
-        f"{train.epochs} epochs of {steps:,} step{'s' if steps != 1 else ''}"
+        f"{counted(train.epochs, 'epoch')} of {counted(steps, 'step')}"
     )
     if train.learning_rate_per is not None:
         yield (

@@ -20,6 +20,7 @@ from deitkit.evaluation.statistics import are_equal, mean_interval, paired_diffe
 from deitkit.recipe.schema import Recipe
 from deitkit.run.metrics import EpochMetrics
 from deitkit.run.results import Difference, Row, difference_fields
+from deitkit.system.words import counted
 from deitkit.training.build import BASELINE, baseline_architecture
 
 Hits = dict[int, Bool[Tensor, " n"]]  # by seed, which test images are classified correctly
@@ -299,6 +300,6 @@ def _notes(recipe: Recipe, dataset: Dataset) -> Iterator[str]:
     yield from dict.fromkeys(METHODS[name].note for name in recipe.methods if METHODS[name].note)
     yield from (f"{remark[0].upper()}{remark[1:]}." for remark in dataset.remarks)
     if dataset.skipped:
-        yield f"{len(dataset.skipped)} files could not be read and were left out, first {dataset.skipped[0]}."
+        yield f"Left out: {counted(len(dataset.skipped), 'file')} that cannot be decoded, first {dataset.skipped[0]}."
     if dataset.duplicates.count:
         yield f"{dataset.duplicates.sentence()}."

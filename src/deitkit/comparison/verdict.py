@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from deitkit.run.results import Difference, Row
+from deitkit.system.words import counted
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,8 @@ def _lead(standing: Standing) -> str:
     tied = _tied(standing)
     if not tied:
         return ""
-    return f"Chance may explain its lead over {_list(tied)} on {standing.validation_images:,} validation images"
+    images = counted(standing.validation_images, "validation image")
+    return f"Chance may explain its lead over {_list(tied)} on {images}"
 
 
 def _only_answer(standing: Standing) -> str:

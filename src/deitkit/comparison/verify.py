@@ -18,6 +18,7 @@ from deitkit.recipe.schema import DataRecipe
 from deitkit.run.observer import Watcher
 from deitkit.run.results import AblationResults, Row, read_results
 from deitkit.system.device import Precision, choose_device, describe_machine
+from deitkit.system.words import counted
 from deitkit.teachers.prepare import teacher_folders
 
 # Tolerance for another processor or version of torch, where rounding decides images near a boundary between two
@@ -102,7 +103,7 @@ def _verify(
     tolerance = 0.0 if results.machine == describe_machine(device, precision) else TOLERANCE_ELSEWHERE
     rows = []
     for place, seed in enumerate(results.seeds):
-        watcher.say(f"seed {seed}: measuring its students on {len(dataset.test)} test images")
+        watcher.say(f"seed {seed}: measuring its students on {counted(len(dataset.test), 'test image')}")
         homes = students_of(folder, results, seed)
         students = [load_as_trained(home, recipe.speed, device) for home in homes.values()]
         outputs = dict(zip(homes, predict_all(students, dataset.test, precision), strict=True))

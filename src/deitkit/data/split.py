@@ -13,6 +13,7 @@ from torch import Tensor
 from deitkit.data.stream import StreamedImages
 from deitkit.errors import DataError
 from deitkit.recipe.schema import DataRecipe
+from deitkit.system.words import counted
 
 MOST_GPU_MEMORY = 0.5  # share of the free memory, for the images of a split
 
@@ -115,10 +116,10 @@ class _Draws:
         counts = self._counts(pool)
         if int(counts.min()) < least:
             rare = int(counts.argmin())
-            images = "1 image" if int(counts[rare]) == 1 else f"{int(counts[rare])} images"
             raise DataError(
-                f"class '{self.class_names[rare]}' of data.name={self.recipe.name} has {images} for "
-                f"{splits}, but needs at least {least}: add images or remove the class"
+                f"class '{self.class_names[rare]}' of data.name={self.recipe.name} has "
+                f"{counted(int(counts[rare]), 'image')} for {splits}, but needs at least {least}: "
+                "add images or remove the class"
             )
 
     def carve(self, pool: Tensor, fraction: float, leave: int) -> tuple[Tensor, Tensor]:
@@ -131,7 +132,9 @@ class _Draws:
         """Draw the number of images of the recipe."""
         field = f"data.{split}_images={count}"
         if count > len(pool):
-            raise DataError(f"{field} exceeds the {len(pool)} images available to {split} on: lower it or drop it")
+            raise DataError(
+                f"{field} exceeds the {counted(len(pool), 'image')} available to {split} on: lower it or drop it"
+            )
         if count < len(self.class_names):
             raise DataError(f"{field} is less than one image for each of {len(self.class_names)} classes: raise it")
         return self._draw(pool, count, leave=0)[1]

@@ -23,6 +23,7 @@ from deitkit.evaluation.statistics import wilson_interval
 from deitkit.models.saved import load_classifier
 from deitkit.recipe.schema import DataRecipe
 from deitkit.system.device import Precision, choose_device
+from deitkit.system.words import counted
 
 
 def _input_px(card: dict[str, Any]) -> int:
@@ -89,7 +90,9 @@ def predict_files(folder: Path, paths: list[Path], *, readout: str | None = None
     files = [file for file in pixels if file not in errors]
     if not files:
         first = next(iter(errors))
-        raise DataError(f"none of {len(errors)} images can be decoded, first {first} ({errors[first]}): convert them")
+        raise DataError(
+            f"none of {counted(len(errors), 'image')} can be decoded, first {first} ({errors[first]}): convert them"
+        )
     split = Split(torch.stack([pixels[file] for file in files]), torch.zeros(len(files), dtype=torch.int64))
     scores = readout_scores(predict(classifier, split, Precision.choose("auto", classifier.mean.device)))
     chosen = readout or card.get("readout") or default_readout(list(scores))

@@ -12,6 +12,7 @@ from deitkit.report.published import (
     published_only,
 )
 from deitkit.run.results import FIT_TO_TEACH, Difference, PublishedFigure, Results, Row, TeacherCard, VariantRow
+from deitkit.system.words import counted
 
 Number = int | float  # JSON writes a whole number as an int
 
@@ -86,8 +87,8 @@ def lay_out(results: Results) -> Layout:
 def title_of(results: Results) -> str:
     """Return one line with the data set, its numbers of images, and the number of seeds."""
     data, seeds = results.dataset, len(results.seeds)
-    images = f"{data.train:,} training images, {data.test:,} test images"
-    return f"{data.name}: {images}, {seeds} {'seed' if seeds == 1 else 'seeds'}"
+    images = f"{counted(data.train, 'training image')}, {counted(data.test, 'test image')}"
+    return f"{data.name}: {images}, {counted(seeds, 'seed')}"
 
 
 def provenance_of(results: Results) -> str:

@@ -17,6 +17,7 @@ from deitkit.models.classifier import Classifier
 from deitkit.recipe.schema import TeacherRecipe
 from deitkit.run.results import FIT_TO_TEACH, TeacherCard
 from deitkit.system.device import Precision
+from deitkit.system.words import counted
 from deitkit.teachers.alternatives import Alternative, better_alternative
 
 ALPHA = 0.01  # level of the test against chance
@@ -63,7 +64,7 @@ def doubt(dataset: Dataset) -> str | None:
     enough = sizes[least <= _useful(chance) * sizes]
     if len(enough) and n >= enough[0]:
         return None
-    text = f"{n} validation images cannot tell a teacher from chance ({100 * chance:.1f} %)"
+    text = f"{counted(n, 'validation image')} cannot tell a teacher from chance ({100 * chance:.1f} %)"
     if least[n - 1] <= n:
         text += f" below {100 * least[n - 1] / n:.0f} %"
     share = enough[0] / (n + len(dataset.train)) if len(enough) else 1.0
@@ -104,9 +105,10 @@ def gate(
     finding = compare_with_chance(right, judged, chance)
     verdict = FIT_TO_TEACH
     if finding is Finding.UNDECIDED:
-        verdict = f"{judged} images cannot tell it from chance ({100 * chance:.1f} %)"
+        verdict = f"{counted(judged, 'image')} cannot tell it from chance ({100 * chance:.1f} %)"
     elif card.fit == "none" and judged < FEWEST_PER_CLASS * dataset.classes:
-        verdict = f"{judged} images cannot tell whether its classes are in this order: compare it with the teacher's"
+        images = counted(judged, "image")
+        verdict = f"{images} cannot tell whether its classes are in this order: compare it with the teacher's"
     measured = card.model_copy(update={"top1": hits / n, "n": n, "chance": chance, "verdict": verdict})
     reason = _reason(card, recipe, finding, alternative, measured)
     if reason is None:
@@ -116,8 +118,8 @@ def gate(
         weak = f"weak, allowed by the recipe: {reason}; {cause}"
         return measured.model_copy(update={"verdict": weak, "weak": True})
     raise TeacherError(
-        f"teacher {card.name} scores {100 * measured.top1:.2f} % on {n} validation images, which {reason}: {cause}; "
-        f"{next_step}, or set teacher.allow_weak=true to use it anyway"
+        f"teacher {card.name} scores {100 * measured.top1:.2f} % on {counted(n, 'validation image')}, "
+        f"which {reason}: {cause}; {next_step}, or set teacher.allow_weak=true to use it anyway"
     )
 
 

@@ -25,6 +25,7 @@ from deitkit.run.state import drop_state
 from deitkit.system.device import Precision
 from deitkit.system.files import write_text
 from deitkit.system.seeding import seeded
+from deitkit.system.words import counted
 from deitkit.teachers.frozen import FrozenTeacher, Teachers, mean_teacher_logits
 from deitkit.teachers.gate import doubt, gate
 from deitkit.teachers.resolution import measure_at_own_resolution
@@ -70,7 +71,7 @@ def prepare_teacher(
             _train(classifier, card, recipe, train_data, folder=folder, precision=precision, watcher=watcher)
             save_tensors(trained, dict(classifier.model.state_dict()))
         drop_state(folder / "checkpoint.safetensors")
-        source = f"{card.source}, trained here on {len(train_data.train)} images"
+        source = f"{card.source}, trained here on {counted(len(train_data.train), 'image')}"
         card = card.model_copy(update={"source": source})
     card = gate(classifier, card, dataset, recipe.teacher, precision)
     card, cost = measure_at_own_resolution(classifier, card, recipe.data, precision)
@@ -80,7 +81,9 @@ def prepare_teacher(
     card = card.model_copy(update={"sha256": file_sha256(folder / "model.safetensors")})
     write_text(card_path, json.dumps(card.model_dump(exclude={"test_top1"}), indent=2) + "\n")
     (folder / TRAINED).unlink(missing_ok=True)
-    watcher.say(f"teacher {card.name}: {100 * card.top1:.2f} % on {card.n} validation images, {card.verdict}")
+    watcher.say(
+        f"teacher {card.name}: {100 * card.top1:.2f} % on {counted(card.n, 'validation image')}, {card.verdict}"
+    )
     return FrozenTeacher(classifier), card
 
 
@@ -200,7 +203,7 @@ def _train(
 ) -> None:
     """Train the teacher on labels alone: a cohort of one."""
     part = "the classifier layer" if card.fit == "head" else "all layers"
-    watcher.say(f"teacher {card.name}: training {part} for {recipe.teacher.train.epochs} epochs")
+    watcher.say(f"teacher {card.name}: training {part} for {counted(recipe.teacher.train.epochs, 'epoch')}")
     few = doubt(dataset)
     if few is not None:
         watcher.say(few)

@@ -11,6 +11,7 @@ from deitkit.data.dataset import Dataset
 from deitkit.errors import is_out_of_memory
 from deitkit.models.classifier import Classifier
 from deitkit.system.device import Precision
+from deitkit.system.words import counted
 
 
 def failure_of(
@@ -29,7 +30,7 @@ def failure_of(
         What was tried and what failed, to be completed by a next step.
     """
     height, width = dataset.image_px
-    tried = f"cannot process {batch_size} {'image' if batch_size == 1 else 'images'} of {height} x {width} px"
+    tried = f"cannot process {counted(batch_size, 'image')} of {height} x {width} px"
     reason = _reason(classifier, (batch_size, dataset.channels, height, width), precision, trained)
     return None if reason is None else f"{tried}: {reason}"
 

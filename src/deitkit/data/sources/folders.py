@@ -11,6 +11,7 @@ import torch
 from deitkit.data.decode import SUFFIXES
 from deitkit.data.listing import EncodedImages, Listing, writable
 from deitkit.errors import DataError
+from deitkit.system.words import counted
 
 TEST_NAMES = ("test", "val", "valid", "validation")
 _SPELLINGS = {"training": "train", "testing": "test"}
@@ -93,7 +94,7 @@ def list_folder(folder: Path, *, test_names: Sequence[str] = TEST_NAMES, more_tr
             is_test += [part in test] * len(images)
     if left_out:
         kinds = ", ".join(f"{count} {kind}" for kind, count in left_out.most_common(5))
-        remarks.append(f"left out: {sum(left_out.values())} files that are not images of a class ({kinds})")
+        remarks.append(f"left out, as no image of a class: {counted(sum(left_out.values()), 'file')} ({kinds})")
     return Listing(
         encoded_files(folder, files),
         torch.tensor(labels),

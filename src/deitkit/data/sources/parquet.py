@@ -20,6 +20,7 @@ import torch
 from deitkit.data.listing import EncodedImages, Listing, writable
 from deitkit.data.sources.folders import TEST_NAMES, require_same_classes, split_name
 from deitkit.errors import DataError
+from deitkit.system.words import counted
 
 _BATCH_ROWS = 256
 
@@ -100,7 +101,7 @@ def _choose_files(
         splits = {name: shards[name] for name in ("train", *more_training) if name in shards}
         test_name = next((name for name in test_names if name in shards), None)
         others = {name: files for name, files in shards.items() if name not in (*splits, test_name)}
-        remarks += [f"left out: {len(files)} parquet file(s) of '{name}'" for name, files in others.items()]
+        remarks += [f"left out: {counted(len(files), 'parquet file')} of '{name}'" for name, files in others.items()]
     else:
         splits, test_name = {"": [file for files in shards.values() for file in files]}, None
     test = shards[test_name] if test_name is not None else []
