@@ -39,11 +39,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchvision import transforms
 
-from deitkit.bench.measure import count_flops, machine_limit, wait
+from deitkit.bench.measure import count_flops, machine_limit
 from deitkit.bench.training_speed import Bench, Stepper, step_flops, synthetic_dataset
 from deitkit.data.dataset import load_dataset
 from deitkit.recipe.load import load_recipe
 from deitkit.system.device import Precision
+from deitkit.system.timer import wait
 
 WORKER_CHOICES = {"cpu": (0, 1, 2), "cuda": (8, 16)}
 

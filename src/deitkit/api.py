@@ -98,6 +98,11 @@ class Comparison:
         return self.results.rows
 
     @property
+    def advice(self) -> str:
+        """Whether the winner should replace the CNN; empty where there is none."""
+        return self.results.advice
+
+    @property
     def verdict(self) -> str:
         """Which student wins and by how much, in a sentence or two."""
         return self.results.verdict

@@ -7,11 +7,12 @@ import torch
 from typer.testing import CliRunner
 
 from conftest import CPU_FP32
-from deitkit.bench.measure import count_flops, machine_limit, time_in_turn
+from deitkit.bench.measure import count_flops, machine_limit
 from deitkit.cli.main import app
 from deitkit.models.catalogue import CatalogueModel
 from deitkit.models.cnn import CifarResNet
 from deitkit.models.vit import DeiT
+from deitkit.system.timer import time_in_turn
 
 TINY = [
     "data.image_px=16", "model=micro", "model.patch_px=4", "train.batch_size=16", "teacher=cifar/resnet20",

@@ -212,10 +212,13 @@ ENDING = ("kill", "terminate", "interrupt", "fill_the_disk", "run_twice")
 FAULTS = ("flip_a_bit", "truncate", "lose_power", "fill_the_disk", "run_twice", "terminate", "interrupt")
 
 
+UNREPEATABLE = ("created", "shares", "cost", "batch_size", "advice")  # clocks, and what follows from them
+
+
 def timeless(value: Any) -> Any:
     """Leave out what differs between two equal runs: times."""
     if isinstance(value, dict):
-        return {k: timeless(v) for k, v in value.items() if "second" not in k and k not in ("created", "shares")}
+        return {k: timeless(v) for k, v in value.items() if "second" not in k and k not in UNREPEATABLE}
     return [timeless(entry) for entry in value] if isinstance(value, list) else value
 
 

@@ -47,10 +47,13 @@ class StopAfter(Silent):
         return self.left <= 0
 
 
+UNREPEATABLE = ("created", "shares", "cost", "advice")  # clocks, and what follows from them
+
+
 def timeless(value: Any) -> Any:
     """Leave out what differs between two equal runs: times."""
     if isinstance(value, dict):
-        return {k: timeless(v) for k, v in value.items() if "second" not in k and k not in ("created", "shares")}
+        return {k: timeless(v) for k, v in value.items() if "second" not in k and k not in UNREPEATABLE}
     return [timeless(entry) for entry in value] if isinstance(value, list) else value
 
 

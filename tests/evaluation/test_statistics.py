@@ -3,10 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from scipy import stats
 
 from deitkit.evaluation.readouts import default_readout, readout_scores, top_k_accuracy
-from deitkit.evaluation.statistics import mcnemar_p, mean_interval, paired_difference, wilson_interval
+from deitkit.evaluation.statistics import holm, mcnemar_p, mean_interval, paired_difference, wilson_interval
 from deitkit.models.vit import Output
 
 
@@ -113,3 +115,24 @@ def test_statistics_with_ties_stay_in_their_range() -> None:
         assert low < high
         if n < 6 and difference.test == "McNemar":
             assert difference.p > 0.05  # 2 / 2^5 is the smallest p of five images
+
+
+def test_holm_of_a_case_computed_by_hand() -> None:
+    # Holm 1979: 0.01 * 4, 0.02 * 3, 0.03 * 2, 0.04 * 1, each at least the one before
+    assert holm([0.04, 0.01, 0.03, 0.02]) == pytest.approx([0.06, 0.04, 0.06, 0.06])
+    assert holm([0.2]) == [0.2]
+    assert holm([]) == []
+
+
+@given(st.lists(st.floats(0, 1), max_size=12))
+def test_holm_rejects_what_its_steps_reject(p_values: list[float]) -> None:
+    """The step-down procedure as Holm wrote it: stop at the first p above alpha / (m - k)."""
+    corrected = holm(p_values)
+    alpha = 0.05
+    rejected = set()
+    for k, place in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        if p_values[place] * (len(p_values) - k) >= alpha:
+            break
+        rejected.add(place)
+    assert {place for place, p in enumerate(corrected) if p < alpha} == rejected
+    assert all(p <= value <= 1 for p, value in zip(p_values, corrected, strict=True))

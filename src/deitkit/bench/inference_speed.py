@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from deitkit.bench.measure import count_flops, machine_limit, time_in_turn, wait
+from deitkit.bench.measure import count_flops, machine_limit
 from deitkit.distillation.methods import METHODS
 from deitkit.errors import is_out_of_memory
 from deitkit.models.accelerate import accelerate
@@ -15,6 +15,7 @@ from deitkit.models.classifier import Classifier
 from deitkit.models.vit import create_student
 from deitkit.recipe.schema import Recipe
 from deitkit.system.device import Precision, choose_device, describe_machine
+from deitkit.system.timer import time_in_turn, wait
 
 DEFAULT_PX = 224
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

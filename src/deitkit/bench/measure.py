@@ -2,12 +2,7 @@
 
 import copy
 import resource
-import statistics
 import sys
-import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,52 +10,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from deitkit.models.vit import Attention, Output
 from deitkit.system.device import Precision
+from deitkit.system.timer import time_in_turn
 
 # Side of the square matrices whose product measures the peak speed of the machine: large enough to be limited by
 # arithmetic, small enough to take about a second.
 LIMIT_SIDE = {"cpu": 2048, "cuda": 8192}
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Seconds per call: the median over repeats, the fastest and the slowest."""
-
-    median: float
-    fastest: float
-    slowest: float
-
-
-def wait(device: torch.device) -> None:
-    """Wait until the device has finished all its work."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def time_in_turn(
-    functions: Mapping[str, Callable[[], Any]], *, device: torch.device, repeats: int, calls: int, warm_up: int = 1
-) -> dict[str, Timing]:
-    """Time functions in turn, so that a temporary slowdown of the machine affects them all.
-
-    Args:
-        functions: By name.
-        device: Their device; synchronised before and after each measurement.
-        repeats: Measurements of each function.
-        calls: Calls per measurement.
-        warm_up: Calls of each function before the first measurement.
-    """
-    for function in functions.values():
-        for _ in range(warm_up):
-            function()
-    seconds: dict[str, list[float]] = {name: [] for name in functions}
-    for _ in range(repeats):
-        for name, function in functions.items():
-            wait(device)
-            started = time.perf_counter()
-            for _ in range(calls):
-                function()
-            wait(device)
-            seconds[name].append((time.perf_counter() - started) / calls)
-    return {name: Timing(statistics.median(taken), min(taken), max(taken)) for name, taken in seconds.items()}
 
 
 def machine_limit(precision: Precision) -> float:

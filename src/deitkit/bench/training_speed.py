@@ -10,15 +10,7 @@ from typing import Any
 
 import torch
 
-from deitkit.bench.measure import (
-    Timing,
-    count_flops,
-    machine_limit,
-    peak_memory_gib,
-    reset_peak_memory,
-    time_in_turn,
-    wait,
-)
+from deitkit.bench.measure import count_flops, machine_limit, peak_memory_gib, reset_peak_memory
 from deitkit.data.dataset import Dataset, Split, load_dataset
 from deitkit.models.accelerate import accelerate
 from deitkit.models.classifier import Classifier
@@ -26,6 +18,7 @@ from deitkit.models.zoo import create_classifier
 from deitkit.recipe.schema import Recipe, TeacherRecipe
 from deitkit.system.device import Precision, choose_device, describe_machine
 from deitkit.system.seeding import seeded
+from deitkit.system.timer import Timing, time_in_turn, wait
 from deitkit.teachers.frozen import FrozenTeacher, Teachers
 from deitkit.teachers.logit_cache import LogitCache, open_logit_cache
 from deitkit.training.build import build_students

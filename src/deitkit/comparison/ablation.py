@@ -17,7 +17,7 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from deitkit.comparison.compare import compare, has_finished, rehearse
-from deitkit.comparison.rows import Hits, RowKey, paired_over_seeds, reported_rows
+from deitkit.comparison.rows import Hits, RowKey, corrected, paired_over_seeds, reported_rows
 from deitkit.comparison.seed_run import load_predictions
 from deitkit.data.dataset import Dataset, load_dataset
 from deitkit.errors import DataError, DeitkitError
@@ -153,6 +153,7 @@ def _results(
             for row in reported_rows(results.rows)
             if row.kind != "checkpoint"
         ]
+    rows = corrected(rows, "base")
     methods = list(dict.fromkeys(row.method for row in rows))
     rows.sort(key=lambda row: methods.index(row.method))
     return AblationResults(

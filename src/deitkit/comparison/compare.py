@@ -13,6 +13,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from deitkit import __version__
+from deitkit.comparison.advice import advice
+from deitkit.comparison.cost import add_costs
 from deitkit.comparison.describe import describe_data, describe_students
 from deitkit.comparison.estimate import estimate_training
 from deitkit.comparison.finetune import StartingPoint, add_checkpoint_row, measure_checkpoint
@@ -111,6 +113,9 @@ def compare(
     results = _results(recipe, dataset, teachers, cards, checkpoint, folder=folder, precision=precision)
     notes = (*results.notes, *(f"{line[0].upper()}{line[1:]}." for line in start))
     results = results.model_copy(update={"machine": machine, "notes": notes})
+    watcher.say("measuring what each model costs to use")
+    results = add_costs(results, recipe, folder, precision)
+    results = results.model_copy(update={"advice": advice(results)})
     _copy_winner(results, folder)
     write_results(results, folder)
     write_report(folder)

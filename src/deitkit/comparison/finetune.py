@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from deitkit.comparison.rows import Predictions, RowKey, Summary, paired_over_seeds
+from deitkit.comparison.rows import Predictions, RowKey, Summary, corrected, paired_over_seeds
 from deitkit.comparison.verdict import p_in_words
 from deitkit.data.dataset import Dataset, load_test
 from deitkit.data.duplicates import share_in_sketch
@@ -196,10 +196,13 @@ def add_checkpoint_row(
         return summary
     labels = dataset.test.labels.cpu()
     hits = top_k_hits(start.scores, labels)
-    rows = [
-        row.model_copy(update=difference_fields("before", _gain(row, predictions, hits, labels)))
-        for row in summary.rows
-    ]
+    rows = corrected(
+        [
+            row.model_copy(update=difference_fields("before", _gain(row, predictions, hits, labels)))
+            for row in summary.rows
+        ],
+        "before",
+    )
     winner = next((row for row in rows if summary.winner is not None and row.row == summary.winner.row), None)
     return replace(
         summary,

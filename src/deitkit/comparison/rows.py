@@ -4,7 +4,7 @@ Pure functions of the students' predictions; nothing here trains or draws.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -16,15 +16,17 @@ from deitkit.comparison.verdict import Standing, verdict
 from deitkit.data.dataset import Dataset
 from deitkit.distillation.methods import METHODS, reference_method
 from deitkit.evaluation.readouts import default_readout, top_k_accuracy, top_k_hits
-from deitkit.evaluation.statistics import are_equal, mean_interval, paired_difference, wilson_interval
+from deitkit.evaluation.statistics import are_equal, holm, mean_interval, paired_difference, wilson_interval
 from deitkit.recipe.schema import Recipe
 from deitkit.run.metrics import EpochMetrics
-from deitkit.run.results import Difference, Row, difference_fields
+from deitkit.run.results import Difference, Reference, Row, difference_fields
 from deitkit.system.words import counted
 from deitkit.training.build import BASELINE, baseline_architecture
 
 Hits = dict[int, Bool[Tensor, " n"]]  # by seed, which test images are classified correctly
 SomeRow = TypeVar("SomeRow", bound=Row)
+Key = TypeVar("Key")
+_REFERENCES: tuple[Reference, ...] = ("none", "teacher", "baseline")
 
 
 @dataclass(frozen=True)
@@ -73,14 +75,35 @@ def summarise(
     """
     speed = _speed(metrics)
     decisions = None if teacher_logits is None else teacher_logits.argmax(dim=-1)
-    rows = tuple(
+    rows = [
         _row(key, recipe, dataset, predictions, decisions, speed.get(key.student, _NO_SPEED))
         for key in _row_keys(predictions[recipe.seeds[0]])
-    )
+    ]
+    for reference in _REFERENCES:
+        rows = corrected(rows, reference)
     winner = _winner(rows)
     teacher_hits = None if decisions is None else decisions == dataset.test.labels
     standing = _standing(winner, recipe, dataset, predictions, teacher_hits)
-    return Summary(rows, winner, verdict(standing, rows), tuple(_notes(recipe, dataset)))
+    return Summary(tuple(rows), winner, verdict(standing, rows), tuple(_notes(recipe, dataset)))
+
+
+def corrected(rows: Sequence[SomeRow], reference: Reference) -> list[SomeRow]:
+    """Return the rows with p values corrected for the number of rows that differ from a reference."""
+    found = {place: row.difference_to(reference) for place, row in enumerate(rows)}
+    differences = {place: difference for place, difference in found.items() if difference is not None}
+    holms = _corrected(differences)
+    return [
+        row.model_copy(update=difference_fields(reference, holms[place])) if place in holms else row
+        for place, row in enumerate(rows)
+    ]
+
+
+def _corrected(differences: Mapping[Key, Difference]) -> dict[Key, Difference]:
+    values = holm([difference.p for difference in differences.values()])
+    return {
+        key: replace(difference, p_holm=value)
+        for (key, difference), value in zip(differences.items(), values, strict=True)
+    }
 
 
 @dataclass(frozen=True)
@@ -280,7 +303,7 @@ def _standing(
     answers = {answer for scores in own.scores(predictions, "test").values() for answer in scores.argmax(-1).tolist()}
     return Standing(
         winner=winner,
-        leads={name: lead for name, lead in leads.items() if lead is not None},
+        leads=_corrected({name: lead for name, lead in leads.items() if lead is not None}),
         validation_images=len(labels),
         seeds=len(recipe.seeds),
         teacher_top1=None if teacher is None else teacher.double().mean().item(),

@@ -116,7 +116,8 @@ def p_in_words(difference: Difference) -> str:
 
 
 def _p(difference: Difference) -> str:
-    return f"{'p < 1e-15' if difference.p < 1e-15 else f'p = {difference.p:.2g}'}, {difference.test}"
+    p = difference.corrected_p
+    return f"{'p < 1e-15' if p < 1e-15 else f'p = {p:.2g}'}, {difference.test}"
 
 
 def _percent(top1: float) -> str:

@@ -49,6 +49,19 @@ def sign_test_p(better: int, worse: int) -> float:
     return float(stats.binom.sf(better - 1, better + worse, 0.5))
 
 
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Return p values corrected for their number, in the same order: all hold together.
+
+    Source: Holm 1979. Of m values the smallest is multiplied by m, the next by m - 1, and so on; none falls below a
+    smaller one, or exceeds 1.
+    """
+    order = np.argsort(p_values, kind="stable")
+    factors = np.arange(len(p_values), 0, -1)
+    corrected = np.empty(len(p_values))
+    corrected[order] = np.minimum(np.maximum.accumulate(np.asarray(p_values, float)[order] * factors), 1.0)
+    return [float(value) for value in corrected]
+
+
 def paired_difference(hits: Sequence[Bool[Tensor, " n"]], other: Sequence[Bool[Tensor, " n"]]) -> Difference:
     """Compare two rows with the same training seeds and the same test images.
 

@@ -61,6 +61,7 @@ def lay_out_variants(results: AblationResults) -> Layout:
         lines=lines,
         published_only=(),
         footnotes=tuple(_footnotes(results)),
+        advice="",
         verdict=results.verdict,
         provenance=provenance_of(results),
     )
@@ -98,7 +99,7 @@ def _footnotes(results: AblationResults) -> list[str]:
     if tests:
         notes.append(
             "vs base: points of top-1 more than the base's same row on the same test images, with their 95 % interval; "
-            f"p: {tests}, of one row each, not corrected for the number of rows."
+            f"p: {tests}."
         )
     if tests and seeds == 1:
         notes.append(ONE_SEED)

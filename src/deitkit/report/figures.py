@@ -23,7 +23,7 @@ _DASHES: tuple[Any, ...] = (
     (0, (3, 1.5)),
     (0, (8, 1.5, 1.5, 1.5, 1.5, 1.5)),
 )
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "h")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "h")
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ def _draw_curve(axes: "Axes", curve: Curve, index: int, images: int) -> None:
         color=colour,
         linestyle=_DASHES[index % len(_DASHES)],
         linewidth=1.8,
-        marker=_MARKERS[index % len(_MARKERS)],
+        marker=MARKERS[index % len(MARKERS)],
         markersize=6,
         markeredgecolor="white",
         markeredgewidth=0.6,

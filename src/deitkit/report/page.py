@@ -10,6 +10,7 @@ import yaml
 from deitkit.report.ablation import difference_chart, lay_out_any
 from deitkit.report.analysis import Section, lay_out_analysis
 from deitkit.report.charts import accuracy_chart, curve_charts
+from deitkit.report.cost_chart import cost_chart
 from deitkit.report.figures import colours_of
 from deitkit.report.published import PAPER, REPRODUCTION
 from deitkit.report.table_layout import NOTHING, WINNER_MARK, millions, percent
@@ -65,11 +66,16 @@ def render_page(
     template = environment.get_template("page.html.j2")
     rows = difference_chart(results) if isinstance(results, AblationResults) else accuracy_chart(results, metrics)
     charts: dict[str, Any] = {"rows": {"": rows}}
+    cost = None if isinstance(results, AblationResults) else cost_chart(results, metrics)
+    if cost is not None:
+        charts["cost"] = {"": cost}
     charts["curves"] = curve_charts(results, metrics)
     charts["teacher"] = curve_charts(results.model_copy(update={"teacher": None}), teacher_metrics)
     charts |= analysis.charts if analysis is not None else {}
     layout = lay_out_any(results)
-    headline, details = _first_sentence(layout.verdict or layout.title)
+    headline, details = _first_sentence(
+        " ".join(text for text in (layout.advice, layout.verdict) if text) or layout.title
+    )
     return template.render(
         results=results,
         layout=layout,

@@ -16,7 +16,7 @@ from rich.text import Text
 from deitkit.report.ablation import lay_out_any
 from deitkit.report.published import PAPER, REPRODUCTION, published_by_row
 from deitkit.report.table_layout import WINNER_MARK, Column, Layout, Line
-from deitkit.run.results import Results
+from deitkit.run.results import Cost, Results
 from deitkit.system.files import write_text
 
 _ASCII = str.maketrans({"±": "+-", "−": "-", "–": "-", "★": ">", "†": "!", "⚗": "*", "’": "'"})
@@ -45,9 +45,12 @@ class TerminalTable:
             yield Text(plain(f"published only: {text}"), style="italic dim")
         for note in self.layout.footnotes:
             yield Text(plain(note), style="dim")
+        if self.layout.advice:
+            yield Text()
+            yield Text(plain(self.layout.advice), style="bold")
         if self.layout.verdict:
             yield Text()
-            yield Text(plain(self.layout.verdict), style="bold")
+            yield Text(plain(self.layout.verdict), style="" if self.layout.advice else "bold")
 
     def _fitting_table(self, console: Console, options: ConsoleOptions, plain: Any) -> tuple[Table, list[str]]:
         kept = list(self.layout.columns)
@@ -116,8 +119,7 @@ def _markdown(layout: Layout) -> str:
     if layout.published_only:
         parts.append("Published only:\n\n" + "\n".join(f"- {_escape_markdown(text)}" for text in layout.published_only))
     parts += [_escape_markdown(note) for note in layout.footnotes]
-    if layout.verdict:
-        parts.append(f"**{_escape_markdown(layout.verdict)}**")
+    parts += [f"**{_escape_markdown(text)}**" for text in (layout.advice, layout.verdict) if text]
     parts.append(f"*{_escape_markdown(layout.provenance)}*")
     return "\n\n".join(parts) + "\n"
 
@@ -144,7 +146,7 @@ def _latex(layout: Layout) -> str:
         lines.append("    " + " & ".join(_latex_cells(line, columns)) + r" \\")
     lines += [r"    \bottomrule", r"  \end{tabular}", ""]
     notes = [f"published only: {text}." for text in layout.published_only] + list(layout.footnotes)
-    notes += [layout.verdict, layout.provenance]
+    notes += [layout.advice, layout.verdict, layout.provenance]
     lines += [rf"  \par\smallskip\footnotesize {_escape_latex(note)}" for note in notes if note]
     return "\n".join([*lines, r"\end{table*}", ""])
 
@@ -193,6 +195,8 @@ def _csv(results: Results) -> str:
 def _spread(key: str, value: Any, seeds: Sequence[int]) -> dict[str, Any]:
     if key in ("top1", "top5"):
         return {f"{key}_seed_{seed}": each for seed, each in zip(seeds, value or [None] * len(seeds), strict=False)}
+    if key == "cost":
+        return {name: (value or {}).get(name) for name in Cost.model_fields}
     if key.endswith("_ci95"):
         low, high = value or (None, None)
         return {f"{key}_low": low, f"{key}_high": high}

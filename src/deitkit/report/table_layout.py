@@ -11,7 +11,7 @@ from deitkit.report.published import (
     published_by_row,
     published_only,
 )
-from deitkit.run.results import FIT_TO_TEACH, Difference, PublishedFigure, Results, Row, TeacherCard, VariantRow
+from deitkit.run.results import FIT_TO_TEACH, Cost, Difference, PublishedFigure, Results, Row, TeacherCard, VariantRow
 from deitkit.system.words import counted
 
 Number = int | float  # JSON writes a whole number as an int
@@ -62,6 +62,7 @@ class Layout:
     lines: tuple[Line, ...]
     published_only: tuple[str, ...]
     footnotes: tuple[str, ...]
+    advice: str
     verdict: str
     provenance: str
 
@@ -79,6 +80,7 @@ def lay_out(results: Results) -> Layout:
         lines=tuple(lines),
         published_only=tuple(_published_text(entry) for entry in published_only(results)),
         footnotes=tuple(_footnotes(results)),
+        advice=results.advice,
         verdict=results.verdict,
         provenance=provenance_of(results),
     )
@@ -132,31 +134,47 @@ def millions(count: int | None) -> str:
     return f"{count / 1e6:.2f} M" if count >= 1e6 else f"{count / 1e3:.0f} k"
 
 
+def milliseconds(value: float) -> str:
+    """Return a time with as many digits as a measurement is worth."""
+    return f"{value:.2g}" if value < 10 else f"{value:.0f}"
+
+
+def megabytes(count: int) -> str:
+    """Return a size in millions of bytes with two digits."""
+    value = count / 1e6
+    return f"{value:.2g}" if value < 10 else f"{value:,.0f}"
+
+
 def _columns(results: Results) -> tuple[Column, ...]:
     paper = paper_model(results).removeprefix("DeiT-")
     return (
-        Column("labels", "labels", 4, numeric=False),
+        Column("labels", "labels", 5, numeric=False),
         Column("teacher", "teacher", 3, numeric=False),
         Column("top1", "top-1 %", 0),
         Column("balanced", "balanced %", 1),
         Column("difference", "vs none", 1),
-        Column("interval", "95 % interval", 7),
+        Column("interval", "95 % interval", 9),
         Column("p", "p", 2),
         Column("gain", "vs before", 1),
         Column("gain_p", "p (before)", 2),
-        Column("top5", "top-5 %", 12),
-        Column("agreement", "agreement %", 8),
-        Column("parameters", "params", 9),
-        Column("images_per_second", "images/s", 10),
-        Column("seconds", "seconds", 11),
-        Column(REPRODUCTION, "reproduction, as published", 5, published=True),
-        Column(PAPER, f"paper (ImageNet, {paper})", 6, published=True),
+        Column("teacher_difference", "vs teacher", 6),
+        Column("teacher_p", "p (teacher)", 10),
+        Column("milliseconds", "ms", 4),
+        Column("milliseconds_in_batch", "ms in batch", 11),
+        Column("megabytes", "MB", 8),
+        Column("top5", "top-5 %", 16),
+        Column("agreement", "agreement %", 12),
+        Column("parameters", "params", 13),
+        Column("images_per_second", "images/s", 14),
+        Column("seconds", "seconds", 15),
+        Column(REPRODUCTION, "reproduction, as published", 7, published=True),
+        Column(PAPER, f"paper (ImageNet, {paper})", 7, published=True),
     )
 
 
 def _line(row: Row, results: Results, published: dict[str, dict[str, PublishedFigure]]) -> Line:
     images = row.n
-    difference, gain = row.difference_to("none"), row.difference_to("before")
+    difference, gain, lag = (row.difference_to(reference) for reference in ("none", "before", "teacher"))
     labels = NOTHING if row.labels is None else "yes" if row.labels else "no"
     cells = {
         "labels": labels + LABELS_MARK if results.published and is_printed_without_labels(row) else labels,
@@ -173,6 +191,9 @@ def _line(row: Row, results: Results, published: dict[str, dict[str, PublishedFi
         "seconds": whole(row.train_seconds),
         "gain": points(gain, images),
         "gain_p": p_value(gain),
+        "teacher_difference": points(lag, images),
+        "teacher_p": p_value(lag),
+        **_cost_cells(row.cost),
     }
     cells |= _published_cells(row.row, published)
     label = row.label
@@ -186,6 +207,16 @@ def _line(row: Row, results: Results, published: dict[str, dict[str, PublishedFi
         group="baseline" if row.kind == "baseline" else "students",
         winner=row.row == results.winner,
     )
+
+
+def _cost_cells(cost: Cost | None) -> dict[str, str]:
+    if cost is None:
+        return dict.fromkeys(("milliseconds", "milliseconds_in_batch", "megabytes"), NOTHING)
+    return {
+        "milliseconds": milliseconds(cost.milliseconds),
+        "milliseconds_in_batch": milliseconds(cost.milliseconds_in_batch),
+        "megabytes": megabytes(cost.file_bytes),
+    }
 
 
 def _is_unbalanced(results: Results) -> bool:
@@ -218,7 +249,7 @@ def _teacher_line(name: str, teacher: TeacherCard, results: Results, published: 
         cells["top1"] = percent(teacher.top1, teacher.n)
     else:
         cells["top1"] = percent(teacher.test_top1, results.dataset.test)
-    cells["parameters"] = millions(teacher.parameters)
+    cells |= {"parameters": millions(teacher.parameters)} | _cost_cells(teacher.cost)
     return Line(name=name, label=name, cells=cells, group="teacher")
 
 
@@ -250,6 +281,16 @@ def _footnotes(results: Results) -> list[str]:
     tests = test_names(row.difference_to("before") for row in rows)
     if tests:
         notes.append(f"vs before: points of top-1 more than the model before fine-tuning; p: {tests}.")
+    tests = test_names(row.difference_to("teacher") for row in rows)
+    if tests:
+        notes.append(
+            f"vs teacher: points of top-1 more than the teacher{'s' * (len(results.teachers) > 1)}; p: {tests}."
+        )
+    if any(row.cost is not None for row in rows):
+        notes.append(
+            "ms: for a single image on the machine of this run; in batch: for one in the fastest of a few batch sizes; "
+            "MB: the file of the weights, in millions of bytes."
+        )
     if _is_unbalanced(results):
         notes.append("balanced: mean over the classes of the share of a class's test images that is right.")
     if results.published and any(is_printed_without_labels(row) for row in rows):
@@ -269,8 +310,13 @@ def spread_note(seeds: int) -> str:
 
 
 def test_names(differences: Iterable[Difference | None]) -> str:
-    """Return the tests of some differences, for a footnote; empty without any."""
-    return ", ".join(sorted({difference.test for difference in differences if difference is not None}))
+    """Return the tests of some differences and their correction, for a footnote; empty without any."""
+    found = [difference for difference in differences if difference is not None]
+    names = ", ".join(sorted({difference.test for difference in found}))
+    if len(found) <= 1:
+        return names
+    known = any(difference.p_holm is not None for difference in found)
+    return f"{names}, {f'corrected for {len(found)} rows (Holm)' if known else 'not corrected for the number of rows'}"
 
 
 def stopped_notes(rows: Iterable[Row]) -> list[str]:
@@ -322,7 +368,8 @@ def p_value(difference: Difference | None) -> str:
     """Return the p value of a difference."""
     if difference is None:
         return NOTHING
-    return "<0.001" if difference.p < 0.001 else f"{difference.p:.3f}"
+    p = difference.corrected_p
+    return "<0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def whole(value: Number | None) -> str:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from deitkit.report.ablation import write_differences
+from deitkit.report.cost_chart import write_costs
 from deitkit.report.figures import write_curves
 from deitkit.report.page import write_page
 from deitkit.report.table import write_tables
@@ -14,8 +15,8 @@ def write_report(folder: Path) -> list[Path]:
     """Write the tables, curves and page of a run folder.
 
     Returns:
-        The files: ``table.md|csv|tex``, ``curves.png|svg`` (where there are metrics), of an ablation
-        ``differences.png|svg``, and ``report.html``.
+        The files: ``table.md|csv|tex``, ``curves.png|svg`` (where there are metrics), ``cost.png|svg`` (where
+        costs were measured), of an ablation ``differences.png|svg``, and ``report.html``.
 
     Raises:
         CheckpointError: ``results.json`` is missing or malformed, or the folder cannot be written.
@@ -25,6 +26,8 @@ def write_report(folder: Path) -> list[Path]:
     written = write_tables(results, folder) + write_curves(results, metrics, folder)
     if isinstance(results, AblationResults):
         written += write_differences(results, folder)
+    else:
+        written += write_costs(results, metrics, folder)
     teacher_metrics = [line for home in sorted(folder.glob("teacher*")) for line in read_metrics(home)]
     return written + write_page(results, metrics, teacher_metrics, folder)
 

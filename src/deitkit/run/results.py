@@ -4,7 +4,7 @@ The format is described in docs/design.md. A file of an older version is complet
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,13 +18,23 @@ FORMAT = 1
 Interval = tuple[float, float]
 Reference = Literal["none", "before", "base", "teacher", "baseline"]  # what a difference is relative to
 
-# The fields of a row that hold its difference to each reference: mean, 95 % interval, p value, name of the test.
-_DIFFERENCE_FIELDS: dict[Reference, tuple[str, str, str, str]] = {
-    "none": ("difference_vs_none", "difference_ci95", "p_vs_none", "p_test"),
-    "before": ("difference_vs_before", "difference_vs_before_ci95", "p_vs_before", "p_vs_before_test"),
-    "base": ("difference_vs_base", "difference_vs_base_ci95", "p_vs_base", "p_vs_base_test"),
-    "teacher": ("difference_vs_teacher", "difference_vs_teacher_ci95", "p_vs_teacher", "p_vs_teacher_test"),
-    "baseline": ("difference_vs_baseline", "difference_vs_baseline_ci95", "p_vs_baseline", "p_vs_baseline_test"),
+
+def _difference_fields(name: str, ci95: str, p: str, test: str) -> tuple[str, str, str, str, str]:
+    return name, ci95, p, test, f"{p}_holm"
+
+
+# The fields of a row that hold its difference to each reference, in the order of ``Difference``.
+_DIFFERENCE_FIELDS: dict[Reference, tuple[str, ...]] = {
+    "none": _difference_fields("difference_vs_none", "difference_ci95", "p_vs_none", "p_test"),
+    **{
+        reference: _difference_fields(
+            f"difference_vs_{reference}",
+            f"difference_vs_{reference}_ci95",
+            f"p_vs_{reference}",
+            f"p_vs_{reference}_test",
+        )
+        for reference in ("before", "base", "teacher", "baseline")
+    },
 }
 
 
@@ -37,23 +47,46 @@ class Difference:
         ci95: Its 95 % interval.
         p: The p value of ``test``, two-sided.
         test: ``McNemar`` or ``paired t``.
+        p_holm: The p value corrected for all rows with a difference to the same reference; None where it was not.
     """
 
     mean: float
     ci95: Interval | None
     p: float
     test: str
+    p_holm: float | None = None
+
+    @property
+    def corrected_p(self) -> float:
+        """The p value that holds beside those of the other rows, where it was corrected."""
+        return self.p if self.p_holm is None else self.p_holm
 
     @property
     def is_significant(self) -> bool:
-        """Whether p is below 0.05."""
-        return self.p < 0.05
+        """Whether chance explains the difference in fewer than 5 of 100 cases, after the correction."""
+        return self.corrected_p < 0.05
 
 
 def difference_fields(reference: Reference, difference: Difference | None) -> dict[str, Any]:
     """Return a difference as fields of a row; all None where there is none."""
-    values = (None,) * 4 if difference is None else (difference.mean, difference.ci95, difference.p, difference.test)
-    return dict(zip(_DIFFERENCE_FIELDS[reference], values, strict=True))
+    names = _DIFFERENCE_FIELDS[reference]
+    return dict(zip(names, (None,) * len(names) if difference is None else astuple(difference), strict=True))
+
+
+class Cost(Record):
+    """What it costs to use a model, measured on the machine of the run when its table was made.
+
+    Attributes:
+        file_bytes: Of its weights.
+        milliseconds: For a single image.
+        batch_size: The fastest of a few.
+        milliseconds_in_batch: For an image in a batch of that size.
+    """
+
+    file_bytes: int
+    milliseconds: float
+    batch_size: int
+    milliseconds_in_batch: float
 
 
 class Row(Record):
@@ -83,6 +116,7 @@ class Row(Record):
         status: ``ok``, or which seed stopped and why.
         images_per_second: Of training, without the work that all students share.
         train_seconds: Of training, by the same count, for each seed.
+        cost: Of using the model; None for a checkpoint, and for a student that finished under no seed.
     """
 
     row: str
@@ -106,6 +140,7 @@ class Row(Record):
     difference_ci95: Interval | None = None
     p_vs_none: float | None = None
     p_test: str | None = None
+    p_vs_none_holm: float | None = None
     teacher_agreement: float | None = None
     parameters: int | None = None
     status: str
@@ -115,15 +150,19 @@ class Row(Record):
     difference_vs_before_ci95: Interval | None = None
     p_vs_before: float | None = None
     p_vs_before_test: str | None = None
+    p_vs_before_holm: float | None = None
     difference_vs_teacher: float | None = None
     difference_vs_teacher_ci95: Interval | None = None
     p_vs_teacher: float | None = None
     p_vs_teacher_test: str | None = None
+    p_vs_teacher_holm: float | None = None
     difference_vs_baseline: float | None = None
     difference_vs_baseline_ci95: Interval | None = None
     p_vs_baseline: float | None = None
     p_vs_baseline_test: str | None = None
+    p_vs_baseline_holm: float | None = None
     balanced_accuracy: float | None = None
+    cost: Cost | None = None
 
     @property
     def student(self) -> str:
@@ -132,8 +171,8 @@ class Row(Record):
 
     def difference_to(self, reference: Reference) -> Difference | None:
         """Return the row's difference to a reference; None where it was not compared."""
-        mean, ci95, p, test = (getattr(self, name) for name in _DIFFERENCE_FIELDS[reference])
-        return None if mean is None else Difference(mean, ci95, p, test)
+        mean, *others = (getattr(self, name) for name in _DIFFERENCE_FIELDS[reference])
+        return None if mean is None else Difference(mean, *others)
 
 
 class VariantRow(Row):
@@ -156,6 +195,7 @@ class VariantRow(Row):
     difference_vs_base_ci95: Interval | None
     p_vs_base: float | None
     p_vs_base_test: str | None
+    p_vs_base_holm: float | None = None
 
 
 FIT_TO_TEACH = "fit to teach"  # the verdict of the gate on a teacher that passed every test
@@ -182,6 +222,7 @@ class TeacherCard(Record):
         test_top1: Accuracy on the test images; None before they were predicted.
         own_px_top1: Accuracy on some validation images decoded at ``image_px``; None unless views are smaller.
         view_px_top1: Accuracy on the views of the same images.
+        cost: Of using it; of several teachers the sum.
     """
 
     name: str
@@ -201,6 +242,7 @@ class TeacherCard(Record):
     test_top1: float | None = None
     own_px_top1: float | None = None
     view_px_top1: float | None = None
+    cost: Cost | None = None
 
 
 class DuplicateImages(Record):
@@ -258,6 +300,7 @@ class Results(Document):
         rows: In the order of the table.
         winner: Name of the winning row; None if no student finished, and for an ablation.
         verdict: The outcome in a sentence or two.
+        advice: Whether the winner should replace the CNN; empty where there is none.
         published: Figures that others published.
         notes: Remarks for the readers of the table.
         machine: Processor, cores, memory, device, precision, versions.
@@ -272,6 +315,7 @@ class Results(Document):
     rows: tuple[Row, ...]
     winner: str | None = None
     verdict: str = ""
+    advice: str = ""
     published: tuple[PublishedFigure, ...] = ()
     notes: tuple[str, ...] = ()
     machine: dict[str, Any] = Field(default_factory=dict)

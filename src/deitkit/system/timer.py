@@ -1,7 +1,11 @@
 """Durations: measured on the device's clock, and formatted for a reader."""
 
+import statistics
 import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from types import TracebackType
+from typing import Any
 
 import torch
 
@@ -46,3 +50,45 @@ class Stopwatch:
             self._seconds += sum(start.elapsed_time(end) for start, end in self._events) / 1000
             self._events.clear()
         return max(self._seconds, 1e-9)
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds per call: the median over repeats, the fastest and the slowest."""
+
+    median: float
+    fastest: float
+    slowest: float
+
+
+def wait(device: torch.device) -> None:
+    """Wait until the device has finished all its work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def time_in_turn(
+    functions: Mapping[str, Callable[[], Any]], *, device: torch.device, repeats: int, calls: int, warm_up: int = 1
+) -> dict[str, Timing]:
+    """Time functions in turn, so that a temporary slowdown of the machine affects them all.
+
+    Args:
+        functions: By name.
+        device: Their device; synchronised before and after each measurement.
+        repeats: Measurements of each function.
+        calls: Calls per measurement.
+        warm_up: Calls of each function before the first measurement.
+    """
+    for function in functions.values():
+        for _ in range(warm_up):
+            function()
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(repeats):
+        for name, function in functions.items():
+            wait(device)
+            started = time.perf_counter()
+            for _ in range(calls):
+                function()
+            wait(device)
+            seconds[name].append((time.perf_counter() - started) / calls)
+    return {name: Timing(statistics.median(taken), min(taken), max(taken)) for name, taken in seconds.items()}

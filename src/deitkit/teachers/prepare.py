@@ -79,7 +79,7 @@ def prepare_teacher(
         watcher.say(cost)
     save_classifier(folder, classifier, _model_card(card, dataset, recipe))
     card = card.model_copy(update={"sha256": file_sha256(folder / "model.safetensors")})
-    write_text(card_path, json.dumps(card.model_dump(exclude={"test_top1"}), indent=2) + "\n")
+    write_text(card_path, json.dumps(card.model_dump(exclude={"test_top1", "cost"}), indent=2) + "\n")
     (folder / TRAINED).unlink(missing_ok=True)
     watcher.say(
         f"teacher {card.name}: {100 * card.top1:.2f} % on {counted(card.n, 'validation image')}, {card.verdict}"

@@ -1,0 +1,92 @@
+"""The answer for someone who has to decide: keep the CNN, or use which student, at what loss, speed and size."""
+
+from dataclasses import dataclass
+
+from deitkit.report.table_layout import megabytes, milliseconds
+from deitkit.run.results import Cost, Difference, Results, Row
+
+NOTABLE = 1.1  # a ratio of times or sizes below this makes no difference to anyone
+TOLERABLE = 0.02  # accuracy that a student may lose unnoticed, before a tie can count as "as accurate"
+
+
+@dataclass(frozen=True)
+class Rival:
+    """The CNN that the winner may replace: the teacher, or the baseline where there is no teacher.
+
+    Attributes:
+        name: In a sentence.
+        difference: Of the winner's accuracy to its own.
+        cost: Of using it.
+    """
+
+    name: str
+    difference: Difference
+    cost: Cost
+
+
+def advice(results: Results) -> str:
+    """Return whether the winner should replace the CNN, in one or two sentences.
+
+    It is empty without a winner or a CNN, where a cost is missing, and for a winner that guesses.
+    """
+    winner = results.row(results.winner)
+    rival = None if winner is None else _rival(winner, results)
+    if winner is None or winner.cost is None or rival is None or _guesses(winner, results):
+        return ""
+    savings = _savings(winner.cost, rival.cost)
+    return f"{_decision(winner, rival, savings)}. {_prices(winner.cost, rival)}."
+
+
+def _rival(winner: Row, results: Results) -> Rival | None:
+    difference, teacher = winner.difference_to("teacher"), results.teacher
+    if difference is not None and teacher is not None and teacher.cost is not None:
+        several = len(results.teachers) > 1
+        return Rival("the teachers" if several else f"the teacher {teacher.name}", difference, teacher.cost)
+    difference = winner.difference_to("baseline")
+    baseline = next((row for row in results.rows if row.kind == "baseline"), None)
+    if difference is not None and baseline is not None and baseline.cost is not None:
+        return Rival("the CNN baseline", difference, baseline.cost)
+    return None
+
+
+def _guesses(winner: Row, results: Results) -> bool:
+    """Return whether it is right in no more of the classes than a constant answer is."""
+    balanced = winner.balanced_accuracy
+    return balanced is not None and balanced <= 1 / results.dataset.classes + 1e-9
+
+
+def _savings(own: Cost, other: Cost) -> list[str]:
+    saved = {"speed": other.milliseconds / own.milliseconds, "size": other.file_bytes / own.file_bytes}
+    return [name for name, ratio in saved.items() if ratio >= NOTABLE]
+
+
+def _decision(winner: Row, rival: Rival, savings: list[str]) -> str:
+    difference, where = rival.difference, " and ".join(savings)
+    loss = 100 * abs(difference.mean)
+    if difference.is_significant and difference.mean < 0:
+        if savings:
+            counts = "count" if len(savings) > 1 else "counts"
+            return f"Keep {rival.name} unless {where} {counts} more than {loss:.1f} points of accuracy"
+        return f"Keep {rival.name}: {winner.row} is {loss:.1f} points less accurate, and neither faster nor smaller"
+    if difference.is_significant:
+        return f"Use {winner.row} instead of {rival.name}: it is {loss:.1f} points more accurate"
+    low, high = difference.ci95 or (-1.0, 1.0)
+    if low < -TOLERABLE:
+        return (
+            f"The {winner.n:,} test images do not decide between {winner.row} and {rival.name}: its accuracy may be "
+            f"{-100 * low:.1f} points lower or {100 * high:.1f} higher"
+        )
+    if savings:
+        return f"Use {winner.row} instead of {rival.name} for its {where}: it is as accurate within chance"
+    return f"Keep {rival.name}: {winner.row} is as accurate within chance, and neither faster nor smaller"
+
+
+def _prices(own: Cost, rival: Rival) -> str:
+    """Return times and sizes of both."""
+    other = rival.cost
+    longer = own.milliseconds / other.milliseconds
+    words = f"{longer:.1f} times as long" if longer >= 1 else f"{1 / longer:.1f} times as fast"
+    return (
+        f"An image takes it {milliseconds(own.milliseconds)} ms instead of {milliseconds(other.milliseconds)} on this "
+        f"machine ({words}), and its file is {megabytes(own.file_bytes)} MB instead of {megabytes(other.file_bytes)}"
+    )

@@ -1,0 +1,129 @@
+"""What each model of a run costs to use on this machine: its file, and its time for an image."""
+
+import json
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from deitkit.comparison.finished_run import load_as_trained, students_of
+from deitkit.errors import is_out_of_memory
+from deitkit.models.accelerate import uncompiled
+from deitkit.models.classifier import Classifier
+from deitkit.models.saved import read_card
+from deitkit.recipe.schema import Recipe
+from deitkit.run.results import Cost, Results
+from deitkit.system.device import Precision
+from deitkit.system.timer import time_in_turn
+from deitkit.teachers.prepare import teacher_folders
+
+BATCH_SIZES = (8, 32, 128)  # beside single images
+LONGEST_SECONDS = 1.0  # of one batch, by the time for single images
+REPEATS = 3
+SINGLE_CALLS = 5  # in a measurement of single images, which take a moment
+
+
+def add_costs(results: Results, recipe: Recipe, folder: Path, precision: Precision) -> Results:
+    """Measure the teachers, the baseline and the students of a run in turn, and add the costs to cards and rows.
+
+    Models of one architecture are measured once. Rows of one student share its cost; a student that finished under no
+    seed has none.
+
+    Args:
+        results: Of the run.
+        recipe: Of the run.
+        folder: Of the run, with the weights of all models.
+        precision: Of the device that is measured.
+    """
+    students = {
+        name: home for seed in reversed(results.seeds) for name, home in students_of(folder, results, seed).items()
+    }
+    teachers = teacher_folders(recipe, folder / "teacher") if results.teachers else []
+    costs = measure_costs([*students.values(), *teachers], recipe, results, precision)
+    cards = tuple(
+        card.model_copy(update={"cost": costs[home]}) for card, home in zip(results.teachers, teachers, strict=True)
+    )
+    rows = tuple(
+        row.model_copy(update={"cost": costs[students[row.student]]}) if row.student in students else row
+        for row in results.rows
+    )
+    together = results.teacher
+    if together is not None:
+        together = together.model_copy(update={"cost": _sum([card.cost for card in cards if card.cost is not None])})
+    return results.model_copy(update={"rows": rows, "teachers": cards, "teacher": together})
+
+
+def measure_costs(homes: list[Path], recipe: Recipe, results: Results, precision: Precision) -> dict[Path, Cost]:
+    """Return the cost of the model in each folder, by folder."""
+    kinds = {home: _architecture(home) for home in homes}
+    one_of_each = {kind: home for home, kind in reversed(kinds.items())}
+    device = precision.device
+    classifiers = {kind: load_as_trained(home, recipe.speed, device).eval() for kind, home in one_of_each.items()}
+    shape = (results.dataset.channels, *results.dataset.image_px)
+    seconds = _times(classifiers, shape, precision)
+    return {home: _cost(home / "model.safetensors", seconds[kind]) for home, kind in kinds.items()}
+
+
+def _architecture(home: Path) -> str:
+    """Return all of a card that decides its model's speed."""
+    card = read_card(home)
+    fields = ("kind", "config", "architecture", "image_px", "channels", "only_readout")
+    return json.dumps([card.get(name) for name in fields] + [len(card["class_names"])])
+
+
+def _times(
+    classifiers: Mapping[str, Classifier], shape: tuple[int, ...], precision: Precision
+) -> dict[str, dict[int, float]]:
+    """Return each model's seconds for a batch, by the size of the batch."""
+    single = _time(classifiers, 1, shape, precision)
+    found = {kind: {1: seconds} for kind, seconds in single.items()}
+    for size in BATCH_SIZES:
+        quick = {kind: one for kind, one in classifiers.items() if size * single[kind] <= LONGEST_SECONDS}
+        try:
+            for kind, seconds in _time(quick, size, shape, precision).items():
+                found[kind][size] = seconds
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            break
+    return found
+
+
+@torch.inference_mode()
+def _time(
+    classifiers: Mapping[str, Classifier], batch_size: int, shape: tuple[int, ...], precision: Precision
+) -> dict[str, float]:
+    view = torch.full((batch_size, *shape), 0.5, device=precision.device)
+
+    def classify(classifier: Classifier, view: Tensor) -> None:
+        with precision.autocast():
+            classifier(view)
+
+    functions = {kind: partial(classify, classifier, view) for kind, classifier in classifiers.items()}
+    with uncompiled():
+        calls = SINGLE_CALLS if batch_size == 1 else 1
+        taken = time_in_turn(functions, device=precision.device, repeats=REPEATS, calls=calls)
+    return {kind: timing.median for kind, timing in taken.items()}
+
+
+def _cost(file: Path, seconds: Mapping[int, float]) -> Cost:
+    per_image = {size: 1000 * taken / size for size, taken in seconds.items()}
+    best = min(per_image, key=lambda size: per_image[size])
+    return Cost(
+        file_bytes=file.stat().st_size,
+        milliseconds=per_image[1],
+        batch_size=best,
+        milliseconds_in_batch=per_image[best],
+    )
+
+
+def _sum(costs: list[Cost]) -> Cost:
+    """Return the cost of several models that answer together."""
+    return Cost(
+        file_bytes=sum(cost.file_bytes for cost in costs),
+        milliseconds=sum(cost.milliseconds for cost in costs),
+        batch_size=costs[0].batch_size,
+        milliseconds_in_batch=sum(cost.milliseconds_in_batch for cost in costs),
+    )

@@ -1,0 +1,175 @@
+"""Accuracy against the time for an image: a chart for the page, and the same as a static figure."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from math import log10
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from deitkit.report.charts import INK, Chart, chart_layout
+from deitkit.report.figures import COLOURS, MARKERS, colours_of, write_figure
+from deitkit.report.table_layout import milliseconds, percent
+from deitkit.run.metrics import EpochMetrics
+from deitkit.run.results import Interval, Results, Row
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class CostPoint:
+    """A model in the chart.
+
+    Attributes:
+        name: For the legend.
+        colour: Of its curve; the teacher's is ``INK``.
+        marker: Of matplotlib.
+        milliseconds: For a single image.
+        top1: On the test images, as a fraction.
+        ci95: Of ``top1``; None for the teacher.
+        n: Test images.
+    """
+
+    name: str
+    colour: str
+    marker: str
+    milliseconds: float
+    top1: float
+    ci95: Interval | None
+    n: int
+
+    @property
+    def legend(self) -> str:
+        """Its name, accuracy and time."""
+        return f"{self.name}  {percent(self.top1, self.n)} %, {milliseconds(self.milliseconds)} ms"
+
+
+def cost_points(results: Results, metrics: Sequence[EpochMetrics]) -> list[CostPoint]:
+    """Return a point for each student by its last weights, the baseline and the teacher; empty without costs."""
+    colours = colours_of(metrics)
+    points = [
+        CostPoint(
+            row.method,
+            colours.get(row.method, COLOURS[0]),
+            MARKERS[place % len(MARKERS)],
+            row.cost.milliseconds,
+            row.top1_mean,
+            row.top1_ci95,
+            row.n,
+        )
+        for place, row in enumerate(_main_rows(results))
+        if row.cost is not None and row.top1_mean is not None
+    ]
+    teacher = results.teacher
+    if points and teacher is not None and teacher.cost is not None and teacher.test_top1 is not None:
+        name = f"teacher {teacher.name}"
+        points.append(
+            CostPoint(name, INK, "D", teacher.cost.milliseconds, teacher.test_top1, None, results.dataset.test)
+        )
+    return points
+
+
+def _main_rows(results: Results) -> list[Row]:
+    """Return a row of each model: of two heads the joint readout of the paper."""
+    by_method: dict[str, dict[str, Row]] = {}
+    for row in results.rows:
+        if row.weights == "last" and row.kind != "checkpoint":
+            by_method.setdefault(row.method, {})[row.readout] = row
+    return [rows.get("joint") or next(iter(rows.values())) for rows in by_method.values()]
+
+
+def cost_chart(results: Results, metrics: Sequence[EpochMetrics]) -> Chart | None:
+    """Return the interactive chart; None without costs."""
+    points = cost_points(results, metrics)
+    if not points:
+        return None
+    data: list[Chart] = []
+    for point in points:
+        trace: Chart = {
+            "type": "scatter",
+            "mode": "markers",
+            "name": escape(point.legend),
+            "x": [point.milliseconds],
+            "y": [100 * point.top1],
+            "marker": {"color": point.colour, "size": 13, "symbol": "diamond" if point.ci95 is None else "circle"},
+            "hovertemplate": "%{y:.2f} %, %{x:.3g} ms<extra></extra>",
+        }
+        if point.ci95 is not None:
+            low, high = point.ci95
+            up, down = [100 * (high - point.top1)], [100 * (point.top1 - low)]
+            trace["error_y"] = {"type": "data", "array": up, "arrayminus": down, "thickness": 1.5, "width": 4}
+        data.append(trace)
+    layout = chart_layout(height=430, margin={"l": 56, "r": 12, "t": 12, "b": 50})
+    layout["xaxis"] |= {"title": {"text": "ms for an image"}, "range": [0, _widest(points)]}
+    if _is_wide(points):
+        ends = [log10(end) for end in _log_ends(points)]
+        layout["xaxis"] |= {"title": {"text": "ms for an image (logarithmic)"}, "type": "log", "range": ends}
+    layout["yaxis"]["title"] = {"text": "top-1 on the test set (%)"}
+    layout["legend"] = {"orientation": "h", "x": 0, "y": -0.2, "yanchor": "top"}
+    return {"data": data, "layout": layout}
+
+
+def _is_wide(points: Sequence[CostPoint]) -> bool:
+    """Return whether times differ so much that their axis is better logarithmic."""
+    times = [point.milliseconds for point in points]
+    return max(times) > 8 * min(times)
+
+
+def _widest(points: Sequence[CostPoint]) -> float:
+    return 1.15 * max(point.milliseconds for point in points)
+
+
+def _log_ends(points: Sequence[CostPoint]) -> tuple[float, float]:
+    times = [point.milliseconds for point in points]
+    return min(times) / 1.5, max(times) * 1.5
+
+
+def write_costs(results: Results, metrics: Sequence[EpochMetrics], folder: Path) -> list[Path]:
+    """Write ``cost.png`` and ``cost.svg``; nothing without costs.
+
+    Raises:
+        CheckpointError: The folder cannot be written.
+    """
+    points = cost_points(results, metrics)
+    return write_figure(lambda: _draw(results, points), folder, "cost") if points else []
+
+
+def _draw(results: Results, points: Sequence[CostPoint]) -> "Figure":
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    figure = Figure(figsize=(9.6, 4.4), layout="constrained")
+    axes = figure.add_subplot()
+    for point in points:
+        low, high = point.ci95 or (point.top1, point.top1)
+        axes.errorbar(
+            point.milliseconds,
+            100 * point.top1,
+            yerr=[[100 * (point.top1 - low)], [100 * (high - point.top1)]],
+            label=point.legend,
+            color=point.colour,
+            marker=point.marker,
+            markersize=9,
+            markeredgecolor="white",
+            capsize=3,
+            linestyle="none",
+        )
+    axes.set_xlabel("ms for an image, on the machine of the run")
+    axes.set_xlim(0, _widest(points))
+    if _is_wide(points):
+        axes.set_xscale("log")
+        axes.set_xlim(*_log_ends(points))
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.set_xlabel("ms for an image, on the machine of the run (logarithmic)")
+    axes.set_ylabel("top-1 on the test images (%)")
+    axes.set_title(f"{results.dataset.name}: accuracy and speed", loc="left", fontweight="bold", parse_math=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(color="#DDDDDD", linewidth=0.7)
+    axes.set_axisbelow(True)
+    legend = axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, labelspacing=0.9)
+    for text in legend.get_texts():
+        text.set_parse_math(False)
+    return figure
