@@ -1,0 +1,121 @@
+"""The answer for someone who has to decide, and what it rests on: measured costs."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deitkit.comparison.advice import advice
+from deitkit.comparison.compare import compare
+from deitkit.recipe.schema import Recipe
+from deitkit.report.cost_chart import cost_chart, cost_points
+from deitkit.run.observer import Silent
+from deitkit.run.results import Cost, Difference, Results, difference_fields, parse_results
+
+SMALL = Cost(file_bytes=1_000_000, milliseconds=2.0, batch_size=32, milliseconds_in_batch=0.5)
+LARGE = Cost(file_bytes=44_000_000, milliseconds=9.0, batch_size=32, milliseconds_in_batch=3.0)
+
+
+def results_with(difference: Difference, own: Cost = SMALL, other: Cost = LARGE, **fields: Any) -> Results:
+    """Return results of one student and a teacher of known costs and difference."""
+    row = {
+        "row": "hard/class", "label": "hard", "method": "hard", "readout": "class", "weights": "last",
+        "kind": "student", "reference": False, "labels": True, "teacher": "hard", "top1": [0.8], "n": 1000,
+        "top1_mean": 0.8, "balanced_accuracy": 0.8, "status": "ok", "cost": own.model_dump(), "validation_top1": [0.8],
+    } | difference_fields("teacher", difference) | fields  # fmt: skip
+    card = {
+        "name": "timm/resnet18", "source": "here", "fit": "full", "top1": 0.85, "n": 100, "chance": 0.1,
+        "verdict": "fit to teach", "weak": False, "parameters": 1, "image_px": None, "mean": [0.5], "std": [0.5],
+        "test_top1": 0.85, "cost": other.model_dump(),
+    }  # fmt: skip
+    data = {
+        "name": "photos", "train": 10, "validation": 10, "test": 1000, "classes": 10, "class_names": list("abcdefghij"),
+        "image_px": [8, 8], "channels": 3, "skipped": 0, "fingerprint": "0",
+    }  # fmt: skip
+    return parse_results({
+        "format": 1, "deitkit": "0", "created": "2026-11-26", "recipe": {"name": "photos"}, "dataset": data,
+        "teacher": card, "teachers": [card], "seeds": [0], "rows": [row], "winner": "hard/class",
+    })  # fmt: skip
+
+
+def difference(mean: float, half: float, p: float) -> Difference:
+    return Difference(mean, (mean - half, mean + half), p, "McNemar")
+
+
+@pytest.mark.parametrize(
+    ("found", "own", "other", "words"),
+    [
+        (difference(-0.05, 0.01, 1e-6), SMALL, LARGE,
+         "Keep the teacher timm/resnet18 unless speed and size count more than 5.0 points of accuracy."),
+        (difference(-0.05, 0.01, 1e-6), LARGE, SMALL,
+         "Keep the teacher timm/resnet18: hard/class is 5.0 points less accurate, and neither faster nor smaller."),
+        (difference(0.03, 0.01, 1e-6), LARGE, SMALL,
+         "Use hard/class instead of the teacher timm/resnet18: it is 3.0 points more accurate."),
+        (difference(-0.002, 0.01, 0.7), SMALL, LARGE,
+         "Use hard/class instead of the teacher timm/resnet18 for its speed and size: it is as accurate within "
+         "chance."),
+        (difference(-0.002, 0.01, 0.7), LARGE, SMALL,
+         "Keep the teacher timm/resnet18: hard/class is as accurate within chance, and neither faster nor smaller."),
+        (difference(-0.002, 0.06, 0.9), SMALL, LARGE,
+         "The 1,000 test images do not decide between hard/class and the teacher timm/resnet18: its accuracy may be "
+         "6.2 points lower or 5.8 higher."),
+    ],
+)  # fmt: skip
+def test_the_advice_weighs_accuracy_against_speed_and_size(
+    found: Difference, own: Cost, other: Cost, words: str
+) -> None:
+    assert advice(results_with(found, own, other)).startswith(words)
+
+
+def test_the_advice_names_times_and_sizes() -> None:
+    text = advice(results_with(difference(-0.05, 0.01, 1e-6)))
+    assert "takes it 2 ms instead of 9 on this machine (4.5 times as fast), and its file is 1 MB instead of 44." in text
+    slower = advice(results_with(difference(-0.05, 0.01, 1e-6), LARGE, SMALL))
+    assert "takes it 9 ms instead of 2 on this machine (4.5 times as long)" in slower
+
+
+def test_a_corrected_p_value_decides() -> None:
+    sure, unsure = Difference(-0.03, (-0.05, -0.01), 0.03, "McNemar"), Difference(-0.03, (-0.05, -0.01), 0.03, "x", 0.2)
+    assert "unless" in advice(results_with(sure))
+    assert "do not decide" in advice(results_with(unsure))
+
+
+def test_there_is_no_advice_for_a_model_that_guesses_or_without_a_cnn() -> None:
+    found = difference(-0.002, 0.01, 0.7)
+    assert advice(results_with(found, balanced_accuracy=0.1)) == ""
+    assert advice(results_with(found, cost=None)) == ""
+    assert advice(results_with(found).model_copy(update={"teacher": None})) == ""
+    assert advice(results_with(found).model_copy(update={"winner": None})) == ""
+
+
+def test_every_model_of_a_run_is_measured(tiny_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    recipe = tiny_recipe(
+        "methods=[none, token-hard]", "baseline.name=cifar/resnet20", "train.ema_decay=0.9", "train.epochs=8"
+    )
+    results = compare(recipe, tmp_path / "run", watcher=Silent())
+    for row in results.rows:
+        assert row.cost is not None, row.row
+        assert row.cost.file_bytes == (tmp_path / "run/seed-0" / row.student / "model.safetensors").stat().st_size
+        assert 0 < row.cost.milliseconds_in_batch <= row.cost.milliseconds < 10_000
+    costs = {row.row: row.cost for row in results.rows}
+    assert costs["token-hard/class"] == costs["token-hard/joint"]
+    assert results.teachers[0].cost is not None
+    assert results.teacher is not None
+    assert results.teacher.cost == results.teachers[0].cost
+    assert results.advice == advice(results)
+    able = tuple(row.model_copy(update={"balanced_accuracy": 0.5}) for row in results.rows)  # two epochs teach little
+    assert advice(results.model_copy(update={"rows": able})).startswith(("Keep", "Use", "The 100 test images do not"))
+    names = [point.name for point in cost_points(results, ())]
+    assert names == ["none", "token-hard", "cnn-baseline", "teacher cifar/resnet20"]
+    assert (tmp_path / "run/cost.svg").exists()
+    page = (tmp_path / "run/report.html").read_text()
+    assert 'id="cost"' in page
+
+
+def test_names_in_the_cost_chart_are_escaped() -> None:
+    results = results_with(difference(-0.05, 0.01, 1e-6))
+    hostile = results.teachers[0].model_copy(update={"name": "<img src=x>"})
+    chart = cost_chart(results.model_copy(update={"teacher": hostile}), ())
+    assert chart is not None
+    assert "<img" not in str(chart)
