@@ -22,7 +22,7 @@ from deitkit.comparison.rows import summarise
 from deitkit.comparison.seed_run import adopt_older_layout, gather_metrics, load_predictions, run_seed
 from deitkit.data.augment.preview import draw_views
 from deitkit.data.batches import Batches
-from deitkit.data.dataset import Dataset, load_dataset
+from deitkit.data.dataset import Dataset, add_unlabelled, load_dataset
 from deitkit.distillation.methods import find_method
 from deitkit.errors import RecipeError
 from deitkit.evaluation.readouts import top_k_accuracy
@@ -84,6 +84,8 @@ def compare(
     watcher.say(f"device {device}, precision {precision.name}")
     if dataset is None:
         dataset = load_dataset(recipe.data, watcher.reading)
+    if recipe.data.unlabelled is not None and dataset.unlabelled is None:
+        dataset = add_unlabelled(dataset, recipe.data, watcher.reading)
     for line in describe_data(dataset):
         watcher.say(line)
     start, parameters = rehearse(recipe, dataset, precision)
@@ -203,6 +205,7 @@ def _summary(dataset: Dataset) -> DatasetSummary:
         class_names=tuple(dataset.class_names),
         image_px=tuple(dataset.image_px),
         channels=dataset.channels,
+        unlabelled=0 if dataset.unlabelled is None else len(dataset.unlabelled),
         skipped=len(dataset.skipped),
         skipped_files=tuple(dataset.skipped),
         fingerprint=dataset.fingerprint,

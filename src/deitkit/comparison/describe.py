@@ -24,6 +24,8 @@ def describe_data(dataset: Dataset) -> Iterator[str]:
         f"data {dataset.name}: {len(dataset.train):,} training, {len(dataset.validation):,} validation, "
         f"{len(dataset.test):,} test images of {dataset.image_px[0]} x {dataset.image_px[1]} px; {classes}"
     )
+    if dataset.unlabelled is not None:
+        yield f"{counted(len(dataset.unlabelled), 'image')} without labels, for the teacher to answer"
     yield from dataset.remarks
     if dataset.skipped:
         files = counted(len(dataset.skipped), "file")
@@ -47,6 +49,9 @@ def describe_students(recipe: Recipe, dataset: Dataset, parameters: Mapping[str,
         f"students: {size_in_words(model)}, patches of {model.patch_px} px, {' or '.join(counts)} M parameters; "
         f"{counted(train.epochs, 'epoch')} of {counted(steps, 'step')}"
     )
+    if dataset.unlabelled is not None and recipe.unlabelled_in_step:
+        count = min(recipe.unlabelled_in_step, len(dataset.unlabelled))
+        yield f"a step has {train.batch_size} images with labels and {count} without"
     if train.learning_rate_per is not None:
         yield (
             f"learning rate {peak_learning_rate(train, train):g}: {train.learning_rate:g} for "

@@ -89,6 +89,7 @@ def _seconds(
         speed=recipe.speed,
         precision=precision,
         seed=recipe.seeds[0],
+        unlabelled_in_step=recipe.unlabelled_in_step if teachers is not None else 0,
     )
     for student in students:
         student.classifier.train()

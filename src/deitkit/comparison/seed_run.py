@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from deitkit.comparison.rows import StudentPredictions
@@ -75,6 +76,7 @@ def run_seed(
             precision=precision,
             seed=seed,
             logit_cache=logit_cache,
+            unlabelled_in_step=recipe.unlabelled_in_step,
         )
         train_to_end(
             cohort,
@@ -236,7 +238,7 @@ def _student_card(recipe: Recipe, dataset: Dataset, student: Student, seed: int)
         "input_px": list(dataset.image_px),
         "eval_crop": recipe.data.eval_crop,
         "split": {"split_seed": recipe.data.split_seed, "test_fraction": recipe.data.test_fraction},
-        "trained_on": sketch(dataset.train_hashes),
+        "trained_on": sketch(torch.cat([dataset.train_hashes, dataset.unlabelled_hashes])),
     }
     if student.name == BASELINE:
         card["architecture"] = baseline_architecture(recipe)

@@ -21,13 +21,14 @@ from deitkit.data.decode import DecodedImages, decode_image, decode_images
 from deitkit.data.duplicates import MOST_EXAMPLES, Duplicates, find_duplicates, pixel_hashes
 from deitkit.data.listing import EncodedImages, Listing, Progress, writable
 from deitkit.data.pixels import mean_and_std, mean_and_std_of_counts, require_memory, resize, to_channels
-from deitkit.data.sources.folders import list_folder
+from deitkit.data.sources.folders import list_folder, list_images
 from deitkit.data.sources.named import NAMED_SETS, list_named
 from deitkit.data.sources.parquet import list_parquet
 from deitkit.data.split import Split, SplitIndices, plan_splits
 from deitkit.data.stream import Survey, survey, wants_streaming
 from deitkit.errors import DataError
 from deitkit.recipe.schema import DataRecipe
+from deitkit.system.words import counted
 
 DATASETS = ("digits", *NAMED_SETS)
 _CHUNK = 1024  # images copied at a time for hashing
@@ -52,6 +53,9 @@ class Dataset:
         remarks: What was assumed or left out while the data set was listed, as sentences without a full stop.
         train_hashes: Pixel hash of each training image.
         test_hashes: Pixel hash of each test image.
+        validation_hashes: Pixel hash of each validation image.
+        unlabelled: Images to train on without labels, all labelled -1; None without any.
+        unlabelled_hashes: Pixel hash of each of them.
         originals: Returns training images by their positions as they were before they were resized to a square; None if
             nothing was resized.
     """
@@ -70,6 +74,9 @@ class Dataset:
     train_hashes: Int64[Tensor, " train"] = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
     test_hashes: Int64[Tensor, " test"] = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
     originals: Callable[[Int64[Tensor, " m"]], list[np.ndarray]] | None = None
+    validation_hashes: Int64[Tensor, " validation"] = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+    unlabelled: Split | None = None
+    unlabelled_hashes: Int64[Tensor, " unlabelled"] = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
 
     @property
     def classes(self) -> int:
@@ -127,9 +134,61 @@ def load_dataset(recipe: DataRecipe, progress: Progress | None = None) -> Datase
         duplicates=_duplicates(listing, (places[0], places[2]), find_duplicates(hashes[0], hashes[2])),
         remarks=listing.remarks,
         train_hashes=hashes[0],
+        validation_hashes=hashes[1],
         test_hashes=hashes[2],
         originals=partial(_originals, listing, places[0]) if recipe.image_px is not None else None,
     )
+
+
+def add_unlabelled(dataset: Dataset, recipe: DataRecipe, progress: Progress | None = None) -> Dataset:
+    """Add the images of ``recipe.unlabelled``, in the size and channels of the labelled ones, without their labels.
+
+    Images that are also validation or test images are left out, by their pixels.
+
+    Raises:
+        DataError: They are missing, or none can be read.
+    """
+    source = recipe.unlabelled
+    assert source is not None
+    if source == "rest":
+        listing, indices = _plan(recipe, None)
+        selection = indices.rest
+    else:
+        listing = _list_unlabelled(source)
+        selection = torch.arange(len(listing.labels))
+    height, width = dataset.image_px
+    if height != width and recipe.image_px is None:
+        raise DataError(
+            f"data.unlabelled={source} needs square images, but these have {height} x {width} px: set data.image_px"
+        )
+    sized = recipe.model_copy(update={"image_px": recipe.image_px or width, "channels": dataset.channels})
+    found = _read(listing, selection, len(selection), sized, progress)
+    held_out = torch.cat([dataset.validation_hashes, dataset.test_hashes])
+    fresh = ~torch.isin(found.hashes[found.kept], held_out)
+    if not bool(fresh.any()):
+        raise DataError(
+            f"data.unlabelled={source} has no image that can be read and is not a validation or test image: add some"
+        )
+    remarks = [f"{remark} (unlabelled)" for remark in listing.remarks if source != "rest"]
+    if found.skipped:
+        files = counted(len(found.skipped), "unlabelled file")
+        remarks.append(f"left out: {files} that cannot be decoded, first {found.skipped[0]}")
+    if not bool(fresh.all()):
+        held = counted(int((~fresh).sum()), "unlabelled image")
+        remarks.append(f"left out: {held} that are also validation or test images")
+    return replace(
+        dataset,
+        unlabelled=Split(found.images[fresh], torch.full((int(fresh.sum()),), -1)),
+        unlabelled_hashes=found.hashes[found.kept][fresh],
+        remarks=(*dataset.remarks, *remarks),
+    )
+
+
+def _list_unlabelled(source: str) -> Listing:
+    kind, _, path = source.partition(":")
+    if kind != "folder" or not path:
+        raise DataError(f"data.unlabelled={source} is no source of images: write rest or folder:PATH")
+    return list_images(Path(path).expanduser())
 
 
 def load_test(recipe: DataRecipe, progress: Progress | None = None) -> tuple[Split, Int64[Tensor, " n"]]:

@@ -55,11 +55,12 @@ def _has_room(device: torch.device, size: int) -> bool:
 
 @dataclass(frozen=True)
 class SplitIndices:
-    """Positions of the images of each split in the whole data set, ascending."""
+    """Positions of the images of each split in the whole data set, ascending; ``rest`` trains nothing with labels."""
 
     train: Int64[Tensor, " train"]
     validation: Int64[Tensor, " validation"]
     test: Int64[Tensor, " test"]
+    rest: Int64[Tensor, " rest"]
 
 
 def plan_splits(
@@ -97,11 +98,12 @@ def plan_splits(
         draws.require(test, 1, "test")
         draws.require(pool, 2, "train and validation")
     train, validation = draws.carve(pool, recipe.validation_fraction, leave=1)
+    rest = train[:0]
     if recipe.train_images is not None:
-        train = draws.subset(train, recipe.train_images, "train")
+        rest, train = draws.subset(train, recipe.train_images, "train")
     if recipe.test_images is not None:
-        test = draws.subset(test, recipe.test_images, "test")
-    return SplitIndices(train, validation, test)
+        _, test = draws.subset(test, recipe.test_images, "test")
+    return SplitIndices(train, validation, test, rest)
 
 
 class _Draws:
@@ -128,8 +130,8 @@ class _Draws:
         count = min(max(round(fraction * len(pool)), classes), len(pool) - leave * classes)
         return self._draw(pool, count, leave)
 
-    def subset(self, pool: Tensor, count: int, split: str) -> Tensor:
-        """Draw the number of images of the recipe."""
+    def subset(self, pool: Tensor, count: int, split: str) -> tuple[Tensor, Tensor]:
+        """Return the rest, and the drawn number of images of the recipe."""
         field = f"data.{split}_images={count}"
         if count > len(pool):
             raise DataError(
@@ -137,7 +139,7 @@ class _Draws:
             )
         if count < len(self.class_names):
             raise DataError(f"{field} is less than one image for each of {len(self.class_names)} classes: raise it")
-        return self._draw(pool, count, leave=0)[1]
+        return self._draw(pool, count, leave=0)
 
     def _draw(self, pool: Tensor, count: int, leave: int) -> tuple[Tensor, Tensor]:
         counts = self._counts(pool)

@@ -76,8 +76,8 @@ class StreamedImages:
     def __len__(self) -> int:
         return len(self.positions)
 
-    def __getitem__(self, some: slice) -> "StreamedImages":
-        """Return a slice of the images, still encoded."""
+    def __getitem__(self, some: slice | Bool[Tensor, " n"]) -> "StreamedImages":
+        """Return some of the images, still encoded."""
         return replace(self, positions=self.positions[some], eval_crops=self.eval_crops[some])
 
     def split(self, sizes: list[int]) -> "list[StreamedImages]":

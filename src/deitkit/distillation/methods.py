@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
@@ -140,18 +141,24 @@ class Method:
         return f"{self.title}: {READOUT_TITLES[readout]}" if len(self.tokens) > 1 else self.title
 
     def loss_terms(
-        self, output: Output, teacher_logits: Logits | None, targets: Logits, settings: DistillationRecipe
+        self, output: Output, teacher_logits: Logits | None, targets: Logits | None, settings: DistillationRecipe
     ) -> dict[str, Float[Tensor, ""]]:
         """Return the weighted terms by name; their sum is the loss.
 
         Args:
             output: The student's heads.
             teacher_logits: The teacher's logits for the same view; None only for methods without a teacher.
-            targets: Dense targets from the labels.
+            targets: Dense targets from the labels; None for images without labels. The terms of labels then leave them
+                out, and where the teacher's term distinguishes the target class, that is the teacher's decision.
             settings: Weights and temperature.
         """
+        terms = self.terms
+        if targets is None:
+            assert teacher_logits is not None, "without labels only a teacher teaches"
+            terms = tuple(term for term in terms if term.signal != "labels")
+            targets = F.one_hot(teacher_logits.argmax(dim=-1), teacher_logits.shape[-1]).float()
         values: dict[str, Tensor] = {}
-        for term in self.terms:
+        for term in terms:
             name = "labels" if term.signal == "labels" else "teacher"
             value = term.value(output, teacher_logits, targets, settings)
             values[name] = values[name] + value if name in values else value

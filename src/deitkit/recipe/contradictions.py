@@ -17,6 +17,11 @@ def contradictions(recipe: "Recipe") -> Iterator[str]:
         yield f"seeds={list(recipe.seeds)} contains a seed twice: give each once"
     if len(set(recipe.methods)) != len(recipe.methods):
         yield f"methods={list(recipe.methods)} contains a method twice: give each once"
+    unlabelled, train_images = recipe.data.unlabelled, recipe.data.train_images
+    if unlabelled == "rest" and train_images is None:
+        yield "data.unlabelled=rest is what data.train_images leaves out: set data.train_images too"
+    if unlabelled is None and recipe.train.unlabelled_batch_size is not None:
+        yield "train.unlabelled_batch_size has no effect without data.unlabelled: set that, or drop it"
     if recipe.data.eval_crop < 1 and recipe.data.image_px is None:
         crop = recipe.data.eval_crop
         yield f"data.eval_crop={crop:g} has no effect on images that are not resized: set data.image_px, or drop it"

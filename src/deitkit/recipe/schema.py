@@ -69,6 +69,10 @@ class DataRecipe(Section):
         None, description="Processes that decode streamed images; by default one for each core."
     )
     corrupt: Literal["skip", "error"] = Field("skip", description="What to do with a file that cannot be decoded.")
+    unlabelled: str | None = Field(
+        None,
+        description="Images for the teacher alone: 'rest' (those that train_images leaves out) or folder:PATH.",
+    )
     eval_crop: Annotated[float, Field(gt=0, le=1)] = Field(
         1.0,
         description="Resize validation and test images to image_px divided by this, and keep their centre "
@@ -176,6 +180,9 @@ class StudentTrainRecipe(TrainRecipe):
 
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = Field(
         None, description="Keep an exponential moving average of the weights, reported in separate rows."
+    )
+    unlabelled_batch_size: PositiveInt | None = Field(
+        None, description="Images of data.unlabelled in a step, beside batch_size; by default as many."
     )
     precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto", description="Of students and teachers; auto: bf16 if the processor has instructions for it."
@@ -290,6 +297,9 @@ class DistillationRecipe(Section):
     soft_scale: Literal["batch-mean", "legacy"] = Field(
         "batch-mean", description="legacy: also divide by the number of classes, as the released code does."
     )
+    unlabelled_weight: NonNegativeFloat = Field(
+        1.0, description="Weight of an image of data.unlabelled in the teacher's term, beside 1 for one with a label."
+    )
     dkd: DkdRecipe = DkdRecipe()
     dist: DistRecipe = DistRecipe()
     standardised: StandardisedRecipe = StandardisedRecipe()
@@ -341,6 +351,13 @@ class Recipe(Section):
     def all_teachers(self) -> tuple[TeacherRecipe, ...]:
         """The teachers: at least one."""
         return self.teachers or (self.teacher,)
+
+    @property
+    def unlabelled_in_step(self) -> int:
+        """Images of ``data.unlabelled`` in a step, if there are as many."""
+        if self.data.unlabelled is None or self.distillation.unlabelled_weight == 0:
+            return 0
+        return self.train.unlabelled_batch_size or self.train.batch_size
 
     @model_validator(mode="before")
     @classmethod

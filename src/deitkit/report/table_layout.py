@@ -89,8 +89,10 @@ def lay_out(results: Results) -> Layout:
 def title_of(results: Results) -> str:
     """Return one line with the data set, its numbers of images, and the number of seeds."""
     data, seeds = results.dataset, len(results.seeds)
-    images = f"{counted(data.train, 'training image')}, {counted(data.test, 'test image')}"
-    return f"{data.name}: {images}, {counted(seeds, 'seed')}"
+    train = counted(data.train, "training image") + (
+        f" and {data.unlabelled:,} without labels" if data.unlabelled else ""
+    )
+    return f"{data.name}: {train}, {counted(data.test, 'test image')}, {counted(seeds, 'seed')}"
 
 
 def provenance_of(results: Results) -> str:

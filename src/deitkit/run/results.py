@@ -263,6 +263,7 @@ class DatasetSummary(Record):
     class_names: tuple[str, ...]
     image_px: tuple[int, ...]
     channels: int
+    unlabelled: int = 0
     skipped: int
     skipped_files: tuple[str, ...] = ()
     fingerprint: str

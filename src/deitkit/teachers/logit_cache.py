@@ -42,6 +42,7 @@ class LogitCache:
         augment: Augmentation of the views.
         batch_size: Images in a step.
         repeats: Copies of an image in it.
+        unlabelled: Number of images without labels that follow them, and a hash of all such images; None for none.
         steps: Steps of an epoch.
         classes: Of the data set.
         seed: Of the views.
@@ -57,6 +58,7 @@ class LogitCache:
         augment: AugmentRecipe,
         batch_size: int,
         repeats: int,
+        unlabelled: tuple[int, str] | None = None,
         steps: int,
         classes: int,
         seed: int,
@@ -74,9 +76,11 @@ class LogitCache:
             "precision": precision.name,
             "device": precision.device.type,  # which draws the noise of erasing
         }
+        if unlabelled is not None:
+            described["unlabelled"] = list(unlabelled)
         key = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:32]
         self.folder = (root or cache_folder()) / "answers" / key
-        self.shape = (steps, batch_size, classes)
+        self.shape = (steps, batch_size + (unlabelled[0] if unlabelled is not None else 0), classes)
         self.device = precision.device
         self.read = 0  # steps without a forward pass of the teacher
         self._epoch = -1
@@ -165,12 +169,17 @@ def open_logit_cache(
     recipe: Recipe, dataset: Dataset, teachers: Teachers, seed: int, precision: Precision, root: Path | None = None
 ) -> LogitCache:
     """Open the cache of the teachers' logits for the views of one seed; by default in deitkit's cache folder."""
+    unlabelled = None
+    if recipe.unlabelled_in_step and dataset.unlabelled is not None:
+        count = min(recipe.unlabelled_in_step, len(dataset.unlabelled))
+        unlabelled = count, sha256(dataset.unlabelled_hashes)
     return LogitCache(
         teachers.classifiers,
         fingerprint=dataset.fingerprint,
         augment=recipe.augment,
         batch_size=recipe.train.batch_size,
         repeats=recipe.train.repeats,
+        unlabelled=unlabelled,
         steps=len(dataset.train) // recipe.train.batch_size,
         classes=dataset.classes,
         seed=seed,

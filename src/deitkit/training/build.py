@@ -116,7 +116,7 @@ def _student(
         classifier,
         optimizer,
         precision=precision,
-        batch_size=recipe.train.batch_size,
+        batch_size=max(recipe.train.batch_size, recipe.unlabelled_in_step),
         distillation=recipe.distillation,
         speed=recipe.speed,
         ema_decay=recipe.train.ema_decay,

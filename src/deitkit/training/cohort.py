@@ -56,6 +56,7 @@ class Cohort:
         precision: Of the forward passes.
         seed: Of the views and of dropout.
         logit_cache: Store of the teacher's logits; None computes them at every step.
+        unlabelled_in_step: Images without labels in a step, at most as many as there are; 0 for none.
     """
 
     def __init__(
@@ -70,11 +71,17 @@ class Cohort:
         precision: Precision,
         seed: int,
         logit_cache: LogitLookup | None = None,
+        unlabelled_in_step: int = 0,
     ) -> None:
         self.students = students
         self.teacher = teacher
         self.device = precision.device
         self.batches = Batches(dataset.train, train.batch_size, seed, self.device, repeats=train.repeats)
+        self.unlabelled: Batches | None = None
+        taught = any(student.method.teacher_signal for student in students)
+        if unlabelled_in_step and dataset.unlabelled is not None and taught:
+            count, order = min(unlabelled_in_step, len(dataset.unlabelled)), derived_seed(seed, "unlabelled")
+            self.unlabelled = Batches(dataset.unlabelled, count, order, self.device)
         self.validation = dataset.validation.to(self.device)
         self.train_recipe = train
         self.precision = precision
@@ -98,11 +105,21 @@ class Cohort:
         """The students that still train."""
         return [student for student in self.students if student.stopped is None]
 
-    def train_step(self, images: UInt8[Tensor, "batch channels height width"], labels: Int64[Tensor, " batch"]) -> None:
+    @property
+    def images_in_step(self) -> int:
+        """Images of a step, with labels and without."""
+        return self.batches.batch_size + (self.unlabelled.batch_size if self.unlabelled is not None else 0)
+
+    def train_step(
+        self,
+        images: UInt8[Tensor, "batch channels height width"],
+        labels: Int64[Tensor, " batch"],
+        unlabelled: UInt8[Tensor, "unlabelled channels height width"] | None = None,
+    ) -> None:
         """Train every student on one batch: one view, the teacher's logits for it, then each student's update."""
-        step = self.epoch * self.batches.steps_per_epoch + self.step
+        step = self.global_step
         with self.watches["views"]:
-            view, targets = self.make_view(images, labels, step)
+            view, targets = self.make_view(images, labels, step, unlabelled)
         with self.watches["teacher"]:
             teacher_logits = self._teacher_logits(view)
         for student in self.active:
@@ -122,11 +139,20 @@ class Cohort:
                 student.accumulate_loss(terms, step)
 
     def make_view(
-        self, images: UInt8[Tensor, "batch channels height width"], labels: Int64[Tensor, " batch"], step: int
-    ) -> tuple[Float[Tensor, "batch channels height width"], Float[Tensor, "batch classes"]]:
-        """Return the view of a step of the run, and its targets."""
+        self,
+        images: UInt8[Tensor, "batch channels height width"],
+        labels: Int64[Tensor, " batch"],
+        step: int,
+        unlabelled: UInt8[Tensor, "unlabelled channels height width"] | None = None,
+    ) -> tuple[Float[Tensor, "all channels height width"], Float[Tensor, "batch classes"]]:
+        """Return the view of a step of the run, and the targets of its images with labels, which come first."""
         generator = derived_generator(self.seed, "view", step)
         view, targets = self.mix(self.augment(images, generator), labels, generator)
+        if unlabelled is not None:
+            generator = derived_generator(self.seed, "unlabelled view", step)
+            nothing = labels.new_zeros(len(unlabelled))
+            more, _ = self.mix(self.augment(unlabelled, generator), nothing, generator)
+            view = torch.cat([view, more])
         return self.recorder.hold("view", view), self.recorder.hold("targets", targets)
 
     def _teacher_logits(
@@ -187,12 +213,24 @@ class Cohort:
             with self.watches["step"]:
                 with self.watches["waiting"]:
                     images, labels = next(batches)
-                self.train_step(images, labels)
+                    unlabelled = self._unlabelled_images()
+                self.train_step(images, labels, unlabelled)
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
             raise OutOfMemory(self.batches.batch_size) from error
         self.step += 1
+
+    @property
+    def global_step(self) -> int:
+        """The next step of the run, from 0."""
+        return self.epoch * self.batches.steps_per_epoch + self.step
+
+    def _unlabelled_images(self) -> UInt8[Tensor, "unlabelled channels height width"] | None:
+        """Return the images without labels of the next step; their epochs are independent of those with labels."""
+        if self.unlabelled is None:
+            return None
+        return self.unlabelled.batch(*divmod(self.global_step, self.unlabelled.steps_per_epoch))[0]
 
     def _is_log_step(self) -> bool:
         """Return whether to read values back, which waits for the device: on a GPU only every ``LOG_EVERY`` steps."""
@@ -213,7 +251,7 @@ class Cohort:
             epochs=self.train_recipe.epochs,
             step=self.step,
             steps_per_epoch=self.batches.steps_per_epoch,
-            images_per_second=self.batches.batch_size / seconds_per_step,
+            images_per_second=self.images_in_step / seconds_per_step,
             seconds_left=left * seconds_per_step,
             losses={student.name: float(sum(student.term_sums.values())) / self.step for student in self.active},
         )
@@ -245,7 +283,7 @@ class Cohort:
                     learning_rate=self.rate(student, last_step),
                     images_per_second=steps * self.batches.batch_size / student.watch.seconds,
                     seconds=student.watch.seconds,
-                    cohort_images_per_second=steps * self.batches.batch_size / self.watches["step"].seconds,
+                    cohort_images_per_second=steps * self.images_in_step / self.watches["step"].seconds,
                     shares=shares,
                 )
             )

@@ -1,6 +1,7 @@
-"""The size of micro-batches, chosen so that a student's activations fit the cache of a CPU."""
+"""Micro-batches: their size, chosen so that a student's activations fit the cache of a CPU, and their order."""
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import nn
@@ -43,3 +44,10 @@ def choose_micro_batch_size(
     cache = CACHE_BYTES * torch.get_num_threads()
     most = max(math.ceil(LEAST_ROWS / tokens), cache // (tokens * width * precision.dtype.itemsize))
     return math.ceil(batch_size / math.ceil(batch_size / most))
+
+
+def micro_batches(size: int, *parts: tuple[int, int]) -> Iterator[slice]:
+    """Yield slices of at most ``size`` images, none of which reaches over the end of a part (first, last + 1)."""
+    for first, end in parts:
+        for start in range(first, end, size):
+            yield slice(start, min(start + size, end))

@@ -12,7 +12,7 @@ from deitkit.models.classifier import Classifier
 from deitkit.recipe.schema import DistillationRecipe, OptimizerRecipe, SpeedRecipe
 from deitkit.system.device import Precision
 from deitkit.system.timer import Stopwatch
-from deitkit.training.micro_batches import choose_micro_batch_size
+from deitkit.training.micro_batches import choose_micro_batch_size, micro_batches
 from deitkit.training.optim import (
     ExponentialMovingAverage,
     build_optimizers,
@@ -76,29 +76,36 @@ class Student:
     def backward(
         self,
         view: Float[Tensor, "batch channels height width"],
-        targets: Float[Tensor, "batch classes"],
+        targets: Float[Tensor, "labelled classes"],
         teacher_logits: Float[Tensor, "batch classes"] | None,
     ) -> dict[str, Float[Tensor, ""]]:
         """Compute the gradient of the method's loss, micro-batch by micro-batch, and return the terms of the loss.
 
+        Images without labels follow those with labels. The term of the labels is a mean over the images with labels,
+        that of the teacher a weighted mean over all. A method without a term of the teacher does not see the others.
+
         Args:
             view: Augmented images, values in [0, 1].
-            targets: Class probabilities from the labels, mixed and smoothed.
+            targets: Class probabilities from the labels, mixed and smoothed, of the images with labels.
             teacher_logits: Of the same view; None if the method has no term of the teacher.
         """
         for optimizer in self.optimizers:
             optimizer.zero_grad()
+        labelled, weight = len(targets), self.distillation.unlabelled_weight
+        seen = len(view) if teacher_logits is not None and weight > 0 else labelled
+        answered = labelled + weight * (seen - labelled)
         sums: dict[str, Tensor] = {}
-        for start in range(0, len(view), self.micro_batch_size):
-            part = slice(start, start + self.micro_batch_size)
+        for part in micro_batches(self.micro_batch_size, (0, labelled), (labelled, seen)):
             with self.precision.autocast():
                 output = self.classifier(view[part])
             logits = None if teacher_logits is None else teacher_logits[part]
-            terms = self.method.loss_terms(output, logits, targets[part], self.distillation)
-            share = len(targets[part]) / len(view)  # each term is a mean over the images of the micro-batch
-            terms = {name: term * share for name, term in terms.items()}
+            has_labels = part.start < labelled
+            terms = self.method.loss_terms(output, logits, targets[part] if has_labels else None, self.distillation)
+            images = part.stop - part.start  # each term is a mean over the images of the micro-batch
+            shares = {"labels": images / labelled, "teacher": (1 if has_labels else weight) * images / answered}
+            terms = {name: term * shares[name] for name, term in terms.items()}
             torch.stack(list(terms.values())).sum().backward()
-            sums = {name: sums.get(name, 0) + term.detach() for name, term in terms.items()}
+            sums |= {name: sums.get(name, 0) + term.detach() for name, term in terms.items()}
         return sums
 
     def optimizer_step(self) -> None:

@@ -89,12 +89,13 @@ def list_folder(folder: Path, *, test_names: Sequence[str] = TEST_NAMES, more_tr
         homes = class_folders(part)
         for label, name in enumerate(class_names):
             images = _images(homes[name], left_out)
+            if not images:
+                raise DataError(f"class folder {_no_images(homes[name])} or remove the folder")
             files += images
             labels += [label] * len(images)
             is_test += [part in test] * len(images)
     if left_out:
-        kinds = ", ".join(f"{count} {kind}" for kind, count in left_out.most_common(5))
-        remarks.append(f"left out, as no image of a class: {counted(sum(left_out.values()), 'file')} ({kinds})")
+        remarks.append(_remark(left_out))
     return Listing(
         encoded_files(folder, files),
         torch.tensor(labels),
@@ -102,6 +103,23 @@ def list_folder(folder: Path, *, test_names: Sequence[str] = TEST_NAMES, more_tr
         class_names,
         remarks=tuple(remarks),
     )
+
+
+def list_images(folder: Path) -> Listing:
+    """List all images below a folder, without labels (-1); raise DataError if there is none."""
+    if not folder.is_dir():
+        raise DataError(f"folder '{folder}' does not exist: data.unlabelled=folder:PATH needs images in PATH")
+    left_out: Counter[str] = Counter()
+    files = _images(folder, left_out)
+    if not files:
+        raise DataError(f"data.unlabelled=folder:{_no_images(folder)}")
+    remarks = [_remark(left_out)] if left_out else []
+    return Listing(encoded_files(folder, files), torch.full((len(files),), -1), None, (), remarks=tuple(remarks))
+
+
+def _remark(left_out: Counter[str]) -> str:
+    kinds = ", ".join(f"{count} {kind}" for kind, count in left_out.most_common(5))
+    return f"left out, as no image of a class: {counted(sum(left_out.values()), 'file')} ({kinds})"
 
 
 def encoded_files(folder: Path, files: list[Path]) -> EncodedImages:
@@ -156,17 +174,19 @@ def _is_broken_link(path: Path) -> bool:
 
 
 def _images(folder: Path, left_out: Counter[str]) -> list[Path]:
-    """Return the images of a class, those in its subfolders too, and count its other files by their ending."""
+    """Return the images in a folder and its subfolders, and count its other files by their ending."""
     images = []
     for path in files_below(folder):
         if path.suffix.lower() in SUFFIXES and (path.is_file() or _is_broken_link(path)):
             images.append(path)
         else:
             left_out[path.suffix.lower() or "no ending"] += 1
-    if not images:
-        kinds = ", ".join(sorted(suffix[1:] for suffix in SUFFIXES))
-        raise DataError(f"class folder '{folder}' contains no images ({kinds}): add some or remove the folder")
     return sorted(images)
+
+
+def _no_images(folder: Path) -> str:
+    kinds = ", ".join(sorted(suffix[1:] for suffix in SUFFIXES))
+    return f"'{folder}' contains no images ({kinds}): add some"
 
 
 def files_below(folder: Path) -> Iterator[Path]:

@@ -1,0 +1,105 @@
+"""Images without labels: where they come from, what is left out, and that they never meet a label."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from deitkit.data.dataset import Dataset, add_unlabelled, load_dataset
+from deitkit.errors import DataError
+from deitkit.recipe.load import load_recipe
+from deitkit.recipe.schema import DataRecipe
+
+WriteImages = Callable[..., Path]
+
+
+def with_unlabelled(**fields: object) -> Dataset:
+    recipe = DataRecipe(**fields)  # type: ignore[arg-type]
+    return add_unlabelled(load_dataset(recipe), recipe)
+
+
+def save(path: Path, colour: tuple[int, ...] | int, px: int = 20, mode: str = "RGB") -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new(mode, (px, px), colour).save(path)
+
+
+def test_the_rest_are_the_training_images_that_are_left_out() -> None:
+    data = with_unlabelled(name="digits", train_images=100, unlabelled="rest")
+    whole = load_dataset(DataRecipe(name="digits"))
+    assert data.unlabelled is not None
+    assert len(data.train) + len(data.unlabelled) == len(whole.train) == 1294
+    assert data.unlabelled.labels.unique().tolist() == [-1]
+    ours = torch.cat([data.train_hashes, data.unlabelled_hashes]).sort().values
+    assert torch.equal(ours, whole.train_hashes.sort().values)
+    assert torch.equal(data.test.images, whole.test.images)
+
+
+def test_a_folder_of_any_depth_size_and_mode_is_read(write_images: WriteImages, tmp_path: Path) -> None:
+    write_images(tmp_path / "photos")
+    save(tmp_path / "more" / "a.png", (1, 2, 3), px=40)
+    save(tmp_path / "more" / "deep" / "er" / "b.png", 90, mode="L")
+    save(tmp_path / "more" / ".hidden" / "c.png", (9, 9, 9))
+    (tmp_path / "more" / "notes.txt").write_text("no image")
+    (tmp_path / "more" / "broken.jpg").write_bytes(b"\xff\xd8\xff")
+    data = with_unlabelled(name=f"folder:{tmp_path / 'photos'}", image_px=16, unlabelled=f"folder:{tmp_path / 'more'}")
+    assert data.unlabelled is not None
+    assert data.unlabelled.images.shape == (2, 3, 16, 16)
+    assert data.unlabelled.images[:, :, 0, 0].tolist() == [[1, 2, 3], [90, 90, 90]]
+    remarks = "; ".join(data.remarks)
+    assert "1 file (1 .txt) (unlabelled)" in remarks
+    assert "left out: 1 unlabelled file that cannot be decoded, first broken.jpg" in remarks
+
+
+def test_grey_data_takes_colour_photographs_as_grey(tmp_path: Path) -> None:
+    for part in ("train", "test"):
+        for number, name in enumerate("ab"):
+            for index in range(4):
+                save(tmp_path / "grey" / part / name / f"{index}.png", 100 * number + index, mode="L")
+    save(tmp_path / "more" / "a.png", (200, 200, 200))
+    data = with_unlabelled(name=f"folder:{tmp_path / 'grey'}", image_px=8, unlabelled=f"folder:{tmp_path / 'more'}")
+    assert data.unlabelled is not None
+    assert data.unlabelled.images.shape == (1, 1, 8, 8)
+
+
+def test_validation_and_test_images_are_left_out(write_images: WriteImages, tmp_path: Path) -> None:
+    photos = write_images(tmp_path / "photos")
+    save(tmp_path / "more" / "new.png", (1, 2, 3), px=16)
+    (tmp_path / "more" / "copy.png").write_bytes((photos / "test" / "cat" / "3.png").read_bytes())
+    # the pixels of a test image, in another file
+    Image.open(photos / "test" / "dog" / "5.png").save(tmp_path / "more" / "other.webp", lossless=True)
+    data = with_unlabelled(name=f"folder:{photos}", unlabelled=f"folder:{tmp_path / 'more'}")
+    assert data.unlabelled is not None
+    assert len(data.unlabelled) == 1
+    assert "left out: 2 unlabelled images that are also validation or test images" in data.remarks
+
+
+@pytest.mark.parametrize("source", ["folder:", "photos", "parquet:x.parquet", "Rest", ""])
+def test_what_is_no_source_is_one_sentence(source: str) -> None:
+    with pytest.raises(DataError, match=r"data\.unlabelled=.* is no source of images: write rest or folder:PATH"):
+        with_unlabelled(name="digits", unlabelled=source)
+
+
+def test_folders_without_images_are_one_sentence(write_images: WriteImages, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"does not exist: data\.unlabelled=folder:PATH needs images"):
+        with_unlabelled(name="digits", unlabelled=f"folder:{tmp_path / 'nothing'}")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match=r"data\.unlabelled=folder:'.*empty' contains no images"):
+        with_unlabelled(name="digits", unlabelled=f"folder:{tmp_path / 'empty'}")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "a.png").write_bytes(b"no image")
+    with pytest.raises(DataError, match=r"a\.png"):
+        with_unlabelled(name="digits", unlabelled=f"folder:{tmp_path / 'broken'}")
+
+
+def test_fields_that_contradict_are_refused() -> None:
+    for overrides, words in (
+        (
+            ["data.unlabelled=rest", "data.train_images=null"],
+            "data.unlabelled=rest is what data.train_images leaves out",
+        ),
+        (["train.unlabelled_batch_size=8"], "train.unlabelled_batch_size has no effect without data.unlabelled"),
+    ):
+        with pytest.raises(Exception, match=words):
+            load_recipe("digits", overrides)
