@@ -134,9 +134,7 @@ class _Draws:
         """Return the rest, and the drawn number of images of the recipe."""
         field = f"data.{split}_images={count}"
         if count > len(pool):
-            raise DataError(
-                f"{field} exceeds the {counted(len(pool), 'image')} available to {split} on: lower it or drop it"
-            )
+            raise DataError(f"{field} exceeds the {len(pool)} images available to {split} on: lower it or drop it")
         if count < len(self.class_names):
             raise DataError(f"{field} is less than one image for each of {len(self.class_names)} classes: raise it")
         return self._draw(pool, count, leave=0)
