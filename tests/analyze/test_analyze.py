@@ -17,6 +17,7 @@ from deitkit.analyze.agreement import (
     divergence,
     most_confused,
     per_class_accuracy,
+    precision_and_f1,
 )
 from deitkit.analyze.calibration import brier_score, negative_log_likelihood, reliability
 from deitkit.analyze.tokens import (
@@ -260,3 +261,12 @@ def test_maps_of_an_image_are_those_of_its_batch() -> None:
     torch.testing.assert_close(found["distillation, last block"], sum(heads) / 3)
     torch.testing.assert_close(found["class, rollout"], rollout(attention)[2, 0, 2:].view(4, 4))
     assert attention_maps(random_student(())[1], views()[:1]) == {}
+
+
+def test_precision_and_f1_of_a_case_computed_by_hand() -> None:
+    labels = torch.tensor([0, 0, 0, 1, 1, 2])
+    one, two = torch.tensor([0, 0, 1, 1, 0, 1]), torch.tensor([0, 0, 0, 1, 1, 1])
+    # answers 0: 6, of them 5 right, of 6 images; answers 1: 6, 3 right, of 4; answers 2: none, of 2 images
+    precision, f1 = precision_and_f1([one, two], labels, 4)
+    assert precision == pytest.approx((5 / 6, 3 / 6, 0, 0))
+    assert f1 == pytest.approx((5 / 6, 2 * 0.5 * 0.75 / 1.25, 0, 0))

@@ -3,9 +3,10 @@
 Pure functions of decisions and labels.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TypeAlias
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
@@ -98,3 +99,14 @@ def share_of(chosen: Bool[Tensor, " m"]) -> float | None:
 def mean(values: list[float]) -> float | None:
     """Return the mean over seeds; None of no seed."""
     return sum(values) / len(values) if values else None
+
+
+def precision_and_f1(
+    decisions: Sequence[Decisions], labels: Int64[Tensor, " n"], classes: int
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return scikit-learn's precision and F1 of each class, over all decisions; 0 for a class that is never decided."""
+    from sklearn.metrics import precision_recall_fscore_support  # here, since it takes a second to import
+
+    truth, answers = labels.repeat(len(decisions)).numpy(), torch.cat(list(decisions)).numpy()
+    precision, _, f1, _ = precision_recall_fscore_support(truth, answers, labels=np.arange(classes), zero_division=0)
+    return tuple(precision.tolist()), tuple(f1.tolist())

@@ -17,6 +17,7 @@ from deitkit.analyze.agreement import (
     mean,
     most_confused,
     per_class_accuracy,
+    precision_and_f1,
     share_of,
 )
 from deitkit.analyze.calibration import Reliability, brier_score, negative_log_likelihood, reliability
@@ -79,9 +80,13 @@ class RowStatistics:
         """Return accuracy and confusions by class, over the images of all seeds."""
         matrices = [confusion_matrix(decisions, labels, classes) for decisions in self.decisions.values()]
         counts = torch.stack(matrices).sum(dim=0)
+        accuracy = tuple(per_class_accuracy(counts))
+        precision, f1 = precision_and_f1(list(self.decisions.values()), labels, classes)
         return ClassSummary(
             row=self.name,
-            accuracy=tuple(per_class_accuracy(counts)),
+            accuracy=accuracy,
+            precision=precision,
+            f1=tuple(None if recall is None else value for recall, value in zip(accuracy, f1, strict=True)),
             confusion=tuple((true, decided, int(counts[true, decided])) for true, decided in counts.nonzero().tolist()),
             most_confused=most_confused(counts, CONFUSED_PAIRS),
         )

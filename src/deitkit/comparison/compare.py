@@ -18,7 +18,7 @@ from deitkit.comparison.cost import add_costs
 from deitkit.comparison.describe import describe_data, describe_students
 from deitkit.comparison.estimate import estimate_training
 from deitkit.comparison.finetune import StartingPoint, add_checkpoint_row, measure_checkpoint
-from deitkit.comparison.rows import summarise
+from deitkit.comparison.rows import finished, summarise, validation_scores
 from deitkit.comparison.seed_run import adopt_older_layout, gather_metrics, load_predictions, run_seed
 from deitkit.data.augment.preview import draw_views
 from deitkit.data.batches import Batches
@@ -218,7 +218,7 @@ def _copy_winner(results: Results, folder: Path) -> None:
     row = results.row(results.winner)
     if row is None:
         return
-    validation = [top1 for top1 in row.validation_top1 if top1 is not None]  # of every seed: a winner never stopped
+    validation = finished(validation_scores(row, results.recipe.get("compare", {}).get("by", "accuracy")))
     place = validation.index(max(validation))
     source = folder / f"seed-{results.seeds[place]}" / row.student
     (folder / "winner").mkdir(exist_ok=True)

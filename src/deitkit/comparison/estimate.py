@@ -90,6 +90,7 @@ def _seconds(
         precision=precision,
         seed=recipe.seeds[0],
         unlabelled_in_step=recipe.unlabelled_in_step if teachers is not None else 0,
+        balanced=recipe.data.sampling == "balanced",
     )
     for student in students:
         student.classifier.train()

@@ -8,14 +8,13 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import numpy as np
-import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from deitkit.comparison.verdict import Standing, verdict
 from deitkit.data.dataset import Dataset
 from deitkit.distillation.methods import METHODS, reference_method
-from deitkit.evaluation.readouts import default_readout, top_k_accuracy, top_k_hits
+from deitkit.evaluation.readouts import balanced_accuracy, default_readout, macro_f1, top_k_accuracy, top_k_hits
 from deitkit.evaluation.statistics import are_equal, holm, mean_interval, paired_difference, wilson_interval
 from deitkit.recipe.schema import Recipe
 from deitkit.run.metrics import EpochMetrics
@@ -81,7 +80,7 @@ def summarise(
     ]
     for reference in _REFERENCES:
         rows = corrected(rows, reference)
-    winner = _winner(rows)
+    winner = _winner(rows, recipe.compare.by)
     teacher_hits = None if decisions is None else decisions == dataset.test.labels
     standing = _standing(winner, recipe, dataset, predictions, teacher_hits)
     return Summary(tuple(rows), winner, verdict(standing, rows), tuple(_notes(recipe, dataset)))
@@ -155,7 +154,9 @@ def _row(
     validation = key.scores(predictions, "validation")
     top1 = {seed: hits[seed].double().mean().item() for seed in hits}
     top5 = {seed: top_k_accuracy(scores[seed], labels, 5) for seed in scores} if dataset.classes > 5 else None
-    validation_top1 = {seed: top_k_accuracy(validation[seed], dataset.validation.labels) for seed in validation}
+    held_out = dataset.validation.labels
+    validation_top1 = {seed: top_k_accuracy(some, held_out) for seed, some in validation.items()}
+    validation_balanced = {seed: balanced_accuracy(some, held_out) for seed, some in validation.items()}
     agreement = None
     if teacher_decisions is not None and scores:
         agreement = float(np.mean([top_k_accuracy(each, teacher_decisions) for each in scores.values()]))
@@ -175,7 +176,9 @@ def _row(
         top1_std=float(np.std(values, ddof=1)) if len(values) > 1 else None,
         top1_ci95=_interval(values, len(labels)),
         validation_top1=tuple(validation_top1.get(seed) for seed in seeds),
-        balanced_accuracy=_balanced_accuracy(hits, labels, dataset.classes),
+        validation_balanced=tuple(validation_balanced.get(seed) for seed in seeds),
+        balanced_accuracy=_mean(balanced_accuracy(some, labels) for some in scores.values()),
+        macro_f1=_mean(macro_f1(some, labels) for some in scores.values()),
         **difference_fields("none", _difference_to_reference(key, hits, reference, predictions, labels)),
         **difference_fields("teacher", _difference_to_teacher(hits, teacher_decisions, labels)),
         **difference_fields("baseline", _difference_to_baseline(key, hits, predictions, labels)),
@@ -234,11 +237,10 @@ def _difference_to_baseline(
     return paired_over_seeds(hits, RowKey(BASELINE, "last", "class").hits(predictions, labels))
 
 
-def _balanced_accuracy(hits: Hits, labels: Int64[Tensor, " n"], classes: int) -> float | None:
-    """Return the mean recall of the classes, over the finished seeds."""
-    counts = labels.bincount(minlength=classes)
-    recalls = [(labels[right].bincount(minlength=classes) / counts)[counts > 0] for right in hits.values()]
-    return torch.stack(recalls).double().mean().item() if recalls else None
+def _mean(values: Iterable[float]) -> float | None:
+    """Return the mean over the finished seeds; None without any."""
+    found = list(values)
+    return float(np.mean(found)) if found else None
 
 
 def paired_over_seeds(hits: Hits, other: Hits) -> Difference | None:
@@ -266,13 +268,23 @@ def _speed(metrics: Iterable[EpochMetrics]) -> dict[str, dict[str, float | None]
     }
 
 
-def _winner(rows: Sequence[Row]) -> Row | None:
-    """Return the student's row with the best mean validation accuracy; the test set chooses nothing.
+def _winner(rows: Sequence[Row], by: str) -> Row | None:
+    """Return the student's row with the best mean validation accuracy (or balanced); the test set chooses nothing.
 
     Of a student with two heads only the joint readout of the paper may win; of equals the first.
     """
     candidates = [row for row in reported_rows(rows) if row.kind == "student" and row.status == "ok"]
-    return max(candidates, key=_validation_mean, default=None)
+    return max(candidates, key=lambda row: _mean(finished(validation_scores(row, by))) or 0.0, default=None)
+
+
+def validation_scores(row: Row, by: str) -> tuple[float | None, ...]:
+    """Return by seed what the winner is chosen by; ``by`` is ``accuracy`` or ``balanced``."""
+    return row.validation_balanced if by == "balanced" else row.validation_top1
+
+
+def finished(values: Iterable[float | None]) -> list[float]:
+    """Return the values of the seeds that finished."""
+    return [value for value in values if value is not None]
 
 
 def reported_rows(rows: Iterable[SomeRow]) -> list[SomeRow]:
@@ -282,10 +294,6 @@ def reported_rows(rows: Iterable[SomeRow]) -> list[SomeRow]:
     for row in rows:
         readouts.setdefault(row.method, []).append(row.readout)
     return [row for row in rows if row.readout == default_readout(readouts[row.method])]
-
-
-def _validation_mean(row: Row) -> float:
-    return float(np.mean([value for value in row.validation_top1 if value is not None]))
 
 
 def _standing(
@@ -308,6 +316,7 @@ def _standing(
         seeds=len(recipe.seeds),
         teacher_top1=None if teacher is None else teacher.double().mean().item(),
         only_answer=dataset.class_names[answers.pop()] if len(answers) == 1 else None,
+        by=recipe.compare.by,
     )
 
 

@@ -77,6 +77,7 @@ def run_seed(
             seed=seed,
             logit_cache=logit_cache,
             unlabelled_in_step=recipe.unlabelled_in_step,
+            balanced=recipe.data.sampling == "balanced",
         )
         train_to_end(
             cohort,

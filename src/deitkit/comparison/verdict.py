@@ -17,6 +17,7 @@ class Standing:
         validation_images: Their number.
         seeds: Number of seeds.
         teacher_top1: The teacher's accuracy on the test images; None without a teacher.
+        by: ``accuracy`` or ``balanced``, by which the winner was chosen.
         only_answer: The class that it answers to every test image, if it is always the same.
     """
 
@@ -26,6 +27,7 @@ class Standing:
     seeds: int
     teacher_top1: float | None
     only_answer: str | None
+    by: str = "accuracy"
 
 
 def verdict(standing: Standing | None, rows: Sequence[Row]) -> str:
@@ -35,6 +37,7 @@ def verdict(standing: Standing | None, rows: Sequence[Row]) -> str:
     sentences = [
         _outcome(standing, rows),
         _lead(standing),
+        _by_balance(standing),
         _only_answer(standing),
         _teacher(standing),
         *_baselines(standing.winner, rows),
@@ -72,6 +75,14 @@ def _lead(standing: Standing) -> str:
         return ""
     images = counted(standing.validation_images, "validation image")
     return f"Chance may explain its lead over {_list(tied)} on {images}"
+
+
+def _by_balance(standing: Standing) -> str:
+    """Say how the winner was chosen where that is not what the tests compare."""
+    balanced = standing.winner.balanced_accuracy
+    if standing.by != "balanced" or balanced is None:
+        return ""
+    return f"It was chosen by balanced accuracy, {_percent(balanced)} on the test images; the tests compare accuracy"
 
 
 def _only_answer(standing: Standing) -> str:

@@ -32,12 +32,23 @@ class Batches:
         seed: Of the order.
         device: Device of the batches.
         repeats: Copies of an image; the last image of an epoch may have fewer.
+        balanced: Draw as many images of every class in an epoch: of a rare class several times the same, of a frequent
+            one a part. Without it every image comes once.
 
     Raises:
         RecipeError: A batch has more images than the split.
     """
 
-    def __init__(self, split: Split, batch_size: int, seed: int, device: torch.device, *, repeats: int = 1) -> None:
+    def __init__(
+        self,
+        split: Split,
+        batch_size: int,
+        seed: int,
+        device: torch.device,
+        *,
+        repeats: int = 1,
+        balanced: bool = False,
+    ) -> None:
         if batch_size > len(split):
             raise RecipeError(
                 f"train.batch_size={batch_size} exceeds the {len(split)} training images: use at most {len(split)}"
@@ -46,6 +57,7 @@ class Batches:
         self.batch_size = batch_size
         self.seed = seed
         self.repeats = repeats
+        self.classes = split.labels.cpu().unique() if balanced else None
         self.steps_per_epoch = len(split) // batch_size
         self._order: tuple[int, Tensor, Tensor] | None = None
         self._flow: tuple[tuple[int, int], Iterator[Tensor]] | None = None  # with the step that it yields next
@@ -73,8 +85,23 @@ class Batches:
         return self._order[1:]
 
     def _shuffled(self, epoch: int) -> Int64[Tensor, " n"]:
-        order = torch.randperm(len(self.split), generator=derived_generator(self.seed, "order", epoch))
+        generator = derived_generator(self.seed, "order", epoch)
+        order = torch.randperm(len(self.split), generator=generator)
+        if self.classes is not None:
+            order = self._balanced(order, generator)
         return order.repeat_interleave(self.repeats)[: len(order)]
+
+    def _balanced(self, order: Int64[Tensor, " n"], generator: torch.Generator) -> Int64[Tensor, " n"]:
+        """Return an order of the same length with as many images of every class, in random order."""
+        assert self.classes is not None
+        labels = self.split.labels.cpu()[order]
+        drawn = []
+        for place, label in enumerate(self.classes):
+            own = order[labels == label]
+            quota = len(order) // len(self.classes) + (place < len(order) % len(self.classes))
+            drawn.append(own.repeat(-(-quota // len(own)))[:quota])
+        together = torch.cat(drawn)
+        return together[torch.randperm(len(together), generator=generator)]
 
     def _streamed(self, epoch: int, step: int, images: StreamedImages) -> UInt8[Tensor, "batch channels height width"]:
         """Return the batch from worker processes that decode ahead, beyond the end of the epoch too."""

@@ -32,3 +32,20 @@ def top_k_hits(scores: Float[Tensor, "n classes"], labels: Int64[Tensor, " n"], 
 def top_k_accuracy(scores: Float[Tensor, "n classes"], labels: Int64[Tensor, " n"], k: int = 1) -> float:
     """Return the share of images whose label is among the k highest scores."""
     return top_k_hits(scores, labels, k).double().mean().item()
+
+
+def balanced_accuracy(scores: Float[Tensor, "n classes"], labels: Int64[Tensor, " n"]) -> float:
+    """Return the mean share of right images over the classes that have images."""
+    from sklearn.metrics import recall_score  # here, since it takes a second to import
+
+    present = labels.unique().numpy()
+    return float(recall_score(labels.numpy(), scores.argmax(dim=-1).numpy(), labels=present, average="macro"))
+
+
+def macro_f1(scores: Float[Tensor, "n classes"], labels: Int64[Tensor, " n"]) -> float:
+    """Return the mean F1 over the classes that have images; 0 for one that is never the answer."""
+    from sklearn.metrics import f1_score  # here, since it takes a second to import
+
+    present = labels.unique().numpy()
+    answers = scores.argmax(dim=-1).numpy()
+    return float(f1_score(labels.numpy(), answers, labels=present, average="macro", zero_division=0))

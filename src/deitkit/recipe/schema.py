@@ -69,6 +69,9 @@ class DataRecipe(Section):
         None, description="Processes that decode streamed images; by default one for each core."
     )
     corrupt: Literal["skip", "error"] = Field("skip", description="What to do with a file that cannot be decoded.")
+    sampling: Literal["all", "balanced"] = Field(
+        "all", description="all: every training image once an epoch; balanced: as many of every class, rare ones again."
+    )
     unlabelled: str | None = Field(
         None,
         description="Images for the teacher alone: 'rest' (those that train_images leaves out) or folder:PATH.",
@@ -169,6 +172,9 @@ class TrainRecipe(OptimizerRecipe):
         128, description="Images in a step; the last, smaller batch of an epoch is left out."
     )
     label_smoothing: Fraction = Field(0.1, description="On true labels only, never on the teacher's decision.")
+    class_weight: Literal["balanced"] | None = Field(
+        None, description="balanced: weight the labels' term of an image by the rarity of its class."
+    )
     repeats: PositiveInt = Field(
         1,
         description="Repeated augmentation: views of an image in a step; an epoch then has 1/repeats of the images.",
@@ -306,6 +312,14 @@ class DistillationRecipe(Section):
     consistent: ConsistentRecipe = ConsistentRecipe()
 
 
+class CompareRecipe(Section):
+    """How students are compared."""
+
+    by: Literal["accuracy", "balanced"] = Field(
+        "accuracy", description="What the winner has most of on the validation images; balanced: mean of the classes."
+    )
+
+
 class BaselineRecipe(OptimizerRecipe):
     """The CNN baseline: trained on labels alone, on the students' views, for the same number of epochs."""
 
@@ -338,6 +352,7 @@ class Recipe(Section):
     baseline: BaselineRecipe | None = None
     train: StudentTrainRecipe = StudentTrainRecipe()
     speed: SpeedRecipe = SpeedRecipe()
+    compare: CompareRecipe = CompareRecipe()
     seeds: tuple[NonNegativeInt, ...] = Field((0,), min_length=1, description="One cohort is trained per seed.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda if available.")
     published: tuple[Literal["reproduction", "paper"], ...] = Field(

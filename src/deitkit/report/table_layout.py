@@ -154,6 +154,7 @@ def _columns(results: Results) -> tuple[Column, ...]:
         Column("teacher", "teacher", 3, numeric=False),
         Column("top1", "top-1 %", 0),
         Column("balanced", "balanced %", 1),
+        Column("macro_f1", "macro F1 %", 9),
         Column("difference", "vs none", 1),
         Column("interval", "95 % interval", 9),
         Column("p", "p", 2),
@@ -183,6 +184,7 @@ def _line(row: Row, results: Results, published: dict[str, dict[str, PublishedFi
         "teacher": NOTHING if row.labels is None else row.teacher or "none",
         "top1": accuracy(row) + (STATUS_MARK if row.status != "ok" else ""),
         "balanced": percent(row.balanced_accuracy, images) if _is_unbalanced(results) else NOTHING,
+        "macro_f1": percent(row.macro_f1, images) if _is_unbalanced(results) else NOTHING,
         "difference": points(difference, images),
         "interval": interval(difference, images),
         "p": p_value(difference),
@@ -294,7 +296,10 @@ def _footnotes(results: Results) -> list[str]:
             "MB: the file of the weights, in millions of bytes."
         )
     if _is_unbalanced(results):
-        notes.append("balanced: mean over the classes of the share of a class's test images that is right.")
+        notes.append(
+            "balanced: mean over the classes of the share of a class's test images that is right; macro F1: mean over "
+            "the classes of the harmonic mean of that and of the share of the answers with the class that are right."
+        )
     if results.published and any(is_printed_without_labels(row) for row in rows):
         notes.append(
             f"{LABELS_MARK} The paper prints 'labels: no' for these rows; true labels are in their loss (deit#215)."

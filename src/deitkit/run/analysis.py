@@ -75,13 +75,17 @@ class ClassSummary(Record):
 
     Attributes:
         row: The row's name, or ``teacher``.
-        accuracy: By class; None for a class without images.
+        accuracy: By class (its recall); None for a class without images.
+        precision: By class, the share of the answers with it that are right; 0 without any.
+        f1: By class, the harmonic mean of both; None for a class without images.
         confusion: Class, predicted class and number of images, where there is at least one.
         most_confused: The most frequent errors.
     """
 
     row: str = Field(validation_alias=AliasChoices("row", "judge"))
     accuracy: tuple[float | None, ...]
+    precision: tuple[float, ...] = ()
+    f1: tuple[float | None, ...] = ()
     confusion: tuple[tuple[int, int, int], ...]
     most_confused: tuple[Confusion, ...]
 

@@ -108,9 +108,11 @@ class Row(Record):
         n: Test images.
         top1_mean: Over the finished seeds.
         balanced_accuracy: Mean over the classes of the share of their test images that is right, over the seeds.
+        macro_f1: Mean over the classes of F1, the harmonic mean of precision and recall, over the seeds.
         top1_std: Over the finished seeds; None for one seed.
         top1_ci95: Of several seeds Student's t interval, of one seed Wilson's.
         validation_top1: Accuracy on the validation images by seed.
+        validation_balanced: Balanced accuracy on them.
         teacher_agreement: Share of test images with the teacher's decision.
         parameters: Of the model.
         status: ``ok``, or which seed stopped and why.
@@ -162,6 +164,8 @@ class Row(Record):
     p_vs_baseline_test: str | None = None
     p_vs_baseline_holm: float | None = None
     balanced_accuracy: float | None = None
+    macro_f1: float | None = None
+    validation_balanced: tuple[float | None, ...] = ()
     cost: Cost | None = None
 
     @property

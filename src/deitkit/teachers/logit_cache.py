@@ -42,6 +42,7 @@ class LogitCache:
         augment: Augmentation of the views.
         batch_size: Images in a step.
         repeats: Copies of an image in it.
+        balanced: Whether an epoch has as many images of every class.
         unlabelled: Number of images without labels that follow them, and a hash of all such images; None for none.
         steps: Steps of an epoch.
         classes: Of the data set.
@@ -58,6 +59,7 @@ class LogitCache:
         augment: AugmentRecipe,
         batch_size: int,
         repeats: int,
+        balanced: bool = False,
         unlabelled: tuple[int, str] | None = None,
         steps: int,
         classes: int,
@@ -76,6 +78,8 @@ class LogitCache:
             "precision": precision.name,
             "device": precision.device.type,  # which draws the noise of erasing
         }
+        if balanced:
+            described["sampling"] = "balanced"
         if unlabelled is not None:
             described["unlabelled"] = list(unlabelled)
         key = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:32]
@@ -179,6 +183,7 @@ def open_logit_cache(
         augment=recipe.augment,
         batch_size=recipe.train.batch_size,
         repeats=recipe.train.repeats,
+        balanced=recipe.data.sampling == "balanced",
         unlabelled=unlabelled,
         steps=len(dataset.train) // recipe.train.batch_size,
         classes=dataset.classes,

@@ -224,6 +224,7 @@ def _train(
         speed=recipe.speed,
         precision=precision,
         seed=recipe.seeds[0],
+        balanced=recipe.data.sampling == "balanced",
     )
     train_to_end(
         cohort,

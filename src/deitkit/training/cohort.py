@@ -14,7 +14,7 @@ from jaxtyping import Float, Int64, UInt8
 from torch import Tensor, nn
 
 from deitkit.data.augment.augment import Augment
-from deitkit.data.augment.mix import Mix
+from deitkit.data.augment.mix import Mix, balanced_weights
 from deitkit.data.batches import Batches
 from deitkit.data.dataset import Dataset
 from deitkit.errors import Interrupted, OutOfMemory, is_out_of_memory
@@ -57,6 +57,7 @@ class Cohort:
         seed: Of the views and of dropout.
         logit_cache: Store of the teacher's logits; None computes them at every step.
         unlabelled_in_step: Images without labels in a step, at most as many as there are; 0 for none.
+        balanced: Whether an epoch has as many images of every class.
     """
 
     def __init__(
@@ -72,11 +73,14 @@ class Cohort:
         seed: int,
         logit_cache: LogitLookup | None = None,
         unlabelled_in_step: int = 0,
+        balanced: bool = False,
     ) -> None:
         self.students = students
         self.teacher = teacher
         self.device = precision.device
-        self.batches = Batches(dataset.train, train.batch_size, seed, self.device, repeats=train.repeats)
+        self.batches = Batches(
+            dataset.train, train.batch_size, seed, self.device, repeats=train.repeats, balanced=balanced
+        )
         self.unlabelled: Batches | None = None
         taught = any(student.method.teacher_signal for student in students)
         if unlabelled_in_step and dataset.unlabelled is not None and taught:
@@ -88,6 +92,9 @@ class Cohort:
         self.seed = seed
         self.augment = Augment(augment, dataset.mean, dataset.std)
         self.mix = Mix(augment, dataset.classes, train.label_smoothing)
+        self.class_weights: Tensor | None = None
+        if train.class_weight == "balanced":
+            self.class_weights = balanced_weights(dataset.train.labels, dataset.classes).to(self.device)
         self.logit_cache = logit_cache
         self.recorder = Recorder(self.device, speed.cuda_graphs and not speed.checkpoint_activations)
         self.epoch, self.step = 0, 0  # the next ones to train, from 0
@@ -148,6 +155,8 @@ class Cohort:
         """Return the view of a step of the run, and the targets of its images with labels, which come first."""
         generator = derived_generator(self.seed, "view", step)
         view, targets = self.mix(self.augment(images, generator), labels, generator)
+        if self.class_weights is not None:
+            targets = targets * self.class_weights
         if unlabelled is not None:
             generator = derived_generator(self.seed, "unlabelled view", step)
             nothing = labels.new_zeros(len(unlabelled))

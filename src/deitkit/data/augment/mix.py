@@ -72,6 +72,16 @@ def smoothed_one_hot(
     return targets.scatter_(1, labels[:, None], 1 - label_smoothing + spread)
 
 
+def balanced_weights(labels: Int64[Tensor, " n"], classes: int) -> Float[Tensor, " classes"]:
+    """Return n / (classes x images of a class) for each class: 1 where all have as many, in the mean of all images too.
+
+    Targets are multiplied by them, as `torch.nn.functional.cross_entropy` does with `weight` and dense targets. Source:
+    King and Zeng 2001; scikit-learn's ``balanced``.
+    """
+    counts = labels.cpu().bincount(minlength=classes).clamp(min=1)
+    return (len(labels) / (classes * counts.double())).float()
+
+
 def cutmix(
     view: Float[Tensor, "batch channels height width"], share: float, centre_y: float, centre_x: float
 ) -> tuple[Float[Tensor, "batch channels height width"], float]:

@@ -1,0 +1,110 @@
+"""Classes of unequal size: weights of the labels, balanced epochs, and a winner by balanced accuracy."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+
+from conftest import CPU_FP32, striped_dataset
+from deitkit.comparison.compare import compare
+from deitkit.data.augment.mix import balanced_weights
+from deitkit.data.batches import Batches
+from deitkit.data.dataset import Dataset
+from deitkit.data.split import Split
+from deitkit.distillation.losses import label_loss
+from deitkit.evaluation.readouts import balanced_accuracy, macro_f1
+from deitkit.recipe.schema import AugmentRecipe, Recipe, SpeedRecipe, TrainRecipe
+from deitkit.run.observer import Silent
+from deitkit.training.cohort import Cohort
+
+CPU = torch.device("cpu")
+
+
+def unequal() -> Dataset:
+    """Return three classes of 24, 6 and 3 training images."""
+    data = striped_dataset()
+    kept = torch.cat(
+        [(data.train.labels == label).nonzero().flatten()[:count] for label, count in enumerate((24, 6, 3))]
+    )
+    return replace(data, train=Split(data.train.images[kept], data.train.labels[kept]))
+
+
+def cohort(data: Dataset, train: TrainRecipe) -> Cohort:
+    return Cohort(
+        [], teacher=None, dataset=data, augment=AugmentRecipe(mixup=0.8), train=train, speed=SpeedRecipe(),
+        precision=CPU_FP32, seed=0,
+    )  # fmt: skip
+
+
+def test_weights_are_scikit_learns_and_the_loss_is_torchs() -> None:
+    from sklearn.utils.class_weight import compute_class_weight
+
+    data = unequal()
+    weights = balanced_weights(data.train.labels, 3)
+    labels = data.train.labels.numpy()
+    assert weights.tolist() == pytest.approx(compute_class_weight("balanced", classes=np.arange(3), y=labels).tolist())
+    weighted = cohort(data, TrainRecipe(batch_size=16, class_weight="balanced", label_smoothing=0.1))
+    plain = cohort(data, TrainRecipe(batch_size=16, label_smoothing=0.1))
+    images, some = weighted.batches.batch(0, 0)
+    (_, ours), (_, dense) = weighted.make_view(images, some, 0), plain.make_view(images, some, 0)
+    logits = torch.randn(16, 3, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(label_loss(logits, ours), F.cross_entropy(logits, dense, weight=weights))
+
+
+@given(st.integers(2, 7), st.integers(1, 50))
+def test_equal_classes_weigh_exactly_one(classes: int, count: int) -> None:
+    assert balanced_weights(torch.arange(classes).repeat(count), classes).tolist() == [1.0] * classes
+
+
+def test_with_equal_classes_the_loss_is_the_unweighted_one_to_the_bit() -> None:
+    data = striped_dataset()
+    weighted, plain = (cohort(data, TrainRecipe(batch_size=16, class_weight=choice)) for choice in ("balanced", None))
+    images, labels = plain.batches.batch(0, 0)
+    assert torch.equal(weighted.make_view(images, labels, 0)[1], plain.make_view(images, labels, 0)[1])
+
+
+@given(st.lists(st.integers(1, 40), min_size=2, max_size=5), st.integers(0, 3))
+def test_a_balanced_epoch_has_as_many_images_of_every_class(counts: list[int], epoch: int) -> None:
+    labels = torch.cat([torch.full((count,), label) for label, count in enumerate(counts)])
+    split = Split(torch.arange(len(labels), dtype=torch.uint8)[:, None, None, None], labels)
+    order = Batches(split, 1, 0, CPU, balanced=True)._shuffled(epoch)
+    assert len(order) == len(labels)
+    drawn = labels[order].bincount(minlength=len(counts))
+    assert int(drawn.max() - drawn.min()) <= 1
+    for label in range(len(counts)):  # no image comes twice more often than another of its class
+        times = order[labels[order] == label].bincount(minlength=len(labels))[labels == label]
+        assert int(times.max() - times.min()) <= 1
+
+
+def test_with_equal_classes_every_image_comes_once() -> None:
+    order = Batches(striped_dataset().train, 8, 0, CPU, balanced=True)._shuffled(0)
+    assert order.sort().values.tolist() == list(range(72))
+
+
+def test_balanced_epochs_differ_and_repeat_themselves() -> None:
+    batches = Batches(unequal().train, 8, 0, CPU, balanced=True)
+    assert torch.equal(batches._shuffled(1), Batches(unequal().train, 8, 0, CPU, balanced=True)._shuffled(1))
+    assert not torch.equal(batches._shuffled(0), batches._shuffled(1))
+
+
+def test_figures_of_a_constant_answer() -> None:
+    scores, labels = torch.tensor([[1.0, 0.0, 0.0]]).repeat(10, 1), torch.tensor([0] * 8 + [1, 2])
+    assert balanced_accuracy(scores, labels) == pytest.approx(1 / 3)
+    assert macro_f1(scores, labels) == pytest.approx(2 * 0.8 / 1.8 / 3)
+    assert balanced_accuracy(scores, torch.zeros(10, dtype=torch.long)) == 1.0
+
+
+def test_the_winner_by_balanced_accuracy(tiny_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    fields = ("methods=[none, hard]", "data.sampling=balanced", "train.class_weight=balanced")
+    recipe = tiny_recipe(*fields, "compare.by=balanced", "teacher.train.class_weight=balanced")
+    results = compare(recipe, tmp_path / "run", watcher=Silent())
+    best = max(results.rows, key=lambda row: row.validation_balanced[0] or 0)
+    assert results.winner == best.row
+    assert "It was chosen by balanced accuracy" in results.verdict
+    assert all(row.macro_f1 is not None for row in results.rows)
