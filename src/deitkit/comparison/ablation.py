@@ -21,6 +21,7 @@ from deitkit.comparison.rows import Hits, RowKey, corrected, paired_over_seeds, 
 from deitkit.comparison.seed_run import load_predictions
 from deitkit.data.dataset import Dataset, load_dataset
 from deitkit.errors import DataError, DeitkitError
+from deitkit.models.weights.pretrained import with_pretrained_size
 from deitkit.recipe.contradictions import BASE
 from deitkit.recipe.load import changed_fields, expand_variants
 from deitkit.recipe.schema import DataRecipe, Recipe
@@ -59,7 +60,10 @@ def compare_variants(recipe: Recipe, folder: Path, *, watcher: Watcher, resume: 
     Raises:
         Interrupted: The watcher requested a stop; the run can be resumed.
     """
-    recipes = expand_variants(recipe)
+    recipes = {
+        name: variant.model_copy(update={"model": with_pretrained_size(variant.model)})
+        for name, variant in expand_variants(recipe).items()
+    }
     homes = {name: folder / "variants" / name for name in recipes}
     check_run(folder, recipe, resume)
     for name, variant in recipes.items():

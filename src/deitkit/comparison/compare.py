@@ -27,6 +27,7 @@ from deitkit.distillation.methods import find_method
 from deitkit.errors import RecipeError
 from deitkit.evaluation.readouts import top_k_accuracy
 from deitkit.models.accelerate import release
+from deitkit.models.weights.pretrained import with_pretrained_size
 from deitkit.recipe.schema import Recipe
 from deitkit.report.published import published_figures
 from deitkit.report.write import write_report
@@ -76,6 +77,7 @@ def compare(
     Raises:
         Interrupted: The watcher requested a stop; the run can be resumed.
     """
+    recipe = recipe.model_copy(update={"model": with_pretrained_size(recipe.model)})
     device = choose_device(recipe.device)
     precision = Precision.choose(recipe.train.precision, device)
     for name in recipe.methods:

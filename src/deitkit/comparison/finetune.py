@@ -23,6 +23,7 @@ from deitkit.evaluation.statistics import wilson_interval
 from deitkit.models.classifier import Classifier
 from deitkit.models.vit import SIZES
 from deitkit.models.weights.initialise import Weights, read_weights
+from deitkit.models.weights.pretrained import starting_weights
 from deitkit.recipe.schema import DataRecipe, ModelRecipe, Recipe
 from deitkit.run.observer import Watcher
 from deitkit.run.results import Difference, Row, difference_fields
@@ -116,15 +117,17 @@ def measure_checkpoint(
 
     Nothing is chosen by the result. A checkpoint with other classes than the data is not measured.
     """
-    if recipe.model.checkpoint is None:
+    start = starting_weights(recipe.model)
+    if start is None:
         return None
     # The heads of the students, which no tensor shows.
-    weights = read_weights(recipe.model.checkpoint, heads=recipe.model.heads or SIZES[recipe.model.name].heads)
+    weights = read_weights(start, heads=recipe.model.heads or SIZES[recipe.model.name].heads)
+    name = recipe.model.pretrained or start
     found, card = weights.architecture, weights.card
     parameters = sum(value.numel() for value in weights.state.values())
     obstacle = _obstacle(weights, dataset)
     if obstacle is not None:
-        note = f"{recipe.model.checkpoint}, from which the students started, has no row of its own: {obstacle}."
+        note = f"{name}, from which the students started, has no row of its own: {obstacle}."
         return StartingPoint(None, "", parameters, card.get("method"), note)
     px = found.image_px[0]
     own = {"image_px": px, "channels": found.channels, "eval_crop": card.get("eval_crop", recipe.data.eval_crop)}
@@ -135,11 +138,11 @@ def measure_checkpoint(
         split = " ".join(f"data.{field}={value}" for field, value in card.get("split", {}).items())
         raise RecipeError(
             f"about {100 * seen:.0f} % of the test images of {dataset.name} are training images of "
-            f"{recipe.model.checkpoint}: divide the data as for its training ({split}), or test on other images"
+            f"{name}: divide the data as for its training ({split}), or test on other images"
         )
     scores = readout_scores(predict(_build(weights).to(precision.device), test, precision))
     readout = card.get("readout") or default_readout(list(scores))
-    note = f"{BEFORE}: {recipe.model.checkpoint} as it was before fine-tuning, at {px} px"
+    note = f"{BEFORE}: {name} as it was before fine-tuning, at {px} px"
     if seen > 0:
         note += f"; about {100 * seen:.1f} % of the test images are its training images"
     if weights.class_names is None:

@@ -134,7 +134,9 @@ def _from_timm(
     sized = tied and image_px is not None
     options: dict[str, Any] = {"img_size": image_px} if sized else {}
     if pretrained:
-        options["pretrained_cfg_overlay"] = _timm_file(card)
+        options["pretrained_cfg_overlay"], problem = find_timm_file(card)
+        if problem is not None:
+            raise TeacherError(problem + _as_file(card.input_size[-1]))
     model = timm.create_model(architecture, pretrained=pretrained, num_classes=classes, in_chans=channels, **options)
     card = model.pretrained_cfg
     head = card.get("classifier")
@@ -154,16 +156,17 @@ def _from_timm(
     )
 
 
-def _timm_file(card: Any) -> dict[str, Any]:
-    """Return the file of timm's weights in its cache, as a change of their card; nothing if they can be downloaded.
+def find_timm_file(card: Any) -> tuple[dict[str, Any], str | None]:
+    """Find timm's weights in its cache where they cannot be downloaded.
 
-    Raises:
-        TeacherError: They are not in the cache, and the Hub cannot be reached.
+    Returns:
+        Their file as a change of their card, empty if they can be downloaded; and None, or the first part of a sentence
+        on weights that are not in the cache while the Hub cannot be reached.
     """
     hub = huggingface_hub.constants.ENDPOINT
     reason = unreachable(hub) if card.hf_hub_id else None
     if reason is None:
-        return {}
+        return {}, None
     cached = [
         huggingface_hub.try_to_load_from_cache(card.hf_hub_id, file)
         for file in (card.hf_hub_filename, "model.safetensors", "pytorch_model.bin")
@@ -172,15 +175,19 @@ def _timm_file(card: Any) -> dict[str, Any]:
     found = next((file for file in cached if isinstance(file, str)), None)
     if found is None:
         url = f"{hub}/{card.hf_hub_id}/resolve/main/model.safetensors"
-        raise _offline(f"timm/{card.architecture}", reason, url, card.input_size[-1])
-    return {"file": found}
+        return {}, _offline(f"timm/{card.architecture}", reason, url)
+    return {"file": found}, None
 
 
-def _offline(name: str, reason: str, url: str, image_px: int) -> TeacherError:
-    return TeacherError(
+def _offline(name: str, reason: str, url: str) -> str:
+    return (
         f"the pretrained weights of '{name}' are not on this machine, and {reason}: connect to the internet, or fetch "
-        f"{url} elsewhere and set teacher.checkpoint to the file and teacher.image_px={image_px}"
+        f"{url} elsewhere"
     )
+
+
+def _as_file(image_px: int) -> str:
+    return f" and set teacher.checkpoint to the file and teacher.image_px={image_px}"
 
 
 def _from_torchvision(
@@ -200,7 +207,8 @@ def _from_torchvision(
         file = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
         reason = None if file.exists() else unreachable(weights.url)
         if reason is not None:
-            raise _offline(f"torchvision/{architecture}", reason, weights.url, preset.crop_size[0])
+            problem = _offline(f"torchvision/{architecture}", reason, weights.url)
+            raise TeacherError(problem + _as_file(preset.crop_size[0]))
     built_classes = len(weights.meta["categories"]) if pretrained else classes
     model = torchvision.models.get_model(architecture, num_classes=built_classes, **options)
     if channels != 3:

@@ -66,7 +66,7 @@ def load_recipe(source: str | None, overrides: Sequence[str] = ()) -> Recipe:
     """
     tree = _read_tree(source) if source is not None else {}
     given = {_apply(tree, override) for override in overrides}
-    if "model.name" in given:
+    if {"model.name", "model.pretrained"} & given:
         _forget_sizes(tree["model"], {key.removeprefix("model.") for key in given})
     return parse_recipe(tree)
 
@@ -95,7 +95,7 @@ def expand_variants(recipe: Recipe) -> dict[str, Recipe]:
         try:
             for key, value in changes.items():
                 _set(tree, _path(RENAMED.get(key, key), value), value)
-            if "model.name" in changes:
+            if {"model.name", "model.pretrained"} & {*changes}:
                 _forget_sizes(tree["model"], {key.removeprefix("model.") for key in changes})
             expanded[name] = Recipe.model_validate(tree)
         except RecipeError as error:
@@ -209,16 +209,19 @@ def _merged(base: dict[str, Any], tree: dict[str, Any]) -> dict[str, Any]:
     if "teachers" in tree:
         base = {key: value for key, value in base.items() if key != "teacher"}
     both = {key for key in base if isinstance(base[key], dict) and isinstance(tree.get(key), dict)}
-    if "model" in both and "name" in tree["model"]:
+    if "model" in both and {"name", "pretrained"} & {*tree["model"]}:
         _forget_sizes(base["model"], tree["model"])
     return base | tree | {key: _merged(base[key], tree[key]) for key in both}
 
 
 def _forget_sizes(model: dict[str, Any], given: Collection[str]) -> None:
-    """Remove the dimensions of a model that is given another name, which brings its own, unless they are given too."""
-    for dimension in DIMENSIONS:
-        if dimension not in given:
-            model.pop(dimension, None)
+    """Remove the size of a model that is given another name or pretrained weights, which bring their own.
+
+    What is given too stays.
+    """
+    for field in ("name", *DIMENSIONS):
+        if field not in given:
+            model.pop(field, None)
 
 
 def _parse(source: str) -> dict[str, Any]:

@@ -132,6 +132,9 @@ class ModelRecipe(Section):
     checkpoint: Path | None = Field(
         None, description="Initial weights of every student, from deitkit, timm, a released DeiT or transformers."
     )
+    pretrained: str | None = Field(
+        None, description="Initial weights by name: timm/NAME of a DeiT or ViT, downloaded once; its size counts."
+    )
     layer_scale: PositiveFloat | None = Field(
         None, description="Learn a factor for each channel of every branch, starting at this (DeiT III: 1e-4)."
     )

@@ -10,6 +10,7 @@ from deitkit.models.accelerate import accelerate
 from deitkit.models.classifier import Classifier
 from deitkit.models.vit import create_student
 from deitkit.models.weights.initialise import load_initial, weights_file
+from deitkit.models.weights.pretrained import licence_of, starting_weights
 from deitkit.models.weights.read import file_sha256
 from deitkit.models.zoo import create_classifier
 from deitkit.recipe.schema import OptimizerRecipe, Recipe
@@ -50,6 +51,7 @@ def build_students(
     """
     names = student_names(recipe) if names is None else names
     image_px = (dataset.image_px[0], dataset.image_px[1])
+    start = starting_weights(recipe.model)
     students = []
     changes: dict[str, list[str]] = {}
     for name in (method for method in recipe.methods if method in names):
@@ -61,10 +63,10 @@ def build_students(
             tokens=METHODS[name].tokens,
             seed=derived_seed(seed, "student"),
         )
-        if recipe.model.checkpoint is not None:
+        if start is not None:
             lines = load_initial(
                 model,
-                recipe.model.checkpoint,
+                start,
                 class_names=dataset.class_names,
                 mean=dataset.mean,
                 std=dataset.std,
@@ -73,7 +75,7 @@ def build_students(
                 changes.setdefault(line, []).append(name)
         classifier = accelerate(Classifier(model, mean=dataset.mean, std=dataset.std), recipe.speed, precision.device)
         students.append(_student(name, METHODS[name], classifier, recipe.train, recipe, precision))
-    if recipe.model.checkpoint is not None:
+    if start is not None:
         say(f"students start from {initial_weights(recipe)}")
     for line, changed in changes.items():
         say(line if len(changed) == len(students) else f"{', '.join(changed)}: {line}")
@@ -83,10 +85,13 @@ def build_students(
 
 
 def initial_weights(recipe: Recipe) -> str | None:
-    """Return name and hash of the students' initial checkpoint; None for random initial weights."""
-    if recipe.model.checkpoint is None:
+    """Return name, hash and known licence of the students' initial weights; None for random ones."""
+    start = starting_weights(recipe.model)
+    if start is None:
         return None
-    return f"{recipe.model.checkpoint.name} (sha256 {file_sha256(weights_file(recipe.model.checkpoint))[:8]})"
+    licence = licence_of(start) if recipe.model.pretrained is not None else None
+    facts = f"sha256 {file_sha256(weights_file(start))[:8]}" + (f", licence {licence}" if licence else "")
+    return f"{recipe.model.pretrained or start.name} ({facts})"
 
 
 def baseline_architecture(recipe: Recipe) -> str:
