@@ -24,6 +24,7 @@ from deitkit.data.pixels import mean_and_std, mean_and_std_of_counts, require_me
 from deitkit.data.sources.folders import list_folder, list_images
 from deitkit.data.sources.named import NAMED_SETS, list_named
 from deitkit.data.sources.parquet import list_parquet
+from deitkit.data.sources.tables import list_csv
 from deitkit.data.split import Split, SplitIndices, plan_splits
 from deitkit.data.stream import Survey, survey, wants_streaming
 from deitkit.errors import DataError
@@ -31,6 +32,7 @@ from deitkit.recipe.schema import DataRecipe
 from deitkit.system.words import counted
 
 DATASETS = ("digits", *NAMED_SETS)
+SOURCES: dict[str, Callable[[Path], Listing]] = {"folder": list_folder, "parquet": list_parquet, "csv": list_csv}
 _CHUNK = 1024  # images copied at a time for hashing
 
 
@@ -237,7 +239,7 @@ def _plan(recipe: DataRecipe, progress: Progress | None) -> tuple[Listing, Split
             f"data.name={recipe.name} cannot be read ({error}): check the path and its permissions"
         ) from None
     listing = replace(listing, class_names=tuple(writable(name) for name in listing.class_names))
-    return listing, plan_splits(listing.labels, listing.official_test, listing.class_names, recipe)
+    return listing, plan_splits(listing.labels, listing.official_test, listing.class_names, recipe, listing.groups)
 
 
 def _read(
@@ -254,10 +256,10 @@ def _read(
 
 def _list(recipe: DataRecipe, progress: Progress | None) -> Listing:
     kind, colon, path = recipe.name.partition(":")
-    if colon and kind in ("folder", "parquet"):
+    if colon and kind in SOURCES:
         if not path:
             raise DataError(f"data.name={recipe.name} has no path: write {kind}:PATH")
-        return (list_folder if kind == "folder" else list_parquet)(Path(path).expanduser())
+        return SOURCES[kind](Path(path).expanduser())
     if recipe.name == "digits":
         return _list_digits()
     if recipe.name in NAMED_SETS:
@@ -267,11 +269,15 @@ def _list(recipe: DataRecipe, progress: Progress | None) -> Listing:
     if Path(recipe.name).expanduser().exists():
         hint = f"did you mean {_kind_of(Path(recipe.name).expanduser())}:{recipe.name}? "
     allowed = ", ".join(DATASETS)
-    raise DataError(f"data.name={recipe.name} is not a data set: {hint}Choose {allowed}, folder:PATH or parquet:PATH")
+    raise DataError(
+        f"data.name={recipe.name} is not a data set: {hint}Choose {allowed}, folder:PATH, parquet:PATH or csv:FILE"
+    )
 
 
 def _kind_of(path: Path) -> str:
     """Return which kind of source an existing path is."""
+    if path.suffix.lower() in (".csv", ".tsv"):
+        return "csv"
     holds_parquet = path.suffix == ".parquet" or next(path.glob("**/*.parquet"), None) is not None
     return "parquet" if holds_parquet else "folder"
 

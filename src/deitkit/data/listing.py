@@ -48,6 +48,7 @@ class Listing:
         class_names: Names of the classes.
         skipped: Names of images that were omitted because they could not be decoded.
         remarks: What was assumed or left out, as sentences without a full stop.
+        groups: The group of every image, such as a patient; no group is divided between two splits. None without any.
     """
 
     images: UInt8[Tensor, "n channels height width"] | EncodedImages
@@ -56,3 +57,4 @@ class Listing:
     class_names: tuple[str, ...]
     skipped: tuple[str, ...] = ()
     remarks: tuple[str, ...] = ()
+    groups: Int64[Tensor, " n"] | None = None

@@ -3,6 +3,7 @@
 Pure functions of labels and the recipe: nothing here reads a file or decodes an image.
 """
 
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -68,6 +69,7 @@ def plan_splits(
     official_test: Bool[Tensor, " n"] | None,
     class_names: Sequence[str],
     recipe: DataRecipe,
+    groups: Int64[Tensor, " n"] | None = None,
 ) -> SplitIndices:
     """Split a data set, stratified by class, as a function of ``recipe.split_seed`` alone.
 
@@ -81,6 +83,7 @@ def plan_splits(
         official_test: Which images belong to the data set's own test split; None if it has none.
         class_names: Names of the classes, for messages.
         recipe: Fractions, numbers of images and the seed.
+        groups: The group of every image; a group is in one split. None if every image may be in any.
 
     Raises:
         DataError: There are fewer than two classes, a class has too few images for every split, or the recipe sets a
@@ -88,7 +91,7 @@ def plan_splits(
     """
     if len(class_names) < 2:
         raise DataError(f"data.name={recipe.name} has {len(class_names)} class, but at least 2 are needed: add another")
-    draws = _Draws(labels, class_names, recipe)
+    draws = _Draws(labels, class_names, recipe) if groups is None else _GroupDraws(labels, class_names, recipe, groups)
     if official_test is None:
         everything = torch.arange(len(labels))
         draws.require(everything, 3, "train, validation and test")
@@ -151,6 +154,36 @@ class _Draws:
 
     def _counts(self, pool: Tensor) -> Tensor:
         return torch.bincount(self.labels[pool], minlength=len(self.class_names))
+
+
+class _GroupDraws(_Draws):
+    """Draws of whole groups, by scikit-learn's folds that are stratified as well as groups allow."""
+
+    def __init__(self, labels: Tensor, class_names: Sequence[str], recipe: DataRecipe, groups: Tensor) -> None:
+        super().__init__(labels, class_names, recipe)
+        self.groups = groups
+
+    def carve(self, pool: Tensor, fraction: float, leave: int) -> tuple[Tensor, Tensor]:
+        """Return the rest, and a share of about ``fraction`` of the images in whole groups, both with every class."""
+        from sklearn.model_selection import StratifiedGroupKFold  # here, since it takes a second to import
+
+        folds, own = round(1 / fraction), self.groups[pool]
+        if len(own.unique()) < folds:
+            raise DataError(
+                f"data.name={self.recipe.name} has {counted(len(own.unique()), 'group')} to divide, but a share of "
+                f"{fraction:g} needs {folds}: raise data.validation_fraction and data.test_fraction, or add groups"
+            )
+        division = StratifiedGroupKFold(folds, shuffle=True, random_state=self.recipe.split_seed)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of classes with fewer images than folds
+            candidates = list(division.split(own.numpy(), self.labels[pool].numpy(), own.numpy()))
+        for rest, drawn in ((torch.from_numpy(rest), torch.from_numpy(drawn)) for rest, drawn in candidates):
+            if int(self._counts(pool[rest]).min()) >= leave and int(self._counts(pool[drawn]).min()) >= 1:
+                return pool[rest], pool[drawn]
+        raise DataError(
+            f"the groups of data.name={self.recipe.name} cannot be divided so that every split has every class: try "
+            "another data.split_seed, a larger data.validation_fraction or data.test_fraction, or more groups"
+        )
 
 
 def _apportion(counts: Tensor, total: int, leave: int) -> Tensor:

@@ -46,7 +46,7 @@ class Section(BaseModel):
 class DataRecipe(Section):
     """The images, and how they are split."""
 
-    name: str = Field("digits", description="A named data set, folder:PATH or parquet:PATH.")
+    name: str = Field("digits", description="A named data set, folder:PATH, parquet:PATH or csv:FILE.")
     root: Path | None = Field(None, description="Folder of data sets; by default $DEITKIT_DATA, else ~/.cache/deitkit.")
     download: bool = Field(True, description="Download a named data set that is not on the disk (by torchvision).")
     image_px: PositiveInt | None = Field(None, description="Resize images to this; required if their sizes differ.")

@@ -1,0 +1,135 @@
+"""Images listed in a CSV file: a path and a label in each row, and optionally a split and a group."""
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from deitkit.data.listing import Listing, writable
+from deitkit.data.sources.folders import TEST_NAMES, encoded_files, require_same_classes, split_name
+from deitkit.errors import DataError
+from deitkit.system.words import counted
+
+# Spellings of each column, in any case of letters.
+_COLUMNS = {
+    "path": ("path", "image", "file", "filename", "file_name", "image_path", "filepath"),
+    "label": ("label", "class", "class_name", "category", "target"),
+    "split": ("split", "subset", "partition"),
+    "group": ("group", "group_id", "patient", "patient_id", "subject"),
+}
+
+
+def list_csv(path: Path) -> Listing:
+    """List the images of a CSV file with a header, in UTF-8; paths are relative to its folder.
+
+    Columns are ``path`` and ``label``, in their usual spellings; ``split`` names the split of each row (``train``, and
+    one of ``test``, ``val``, ``valid``, ``validation``), ``group`` what must not be on both sides of a split, such as a
+    patient. Others are left out and named.
+
+    Raises:
+        DataError: The file is missing or not a CSV file; a column, a label or an image is missing; an image has two
+            labels; a split is unknown; a class or a group is in only one, or in both, of train and test.
+    """
+    rows, columns = _read(path)
+    spelled = {meaning: _column(columns, meaning) for meaning in _COLUMNS}
+    for meaning in ("path", "label"):
+        if spelled[meaning] is None:
+            spellings = " or ".join(_COLUMNS[meaning][:3])
+            raise DataError(f"'{path}' has no column '{meaning}' (it has {_shown(columns)}): name one {spellings}")
+    values = {
+        meaning: [writable((row[column] or "").strip()) for row in rows]
+        for meaning, column in spelled.items()
+        if column is not None
+    }
+    for meaning, cells in values.items():
+        if "" in cells:
+            raise DataError(f"'{path}' has no {meaning} in row {cells.index('') + 2}: fill it in or remove the row")
+    _require_one_label(values["path"], values["label"], path)
+    splits = [split_name(name) for name in values.get("split", [])]
+    is_test, kept, remarks = _divide(splits, len(rows), path)
+    class_names = sorted({values["label"][place] for place in kept})
+    _require_sides(values, kept, is_test, path)
+    others = [column for column in columns if column not in spelled.values()]
+    if others:
+        remarks.append(f"left out: {counted(len(others), 'column')} of '{path.name}' ({', '.join(others[:5])})")
+    numbers = {name: number for number, name in enumerate(class_names)}
+    groups = None
+    if "group" in values:
+        numbered = {name: number for number, name in enumerate(dict.fromkeys(values["group"]))}
+        groups = torch.tensor([numbered[values["group"][place]] for place in kept])
+    return Listing(
+        encoded_files(path.parent, [path.parent / values["path"][place] for place in kept]),
+        torch.tensor([numbers[values["label"][place]] for place in kept]),
+        torch.tensor([is_test[place] for place in kept]) if splits and any(is_test) else None,
+        tuple(class_names),
+        remarks=tuple(remarks),
+        groups=groups,
+    )
+
+
+def _read(path: Path) -> tuple[list[dict[str, str]], list[str]]:
+    if not path.is_file():
+        raise DataError(f"'{path}' does not exist: data.name=csv:FILE needs a CSV file with the columns path and label")
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            start = file.read(4096)
+            file.seek(0)
+            delimiter = max(",;\t", key=start.partition("\n")[0].count)
+            reader = csv.DictReader(file, delimiter=delimiter)
+            rows, columns = list(reader), list(reader.fieldnames or [])
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"'{path}' is not a CSV file in UTF-8 ({error}): save it as one") from None
+    if not rows:
+        raise DataError(f"'{path}' has no rows: list an image in each, with the columns path and label")
+    long = next((number for number, row in enumerate(rows) if None in row), None)
+    if long is not None:
+        raise DataError(f"'{path}' has more values than columns in row {long + 2}: quote values with a '{delimiter}'")
+    return rows, columns
+
+
+def _column(columns: Sequence[str], meaning: str) -> str | None:
+    """Return the column with a meaning, by the first of its spellings that occurs."""
+    lower = {column.strip().lower(): column for column in columns}
+    return next((lower[name] for name in _COLUMNS[meaning] if name in lower), None)
+
+
+def _require_one_label(paths: Sequence[str], labels: Sequence[str], path: Path) -> None:
+    first: dict[str, str] = {}
+    for image, label in zip(paths, labels, strict=True):
+        if first.setdefault(image, label) != label:
+            raise DataError(f"'{path}' has '{image}' as '{first[image]}' and as '{label}': an image has one class here")
+
+
+def _divide(splits: Sequence[str], count: int, path: Path) -> tuple[list[bool], list[int], list[str]]:
+    """Return which rows are of the test split, the rows that are used, and remarks."""
+    if not splits:
+        return [False] * count, list(range(count)), []
+    unknown = next((name for name in splits if name not in ("train", *TEST_NAMES)), None)
+    if unknown is not None:
+        raise DataError(f"'{path}' has the split '{unknown}': write train, or one of {', '.join(TEST_NAMES)}")
+    if "train" not in splits:
+        raise DataError(f"'{path}' has no row of the split 'train': add some, or remove the column")
+    test = next((name for name in TEST_NAMES if name in splits), None)
+    kept = [place for place, name in enumerate(splits) if name in ("train", test)]
+    left_out = sorted({name for name in splits if name not in ("train", test)})
+    remarks = [f"left out: {counted(splits.count(name), 'row')} of the split '{name}'" for name in left_out]
+    return [name == test for name in splits], kept, remarks
+
+
+def _require_sides(values: dict[str, list[str]], kept: Sequence[int], is_test: Sequence[bool], path: Path) -> None:
+    """Raise DataError if train and test differ in their classes, or share a group."""
+    if not any(is_test):
+        return
+    sides = [[place for place in kept if is_test[place] == side] for side in (False, True)]
+    train, test = ({values["label"][place] for place in side} for side in sides)
+    require_same_classes(train, test, f"the split 'train' of '{path}'", "its test split")
+    if "group" in values:
+        shared = sorted(set.intersection(*({values["group"][place] for place in side} for side in sides)))
+        if shared:
+            groups = counted(len(shared), "group")
+            raise DataError(f"'{path}' has {groups} in train and in test, such as '{shared[0]}': put each in one")
+
+
+def _shown(columns: Sequence[str]) -> str:
+    return ", ".join(f"'{column}'" for column in columns[:6]) + (", ..." if len(columns) > 6 else "")

@@ -1,0 +1,144 @@
+"""Images listed in a CSV file: its columns, its splits, its groups, and every mistake in a sentence."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from deitkit.data.dataset import load_dataset
+from deitkit.data.split import plan_splits
+from deitkit.errors import DataError
+from deitkit.recipe.schema import DataRecipe
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> Callable[..., Path]:
+    """Return a function that writes a CSV file and the images of its rows (the first value of each)."""
+
+    def write(header: str, rows: Sequence[str], *, images: bool = True, name: str = "list.csv") -> Path:
+        for index, row in enumerate(rows):
+            path = tmp_path / row.replace(";", ",").replace("\t", ",").partition(",")[0]
+            if images and path != tmp_path:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.new("RGB", (8, 8), (index % 256, 3 * index % 256, 7)).save(path)
+        (tmp_path / name).write_text("\n".join([header, *rows]) + "\n", encoding="utf-8")
+        return tmp_path / name
+
+    return write
+
+
+def load(path: Path, **fields: object):
+    return load_dataset(DataRecipe(name=f"csv:{path}", **fields))  # type: ignore[arg-type]
+
+
+def many(count: int = 12, split: str = "") -> list[str]:
+    return [
+        f"{split or 'x'}/{name}{index}.png,{name}{split and ',' + split}"
+        for name in ("cat", "dog")
+        for index in range(count)
+    ]
+
+
+@pytest.mark.parametrize(
+    "header", ["path,label", "Image,Class", "filename,category", " file_name , label ", "\ufeffpath,label"]
+)
+def test_columns_are_found_by_their_usual_names(table: Callable[..., Path], header: str) -> None:
+    data = load(table(header, many()))
+    assert data.class_names == ("cat", "dog")
+    assert sum(len(split) for split in (data.train, data.validation, data.test)) == 24
+
+
+@pytest.mark.parametrize("delimiter", [";", "\t"])
+def test_other_delimiters_are_found(table: Callable[..., Path], delimiter: str) -> None:
+    rows = [row.replace(",", delimiter) for row in many()]
+    assert load(table(f"path{delimiter}label", rows)).class_names == ("cat", "dog")
+
+
+def test_a_split_column_divides_and_what_is_left_out_is_said(table: Callable[..., Path]) -> None:
+    rows = many(8, "train") + many(3, "test") + many(2, "validation")
+    data = load(table("path,label,split,photographer", [f"{row},me" for row in rows]))
+    assert (len(data.train) + len(data.validation), len(data.test)) == (16, 6)
+    assert "left out: 4 rows of the split 'validation'" in data.remarks
+    assert "left out: 1 column of 'list.csv' (photographer)" in data.remarks
+
+
+def test_quoted_values_and_unicode(table: Callable[..., Path]) -> None:
+    rows = [f'a{index}.png,"cat, tabby"' for index in range(6)] + [f"b{index}.png,Käfer" for index in range(6)]
+    assert load(table("path,label", rows)).class_names == ("Käfer", "cat, tabby")
+
+
+def test_no_group_is_divided(table: Callable[..., Path]) -> None:
+    rows = [f"x/{name}{index}.png,{name},patient {index // 4}" for name in ("cat", "dog") for index in range(48)]
+    data = load(table("path,label,group", rows), validation_fraction=0.25, test_fraction=0.25)
+    splits = (data.train, data.validation, data.test)
+    groups = [{int(image[0, 0, 0]) % 48 // 4 for image in split.images} for split in splits]
+    assert sum(map(len, groups)) == len(set.union(*groups)) == 12
+    assert all(split.labels.unique().tolist() == [0, 1] for split in splits)
+
+
+@given(st.integers(2, 4), st.integers(8, 20), st.integers(1, 6), st.integers(0, 5))
+def test_groups_stay_whole_for_any_division(classes: int, groups: int, size: int, seed: int) -> None:
+    labels = torch.arange(classes).repeat(groups * size)
+    group = torch.arange(groups).repeat_interleave(classes * size)
+    recipe = DataRecipe(name="csv:x", split_seed=seed, validation_fraction=0.2, test_fraction=0.25)
+    plan = plan_splits(labels, None, [str(number) for number in range(classes)], recipe, group)
+    parts = [set(group[part].tolist()) for part in (plan.train, plan.validation, plan.test)]
+    assert sum(map(len, parts)) == groups
+    assert len(plan.train) + len(plan.validation) + len(plan.test) == len(labels)
+    again = plan_splits(labels, None, [str(number) for number in range(classes)], recipe, group)
+    assert torch.equal(plan.test, again.test)
+
+
+@pytest.mark.parametrize(
+    ("header", "rows", "words"),
+    [
+        ("image_name,label", ["a.png,x"], "has no column 'path' (it has 'image_name', 'label'): name one path or"),
+        ("path,colour", ["a.png,x"], "has no column 'label'"),
+        ("path,label", [], "has no rows"),
+        ("path,label", ["a.png,x", ",y"], "has no path in row 3"),
+        ("path,label", ["a.png,x", "b.png, "], "has no label in row 3"),
+        ("path,label", ["a.png,x", "a.png,y"], "has 'a.png' as 'x' and as 'y'"),
+        ("path,label", ["a.png,x,1"], "more values than columns in row 2"),
+        ("path,label,split", ["a.png,x,train", "b.png,x,dev"], "has the split 'dev': write train, or one of test"),
+        ("path,label,split", ["a.png,x,test"], "has no row of the split 'train'"),
+        ("path,label,split", ["a.png,x,train", "b.png,y,test"], "lacks"),
+        ("path,label,split,group", ["a.png,x,train,p1", "b.png,x,test,p1"], "1 group in train and in test, such as 'p"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_one_sentence(table: Callable[..., Path], header: str, rows: list[str], words: str) -> None:
+    with pytest.raises(DataError) as caught:
+        load(table(header, rows))
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_images_that_are_missing_are_named(table: Callable[..., Path]) -> None:
+    with pytest.raises(DataError, match=r"24 of 24 images are not in .*, such as 'x/cat0\.png'"):
+        load(table("path,label", many(), images=False))
+
+
+def test_too_few_groups_are_said(table: Callable[..., Path]) -> None:
+    rows = [f"x/{name}{index}.png,{name},p{index // 6}" for name in ("cat", "dog") for index in range(12)]
+    with pytest.raises(DataError, match=r"2 groups to divide, but a share of 0\.2 needs 5"):
+        load(table("path,label,group", rows))
+
+
+def test_files_that_are_no_tables(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"does not exist: data\.name=csv:FILE needs"):
+        load(tmp_path / "nothing.csv")
+    (tmp_path / "binary.csv").write_bytes(b"\xff\xfe\x00path")
+    with pytest.raises(DataError, match="is not a CSV file in UTF-8"):
+        load(tmp_path / "binary.csv")
+
+
+def test_a_path_without_its_kind_is_understood(table: Callable[..., Path], run: Run) -> None:
+    path = table("path,label", many())
+    code, _, errors = run("compare", "own-images", f"data.name={path}")
+    assert code == 2
+    assert f"did you mean csv:{path}?" in errors
