@@ -135,7 +135,7 @@ def test_the_first_table_has_the_rows_and_words_of_the_program(
     shown = re.search(r"^```\n( digits: .*?)^```", page_text("getting-started"), re.M | re.S)
     assert shown is not None
     _, printed, _ = run("compare", "digits", *TINY, "--out", tmp_path / "run")
-    rows = re.compile(r"^\s+[★ ]?\s*(\S+/\S+|teacher: \S+)\s", re.M)
+    rows = re.compile(r"^\s+[★ ]?\s*(\S+/\S+|teacher: \S+)\s{2,}", re.M)
     assert rows.findall(printed) == rows.findall(shown[1])
     assert len(rows.findall(printed)) == 12
     titles = [re.findall(r"^ row (.*)", text, re.M)[0].split() for text in (printed, shown[1])]

@@ -1,11 +1,13 @@
 """The answer for someone who has to decide: keep the CNN, or use which student, at what loss, speed and size."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from deitkit.report.table_layout import megabytes, milliseconds
 from deitkit.run.results import Cost, Difference, Results, Row
 
 NOTABLE = 1.1  # a ratio of times or sizes below this makes no difference to anyone
+WORTH_ACCURACY = 2.0  # from this ratio on, someone may give up accuracy for it
 TOLERABLE = 0.02  # accuracy that a student may lose unnoticed, before a tie can count as "as accurate"
 
 
@@ -33,7 +35,10 @@ def advice(results: Results) -> str:
     rival = None if winner is None else _rival(winner, results)
     if winner is None or winner.cost is None or rival is None or _guesses(winner, results):
         return ""
-    savings = _savings(winner.cost, rival.cost)
+    savings = {
+        "speed": rival.cost.milliseconds / winner.cost.milliseconds,
+        "size": rival.cost.file_bytes / winner.cost.file_bytes,
+    }
     return f"{_decision(winner, rival, savings)}. {_prices(winner.cost, rival)}."
 
 
@@ -55,19 +60,15 @@ def _guesses(winner: Row, results: Results) -> bool:
     return balanced is not None and balanced <= 1 / results.dataset.classes + 1e-9
 
 
-def _savings(own: Cost, other: Cost) -> list[str]:
-    saved = {"speed": other.milliseconds / own.milliseconds, "size": other.file_bytes / own.file_bytes}
-    return [name for name, ratio in saved.items() if ratio >= NOTABLE]
-
-
-def _decision(winner: Row, rival: Rival, savings: list[str]) -> str:
-    difference, where = rival.difference, " and ".join(savings)
+def _decision(winner: Row, rival: Rival, savings: Mapping[str, float]) -> str:
+    difference = rival.difference
     loss = 100 * abs(difference.mean)
     if difference.is_significant and difference.mean < 0:
-        if savings:
-            counts = "count" if len(savings) > 1 else "counts"
-            return f"Keep {rival.name} unless {where} {counts} more than {loss:.1f} points of accuracy"
-        return f"Keep {rival.name}: {winner.row} is {loss:.1f} points less accurate, and neither faster nor smaller"
+        worth = [name for name, ratio in savings.items() if ratio >= WORTH_ACCURACY]
+        if worth:
+            counts = "count" if len(worth) > 1 else "counts"
+            return f"Keep {rival.name} unless {' and '.join(worth)} {counts} more than {loss:.1f} points of accuracy"
+        return f"Keep {rival.name}: {winner.row} is {loss:.1f} points less accurate, and not much faster or smaller"
     if difference.is_significant:
         return f"Use {winner.row} instead of {rival.name}: it is {loss:.1f} points more accurate"
     low, high = difference.ci95 or (-1.0, 1.0)
@@ -76,7 +77,9 @@ def _decision(winner: Row, rival: Rival, savings: list[str]) -> str:
             f"The {winner.n:,} test images do not decide between {winner.row} and {rival.name}: its accuracy may be "
             f"{-100 * low:.1f} points lower or {100 * high:.1f} higher"
         )
-    if savings:
+    notable = [name for name, ratio in savings.items() if ratio >= NOTABLE]
+    if notable:
+        where = " and ".join(notable)
         return f"Use {winner.row} instead of {rival.name} for its {where}: it is as accurate within chance"
     return f"Keep {rival.name}: {winner.row} is as accurate within chance, and neither faster nor smaller"
 
