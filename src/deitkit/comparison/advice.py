@@ -39,7 +39,7 @@ def advice(results: Results) -> str:
         "speed": rival.cost.milliseconds / winner.cost.milliseconds,
         "size": rival.cost.file_bytes / winner.cost.file_bytes,
     }
-    return f"{_decision(winner, rival, savings)}. {_prices(winner.cost, rival)}."
+    return f"{_decision(winner, rival, savings)}. {_prices(winner.row, winner.cost, rival)}."
 
 
 def _rival(winner: Row, results: Results) -> Rival | None:
@@ -84,12 +84,14 @@ def _decision(winner: Row, rival: Rival, savings: Mapping[str, float]) -> str:
     return f"Keep {rival.name}: {winner.row} is as accurate within chance, and neither faster nor smaller"
 
 
-def _prices(own: Cost, rival: Rival) -> str:
+def _prices(name: str, own: Cost, rival: Rival) -> str:
     """Return times and sizes of both."""
     other = rival.cost
     longer = own.milliseconds / other.milliseconds
     words = f"{longer:.1f} times as long" if longer >= 1 else f"{1 / longer:.1f} times as fast"
+    times = [milliseconds(cost.milliseconds) for cost in (own, other)]
+    sizes = [megabytes(cost.file_bytes) for cost in (own, other)]
     return (
-        f"An image takes it {milliseconds(own.milliseconds)} ms instead of {milliseconds(other.milliseconds)} on this "
-        f"machine ({words}), and its file is {megabytes(own.file_bytes)} MB instead of {megabytes(other.file_bytes)}"
+        f"{name} takes {times[0]} ms for an image instead of {times[1]} on this machine ({words}), and its file is "
+        f"{sizes[0]} MB instead of {sizes[1]}"
     )
