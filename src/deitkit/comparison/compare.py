@@ -118,7 +118,11 @@ def compare(
     notes = (*results.notes, *(f"{line[0].upper()}{line[1:]}." for line in start))
     results = results.model_copy(update={"machine": machine, "notes": notes})
     watcher.say("measuring what each model costs to use")
-    results = add_costs(results, recipe, folder, precision)
+    return _conclude(add_costs(results, recipe, folder, precision), folder)
+
+
+def _conclude(results: Results, folder: Path) -> Results:
+    """Add the advice, and write the winner, the results and the reports."""
     results = results.model_copy(update={"advice": advice(results)})
     _copy_winner(results, folder)
     write_results(results, folder)

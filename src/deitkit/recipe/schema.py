@@ -5,11 +5,9 @@ Every number that influences a result is a field. Nothing in this file builds a 
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
     PositiveFloat,
     PositiveInt,
@@ -18,29 +16,17 @@ from pydantic import (
 )
 
 from deitkit.recipe.contradictions import contradictions
+from deitkit.recipe.distillation import DistillationRecipe
 from deitkit.recipe.older import upgraded
-
-Fraction = Annotated[float, Field(ge=0, lt=1)]
-Probability = Annotated[float, Field(ge=0, le=1)]
-NonNegativeFloat = Annotated[float, Field(ge=0)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
-Colour = tuple[float, ...]
-OptimizerName = Literal["adamw", "sgd", "muon", "lamb"]
-
-
-class Section(BaseModel):
-    """A part of a recipe: immutable, and closed to unknown keys."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _no_truth_for_a_number(cls, value: Any, info: Any) -> Any:
-        """Refuse ``true`` where a number is meant, which pydantic would take for 1."""
-        annotation = cls.model_fields[info.field_name or ""].annotation
-        if isinstance(value, bool) and annotation is not bool and bool not in get_args(annotation):
-            raise ValueError(f"{str(value).lower()} is not a value of this field")
-        return value
+from deitkit.recipe.section import (
+    Colour,
+    Fraction,
+    NonNegativeFloat,
+    NonNegativeInt,
+    OptimizerName,
+    Probability,
+    Section,
+)
 
 
 class DataRecipe(Section):
@@ -262,57 +248,6 @@ class TeacherRecipe(Section):
     min_top1: Probability | None = Field(None, description="Refuse a teacher below this validation accuracy.")
     allow_weak: bool = Field(False, description="Use a teacher that the gate refuses, marked as weak.")
     cache: bool = Field(False, description="Cache the logits on the disk, for other comparisons on the same views.")
-
-
-class DkdRecipe(Section):
-    """Weights and temperature of 'dkd' and 'token-dkd'."""
-
-    target_weight: NonNegativeFloat = Field(1.0, description="Of the target class against the rest (Zhao et al.: 1).")
-    others_weight: NonNegativeFloat = Field(8.0, description="Of the other classes (Zhao et al., CIFAR-100: 8).")
-    temperature: PositiveFloat = Field(4.0, description="Temperature (Zhao et al., CIFAR-100: 4).")
-
-
-class DistRecipe(Section):
-    """Weights of the correlations, and temperature, of 'dist' and 'token-dist'."""
-
-    inter_weight: NonNegativeFloat = Field(2.0, description="Over the classes of an image (Huang et al.: 2).")
-    intra_weight: NonNegativeFloat = Field(2.0, description="Over the images of a class (Huang et al.: 2).")
-    temperature: PositiveFloat = Field(1.0, description="Temperature (Huang et al., ImageNet: 1; CIFAR-100: 4).")
-
-
-class StandardisedRecipe(Section):
-    """Settings of 'standardised' and 'token-standardised'."""
-
-    label_weight: NonNegativeFloat = Field(0.1, description="Weight of the labels (Sun et al.: 0.1).")
-    teacher_weight: NonNegativeFloat = Field(9.0, description="Weight of the teacher (Sun et al.: 9).")
-    temperature: PositiveFloat = Field(
-        2.0, description="Temperature, in standard deviations of the logits (Sun et al.: 2)."
-    )
-
-
-class ConsistentRecipe(Section):
-    """Settings of 'consistent'."""
-
-    temperature: PositiveFloat = Field(1.0, description="Temperature (Beyer et al., ImageNet: 1).")
-
-
-class DistillationRecipe(Section):
-    """Weights and temperatures of the distillation losses."""
-
-    temperature: PositiveFloat = Field(3.0, description="Of the soft methods (paper: 3.0).")
-    soft_weight: Probability = Field(0.1, description="Share of the teacher in 'soft' (paper: lambda = 0.1).")
-    hard_weight: Probability = Field(0.5, description="Share of the teacher in 'hard' (paper: one half).")
-    token_weight: Probability = Field(0.5, description="Share of the distillation head in the token methods.")
-    soft_scale: Literal["batch-mean", "legacy"] = Field(
-        "batch-mean", description="legacy: also divide by the number of classes, as the released code does."
-    )
-    unlabelled_weight: NonNegativeFloat = Field(
-        1.0, description="Weight of an image of data.unlabelled in the teacher's term, beside 1 for one with a label."
-    )
-    dkd: DkdRecipe = DkdRecipe()
-    dist: DistRecipe = DistRecipe()
-    standardised: StandardisedRecipe = StandardisedRecipe()
-    consistent: ConsistentRecipe = ConsistentRecipe()
 
 
 class CompareRecipe(Section):

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError
 
 from deitkit.errors import CheckpointError
+from deitkit.run.older import completed
 from deitkit.run.record import Document, Record, parse_json
 from deitkit.system.files import write_text
 
@@ -19,19 +20,16 @@ Interval = tuple[float, float]
 Reference = Literal["none", "before", "base", "teacher", "baseline"]  # what a difference is relative to
 
 
-def _difference_fields(name: str, ci95: str, p: str, test: str) -> tuple[str, str, str, str, str]:
-    return name, ci95, p, test, f"{p}_holm"
-
-
 # The fields of a row that hold its difference to each reference, in the order of ``Difference``.
 _DIFFERENCE_FIELDS: dict[Reference, tuple[str, ...]] = {
-    "none": _difference_fields("difference_vs_none", "difference_ci95", "p_vs_none", "p_test"),
+    "none": ("difference_vs_none", "difference_ci95", "p_vs_none", "p_test", "p_vs_none_holm"),
     **{
-        reference: _difference_fields(
+        reference: (
             f"difference_vs_{reference}",
             f"difference_vs_{reference}_ci95",
             f"p_vs_{reference}",
             f"p_vs_{reference}_test",
+            f"p_vs_{reference}_holm",
         )
         for reference in ("before", "base", "teacher", "baseline")
     },
@@ -388,7 +386,7 @@ def parse_results(stored: dict[str, Any], source: str = "results.json") -> Resul
     """
     kind = AblationResults if "variants" in stored else Results
     try:
-        results = kind.model_validate(_completed(stored))
+        results = kind.model_validate(completed(stored))
     except ValidationError as error:
         places = {
             ".".join(str(part) for part in one["loc"] if isinstance(part, str)): one["type"] for one in error.errors()
@@ -399,29 +397,3 @@ def parse_results(stored: dict[str, Any], source: str = "results.json") -> Resul
     if not results.rows:
         raise CheckpointError(f"'{source}' lacks rows: run the comparison again with --resume")
     return results
-
-
-def _completed(stored: dict[str, Any]) -> dict[str, Any]:
-    """Add to the content of an older file what version 0.1 did not store; it knew rows by the name of their method."""
-    rows = stored.get("rows")
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        return stored
-    kinds = {"cnn-baseline": "baseline", "before": "checkpoint"}
-    last = [row.get("method") for row in rows if row.get("weights") == "last"]
-    reference = next((name for name in ("none", "mean-pool-none", "class-only") if name in last), None)
-    rows = [
-        {
-            "kind": kinds.get(str(row.get("method")), "student"),
-            "reference": row.get("weights") == "last" and row.get("method") == reference,
-        }
-        | row
-        for row in rows
-    ]
-    published = [
-        entry | {"table": "reproduction"} if isinstance(entry, dict) and entry.get("table") == "seed" else entry
-        for entry in stored.get("published") or []
-    ]
-    stored = stored | {"rows": rows, "notes": stored.get("notes") or [], "published": published}
-    if not stored.get("teachers") and stored.get("teacher"):
-        stored["teachers"] = [stored["teacher"]]
-    return stored
