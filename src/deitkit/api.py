@@ -24,7 +24,8 @@ from deitkit.comparison.finetune import start_from
 from deitkit.data.dataset import Dataset
 from deitkit.data.dataset import load_dataset as read_dataset
 from deitkit.distillation.methods import METHODS, find_method
-from deitkit.evaluation.apply import evaluate_model, predict_files
+from deitkit.evaluation.apply import evaluate_model
+from deitkit.evaluation.classify import classify
 from deitkit.models.saved import model_folder, read_card
 from deitkit.recipe.load import load_recipe as read_recipe
 from deitkit.recipe.schema import Recipe
@@ -73,7 +74,7 @@ class Model:
             of a folder that cannot be decoded has no classes, and ``error``.
         """
         paths = [images] if isinstance(images, str | Path) else images
-        return predict_files(self.folder, [Path(path) for path in paths], readout=readout, top=top)
+        return list(classify(self.folder, [Path(path) for path in paths], readout=readout, top=top))
 
     def evaluate(self, data: str, *, root: str | Path | None = None) -> dict[str, Any]:
         """Measure it on the test images of a data set (a name, ``folder:PATH`` or ``parquet:PATH``), by readout."""

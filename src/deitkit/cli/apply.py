@@ -1,7 +1,7 @@
 """The commands that apply a saved model: ``evaluate`` and ``predict``."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
@@ -9,6 +9,8 @@ from rich.table import Table
 from deitkit.cli.console import console, plain, print_json, say
 from deitkit.cli.options import Json, ModelArgument
 from deitkit.system.words import counted
+
+MOST_REASONS = 5  # files that are named because they cannot be decoded
 
 
 def evaluate(
@@ -42,23 +44,52 @@ def predict(
         str | None, typer.Option("--readout", help="class, distillation, joint or joint-logits.")
     ] = None,
     top: Annotated[int, typer.Option("--top", min=1, help="Show this many classes for each image.")] = 3,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Write a line for each image to this new .csv or .jsonl file.")
+    ] = None,
+    embeddings: Annotated[
+        Path | None,
+        typer.Option("--embeddings", help="Write the features before the head to this new .parquet file."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Classify images with a trained model."""
-    from deitkit.evaluation.apply import predict_files
-    from deitkit.models.saved import model_folder
+    """Classify images with a trained model: a few as a table, any number into a file.
 
-    predictions = predict_files(model_folder(model), images, readout=readout, top=top)
+    For example `deitkit predict runs/mine photos --out answers.csv`. Images are decoded ahead by several processes and
+    never all in memory. One in a folder that cannot be decoded is named, counted and left out.
+    """
+    from deitkit.cli.prediction_files import PredictionFiles, told
+    from deitkit.evaluation.classify import classify, image_files
+    from deitkit.models.saved import model_folder, read_card
+
+    read_card(model_folder(model))  # a mistake in the model is told before one in the images
+    total = len(image_files(images))
+    stream = classify(model_folder(model), images, readout=readout, top=top, embed=embeddings is not None)
+    failed = 0
+    shown: list[dict[str, Any]] = []
+    reasons: list[dict[str, Any]] = []
+    with PredictionFiles(out, embeddings, top) as files:
+        for prediction in told(stream, total):
+            files.add(prediction)
+            if "error" in prediction:
+                failed += 1
+                reasons = reasons if failed > MOST_REASONS else [*reasons, prediction]
+            if out is None:
+                shown.append({key: value for key, value in prediction.items() if key != "embedding"})
     if as_json:
-        print_json(predictions)
+        print_json(shown if out is None else {"images": total, "answered": total - failed, "file": str(out)})
         return
+    if out is None:
+        _print_answers(shown)
+    for prediction in reasons:
+        say(f"left out: {prediction['image']} cannot be decoded ({prediction['error']})")
+    if failed or out is not None:
+        say(f"{total - failed} of {counted(total, 'image')} answered" + (f", in {out}" if out is not None else ""))
+
+
+def _print_answers(predictions: list[dict[str, Any]]) -> None:
     table = Table("image", "class", "probability")
-    left_out = [prediction for prediction in predictions if "error" in prediction]
     for prediction in predictions:
         for place, (name, probability) in enumerate(prediction["classes"]):
             table.add_row("" if place else plain(prediction["image"]), plain(name), f"{100 * probability:.1f} %")
     console.print(table)
-    for prediction in left_out[:5]:
-        say(f"left out: {prediction['image']} cannot be decoded ({prediction['error']})")
-    if left_out:
-        say(f"{len(predictions) - len(left_out)} of {counted(len(predictions), 'image')} answered")

@@ -82,7 +82,7 @@ def create_classifier(
     if library == "small":
         model = small_cnn(architecture, classes=classes, channels=channels)
         source = f"torchvision {torchvision.__version__}, deitkit's stem for small images"
-        return BuiltClassifier(model, _head_name(model, classes), None, None, None, source)
+        return BuiltClassifier(model, head_name(model, classes), None, None, None, source)
     build = _from_timm if library == "timm" else _from_torchvision
     with _one_sentence(name, pretrained, image_px), no_endless_wait():
         return build(architecture, classes=classes, channels=channels, pretrained=pretrained, image_px=image_px)
@@ -215,7 +215,7 @@ def _from_torchvision(
         _set_channels(model, channels)
     built = BuiltClassifier(
         model,
-        _head_name(model, built_classes),
+        head_name(model, built_classes),
         tuple(preset.mean) if channels == 3 else None,
         tuple(preset.std) if channels == 3 else None,
         native_px,
@@ -235,7 +235,7 @@ def _set_channels(model: nn.Module, channels: int) -> None:
     model.set_submodule(name, nn.Conv2d(channels, old.out_channels, **shape))
 
 
-def _head_name(model: nn.Module, classes: int) -> str:
+def head_name(model: nn.Module, classes: int) -> str:
     """Return the name of the last layer with ``classes`` outputs."""
     widths = {
         name: layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels

@@ -1,0 +1,108 @@
+"""Files of predictions, written while they are made: CSV or JSON lines, and embeddings as parquet."""
+
+import csv
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import IO, Any
+
+from rich.progress import track
+
+from deitkit.cli.console import errors, say
+from deitkit.errors import DataError
+
+ROWS = 1024  # of a group in the parquet file
+EVERY_SECONDS = 60.0  # a line where no terminal draws a bar
+
+
+class PredictionFiles:
+    """The files of ``predict``, closed at the end of a ``with`` block, however it ends.
+
+    Args:
+        out: A new ``.csv`` or ``.jsonl`` file; None for none.
+        embeddings: A new ``.parquet`` file; None for none.
+        top: Classes of a row of the CSV file.
+
+    Raises:
+        DataError: A file exists, cannot be made, or has another ending.
+    """
+
+    def __init__(self, out: Path | None, embeddings: Path | None, top: int) -> None:
+        for path, endings in ((out, (".csv", ".jsonl")), (embeddings, (".parquet",))):
+            if path is not None and path.suffix.lower() not in endings:
+                raise DataError(f"{path} has another ending than {' or '.join(endings)}: name such a file")
+        self.out, self.embeddings, self.top = out, embeddings, top
+        self.waiting: list[dict[str, Any]] = []
+        self.closing = ExitStack()
+        self.text: IO[str] | None = None
+        self.parquet: Any = None
+
+    def __enter__(self) -> "PredictionFiles":
+        if self.out is not None:
+            self.text = self.closing.enter_context(_new(self.out, "x"))
+            if self.out.suffix.lower() == ".csv":
+                from deitkit.evaluation.classify import csv_header
+
+                csv.writer(self.text).writerow(csv_header(self.top))
+        if self.embeddings is not None:
+            _new(self.embeddings, "x").close()
+        return self
+
+    def add(self, prediction: dict[str, Any]) -> None:
+        """Write what the model says of an image."""
+        from deitkit.evaluation.classify import csv_row, json_line
+
+        if self.text is not None and self.out is not None:
+            if self.out.suffix.lower() == ".csv":
+                csv.writer(self.text).writerow(csv_row(prediction, self.top))
+            else:
+                self.text.write(json_line(prediction) + "\n")
+        if self.embeddings is not None and "embedding" in prediction:
+            self.waiting.append(prediction)
+            if len(self.waiting) == ROWS:
+                self._write_embeddings()
+
+    def _write_embeddings(self) -> None:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        from deitkit.evaluation.classify import embedding_batch
+
+        names, values = embedding_batch(self.waiting)
+        width = values.shape[1]
+        column = pa.FixedSizeListArray.from_arrays(pa.array(values.ravel(), pa.float32()), width)
+        table = pa.table({"image": pa.array(names, pa.string()), "embedding": column})
+        if self.parquet is None:
+            assert self.embeddings is not None
+            self.parquet = self.closing.enter_context(pq.ParquetWriter(self.embeddings, table.schema))
+        self.parquet.write_table(table)
+        self.waiting.clear()
+
+    def __exit__(self, *error: object) -> None:
+        with self.closing:
+            if self.waiting:
+                self._write_embeddings()
+
+
+def _new(path: Path, mode: str) -> IO[str]:
+    try:
+        return path.open(mode, encoding="utf-8", newline="")
+    except FileExistsError:
+        raise DataError(f"{path} exists: name a new file, or remove it") from None
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise DataError(f"{path} cannot be written ({reason}): name another file") from None
+
+
+def told(predictions: Iterable[dict[str, Any]], total: int) -> Iterator[dict[str, Any]]:
+    """Yield predictions with a bar on a terminal, else with a line each minute, on standard error."""
+    if errors.is_terminal:
+        yield from track(predictions, "classifying", total=total, console=errors, transient=True)
+        return
+    started = said = time.monotonic()
+    for done, prediction in enumerate(predictions, start=1):
+        yield prediction
+        if time.monotonic() - said > EVERY_SECONDS:
+            said = time.monotonic()
+            say(f"{done:,} of {total:,} images, {done / (said - started):.0f} images/s", errors)

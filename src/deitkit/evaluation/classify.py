@@ -1,0 +1,209 @@
+"""Classifying any number of image files: decoded ahead by worker processes, in batches, in bounded memory."""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from deitkit.data.decode import SUFFIXES, decode_image, strict_pillow
+from deitkit.data.listing import writable
+from deitkit.data.sources.folders import files_below
+from deitkit.errors import DataError, RecipeError
+from deitkit.evaluation.readouts import default_readout, readout_scores
+from deitkit.models.accelerate import uncompiled
+from deitkit.models.classifier import Classifier
+from deitkit.models.saved import load_classifier
+from deitkit.models.vit import DeiT
+from deitkit.models.zoo import head_name
+from deitkit.system.device import Precision, choose_device
+from deitkit.system.process import usable_cores
+from deitkit.system.words import counted
+
+BATCH_SIZE = 64
+FEWEST_FOR_WORKERS = 256  # files; starting processes takes seconds
+
+Prediction: TypeAlias = dict[str, Any]
+
+
+class ImageFiles(torch.utils.data.Dataset[tuple[int, Tensor | str]]):
+    """Image files as a model takes them; a file that cannot be decoded is its error, as text."""
+
+    def __init__(self, files: Sequence[Path], card: dict[str, Any]) -> None:
+        self.files = files
+        self.channels, self.image_px = card["channels"], input_px(card)
+        self.eval_crop = eval_crop(card)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, place: int) -> tuple[int, Tensor | str]:
+        """Return a file's place, and its pixels or its error."""
+        try:
+            with strict_pillow():
+                pixels = decode_image(self.files[place], self.channels, self.image_px, self.eval_crop)
+        except Exception as error:  # Pillow raises many types
+            return place, str(error)
+        return place, torch.from_numpy(pixels.copy())
+
+
+def input_px(card: dict[str, Any]) -> int:
+    """Return the side of a model's training images."""
+    return int(min(card["input_px"]))
+
+
+def eval_crop(card: dict[str, Any]) -> float:
+    """Return the divisor of an image's side before its centre is cropped."""
+    return float(card.get("eval_crop", 1.0))
+
+
+def image_files(paths: Sequence[Path]) -> list[Path]:
+    """Return the named files, and the images in named folders and their subfolders, each once.
+
+    Raises:
+        DataError: A path does not exist, or a folder has no image.
+    """
+    found: dict[Path, None] = {}
+    for path in paths:
+        if not path.exists():
+            raise DataError(f"image {path} does not exist: check its name")
+        files = [path] if not path.is_dir() else sorted(_images_below(path))
+        if not files:
+            raise DataError(
+                f"{path} contains no image ({', '.join(sorted(SUFFIXES))}): name image files, or folders of them"
+            )
+        found |= dict.fromkeys(files)
+    return list(found)
+
+
+def _images_below(folder: Path) -> Iterator[Path]:
+    return (file for file in files_below(folder) if file.suffix.lower() in SUFFIXES)
+
+
+def classify(
+    folder: Path,
+    paths: Sequence[Path],
+    *,
+    readout: str | None = None,
+    top: int = 3,
+    embed: bool = False,
+    workers: int | None = None,
+) -> Iterator[Prediction]:
+    """Yield what a model says of each image, in order; the next images are decoded meanwhile.
+
+    Args:
+        folder: Of the model.
+        paths: Image files, or folders of them, with their subfolders.
+        readout: The readout to use; by default that of the model's card, else the default one.
+        top: Number of classes for each image, with their probabilities.
+        embed: Add ``embedding``, the input of the model's head (of both heads, one after the other), float32.
+        workers: Processes that decode; by default none for few files, else one for each core.
+
+    Yields:
+        ``image``, ``readout`` and ``classes``; one in a folder that cannot be decoded has no classes, and ``error``.
+
+    Raises:
+        DataError: A named file does not exist or cannot be decoded, or none of the images can.
+        RecipeError: The model does not have the readout.
+    """
+    device = choose_device("auto")
+    classifier, card = load_classifier(folder, device)
+    files, named = image_files(paths), {*paths}
+    if workers is None:
+        workers = usable_cores() if len(files) >= FEWEST_FOR_WORKERS else 0
+    loader = DataLoader(
+        ImageFiles(files, card),
+        BATCH_SIZE,
+        collate_fn=list,
+        num_workers=workers,
+        prefetch_factor=2 if workers else None,
+    )
+    answered, first_error = 0, ""
+    for batch in loader:
+        errors = {place: found for place, found in batch if isinstance(found, str)}
+        for place, reason in errors.items():
+            if files[place] in named:
+                raise DataError(f"image {files[place]} cannot be decoded ({reason}): convert it to PNG or leave it out")
+            first_error = first_error or f"{files[place]} ({reason})"
+        read = [(place, found) for place, found in batch if isinstance(found, Tensor)]
+        answers = _answer(classifier, card, [found for _, found in read], readout, top, embed) if read else []
+        by_place = dict(zip([place for place, _ in read], answers, strict=True))
+        answered += len(read)
+        for place, _ in batch:
+            image = {"image": writable(str(files[place]))}
+            nothing: Prediction = {"readout": readout or card.get("readout"), "classes": []}
+            yield image | (nothing | {"error": errors[place]} if place in errors else by_place[place])
+    if not answered:
+        raise DataError(f"none of {counted(len(files), 'image')} can be decoded, first {first_error}: convert them")
+
+
+@torch.inference_mode()
+def _answer(
+    classifier: Classifier, card: dict[str, Any], pixels: list[Tensor], readout: str | None, top: int, embed: bool
+) -> list[Prediction]:
+    precision = Precision.choose("auto", classifier.mean.device)
+    view = torch.stack(pixels).to(precision.device).float() / 255
+    with uncompiled(), precision.autocast(), _HeadInputs(classifier.model, len(card["class_names"]), embed) as inputs:
+        output = classifier.eval()(view)
+    scores = readout_scores(output)
+    chosen = readout or card.get("readout") or default_readout(list(scores))
+    if chosen not in scores:
+        raise RecipeError(f"--readout {chosen}: this model has {', '.join(scores)}")
+    probabilities = scores[chosen].float().softmax(dim=-1).cpu()
+    best = probabilities.topk(min(top, probabilities.shape[-1]), dim=-1)
+    embeddings = torch.cat(inputs.seen, dim=1).float().cpu().numpy() if embed else None
+    return [
+        {
+            "readout": chosen,
+            "classes": [(card["class_names"][index], share) for index, share in zip(indices, shares, strict=True)],
+        }
+        | ({} if embeddings is None else {"embedding": embeddings[place]})
+        for place, (indices, shares) in enumerate(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+    ]
+
+
+class _HeadInputs:
+    """Collects the inputs of a model's heads while it is active."""
+
+    def __init__(self, model: nn.Module, classes: int, active: bool) -> None:
+        is_student = isinstance(model, DeiT)
+        heads = [model.head, model.head_dist] if is_student else [model.get_submodule(head_name(model, classes))]
+        self.heads = [head for head in heads if isinstance(head, nn.Module)] if active else []
+        self.seen: list[Tensor] = []
+
+    def __enter__(self) -> "_HeadInputs":
+        self.hooks = [head.register_forward_pre_hook(self._keep) for head in self.heads]
+        return self
+
+    def _keep(self, head: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        self.seen.append(inputs[0].flatten(2).mean(dim=2) if inputs[0].ndim > 2 else inputs[0])
+
+    def __exit__(self, *error: object) -> None:
+        for hook in self.hooks:
+            hook.remove()
+
+
+def json_line(prediction: Prediction) -> str:
+    """Return a prediction as one line of JSON, without its embedding."""
+    return json.dumps({key: value for key, value in prediction.items() if key != "embedding"}, ensure_ascii=False)
+
+
+def csv_row(prediction: Prediction, top: int) -> list[str]:
+    """Return image, then class and probability of the ``top`` best, then the error."""
+    cells = [cell for name, share in prediction["classes"] for cell in (name, f"{share:.6f}")]
+    return [prediction["image"], *cells, *[""] * (2 * top - len(cells)), prediction.get("error", "")]
+
+
+def csv_header(top: int) -> list[str]:
+    """Return the names of the columns of ``csv_row``."""
+    return ["image", *[f"{what}_{place}" for place in range(1, top + 1) for what in ("class", "probability")], "error"]
+
+
+def embedding_batch(predictions: Sequence[Prediction]) -> tuple[list[str], np.ndarray]:
+    """Return the names and embeddings ``[n, width]`` of the images that have one."""
+    having = [prediction for prediction in predictions if "embedding" in prediction]
+    return [prediction["image"] for prediction in having], np.stack([one["embedding"] for one in having])

@@ -1,0 +1,160 @@
+"""Classifying many files: in order, in batches, by several processes, into files, and past what cannot be read."""
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from deitkit.errors import DataError, RecipeError
+from deitkit.evaluation import classify as module
+from deitkit.evaluation.classify import classify
+from deitkit.models.classifier import Classifier
+from deitkit.models.cnn import CifarResNet
+from deitkit.models.saved import save_classifier
+from deitkit.models.vit import DeiT
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+def save_student(folder: Path, tokens: tuple[str, ...] = ("class", "distillation")) -> Path:
+    torch.manual_seed(0)
+    model = DeiT(image_px=8, patch_px=4, channels=3, classes=3, width=16, depth=1, heads=2, tokens=tokens)
+    card = {"class_names": ["a", "b", "c"], "channels": 3, "input_px": [8, 8], "method": "token-hard"}
+    save_classifier(folder, Classifier(model, mean=(0.5,) * 3, std=(0.5,) * 3), card)
+    return folder
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return save_student(tmp_path / "model")
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """150 images in two folders; two files of them cannot be decoded."""
+    for index in range(150):
+        path = tmp_path / "photos" / "ab"[index % 2] / f"{index:03}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (12, 10), (index, 255 - index, 7 * index % 256)).save(path)
+    (tmp_path / "photos" / "a" / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0")
+    (tmp_path / "photos" / "b" / "empty.png").write_bytes(b"")
+    return tmp_path / "photos"
+
+
+def test_batches_and_processes_change_nothing(model: Path, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one_by_one = []
+    for path in sorted(photos.glob("*/[0-9]*.png")):
+        one_by_one += list(classify(model, [path]))
+    together = [found for found in classify(model, [photos]) if "error" not in found]
+    apart = [found for found in classify(model, [photos], workers=2) if "error" not in found]
+    assert [one["image"] for one in together] == [one["image"] for one in one_by_one]
+    assert apart == together
+    for one, other in zip(together, one_by_one, strict=True):
+        assert [name for name, _ in one["classes"]] == [name for name, _ in other["classes"]]
+        assert [share for _, share in one["classes"]] == pytest.approx(
+            [share for _, share in other["classes"]], abs=1e-5
+        )
+
+
+def test_what_cannot_be_read_is_named_and_the_rest_goes_on(model: Path, photos: Path) -> None:
+    found = list(classify(model, [photos]))
+    assert len(found) == 152
+    bad = {Path(one["image"]).name: one for one in found if "error" in one}
+    assert set(bad) == {"broken.jpg", "empty.png"}
+    assert all(one["classes"] == [] for one in bad.values())
+
+
+def test_only_some_images_are_in_memory(model: Path, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = []
+    decode = module.decode_image
+    monkeypatch.setattr(module, "decode_image", lambda *arguments: read.append(1) or decode(*arguments))
+    stream = classify(model, [photos])
+    next(stream)
+    assert len(read) == module.BATCH_SIZE
+
+
+def test_a_file_that_is_named_twice_is_read_once(model: Path, photos: Path) -> None:
+    path = photos / "a" / "000.png"
+    assert len(list(classify(model, [path, path, photos / "a"]))) == 76
+
+
+@pytest.mark.parametrize("tokens", [("class",), ("class", "distillation"), ()])
+def test_embeddings_are_the_inputs_of_the_heads(tokens: tuple[str, ...], tmp_path: Path, photos: Path) -> None:
+    folder = save_student(tmp_path / "other", tokens)
+    (found,) = classify(folder, [photos / "a" / "000.png"], embed=True, readout="class")
+    assert found["embedding"].dtype == np.float32
+    assert found["embedding"].shape == (16 * max(len(tokens), 1),)
+    from deitkit.models.saved import load_classifier
+
+    classifier, _ = load_classifier(folder, torch.device("cpu"))
+    logits = classifier.model.head(torch.from_numpy(found["embedding"][None, :16]))
+    shares = dict(found["classes"])
+    assert logits.softmax(-1)[0].tolist() == pytest.approx([shares[name] for name in "abc"], abs=1e-5)
+
+
+def test_a_cnn_has_embeddings_too(tmp_path: Path, photos: Path) -> None:
+    torch.manual_seed(0)
+    card = {"class_names": ["a", "b", "c"], "channels": 3, "input_px": [8, 8], "architecture": "cifar/resnet20"}
+    save_classifier(
+        tmp_path / "cnn", Classifier(CifarResNet(20, classes=3, channels=3), mean=(0.5,) * 3, std=(0.5,) * 3), card
+    )
+    (found,) = classify(tmp_path / "cnn", [photos / "a" / "000.png"], embed=True)
+    assert found["embedding"].shape == (64,)
+
+
+def test_mistakes_are_one_sentence(model: Path, photos: Path, tmp_path: Path) -> None:
+    for paths, words in (
+        ([tmp_path / "nothing.png"], r"nothing\.png does not exist"),
+        ([photos / "a" / "broken.jpg"], r"broken\.jpg cannot be decoded .* convert it"),
+        ([tmp_path / "model"], "contains no image"),
+    ):
+        with pytest.raises(DataError, match=words):
+            list(classify(model, paths))
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "a.png").write_bytes(b"x")
+    with pytest.raises(DataError, match="none of 1 image can be decoded"):
+        list(classify(model, [tmp_path / "bad"]))
+    with pytest.raises(RecipeError, match="--readout other: this model has class, distillation"):
+        list(classify(model, [photos], readout="other"))
+
+
+def test_files_of_answers(model: Path, photos: Path, tmp_path: Path, run: Run) -> None:
+    code, text, _ = run("predict", model, photos, "--out", tmp_path / "a.csv", "--embeddings", tmp_path / "e.parquet")
+    assert code == 0
+    assert "150 of 152 images answered, in " in text
+    assert text.count("left out: ") == 2
+    with (tmp_path / "a.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    expected = list(classify(model, [photos]))
+    assert [row["image"] for row in rows] == [one["image"] for one in expected]
+    assert [row["class_1"] for row in rows] == [one["classes"][0][0] if one["classes"] else "" for one in expected]
+    assert [bool(row["error"]) for row in rows] == ["error" in one for one in expected]
+    table = pq.read_table(tmp_path / "e.parquet")
+    assert table.num_rows == 150
+    assert len(table["embedding"][0].as_py()) == 32
+    assert run("predict", model, photos, "--out", tmp_path / "a.jsonl")[0] == 0
+    lines = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+    assert [line["image"] for line in lines] == [one["image"] for one in expected]
+    assert json.loads(run("predict", model, photos, "--out", tmp_path / "b.csv", "--json")[1])["answered"] == 150
+
+
+@pytest.mark.parametrize(("option", "name", "words"), [
+    ("--out", "a.txt", "has another ending than .csv or .jsonl"),
+    ("--embeddings", "a.csv", "has another ending than .parquet"),
+    ("--out", "nowhere/a.csv", "cannot be written (no such file or directory)"),
+    ("--out", "there.csv", "exists: name a new file"),
+])  # fmt: skip
+def test_files_that_cannot_be_written(
+    model: Path, photos: Path, tmp_path: Path, run: Run, option: str, name: str, words: str
+) -> None:
+    (tmp_path / "there.csv").write_text("mine")
+    code, _, errors = run("predict", model, photos, option, tmp_path / name)
+    assert code == 2
+    assert words in errors
+    assert (tmp_path / "there.csv").read_text() == "mine"
