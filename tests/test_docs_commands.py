@@ -147,7 +147,7 @@ def test_the_first_table_has_the_rows_and_words_of_the_program(
 @pytest.mark.parametrize("page", [ROOT / "README.md", *sorted((ROOT / "results").glob("*/README.md"))], ids=str)
 def test_accuracies_with_an_interval_stand_in_a_table_of_a_run(page: Path) -> None:
     tables = "".join(path.read_text() for path in (ROOT / "results").rglob("table.md"))
-    figures = re.findall(r"\d+\.\d\d \[\d+\.\d\d, \d+\.\d\d\]", page.read_text())
+    figures = re.findall(r"\d+\.\d{1,2} \[\d+\.\d{1,2}, \d+\.\d{1,2}\]", page.read_text())
     assert figures
     assert [figure for figure in figures if figure not in tables] == []
 

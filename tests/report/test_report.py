@@ -19,7 +19,7 @@ from rich.console import Console
 from deitkit.errors import CheckpointError
 from deitkit.recipe.schema import Recipe
 from deitkit.report.charts import accuracy_chart, curve_charts
-from deitkit.report.figures import curves_of
+from deitkit.report.figures import curves_of, validation_peaks
 from deitkit.report.published import published_figures
 from deitkit.report.table import rich_table, write_tables
 from deitkit.report.table_layout import Layout, lay_out
@@ -707,3 +707,14 @@ def test_report_imports_no_training_code() -> None:
             name for name in imported if name.split(".")[0] not in ("errors", "recipe", "report") and name not in read
         ]
         assert not wrong, (source.name, wrong)
+
+
+def test_peaks_are_the_highest_means_and_their_epochs() -> None:
+    peaks = {peak.student: peak for peak in validation_peaks(typed(make_metrics()))}
+    assert peaks["none"].epoch == 20
+    assert peaks["none"].highest == peaks["none"].last
+    falling = [line | {"validation": {"class": 0.5 - 0.01 * line["epoch"]}} for line in make_metrics((0,), 5)]
+    assert {(peak.epoch, peak.highest, round(peak.last, 3)) for peak in validation_peaks(typed(falling))} == {
+        (1, 0.49, 0.45)
+    }
+    assert validation_peaks([]) == []

@@ -60,6 +60,26 @@ def curves_of(metrics: Sequence[EpochMetrics], value: Callable[[EpochMetrics], N
     return [Curve(student, seeds) for student, seeds in gathered.items()]
 
 
+@dataclass(frozen=True)
+class Peak:
+    """A student's highest mean validation accuracy, as a fraction, the epoch of it, and that of the last epoch."""
+
+    student: str
+    highest: float
+    epoch: int
+    last: float
+
+
+def validation_peaks(metrics: Sequence[EpochMetrics]) -> list[Peak]:
+    """Return the peak of each student, which selects nothing: a peak well above the end tells of overfitting."""
+    peaks = []
+    for curve in curves_of(metrics, lambda line: line.main_accuracy):
+        means = curve.over_seeds(mean)
+        place = max(range(len(means)), key=means.__getitem__)
+        peaks.append(Peak(curve.student, means[place], curve.epochs[place], means[-1]))
+    return peaks
+
+
 def colours_of(metrics: Sequence[EpochMetrics]) -> dict[str, str]:
     """Return a colour for every student, the same in all figures."""
     students = dict.fromkeys(line.student for line in metrics)

@@ -11,7 +11,7 @@ from deitkit.report.ablation import difference_chart, lay_out_any
 from deitkit.report.analysis import Section, lay_out_analysis
 from deitkit.report.charts import accuracy_chart, curve_charts
 from deitkit.report.cost_chart import cost_chart
-from deitkit.report.figures import colours_of
+from deitkit.report.figures import colours_of, validation_peaks
 from deitkit.report.published import PAPER, REPRODUCTION
 from deitkit.report.table_layout import NOTHING, WINNER_MARK, millions, percent
 from deitkit.run.analysis import read_analysis
@@ -89,6 +89,7 @@ def render_page(
         nothing=NOTHING,
         reference=results.reference,
         charts={name: views for name, views in charts.items() if views},
+        peaks=validation_peaks(metrics),
         several_seeds=len({line.seed for line in metrics}) > 1,
         views=views,
         analysis=analysis,
