@@ -10,8 +10,9 @@ from deitkit.comparison.advice import advice
 from deitkit.comparison.compare import compare
 from deitkit.recipe.schema import Recipe
 from deitkit.report.cost_chart import cost_chart, cost_points
+from deitkit.run.difference import Difference, difference_fields
 from deitkit.run.observer import Silent
-from deitkit.run.results import Cost, Difference, Results, difference_fields, parse_results
+from deitkit.run.results import Cost, Results, parse_results
 
 SMALL = Cost(file_bytes=1_000_000, milliseconds=2.0, batch_size=32, milliseconds_in_batch=0.5)
 LARGE = Cost(file_bytes=44_000_000, milliseconds=9.0, batch_size=32, milliseconds_in_batch=3.0)

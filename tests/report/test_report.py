@@ -698,7 +698,16 @@ def test_report_imports_no_training_code() -> None:
     import deitkit.report.write
 
     folder = Path(deitkit.report.write.__file__).parent
-    read = ("system.files", "system.words", "run.older", "run.results", "run.analysis", "run.metrics", "run.record")
+    read = (
+        "system.files",
+        "system.words",
+        "run.older",
+        "run.difference",
+        "run.results",
+        "run.analysis",
+        "run.metrics",
+        "run.record",
+    )
     sources = [*folder.glob("*.py"), *(folder.parent / f"{name.replace('.', '/')}.py" for name in read)]
     for source in sources:
         text = source.read_text(encoding="utf-8")

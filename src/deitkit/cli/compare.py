@@ -117,7 +117,9 @@ def teacher(
 
 
 def _facts(card: "TeacherCard") -> dict[str, Any]:
-    return card.model_dump(exclude={"test_top1"})
+    from deitkit.run.results import TESTED
+
+    return card.model_dump(exclude=TESTED)
 
 
 def _print_cards(cards: list["TeacherCard"], folder: Path) -> None:

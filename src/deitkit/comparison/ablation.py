@@ -26,6 +26,7 @@ from deitkit.recipe.contradictions import BASE
 from deitkit.recipe.load import changed_fields, expand_variants
 from deitkit.recipe.schema import DataRecipe, Recipe
 from deitkit.report.write import write_report
+from deitkit.run.difference import difference_fields
 from deitkit.run.folder import begin_run, check_run
 from deitkit.run.observer import Watcher
 from deitkit.run.provenance import envelope
@@ -36,7 +37,6 @@ from deitkit.run.results import (
     Row,
     TeacherCard,
     VariantRow,
-    difference_fields,
     read_results,
     write_results,
 )

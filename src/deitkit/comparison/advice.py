@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from deitkit.report.table_layout import megabytes, milliseconds
-from deitkit.run.results import Cost, Difference, Results, Row
+from deitkit.run.difference import Difference
+from deitkit.run.results import Cost, Results, Row
 
 NOTABLE = 1.1  # a ratio of times or sizes below this makes no difference to anyone
 WORTH_ACCURACY = 2.0  # from this ratio on, someone may give up accuracy for it

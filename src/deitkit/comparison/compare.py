@@ -25,7 +25,7 @@ from deitkit.data.batches import Batches
 from deitkit.data.dataset import Dataset, add_unlabelled, load_dataset
 from deitkit.distillation.methods import find_method
 from deitkit.errors import RecipeError
-from deitkit.evaluation.readouts import top_k_accuracy
+from deitkit.evaluation.readouts import balanced_accuracy, macro_f1, top_k_accuracy
 from deitkit.models.accelerate import release
 from deitkit.models.weights.pretrained import with_pretrained_size
 from deitkit.recipe.schema import Recipe
@@ -198,7 +198,9 @@ def _results(
 
 
 def _tested(card: TeacherCard, logits: Float[Tensor, "n classes"], dataset: Dataset) -> TeacherCard:
-    return card.model_copy(update={"test_top1": top_k_accuracy(logits, dataset.test.labels)})
+    labels = dataset.test.labels
+    figures = {"test_balanced": balanced_accuracy(logits, labels), "test_macro_f1": macro_f1(logits, labels)}
+    return card.model_copy(update={"test_top1": top_k_accuracy(logits, labels), **figures})
 
 
 def _summary(dataset: Dataset) -> DatasetSummary:

@@ -25,8 +25,9 @@ from deitkit.models.vit import SIZES
 from deitkit.models.weights.initialise import Weights, read_weights
 from deitkit.models.weights.pretrained import starting_weights
 from deitkit.recipe.schema import DataRecipe, ModelRecipe, Recipe
+from deitkit.run.difference import Difference, difference_fields
 from deitkit.run.observer import Watcher
-from deitkit.run.results import Difference, Row, difference_fields
+from deitkit.run.results import Row
 from deitkit.system.device import Precision
 
 MOST_SEEN = 0.05  # share of test images that may be training images of the checkpoint; photographs repeat

@@ -17,8 +17,9 @@ from deitkit.distillation.methods import METHODS, reference_method
 from deitkit.evaluation.readouts import balanced_accuracy, default_readout, macro_f1, top_k_accuracy, top_k_hits
 from deitkit.evaluation.statistics import are_equal, holm, mean_interval, paired_difference, wilson_interval
 from deitkit.recipe.schema import Recipe
+from deitkit.run.difference import Difference, Reference, difference_fields
 from deitkit.run.metrics import EpochMetrics
-from deitkit.run.results import Difference, Reference, Row, difference_fields
+from deitkit.run.results import Row
 from deitkit.system.words import counted
 from deitkit.training.build import BASELINE, baseline_architecture
 

@@ -3,7 +3,8 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from deitkit.run.results import Difference, Row
+from deitkit.run.difference import Difference
+from deitkit.run.results import Row
 from deitkit.system.words import counted
 
 

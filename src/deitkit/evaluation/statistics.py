@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float64
 from scipy import stats
 from torch import Tensor
 
-from deitkit.run.results import Difference
+from deitkit.run.difference import Difference
 
 
 def wilson_interval(hits: int, n: int) -> tuple[float, float]:

@@ -27,7 +27,8 @@ from deitkit.report.table_layout import (
     title_of,
     whole,
 )
-from deitkit.run.results import AblationResults, Difference, Results, VariantRow
+from deitkit.run.difference import Difference
+from deitkit.run.results import AblationResults, Results, VariantRow
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

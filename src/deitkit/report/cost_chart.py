@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 from deitkit.report.charts import INK, Chart, chart_layout
 from deitkit.report.figures import COLOURS, MARKERS, colours_of, write_figure
 from deitkit.report.table_layout import milliseconds, percent
+from deitkit.run.difference import Interval
 from deitkit.run.metrics import EpochMetrics
-from deitkit.run.results import Interval, Results, Row
+from deitkit.run.results import Results, Row
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

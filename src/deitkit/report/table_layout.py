@@ -11,7 +11,8 @@ from deitkit.report.published import (
     published_by_row,
     published_only,
 )
-from deitkit.run.results import FIT_TO_TEACH, Cost, Difference, PublishedFigure, Results, Row, TeacherCard, VariantRow
+from deitkit.run.difference import Difference
+from deitkit.run.results import FIT_TO_TEACH, Cost, PublishedFigure, Results, Row, TeacherCard, VariantRow
 from deitkit.system.words import counted
 
 Number = int | float  # JSON writes a whole number as an int
@@ -253,6 +254,9 @@ def _teacher_line(name: str, teacher: TeacherCard, results: Results, published: 
         cells["top1"] = percent(teacher.top1, teacher.n)
     else:
         cells["top1"] = percent(teacher.test_top1, results.dataset.test)
+        if _is_unbalanced(results):
+            cells["balanced"] = percent(teacher.test_balanced, results.dataset.test)
+            cells["macro_f1"] = percent(teacher.test_macro_f1, results.dataset.test)
     cells |= {"parameters": millions(teacher.parameters)} | _cost_cells(teacher.cost)
     return Line(name=name, label=name, cells=cells, group="teacher")
 

@@ -4,71 +4,18 @@ The format is described in docs/design.md. A file of an older version is complet
 """
 
 import json
-from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
 from deitkit.errors import CheckpointError
+from deitkit.run.difference import DIFFERENCE_FIELDS, Difference, Interval, Reference
 from deitkit.run.older import completed
 from deitkit.run.record import Document, Record, parse_json
 from deitkit.system.files import write_text
 
 FORMAT = 1
-Interval = tuple[float, float]
-Reference = Literal["none", "before", "base", "teacher", "baseline"]  # what a difference is relative to
-
-
-# The fields of a row that hold its difference to each reference, in the order of ``Difference``.
-_DIFFERENCE_FIELDS: dict[Reference, tuple[str, ...]] = {
-    "none": ("difference_vs_none", "difference_ci95", "p_vs_none", "p_test", "p_vs_none_holm"),
-    **{
-        reference: (
-            f"difference_vs_{reference}",
-            f"difference_vs_{reference}_ci95",
-            f"p_vs_{reference}",
-            f"p_vs_{reference}_test",
-            f"p_vs_{reference}_holm",
-        )
-        for reference in ("before", "base", "teacher", "baseline")
-    },
-}
-
-
-@dataclass(frozen=True)
-class Difference:
-    """A difference of two accuracies on the same images.
-
-    Attributes:
-        mean: Over the seeds, as a fraction.
-        ci95: Its 95 % interval.
-        p: The p value of ``test``, two-sided.
-        test: ``McNemar`` or ``paired t``.
-        p_holm: The p value corrected for all rows with a difference to the same reference; None where it was not.
-    """
-
-    mean: float
-    ci95: Interval | None
-    p: float
-    test: str
-    p_holm: float | None = None
-
-    @property
-    def corrected_p(self) -> float:
-        """The p value that holds beside those of the other rows, where it was corrected."""
-        return self.p if self.p_holm is None else self.p_holm
-
-    @property
-    def is_significant(self) -> bool:
-        """Whether chance explains the difference in fewer than 5 of 100 cases, after the correction."""
-        return self.corrected_p < 0.05
-
-
-def difference_fields(reference: Reference, difference: Difference | None) -> dict[str, Any]:
-    """Return a difference as fields of a row; all None where there is none."""
-    names = _DIFFERENCE_FIELDS[reference]
-    return dict(zip(names, (None,) * len(names) if difference is None else astuple(difference), strict=True))
 
 
 class Cost(Record):
@@ -173,7 +120,7 @@ class Row(Record):
 
     def difference_to(self, reference: Reference) -> Difference | None:
         """Return the row's difference to a reference; None where it was not compared."""
-        mean, *others = (getattr(self, name) for name in _DIFFERENCE_FIELDS[reference])
+        mean, *others = (getattr(self, name) for name in DIFFERENCE_FIELDS[reference])
         return None if mean is None else Difference(mean, *others)
 
 
@@ -200,6 +147,7 @@ class VariantRow(Row):
     p_vs_base_holm: float | None = None
 
 
+TESTED = {"test_top1", "test_balanced", "test_macro_f1", "cost"}  # fields of a teacher's card after its comparison
 FIT_TO_TEACH = "fit to teach"  # the verdict of the gate on a teacher that passed every test
 
 
@@ -221,7 +169,9 @@ class TeacherCard(Record):
         std: Of its normalisation, by channel.
         readout: Of a student as teacher; None for a CNN, which has one head.
         sha256: Of its weights in the run folder.
-        test_top1: Accuracy on the test images; None before they were predicted.
+        test_top1: Accuracy on the test images; None before they were predicted, as the next two.
+        test_balanced: Balanced accuracy on them.
+        test_macro_f1: Macro F1 on them.
         own_px_top1: Accuracy on some validation images decoded at ``image_px``; None unless views are smaller.
         view_px_top1: Accuracy on the views of the same images.
         cost: Of using it; of several teachers the sum.
@@ -242,6 +192,8 @@ class TeacherCard(Record):
     readout: str | None = None
     sha256: str | None = None
     test_top1: float | None = None
+    test_balanced: float | None = None
+    test_macro_f1: float | None = None
     own_px_top1: float | None = None
     view_px_top1: float | None = None
     cost: Cost | None = None

@@ -20,7 +20,7 @@ from deitkit.models.weights.read import file_sha256, load_into, read_checkpoint,
 from deitkit.models.zoo import BuiltClassifier, create_classifier, reset_head, reverse_channels
 from deitkit.recipe.schema import Recipe, TeacherRecipe
 from deitkit.run.observer import Watcher
-from deitkit.run.results import TeacherCard
+from deitkit.run.results import TESTED, TeacherCard
 from deitkit.run.state import drop_state
 from deitkit.system.device import Precision
 from deitkit.system.files import write_text
@@ -79,7 +79,7 @@ def prepare_teacher(
         watcher.say(cost)
     save_classifier(folder, classifier, _model_card(card, dataset, recipe))
     card = card.model_copy(update={"sha256": file_sha256(folder / "model.safetensors")})
-    write_text(card_path, json.dumps(card.model_dump(exclude={"test_top1", "cost"}), indent=2) + "\n")
+    write_text(card_path, json.dumps(card.model_dump(exclude=TESTED), indent=2) + "\n")
     (folder / TRAINED).unlink(missing_ok=True)
     watcher.say(
         f"teacher {card.name}: {100 * card.top1:.2f} % on {counted(card.n, 'validation image')}, {card.verdict}"
