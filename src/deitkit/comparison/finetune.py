@@ -132,6 +132,7 @@ def measure_checkpoint(
         return StartingPoint(None, "", parameters, card.get("method"), note)
     px = found.image_px[0]
     own = {"image_px": px, "channels": found.channels, "eval_crop": card.get("eval_crop", recipe.data.eval_crop)}
+    own["fit"] = card.get("fit", recipe.data.fit)
     test, hashes = load_test(recipe.data.model_copy(update=own), watcher.reading)
     assert torch.equal(test.labels, dataset.test.labels.cpu()), "both are the same images in the same order"
     seen = _share_seen(hashes, dataset, weights)

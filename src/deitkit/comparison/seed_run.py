@@ -238,6 +238,7 @@ def _student_card(recipe: Recipe, dataset: Dataset, student: Student, seed: int)
         "class_names": list(dataset.class_names),
         "input_px": list(dataset.image_px),
         "eval_crop": recipe.data.eval_crop,
+        "fit": recipe.data.fit,
         "split": {"split_seed": recipe.data.split_seed, "test_fraction": recipe.data.test_fraction},
         "trained_on": sketch(torch.cat([dataset.train_hashes, dataset.unlabelled_hashes])),
     }

@@ -56,6 +56,7 @@ class Dataset:
         train_hashes: Pixel hash of each training image.
         test_hashes: Pixel hash of each test image.
         validation_hashes: Pixel hash of each validation image.
+        fit: How images became square, as ``data.fit``.
         unlabelled: Images to train on without labels, all labelled -1; None without any.
         unlabelled_hashes: Pixel hash of each of them.
         originals: Returns training images by their positions as they were before they were resized to a square; None if
@@ -77,6 +78,7 @@ class Dataset:
     test_hashes: Int64[Tensor, " test"] = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
     originals: Callable[[Int64[Tensor, " m"]], list[np.ndarray]] | None = None
     validation_hashes: Int64[Tensor, " validation"] = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+    fit: str = "crop"
     unlabelled: Split | None = None
     unlabelled_hashes: Int64[Tensor, " unlabelled"] = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
 
@@ -139,6 +141,7 @@ def load_dataset(recipe: DataRecipe, progress: Progress | None = None) -> Datase
         validation_hashes=hashes[1],
         test_hashes=hashes[2],
         originals=partial(_originals, listing, places[0]) if recipe.image_px is not None else None,
+        fit=recipe.fit,
     )
 
 

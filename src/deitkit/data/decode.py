@@ -59,7 +59,11 @@ class DecodedImages:
 
 
 def decode_image(
-    encoded: Path | bytes, channels: int, image_px: int | None = None, eval_crop: float = 1.0
+    encoded: Path | bytes,
+    channels: int,
+    image_px: int | None = None,
+    eval_crop: float = 1.0,
+    fit: str = "crop",
 ) -> UInt8[np.ndarray, "channels height width"]:
     """Decode the first frame of an image in one of the formats of ``SUFFIXES``.
 
@@ -68,8 +72,9 @@ def decode_image(
     Args:
         encoded: A file, or its content.
         channels: 1 for grey (ITU-R 601 luma), 3 for RGB.
-        image_px: If given, the shorter side is resized to it (bicubic, antialiased) and the centre square is kept.
-        eval_crop: The shorter side is resized to ``image_px`` divided by this.
+        image_px: If given, the side of the square result (bicubic, antialiased).
+        eval_crop: The image is resized to ``image_px`` divided by this, and the centre is kept.
+        fit: How an image becomes square: ``crop`` keeps the centre, ``pad`` puts it on black, ``squash`` distorts it.
 
     Raises:
         Exception: The image cannot be decoded; the type is Pillow's choice.
@@ -84,7 +89,7 @@ def decode_image(
         ImageOps.exif_transpose(image, in_place=True)
         plain = _to_mode(image, "L" if channels == 1 else "RGB")
     if image_px is not None:
-        plain = _resize_and_crop(plain, extent, image_px, eval_crop)
+        plain = _resize_and_crop(plain, extent, image_px, eval_crop, fit)
     pixels = np.asarray(plain)
     return pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
 
@@ -119,14 +124,23 @@ def _to_mode(image: Image.Image, mode: str) -> Image.Image:
     return image.convert(mode)
 
 
-def _resize_and_crop(image: Image.Image, extent: Box, image_px: int, eval_crop: float) -> Image.Image:
-    """Resize the centre square of an extent only: without a large intermediate image for a panorama."""
+def _resize_and_crop(image: Image.Image, extent: Box, image_px: int, eval_crop: float, fit: str) -> Image.Image:
+    """Resize what is kept of an extent only: without a large intermediate image for a panorama."""
     width, height = extent[2] - extent[0], extent[3] - extent[1]
-    side = min(width, height)
-    left, top = extent[0] + (width - side) / 2, extent[1] + (height - side) / 2
     resized_px, start = evaluation_frame(image_px, eval_crop)
-    box = (left, top, left + side, top + side)
-    square = image.resize((resized_px, resized_px), Image.Resampling.BICUBIC, box=box)
+    box, size = extent, (resized_px, resized_px)
+    if fit == "crop":
+        side = min(width, height)
+        left, top = extent[0] + (width - side) / 2, extent[1] + (height - side) / 2
+        box = (left, top, left + side, top + side)
+    elif fit == "pad":
+        scale = resized_px / max(width, height)
+        size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    square = image.resize(size, Image.Resampling.BICUBIC, box=box)
+    if fit == "pad":
+        ground = Image.new(image.mode, (resized_px, resized_px))
+        ground.paste(square, ((resized_px - size[0]) // 2, (resized_px - size[1]) // 2))
+        square = ground
     return square.crop((start, start, start + image_px, start + image_px))
 
 
@@ -154,7 +168,8 @@ def decode_images(
     """
     train_count = len(selection) if train_count is None else train_count
     parts = (_FORMAT_VERSION, encoded.key, cache.sha256(selection), recipe.image_px, recipe.channels, recipe.corrupt)
-    cropped = (train_count, recipe.eval_crop) if recipe.eval_crop < 1 else ()
+    cropped: tuple[int | float | str, ...] = (train_count, recipe.eval_crop) if recipe.eval_crop < 1 else ()
+    cropped += (recipe.fit,) if recipe.fit != "crop" else ()
     key = hashlib.sha256(repr(parts + cropped).encode()).hexdigest()
     cached = cache.load_cached(key)
     if cached is not None:
@@ -186,9 +201,11 @@ def decode_all(
     def attempt(image: Path | bytes, slot: int) -> tuple[np.ndarray | str, int]:
         eval_crop = 1.0 if slot < target.train_count else recipe.eval_crop
         try:
-            pixels = decode_image(image, recipe.channels or 3, recipe.image_px, eval_crop)
+            pixels = decode_image(image, recipe.channels or 3, recipe.image_px, eval_crop, recipe.fit)
             # Hash the image as cropped for training, so that duplicates of training images are found.
-            whole = pixels if eval_crop == 1 else decode_image(image, recipe.channels or 3, recipe.image_px)
+            whole = pixels
+            if eval_crop < 1:
+                whole = decode_image(image, recipe.channels or 3, recipe.image_px, fit=recipe.fit)
             return pixels, int(pixel_hashes(whole[None])[0])
         except UnidentifiedImageError:
             return "not an image in a supported format", 0

@@ -59,6 +59,7 @@ class StreamedImages:
         image_px: Side to resize to; None for no resizing.
         eval_crops: For each image, the divisor of ``image_px`` before the centre is kept; 1 for training.
         workers: Processes that decode; 0 decodes in this one.
+        fit: How an image becomes square, as for ``decode_image``.
     """
 
     encoded: Sequence[Path] | FlatFile
@@ -67,6 +68,7 @@ class StreamedImages:
     image_px: int | None
     eval_crops: Float64[Tensor, " n"]
     workers: int
+    fit: str = "crop"
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -120,7 +122,7 @@ class StreamedImages:
         position = int(self.positions[index])
         try:
             eval_crop = float(self.eval_crops[index])
-            pixels = decode_image(self.encoded[position], self.image_shape[0], self.image_px, eval_crop)
+            pixels = decode_image(self.encoded[position], self.image_shape[0], self.image_px, eval_crop, self.fit)
         except Exception as error:  # Pillow raises many types
             raise DataError(f"{self._name(position)} can no longer be decoded ({error}): put it back") from None
         if pixels.shape != self.image_shape:
@@ -211,7 +213,8 @@ def survey(
         DataError: As ``decode_images``; or images are not files and cannot be written to the cache folder.
     """
     chosen = (encoded.key, cache.sha256(selection), train_count, recipe.image_px, recipe.channels, recipe.corrupt)
-    cropped = (recipe.eval_crop,) if recipe.eval_crop < 1 else ()
+    cropped: tuple[float | str, ...] = (recipe.eval_crop,) if recipe.eval_crop < 1 else ()
+    cropped += (recipe.fit,) if recipe.fit != "crop" else ()
     key = hashlib.sha256(repr((_FORMAT_VERSION, "survey", *chosen, *cropped)).encode()).hexdigest()
     path = cache.cache_folder() / "encoded" / f"{key}.bin"
     cached = cache.load_cached(key)
@@ -241,6 +244,7 @@ def survey(
         recipe.image_px,
         eval_crops[kept],
         workers,
+        recipe.fit,
     )
     return Survey(images, kept, tuple(skipped), counts[:channels], key, tensors["hashes"])
 

@@ -29,6 +29,7 @@ def evaluate_model(folder: Path, data: str, root: Path | None = None) -> dict[st
     classifier, card = load_classifier(folder, device)
     # Use the split of the model's training, so that no training image is a test image.
     prepared = {"channels": card["channels"], "image_px": input_px(card), "eval_crop": eval_crop(card)}
+    prepared["fit"] = card.get("fit", "crop")
     recipe = DataRecipe(name=data, root=root, **prepared, **card.get("split", {}))
     dataset = load_dataset(recipe)
     if list(dataset.class_names) != card["class_names"]:

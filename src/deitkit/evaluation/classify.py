@@ -36,7 +36,7 @@ class ImageFiles(torch.utils.data.Dataset[tuple[int, Tensor | str]]):
     def __init__(self, files: Sequence[Path], card: dict[str, Any]) -> None:
         self.files = files
         self.channels, self.image_px = card["channels"], input_px(card)
-        self.eval_crop = eval_crop(card)
+        self.eval_crop, self.fit = eval_crop(card), card.get("fit", "crop")
 
     def __len__(self) -> int:
         return len(self.files)
@@ -45,7 +45,7 @@ class ImageFiles(torch.utils.data.Dataset[tuple[int, Tensor | str]]):
         """Return a file's place, and its pixels or its error."""
         try:
             with strict_pillow():
-                pixels = decode_image(self.files[place], self.channels, self.image_px, self.eval_crop)
+                pixels = decode_image(self.files[place], self.channels, self.image_px, self.eval_crop, self.fit)
         except Exception as error:  # Pillow raises many types
             return place, str(error)
         return place, torch.from_numpy(pixels.copy())

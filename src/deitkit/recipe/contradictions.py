@@ -25,6 +25,8 @@ def contradictions(recipe: "Recipe") -> Iterator[str]:
     if recipe.data.eval_crop < 1 and recipe.data.image_px is None:
         crop = recipe.data.eval_crop
         yield f"data.eval_crop={crop:g} has no effect on images that are not resized: set data.image_px, or drop it"
+    if recipe.data.fit != "crop" and recipe.data.image_px is None:
+        yield f"data.fit={recipe.data.fit} has no effect on images that are not resized: set data.image_px, or drop it"
     if recipe.model.pretrained is not None and recipe.model.checkpoint is not None:
         yield "model.pretrained and model.checkpoint exclude each other: give one"
     schedule = recipe.train.schedule_epochs

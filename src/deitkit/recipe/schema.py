@@ -62,6 +62,9 @@ class DataRecipe(Section):
         None,
         description="Images for the teacher alone: 'rest' (those that train_images leaves out) or folder:PATH.",
     )
+    fit: Literal["crop", "pad", "squash"] = Field(
+        "crop", description="Images that are not square: keep the centre, put them on black, or distort them."
+    )
     eval_crop: Annotated[float, Field(gt=0, le=1)] = Field(
         1.0,
         description="Resize validation and test images to image_px divided by this, and keep their centre "

@@ -105,6 +105,7 @@ def _model_card(card: TeacherCard, dataset: Dataset, recipe: Recipe) -> dict[str
         "class_names": list(dataset.class_names),
         "input_px": list(dataset.image_px),
         "eval_crop": recipe.data.eval_crop,
+        "fit": recipe.data.fit,
         "readout": card.readout,
         "source": card.source,
         "validation_top1": card.top1,

@@ -18,7 +18,7 @@ from deitkit.system.seeding import derived_generator
 def draw_views(dataset: Dataset, recipe: AugmentRecipe, label_smoothing: float, path: Path, count: int = 8) -> None:
     """Draw ``count`` training images, each unchanged and in three augmented views, with the labels of each.
 
-    Above them, where images are cropped to a square, are the whole ones with the part that is kept.
+    Above them, where images are not square, are the whole ones, with the part that is kept if they are cropped.
 
     Args:
         dataset: Its training images are drawn.
@@ -44,7 +44,8 @@ def draw_views(dataset: Dataset, recipe: AugmentRecipe, label_smoothing: float, 
     for column, image in enumerate(whole if above else []):
         axes = _axes(figure, lines, len(chosen), 0, column, "whole")
         axes.imshow(image)
-        axes.add_patch(_kept_part(image))
+        if dataset.fit == "crop":
+            axes.add_patch(_kept_part(image))
     for row, (views, targets) in enumerate(rows):
         for column, (view, target) in enumerate(zip(views, targets, strict=True)):
             axes = _axes(figure, lines, len(chosen), row + above, column, "as it is" if row == 0 else f"view {row}")

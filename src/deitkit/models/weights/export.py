@@ -31,6 +31,7 @@ class Plan:
         mean: Per channel, of values in [0, 1].
         std: As ``mean``.
         eval_crop: Share of the resized side that is kept of a test image, as ``data.eval_crop``.
+        fit: How an image becomes square, as ``data.fit``.
         about: Further fields of a card of deitkit.
         lines: Changes and assumptions, one line each.
         assumes_heads: As for ``Weights``.
@@ -43,6 +44,7 @@ class Plan:
     mean: Values
     std: Values
     eval_crop: float
+    fit: str
     about: dict[str, Any]
     lines: tuple[str, ...]
     assumes_heads: bool = False
@@ -133,7 +135,8 @@ def plan(
     about = _about(weights, source, changes)
     eval_crop = float(weights.card.get("eval_crop", 1.0))
     only = weights.only_readout if len(target.tokens) == 2 else None
-    return Plan(state, target, names, mean, std, eval_crop, about, (*lines, *changes), weights.assumes_heads, only)
+    fit = str(weights.card.get("fit", "crop"))
+    return Plan(state, target, names, mean, std, eval_crop, fit, about, (*lines, *changes), weights.assumes_heads, only)
 
 
 def _about(weights: Weights, source: Path, changes: list[str]) -> dict[str, Any]:

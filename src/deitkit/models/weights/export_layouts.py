@@ -75,6 +75,7 @@ def _write_ours(plan: Plan, out: Path) -> list[str]:
         "class_names": list(plan.class_names),
         "input_px": list(plan.architecture.image_px),
         "eval_crop": plan.eval_crop,
+        "fit": plan.fit,
         **({"only_readout": plan.only_readout} if plan.only_readout else {}),
         **plan.about,
     }
@@ -145,7 +146,7 @@ def _write_timm(plan: Plan, out: Path) -> list[str]:
             "fixed_input_size": True,
             "interpolation": "bicubic",
             "crop_pct": plan.eval_crop,
-            "crop_mode": "center",
+            "crop_mode": {"crop": "center", "pad": "border", "squash": "squash"}[plan.fit],
             "mean": list(plan.mean),
             "std": list(plan.std),
             "num_classes": config.classes,
@@ -160,6 +161,7 @@ def _write_timm(plan: Plan, out: Path) -> list[str]:
         _timm_line(plan, out / "model.safetensors"),
         f"model = timm.create_model({f'local-dir:{out}'!r}, pretrained=True).eval()  # the same, by its config.json",
         _normalisation_line(plan),
+        *(["# its transforms pad with the mean colour, deitkit with black"] * (plan.fit == "pad")),
     ]
 
 
@@ -220,11 +222,12 @@ def _write_transformers(plan: Plan, out: Path) -> list[str]:
     }
     side = config.image_px[0]
     # As deitkit reads files: resize the shorter side (bicubic), then crop the centre; ViT's processor would distort.
+    resized = evaluation_frame(side, plan.eval_crop)[0]
     processor = {
         "image_processor_type": "CLIPImageProcessor",
         "do_convert_rgb": config.channels == 3,
         "do_resize": True,
-        "size": {"shortest_edge": evaluation_frame(side, plan.eval_crop)[0]},
+        "size": {"shortest_edge": resized} if plan.fit != "squash" else {"height": resized, "width": resized},
         "resample": 3,
         "do_center_crop": True,
         "crop_size": {"height": side, "width": side},
@@ -241,6 +244,10 @@ def _write_transformers(plan: Plan, out: Path) -> list[str]:
         "from transformers import AutoImageProcessor, AutoModelForImageClassification",
         f"processor = AutoImageProcessor.from_pretrained({str(out)!r})  # normalises, and resizes if necessary",
         f"model = AutoModelForImageClassification.from_pretrained({str(out)!r}).eval()",
+        *(
+            ["image = PIL.ImageOps.pad(image, (max(image.size),) * 2)  # on black; no processor pads"]
+            * (plan.fit == "pad")
+        ),
         "logits = model(**processor(image, return_tensors='pt')).logits",
     ]
 
