@@ -85,9 +85,9 @@ def test_a_corrected_p_value_decides() -> None:
     assert "do not decide" in advice(results_with(unsure))
 
 
-def test_there_is_no_advice_for_a_model_that_guesses_or_without_a_cnn() -> None:
+def test_a_model_that_guesses_replaces_nothing_and_without_a_cnn_there_is_no_advice() -> None:
     found = difference(-0.002, 0.01, 0.7)
-    assert advice(results_with(found, balanced_accuracy=0.1)) == ""
+    assert advice(results_with(found, balanced_accuracy=0.1)).endswith("hard/class does not tell the classes apart.")
     assert advice(results_with(found, cost=None)) == ""
     assert advice(results_with(found).model_copy(update={"teacher": None})) == ""
     assert advice(results_with(found).model_copy(update={"winner": None})) == ""

@@ -84,7 +84,7 @@ def predict(
     for prediction in reasons:
         say(f"left out: {prediction['image']} cannot be decoded ({prediction['error']})")
     if failed or out is not None:
-        say(f"{total - failed} of {counted(total, 'image')} answered" + (f", in {out}" if out is not None else ""))
+        say(f"{total - failed:,} of {counted(total, 'image')} answered" + (f", in {out}" if out is not None else ""))
 
 
 def _print_answers(predictions: list[dict[str, Any]]) -> None:

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from deitkit.cli.console import console, plain
+from deitkit.cli.console import console, plain, say
 from deitkit.errors import RecipeError
 from deitkit.recipe.load import describe_fields, load_recipe, shipped_recipes
 
@@ -46,3 +46,4 @@ def methods() -> None:
         labels = "yes" if method.uses_labels else "no"
         table.add_row(method.name, method.token_layout, labels, method.teacher_signal or "-", method.summary)
     console.print(table)
+    say("images without labels (data.unlabelled) join the teacher's term; a method without a teacher does not see them")

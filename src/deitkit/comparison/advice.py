@@ -30,12 +30,14 @@ class Rival:
 def advice(results: Results) -> str:
     """Return whether the winner should replace the CNN, in one or two sentences.
 
-    It is empty without a winner or a CNN, where a cost is missing, and for a winner that guesses.
+    It is empty without a winner or a CNN, and where a cost is missing.
     """
     winner = results.row(results.winner)
     rival = None if winner is None else _rival(winner, results)
-    if winner is None or winner.cost is None or rival is None or _guesses(winner, results):
+    if winner is None or winner.cost is None or rival is None:
         return ""
+    if _guesses(winner, results):
+        return f"Keep {rival.name}: {winner.row} does not tell the classes apart."
     savings = {
         "speed": rival.cost.milliseconds / winner.cost.milliseconds,
         "size": rival.cost.file_bytes / winner.cost.file_bytes,

@@ -269,7 +269,7 @@ def _list(recipe: DataRecipe, progress: Progress | None) -> Listing:
         return list_named(recipe, progress)
     near = difflib.get_close_matches(recipe.name, DATASETS, n=1)
     hint = f"did you mean {near[0]}? " if near else ""
-    if Path(recipe.name).expanduser().exists():
+    if Path(recipe.name).expanduser().exists() or Path(recipe.name).suffix in (".csv", ".tsv", ".parquet"):
         hint = f"did you mean {_kind_of(Path(recipe.name).expanduser())}:{recipe.name}? "
     allowed = ", ".join(DATASETS)
     raise DataError(
