@@ -18,6 +18,7 @@ from deitkit.cli.main import main
 from deitkit.data.dataset import Dataset, Split
 from deitkit.recipe.load import load_recipe
 from deitkit.recipe.schema import Recipe
+from deitkit.run.observer import Silent
 from deitkit.system.device import Precision
 from deitkit.training.student import Student
 
@@ -54,6 +55,17 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
 def tiny_recipe() -> Callable[..., Recipe]:
     """Return a function: overrides -> the digits recipe, shrunk to seconds."""
     return lambda *overrides: load_recipe("digits", [*TINY, *overrides])
+
+
+class StopAfter(Silent):
+    """Stops a run after some steps of the cohorts and the teacher together; a validation counts as steps, too."""
+
+    def __init__(self, steps: int) -> None:
+        self.left = steps
+
+    def should_stop(self) -> bool:
+        self.left -= 1
+        return self.left <= 0
 
 
 def poisoned_gradient(name: str, at: int) -> Callable[..., Any]:

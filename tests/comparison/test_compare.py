@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from conftest import CPU_FP32, TINY, poisoned_gradient, striped_dataset
+from conftest import CPU_FP32, TINY, StopAfter, poisoned_gradient, striped_dataset
 from deitkit.comparison.ablation import compare_variants
 from deitkit.comparison.compare import compare
 from deitkit.data.dataset import load_dataset
@@ -34,17 +34,6 @@ from deitkit.training.cohort import Cohort
 from deitkit.training.student import Student
 
 TinyRecipe = Callable[..., Recipe]
-
-
-class StopAfter(Silent):
-    """Stops a run after some steps of the cohorts and the teacher together; a validation counts as steps, too."""
-
-    def __init__(self, steps: int) -> None:
-        self.left = steps
-
-    def should_stop(self) -> bool:
-        self.left -= 1
-        return self.left <= 0
 
 
 UNREPEATABLE = ("created", "shares", "cost", "advice")  # clocks, and what follows from them

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from test_compare import StopAfter, timeless
+from test_compare import timeless
 
+from conftest import StopAfter
 from deitkit.comparison.ablation import compare_variants
 from deitkit.comparison.compare import compare
 from deitkit.comparison.seed_run import PREDICTIONS, plan_cohorts

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import CPU_FP32, striped_dataset
+from conftest import CPU_FP32, StopAfter, striped_dataset
 from deitkit.comparison.compare import compare
 from deitkit.data.dataset import Dataset
 from deitkit.data.split import Split
@@ -141,15 +141,6 @@ def test_fewer_images_than_a_step_has_room_for_are_all_used() -> None:
     assert cohort.images_in_step == BATCH + 5
     cohort.next_step(cohort.batches.epoch(0, 0))
     assert cohort_of(["none"], data_with(count=5), 64).unlabelled is None, "nobody there learns from a teacher"
-
-
-class StopAfter(Silent):
-    def __init__(self, steps: int) -> None:
-        self.left = steps
-
-    def should_stop(self) -> bool:
-        self.left -= 1
-        return self.left <= 0
 
 
 def test_a_run_resumes_with_them_and_tells_of_them(tiny_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
