@@ -234,7 +234,7 @@ def compare_runs(peace: Path, other: Path) -> None:
         raise LostError(f"files differ: {sorted(names ^ others)}")
     for name in sorted(names):
         first, second = (peace / name).read_bytes(), (other / name).read_bytes()
-        if name.endswith((".safetensors", ".yaml", ".png")) and not name.startswith("curves"):
+        if name.endswith((".safetensors", ".yaml", ".png")) and not name.startswith(("curves", "cost")):
             same = first == second
         elif name.endswith(".json"):
             same = timeless(json.loads(first)) == timeless(json.loads(second))
