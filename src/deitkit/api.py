@@ -27,6 +27,7 @@ from deitkit.distillation.methods import METHODS, find_method
 from deitkit.evaluation.apply import evaluate_model
 from deitkit.evaluation.classify import classify
 from deitkit.models.saved import model_folder, read_card
+from deitkit.models.weights.pretrained import with_pretrained_size
 from deitkit.recipe.load import load_recipe as read_recipe
 from deitkit.recipe.schema import Recipe
 from deitkit.report.table import rich_table
@@ -225,6 +226,7 @@ def finetune(
 
 
 def _run(recipe: Recipe, out: str | Path | None, resume: bool, progress: bool) -> Comparison:
+    recipe = recipe.model_copy(update={"model": with_pretrained_size(recipe.model)})
     folder = choose_run_folder(None if out is None else Path(out), recipe, resume)
     run = compare_variants if recipe.variants else run_comparison
     with _watching(progress) as watcher, occupied(folder):

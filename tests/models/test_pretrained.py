@@ -8,13 +8,16 @@ import timm
 import torch
 from safetensors.torch import save_file
 
+from deitkit.cli.compare import _compare
 from deitkit.comparison.compare import compare
+from deitkit.comparison.finetune import start_from
 from deitkit.errors import CheckpointError, RecipeError
 from deitkit.models.vit import create_student
 from deitkit.models.weights.initialise import load_initial, read_weights
 from deitkit.models.weights.pretrained import fetch, licence_of, with_pretrained_size
 from deitkit.recipe.load import load_recipe
 from deitkit.recipe.schema import ModelRecipe
+from deitkit.run.folder import begin_run
 from deitkit.run.observer import Silent
 
 NAME = "timm/deit_tiny_distilled_patch16_224"
@@ -137,3 +140,22 @@ def test_students_of_a_run_start_from_them(
     assert (stored.pretrained, stored.width, stored.checkpoint) == (NAME, 192, None)
     compare(recipe, tmp_path / "run", watcher=Silent(), resume=True)
     assert len(downloaded) == 1
+
+
+def test_resume_finds_the_run_of_a_name(
+    downloaded: list[str], write_images: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    recipe = load_recipe("own-images", [f"model.pretrained={NAME}"])
+    stored = recipe.model_copy(update={"model": with_pretrained_size(recipe.model)})
+    begin_run(tmp_path / "runs" / "own-images", stored)
+    found = []
+    monkeypatch.setattr("deitkit.comparison.compare.compare", lambda recipe, folder, **_: found.append(folder))
+    with pytest.raises(AttributeError):  # nothing to print
+        _compare(recipe, None, resume=True, as_json=True)
+    assert found == [Path("runs/own-images")]
+
+
+def test_a_checkpoint_of_the_command_line_and_a_name_in_the_recipe_exclude_each_other(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"model\.pretrained=.* in the recipe, but .* on the command line"):
+        start_from(load_recipe("own-images", [f"model.pretrained={NAME}"]), tmp_path / "x.pth")

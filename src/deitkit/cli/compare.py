@@ -138,10 +138,13 @@ def _compare(recipe: Recipe, out: Path | None, resume: bool, as_json: bool) -> N
     from deitkit.cli.progress import Terminal
     from deitkit.comparison.ablation import compare_variants
     from deitkit.comparison.compare import compare
+    from deitkit.models.weights.pretrained import with_pretrained_size
     from deitkit.report.table import rich_table
     from deitkit.run.folder import choose_run_folder, occupied
     from deitkit.run.results import AblationResults
 
+    # --resume looks for a run of the recipe as it was stored
+    recipe = recipe.model_copy(update={"model": with_pretrained_size(recipe.model)})
     folder = choose_run_folder(out, recipe, resume)
     with Terminal(errors if as_json else console) as terminal, occupied(folder):
         terminal.say(f"run folder {folder}")

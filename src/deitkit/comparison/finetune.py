@@ -50,6 +50,10 @@ def start_from(recipe: Recipe, checkpoint: Path) -> Recipe:
         RecipeError: The recipe has another size or checkpoint, or would test on the checkpoint's training images.
     """
     model = recipe.model
+    if model.pretrained is not None:
+        raise RecipeError(
+            f"model.pretrained={model.pretrained} in the recipe, but {checkpoint} on the command line: drop one of them"
+        )
     if model.checkpoint not in (None, checkpoint):
         raise RecipeError(
             f"model.checkpoint={model.checkpoint} in the recipe, but {checkpoint} on the command line: drop one of them"
