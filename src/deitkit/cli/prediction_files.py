@@ -1,6 +1,7 @@
 """Files of predictions, written while they are made: CSV or JSON lines, and embeddings as parquet."""
 
 import csv
+import json
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
@@ -42,22 +43,18 @@ class PredictionFiles:
         if self.out is not None:
             self.text = self.closing.enter_context(_new(self.out, "x"))
             if self.out.suffix.lower() == ".csv":
-                from deitkit.evaluation.classify import csv_header
-
-                csv.writer(self.text).writerow(csv_header(self.top))
+                csv.writer(self.text).writerow(_csv_header(self.top))
         if self.embeddings is not None:
             _new(self.embeddings, "x").close()
         return self
 
     def add(self, prediction: dict[str, Any]) -> None:
         """Write what the model says of an image."""
-        from deitkit.evaluation.classify import csv_row, json_line
-
         if self.text is not None and self.out is not None:
             if self.out.suffix.lower() == ".csv":
-                csv.writer(self.text).writerow(csv_row(prediction, self.top))
+                csv.writer(self.text).writerow(_csv_row(prediction, self.top))
             else:
-                self.text.write(json_line(prediction) + "\n")
+                self.text.write(_json_line(prediction) + "\n")
         if self.embeddings is not None and "embedding" in prediction:
             self.waiting.append(prediction)
             if len(self.waiting) == ROWS:
@@ -67,12 +64,10 @@ class PredictionFiles:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        from deitkit.evaluation.classify import embedding_batch
-
-        names, values = embedding_batch(self.waiting)
-        width = values.shape[1]
-        column = pa.FixedSizeListArray.from_arrays(pa.array(values.ravel(), pa.float32()), width)
-        table = pa.table({"image": pa.array(names, pa.string()), "embedding": column})
+        values = [prediction["embedding"] for prediction in self.waiting]
+        column = pa.array(values, pa.list_(pa.float32(), len(values[0])))
+        names = pa.array([prediction["image"] for prediction in self.waiting], pa.string())
+        table = pa.table({"image": names, "embedding": column})
         if self.parquet is None:
             assert self.embeddings is not None
             self.parquet = self.closing.enter_context(pq.ParquetWriter(self.embeddings, table.schema))
@@ -83,6 +78,21 @@ class PredictionFiles:
         with self.closing:
             if self.waiting:
                 self._write_embeddings()
+
+
+def _json_line(prediction: dict[str, Any]) -> str:
+    """Return a prediction as one line of JSON, without its embedding."""
+    return json.dumps({key: value for key, value in prediction.items() if key != "embedding"}, ensure_ascii=False)
+
+
+def _csv_header(top: int) -> list[str]:
+    return ["image", *[f"{what}_{place}" for place in range(1, top + 1) for what in ("class", "probability")], "error"]
+
+
+def _csv_row(prediction: dict[str, Any], top: int) -> list[str]:
+    """Return image, then class and probability of the ``top`` best, then the error."""
+    cells = [cell for name, share in prediction["classes"] for cell in (name, f"{share:.6f}")]
+    return [prediction["image"], *cells, *[""] * (2 * top - len(cells)), prediction.get("error", "")]
 
 
 def _new(path: Path, mode: str) -> IO[str]:

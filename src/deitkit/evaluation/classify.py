@@ -1,11 +1,9 @@
 """Classifying any number of image files: decoded ahead by worker processes, in batches, in bounded memory."""
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -111,6 +109,7 @@ def classify(
         RecipeError: The model does not have the readout.
     """
     device = choose_device("auto")
+    precision = Precision.choose("auto", device)
     classifier, card = load_classifier(folder, device)
     files, named = image_files(paths), {*paths}
     if workers is None:
@@ -130,7 +129,9 @@ def classify(
                 raise DataError(f"image {files[place]} cannot be decoded ({reason}): convert it to PNG or leave it out")
             first_error = first_error or f"{files[place]} ({reason})"
         read = [(place, found) for place, found in batch if isinstance(found, Tensor)]
-        answers = _answer(classifier, card, [found for _, found in read], readout, top, embed) if read else []
+        answers = (
+            _answer(classifier, card, precision, [found for _, found in read], readout, top, embed) if read else []
+        )
         by_place = dict(zip([place for place, _ in read], answers, strict=True))
         answered += len(read)
         for place, _ in batch:
@@ -143,9 +144,14 @@ def classify(
 
 @torch.inference_mode()
 def _answer(
-    classifier: Classifier, card: dict[str, Any], pixels: list[Tensor], readout: str | None, top: int, embed: bool
+    classifier: Classifier,
+    card: dict[str, Any],
+    precision: Precision,
+    pixels: list[Tensor],
+    readout: str | None,
+    top: int,
+    embed: bool,
 ) -> list[Prediction]:
-    precision = Precision.choose("auto", classifier.mean.device)
     view = torch.stack(pixels).to(precision.device).float() / 255
     with uncompiled(), precision.autocast(), _HeadInputs(classifier.model, len(card["class_names"]), embed) as inputs:
         output = classifier.eval()(view)
@@ -185,25 +191,3 @@ class _HeadInputs:
     def __exit__(self, *error: object) -> None:
         for hook in self.hooks:
             hook.remove()
-
-
-def json_line(prediction: Prediction) -> str:
-    """Return a prediction as one line of JSON, without its embedding."""
-    return json.dumps({key: value for key, value in prediction.items() if key != "embedding"}, ensure_ascii=False)
-
-
-def csv_row(prediction: Prediction, top: int) -> list[str]:
-    """Return image, then class and probability of the ``top`` best, then the error."""
-    cells = [cell for name, share in prediction["classes"] for cell in (name, f"{share:.6f}")]
-    return [prediction["image"], *cells, *[""] * (2 * top - len(cells)), prediction.get("error", "")]
-
-
-def csv_header(top: int) -> list[str]:
-    """Return the names of the columns of ``csv_row``."""
-    return ["image", *[f"{what}_{place}" for place in range(1, top + 1) for what in ("class", "probability")], "error"]
-
-
-def embedding_batch(predictions: Sequence[Prediction]) -> tuple[list[str], np.ndarray]:
-    """Return the names and embeddings ``[n, width]`` of the images that have one."""
-    having = [prediction for prediction in predictions if "embedding" in prediction]
-    return [prediction["image"] for prediction in having], np.stack([one["embedding"] for one in having])
