@@ -17,9 +17,10 @@ from deitkit.data.augment.mix import balanced_weights
 from deitkit.data.batches import Batches
 from deitkit.data.dataset import Dataset
 from deitkit.data.split import Split
-from deitkit.distillation.losses import label_loss
+from deitkit.distillation.methods import METHODS, Method
 from deitkit.evaluation.readouts import balanced_accuracy, macro_f1
-from deitkit.recipe.schema import AugmentRecipe, Recipe, SpeedRecipe, TrainRecipe
+from deitkit.models.vit import Output
+from deitkit.recipe.schema import AugmentRecipe, DistillationRecipe, Recipe, SpeedRecipe, TrainRecipe
 from deitkit.run.observer import Silent
 from deitkit.training.cohort import Cohort
 
@@ -49,12 +50,15 @@ def test_weights_are_scikit_learns_and_the_loss_is_torchs() -> None:
     weights = balanced_weights(data.train.labels, 3)
     labels = data.train.labels.numpy()
     assert weights.tolist() == pytest.approx(compute_class_weight("balanced", classes=np.arange(3), y=labels).tolist())
-    weighted = cohort(data, TrainRecipe(batch_size=16, class_weight="balanced", label_smoothing=0.1))
-    plain = cohort(data, TrainRecipe(batch_size=16, label_smoothing=0.1))
-    images, some = weighted.batches.batch(0, 0)
-    (_, ours), (_, dense) = weighted.make_view(images, some, 0), plain.make_view(images, some, 0)
-    logits = torch.randn(16, 3, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(label_loss(logits, ours), F.cross_entropy(logits, dense, weight=weights))
+    trained = cohort(data, TrainRecipe(batch_size=16, class_weight="balanced"))
+    assert trained.class_weights is not None
+    assert torch.equal(trained.class_weights, weights)
+    _, dense = trained.make_view(*trained.batches.batch(0, 0), 0)
+    logits, teacher = torch.randn(2, 16, 3, generator=torch.Generator().manual_seed(0))
+    terms = METHODS["dkd"].loss_terms(Output(logits), teacher, dense, DistillationRecipe(), weights)
+    torch.testing.assert_close(terms["labels"], F.cross_entropy(logits, dense, weight=weights))
+    plain = METHODS["dkd"].loss_terms(Output(logits), teacher, dense, DistillationRecipe())
+    assert torch.equal(terms["teacher"], plain["teacher"]), "its target class is that of the labels, not of the weights"
 
 
 @given(st.integers(2, 7), st.integers(1, 50))
@@ -62,11 +66,15 @@ def test_equal_classes_weigh_exactly_one(classes: int, count: int) -> None:
     assert balanced_weights(torch.arange(classes).repeat(count), classes).tolist() == [1.0] * classes
 
 
-def test_with_equal_classes_the_loss_is_the_unweighted_one_to_the_bit() -> None:
-    data = striped_dataset()
-    weighted, plain = (cohort(data, TrainRecipe(batch_size=16, class_weight=choice)) for choice in ("balanced", None))
-    images, labels = plain.batches.batch(0, 0)
-    assert torch.equal(weighted.make_view(images, labels, 0)[1], plain.make_view(images, labels, 0)[1])
+@pytest.mark.parametrize("method", METHODS.values(), ids=lambda method: method.name)
+def test_with_equal_classes_the_loss_is_the_unweighted_one_to_the_bit(method: Method) -> None:
+    logits, teacher, other = torch.randn(3, 16, 3, generator=torch.Generator().manual_seed(0))
+    output = Output(logits, other) if method.tokens == ("class", "distillation") else Output(logits, logits)
+    targets, weights = teacher.softmax(-1), balanced_weights(torch.arange(3).repeat(9), 3)
+    weighted, plain = (
+        method.loss_terms(output, teacher, targets, DistillationRecipe(), some) for some in (weights, None)
+    )
+    assert all(torch.equal(weighted[name], plain[name]) for name in plain)
 
 
 @given(st.lists(st.integers(1, 40), min_size=2, max_size=5), st.integers(0, 3))

@@ -141,7 +141,12 @@ class Method:
         return f"{self.title}: {READOUT_TITLES[readout]}" if len(self.tokens) > 1 else self.title
 
     def loss_terms(
-        self, output: Output, teacher_logits: Logits | None, targets: Logits | None, settings: DistillationRecipe
+        self,
+        output: Output,
+        teacher_logits: Logits | None,
+        targets: Logits | None,
+        settings: DistillationRecipe,
+        class_weights: Tensor | None = None,
     ) -> dict[str, Float[Tensor, ""]]:
         """Return the weighted terms by name; their sum is the loss.
 
@@ -151,6 +156,7 @@ class Method:
             targets: Dense targets from the labels; None for images without labels. The terms of labels then leave them
                 out, and where the teacher's term distinguishes the target class, that is the teacher's decision.
             settings: Weights and temperature.
+            class_weights: Of the labels' term, by class; None for equal ones.
         """
         terms = self.terms
         if targets is None:
@@ -160,7 +166,8 @@ class Method:
         values: dict[str, Tensor] = {}
         for term in terms:
             name = "labels" if term.signal == "labels" else "teacher"
-            value = term.value(output, teacher_logits, targets, settings)
+            weighted = targets if class_weights is None or name == "teacher" else targets * class_weights
+            value = term.value(output, teacher_logits, weighted, settings)
             values[name] = values[name] + value if name in values else value
         return values
 

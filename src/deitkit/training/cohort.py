@@ -135,7 +135,7 @@ class Cohort:
                 # A recording reads the same tensors at every step, so no student may get logits that it does not use:
                 # they are no longer made when all students that use them have stopped.
                 logits = teacher_logits if student.method.teacher_signal else None
-                terms = self.recorder.run(student.backward, view, targets, logits)
+                terms = self.recorder.run(student.backward, view, targets, logits, self.class_weights)
                 with student.optimizer_watch:
                     student.set_learning_rate(self.rate(student, step))
                     if student.can_record_optimizer_step:
@@ -155,8 +155,6 @@ class Cohort:
         """Return the view of a step of the run, and the targets of its images with labels, which come first."""
         generator = derived_generator(self.seed, "view", step)
         view, targets = self.mix(self.augment(images, generator), labels, generator)
-        if self.class_weights is not None:
-            targets = targets * self.class_weights
         if unlabelled is not None:
             generator = derived_generator(self.seed, "unlabelled view", step)
             nothing = labels.new_zeros(len(unlabelled))

@@ -78,6 +78,7 @@ class Student:
         view: Float[Tensor, "batch channels height width"],
         targets: Float[Tensor, "labelled classes"],
         teacher_logits: Float[Tensor, "batch classes"] | None,
+        class_weights: Float[Tensor, " classes"] | None = None,
     ) -> dict[str, Float[Tensor, ""]]:
         """Compute the gradient of the method's loss, micro-batch by micro-batch, and return the terms of the loss.
 
@@ -88,6 +89,7 @@ class Student:
             view: Augmented images, values in [0, 1].
             targets: Class probabilities from the labels, mixed and smoothed, of the images with labels.
             teacher_logits: Of the same view; None if the method has no term of the teacher.
+            class_weights: Of the labels' term, by class; None for equal ones.
         """
         for optimizer in self.optimizers:
             optimizer.zero_grad()
@@ -100,7 +102,8 @@ class Student:
                 output = self.classifier(view[part])
             logits = None if teacher_logits is None else teacher_logits[part]
             has_labels = part.start < labelled
-            terms = self.method.loss_terms(output, logits, targets[part] if has_labels else None, self.distillation)
+            known = targets[part] if has_labels else None
+            terms = self.method.loss_terms(output, logits, known, self.distillation, class_weights)
             images = part.stop - part.start  # each term is a mean over the images of the micro-batch
             shares = {"labels": images / labelled, "teacher": (1 if has_labels else weight) * images / answered}
             terms = {name: term * shares[name] for name, term in terms.items()}
