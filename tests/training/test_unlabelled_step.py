@@ -9,12 +9,14 @@ import torch
 
 from conftest import CPU_FP32, StopAfter, striped_dataset
 from deitkit.comparison.compare import compare
+from deitkit.comparison.describe import describe_students
 from deitkit.data.dataset import Dataset
 from deitkit.data.split import Split
 from deitkit.distillation.methods import METHODS, Method
 from deitkit.errors import Interrupted
 from deitkit.models.classifier import Classifier
 from deitkit.models.vit import DeiT
+from deitkit.recipe.load import load_recipe
 from deitkit.recipe.schema import AugmentRecipe, DistillationRecipe, Recipe, SpeedRecipe, TrainRecipe
 from deitkit.run.observer import Silent
 from deitkit.training.cohort import Cohort
@@ -155,3 +157,11 @@ def test_a_run_resumes_with_them_and_tells_of_them(tiny_recipe: Callable[..., Re
     assert "64 training images and 906 without labels" in (tmp_path / "run" / "table.md").read_text()
     plain = compare(tiny_recipe("methods=[none]"), tmp_path / "plain", watcher=Silent())
     assert plain.rows[0].top1 == whole.rows[0].top1
+
+
+@pytest.mark.parametrize("field", ["methods=[none]", "distillation.unlabelled_weight=0"])
+def test_images_that_nobody_uses_are_named(field: str) -> None:
+    recipe = load_recipe("digits", ["data.unlabelled=rest", field])
+    assert "the images without labels are not used" in " ".join(describe_students(recipe, data_with(), {}))
+    used = load_recipe("digits", ["data.unlabelled=rest"])
+    assert "a step has 32 images with labels and 20 without" in list(describe_students(used, data_with(), {}))

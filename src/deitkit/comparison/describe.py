@@ -6,6 +6,7 @@ from deitkit.data.dataset import Dataset
 from deitkit.models.vit import size_in_words
 from deitkit.recipe.schema import Recipe
 from deitkit.system.words import counted
+from deitkit.training.build import needs_teacher
 from deitkit.training.optim import peak_learning_rate
 
 
@@ -49,7 +50,9 @@ def describe_students(recipe: Recipe, dataset: Dataset, parameters: Mapping[str,
         f"students: {size_in_words(model)}, patches of {model.patch_px} px, {' or '.join(counts)} M parameters; "
         f"{counted(train.epochs, 'epoch')} of {counted(steps, 'step')}"
     )
-    if dataset.unlabelled is not None and recipe.unlabelled_in_step:
+    if dataset.unlabelled is not None and not (recipe.unlabelled_in_step and needs_teacher(recipe)):
+        yield "the images without labels are not used: no method has a teacher, or their weight is 0"
+    elif dataset.unlabelled is not None:
         count = min(recipe.unlabelled_in_step, len(dataset.unlabelled))
         yield f"a step has {train.batch_size} images with labels and {count} without"
     if train.learning_rate_per is not None:
