@@ -18,6 +18,7 @@ from deitkit.data.decode import decode_image
 from deitkit.errors import RecipeError
 from deitkit.evaluation.apply import evaluate_model
 from deitkit.evaluation.classify import classify
+from deitkit.models.saved import load_classifier
 from deitkit.recipe.load import load_recipe
 from deitkit.recipe.schema import DataRecipe
 from deitkit.run.observer import Silent
@@ -122,9 +123,17 @@ def test_predict_evaluate_and_exports_prepare_images_as_training_did(
     assert json.loads((winner / "model.json").read_text())["fit"] == fit
     measured = evaluate_model(winner, f"folder:{photos}")
     assert measured["readouts"][0]["top1"] == results.rows[0].top1[0]
-    answers = classify(winner, [photos / "test"], top=1)
-    right = [one["classes"][0][0] == Path(one["image"]).parent.name for one in answers]
-    assert sum(right) / len(right) == results.rows[0].top1[0]
+    file = photos / "test" / "cat" / "11.png"
+    (answer,) = classify(winner, [file])
+    classifier, card = load_classifier(winner, torch.device("cpu"))
+    shares = {}
+    for each in ("crop", "pad", "squash"):
+        view = torch.from_numpy(decode_image(file, 3, 16, fit=each).copy())[None].float() / 255
+        with torch.no_grad():
+            probabilities = classifier(view).class_logits.softmax(-1)[0].tolist()
+        shares[each] = dict(zip(card["class_names"], probabilities, strict=True))
+    assert dict(answer["classes"]) == pytest.approx(shares[fit], abs=1e-6)
+    assert dict(answer["classes"]) != pytest.approx(shares["crop"], abs=1e-6), "the model tells them apart"
     assert run("convert", tmp_path / "run", "--to", "timm", "--out", tmp_path / "timm")[0] == 0
     config = json.loads((tmp_path / "timm" / "config.json").read_text())["pretrained_cfg"]
     assert config["crop_mode"] == {"pad": "border", "squash": "squash"}[fit]

@@ -94,7 +94,7 @@ class Student:
         for optimizer in self.optimizers:
             optimizer.zero_grad()
         labelled, weight = len(targets), self.distillation.unlabelled_weight
-        seen = len(view) if teacher_logits is not None and weight > 0 else labelled
+        seen = len(view) if teacher_logits is not None else labelled
         answered = labelled + weight * (seen - labelled)
         sums: dict[str, Tensor] = {}
         for part in micro_batches(self.micro_batch_size, (0, labelled), (labelled, seen)):
