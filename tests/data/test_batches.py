@@ -1,6 +1,8 @@
 """The order of the images: a function of seed and epoch, with or without repeated augmentation."""
 
 from collections import Counter
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -8,11 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import CPU_FP32
+from deitkit.comparison.compare import compare
 from deitkit.data.batches import Batches
 from deitkit.data.dataset import load_dataset
 from deitkit.data.split import Split
 from deitkit.errors import RecipeError
 from deitkit.recipe.load import load_recipe
+from deitkit.run.metrics import read_metrics
+from deitkit.run.observer import Silent
 from deitkit.system.seeding import derived_generator
 from deitkit.training.build import build_students
 from deitkit.training.cohort import Cohort
@@ -21,11 +26,12 @@ from deitkit.training.cohort import Cohort
 SIZES = st.tuples(st.integers(1, 60), st.integers(1, 12), st.integers(1, 5)).filter(lambda size: size[0] >= size[1])
 
 
-def numbered(count: int, batch_size: int, repeats: int, seed: int = 0) -> Batches:
+def numbered(count: int, batch_size: int, repeats: int, seed: int = 0, epoch_repeats: int = 1) -> Batches:
     """Batches of images whose labels tell which one each is."""
     numbers = torch.arange(count)
     images = numbers.to(torch.uint8).view(-1, 1, 1, 1)
-    return Batches(Split(images, numbers), batch_size, seed, torch.device("cpu"), repeats=repeats)
+    split, device = Split(images, numbers), torch.device("cpu")
+    return Batches(split, batch_size, seed, device, repeats=repeats, epoch_repeats=epoch_repeats)
 
 
 def epoch_of(batches: Batches, epoch: int, first_step: int = 0) -> list[int]:
@@ -66,6 +72,27 @@ def test_an_epoch_goes_on_from_any_step(size: tuple[int, int, int], seed: int, d
     batches = numbered(*size, seed)
     first_step = data.draw(st.integers(0, batches.steps_per_epoch))
     assert epoch_of(batches, 1, first_step) == epoch_of(numbered(*size, seed), 1)[first_step * size[1] :]
+
+
+@settings(deadline=None)
+@given(SIZES, st.integers(1, 4), st.integers(0, 9))
+def test_several_passes_make_an_epoch_each_in_another_order(size: tuple[int, int, int], passes: int, seed: int) -> None:
+    count, batch_size, _ = size
+    batches = numbered(count, batch_size, 1, seed, epoch_repeats=passes)
+    order = batches._shuffled(1)
+    assert batches.steps_per_epoch == count * passes // batch_size
+    assert all(sorted(part) == list(range(count)) for part in order.view(passes, count).tolist())
+    assert torch.equal(order[:count], numbered(count, batch_size, 1, seed)._shuffled(1))
+    assert epoch_of(batches, 1) == order[: batches.steps_per_epoch * batch_size].tolist()
+    if count > 20 and passes > 1:
+        assert not torch.equal(order[:count], order[count : 2 * count])
+
+
+def test_a_training_has_the_steps_of_its_longer_epochs(tiny_recipe: Any, tmp_path: Path) -> None:
+    recipe = tiny_recipe("methods=[none, hard]", "train.epoch_repeats=3", "teacher.cache=true")
+    compare(recipe, tmp_path / "run", watcher=Silent())
+    steps = [epoch.step for epoch in read_metrics(tmp_path / "run") if epoch.student == "hard"]
+    assert steps == [64 * 3 // 16, 2 * 64 * 3 // 16]
 
 
 @pytest.mark.parametrize("devices", [2, 3])

@@ -104,7 +104,14 @@ def test_an_epoch_that_was_not_recorded_to_its_end_is_not_written() -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{"seed": 1}, {"fingerprint": "other"}, {"batch_size": 8}, {"repeats": 3}, {"augment": AugmentRecipe(flip=0.0)}],
+    [
+        {"seed": 1},
+        {"fingerprint": "other"},
+        {"batch_size": 8},
+        {"repeats": 3},
+        {"epoch_repeats": 2},
+        {"augment": AugmentRecipe(flip=0.0)},
+    ],
 )
 def test_other_views_have_a_folder_of_their_own(change: dict[str, Any]) -> None:
     assert answers(teacher(), **change).folder != answers(teacher()).folder

@@ -45,7 +45,7 @@ def describe_students(recipe: Recipe, dataset: Dataset, parameters: Mapping[str,
     """
     model, train = recipe.model, recipe.train
     counts = sorted({f"{count / 1e6:.2f}" for name, count in parameters.items() if name in recipe.methods})
-    steps = len(dataset.train) // train.batch_size
+    steps = train.steps_per_epoch(len(dataset.train))
     yield (
         f"students: {size_in_words(model)}, patches of {model.patch_px} px, {' or '.join(counts)} M parameters; "
         f"{counted(train.epochs, 'epoch')} of {counted(steps, 'step')}"

@@ -32,6 +32,7 @@ class Batches:
         seed: Of the order.
         device: Device of the batches.
         repeats: Copies of an image; the last image of an epoch may have fewer.
+        epoch_repeats: Passes over the images that make an epoch, each in an order of its own.
         balanced: Draw as many images of every class in an epoch: of a rare class several times the same, of a frequent
             one a part. Without it every image comes once.
 
@@ -47,6 +48,7 @@ class Batches:
         device: torch.device,
         *,
         repeats: int = 1,
+        epoch_repeats: int = 1,
         balanced: bool = False,
     ) -> None:
         if batch_size > len(split):
@@ -57,8 +59,9 @@ class Batches:
         self.batch_size = batch_size
         self.seed = seed
         self.repeats = repeats
+        self.epoch_repeats = epoch_repeats
         self.classes = split.labels.cpu().unique() if balanced else None
-        self.steps_per_epoch = len(split) // batch_size
+        self.steps_per_epoch = len(split) * epoch_repeats // batch_size
         self._order: tuple[int, Tensor, Tensor] | None = None
         self._flow: tuple[tuple[int, int], Iterator[Tensor]] | None = None  # with the step that it yields next
 
@@ -86,10 +89,12 @@ class Batches:
 
     def _shuffled(self, epoch: int) -> Int64[Tensor, " n"]:
         generator = derived_generator(self.seed, "order", epoch)
-        order = torch.randperm(len(self.split), generator=generator)
-        if self.classes is not None:
-            order = self._balanced(order, generator)
+        order = torch.cat([self._one_pass(generator) for _ in range(self.epoch_repeats)])
         return order.repeat_interleave(self.repeats)[: len(order)]
+
+    def _one_pass(self, generator: torch.Generator) -> Int64[Tensor, " n"]:
+        order = torch.randperm(len(self.split), generator=generator)
+        return order if self.classes is None else self._balanced(order, generator)
 
     def _balanced(self, order: Int64[Tensor, " n"], generator: torch.Generator) -> Int64[Tensor, " n"]:
         """Return an order of the same length with as many images of every class, in random order."""

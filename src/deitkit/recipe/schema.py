@@ -156,7 +156,7 @@ class OptimizerRecipe(Section):
 class TrainRecipe(OptimizerRecipe):
     """Length of a training, and its batches."""
 
-    epochs: PositiveInt = Field(20, description="Passes over the training images.")
+    epochs: PositiveInt = Field(20, description="Passes over the training images (times epoch_repeats).")
     schedule_epochs: PositiveInt | None = Field(
         None, description="Length of the cosine in epochs, if the run ends before it (as in the reproduction)."
     )
@@ -171,6 +171,13 @@ class TrainRecipe(OptimizerRecipe):
         1,
         description="Repeated augmentation: views of an image in a step; an epoch then has 1/repeats of the images.",
     )
+    epoch_repeats: PositiveInt = Field(
+        1, description="Passes over the training images that make an epoch: of few images, validation then costs less."
+    )
+
+    def steps_per_epoch(self, images: int) -> int:
+        """Steps of an epoch of so many training images."""
+        return images * self.epoch_repeats // self.batch_size
 
 
 class StudentTrainRecipe(TrainRecipe):

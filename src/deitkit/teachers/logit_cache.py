@@ -59,6 +59,7 @@ class LogitCache:
         augment: AugmentRecipe,
         batch_size: int,
         repeats: int,
+        epoch_repeats: int = 1,
         balanced: bool = False,
         unlabelled: tuple[int, str] | None = None,
         steps: int,
@@ -78,6 +79,8 @@ class LogitCache:
             "precision": precision.name,
             "device": precision.device.type,  # which draws the noise of erasing
         }
+        if epoch_repeats > 1:
+            described["epoch_repeats"] = epoch_repeats
         if balanced:
             described["sampling"] = "balanced"
         if unlabelled is not None:
@@ -183,9 +186,10 @@ def open_logit_cache(
         augment=recipe.augment,
         batch_size=recipe.train.batch_size,
         repeats=recipe.train.repeats,
+        epoch_repeats=recipe.train.epoch_repeats,
         balanced=recipe.data.sampling == "balanced",
         unlabelled=unlabelled,
-        steps=len(dataset.train) // recipe.train.batch_size,
+        steps=recipe.train.steps_per_epoch(len(dataset.train)),
         classes=dataset.classes,
         seed=seed,
         precision=precision,

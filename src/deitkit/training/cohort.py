@@ -79,7 +79,13 @@ class Cohort:
         self.teacher = teacher
         self.device = precision.device
         self.batches = Batches(
-            dataset.train, train.batch_size, seed, self.device, repeats=train.repeats, balanced=balanced
+            dataset.train,
+            train.batch_size,
+            seed,
+            self.device,
+            repeats=train.repeats,
+            epoch_repeats=train.epoch_repeats,
+            balanced=balanced,
         )
         self.unlabelled: Batches | None = None
         taught = any(student.method.teacher_signal for student in students)
