@@ -18,9 +18,8 @@ from typing import Any
 
 from deitkit.cli.console import as_text, console
 from deitkit.cli.progress import Terminal
-from deitkit.comparison.ablation import compare_variants
-from deitkit.comparison.compare import compare as run_comparison
 from deitkit.comparison.finetune import start_from
+from deitkit.comparison.run import run_recipe
 from deitkit.data.dataset import Dataset
 from deitkit.data.dataset import load_dataset as read_dataset
 from deitkit.distillation.methods import METHODS, find_method
@@ -228,9 +227,8 @@ def finetune(
 def _run(recipe: Recipe, out: str | Path | None, resume: bool, progress: bool) -> Comparison:
     recipe = recipe.model_copy(update={"model": with_pretrained_size(recipe.model)})
     folder = choose_run_folder(None if out is None else Path(out), recipe, resume)
-    run = compare_variants if recipe.variants else run_comparison
     with _watching(progress) as watcher, occupied(folder):
-        return Comparison(folder, run(recipe, folder, watcher=watcher, resume=resume))
+        return Comparison(folder, run_recipe(recipe, folder, watcher=watcher, resume=resume))
 
 
 @contextmanager

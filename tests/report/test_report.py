@@ -310,7 +310,7 @@ def test_a_seed_reading_is_compared_with_its_own_student_without_teacher() -> No
 
 def test_stopped_students_are_marked_and_explained() -> None:
     layout = laid_out(make_results())
-    assert cells_of(make_results())["hard/class"]["top1"] == "62.05 (1 seed)†"
+    assert cells_of(make_results())["hard/class"]["top1"] == "62.05 (1 of 2)†"
     assert any(note.startswith("† hard/class: seed 1 stopped at step 120") for note in layout.footnotes)
     results = make_results(seeds=(0,))
     results["rows"][3] = make_row("hard", "class", [None], status="seed 0 stopped at step 3: loss is not finite")

@@ -27,7 +27,7 @@ from deitkit.report.write import write_report
 from deitkit.run.analysis import FORMAT, Analysis, AttentionSheet, Disagreement, TokenSimilarity, write_analysis
 from deitkit.run.observer import Watcher
 from deitkit.run.provenance import envelope
-from deitkit.run.results import AblationResults, Results, Row, read_results
+from deitkit.run.results import AblationResults, FoldResults, Results, Row, read_results
 from deitkit.system.device import Precision, choose_device
 from deitkit.system.seeding import derived_generator
 from deitkit.teachers.frozen import mean_teacher_logits
@@ -54,6 +54,8 @@ def analyze_run(folder: Path, *, images: int = 8, seed: int | None = None, watch
     results = read_results(folder)
     if isinstance(results, AblationResults):
         raise CheckpointError(f"{folder} is an ablation: analyze one of its variants, such as {folder}/variants/base")
+    if isinstance(results, FoldResults):
+        raise CheckpointError(f"{folder} is a cross-validation: analyze one of its folds, such as {folder}/folds/1")
     if seed is not None and seed not in results.seeds:
         known = ", ".join(map(str, results.seeds))
         raise RecipeError(f"--seed {seed} is not a seed of {folder}: choose from {known}")

@@ -20,6 +20,9 @@ def compare(
     overrides: Overrides = None,
     out: Out = None,
     seeds: Seeds = None,
+    folds: Annotated[
+        int | None, typer.Option("--folds", min=2, help="Cross-validate: this many comparisons, in one table.")
+    ] = None,
     resume: Resume = False,
     show_batch: Annotated[
         bool, typer.Option("--show-batch", help="Draw augmented views with their labels instead of training.")
@@ -35,10 +38,13 @@ def compare(
     unchanged, then each variant in its own folder under variants/, and prints one table of the differences from the
     base.
 
+    With `--folds 5` every image is a test image once: five comparisons, each in its own folder under folds/, and one
+    table. Use it where a single test set is too small to decide; it takes five times as long.
+
     The run folder then contains table.md, table.csv, table.tex, curves.png, curves.svg, report.html, results.json, and
     the winner, ready for `deitkit predict`. Ctrl-C saves and stops; the same command with --resume continues.
     """
-    loaded = _load(recipe, overrides, seeds)
+    loaded = _load(recipe, [*(overrides or []), *([] if folds is None else [f"data.folds={folds}"])], seeds)
     if show_batch:
         _show_batch(loaded, out)
         return
@@ -136,19 +142,18 @@ def _print_cards(cards: list["TeacherCard"], folder: Path) -> None:
 
 def _compare(recipe: Recipe, out: Path | None, resume: bool, as_json: bool) -> None:
     from deitkit.cli.progress import Terminal
-    from deitkit.comparison.ablation import compare_variants
-    from deitkit.comparison.compare import compare
+    from deitkit.comparison.run import run_recipe
     from deitkit.models.weights.pretrained import with_pretrained_size
     from deitkit.report.table import rich_table
     from deitkit.run.folder import choose_run_folder, occupied
-    from deitkit.run.results import AblationResults
+    from deitkit.run.results import AblationResults, FoldResults, fold_folder
 
     # --resume looks for a run of the recipe as it was stored
     recipe = recipe.model_copy(update={"model": with_pretrained_size(recipe.model)})
     folder = choose_run_folder(out, recipe, resume)
     with Terminal(errors if as_json else console) as terminal, occupied(folder):
         terminal.say(f"run folder {folder}")
-        results = (compare_variants if recipe.variants else compare)(recipe, folder, watcher=terminal, resume=resume)
+        results = run_recipe(recipe, folder, watcher=terminal, resume=resume)
     if as_json:
         print_json(results.to_json())
         return
@@ -157,6 +162,8 @@ def _compare(recipe: Recipe, out: Path | None, resume: bool, as_json: bool) -> N
     say(f"curves   {folder / 'curves.png'}")
     for name in results.variants if isinstance(results, AblationResults) else ():
         say(f"variant  {folder / 'variants' / name}")
+    for fold in results.folds if isinstance(results, FoldResults) else ():
+        say(f"fold     {fold_folder(folder, fold)}")
     if results.winner is not None:
         say(f"winner   {folder / 'winner'}   (deitkit predict {folder} IMAGE...)")
 

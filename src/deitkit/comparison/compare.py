@@ -18,7 +18,7 @@ from deitkit.comparison.cost import add_costs
 from deitkit.comparison.describe import describe_data, describe_students
 from deitkit.comparison.estimate import estimate_training
 from deitkit.comparison.finetune import StartingPoint, add_checkpoint_row, measure_checkpoint
-from deitkit.comparison.rows import finished, summarise, validation_scores
+from deitkit.comparison.rows import summarise, validation_scores
 from deitkit.comparison.seed_run import adopt_older_layout, gather_metrics, load_predictions, run_seed
 from deitkit.data.augment.preview import draw_views
 from deitkit.data.batches import Batches
@@ -124,7 +124,7 @@ def compare(
 def _conclude(results: Results, folder: Path) -> Results:
     """Add the advice, and write the winner, the results and the reports."""
     results = results.model_copy(update={"advice": advice(results)})
-    _copy_winner(results, folder)
+    copy_winner(results, folder, [folder / f"seed-{seed}" for seed in results.seeds])
     write_results(results, folder)
     write_report(folder)
     return results
@@ -221,14 +221,17 @@ def _summary(dataset: Dataset) -> DatasetSummary:
     )
 
 
-def _copy_winner(results: Results, folder: Path) -> None:
-    """Copy the winner's model to ``winner/``, and record the readout by which it won."""
+def copy_winner(results: Results, folder: Path, homes: Sequence[Path]) -> None:
+    """Copy the winner's model to ``winner/``, and record the readout by which it won.
+
+    Of several seeds or folds, whose students are in ``homes``, it is the one with the best validation accuracy.
+    """
     row = results.row(results.winner)
     if row is None:
         return
-    validation = finished(validation_scores(row, results.recipe.get("compare", {}).get("by", "accuracy")))
-    place = validation.index(max(validation))
-    source = folder / f"seed-{results.seeds[place]}" / row.student
+    validation = validation_scores(row, results.recipe.get("compare", {}).get("by", "accuracy"))
+    place = max(range(len(homes)), key=lambda place: validation[place] or 0.0)
+    source = homes[place] / row.student
     (folder / "winner").mkdir(exist_ok=True)
     for name in MODEL_FILES:
         shutil.copy2(source / name, folder / "winner" / name)

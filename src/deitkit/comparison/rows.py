@@ -81,7 +81,7 @@ def summarise(
     ]
     for reference in _REFERENCES:
         rows = corrected(rows, reference)
-    winner = _winner(rows, recipe.compare.by)
+    winner = best_row(rows, recipe.compare.by)
     teacher_hits = None if decisions is None else decisions == dataset.test.labels
     standing = _standing(winner, recipe, dataset, predictions, teacher_hits)
     return Summary(tuple(rows), winner, verdict(standing, rows), tuple(_notes(recipe, dataset)))
@@ -91,14 +91,15 @@ def corrected(rows: Sequence[SomeRow], reference: Reference) -> list[SomeRow]:
     """Return the rows with p values corrected for the number of rows that differ from a reference."""
     found = {place: row.difference_to(reference) for place, row in enumerate(rows)}
     differences = {place: difference for place, difference in found.items() if difference is not None}
-    holms = _corrected(differences)
+    holms = corrected_differences(differences)
     return [
         row.model_copy(update=difference_fields(reference, holms[place])) if place in holms else row
         for place, row in enumerate(rows)
     ]
 
 
-def _corrected(differences: Mapping[Key, Difference]) -> dict[Key, Difference]:
+def corrected_differences(differences: Mapping[Key, Difference]) -> dict[Key, Difference]:
+    """Return differences with p values corrected for their number (Holm)."""
     values = holm([difference.p for difference in differences.values()])
     return {
         key: replace(difference, p_holm=value)
@@ -269,7 +270,7 @@ def _speed(metrics: Iterable[EpochMetrics]) -> dict[str, dict[str, float | None]
     }
 
 
-def _winner(rows: Sequence[Row], by: str) -> Row | None:
+def best_row(rows: Sequence[Row], by: str) -> Row | None:
     """Return the student's row with the best mean validation accuracy (or balanced); the test set chooses nothing.
 
     Of a student with two heads only the joint readout of the paper may win; of equals the first.
@@ -312,9 +313,9 @@ def _standing(
     answers = {answer for scores in own.scores(predictions, "test").values() for answer in scores.argmax(-1).tolist()}
     return Standing(
         winner=winner,
-        leads=_corrected({name: lead for name, lead in leads.items() if lead is not None}),
+        leads=corrected_differences({name: lead for name, lead in leads.items() if lead is not None}),
         validation_images=len(labels),
-        seeds=len(recipe.seeds),
+        over=f"mean of {len(recipe.seeds)} seeds" if len(recipe.seeds) > 1 else "one seed",
         teacher_top1=None if teacher is None else teacher.double().mean().item(),
         only_answer=dataset.class_names[answers.pop()] if len(answers) == 1 else None,
         by=recipe.compare.by,

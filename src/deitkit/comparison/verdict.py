@@ -16,7 +16,7 @@ class Standing:
         winner: The row of the student with the best validation accuracy.
         leads: Its lead over each other student, by row, on the validation images.
         validation_images: Their number.
-        seeds: Number of seeds.
+        over: What the accuracies are of: one seed, or the mean of several seeds or folds.
         teacher_top1: The teacher's accuracy on the test images; None without a teacher.
         by: ``accuracy`` or ``balanced``, by which the winner was chosen.
         only_answer: The class that it answers to every test image, if it is always the same.
@@ -25,7 +25,7 @@ class Standing:
     winner: Row
     leads: Mapping[str, Difference]
     validation_images: int
-    seeds: int
+    over: str
     teacher_top1: float | None
     only_answer: str | None
     by: str = "accuracy"
@@ -51,8 +51,7 @@ def _outcome(standing: Standing, rows: Sequence[Row]) -> str:
     """Say what the winner scores, and whether that is more than labels alone by more than chance."""
     winner, difference = standing.winner, standing.winner.difference_to("none")
     assert winner.top1_mean is not None
-    over = f"mean of {standing.seeds} seeds" if standing.seeds > 1 else "one seed"
-    scores = f"scores {_percent(winner.top1_mean)} on the test images ({over}, n = {winner.n:,})"
+    scores = f"scores {_percent(winner.top1_mean)} on the test images ({standing.over}, n = {winner.n:,})"
     if not standing.leads:
         return f"{winner.row} {scores}"
     best = "is best" if _tied(standing) else "wins"

@@ -16,7 +16,7 @@ from deitkit.models.weights.read import file_sha256
 from deitkit.recipe.load import load_recipe
 from deitkit.recipe.schema import DataRecipe
 from deitkit.run.observer import Watcher
-from deitkit.run.results import AblationResults, Row, read_results
+from deitkit.run.results import AblationResults, FoldResults, Row, fold_folder, read_results
 from deitkit.system.device import Precision, choose_device, describe_machine
 from deitkit.system.words import counted
 from deitkit.teachers.prepare import teacher_folders
@@ -60,7 +60,7 @@ def verify_run(folder: Path, watcher: Watcher) -> Verification:
     """Measure every row and seed of a finished run again.
 
     Args:
-        folder: Of a finished run; of an ablation every variant is measured.
+        folder: Of a finished run; of an ablation every variant is measured, of a cross-validation every fold.
         watcher: Receives progress.
 
     Raises:
@@ -69,13 +69,22 @@ def verify_run(folder: Path, watcher: Watcher) -> Verification:
     """
     results = read_results(folder)
     load = lru_cache(maxsize=1)(lambda data: load_dataset(data, watcher.reading))
-    if not isinstance(results, AblationResults):
-        return _verify(folder, results.rows, load, watcher)
     found = []
-    for name in results.variants:
-        watcher.say(f"variant {name}")
-        rows = [row for row in results.rows if row.variant == name]
-        found.append(_verify(folder / "variants" / name, rows, load, watcher))
+    if isinstance(results, AblationResults):
+        for name in results.variants:
+            watcher.say(f"variant {name}")
+            rows = [row for row in results.rows if row.variant == name]
+            found.append(_verify(folder / "variants" / name, rows, load, watcher))
+    elif isinstance(results, FoldResults):
+        for place, fold in enumerate(results.folds):
+            watcher.say(f"fold {fold}")
+            own = [
+                row.model_copy(update={"row": f"fold {fold}: {row.row}", "top1": row.top1[place : place + 1]})
+                for row in results.rows
+            ]
+            found.append(_verify(fold_folder(folder, fold), own, load, watcher))
+    else:
+        return _verify(folder, results.rows, load, watcher)
     return Verification(
         holds=all(part.holds for part in found),
         same_data=all(part.same_data for part in found),

@@ -6,6 +6,7 @@ Pure functions of labels and the recipe: nothing here reads a file or decodes an
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Int64, UInt8
@@ -73,10 +74,10 @@ def plan_splits(
 ) -> SplitIndices:
     """Split a data set, stratified by class, as a function of ``recipe.split_seed`` alone.
 
-    The test split is the official one if there is one, else ``test_fraction`` of all images. The validation split is
-    ``validation_fraction`` of the remainder. Only then are ``train_images`` drawn from the rest, so that the validation
-    split stays large with few training images. Every split has every class. Under the same seed, a smaller training
-    split is a subset of a larger one, and the validation and test splits are the same.
+    The test split is the official one if there is one, else one of ``folds``, or ``test_fraction`` of all images. The
+    validation split is ``validation_fraction`` of the remainder. Only then are ``train_images`` drawn from the rest, so
+    that the validation split stays large with few training images. Every split has every class. Under the same seed, a
+    smaller training split is a subset of a larger one, and the validation and test splits are the same.
 
     Args:
         labels: Class of every image, 0 to ``len(class_names) - 1``.
@@ -86,8 +87,9 @@ def plan_splits(
         groups: The group of every image; a group is in one split. None if every image may be in any.
 
     Raises:
-        DataError: There are fewer than two classes, a class has too few images for every split, or the recipe sets a
-            number of images that exceeds those available or is less than the number of classes.
+        DataError: There are fewer than two classes, a class has too few images for every split or fold, or the recipe
+            sets a number of images that exceeds those available or is less than the number of classes, or folds of a
+            data set that has a test split.
     """
     if len(class_names) < 2:
         raise DataError(f"data.name={recipe.name} has {len(class_names)} class, but at least 2 are needed: add another")
@@ -95,7 +97,15 @@ def plan_splits(
     if official_test is None:
         everything = torch.arange(len(labels))
         draws.require(everything, 3, "train, validation and test")
-        pool, test = draws.carve(everything, recipe.test_fraction, leave=2)
+        if recipe.folds is not None:
+            pool, test = draws.fold(everything)
+        else:
+            pool, test = draws.carve(everything, recipe.test_fraction, leave=2)
+    elif recipe.folds is not None:
+        raise DataError(
+            f"data.folds={recipe.folds} divides all images, but data.name={recipe.name} has a test split of "
+            f"{counted(int(official_test.sum()), 'image')}: drop data.folds, or put all images into one folder"
+        )
     else:
         pool, test = (~official_test).nonzero().flatten(), official_test.nonzero().flatten()
         draws.require(test, 1, "test")
@@ -133,6 +143,44 @@ class _Draws:
         count = min(max(round(fraction * len(pool)), classes), len(pool) - leave * classes)
         return self._draw(pool, count, leave)
 
+    def fold(self, pool: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the other folds, and the fold of the recipe, by scikit-learn's stratified folds.
+
+        Raises:
+            DataError: A fold, not necessarily this one, lacks a class.
+        """
+        folds = self.recipe.folds
+        assert folds is not None
+        divided = self._folds(pool, folds)
+        for number, (rest, drawn) in enumerate(divided, start=1):
+            for part, least, name in ((drawn, 1, f"fold {number}"), (rest, 2, f"the folds beside fold {number}")):
+                counts = self._counts(part)
+                if int(counts.min()) < least:
+                    rare = int(counts.argmin())
+                    raise DataError(
+                        f"class '{self.class_names[rare]}' of data.name={self.recipe.name} has "
+                        f"{counted(int(counts[rare]), 'image')} in {name} of {folds}, but needs at least {least}: "
+                        f"lower data.folds, or add images"
+                    )
+        return divided[(self.recipe.fold or 1) - 1]
+
+    def _folds(self, pool: Tensor, folds: int) -> list[tuple[Tensor, Tensor]]:
+        self.require(pool, folds, counted(folds, "fold"))
+        from sklearn.model_selection import StratifiedKFold  # here, since it takes a second to import
+
+        return self._divide(StratifiedKFold, pool, folds)
+
+    def _divide(
+        self, splitter: Any, pool: Tensor, folds: int, groups: Tensor | None = None
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Return the rest and the test part of every fold of one of scikit-learn's splitters."""
+        own = None if groups is None else groups.numpy()
+        division = splitter(folds, shuffle=True, random_state=self.recipe.split_seed)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of classes with fewer images than folds
+            found = list(division.split(pool.numpy(), self.labels[pool].numpy(), own))
+        return [(pool[torch.from_numpy(rest)], pool[torch.from_numpy(drawn)]) for rest, drawn in found]
+
     def subset(self, pool: Tensor, count: int, split: str) -> tuple[Tensor, Tensor]:
         """Return the rest, and the drawn number of images of the recipe."""
         field = f"data.{split}_images={count}"
@@ -165,25 +213,32 @@ class _GroupDraws(_Draws):
 
     def carve(self, pool: Tensor, fraction: float, leave: int) -> tuple[Tensor, Tensor]:
         """Return the rest, and a share of about ``fraction`` of the images in whole groups, both with every class."""
-        from sklearn.model_selection import StratifiedGroupKFold  # here, since it takes a second to import
-
-        folds, own = round(1 / fraction), self.groups[pool]
-        if len(own.unique()) < folds:
-            raise DataError(
-                f"data.name={self.recipe.name} has {counted(len(own.unique()), 'group')} to divide, but a share of "
-                f"{fraction:g} needs {folds}: raise data.validation_fraction and data.test_fraction, or add groups"
-            )
-        division = StratifiedGroupKFold(folds, shuffle=True, random_state=self.recipe.split_seed)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # of classes with fewer images than folds
-            candidates = list(division.split(own.numpy(), self.labels[pool].numpy(), own.numpy()))
-        for rest, drawn in ((torch.from_numpy(rest), torch.from_numpy(drawn)) for rest, drawn in candidates):
-            if int(self._counts(pool[rest]).min()) >= leave and int(self._counts(pool[drawn]).min()) >= 1:
-                return pool[rest], pool[drawn]
+        folds = round(1 / fraction)
+        remedy = f"a share of {fraction:g} needs {folds}: raise data.validation_fraction and data.test_fraction"
+        self._require_groups(pool, folds, remedy)
+        for rest, drawn in self._group_folds(pool, folds):
+            if int(self._counts(rest).min()) >= leave and int(self._counts(drawn).min()) >= 1:
+                return rest, drawn
         raise DataError(
             f"the groups of data.name={self.recipe.name} cannot be divided so that every split has every class: try "
             "another data.split_seed, a larger data.validation_fraction or data.test_fraction, or more groups"
         )
+
+    def _folds(self, pool: Tensor, folds: int) -> list[tuple[Tensor, Tensor]]:
+        self._require_groups(pool, folds, f"data.folds={folds} needs {folds}: lower it")
+        return self._group_folds(pool, folds)
+
+    def _group_folds(self, pool: Tensor, folds: int) -> list[tuple[Tensor, Tensor]]:
+        from sklearn.model_selection import StratifiedGroupKFold  # here, since it takes a second to import
+
+        return self._divide(StratifiedGroupKFold, pool, folds, self.groups[pool])
+
+    def _require_groups(self, pool: Tensor, folds: int, remedy: str) -> None:
+        count = len(self.groups[pool].unique())
+        if count < folds:
+            raise DataError(
+                f"data.name={self.recipe.name} has {counted(count, 'group')} to divide, but {remedy}, or add groups"
+            )
 
 
 def _apportion(counts: Tensor, total: int, leave: int) -> Tensor:

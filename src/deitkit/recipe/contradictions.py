@@ -27,6 +27,15 @@ def contradictions(recipe: "Recipe") -> Iterator[str]:
         yield f"data.eval_crop={crop:g} has no effect on images that are not resized: set data.image_px, or drop it"
     if recipe.data.fit != "crop" and recipe.data.image_px is None:
         yield f"data.fit={recipe.data.fit} has no effect on images that are not resized: set data.image_px, or drop it"
+    folds, fold = recipe.data.folds, recipe.data.fold
+    if fold is not None and (folds is None or fold > folds):
+        yield f"data.fold={fold} is none of data.folds={folds}: " + (
+            "set data.folds too" if folds is None else f"choose 1 to {folds}"
+        )
+    if recipe.is_cross_validation and recipe.variants:
+        yield "data.folds and variants exclude each other: run the variants that matter with data.folds, one by one"
+    if recipe.is_cross_validation and len(recipe.seeds) > 1:
+        yield f"data.folds={folds} trains once for each fold, but seeds={list(recipe.seeds)}: give one seed"
     if recipe.model.pretrained is not None and recipe.model.checkpoint is not None:
         yield "model.pretrained and model.checkpoint exclude each other: give one"
     schedule = recipe.train.schedule_epochs

@@ -47,6 +47,11 @@ class DataRecipe(Section):
     test_fraction: Annotated[float, Field(gt=0, le=0.5)] = Field(
         0.2, description="Share held out as test set, if the data set has none."
     )
+    folds: Annotated[int, Field(ge=2)] | None = Field(
+        None,
+        description="k-fold cross-validation: divide the images into this many test sets, one comparison for each.",
+    )
+    fold: PositiveInt | None = Field(None, description="Only this fold, from 1; by default all of them, in one table.")
     split_seed: NonNegativeInt = Field(0, description="Seed of every split, the same for all training seeds.")
     streaming: Literal["auto"] | bool = Field(
         "auto", description="Decode images when they are needed instead of once; auto: if they do not fit in memory."
@@ -314,6 +319,11 @@ class Recipe(Section):
     def all_teachers(self) -> tuple[TeacherRecipe, ...]:
         """The teachers: at least one."""
         return self.teachers or (self.teacher,)
+
+    @property
+    def is_cross_validation(self) -> bool:
+        """Whether it stands for a comparison for each fold."""
+        return self.data.folds is not None and self.data.fold is None
 
     @property
     def unlabelled_in_step(self) -> int:

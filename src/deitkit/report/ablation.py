@@ -93,16 +93,16 @@ def _short(row: VariantRow, results: AblationResults) -> str:
 
 
 def _footnotes(results: AblationResults) -> list[str]:
-    rows, seeds = results.rows, len(results.seeds)
+    rows = results.rows
     students = ", ".join(dict.fromkeys(f"{row.method}/{row.readout}" for row in rows))
-    notes = [f"top-1 of {students}: {spread_note(seeds)}, on {rows[0].n:,} test images; weights of the last epoch."]
+    notes = [f"top-1 of {students}: {spread_note(results)}, on {rows[0].n:,} test images; weights of the last epoch."]
     tests = test_names(row.difference_to("base") for row in rows)
     if tests:
         notes.append(
             "vs base: points of top-1 more than the base's same row on the same test images, with their 95 % interval; "
             f"p: {tests}."
         )
-    if tests and seeds == 1:
+    if tests and len(results.seeds) == 1:
         notes.append(ONE_SEED)
     return notes + stopped_notes(rows)
 

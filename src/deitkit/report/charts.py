@@ -25,7 +25,7 @@ def accuracy_chart(results: Results, metrics: Sequence[EpochMetrics]) -> Chart:
     notes: list[Chart] = []
     for index, row in enumerate(rows):
         colour = colours.get(row.method, COLOURS[0])
-        data += _row_traces(row, index, colour, results.seeds)
+        data += _row_traces(row, index, colour, results)
         value = "stopped" if row.top1_mean is None else percent(row.top1_mean, row.n)
         text = f"<b>{value}</b>  {escape(row.row)}"
         if row.row == results.winner:
@@ -75,16 +75,16 @@ def curve_charts(results: Results, metrics: Sequence[EpochMetrics]) -> dict[str,
         return {}
     terms = list(dict.fromkeys(name for line in metrics for name in line.terms or {}))
     charts = {
-        "Accuracy": _curve_chart(metrics, {"": _accuracy}, "validation accuracy (%)"),
-        "Training loss": _curve_chart(metrics, {"": lambda line: line.train_loss}, "training loss"),
-        "Loss terms": _curve_chart(metrics, {name: _term(name) for name in terms}, "term of the loss"),
-        "Learning rate": _curve_chart(metrics, {"": lambda line: line.learning_rate}, "learning rate"),
+        "Accuracy": _curve_chart(results, metrics, {"": _accuracy}, "validation accuracy (%)"),
+        "Training loss": _curve_chart(results, metrics, {"": lambda line: line.train_loss}, "training loss"),
+        "Loss terms": _curve_chart(results, metrics, {name: _term(name) for name in terms}, "term of the loss"),
+        "Learning rate": _curve_chart(results, metrics, {"": lambda line: line.learning_rate}, "learning rate"),
     }
     charts["Accuracy"]["layout"]["shapes"] = _reference_lines(results)
     return {title: chart for title, chart in charts.items() if chart["data"]}
 
 
-def _row_traces(row: Row, index: int, colour: str, seeds: Sequence[int]) -> list[Chart]:
+def _row_traces(row: Row, index: int, colour: str, results: Results) -> list[Chart]:
     traces: list[Chart] = []
     averaged = row.weights == "ema"
     shared = {"type": "scatter", "showlegend": False, "name": escape(row.label)}
@@ -103,15 +103,17 @@ def _row_traces(row: Row, index: int, colour: str, seeds: Sequence[int]) -> list
                 "hovertemplate": hover,
             }
         )
-    seen = [(seed, 100 * top1) for seed, top1 in zip(seeds, row.top1, strict=False) if top1 is not None]
-    if len(seeds) > 1:
+    seen = [
+        (number, 100 * top1) for number, top1 in zip(results.repetitions, row.top1, strict=False) if top1 is not None
+    ]
+    if len(results.repetitions) > 1:
         traces.append(
             {
                 **shared,
                 "mode": "markers",
                 "x": [top1 for _, top1 in seen],
                 "y": [index] * len(seen),
-                "text": [f"seed {seed}" for seed, _ in seen],
+                "text": [f"{results.repetition} {number}" for number, _ in seen],
                 "marker": {"color": colour, "size": 7, "symbol": "line-ns-open", "line": {"width": 2}},
                 "hovertemplate": "%{text}: %{x:.2f} %<extra>%{data.name}</extra>",
             }
@@ -149,14 +151,14 @@ def _none_line(results: Results) -> list[Chart]:
     ]
 
 
-def _curve_chart(metrics: Sequence[EpochMetrics], values: dict[str, Value], title: str) -> Chart:
+def _curve_chart(results: Results, metrics: Sequence[EpochMetrics], values: dict[str, Value], title: str) -> Chart:
     colours = colours_of(metrics)
     data: list[Chart] = []
     for term, value in values.items():
         dash = "solid" if term in ("", "labels") else "dash"
         curves = sorted(curves_of(metrics, value), key=lambda curve: curve.over_seeds(mean)[-1], reverse=True)
         for curve in curves:
-            data += _curve_traces(curve, term, colours[curve.student], dash)
+            data += _curve_traces(curve, term, colours[curve.student], dash, results.repetition)
     layout = chart_layout(height=460, margin={"l": 56, "r": 12, "t": 12, "b": 50})
     last = max(line.epoch for line in metrics)
     layout["xaxis"] |= {"title": {"text": "epoch"}, "tickformat": "d", "dtick": 1 if last <= 10 else None}
@@ -166,8 +168,8 @@ def _curve_chart(metrics: Sequence[EpochMetrics], values: dict[str, Value], titl
     return {"data": data, "layout": layout}
 
 
-def _curve_traces(curve: Curve, term: str, colour: str, dash: str) -> list[Chart]:
-    """The range over seeds, the mean, and one line per seed that a box on the page switches on."""
+def _curve_traces(curve: Curve, term: str, colour: str, dash: str, repetition: str) -> list[Chart]:
+    """The range over seeds or folds, the mean, and one line for each that a box on the page switches on."""
     name = escape(f"{curve.student}: {term}" if term else curve.student)
     epochs, middle = curve.epochs, curve.over_seeds(mean)
     shared = {"type": "scatter", "name": name, "legendgroup": name}
@@ -197,7 +199,7 @@ def _curve_traces(curve: Curve, term: str, colour: str, dash: str) -> list[Chart
         for seed, values in curve.seeds.items():
             each = {"x": list(values), "y": list(values.values()), "mode": mode, "meta": "seed", "visible": False}
             style = {"line": {"color": colour, "width": 1}, "marker": {"color": colour, "size": 5}}
-            traces.append({**shared, **each, **style, "name": f"{name}, seed {seed}", "showlegend": False})
+            traces.append({**shared, **each, **style, "name": f"{name}, {repetition} {seed}", "showlegend": False})
     return traces
 
 

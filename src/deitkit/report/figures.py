@@ -139,8 +139,8 @@ def _draw(results: Results, curves: list[Curve]) -> "Figure":
     axes.margins(x=0.02)
     axes.set_xlabel("epoch")
     axes.set_ylabel("validation accuracy (%)")
-    seeds = len(results.seeds)
-    spread = f", mean and range over {seeds} seeds" if seeds > 1 else ""
+    count = len(results.repetitions)
+    spread = f", mean and range over {count} {results.repetition}s" if count > 1 else ""
     title = f"{data.name}, {data.train:,} training images{spread}"
     axes.set_title(title, loc="left", fontweight="bold", parse_math=False)
     axes.spines[["top", "right"]].set_visible(False)

@@ -3,7 +3,7 @@
 import csv
 import io
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -179,7 +179,7 @@ def _csv(results: Results) -> str:
     for row in results.to_json()["rows"]:
         record: dict[str, Any] = {}
         for key, value in row.items():
-            record.update(_spread(key, value, results.seeds))
+            record.update(_spread(key, value, results))
         for table in (REPRODUCTION, PAPER):
             entry = published.get(table, {}).get(row["row"])
             record[f"published_{table}"] = None if entry is None else entry.top1
@@ -192,9 +192,10 @@ def _csv(results: Results) -> str:
     return text.getvalue()
 
 
-def _spread(key: str, value: Any, seeds: Sequence[int]) -> dict[str, Any]:
+def _spread(key: str, value: Any, results: Results) -> dict[str, Any]:
     if key in ("top1", "top5"):
-        return {f"{key}_seed_{seed}": each for seed, each in zip(seeds, value or [None] * len(seeds), strict=False)}
+        names = [f"{key}_{results.repetition}_{number}" for number in results.repetitions]
+        return dict(zip(names, value or [None] * len(names), strict=False))
     if key == "cost":
         return {name: (value or {}).get(name) for name in Cost.model_fields}
     if key.endswith("_ci95"):

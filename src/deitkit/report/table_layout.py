@@ -89,11 +89,15 @@ def lay_out(results: Results) -> Layout:
 
 def title_of(results: Results) -> str:
     """Return one line with the data set, its numbers of images, and the number of seeds."""
-    data, seeds = results.dataset, len(results.seeds)
+    data = results.dataset
     train = counted(data.train, "training image") + (
         f" and {data.unlabelled:,} without labels" if data.unlabelled else ""
     )
-    return f"{data.name}: {train}, {counted(data.test, 'test image')}, {counted(seeds, 'seed')}"
+    return f"{data.name}: {train}, {counted(data.test, 'test image')}, {_counted_repetitions(results)}"
+
+
+def _counted_repetitions(results: Results) -> str:
+    return counted(len(results.repetitions), results.repetition)
 
 
 def provenance_of(results: Results) -> str:
@@ -270,21 +274,21 @@ def accuracy(row: Row) -> str:
     if len(finished) > 1:
         return f"{text} ± {percent(row.top1_std, row.n)}"
     if len(row.top1) > 1:
-        return f"{text} (1 seed)"
+        return f"{text} (1 of {len(row.top1)})"
     low, high = row.top1_ci95 or (None, None)
     return text if low is None else f"{text} [{percent(low, row.n)}, {percent(high, row.n)}]"
 
 
 def _footnotes(results: Results) -> list[str]:
-    rows, seeds = results.rows, len(results.seeds)
+    rows, alone = results.rows, len(results.repetitions) == 1
     counts = " or ".join(f"{count:,}" for count in sorted({row.n for row in rows}))
-    notes = [f"top-1: {spread_note(seeds)}, on {counts} test images; weights of the last epoch, never of the best."]
+    notes = [f"top-1: {spread_note(results)}, on {counts} test images; weights of the last epoch, never of the best."]
     tests = test_names(row.difference_to("none") for row in rows)
     if tests and results.reference is not None:
         notes.append(
             f"vs none: points of top-1 more than '{results.reference.row}', with their 95 % interval; p: {tests}."
         )
-    if tests and seeds == 1:
+    if tests and alone:
         notes.append(ONE_SEED)
     tests = test_names(row.difference_to("before") for row in rows)
     if tests:
@@ -315,9 +319,11 @@ def _footnotes(results: Results) -> list[str]:
     return notes + list(results.notes) + _published_notes(results)
 
 
-def spread_note(seeds: int) -> str:
+def spread_note(results: Results) -> str:
     """Return what the spread of a top-1 is, for a footnote."""
-    return f"mean ± standard deviation over {seeds} seeds" if seeds > 1 else "[95 % Wilson interval], one seed"
+    if len(results.repetitions) == 1:
+        return "[95 % Wilson interval], one seed"
+    return f"mean ± standard deviation over {_counted_repetitions(results)}"
 
 
 def test_names(differences: Iterable[Difference | None]) -> str:

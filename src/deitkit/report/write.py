@@ -8,7 +8,7 @@ from deitkit.report.figures import write_curves
 from deitkit.report.page import write_page
 from deitkit.report.table import write_tables
 from deitkit.run.metrics import EpochMetrics, read_metrics
-from deitkit.run.results import AblationResults, Results, read_results
+from deitkit.run.results import AblationResults, FoldResults, Results, fold_folder, read_results
 
 
 def write_report(folder: Path) -> list[Path]:
@@ -33,7 +33,13 @@ def write_report(folder: Path) -> list[Path]:
 
 
 def _metrics_of(results: Results, folder: Path) -> list[EpochMetrics]:
-    """Return a run's metrics; of an ablation those of all variants, with students named ``VARIANT: STUDENT``."""
+    """Return a run's metrics: of folds those of all, with the fold as seed; of variants with ``VARIANT: STUDENT``."""
+    if isinstance(results, FoldResults):
+        return [
+            line.model_copy(update={"seed": fold})
+            for fold in results.folds
+            for line in read_metrics(fold_folder(folder, fold))
+        ]
     variants = results.variants if isinstance(results, AblationResults) else ()
     return read_metrics(folder) + [
         line.model_copy(update={"student": f"{name}: {line.student}"})

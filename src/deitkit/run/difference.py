@@ -31,7 +31,7 @@ class Difference:
         mean: Over the seeds, as a fraction.
         ci95: Its 95 % interval.
         p: The p value of ``test``, two-sided.
-        test: ``McNemar`` or ``paired t``.
+        test: ``McNemar``, ``paired t``, or of folds ``corrected resampled t`` or ``sign test``.
         p_holm: The p value corrected for all rows with a difference to the same reference; None where it was not.
     """
 

@@ -286,6 +286,16 @@ class Results(Document):
         return next((row for row in self.rows if row.row == name), None)
 
     @property
+    def repetitions(self) -> tuple[int, ...]:
+        """The seeds, or the folds: every list of a row has a value for each."""
+        return self.seeds
+
+    @property
+    def repetition(self) -> str:
+        """What a repetition is, in a word."""
+        return "seed"
+
+    @property
     def reference(self) -> Row | None:
         """The row that differences "vs none" are relative to; None without a student that has no teacher."""
         return next((row for row in self.rows if row.reference), None)
@@ -300,6 +310,31 @@ class AblationResults(Results):
 
     rows: tuple[VariantRow, ...]
     variants: dict[str, dict[str, tuple[Any, Any]]]
+
+
+class FoldResults(Results):
+    """The results of a cross-validation: one comparison for each fold, in one table.
+
+    Attributes:
+        folds: Their numbers, in the order of every list of a row; ``seeds`` has the one seed of all.
+    """
+
+    folds: tuple[int, ...]
+
+    @property
+    def repetitions(self) -> tuple[int, ...]:
+        """The folds."""
+        return self.folds
+
+    @property
+    def repetition(self) -> str:
+        """What a repetition is, in a word."""
+        return "fold"
+
+
+def fold_folder(folder: Path, fold: int) -> Path:
+    """Return the run folder of a fold, counted from 1."""
+    return folder / "folds" / str(fold)
 
 
 def write_results(results: Results, folder: Path) -> None:
@@ -336,7 +371,7 @@ def parse_results(stored: dict[str, Any], source: str = "results.json") -> Resul
     Raises:
         CheckpointError: A required field is missing, or a field has another type.
     """
-    kind = AblationResults if "variants" in stored else Results
+    kind = AblationResults if "variants" in stored else FoldResults if "folds" in stored else Results
     try:
         results = kind.model_validate(completed(stored))
     except ValidationError as error:

@@ -1,0 +1,224 @@
+"""k-fold cross-validation: one comparison for each fold, whose rows become one table.
+
+Each fold is an ordinary comparison in its own folder, with a teacher of its own where one is trained, since it must not
+have seen the test images. This module orders them and combines their results; it reads nothing but these.
+"""
+
+import hashlib
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from deitkit.comparison.advice import advice
+from deitkit.comparison.compare import compare, copy_winner, has_finished, rehearse
+from deitkit.comparison.rows import best_row, corrected, corrected_differences, finished, reported_rows
+from deitkit.comparison.verdict import Standing, verdict
+from deitkit.data.dataset import load_dataset
+from deitkit.evaluation.statistics import are_equal, resampled_difference, resampled_interval
+from deitkit.models.weights.pretrained import with_pretrained_size
+from deitkit.recipe.schema import Recipe
+from deitkit.report.write import write_report
+from deitkit.run.difference import Difference, Reference, difference_fields
+from deitkit.run.folder import begin_run, check_run
+from deitkit.run.observer import Watcher
+from deitkit.run.provenance import envelope
+from deitkit.run.results import (
+    FIT_TO_TEACH,
+    FORMAT,
+    DatasetSummary,
+    FoldResults,
+    Results,
+    Row,
+    TeacherCard,
+    fold_folder,
+    read_results,
+    write_results,
+)
+from deitkit.system.device import Precision, choose_device
+from deitkit.teachers.prepare import rehearse_teachers
+from deitkit.training.build import needs_teacher
+
+_MEANS = ("balanced_accuracy", "macro_f1", "teacher_agreement", "images_per_second", "train_seconds")
+
+
+def compare_folds(recipe: Recipe, folder: Path, *, watcher: Watcher, resume: bool = False) -> FoldResults:
+    """Run a comparison for each of ``recipe.data.folds``, and return the results of all in one table.
+
+    Args:
+        recipe: With ``data.folds``, without ``data.fold``.
+        folder: New or empty; with ``resume`` one that this recipe has begun.
+        watcher: Receives progress, and may request a stop.
+        resume: Continue at the fold at which a run was stopped.
+
+    Raises:
+        Interrupted: The watcher requested a stop; the run can be resumed.
+    """
+    recipe = recipe.model_copy(update={"model": with_pretrained_size(recipe.model)})
+    numbers = range(1, (recipe.data.folds or 1) + 1)
+    data = {fold: recipe.data.model_copy(update={"fold": fold}) for fold in numbers}
+    recipes = {fold: recipe.model_copy(update={"data": own}) for fold, own in data.items()}
+    homes = {fold: fold_folder(folder, fold) for fold in recipes}
+    check_run(folder, recipe, resume)
+    for fold, own in recipes.items():
+        check_run(homes[fold], own, resume=True)
+    dataset = load_dataset(data[1], watcher.reading)
+    precision = Precision.choose(recipe.train.precision, choose_device(recipe.device))
+    rehearse(recipes[1], dataset, precision)
+    if needs_teacher(recipe):
+        rehearse_teachers(recipe, dataset, homes[1] / "teacher", precision)
+    begin_run(folder, recipe)
+    for fold, own in recipes.items():
+        if not has_finished(homes[fold], own):
+            watcher.say(f"fold {fold} of {len(recipes)}")
+            compare(own, homes[fold], watcher=watcher, resume=True, dataset=dataset if fold == 1 else None)
+    results = combine(recipe, {fold: read_results(home) for fold, home in homes.items()})
+    copy_winner(results, folder, [home / f"seed-{recipe.seeds[0]}" for home in homes.values()])
+    if (homes[1] / "views.png").is_file():
+        shutil.copy2(homes[1] / "views.png", folder / "views.png")
+    write_results(results, folder)
+    write_report(folder)
+    return results
+
+
+def combine(recipe: Recipe, folds: Mapping[int, Results]) -> FoldResults:
+    """Combine the results of all folds, by number: rows by name, each with a value for every fold."""
+    each = list(folds.values())
+    first = each[0]
+    own_rows = {name: [one.row(name) for one in each] for name in dict.fromkeys(row.row for row in first.rows)}
+    by_name = {name: [row for row in found if row is not None] for name, found in own_rows.items()}
+    rows = [_combined(found, list(folds)) for found in by_name.values()]
+    teacher_top1 = [None if one.teacher is None else one.teacher.test_top1 for one in each]
+    rows = _compared(rows, each, teacher_top1)
+    winner = best_row(rows, recipe.compare.by)
+    teacher = None if first.teacher is None else _teacher([one.teacher for one in each])
+    validation_images = sum(one.dataset.validation for one in each)
+    standing = _standing(
+        winner, rows, recipe.compare.by, validation_images, None if teacher is None else teacher.test_top1
+    )
+    results = FoldResults(
+        **envelope(FORMAT),
+        recipe=recipe.model_dump(mode="json"),
+        dataset=_dataset([one.dataset for one in each]),
+        teacher=teacher,
+        teachers=tuple(_teacher(cards) for cards in zip(*(one.teachers for one in each), strict=True)),
+        initial=first.initial,
+        seeds=recipe.seeds,
+        folds=tuple(folds),
+        rows=tuple(rows),
+        winner=None if winner is None else winner.row,
+        verdict=verdict(standing, rows),
+        published=first.published,
+        notes=_notes(each),
+        machine=first.machine,
+    )
+    return results.model_copy(update={"advice": advice(results)})
+
+
+def _combined(rows: Sequence[Row], folds: Sequence[int]) -> Row:
+    """Combine the rows of one name; a fold in which a student stopped leaves the statistics."""
+    top1 = tuple(row.top1[0] for row in rows)
+    values = finished(top1)
+    stopped = [f"fold {fold}: {row.status}" for fold, row in zip(folds, rows, strict=True) if row.status != "ok"]
+    spread = len(values) > 1 and not are_equal(values)
+    return rows[0].model_copy(
+        update={
+            "top1": top1,
+            "top5": None if rows[0].top5 is None else tuple((row.top5 or (None,))[0] for row in rows),
+            "n": sum(row.n for row in rows),
+            "top1_mean": _mean(values),
+            "top1_std": float(np.std(values, ddof=1)) if len(values) > 1 else None,
+            "top1_ci95": resampled_interval(values) if spread else None,
+            "validation_top1": tuple(row.validation_top1[0] for row in rows),
+            "validation_balanced": tuple((row.validation_balanced or (None,))[0] for row in rows),
+            "status": "; ".join(stopped) or "ok",
+            "cost": next((row.cost for row in rows if row.cost is not None), None),
+            **{name: _mean(finished(getattr(row, name) for row in rows)) for name in _MEANS},
+        }
+    )
+
+
+def _compared(rows: Sequence[Row], each: Sequence[Results], teacher: Sequence[float | None]) -> list[Row]:
+    """Return the rows with their differences over the folds, to the references that any fold has."""
+    before = next((row.top1 for row in rows if row.kind == "checkpoint"), None)
+    baseline = next((row.top1 for row in rows if row.kind == "baseline" and row.weights == "last"), None)
+    none = next((row.top1 for row in rows if row.reference), None)
+    references: dict[Reference, Sequence[float | None] | None] = {
+        "none": none, "before": before, "teacher": teacher, "baseline": baseline,
+    }  # fmt: skip
+    compared = list(rows)
+    for reference, values in references.items():
+        wanted = {row.row for one in each for row in one.rows if row.difference_to(reference) is not None}
+        compared = [
+            row.model_copy(update=difference_fields(reference, _difference(row.top1, values)))
+            if row.row in wanted and values is not None
+            else row
+            for row in compared
+        ]
+        compared = corrected(compared, reference)
+    return compared
+
+
+def _difference(values: Sequence[float | None], others: Sequence[float | None]) -> Difference | None:
+    """Compare two rows over the folds that both finished; None with fewer than two."""
+    pairs = [(one, other) for one, other in zip(values, others, strict=True) if one is not None and other is not None]
+    return resampled_difference([one - other for one, other in pairs]) if len(pairs) > 1 else None
+
+
+def _standing(
+    winner: Row | None, rows: Sequence[Row], by: str, validation_images: int, teacher_top1: float | None
+) -> Standing | None:
+    if winner is None:
+        return None
+    rivals = [
+        row
+        for row in reported_rows(rows)
+        if row.kind == "student" and row.method != winner.method and row.weights == winner.weights
+    ]
+    leads = {row.row: _difference(winner.validation_top1, row.validation_top1) for row in rivals}
+    return Standing(
+        winner=winner,
+        leads=corrected_differences({name: lead for name, lead in leads.items() if lead is not None}),
+        validation_images=validation_images,
+        over=f"mean of {len(winner.top1)} folds",
+        teacher_top1=teacher_top1,
+        only_answer=None,
+        by=by,
+    )
+
+
+def _teacher(cards: Sequence[TeacherCard | None]) -> TeacherCard:
+    """Combine a teacher's cards: the mean of its accuracies; no hash where each fold trained another."""
+    found = [card for card in cards if card is not None]
+    shares = ("top1", "chance", "test_top1", "test_balanced", "test_macro_f1", "own_px_top1", "view_px_top1")
+    means = {name: _mean(finished(getattr(card, name) for card in found)) for name in shares}
+    refused = [card.verdict for card in found if card.verdict != FIT_TO_TEACH]
+    return found[0].model_copy(
+        update=means
+        | {
+            "n": sum(card.n for card in found),
+            "sha256": found[0].sha256 if len({card.sha256 for card in found}) == 1 else None,
+            "verdict": refused[0] if refused else FIT_TO_TEACH,
+            "weak": any(card.weak for card in found),
+        }
+    )
+
+
+def _dataset(each: Sequence[DatasetSummary]) -> DatasetSummary:
+    """Describe the training images of the first fold, and the test images of all: every image once."""
+    together = hashlib.sha256(" ".join(one.fingerprint for one in each).encode()).hexdigest()
+    return each[0].model_copy(update={"test": sum(one.test for one in each), "fingerprint": together})
+
+
+def _notes(each: Sequence[Results]) -> tuple[str, ...]:
+    about = (
+        f"Every image is a test image of one of {len(each)} folds, which share most of their training images: "
+        "intervals and p are those of the corrected resampled t test (Nadeau and Bengio 2003)."
+    )
+    return (about, *dict.fromkeys(note for one in each for note in one.notes))
+
+
+def _mean(values: Iterable[float]) -> float | None:
+    found = list(values)
+    return float(np.mean(found)) if found else None

@@ -1,0 +1,298 @@
+"""k-fold cross-validation: its division, its statistics by hand, how it stops and goes on, and what it refuses."""
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from sklearn.model_selection import StratifiedKFold
+from typer.testing import CliRunner
+
+from conftest import StopAfter, poisoned_gradient
+from deitkit.analyze.analysis import analyze_run
+from deitkit.cli.main import app
+from deitkit.comparison.compare import compare
+from deitkit.comparison.folds import combine
+from deitkit.comparison.run import run_recipe
+from deitkit.comparison.verify import verify_run
+from deitkit.data.dataset import load_dataset
+from deitkit.data.split import plan_splits
+from deitkit.errors import CheckpointError, DataError, Interrupted, RecipeError
+from deitkit.evaluation.statistics import holm, resampled_difference, resampled_interval
+from deitkit.models.saved import load_classifier
+from deitkit.recipe.load import load_recipe
+from deitkit.recipe.schema import DataRecipe, Recipe
+from deitkit.report.write import write_report
+from deitkit.run.metrics import read_metrics
+from deitkit.run.observer import Silent
+from deitkit.run.results import FoldResults, Results, read_results
+from deitkit.training.student import Student
+
+TinyRecipe = Callable[..., Recipe]
+LEARNS = (
+    "data.folds=3", "methods=[none, hard]", "data.train_images=160", "train.optimizer=adamw",
+    "train.learning_rate=0.004", "train.epochs=4", "augment.cutmix=0", "augment.crop=none",
+)  # fmt: skip
+
+
+def planned(labels: torch.Tensor, folds: int, groups: torch.Tensor | None = None, **fields: Any) -> list[Any]:
+    names = [str(number) for number in range(int(labels.max()) + 1)]
+    recipes = [DataRecipe(folds=folds, fold=fold, **fields) for fold in range(1, folds + 1)]
+    return [plan_splits(labels, None, names, recipe, groups) for recipe in recipes]
+
+
+def test_every_image_is_a_test_image_once_and_every_fold_has_the_classes_in_proportion() -> None:
+    labels = torch.cat([torch.zeros(40), torch.ones(23), torch.full((7,), 2)]).long()
+    plans = planned(labels, 5)
+    assert torch.equal(torch.cat([plan.test for plan in plans]).sort().values, torch.arange(70))
+    for plan in plans:
+        together = torch.cat([plan.train, plan.validation, plan.test])
+        assert torch.equal(together.sort().values, torch.arange(70))
+        counts = torch.bincount(labels[plan.test])
+        assert [abs(float(count) - size / 5) < 1 for count, size in zip(counts, (40, 23, 7), strict=True)] == [True] * 3
+    division = StratifiedKFold(5, shuffle=True, random_state=0).split(labels, labels)
+    assert [plan.test.tolist() for plan in plans] == [test.tolist() for _, test in division]
+
+
+def test_a_group_is_in_one_fold_only() -> None:
+    labels, groups = torch.arange(60) % 2, torch.arange(60) // 4
+    for plan in planned(labels, 4, groups):
+        parts = [set(groups[part].tolist()) for part in (plan.train, plan.validation, plan.test)]
+        assert not (parts[0] & parts[1])
+        assert not (parts[0] & parts[2])
+        assert not (parts[1] & parts[2])
+        assert parts[2]
+
+
+@pytest.mark.parametrize(
+    ("labels", "groups", "folds", "message"),
+    [
+        ([0] * 9 + [1] * 4, None, 5, r"class '1' .* has 4 images for 5 folds, but needs at least 5"),
+        ([0] * 9 + [1] * 9, [0] * 6 + [1] * 6 + [2] * 6, 5, r"has 3 groups to divide, but data\.folds=5 needs 5"),
+        (
+            [0] * 12 + [1] * 6,
+            [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5] + [9] * 6,
+            3,
+            r"class '1' .* has 0 images in the folds beside fold 1 of 3",
+        ),
+    ],
+)
+def test_a_fold_that_lacks_a_class_is_refused_by_name(
+    labels: list[int], groups: list[int] | None, folds: int, message: str
+) -> None:
+    with pytest.raises(DataError, match=message):
+        planned(torch.tensor(labels), folds, None if groups is None else torch.tensor(groups))
+
+
+def test_a_data_set_with_a_test_split_is_refused() -> None:
+    labels, official = torch.arange(40) % 2, torch.arange(40) < 10
+    with pytest.raises(DataError, match=r"has a test split of 10 images: drop data\.folds"):
+        plan_splits(labels, official, ["a", "b"], DataRecipe(name="folder:x", folds=3, fold=1))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (["data.fold=2"], r"data\.fold=2 is none of data\.folds=None: set data\.folds too"),
+        (["data.folds=3", "data.fold=4"], r"data\.fold=4 is none of data\.folds=3: choose 1 to 3"),
+        (["data.folds=1"], r"data\.folds"),
+        (["data.folds=3", "seeds=[0, 1]"], r"trains once for each fold, but seeds=\[0, 1\]: give one seed"),
+        (["data.folds=3", "variants.a.train.epochs=1"], r"data\.folds and variants exclude each other"),
+    ],
+)
+def test_fields_that_contradict_folds_are_refused(fields: list[str], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        load_recipe("digits", fields)
+
+
+def test_the_test_is_the_corrected_resampled_t_by_hand() -> None:
+    differences = [0.02, 0.05, -0.01, 0.04, 0.03]
+    found = resampled_difference(differences)
+    usual = stats.ttest_1samp(differences, 0.0)
+    shrunk = usual.statistic * np.sqrt((1 / 5) / (1 / 5 + (1 / 5) / (4 / 5)))
+    assert found.test == "corrected resampled t"
+    assert found.mean == pytest.approx(0.026)
+    assert found.p == pytest.approx(2 * stats.t.sf(shrunk, 4))
+    assert found.p > usual.pvalue
+    low, high = resampled_interval(differences)
+    assert found.ci95 == (low, high)
+    assert (high - low) / 2 == pytest.approx(2.7764451 * np.std(differences, ddof=1) * np.sqrt(0.45), rel=1e-6)
+
+
+def test_an_interval_excludes_no_difference_where_p_is_below_5_percent_and_only_there() -> None:
+    generator = np.random.default_rng(0)
+    for shift in (0.0, 0.01, 0.03, 0.06):
+        for _ in range(40):
+            found = resampled_difference(generator.normal(shift, 0.02, 5).tolist())
+            assert found.ci95 is not None
+            assert (found.p < 0.05) == (not found.ci95[0] <= 0 <= found.ci95[1])
+
+
+def test_the_usual_test_finds_differences_of_equal_learners_that_the_corrected_one_does_not() -> None:
+    """Differences of folds that share what their training sets share, which is 3/4 of the noise at five folds."""
+    generator = np.random.default_rng(1)
+    usual, corrected, draws = 0, 0, 1500
+    for _ in range(draws):
+        shared, own = generator.normal(), generator.normal(size=5)
+        differences = (
+            np.sqrt(0.2) * shared + np.sqrt(0.8) * own
+        ).tolist()  # the correlation that the correction assumes
+        usual += stats.ttest_1samp(differences, 0.0).pvalue < 0.05
+        corrected += resampled_difference(differences).p < 0.05
+    assert usual / draws > 0.1
+    assert 0.03 < corrected / draws < 0.07
+
+
+def test_folds_that_differ_by_the_same_number_are_tested_by_their_sign() -> None:
+    assert resampled_difference([0.0] * 4).p == 1.0
+    found = resampled_difference([0.125] * 4)
+    assert (found.p, found.test, found.ci95) == (2 * 0.5**4, "sign test", None)
+
+
+def test_a_table_of_folds_is_that_of_comparisons_of_each(tiny_recipe: TinyRecipe, tmp_path: Path) -> None:
+    recipe = tiny_recipe(*LEARNS)
+    results = run_recipe(recipe, tmp_path / "run", watcher=Silent())
+    assert isinstance(results, FoldResults)
+    each = [
+        compare(tiny_recipe(*LEARNS, f"data.fold={fold}"), tmp_path / f"alone-{fold}", watcher=Silent())
+        for fold in (1, 2, 3)
+    ]
+    for row in results.rows:
+        alone = [one.row(row.row) for one in each]
+        assert row.top1 == tuple(one.top1[0] for one in alone if one is not None)
+        assert row.top1_mean == pytest.approx(float(np.mean([value for value in row.top1 if value is not None])))
+        assert row.n == sum(one.dataset.test for one in each) == 300
+    none, hard = results.row("none/class"), results.row("hard/class")
+    assert none is not None
+    assert hard is not None
+    gains = [a - b for a, b in zip(hard.top1, none.top1, strict=True) if a is not None and b is not None]
+    teachers = [one.teacher.test_top1 for one in each if one.teacher is not None]
+    found, lag = hard.difference_to("none"), hard.difference_to("teacher")
+    assert found is not None
+    assert lag is not None
+    assert found.p == pytest.approx(resampled_difference(gains).p)
+    assert lag.mean == pytest.approx(np.mean([a - b for a, b in zip(hard.top1, teachers, strict=True)]))  # type: ignore[operator]
+    lags = [row.p_vs_teacher for row in results.rows if row.p_vs_teacher is not None]
+    assert [row.p_vs_teacher_holm for row in results.rows if row.p_vs_teacher is not None] == holm(lags)
+    assert results.dataset.test == 300
+    assert results.teacher is not None
+    assert results.teacher.test_top1 == pytest.approx(np.mean(teachers))
+    assert results.teacher.sha256 is None
+    assert "mean of 3 folds, n = 300" in results.verdict
+    assert "The teacher scores" in results.verdict
+    assert read_results(tmp_path / "run") == results
+
+
+def test_what_a_run_folder_of_folds_holds(tiny_recipe: TinyRecipe, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    results = run_recipe(tiny_recipe(*LEARNS), run, watcher=Silent())
+    table = (run / "table.md").read_text()
+    assert "3 folds" in table
+    assert "seed" not in table.split("recipe")[0]
+    assert "Nadeau and Bengio 2003" in table
+    with (run / "table.csv").open() as file:
+        first = next(csv.DictReader(file))
+    assert {"top1_fold_1", "top1_fold_2", "top1_fold_3"} <= set(first)
+    page = (run / "report.html").read_text()
+    assert all(f'href="folds/{fold}/report.html"' in page for fold in (1, 2, 3))
+    assert (run / "folds" / "3" / "report.html").exists()
+    winner = results.row(results.winner)
+    assert winner is not None
+    best = winner.validation_top1.index(max(value for value in winner.validation_top1 if value is not None))
+    card = json.loads((run / "winner" / "model.json").read_text())
+    assert card["test_top1"] == winner.top1[best]
+    home = run / "folds" / str(best + 1) / "seed-0" / winner.student
+    ours, theirs = (load_classifier(path, torch.device("cpu"))[0].state_dict() for path in (run / "winner", home))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    before = table, (run / "results.json").read_text()
+    write_report(run)
+    assert ((run / "table.md").read_text(), (run / "results.json").read_text()) == before
+    verified = verify_run(run, Silent())
+    assert verified.holds
+    assert {row.row for row in verified.rows} >= {f"fold {fold}: none/class" for fold in (1, 2, 3)}
+    with pytest.raises(CheckpointError, match=r"is a cross-validation: analyze one of its folds, such as .*folds/1"):
+        analyze_run(run, watcher=Silent())
+
+
+def test_a_stopped_run_goes_on_and_ends_as_one_that_never_stopped(tiny_recipe: TinyRecipe, tmp_path: Path) -> None:
+    recipe = tiny_recipe("data.folds=2", "methods=[none, hard]")
+    whole = run_recipe(recipe, tmp_path / "whole", watcher=Silent())
+    with pytest.raises(Interrupted):
+        run_recipe(recipe, tmp_path / "parts", watcher=StopAfter(25))
+    for _ in range(20):
+        try:
+            parts = run_recipe(recipe, tmp_path / "parts", watcher=StopAfter(25), resume=True)
+            break
+        except Interrupted:
+            continue
+    assert [(row.row, row.top1) for row in parts.rows] == [(row.row, row.top1) for row in whole.rows]
+
+
+def test_a_finished_run_grows_by_a_method(tiny_recipe: TinyRecipe, tmp_path: Path) -> None:
+    run_recipe(tiny_recipe("data.folds=2", "methods=[none]"), tmp_path, watcher=Silent())
+    grown = run_recipe(tiny_recipe("data.folds=2", "methods=[none, hard]"), tmp_path, watcher=Silent(), resume=True)
+    assert [row.row for row in grown.rows] == ["none/class", "hard/class"]
+    with pytest.raises(CheckpointError, match=r"data\.folds was 2, now 3"):
+        run_recipe(tiny_recipe("data.folds=3", "methods=[none]"), tmp_path, watcher=Silent(), resume=True)
+
+
+def test_a_student_that_stops_in_a_fold_leaves_its_statistics(
+    tiny_recipe: TinyRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Student, "backward", poisoned_gradient("hard", at=2))
+    recipe = tiny_recipe("data.folds=3", "methods=[none, hard]")
+    hard = run_recipe(recipe, tmp_path, watcher=Silent()).row("hard/class")
+    assert hard is not None
+    assert hard.top1[0] is None
+    assert None not in hard.top1[1:]
+    assert hard.status.startswith("fold 1: ")
+    assert hard.difference_to("none") is not None
+    assert "† hard/class: fold 1: seed 0 stopped" in (tmp_path / "table.md").read_text()
+
+
+def test_the_curves_are_over_folds(tiny_recipe: TinyRecipe, tmp_path: Path) -> None:
+    run_recipe(tiny_recipe("data.folds=2", "methods=[none]"), tmp_path, watcher=Silent())
+    page = (tmp_path / "report.html").read_text()
+    assert "none, fold 2" in page
+    assert not read_metrics(tmp_path)
+
+
+def test_the_command_takes_folds_and_names_them(tmp_path: Path) -> None:
+    fields = [
+        "train.epochs=1",
+        "train.warmup_epochs=0",
+        "teacher.train.warmup_epochs=0",
+        "teacher.train.epochs=1",
+        "methods=[none]",
+        "data.train_images=40",
+    ]
+    outcome = CliRunner().invoke(app, ["compare", "digits", "--folds", "2", *fields, "--out", str(tmp_path / "run")])
+    assert outcome.exit_code == 0, outcome.output
+    assert "fold 2 of 2" in outcome.output
+    assert str(tmp_path / "run" / "folds" / "2") in outcome.output.replace("\n", "")
+    outcome = CliRunner().invoke(app, ["compare", "digits", "--folds", "1"])
+    assert outcome.exit_code == 2
+
+
+def test_folds_differ_in_their_data_alone() -> None:
+    recipes = [DataRecipe(folds=2, fold=fold) for fold in (1, 2)]
+    first, second = (load_dataset(recipe) for recipe in recipes)
+    assert first.class_names == second.class_names
+    assert first.fingerprint != second.fingerprint
+    assert len(first.test) + len(second.test) == 1797
+
+
+def test_a_row_without_a_fold_to_compare_has_no_difference(tiny_recipe: TinyRecipe, tmp_path: Path) -> None:
+    results = run_recipe(tiny_recipe("data.folds=2", "methods=[none, hard]"), tmp_path, watcher=Silent())
+    folds: dict[int, Results] = {fold: read_results(tmp_path / "folds" / str(fold)) for fold in (1, 2)}
+    stopped = [row.model_copy(update={"top1": (None,), "status": "seed 0 stopped"}) for row in folds[1].rows]
+    folds[1] = folds[1].model_copy(update={"rows": tuple(stopped)})
+    combined = combine(tiny_recipe("data.folds=2", "methods=[none, hard]"), folds)
+    assert combined.winner is None
+    assert all(row.difference_to("none") is None for row in combined.rows)
+    assert len(results.rows) == len(combined.rows)
