@@ -6,7 +6,6 @@ Each stage writes its result into the run folder, so that a stopped run resumes 
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 from jaxtyping import Float
@@ -23,6 +22,7 @@ from deitkit.comparison.seed_run import adopt_older_layout, gather_metrics, load
 from deitkit.data.augment.preview import draw_views
 from deitkit.data.batches import Batches
 from deitkit.data.dataset import Dataset, add_unlabelled, load_dataset
+from deitkit.data.duplicates import Duplicates
 from deitkit.distillation.methods import find_method
 from deitkit.errors import RecipeError
 from deitkit.evaluation.readouts import balanced_accuracy, macro_f1, top_k_accuracy
@@ -217,8 +217,13 @@ def _summary(dataset: Dataset) -> DatasetSummary:
         skipped=len(dataset.skipped),
         skipped_files=tuple(dataset.skipped),
         fingerprint=dataset.fingerprint,
-        duplicates=DuplicateImages(**asdict(dataset.duplicates)),
+        duplicates=_recorded(dataset.duplicates),
+        near_duplicates=_recorded(dataset.near_duplicates),
     )
+
+
+def _recorded(duplicates: Duplicates) -> DuplicateImages:
+    return DuplicateImages(count=duplicates.count, examples=duplicates.examples)
 
 
 def copy_winner(results: Results, folder: Path, homes: Sequence[Path]) -> None:

@@ -31,8 +31,9 @@ def describe_data(dataset: Dataset) -> Iterator[str]:
     if dataset.skipped:
         files = counted(len(dataset.skipped), "file")
         yield f"left out: {files} that cannot be decoded, first {dataset.skipped[0]}"
-    if dataset.duplicates.count:
-        yield dataset.duplicates.sentence()
+    for duplicates in (dataset.duplicates, dataset.near_duplicates):
+        if duplicates.count:
+            yield duplicates.sentence()
 
 
 def describe_students(recipe: Recipe, dataset: Dataset, parameters: Mapping[str, int]) -> Iterator[str]:

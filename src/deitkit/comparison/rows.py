@@ -335,5 +335,6 @@ def _notes(recipe: Recipe, dataset: Dataset) -> Iterator[str]:
     yield from (f"{remark[0].upper()}{remark[1:]}." for remark in dataset.remarks)
     if dataset.skipped:
         yield f"Left out: {counted(len(dataset.skipped), 'file')} that cannot be decoded, first {dataset.skipped[0]}."
-    if dataset.duplicates.count:
-        yield f"{dataset.duplicates.sentence()}."
+    for duplicates in (dataset.duplicates, dataset.near_duplicates):
+        if duplicates.count:
+            yield f"{duplicates.sentence()}."

@@ -8,7 +8,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,15 @@ from torch import Tensor
 
 from deitkit.data.cache import sha256
 from deitkit.data.decode import DecodedImages, decode_image, decode_images
-from deitkit.data.duplicates import MOST_EXAMPLES, Duplicates, find_duplicates, pixel_hashes
+from deitkit.data.duplicates import (
+    LEAST_NEAR_PX,
+    MOST_EXAMPLES,
+    MOST_PAIRS,
+    Duplicates,
+    find_duplicates,
+    find_near_duplicates,
+    pixel_hashes,
+)
 from deitkit.data.listing import EncodedImages, Listing, Progress, writable
 from deitkit.data.pixels import mean_and_std, mean_and_std_of_counts, require_memory, resize, to_channels
 from deitkit.data.sources.folders import list_folder, list_images
@@ -59,6 +67,7 @@ class Dataset:
         fit: How images became square, as ``data.fit``.
         unlabelled: Images to train on without labels, all labelled -1; None without any.
         unlabelled_hashes: Pixel hash of each of them.
+        names: Returns the name of an image by its split and place, for messages.
         originals: Returns training images by their positions as they were before they were resized to a square; None if
             nothing was resized.
     """
@@ -81,6 +90,22 @@ class Dataset:
     fit: str = "crop"
     unlabelled: Split | None = None
     unlabelled_hashes: Int64[Tensor, " unlabelled"] = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+    names: Callable[[str, int], str] | None = None
+
+    @cached_property
+    def near_duplicates(self) -> Duplicates:
+        """Test images that look like a training image; not looked for among tiny, streamed or very many images."""
+        train, test = self.train.images, self.test.images
+        if not isinstance(train, Tensor) or not isinstance(test, Tensor) or self.names is None:
+            return Duplicates()
+        if min(self.image_px) < LEAST_NEAR_PX or len(train) * len(test) > MOST_PAIRS:
+            return Duplicates()
+        fresh = (~torch.isin(self.test_hashes, self.train_hashes)).nonzero().flatten()
+        pairs = find_near_duplicates(train, test[fresh]).tolist()
+        few = [
+            (self.names("test", int(fresh[one])), self.names("train", other)) for one, other in pairs[:MOST_EXAMPLES]
+        ]
+        return Duplicates(len(pairs), tuple(few), near=True)
 
     @property
     def classes(self) -> int:
@@ -122,6 +147,7 @@ def load_dataset(recipe: DataRecipe, progress: Progress | None = None) -> Datase
     splits = [Split(*both) for both in zip(images, labels, strict=True)]
     _require_all_classes(dict(zip(("train", "validation", "test"), splits, strict=True)), listing, recipe)
     train, validation, test = splits
+    names = partial(_name_in_split, listing, {"train": places[0], "validation": places[1], "test": places[2]})
     mean, std = (
         mean_and_std_of_counts(found.counts) if isinstance(found, Survey) else mean_and_std(found.images[: sizes[0]])
     )
@@ -135,13 +161,14 @@ def load_dataset(recipe: DataRecipe, progress: Progress | None = None) -> Datase
         std=std,
         skipped=listing.skipped + found.skipped,
         fingerprint=_fingerprint(splits, listing.class_names, found.key if isinstance(found, Survey) else None),
-        duplicates=_duplicates(listing, (places[0], places[2]), find_duplicates(hashes[0], hashes[2])),
+        duplicates=_duplicates(names, find_duplicates(hashes[0], hashes[2])),
         remarks=listing.remarks,
         train_hashes=hashes[0],
         validation_hashes=hashes[1],
         test_hashes=hashes[2],
         originals=partial(_originals, listing, places[0]) if recipe.image_px is not None else None,
         fit=recipe.fit,
+        names=names,
     )
 
 
@@ -338,13 +365,14 @@ def _require_all_classes(splits: dict[str, Split], listing: Listing, recipe: Dat
             )
 
 
-def _duplicates(listing: Listing, places: tuple[Tensor, Tensor], pairs: Int64[Tensor, "pairs 2"]) -> Duplicates:
+def _duplicates(names: Callable[[str, int], str], pairs: Int64[Tensor, "pairs 2"]) -> Duplicates:
     """Describe duplicates, with the names of some of them."""
-    train, test = places
     few = pairs[:MOST_EXAMPLES].tolist()
-    return Duplicates(
-        len(pairs), tuple((_name(listing, int(test[one])), _name(listing, int(train[other]))) for one, other in few)
-    )
+    return Duplicates(len(pairs), tuple((names("test", one), names("train", other)) for one, other in few))
+
+
+def _name_in_split(listing: Listing, places: dict[str, Tensor], split: str, place: int) -> str:
+    return _name(listing, int(places[split][place]))
 
 
 def _name(listing: Listing, position: int) -> str:

@@ -222,6 +222,7 @@ class DatasetSummary(Record):
     skipped_files: tuple[str, ...] = ()
     fingerprint: str
     duplicates: DuplicateImages | None = None
+    near_duplicates: DuplicateImages | None = None
 
 
 class PublishedFigure(Record):
