@@ -23,7 +23,7 @@ FEW = ["--repeats", "2", "--steps", "1"]
 
 @pytest.fixture(autouse=True)
 def _small_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("deitkit.bench.measure.LIMIT_SIDE", {"cpu": 128, "cuda": 128})
+    monkeypatch.setattr("deitkit.bench.measure.CPU_SIDE", 128)
 
 
 def run(*arguments: str) -> str:

@@ -25,7 +25,7 @@ def script(name: str) -> ModuleType:
 
 @pytest.fixture(autouse=True)
 def _small_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("deitkit.bench.measure.LIMIT_SIDE", {"cpu": 128, "cuda": 128})
+    monkeypatch.setattr("deitkit.bench.measure.CPU_SIDE", 128)
 
 
 def test_everyone_trains_in_turn(tmp_path: Path) -> None:

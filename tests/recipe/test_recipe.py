@@ -71,7 +71,7 @@ def test_overrides_reach_nested_fields() -> None:
         (["seeds=3"], ["seeds=3: write a list, as seeds=[3]"]),
         (["train.lr=0.1"], ["unknown key 'train.lr': did you mean train.learning_rate?"]),
         (["teacher.train.wd=0.1"], ["did you mean teacher.train.weight_decay?"]),
-        (["device=mps"], ["not on Apple's GPUs"]),
+        (["device=tpu"], ["device='tpu': input should be 'auto', 'cpu', 'cuda', 'mps' or 'xpu'"]),
         (["train.epochs=true"], ["train.epochs=True: true is not a value of this field"]),
         (["augment.mixup=true"], ["augment.mixup=True: true is not a value"]),
         (["augment.flip=false"], ["false is not a value"]),

@@ -48,5 +48,20 @@ def test_importing_deitkit_and_choosing_a_device_change_nothing() -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is here")
 def test_a_device_that_is_not_there_is_told() -> None:
     assert choose_device("auto") == torch.device("cpu")
-    with pytest.raises(RecipeError, match="no CUDA device is visible"):
-        choose_device("cuda")
+    for name, kind in (("cuda", "CUDA device"), ("mps", "GPU of Apple"), ("xpu", "GPU of Intel")):
+        with pytest.raises(RecipeError, match=rf"device={name}, but no {kind} is visible .*: set device=auto"):
+            choose_device(name)
+
+
+@pytest.mark.parametrize("there", ["cuda", "mps", "xpu"])
+def test_another_accelerator_is_taken_where_it_is_asked_for_and_cuda_always(
+    there: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device(there))
+    assert choose_device(there) == torch.device(there)
+    assert choose_device("auto") == torch.device("cuda" if there == "cuda" else "cpu")
+    assert choose_device("cpu") == torch.device("cpu")
+    other = "mps" if there == "cuda" else "cuda"
+    with pytest.raises(RecipeError, match=rf"device={other}, but no .* is visible \({there} is\)"):
+        choose_device(other)

@@ -14,13 +14,13 @@ from deitkit.system.timer import time_in_turn
 
 # Side of the square matrices whose product measures the peak speed of the machine: large enough to be limited by
 # arithmetic, small enough to take about a second.
-LIMIT_SIDE = {"cpu": 2048, "cuda": 8192}
+CPU_SIDE, GPU_SIDE = 2048, 8192
 
 
 def machine_limit(precision: Precision) -> float:
     """Return the FLOP/s of a large matrix product on random numbers, a practical upper bound for training."""
     device = precision.device
-    side = LIMIT_SIDE[device.type]
+    side = CPU_SIDE if device.type == "cpu" else GPU_SIDE
     if precision.name == "bf16" and device.type == "cpu" and not _is_quick(precision):
         side = 256  # emulated
     left, right = (torch.randn(side, side, device=device).to(precision.dtype) for _ in range(2))

@@ -13,7 +13,7 @@ from deitkit.models.vit import Output
 from deitkit.system.device import Precision
 
 # Pixels of a batch for evaluation: small for the caches of a CPU, large for the throughput of a GPU.
-EVALUATION_PIXELS = {"cpu": 2**19, "cuda": 2**22}
+CPU_PIXELS, GPU_PIXELS = 2**19, 2**22
 
 
 def predict(classifier: Classifier, split: Split, precision: Precision) -> Output:
@@ -39,7 +39,8 @@ def predict_all(
     for classifier in classifiers:
         classifier.eval()
     with uncompiled(), precision.autocast():
-        for images in split.batches(max(1, EVALUATION_PIXELS[precision.device.type] // (height * width))):
+        pixels = CPU_PIXELS if precision.device.type == "cpu" else GPU_PIXELS
+        for images in split.batches(max(1, pixels // (height * width))):
             view = images.to(precision.device, non_blocking=True).float() / 255
             for classifier, gathered in zip(classifiers, outputs, strict=True):
                 gathered.append(classifier(view))

@@ -333,8 +333,6 @@ def _sentence(problem: dict[str, Any]) -> str:
     value = problem["input"]
     if problem["type"] == "tuple_type":
         return f"{where}={value}: write a list, as {where}=[{value}]"
-    if where == "device" and value == "mps":
-        return "device=mps: deitkit runs on cpu and cuda, not on Apple's GPUs; leave device=auto for the CPU"
     shown = repr(value) if len(repr(value)) <= 60 else repr(value)[:57] + "..."
     return f"{where}={shown}: {message[0].lower()}{message[1:]}"
 

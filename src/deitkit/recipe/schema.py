@@ -307,7 +307,9 @@ class Recipe(Section):
     speed: SpeedRecipe = SpeedRecipe()
     compare: CompareRecipe = CompareRecipe()
     seeds: tuple[NonNegativeInt, ...] = Field((0,), min_length=1, description="One cohort is trained per seed.")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda if available.")
+    device: Literal["auto", "cpu", "cuda", "mps", "xpu"] = Field(
+        "auto", description="auto: cuda if available, else cpu. mps (Apple) and xpu (Intel) were never tried."
+    )
     published: tuple[Literal["reproduction", "paper"], ...] = Field(
         (), description="Published tables to print next to ours."
     )

@@ -14,16 +14,21 @@ from deitkit.system.process import usable_cores
 
 
 def choose_device(name: str) -> torch.device:
-    """Return the device of a recipe; ``auto`` is cuda where available.
+    """Return the device of a recipe; ``auto`` is cuda where available, else the CPU.
+
+    Apple's and Intel's GPUs (``mps``, ``xpu``) have to be asked for, since nothing was measured on them.
 
     Raises:
-        RecipeError: ``name`` is ``cuda`` and no CUDA device is visible.
+        RecipeError: ``name`` is that of a device that is not visible.
     """
-    if name == "cuda" and not torch.cuda.is_available():
-        raise RecipeError("device=cuda, but no CUDA device is visible: set device=auto or device=cpu")
-    if name != "cpu" and torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("cpu")
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if name == "auto":
+        name = "cuda" if found is not None and found.type == "cuda" else "cpu"
+    if name != "cpu" and (found is None or found.type != name):
+        instead = "none is" if found is None else f"{found.type} is"
+        kind = {"cuda": "CUDA device", "mps": "GPU of Apple", "xpu": "GPU of Intel"}[name]
+        raise RecipeError(f"device={name}, but no {kind} is visible ({instead}): set device=auto or device=cpu")
+    return torch.device(name)
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,10 @@ def computes_bf16(device: torch.device) -> bool:
     """Return whether the processor has instructions for bf16 products; emulated ones are 4 to 400 times slower."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "xpu":
+        return torch.xpu.is_bf16_supported(including_emulation=False)
+    if device.type == "mps":
+        return False  # not measured to be faster
     try:
         flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
@@ -66,12 +75,18 @@ def describe_machine(device: torch.device, precision: Precision) -> dict[str, An
         "processor": _processor(),
         "cores": usable_cores(),
         "memory_gib": round(psutil.virtual_memory().total / 2**30),
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        "device": _device_name(device),
         "precision": precision.name,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
     }
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name()
+    return torch.xpu.get_device_name() if device.type == "xpu" else device.type
 
 
 def _processor() -> str:

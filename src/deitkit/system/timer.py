@@ -19,9 +19,13 @@ def duration_text(seconds: float) -> str:
 
 
 class Stopwatch:
-    """Sum of the time spent inside ``with`` blocks, on the device's clock; only reading it waits for the device."""
+    """Sum of the time spent inside ``with`` blocks, on the device's clock; only reading it waits for a CUDA device.
+
+    Other accelerators are waited for at both ends of a block.
+    """
 
     def __init__(self, device: torch.device, seconds: float = 0.0) -> None:
+        self._device = device
         self._cuda = device.type == "cuda"
         self._seconds = seconds
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
@@ -31,6 +35,7 @@ class Stopwatch:
             self._events.append((torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)))
             self._events[-1][0].record()
         else:
+            wait(self._device)
             self._started = time.perf_counter()
         return self
 
@@ -40,6 +45,7 @@ class Stopwatch:
         if self._cuda:
             self._events[-1][1].record()
         else:
+            wait(self._device)
             self._seconds += time.perf_counter() - self._started
 
     @property
@@ -63,8 +69,8 @@ class Timing:
 
 def wait(device: torch.device) -> None:
     """Wait until the device has finished all its work."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
 
 
 def time_in_turn(

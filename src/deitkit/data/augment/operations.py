@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 BLUR_PASSES = 3  # box blurs in Pillow's GaussianBlur
+WITHOUT_FLOAT64 = ("mps",)
 
 
 def _blend(degenerate: Tensor | float, image: Tensor, factor: Tensor) -> Tensor:
@@ -71,9 +72,14 @@ def _invert(ramp: Tensor, pixels: Tensor, unused: Tensor) -> Tensor:
     return (255 - ramp).expand(len(pixels), 1, -1)
 
 
+def widest_float(device: torch.device) -> torch.dtype:
+    """Return the most precise type of the device."""
+    return torch.float32 if device.type in WITHOUT_FLOAT64 else torch.float64
+
+
 def _autocontrast(ramp: Tensor, pixels: Tensor, unused: Tensor) -> Tensor:
     low, high = pixels.flatten(2).aminmax(dim=-1, keepdim=True)
-    low, high = low.double(), high.double()
+    low, high = low.to(widest_float(pixels.device)), high.to(widest_float(pixels.device))
     # Pillow's float64 arithmetic to the last bit, because truncation follows; `255 / x` would be `255 * (1 / x)`.
     scale = torch.full_like(high, 255) / (high - low).clamp(min=1)
     stretched = (ramp * scale - low * scale).clamp(0, 255)
@@ -206,7 +212,8 @@ def apply_operations(
 ) -> UInt8[Tensor, "batch channels height width"]:
     """Apply a separate operation to each image, like torchvision to a PIL image.
 
-    Identical bit for bit with nearest interpolation; bilinear geometry is within one grey level of Pillow's.
+    Identical bit for bit with nearest interpolation; bilinear geometry is within one grey level of Pillow's, and on
+    Apple's GPUs, which have no float64, so is everything else.
 
     Args:
         images: Grey or RGB images, on any device; left unchanged.
@@ -223,7 +230,7 @@ def apply_operations(
     edges = [0, *operations.bincount(minlength=len(OPERATIONS)).cumsum(0).tolist()]
     groups = {name: slice(edges[i], edges[i + 1]) for i, name in enumerate(OPERATIONS) if edges[i] < edges[i + 1]}
     arguments = arguments[order]
-    factors = arguments.to(images.device, non_blocking=True)[:, None, None]
+    factors = arguments.to(widest_float(images.device)).to(images.device, non_blocking=True)[:, None, None]
     pixels = images.index_select(0, order.to(images.device, non_blocking=True))
 
     geometric = [name for name in _GEOMETRIC if name in groups]
