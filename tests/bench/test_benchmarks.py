@@ -3,12 +3,17 @@
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+import timm
+from safetensors.torch import save_file
+
+from source_helpers import write_classes
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 
@@ -83,3 +88,11 @@ def test_the_gpu_script_compares_at_small_sizes(tmp_path: Path) -> None:
     subprocess.run([FOLDER / "gpu.sh", "cifar10", tmp_path], check=True, env=settings, capture_output=True)
     assert (tmp_path / "cifar10" / "report.html").exists()
     assert "from nothing to the report in" in (tmp_path / "cifar10-seconds.txt").read_text()
+
+
+def test_a_cnn_is_fine_tuned_without_deitkit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_classes(tmp_path / "photos", {"a": 30, "b": 30})
+    save_file(timm.create_model("test_resnet").state_dict(), tmp_path / "weights.safetensors")
+    options = ["--model", "test_resnet", "--checkpoint", str(tmp_path / "weights.safetensors"), "--px", "32"]
+    script("finetune_cnn").main([f"folder:{tmp_path / 'photos'}", *options, "--epochs", "1"])
+    assert re.search(r"top-1 [\d.]+ % \[[\d.]+, [\d.]+\], n = \d+", capsys.readouterr().out)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from conftest import CPU_FP32, striped_dataset
 from deitkit.comparison.compare import compare
-from deitkit.comparison.rows import _winner
+from deitkit.comparison.rows import best_row
 from deitkit.data.augment.mix import balanced_weights
 from deitkit.data.batches import Batches
 from deitkit.data.dataset import Dataset
@@ -116,6 +116,6 @@ def test_the_winner_by_balanced_accuracy(tiny_recipe: Callable[..., Recipe], tmp
     one, other = results.rows
     one = one.model_copy(update={"validation_top1": (0.9,), "validation_balanced": (0.5,)})
     other = other.model_copy(update={"validation_top1": (0.8,), "validation_balanced": (0.7,)})
-    assert [_winner((one, other), by) for by in ("accuracy", "balanced")] == [one, other]
+    assert [best_row((one, other), by) for by in ("accuracy", "balanced")] == [one, other]
     assert "It was chosen by balanced accuracy" in results.verdict
     assert all(row.macro_f1 is not None for row in results.rows)
