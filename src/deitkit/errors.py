@@ -21,6 +21,10 @@ class DataError(DeitkitError):
     """A data set that is missing, malformed or does not fit the recipe."""
 
 
+class HasTestSplit(DataError):  # noqa: N818 - a fact, which evaluation acts on
+    """The data set has a test split of its own, so that folds cannot divide it."""
+
+
 class CheckpointError(DeitkitError):
     """A weights file or a run folder that cannot be read, written or continued."""
 

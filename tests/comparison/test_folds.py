@@ -17,12 +17,14 @@ from conftest import StopAfter, poisoned_gradient
 from deitkit.analyze.analysis import analyze_run
 from deitkit.cli.main import app
 from deitkit.comparison.compare import compare
+from deitkit.comparison.finetune import start_from
 from deitkit.comparison.folds import combine
 from deitkit.comparison.run import run_recipe
 from deitkit.comparison.verify import verify_run
 from deitkit.data.dataset import load_dataset
 from deitkit.data.split import plan_splits
 from deitkit.errors import CheckpointError, DataError, Interrupted, RecipeError
+from deitkit.evaluation.apply import evaluate_model
 from deitkit.evaluation.statistics import holm, resampled_difference, resampled_interval
 from deitkit.models.saved import load_classifier
 from deitkit.recipe.load import load_recipe
@@ -32,6 +34,7 @@ from deitkit.run.metrics import read_metrics
 from deitkit.run.observer import Silent
 from deitkit.run.results import FoldResults, Results, read_results
 from deitkit.training.student import Student
+from source_helpers import write_classes
 
 TinyRecipe = Callable[..., Recipe]
 LEARNS = (
@@ -209,6 +212,8 @@ def test_what_a_run_folder_of_folds_holds(tiny_recipe: TinyRecipe, tmp_path: Pat
     home = run / "folds" / str(best + 1) / "seed-0" / winner.student
     ours, theirs = (load_classifier(path, torch.device("cpu"))[0].state_dict() for path in (run / "winner", home))
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    measured = evaluate_model(run / "winner", "digits")
+    assert (measured["n"], measured["trained_on"]) == (599, 0), "the images of its fold"
     before = table, (run / "results.json").read_text()
     write_report(run)
     assert ((run / "table.md").read_text(), (run / "results.json").read_text()) == before
@@ -296,3 +301,30 @@ def test_a_row_without_a_fold_to_compare_has_no_difference(tiny_recipe: TinyReci
     assert combined.winner is None
     assert all(row.difference_to("none") is None for row in combined.rows)
     assert len(results.rows) == len(combined.rows)
+
+
+def test_a_checkpoint_that_has_seen_a_fold_is_refused_before_anything_trains(
+    tiny_recipe: TinyRecipe, tmp_path: Path
+) -> None:
+    recipe = tiny_recipe("data.folds=2", "methods=[none]", "data.test_images=null")
+    run_recipe(recipe, tmp_path / "run", watcher=Silent())
+    again = start_from(recipe, tmp_path / "run" / "folds" / "1")
+    with pytest.raises(RecipeError, match=r"are training images of .*data\.folds=2 data\.fold=1\)"):
+        run_recipe(again, tmp_path / "again", watcher=Silent())
+    assert not (tmp_path / "again").exists()
+    alone = again.model_copy(update={"data": again.data.model_copy(update={"fold": 1})})
+    assert run_recipe(alone, tmp_path / "alone", watcher=Silent()).rows
+
+
+def test_a_model_of_a_fold_is_evaluated_on_the_test_split_of_other_data(
+    tiny_recipe: TinyRecipe, tmp_path: Path
+) -> None:
+    photos = write_classes(tmp_path / "photos", {"a": 12, "b": 12})
+    recipe = tiny_recipe(
+        f"data.name=folder:{photos}", "data.folds=2", "data.fold=2", "methods=[none]", "data.image_px=8",
+        "data.train_images=null", "data.test_images=null", "train.batch_size=4",
+    )  # fmt: skip
+    run_recipe(recipe, tmp_path / "run", watcher=Silent())
+    write_classes(tmp_path / "others" / "train", {"a": 3, "b": 3}, start=100)
+    write_classes(tmp_path / "others" / "test", {"a": 4, "b": 3}, start=200)
+    assert evaluate_model(tmp_path / "run" / "winner", f"folder:{tmp_path / 'others'}")["n"] == 7

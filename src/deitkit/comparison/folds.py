@@ -13,16 +13,17 @@ import numpy as np
 
 from deitkit.comparison.advice import advice
 from deitkit.comparison.compare import compare, copy_winner, has_finished, rehearse
+from deitkit.comparison.finetune import measure_checkpoint
 from deitkit.comparison.rows import best_row, corrected, corrected_differences, finished, reported_rows
 from deitkit.comparison.verdict import Standing, verdict
 from deitkit.data.dataset import load_dataset
 from deitkit.evaluation.statistics import are_equal, resampled_difference, resampled_interval
-from deitkit.models.weights.pretrained import with_pretrained_size
+from deitkit.models.weights.pretrained import starting_weights, with_pretrained_size
 from deitkit.recipe.schema import Recipe
 from deitkit.report.write import write_report
 from deitkit.run.difference import Difference, Reference, difference_fields
 from deitkit.run.folder import begin_run, check_run
-from deitkit.run.observer import Watcher
+from deitkit.run.observer import Silent, Watcher
 from deitkit.run.provenance import envelope
 from deitkit.run.results import (
     FIT_TO_TEACH,
@@ -68,6 +69,9 @@ def compare_folds(recipe: Recipe, folder: Path, *, watcher: Watcher, resume: boo
     rehearse(recipes[1], dataset, precision)
     if needs_teacher(recipe):
         rehearse_teachers(recipe, dataset, homes[1] / "teacher", precision)
+    if starting_weights(recipe.model) is not None:  # whose training images may be test images of another fold
+        for own in recipes.values():
+            measure_checkpoint(own, load_dataset(own.data), precision, Silent())
     begin_run(folder, recipe)
     for fold, own in recipes.items():
         if not has_finished(homes[fold], own):

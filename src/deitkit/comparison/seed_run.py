@@ -20,7 +20,7 @@ from deitkit.evaluation.readouts import readout_scores
 from deitkit.models.accelerate import release
 from deitkit.models.classifier import Classifier
 from deitkit.models.saved import save_classifier
-from deitkit.recipe.schema import Recipe
+from deitkit.recipe.schema import DataRecipe, Recipe
 from deitkit.run.metrics import EpochMetrics, read_metrics, write_metrics
 from deitkit.run.observer import Watcher
 from deitkit.run.state import drop_state, has_state, load_state, load_tree, save_tree
@@ -228,6 +228,12 @@ def _weights(student: Student) -> dict[str, Classifier]:
     return {"last": student.classifier, **average}
 
 
+def _division(data: DataRecipe) -> dict[str, Any]:
+    """Return the fields that decide which images are test images."""
+    fields = ("split_seed", "test_fraction") if data.folds is None else ("split_seed", "folds", "fold")
+    return {field: getattr(data, field) for field in fields}
+
+
 def _student_card(recipe: Recipe, dataset: Dataset, student: Student, seed: int) -> dict[str, Any]:
     card = {
         "method": student.name,
@@ -239,7 +245,7 @@ def _student_card(recipe: Recipe, dataset: Dataset, student: Student, seed: int)
         "input_px": list(dataset.image_px),
         "eval_crop": recipe.data.eval_crop,
         "fit": recipe.data.fit,
-        "split": {"split_seed": recipe.data.split_seed, "test_fraction": recipe.data.test_fraction},
+        "split": _division(recipe.data),
         "trained_on": sketch(torch.cat([dataset.train_hashes, dataset.unlabelled_hashes])),
     }
     if student.name == BASELINE:

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Int64, UInt8
 from torch import Tensor
 
 from deitkit.data.stream import StreamedImages
-from deitkit.errors import DataError
+from deitkit.errors import DataError, HasTestSplit
 from deitkit.recipe.schema import DataRecipe
 from deitkit.system.words import counted
 
@@ -102,7 +102,7 @@ def plan_splits(
         else:
             pool, test = draws.carve(everything, recipe.test_fraction, leave=2)
     elif recipe.folds is not None:
-        raise DataError(
+        raise HasTestSplit(
             f"data.folds={recipe.folds} divides all images, but data.name={recipe.name} has a test split of "
             f"{counted(int(official_test.sum()), 'image')}: drop data.folds, or put all images into one folder"
         )

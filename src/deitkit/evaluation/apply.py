@@ -5,7 +5,7 @@ from typing import Any
 
 from deitkit.data.dataset import load_dataset
 from deitkit.data.duplicates import share_in_sketch
-from deitkit.errors import DataError
+from deitkit.errors import DataError, HasTestSplit
 from deitkit.evaluation.classify import eval_crop, input_px
 from deitkit.evaluation.predict import predict
 from deitkit.evaluation.readouts import readout_scores, top_k_accuracy, top_k_hits
@@ -30,8 +30,11 @@ def evaluate_model(folder: Path, data: str, root: Path | None = None) -> dict[st
     # Use the split of the model's training, so that no training image is a test image.
     prepared = {"channels": card["channels"], "image_px": input_px(card), "eval_crop": eval_crop(card)}
     prepared["fit"] = card.get("fit", "crop")
-    recipe = DataRecipe(name=data, root=root, **prepared, **card.get("split", {}))
-    dataset = load_dataset(recipe)
+    prepared |= {"name": data, "root": root}
+    try:
+        dataset = load_dataset(DataRecipe(**prepared, **card.get("split", {})))
+    except HasTestSplit:  # of other data, which the folds of the training do not divide
+        dataset = load_dataset(DataRecipe(**prepared))
     if list(dataset.class_names) != card["class_names"]:
         raise DataError(
             f"data {data} has the classes {_some(list(dataset.class_names))}, "

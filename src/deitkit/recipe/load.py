@@ -24,6 +24,8 @@ PAIRED_BY = {
     "data.test_images": "test images",
     "data.test_fraction": "test images",
     "data.split_seed": "test images",
+    "data.folds": "test images",
+    "data.fold": "test images",
 }
 
 DIMENSIONS = ("width", "depth", "heads")  # of a student, which its named size has
