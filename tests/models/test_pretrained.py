@@ -150,7 +150,7 @@ def test_resume_finds_the_run_of_a_name(
     stored = recipe.model_copy(update={"model": with_pretrained_size(recipe.model)})
     begin_run(tmp_path / "runs" / "own-images", stored)
     found = []
-    monkeypatch.setattr("deitkit.comparison.compare.compare", lambda recipe, folder, **_: found.append(folder))
+    monkeypatch.setattr("deitkit.comparison.run.run_recipe", lambda recipe, folder, **_: found.append(folder))
     with pytest.raises(AttributeError):  # nothing to print
         _compare(recipe, None, resume=True, as_json=True)
     assert found == [Path("runs/own-images")]
