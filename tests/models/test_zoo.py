@@ -118,7 +118,11 @@ def test_offline_is_told_in_one_sentence(name: str, monkeypatch: pytest.MonkeyPa
         ("torchvision/resnet19", {}, "did you mean torchvision/resnet1"),
         ("cifar/resnet110", {}, "did you mean cifar/resnet"),
         ("cifar/resnet20.tag", {}, "did you mean cifar/resnet20"),
-        ("???", {}, "is unknown: write timm/NAME, torchvision/NAME, small/NAME or cifar/resnet20, 32, 44 or 56"),
+        (
+            "???",
+            {},
+            "is unknown: write timm/NAME, torchvision/NAME, small/NAME or cifar/resnet20, 32, 44 or 56, or a folder",
+        ),
         ("timm/resnet18.nonsense", {}, "'timm/resnet18.nonsense' cannot be built .*Invalid pretrained tag"),
         ("timm/deit_tiny_distilled_patch16_224", {}, "no single classifier layer"),
         ("torchvision/vit_b_32", {"image_px": 33}, r"cannot be built with teacher.image_px=33 \("),

@@ -271,4 +271,6 @@ def _nearest(name: str) -> str:
     near += [full for full in difflib.get_close_matches(name, known, n=3, cutoff=0.6) if full not in near]
     if near:
         return f"did you mean {' or '.join(near[:3])}?"
-    return "write timm/NAME, torchvision/NAME, small/NAME or cifar/resnet20, 32, 44 or 56"
+    return (
+        "write timm/NAME, torchvision/NAME, small/NAME or cifar/resnet20, 32, 44 or 56, or a folder or file that exists"
+    )
