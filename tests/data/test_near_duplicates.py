@@ -72,7 +72,8 @@ def test_small_and_streamed_images_are_not_compared(photos: Path) -> None:
 def test_the_most_alike_is_found_as_by_numpy() -> None:
     generator = np.random.default_rng(3)
     train = generator.integers(0, 256, (30, 3, 32, 32), dtype=np.uint8)
-    test = np.clip(train[5:9].astype(int) + generator.integers(-9, 10, (4, 3, 32, 32)), 0, 255)
+    noise = [generator.integers(-most, most + 1, (4, 3, 32, 32)) for most in (9, 60)]  # the latter correlates by 0.9
+    test = np.clip(np.concatenate([train[5:9] + noise[0], train[5:9] + noise[1]]), 0, 255)
 
     def thumbnail(image: np.ndarray) -> np.ndarray:
         return image.astype(float).reshape(3, 16, 2, 16, 2).mean(axis=(2, 4)).reshape(3, -1)
