@@ -21,7 +21,8 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from conftest import striped_dataset
-from deitkit.data.decode import SUFFIXES, decode_images
+from deitkit.data.decode import SUFFIXES
+from deitkit.data.decode_many import decode_images
 from deitkit.data.listing import EncodedImages
 from deitkit.errors import CheckpointError, DataError
 from deitkit.models.classifier import Classifier

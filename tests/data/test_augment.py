@@ -6,7 +6,8 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode, RandomErasing, RandomResizedCrop
 from torchvision.transforms import functional as F
 
-from deitkit.data.augment.augment import Augment, draw_crops, resized_crop, shift_and_flip
+from deitkit.data.augment.augment import Augment, shift_and_flip
+from deitkit.data.augment.crop import draw_crops, resized_crop
 from deitkit.errors import RecipeError
 from deitkit.recipe.schema import AugmentRecipe
 
@@ -73,9 +74,9 @@ def test_shift_and_flip_equals_a_loop(shape):
 @pytest.mark.parametrize(("channels", "height", "width"), [(3, 32, 32), (1, 28, 28), (3, 20, 41), (3, 8, 8)])
 def test_resized_crop_is_within_one_grey_level_of_pillows(channels, height, width):
     images = noise_images(12, channels, height, width)
-    boxes = draw_crops(12, height, width, 0.08, generator())
+    boxes = draw_crops(12, torch.tensor([[height], [width]]), 0.08, generator())
     boxes[:, 0] = torch.tensor([0, 0, height, width])
-    result = resized_crop(images, *boxes)
+    result = resized_crop(images, boxes, (height, width))
     for image, cropped, box in zip(images, result, boxes.T.tolist()):
         pil = Image.fromarray(image.permute(1, 2, 0).numpy() if channels == 3 else image[0].numpy())
         expected = F.pil_to_tensor(F.resized_crop(pil, *box, [height, width], InterpolationMode.BICUBIC))
@@ -88,7 +89,7 @@ def test_crops_are_distributed_as_torchvisions(size):
     torch.manual_seed(0)
     image = torch.zeros(3, *size)
     expected = torch.tensor([RandomResizedCrop.get_params(image, [0.08, 1.0], [3 / 4, 4 / 3]) for _ in range(3000)]).T
-    drawn = draw_crops(30_000, *size, 0.08, generator())
+    drawn = draw_crops(30_000, torch.tensor(size)[:, None], 0.08, generator())
     for ours, theirs in zip(drawn.double(), expected.double()):
         for share in (0.1, 0.5, 0.9):
             assert ours.quantile(share) == pytest.approx(theirs.quantile(share).item(), abs=1.01)
@@ -102,7 +103,7 @@ def test_crops_are_distributed_as_torchvisions(size):
 def test_a_crop_that_cannot_fit_is_central_as_torchvisions(size):
     image = torch.zeros(3, *size)
     expected = RandomResizedCrop.get_params(image, [50.0, 50.0], [3 / 4, 4 / 3])
-    assert draw_crops(2, *size, 50.0, generator()).T.tolist() == [list(expected)] * 2
+    assert draw_crops(2, torch.tensor(size)[:, None], 50.0, generator()).T.tolist() == [list(expected)] * 2
 
 
 def erased_view(batch: int = 4000, **changes: object) -> tuple[torch.Tensor, torch.Tensor]:

@@ -9,7 +9,8 @@ from PIL import Image, ImageOps
 from torchvision.transforms.v2 import functional as reference
 
 from deitkit.data import cache
-from deitkit.data.decode import decode_image, decode_images
+from deitkit.data.decode import decode_image
+from deitkit.data.decode_many import decode_images
 from deitkit.data.listing import EncodedImages
 from deitkit.data.pixels import is_grey, mean_and_std, require_memory, resize, to_channels
 from deitkit.errors import DataError

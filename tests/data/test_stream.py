@@ -130,8 +130,8 @@ def test_a_comparison_on_streamed_images_is_the_same(
     for streaming in ("true", "false"):
         recipe = tiny_recipe(
             f"data.name=folder:{photos}", "data.image_px=16", f"data.streaming={streaming}", "data.workers=1",
-            "data.train_images=null", "data.test_images=null", "methods=[none, hard]", "train.batch_size=8",
-            "teacher.train.batch_size=8",
+            "data.train_images=null", "data.test_images=null", "data.train_px=16", "methods=[none, hard]",
+            "train.batch_size=8", "teacher.train.batch_size=8",
         )  # fmt: skip
         folder = tmp_path / streaming
         compare(recipe, folder, watcher=Silent())

@@ -42,7 +42,8 @@ class Bench:
         self.recipe = recipe
         self.device = choose_device(recipe.device)
         self.precision = Precision.choose(recipe.train.precision, self.device)
-        self.dataset = synthetic_dataset(recipe) if synthetic else load_dataset(recipe.data)
+        random_crops = recipe.has_random_crops
+        self.dataset = synthetic_dataset(recipe) if synthetic else load_dataset(recipe.data, random_crops=random_crops)
         self.synthetic = synthetic
         self.teachers = Teachers([self._build_teacher(teacher) for teacher in recipe.all_teachers])
 

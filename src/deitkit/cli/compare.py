@@ -107,7 +107,7 @@ def teacher(
     precision = Precision.choose(loaded.train.precision, choose_device(loaded.device))
     with Terminal(errors if as_json else console) as terminal, occupied(folder):
         check_run(folder, loaded, resume)
-        dataset = load_dataset(loaded.data, terminal.reading)
+        dataset = load_dataset(loaded.data, terminal.reading, random_crops=loaded.has_random_crops)
         rehearse_teachers(loaded, dataset, folder / "teacher", precision)
         begin_run(folder, loaded)
         teachers, cards = prepare_teachers(
@@ -174,7 +174,8 @@ def _show_batch(recipe: Recipe, out: Path | None) -> None:
     from deitkit.run.folder import folder_name
 
     path = (out or Path("runs")) / f"{folder_name(recipe.name)}-views.png"
-    draw_views(load_dataset(recipe.data), recipe.augment, recipe.train.label_smoothing, path)
+    dataset = load_dataset(recipe.data, random_crops=recipe.has_random_crops)
+    draw_views(dataset, recipe.augment, recipe.train.label_smoothing, path)
     say(f"augmented views in {path}")
 
 

@@ -69,7 +69,8 @@ def compare_variants(recipe: Recipe, folder: Path, *, watcher: Watcher, resume: 
     for name, variant in recipes.items():
         check_run(homes[name], variant, resume=True)
     # One data set at a time: variants that share it follow each other in most recipes, and two may not fit in memory.
-    load = lru_cache(maxsize=1)(lambda data: load_dataset(data, watcher.reading))
+    random_crops = any(variant.has_random_crops for variant in recipes.values())
+    load = lru_cache(maxsize=1)(lambda data: load_dataset(data, watcher.reading, random_crops=random_crops))
     labels = _rehearse_all(recipes, load)
     begin_run(folder, recipe)
     unfinished = [name for name in recipes if not has_finished(homes[name], recipes[name])]

@@ -85,7 +85,7 @@ def compare(
     check_run(folder, recipe, resume)
     watcher.say(f"device {device}, precision {precision.name}")
     if dataset is None:
-        dataset = load_dataset(recipe.data, watcher.reading)
+        dataset = load_dataset(recipe.data, watcher.reading, random_crops=recipe.has_random_crops)
     if recipe.data.unlabelled is not None and dataset.unlabelled is None:
         dataset = add_unlabelled(dataset, recipe.data, watcher.reading)
     for line in describe_data(dataset):

@@ -25,6 +25,9 @@ def describe_data(dataset: Dataset) -> Iterator[str]:
         f"data {dataset.name}: {len(dataset.train):,} training, {len(dataset.validation):,} validation, "
         f"{len(dataset.test):,} test images of {dataset.image_px[0]} x {dataset.image_px[1]} px; {classes}"
     )
+    if (source := dataset.train.crop_source) is not None:
+        kept = "files" if source.images is None else f"images of {source.images.shape[2]} x {source.images.shape[3]} px"
+        yield f"random-resized crops are cut from the {kept}"
     if dataset.unlabelled is not None:
         yield f"{counted(len(dataset.unlabelled), 'image')} without labels, for the teacher to answer"
     yield from dataset.remarks

@@ -64,7 +64,7 @@ def compare_folds(recipe: Recipe, folder: Path, *, watcher: Watcher, resume: boo
     check_run(folder, recipe, resume)
     for fold, own in recipes.items():
         check_run(homes[fold], own, resume=True)
-    dataset = load_dataset(data[1], watcher.reading)
+    dataset = load_dataset(data[1], watcher.reading, random_crops=recipe.has_random_crops)
     precision = Precision.choose(recipe.train.precision, choose_device(recipe.device))
     rehearse(recipes[1], dataset, precision)
     if needs_teacher(recipe):

@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Iterator
 
 import torch
-from jaxtyping import Int64, UInt8
+from jaxtyping import Float64, Int64, UInt8
 from torch import Tensor
 
 from deitkit.data.split import Split
@@ -35,6 +35,8 @@ class Batches:
         epoch_repeats: Passes over the images that make an epoch, each in an order of its own.
         balanced: Draw as many images of every class in an epoch: of a rare class several times the same, of a frequent
             one a part. Without it every image comes once.
+        scale_min: Cut a random crop of at least this share of the area from each whole image; None yields the images
+            of the split.
 
     Raises:
         RecipeError: A batch has more images than the split.
@@ -50,6 +52,7 @@ class Batches:
         repeats: int = 1,
         epoch_repeats: int = 1,
         balanced: bool = False,
+        scale_min: float | None = None,
     ) -> None:
         if batch_size > len(split):
             raise RecipeError(
@@ -60,6 +63,7 @@ class Batches:
         self.seed = seed
         self.repeats = repeats
         self.epoch_repeats = epoch_repeats
+        self.scale_min = scale_min
         self.classes = split.labels.cpu().unique() if balanced else None
         self.steps_per_epoch = len(split) * epoch_repeats // batch_size
         self._order: tuple[int, Tensor, Tensor] | None = None
@@ -74,6 +78,8 @@ class Batches:
         here, there = (order[step * self.batch_size : (step + 1) * self.batch_size] for order in self._orders(epoch))
         if not isinstance(self.split.images, Tensor):
             images = self._streamed(epoch, step, self.split.images)
+        elif self.scale_min is not None:
+            images = self.split.crops(here, self._drawn_crops(epoch, step, here))
         elif self.split.images.device == device:
             images = self.split.images[there]
         else:  # all images do not fit on the GPU
@@ -118,11 +124,17 @@ class Batches:
         self._flow = following, self._flow[1]
         return batch.to(device, non_blocking=True)
 
-    def _all_indices(self, epoch: int, step: int) -> Iterator[Int64[Tensor, " batch"]]:
-        """Yield the indices of every batch from a step on, endlessly."""
+    def _all_indices(self, epoch: int, step: int) -> Iterator[Tensor | tuple[Tensor, Tensor]]:
+        """Yield the indices of every batch from a step on, with the crops to cut if any, endlessly."""
         for number in itertools.count(epoch):
             batches = self._shuffled(number).split(self.batch_size)[: self.steps_per_epoch]
-            yield from batches[step if number == epoch else 0 :]
+            for place, indices in enumerate(batches[step if number == epoch else 0 :], step if number == epoch else 0):
+                yield indices if self.scale_min is None else (indices, self._drawn_crops(number, place, indices))
+
+    def _drawn_crops(self, epoch: int, step: int, indices: Int64[Tensor, " batch"]) -> Float64[Tensor, "4 batch"]:
+        assert self.scale_min is not None
+        generator = derived_generator(self.seed, "crops", epoch, step)
+        return self.split.draw_crops(indices, self.scale_min, generator)
 
     def epoch(
         self, epoch: int, first_step: int = 0

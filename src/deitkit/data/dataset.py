@@ -17,7 +17,8 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from deitkit.data.cache import sha256
-from deitkit.data.decode import DecodedImages, decode_image, decode_images
+from deitkit.data.decode import decode_image
+from deitkit.data.decode_many import DecodedImages, decode_images
 from deitkit.data.duplicates import (
     LEAST_NEAR_PX,
     MOST_EXAMPLES,
@@ -33,7 +34,7 @@ from deitkit.data.sources.folders import list_folder, list_images
 from deitkit.data.sources.named import NAMED_SETS, list_named
 from deitkit.data.sources.parquet import list_parquet
 from deitkit.data.sources.tables import list_csv
-from deitkit.data.split import Split, SplitIndices, plan_splits
+from deitkit.data.split import CropSource, Split, SplitIndices, plan_splits
 from deitkit.data.stream import Survey, survey, wants_streaming
 from deitkit.errors import DataError
 from deitkit.recipe.schema import DataRecipe
@@ -123,7 +124,7 @@ class Dataset:
         return self.train.images.shape[2], self.train.images.shape[3]
 
 
-def load_dataset(recipe: DataRecipe, progress: Progress | None = None) -> Dataset:
+def load_dataset(recipe: DataRecipe, progress: Progress | None = None, *, random_crops: bool = False) -> Dataset:
     """Load the data set of a recipe, as uint8 images in memory or as streamed files.
 
     Labels are read and split first (see ``plan_splits``); only images that belong to a split are decoded. An image
@@ -132,6 +133,7 @@ def load_dataset(recipe: DataRecipe, progress: Progress | None = None) -> Datase
     Args:
         recipe: The data set and its splits.
         progress: Called with the stage, the number of images done, and their total number.
+        random_crops: Whether training cuts random crops from the images, for which ``train_px`` keeps them larger.
 
     Raises:
         DataError: The data set is missing or malformed, does not fit the recipe, or does not fit in memory.
@@ -139,7 +141,8 @@ def load_dataset(recipe: DataRecipe, progress: Progress | None = None) -> Datase
     listing, indices = _plan(recipe, progress)
     parts = (indices.train, indices.validation, indices.test)
     selection = torch.cat(parts)
-    found = _read(listing, selection, len(indices.train), recipe, progress)
+    train_px = _train_px(recipe) if random_crops else None
+    found = _read(listing, selection, len(indices.train), recipe, progress, train_px)
     sizes = [int(kept.sum()) for kept in found.kept.split([len(part) for part in parts])]
     places, hashes = selection[found.kept].split(sizes), found.hashes[found.kept].split(sizes)
     labels = [listing.labels[some] for some in places]
@@ -147,6 +150,7 @@ def load_dataset(recipe: DataRecipe, progress: Progress | None = None) -> Datase
     splits = [Split(*both) for both in zip(images, labels, strict=True)]
     _require_all_classes(dict(zip(("train", "validation", "test"), splits, strict=True)), listing, recipe)
     train, validation, test = splits
+    train = replace(train, crop_source=_crop_source(found, len(indices.train), train_px))
     names = partial(_name_in_split, listing, {"train": places[0], "validation": places[1], "test": places[2]})
     mean, std = (
         mean_and_std_of_counts(found.counts) if isinstance(found, Survey) else mean_and_std(found.images[: sizes[0]])
@@ -194,7 +198,8 @@ def add_unlabelled(dataset: Dataset, recipe: DataRecipe, progress: Progress | No
             f"data.unlabelled={source} needs square images, but these have {height} x {width} px: set data.image_px"
         )
     sized = recipe.model_copy(update={"image_px": recipe.image_px or width, "channels": dataset.channels})
-    found = _read(listing, selection, len(selection), sized, progress)
+    train_px = None if dataset.train.crop_source is None else _train_px(sized)
+    found = _read(listing, selection, len(selection), sized, progress, train_px)
     held_out = torch.cat([dataset.validation_hashes, dataset.test_hashes])
     fresh = ~torch.isin(found.hashes[found.kept], held_out)
     if not bool(fresh.any()):
@@ -208,9 +213,15 @@ def add_unlabelled(dataset: Dataset, recipe: DataRecipe, progress: Progress | No
     if not bool(fresh.all()):
         held = counted(int((~fresh).sum()), "unlabelled image")
         remarks.append(f"left out: {held} that are also validation or test images")
+    source_of_crops = _crop_source(found, len(selection), train_px)
+    unlabelled = Split(
+        found.images[fresh],
+        torch.full((int(fresh.sum()),), -1),
+        crop_source=None if source_of_crops is None else source_of_crops[fresh],
+    )
     return replace(
         dataset,
-        unlabelled=Split(found.images[fresh], torch.full((int(fresh.sum()),), -1)),
+        unlabelled=unlabelled,
         unlabelled_hashes=found.hashes[found.kept][fresh],
         remarks=(*dataset.remarks, *remarks),
     )
@@ -278,10 +289,28 @@ def _read(
     train_count: int,
     recipe: DataRecipe,
     progress: Progress | None,
+    train_px: int | None = None,
 ) -> DecodedImages | Survey:
     """Decode the selected images, or survey them if they are streamed; the first ones are training images."""
-    streams = wants_streaming(listing.images, len(selection), recipe)
-    return (_survey if streams else _pixels)(listing, selection, train_count, recipe, progress)
+    larger = (0, 0) if train_px is None else (train_count, train_px)
+    if wants_streaming(listing.images, len(selection), recipe, larger):
+        assert isinstance(listing.images, EncodedImages)
+        return survey(listing.images, selection, train_count, recipe, progress)
+    return _pixels(listing, selection, train_count, recipe, progress, train_px)
+
+
+def _train_px(recipe: DataRecipe) -> int | None:
+    """Return the side at which images are kept for random crops; None if these are cut from what was resized."""
+    if recipe.image_px is None or recipe.train_px == recipe.image_px:
+        return None
+    return recipe.train_px or 2 * recipe.image_px
+
+
+def _crop_source(found: DecodedImages | Survey, train_count: int, train_px: int | None) -> CropSource | None:
+    if train_px is None or found.sizes is None:
+        return None
+    sizes = found.sizes[:train_count][found.kept[:train_count]]
+    return CropSource(None if isinstance(found, Survey) else found.larger, sizes)
 
 
 def _list(recipe: DataRecipe, progress: Progress | None) -> Listing:
@@ -327,10 +356,11 @@ def _pixels(
     train_count: int,
     recipe: DataRecipe,
     progress: Progress | None,
+    train_px: int | None,
 ) -> DecodedImages:
     """Return the selected images in the size and channels of the recipe; the first ones are training images."""
     if isinstance(listing.images, EncodedImages):
-        return decode_images(listing.images, selection, recipe, progress, train_count=train_count)
+        return decode_images(listing.images, selection, recipe, progress, train_count=train_count, train_px=train_px)
     native = listing.images.shape[1:]
     image_px, channels = recipe.image_px or native[1], recipe.channels or native[0]
     require_memory((len(selection), channels, image_px, image_px))
@@ -339,18 +369,11 @@ def _pixels(
     images = to_channels(images, channels)
     hashes = [pixel_hashes(listing.images[some].numpy()) for some in selection.split(_CHUNK)]
     kept = torch.ones(len(selection), dtype=torch.bool)
-    return DecodedImages(images, kept, (), torch.from_numpy(np.concatenate(hashes)))
-
-
-def _survey(
-    listing: Listing,
-    selection: Int64[Tensor, " selected"],
-    train_count: int,
-    recipe: DataRecipe,
-    progress: Progress | None,
-) -> Survey:
-    assert isinstance(listing.images, EncodedImages)
-    return survey(listing.images, selection, train_count, recipe, progress)
+    decoded = DecodedImages(images, kept, (), torch.from_numpy(np.concatenate(hashes)))
+    if train_px is None or native[1] == image_px:
+        return decoded
+    whole = to_channels(listing.images[selection[:train_count]], channels)
+    return replace(decoded, larger=whole, sizes=torch.tensor(native[1:]).repeat(len(selection), 1))
 
 
 def _require_all_classes(splits: dict[str, Split], listing: Listing, recipe: DataRecipe) -> None:

@@ -1,31 +1,21 @@
-"""Decoding images to uint8 pixels, one or many at a time.
+"""Decoding one image to uint8 pixels.
 
-Finding images belongs in ``sources``; operations on decoded pixels belong in ``pixels.py``.
+Finding images belongs in ``sources``; many images in ``decode_many.py``; operations on decoded
+pixels in ``pixels.py``.
 """
 
-import hashlib
 import io
 import warnings
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
-import torch
-from jaxtyping import Bool, Int64, UInt8
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError, features
-from torch import Tensor
+from jaxtyping import Float64, UInt8
+from PIL import ExifTags, Image, ImageOps, features
 
-from deitkit.data import cache
-from deitkit.data.duplicates import pixel_hashes
-from deitkit.data.listing import EncodedImages, Progress
-from deitkit.data.pixels import evaluation_frame, is_grey, require_memory
-from deitkit.errors import DataError
-from deitkit.recipe.schema import DataRecipe
+from deitkit.data.pixels import evaluation_frame
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom
 _AVIF = features.check("avif")  # Pillow 11.3 or newer, built with it
@@ -37,25 +27,26 @@ SUFFIXES = frozenset(
 )  # fmt: skip
 # A closed list, because Pillow goes by content and would pass an EPS file named .png to Ghostscript.
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", *(("AVIF",) if _AVIF else ()))
-_FORMAT_VERSION = 3  # of cached images: raise it when decoding changes
-_WINDOW = 256  # encoded images in memory at a time
 
 
 @dataclass(frozen=True)
-class DecodedImages:
-    """The decoded images of a selection, in its order.
+class OpenedImage:
+    """A decoded image, upright and in the mode L or RGB, before it becomes square.
 
     Attributes:
-        images: Pixels of the images that could be decoded.
-        kept: Which images of the selection these are.
-        skipped: Names of the others.
-        hashes: Pixel hash of each image of the selection, cropped like a training image; 0 if skipped.
+        image: Its pixels; of a much larger JPEG at 1/2, 1/4 or 1/8 of its size.
+        extent: The part of ``image`` that shows the original.
+        size: Height and width of the original.
     """
 
-    images: UInt8[Tensor, "kept channels height width"]
-    kept: Bool[Tensor, " selected"]
-    skipped: tuple[str, ...]
-    hashes: Int64[Tensor, " selected"]
+    image: Image.Image
+    extent: Box
+    size: tuple[int, int]
+
+    @property
+    def reduced(self) -> bool:
+        """Whether it was decoded at a fraction of its size."""
+        return self.image.size != self.size[::-1]
 
 
 def decode_image(
@@ -79,19 +70,74 @@ def decode_image(
     Raises:
         Exception: The image cannot be decoded; the type is Pillow's choice.
     """
+    opened = open_image(encoded, channels, None if image_px is None else 2 * evaluation_frame(image_px, eval_crop)[0])
+    return as_array(opened.image if image_px is None else resize_and_crop(opened, image_px, eval_crop, fit))
+
+
+def open_image(encoded: Path | bytes, channels: int, needed_px: int | None = None) -> OpenedImage:
+    """Decode an image in full, or a JPEG at the smallest fraction that has ``needed_px`` on each side."""
     drafted = None
     with Image.open(io.BytesIO(encoded) if isinstance(encoded, bytes) else encoded, formats=_FORMATS) as image:
-        if image_px is not None:
-            frame_px = 2 * evaluation_frame(image_px, eval_crop)[0]
-            drafted = image.draft(image.mode, (frame_px, frame_px))  # decode a much larger JPEG at 1/2, 1/4 or 1/8
+        width, height = image.size
+        if needed_px is not None:
+            drafted = image.draft(image.mode, (needed_px, needed_px))
         image.load()
+        if image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8):
+            width, height = height, width
         extent = _extent(image, drafted)
         ImageOps.exif_transpose(image, in_place=True)
-        plain = _to_mode(image, "L" if channels == 1 else "RGB")
-    if image_px is not None:
-        plain = _resize_and_crop(plain, extent, image_px, eval_crop, fit)
-    pixels = np.asarray(plain)
-    return pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
+        return OpenedImage(_to_mode(image, "L" if channels == 1 else "RGB"), extent, (height, width))
+
+
+def decode_crops(
+    encoded: Path | bytes,
+    channels: int,
+    image_px: int,
+    shares: Float64[np.ndarray, "4 crops"],
+    fit: str = "crop",
+) -> UInt8[np.ndarray, "crops channels {image_px} {image_px}"]:
+    """Decode an image once and cut several boxes from its own pixels, each resized to a square (bicubic, antialiased).
+
+    Args:
+        encoded: A file, or its content.
+        channels: 1 for grey, 3 for RGB.
+        image_px: Side of the result.
+        shares: Top, left, height and width of each box, as shares of the image's.
+        fit: Under ``pad`` these are shares of the square around the image, which is black.
+
+    Raises:
+        Exception: The image cannot be decoded; the type is Pillow's choice.
+    """
+    opened = open_image(encoded, channels, int(2 * image_px / shares[2:].min()) + 1)
+    image, (left, top, right, bottom) = opened.image, opened.extent
+    if fit == "pad":
+        width, height = image.size
+        side = max(width, height)
+        place = ((side - width) // 2, (side - height) // 2)
+        ground = Image.new(image.mode, (side, side))
+        ground.paste(image, place)
+        image, (left, top, right, bottom) = ground, (0.0, 0.0, float(side), float(side))
+    across, down = right - left, bottom - top
+    cut = []
+    for y, x, height, width in shares.T.tolist():
+        box = (left + x * across, top + y * down, left + (x + width) * across, top + (y + height) * down)
+        inside = (max(box[0], 0), max(box[1], 0), min(box[2], image.width), min(box[3], image.height))
+        cut.append(as_array(image.resize((image_px, image_px), Image.Resampling.BICUBIC, box=inside)))
+    return np.stack(cut)
+
+
+def as_array(image: Image.Image) -> UInt8[np.ndarray, "channels height width"]:
+    """Return the pixels of an image of the mode L or RGB."""
+    pixels = np.asarray(image)
+    return pixels[None] if image.mode == "L" else pixels.transpose(2, 0, 1)
+
+
+def size_for_crops(size: tuple[int, int], fit: str) -> tuple[int, int]:
+    """Return the height and width by which random crops of an image are drawn: its own, or those of a square.
+
+    Under ``pad`` and ``squash`` a model is used on squares, so its crops are drawn from squares.
+    """
+    return size if fit == "crop" else (max(size), max(size))
 
 
 def _extent(image: Image.Image, drafted: tuple[str, tuple[float | int, ...]] | None) -> Box:
@@ -124,8 +170,9 @@ def _to_mode(image: Image.Image, mode: str) -> Image.Image:
     return image.convert(mode)
 
 
-def _resize_and_crop(image: Image.Image, extent: Box, image_px: int, eval_crop: float, fit: str) -> Image.Image:
+def resize_and_crop(opened: OpenedImage, image_px: int, eval_crop: float, fit: str) -> Image.Image:
     """Resize what is kept of an extent only: without a large intermediate image for a panorama."""
+    image, extent = opened.image, opened.extent
     width, height = extent[2] - extent[0], extent[3] - extent[1]
     resized_px, start = evaluation_frame(image_px, eval_crop)
     box, size = extent, (resized_px, resized_px)
@@ -142,152 +189,6 @@ def _resize_and_crop(image: Image.Image, extent: Box, image_px: int, eval_crop: 
         ground.paste(square, ((resized_px - size[0]) // 2, (resized_px - size[1]) // 2))
         square = ground
     return square.crop((start, start, start + image_px, start + image_px))
-
-
-def decode_images(
-    encoded: EncodedImages,
-    selection: Int64[Tensor, " selected"],
-    recipe: DataRecipe,
-    progress: Progress | None = None,
-    *,
-    train_count: int | None = None,
-) -> DecodedImages:
-    """Decode the selected images on all cores, or take them from the cache.
-
-    Args:
-        encoded: All images of the data set.
-        selection: Positions of the images to decode, in the order of the result.
-        recipe: ``image_px``, ``eval_crop``, ``channels`` (None: 1 if every image is grey, else 3) and ``corrupt``.
-        progress: Called with the stage, the number of images done, and their total number.
-        train_count: Number of training images, which come first and to which ``eval_crop`` does not apply; None for
-            all.
-
-    Raises:
-        DataError: Sizes differ and ``image_px`` is not set, the pixels do not fit in memory, no image can
-            be decoded, or one cannot and ``corrupt`` is "error".
-    """
-    train_count = len(selection) if train_count is None else train_count
-    parts = (_FORMAT_VERSION, encoded.key, cache.sha256(selection), recipe.image_px, recipe.channels, recipe.corrupt)
-    cropped: tuple[int | float | str, ...] = (train_count, recipe.eval_crop) if recipe.eval_crop < 1 else ()
-    cropped += (recipe.fit,) if recipe.fit != "crop" else ()
-    key = hashlib.sha256(repr(parts + cropped).encode()).hexdigest()
-    cached = cache.load_cached(key)
-    if cached is not None:
-        tensors, names = cached
-        return DecodedImages(tensors["images"], tensors["kept"].bool(), tuple(names), tensors["hashes"])
-    target = _Pixels(len(selection), train_count, recipe)
-    decode_all(encoded.read, encoded.names, selection, recipe, target, progress, "decoding images")
-    decoded = target.finish()
-    tensors = {"images": decoded.images, "kept": decoded.kept.byte(), "hashes": decoded.hashes}
-    cache.store(key, tensors, list(decoded.skipped))
-    return decoded
-
-
-def decode_all(
-    read: Callable[[list[int]], Iterator[Path | bytes]],
-    names: Sequence[str],
-    selection: Int64[Tensor, " selected"],
-    recipe: DataRecipe,
-    target: "ImageSink",
-    progress: Progress | None,
-    what: str,
-) -> None:
-    """Decode the selected images on all cores, in ascending order of their positions, and put them into the target.
-
-    Raises:
-        DataError: No image can be decoded, or the target refused one.
-    """
-
-    def attempt(image: Path | bytes, slot: int) -> tuple[np.ndarray | str, int]:
-        eval_crop = 1.0 if slot < target.train_count else recipe.eval_crop
-        try:
-            pixels = decode_image(image, recipe.channels or 3, recipe.image_px, eval_crop, recipe.fit)
-            # Hash the image as cropped for training, so that duplicates of training images are found.
-            whole = pixels
-            if eval_crop < 1:
-                whole = decode_image(image, recipe.channels or 3, recipe.image_px, fit=recipe.fit)
-            return pixels, int(pixel_hashes(whole[None])[0])
-        except UnidentifiedImageError:
-            return "not an image in a supported format", 0
-        except Exception as error:  # Pillow's plug-ins raise many types for damaged files
-            return str(error) or type(error).__name__, 0
-
-    slots = selection.argsort().tolist()
-    positions = selection[slots].tolist()
-    images = read(positions)
-    with strict_pillow(), ThreadPoolExecutor() as pool:
-        for start in range(0, len(positions), _WINDOW):
-            window = pool.map(attempt, islice(images, _WINDOW), slots[start : start + _WINDOW])
-            for offset, (pixels, pixel_hash) in enumerate(window, start):
-                target.put(slots[offset], names[positions[offset]], pixels)
-                target.hashes[slots[offset]] = pixel_hash
-            if progress is not None:
-                progress(what, min(start + _WINDOW, len(positions)), len(positions))
-    if not target.kept.any():
-        name, reason = next(iter(target.failures.items()))
-        raise DataError(
-            f"none of the {len(positions)} images of data.name={recipe.name} can be decoded, such as '{name}' "
-            f"({reason}): check the path, or download the data set again"
-        )
-
-
-class ImageSink(ABC):
-    """Receives decoded images one by one, and refuses images of different sizes."""
-
-    def __init__(self, count: int, train_count: int, recipe: DataRecipe) -> None:
-        self.count, self.train_count, self.recipe = count, train_count, recipe
-        self.pixel_shape: tuple[int, ...] = ()
-        self.first_name = ""
-        self.kept = torch.zeros(count, dtype=torch.bool)
-        self.hashes = torch.zeros(count, dtype=torch.int64)
-        self.failures: dict[str, str] = {}
-
-    def put(self, slot: int, name: str, pixels: np.ndarray | str) -> None:
-        """Receive an image, or the reason why it could not be decoded."""
-        if isinstance(pixels, str):
-            if self.recipe.corrupt == "error":
-                raise DataError(f"'{name}' cannot be decoded ({pixels}): remove it or set data.corrupt=skip")
-            self.failures[name] = pixels
-            return
-        if not self.pixel_shape:
-            self.pixel_shape, self.first_name = pixels.shape, name
-        if pixels.shape != self.pixel_shape:
-            raise DataError(
-                f"the images differ in size, such as '{self.first_name}' ({_size(self.pixel_shape)}) and '{name}' "
-                f"({_size(pixels.shape)}): set data.image_px, for example data.image_px={min(self.pixel_shape[-2:])}"
-            )
-        self.keep(slot, pixels)
-        self.kept[slot] = True
-
-    @abstractmethod
-    def keep(self, slot: int, pixels: np.ndarray) -> None:
-        """Process an image of the expected size."""
-
-
-class _Pixels(ImageSink):
-    """Writes images into one array; gaps of missing images are removed at the end."""
-
-    images: np.ndarray
-
-    def keep(self, slot: int, pixels: np.ndarray) -> None:
-        """Write an image into the array."""
-        if not self.kept.any():
-            require_memory((self.count, *pixels.shape))
-            self.images = np.empty((self.count, *pixels.shape), np.uint8)
-        self.images[slot] = pixels
-
-    def finish(self) -> DecodedImages:
-        """Remove the gaps, and reduce grey images to one channel unless the recipe sets ``channels``."""
-        images = torch.from_numpy(self.images)
-        if self.failures:
-            images = images[self.kept]
-        if self.recipe.channels is None and is_grey(images):
-            images = images[:, :1].contiguous()
-        return DecodedImages(images, self.kept, tuple(self.failures), self.hashes)
-
-
-def _size(shape: tuple[int, ...]) -> str:
-    return f"{shape[-1]}x{shape[-2]}"
 
 
 @contextmanager

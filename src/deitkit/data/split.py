@@ -5,27 +5,53 @@ Pure functions of labels and the recipe: nothing here reads a file or decodes an
 
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Int64, UInt8
+from jaxtyping import Bool, Float64, Int64, UInt8
 from torch import Tensor
 
+from deitkit.data.augment.crop import draw_crops, resized_crop
 from deitkit.data.stream import StreamedImages
 from deitkit.errors import DataError, HasTestSplit
-from deitkit.recipe.schema import DataRecipe
+from deitkit.recipe.schema import AugmentRecipe, DataRecipe
 from deitkit.system.words import counted
 
 MOST_GPU_MEMORY = 0.5  # share of the free memory, for the images of a split
 
 
 @dataclass(frozen=True)
+class CropSource:
+    """Whole images, of which random crops are cut, instead of from the images that were resized before.
+
+    Attributes:
+        images: Each stretched to a square, or as they are if all have one size; None for the files of streamed images.
+        sizes: Height and width of each, by which crops are drawn; on the CPU.
+    """
+
+    images: UInt8[Tensor, "n channels rows columns"] | None
+    sizes: Int64[Tensor, "n 2"]
+
+    def __getitem__(self, some: Bool[Tensor, " n"]) -> "CropSource":
+        """Return some of them."""
+        return CropSource(None if self.images is None else self.images[some], self.sizes[some])
+
+    def to(self, device: torch.device) -> "CropSource":
+        """Return them on a device, if there is room."""
+        images = self.images
+        if images is not None and _has_room(device, images.nbytes):
+            images = images.to(device)
+        return CropSource(images, self.sizes)
+
+
+@dataclass(frozen=True)
 class Split:
-    """Images (values 0 to 255) with the index of their class."""
+    """Images (values 0 to 255) with the index of their class, and what random crops are cut from, if not from these."""
 
     images: UInt8[Tensor, "n channels height width"] | StreamedImages
     labels: Int64[Tensor, " n"]
+    crop_source: CropSource | None = field(default=None, kw_only=True)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -38,11 +64,49 @@ class Split:
         images = self.images
         if isinstance(images, Tensor) and _has_room(device, images.nbytes):
             images = images.to(device)
-        return Split(images, self.labels.to(device))
+        crop_source = None if self.crop_source is None else self.crop_source.to(device)
+        return Split(images, self.labels.to(device), crop_source=crop_source)
 
     def pixels(self, indices: Int64[Tensor, " m"]) -> UInt8[Tensor, "m channels height width"]:
         """Return the images at these positions, in this order."""
         return self.images[indices] if isinstance(self.images, Tensor) else self.images.decode(indices)
+
+    def scale_of_crops(self, augment: AugmentRecipe) -> float | None:
+        """Return the smallest share of a random crop that is cut from a whole image; None if none is."""
+        cut = augment.crop == "random-resized" and self.crop_source is not None
+        return augment.scale_min if cut else None
+
+    def draw_crops(
+        self, indices: Int64[Tensor, " m"], scale_min: float, generator: torch.Generator
+    ) -> Float64[Tensor, "4 m"]:
+        """Draw a random crop of each whole image: top, left, height and width, as shares of the image's.
+
+        Args:
+            indices: Of the images, on the CPU.
+            scale_min: Smallest share of the area.
+            generator: On the CPU.
+        """
+        assert self.crop_source is not None
+        size = self.crop_source.sizes[indices].T
+        return draw_crops(len(indices), size, scale_min, generator).double() / size.repeat(2, 1)
+
+    def crops(
+        self, indices: Int64[Tensor, " m"], shares: Float64[Tensor, "4 m"]
+    ) -> UInt8[Tensor, "m channels height width"]:
+        """Cut a crop from each whole image, at the size of the split's images; indices and shares are on the CPU."""
+        assert self.crop_source is not None
+        if not isinstance(self.images, Tensor):
+            return self.images.crops(indices, shares)
+        whole = self.crop_source.images
+        assert whole is not None
+        device = self.labels.device
+        if whole.device == device:
+            some = whole[indices.to(device, non_blocking=True)]
+        else:
+            some = whole[indices].pin_memory().to(device, non_blocking=True)
+        height, width = whole.shape[2:]
+        boxes = shares * torch.tensor([height, width], dtype=torch.float64).repeat(2)[:, None]
+        return resized_crop(some, boxes, (self.images.shape[2], self.images.shape[3]))
 
     def batches(self, size: int) -> Iterator[UInt8[Tensor, "batch channels height width"]]:
         """Yield all images in order, ``size`` at a time."""

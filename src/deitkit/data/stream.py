@@ -6,8 +6,9 @@ images can be decoded, their shape, and the counts of their values.
 
 import hashlib
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -19,13 +20,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from deitkit.data import cache
-from deitkit.data.decode import ImageSink, decode_all, decode_image
+from deitkit.data.decode import decode_crops, decode_image
+from deitkit.data.decode_many import DecodedImage, ImageSink, decode_all
 from deitkit.data.listing import EncodedImages, Progress
 from deitkit.errors import DataError
 from deitkit.recipe.schema import DataRecipe
 from deitkit.system.process import usable_cores
 
-_FORMAT_VERSION = 3  # of a survey: raise it when decoding changes
+_FORMAT_VERSION = 4  # of a survey: raise it when decoding changes
 _MOST_MEMORY = 0.6  # share of the free memory, for decoded images
 
 
@@ -89,17 +91,32 @@ class StreamedImages:
 
     def decode(self, indices: Int64[Tensor, " m"]) -> UInt8[Tensor, "m channels height width"]:
         """Decode some images in this process; raise DataError if one is missing or has changed since the survey."""
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module="PIL")  # the survey has reported everything
-            # Under repeated augmentation an index occurs several times: decode the image once.
-            decoded = {index: self._decode_one(index) for index in dict.fromkeys(indices.tolist())}
-            return torch.from_numpy(np.stack([decoded[index] for index in indices.tolist()]))
+        # Under repeated augmentation an index occurs several times: decode the image once.
+        decoded = {index: self._decode_one(index) for index in dict.fromkeys(indices.tolist())}
+        return torch.from_numpy(np.stack([decoded[index] for index in indices.tolist()]))
 
-    def batches(self, indices: Iterable[Tensor], *, pin: bool = False) -> Iterator[Tensor]:
+    def crops(
+        self, indices: Int64[Tensor, " m"], shares: Float64[Tensor, "4 m"]
+    ) -> UInt8[Tensor, "m channels height width"]:
+        """Decode some images in this process, and cut a box from each image's own pixels, as ``decode_crops`` does."""
+        assert self.image_px is not None
+        channels, image_px = self.image_shape[0], self.image_px
+        cut = torch.empty((len(indices), *self.image_shape), dtype=torch.uint8)
+        for index in indices.unique().tolist():
+            places = (indices == index).nonzero().flatten()
+            decode = partial(
+                decode_crops, channels=channels, image_px=image_px, shares=shares[:, places].numpy(), fit=self.fit
+            )
+            cut[places] = torch.from_numpy(self._read(index, decode))
+        return cut
+
+    def batches(
+        self, indices: Iterable[Tensor | tuple[Tensor, Tensor]], *, pin: bool = False
+    ) -> Iterator[UInt8[Tensor, "m channels height width"]]:
         """Yield the images of each tensor of indices, decoded ahead by worker processes.
 
         Args:
-            indices: Of each batch; may be endless.
+            indices: Of each batch, with the shares of ``crops`` to cut these; may be endless.
             pin: Use pinned memory, from which a GPU copies asynchronously.
 
         Raises:
@@ -119,15 +136,23 @@ class StreamedImages:
             yield images
 
     def _decode_one(self, index: int) -> np.ndarray:
+        eval_crop = float(self.eval_crops[index])
+        pixels = self._read(
+            index, lambda image: decode_image(image, self.image_shape[0], self.image_px, eval_crop, self.fit)
+        )
+        if pixels.shape != self.image_shape:
+            name = self._name(int(self.positions[index]))
+            raise DataError(f"{name} has changed in size during the run: put it back")
+        return pixels
+
+    def _read(self, index: int, decode: Callable[[Path | bytes], np.ndarray]) -> np.ndarray:
         position = int(self.positions[index])
         try:
-            eval_crop = float(self.eval_crops[index])
-            pixels = decode_image(self.encoded[position], self.image_shape[0], self.image_px, eval_crop, self.fit)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", module="PIL")  # the survey has reported everything
+                return decode(self.encoded[position])
         except Exception as error:  # Pillow raises many types
             raise DataError(f"{self._name(position)} can no longer be decoded ({error}): put it back") from None
-        if pixels.shape != self.image_shape:
-            raise DataError(f"{self._name(position)} has changed in size during the run: put it back")
-        return pixels
 
     def _name(self, position: int) -> str:
         if isinstance(self.encoded, FlatFile):
@@ -136,14 +161,16 @@ class StreamedImages:
 
 
 class _Decoder(torch.utils.data.Dataset[UInt8[Tensor, "m c h w"] | str]):
-    """The data set of a worker process: maps a tensor of indices to a batch, or to the message of an error."""
+    """The data set of a worker process: maps indices, and perhaps boxes, to a batch, or to the message of an error."""
 
     def __init__(self, images: StreamedImages) -> None:
         self.images = images
 
-    def __getitem__(self, indices: Int64[Tensor, " m"]) -> UInt8[Tensor, "m c h w"] | str:
+    def __getitem__(
+        self, wanted: Int64[Tensor, " m"] | tuple[Int64[Tensor, " m"], Float64[Tensor, "4 m"]]
+    ) -> UInt8[Tensor, "m c h w"] | str:
         try:
-            return self.images.decode(indices)
+            return self.images.decode(wanted) if isinstance(wanted, Tensor) else self.images.crops(*wanted)
         except DataError as error:
             return str(error)
 
@@ -159,6 +186,7 @@ class Survey:
         counts: Counts of the 256 values in each channel of the training images.
         key: Changes whenever the images may have changed.
         hashes: Pixel hash of each image of the selection, as in ``DecodedImages``.
+        sizes: Height and width by which random crops of each image of the selection are drawn.
     """
 
     images: StreamedImages
@@ -167,10 +195,19 @@ class Survey:
     counts: Int64[Tensor, "channels values"]
     key: str
     hashes: Int64[Tensor, " selected"]
+    sizes: Int64[Tensor, "selected 2"]
 
 
-def wants_streaming(images: Tensor | EncodedImages, count: int, recipe: DataRecipe) -> bool:
+def wants_streaming(
+    images: Tensor | EncodedImages, count: int, recipe: DataRecipe, larger: tuple[int, int] = (0, 0)
+) -> bool:
     """Return whether ``count`` images are streamed: as set by the recipe, or if decoded they would fill the memory.
+
+    Args:
+        images: All images of the data set.
+        count: Number of images that are needed.
+        recipe: ``streaming``, ``image_px``, ``channels``.
+        larger: Number and side of the images that are kept in another size too.
 
     Raises:
         DataError: The recipe sets streaming, but the images are already decoded.
@@ -190,7 +227,8 @@ def wants_streaming(images: Tensor | EncodedImages, count: int, recipe: DataReci
             pixels = decode_image(next(iter(images.read([0]))), 1).size
         except Exception:  # decoding all images reports the error
             return False
-    return count * (recipe.channels or 3) * pixels > _MOST_MEMORY * psutil.virtual_memory().available
+    pixels = count * pixels + larger[0] * larger[1] ** 2
+    return (recipe.channels or 3) * pixels > _MOST_MEMORY * psutil.virtual_memory().available
 
 
 def survey(
@@ -226,7 +264,7 @@ def survey(
         else:
             ends = _lay_out(encoded, selection, recipe, tally, progress, path)
         tensors = {"kept": tally.kept.byte(), "counts": tally.counts, "shape": torch.tensor(tally.shape), "ends": ends}
-        cached = (tensors | {"hashes": tally.hashes}, list(tally.failures))
+        cached = (tensors | {"hashes": tally.hashes, "sizes": tally.sizes}, list(tally.failures))
         cache.store(key, *cached)
     tensors, skipped = cached
     kept = tensors["kept"].bool()
@@ -246,7 +284,7 @@ def survey(
         workers,
         recipe.fit,
     )
-    return Survey(images, kept, tuple(skipped), counts[:channels], key, tensors["hashes"])
+    return Survey(images, kept, tuple(skipped), counts[:channels], key, tensors["hashes"], tensors["sizes"])
 
 
 def _lay_out(
@@ -292,8 +330,9 @@ class _Tally(ImageSink):
         self.grey = recipe.channels is None
         self.channel_counts = np.zeros((3, 256), np.int64)
 
-    def keep(self, slot: int, pixels: np.ndarray) -> None:
+    def keep(self, slot: int, decoded: DecodedImage) -> None:
         """Count the values of a training image, and check whether all channels of the image are equal."""
+        pixels = decoded.pixels
         if slot < self.train_count:
             for counts, channel in zip(self.channel_counts, pixels):
                 counts += np.bincount(channel.reshape(-1), minlength=256)

@@ -27,6 +27,7 @@ def contradictions(recipe: "Recipe") -> Iterator[str]:
         yield f"data.eval_crop={crop:g} has no effect on images that are not resized: set data.image_px, or drop it"
     if recipe.data.fit != "crop" and recipe.data.image_px is None:
         yield f"data.fit={recipe.data.fit} has no effect on images that are not resized: set data.image_px, or drop it"
+    yield from _train_px(recipe)
     folds, fold = recipe.data.folds, recipe.data.fold
     if fold is not None and (folds is None or fold > folds):
         yield f"data.fold={fold} is none of data.folds={folds}: " + (
@@ -66,3 +67,15 @@ def contradictions(recipe: "Recipe") -> Iterator[str]:
     for name in recipe.variants:
         if not VARIANT_NAME.fullmatch(name) or name == BASE:
             yield (f"variants: '{name}' names a folder: use lower-case letters, digits, - and _, and not '{BASE}'")
+
+
+def _train_px(recipe: "Recipe") -> Iterator[str]:
+    image_px, train_px = recipe.data.image_px, recipe.data.train_px
+    if train_px is None:
+        return
+    if image_px is None:
+        yield f"data.train_px={train_px} has no effect on images that are not resized: set data.image_px, or drop it"
+    elif train_px < image_px:
+        yield f"data.train_px={train_px} is less than data.image_px={image_px}: use at least {image_px}, or drop it"
+    elif not recipe.has_random_crops:
+        yield f"data.train_px={train_px} has no effect without augment.crop=random-resized: set that, or drop it"

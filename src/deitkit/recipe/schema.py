@@ -36,6 +36,11 @@ class DataRecipe(Section):
     root: Path | None = Field(None, description="Folder of data sets; by default $DEITKIT_DATA, else ~/.cache/deitkit.")
     download: bool = Field(True, description="Download a named data set that is not on the disk (by torchvision).")
     image_px: PositiveInt | None = Field(None, description="Resize images to this; required if their sizes differ.")
+    train_px: PositiveInt | None = Field(
+        None,
+        description="Keep training images at this side, and cut random-resized crops from them; by default twice "
+        "image_px, or the files' own pixels if they are streamed; image_px: crop what was resized.",
+    )
     channels: Literal[1, 3] | None = Field(
         None, description="1 for grey, 3 for colour; by default that of the data set."
     )
@@ -321,6 +326,12 @@ class Recipe(Section):
     def all_teachers(self) -> tuple[TeacherRecipe, ...]:
         """The teachers: at least one."""
         return self.teachers or (self.teacher,)
+
+    @property
+    def has_random_crops(self) -> bool:
+        """Whether students or a teacher train on random-resized crops."""
+        augments = [self.augment, *(teacher.augment for teacher in self.all_teachers)]
+        return any(augment.crop == "random-resized" for augment in augments)
 
     @property
     def is_cross_validation(self) -> bool:

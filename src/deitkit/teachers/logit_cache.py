@@ -42,6 +42,7 @@ class LogitCache:
         augment: Augmentation of the views.
         batch_size: Images in a step.
         repeats: Copies of an image in it.
+        crops: What random crops are cut from: "files", or the height and width of kept images; None for resized ones.
         balanced: Whether an epoch has as many images of every class.
         unlabelled: Number of images without labels that follow them, and a hash of all such images; None for none.
         steps: Steps of an epoch.
@@ -59,6 +60,7 @@ class LogitCache:
         augment: AugmentRecipe,
         batch_size: int,
         repeats: int,
+        crops: str | None = None,
         epoch_repeats: int = 1,
         balanced: bool = False,
         unlabelled: tuple[int, str] | None = None,
@@ -79,6 +81,8 @@ class LogitCache:
             "precision": precision.name,
             "device": precision.device.type,  # which draws the noise of erasing
         }
+        if crops is not None:
+            described["crops"] = crops
         if epoch_repeats > 1:
             described["epoch_repeats"] = epoch_repeats
         if balanced:
@@ -180,12 +184,16 @@ def open_logit_cache(
     if recipe.unlabelled_in_step and dataset.unlabelled is not None:
         count = min(recipe.unlabelled_in_step, len(dataset.unlabelled))
         unlabelled = count, sha256(dataset.unlabelled_hashes)
+    crops = None
+    if (source := dataset.train.crop_source) is not None and dataset.train.scale_of_crops(recipe.augment) is not None:
+        crops = "files" if source.images is None else f"{source.images.shape[2]} x {source.images.shape[3]}"
     return LogitCache(
         teachers.classifiers,
         fingerprint=dataset.fingerprint,
         augment=recipe.augment,
         batch_size=recipe.train.batch_size,
         repeats=recipe.train.repeats,
+        crops=crops,
         epoch_repeats=recipe.train.epoch_repeats,
         balanced=recipe.data.sampling == "balanced",
         unlabelled=unlabelled,

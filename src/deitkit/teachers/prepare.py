@@ -63,7 +63,8 @@ def prepare_teacher(
     if card.fit != "none":
         train_data = dataset
         if recipe.teacher.all_images:
-            train_data = load_dataset(recipe.data.model_copy(update={"train_images": None}), watcher.reading)
+            every_image = recipe.data.model_copy(update={"train_images": None})
+            train_data = load_dataset(every_image, watcher.reading, random_crops=recipe.has_random_crops)
         trained = folder / TRAINED
         if trained.exists():
             classifier.model.load_state_dict(read_state(trained))

@@ -78,6 +78,7 @@ class Cohort:
         self.students = students
         self.teacher = teacher
         self.device = precision.device
+        scale_min = dataset.train.scale_of_crops(augment)
         self.batches = Batches(
             dataset.train,
             train.batch_size,
@@ -86,17 +87,18 @@ class Cohort:
             repeats=train.repeats,
             epoch_repeats=train.epoch_repeats,
             balanced=balanced,
+            scale_min=scale_min,
         )
         self.unlabelled: Batches | None = None
         taught = any(student.method.teacher_signal for student in students)
         if unlabelled_in_step and dataset.unlabelled is not None and taught:
             count, order = min(unlabelled_in_step, len(dataset.unlabelled)), derived_seed(seed, "unlabelled")
-            self.unlabelled = Batches(dataset.unlabelled, count, order, self.device)
+            self.unlabelled = Batches(dataset.unlabelled, count, order, self.device, scale_min=scale_min)
         self.validation = dataset.validation.to(self.device)
         self.train_recipe = train
         self.precision = precision
         self.seed = seed
-        self.augment = Augment(augment, dataset.mean, dataset.std)
+        self.augment = Augment(augment, dataset.mean, dataset.std, is_cropped=scale_min is not None)
         self.mix = Mix(augment, dataset.classes, train.label_smoothing)
         self.class_weights: Tensor | None = None
         if train.class_weight == "balanced":

@@ -30,12 +30,17 @@ def draw_views(dataset: Dataset, recipe: AugmentRecipe, label_smoothing: float, 
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    augment, mix = Augment(recipe, dataset.mean, dataset.std), Mix(recipe, dataset.classes, label_smoothing)
+    scale_min = dataset.train.scale_of_crops(recipe)
+    augment = Augment(recipe, dataset.mean, dataset.std, is_cropped=scale_min is not None)
+    mix = Mix(recipe, dataset.classes, label_smoothing)
     chosen = torch.randperm(len(dataset.train), generator=derived_generator(0, "preview"))[:count]
     images, labels = dataset.train.pixels(chosen), dataset.train.labels[chosen]
     generator = derived_generator(0, "preview", "views")
     rows = [(images.float() / 255, torch.nn.functional.one_hot(labels, dataset.classes).float())]
-    rows += [mix(augment(images, generator), labels, generator) for _ in range(3)]
+    for _ in range(3):
+        if scale_min is not None:
+            images = dataset.train.crops(chosen, dataset.train.draw_crops(chosen, scale_min, generator))
+        rows.append(mix(augment(images, generator), labels, generator))
     whole = [] if dataset.originals is None else dataset.originals(chosen)
     above = any(image.shape[0] != image.shape[1] for image in whole)
     lines = len(rows) + above

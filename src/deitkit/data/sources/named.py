@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torchvision import datasets
 
-from deitkit.data.decode import decode_images
+from deitkit.data.decode_many import decode_images
 from deitkit.data.listing import EncodedImages, Listing, Progress
 from deitkit.data.sources.archives import (
     IMAGENET_TEST,
