@@ -15,7 +15,7 @@ from deitkit.cli.main import app
 
 ROOT = Path(__file__).parents[1]
 PAGES = ("README", "getting-started", "own-data", "recipes", "methods", "teachers", "models", "finetune", "weights",
-         "analyze", "reliability", "benchmarks", "python", "paper")  # fmt: skip
+         "export", "analyze", "reliability", "benchmarks", "python", "paper")  # fmt: skip
 Run = Callable[..., tuple[int, str, str]]
 
 # What only some readers have: downloads, weights of others, and runs that take hours.

@@ -218,12 +218,27 @@ def test_folders_that_hold_no_run(run: Run, tmp_path: Path) -> None:
     refused(run("evaluate", tmp_path / "nowhere", "--data", "digits"), "model.json")
 
 
+def test_the_shell_completes_commands_and_recipes(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("_DEITKIT_COMPLETE", "complete_bash")
+    for words, expected in (("deitkit exp", "export"), ("deitkit compare own-", "own-images")):
+        monkeypatch.setenv("COMP_WORDS", words)
+        monkeypatch.setenv("COMP_CWORD", str(words.count(" ")))
+        assert expected in run()[1].split()
+
+
 def test_lists_teach(run: Run) -> None:
     code, text, _ = run("recipes")
     assert code == 0
     assert "digits" in text
     assert run("recipes", "digits")[1].startswith("# ")
     assert "temperature" in run("recipes", "--fields")[1]
+    code, out, _ = run("recipes", "--fields", "augment")
+    assert code == 0
+    assert "augment.erase_mode" in out
+    assert "temperature" not in out
+    code, _, errors = run("recipes", "--fields", "augmnt")
+    assert code == 2
+    assert "'augmnt' is no section of a recipe: choose data, augment, model" in errors
     assert "token-hard" in run("methods")[1]
     refused(run("recipes", "digist"), "did you mean digits")
     assert "deitkit compare digits" in run("compare", "--help")[1]

@@ -7,6 +7,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import deitkit.recipe.load
 from deitkit.errors import RecipeError
 from deitkit.models.vit import size_in_words
 from deitkit.recipe.load import (
@@ -19,6 +20,11 @@ from deitkit.recipe.load import (
     shipped_recipes,
 )
 from deitkit.recipe.schema import Recipe
+
+
+def test_every_shipped_file_has_its_place_in_the_list() -> None:
+    files = (Path(deitkit.recipe.load.__file__).parent / "shipped").glob("*.yaml")
+    assert sorted(path.stem for path in files) == sorted(shipped_recipes())
 
 
 @pytest.mark.parametrize("name", shipped_recipes())

@@ -2,16 +2,20 @@
 
 import gc
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from deitkit.bench.measure import count_flops, machine_limit
 from deitkit.distillation.methods import METHODS
 from deitkit.errors import is_out_of_memory
+from deitkit.evaluation.classify import input_px
 from deitkit.models.accelerate import accelerate
 from deitkit.models.catalogue import CATALOGUE, CLASSES
 from deitkit.models.classifier import Classifier
+from deitkit.models.saved import load_classifier, model_folder
 from deitkit.models.vit import create_student
 from deitkit.recipe.schema import Recipe
 from deitkit.system.device import Precision, choose_device, describe_machine
@@ -42,6 +46,29 @@ def bench_infer(recipe: Recipe, *, repeats: int, steps: int) -> dict[str, Any]:
         **result,
         "limit_gflop_per_second": limit / 1e9,
         "share_of_limit": result["gflop_per_second"] * 1e9 / limit,
+    }
+
+
+def bench_saved(path: Path, recipe: Recipe, *, repeats: int, steps: int) -> dict[str, Any]:
+    """Measure the inference speed of a saved model, or of an ONNX file, on random images.
+
+    Args:
+        path: A model folder, a run folder (its winner) or an ONNX file.
+        recipe: Device, precision and batch size.
+        repeats: Number of measurements; the median is reported.
+        steps: Steps in each measurement.
+    """
+    device = choose_device(recipe.device)
+    precision = Precision.choose(recipe.train.precision, device)
+    classifier, card = load_classifier(model_folder(path), device)
+    accelerate(classifier, recipe.speed, device).eval()
+    side = input_px(card)
+    view = torch.rand(recipe.train.batch_size, int(card["channels"]), side, side, device=device)
+    return {
+        "machine": describe_machine(device, precision) | {"threads": torch.get_num_threads()},
+        "model": {"name": path.name},
+        "image_px": side,
+        **_speed(classifier, view, precision, repeats, steps),
     }
 
 
@@ -79,8 +106,19 @@ def bench_catalogue(recipe: Recipe, *, table: str, repeats: int, steps: int) -> 
 def _time_model(
     classifier: Classifier, side: int, batch_size: int, precision: Precision, repeats: int, steps: int
 ) -> dict[str, Any]:
-    device = precision.device
-    view = torch.rand(batch_size, classifier.mean.shape[1], side, side, device=device)
+    view = torch.rand(batch_size, classifier.mean.shape[1], side, side, device=precision.device)
+    speed = _speed(classifier, view, precision, repeats, steps)
+    flops = count_flops(classifier.model, (view.shape[1], side, side), backward=False)
+    return {
+        **speed,
+        "parameters": sum(parameter.numel() for parameter in classifier.model.parameters()),
+        "gflop_per_image": flops / 1e9,
+        "gflop_per_second": flops * speed["images_per_second"] / 1e9,
+    }
+
+
+def _speed(classifier: Classifier, view: Tensor, precision: Precision, repeats: int, steps: int) -> dict[str, Any]:
+    device, batch_size = precision.device, len(view)
 
     @torch.inference_mode()
     def classify() -> None:
@@ -89,12 +127,8 @@ def _time_model(
 
     taken = time_in_turn({"classify": classify}, device=device, repeats=repeats, calls=steps, warm_up=2)["classify"]
     wait(device)
-    flops = count_flops(classifier.model, (view.shape[1], side, side), backward=False)
     return {
         "batch_size": batch_size,
-        "parameters": sum(parameter.numel() for parameter in classifier.model.parameters()),
         "images_per_second": batch_size / taken.median,
         "images_per_second_range": [batch_size / taken.slowest, batch_size / taken.fastest],
-        "gflop_per_image": flops / 1e9,
-        "gflop_per_second": flops * batch_size / taken.median / 1e9,
     }

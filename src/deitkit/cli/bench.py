@@ -1,5 +1,6 @@
 """The group of commands ``bench``."""
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -53,14 +54,26 @@ def infer(
     table: Annotated[
         str | None, typer.Option("--table", help="paper: the models whose speed was published; zoo: all of them.")
     ] = None,
+    model: Annotated[
+        Path | None, typer.Option("--model", help="Time this model folder, run folder (its winner) or ONNX file.")
+    ] = None,
     repeats: Repeats = 5,
     steps: Steps = 3,
     as_json: Json = False,
 ) -> None:
-    """Time classification with random weights: the student of a recipe, or the models of the paper."""
-    from deitkit.bench.inference_speed import bench_catalogue, bench_infer
+    """Time classification: a saved model; or, with random weights, a recipe's student or the paper's models."""
+    from deitkit.bench.inference_speed import bench_catalogue, bench_infer, bench_saved
 
     recipe = _load(overrides, base)
+    if model is not None:
+        if table is not None:
+            raise typer.BadParameter("--model and --table exclude each other: give one")
+        result = bench_saved(model, recipe, repeats=repeats, steps=steps)
+        if not _printed_json(result, as_json):
+            shown = _table(result, "classification")
+            _speed_rows(shown, result)
+            console.print(shown)
+        return
     if table is None:
         result = bench_infer(recipe, repeats=repeats, steps=steps)
         if not _printed_json(result, as_json):

@@ -12,6 +12,7 @@ from deitkit.cli.bench import app as bench_app
 from deitkit.cli.compare import compare, finetune, teacher, train
 from deitkit.cli.console import errors, say
 from deitkit.cli.convert import convert
+from deitkit.cli.export import export
 from deitkit.cli.models import models
 from deitkit.cli.recipes import methods, recipes
 from deitkit.cli.report import report, verify
@@ -22,7 +23,6 @@ app = typer.Typer(
     name="deitkit",
     help="Distil a CNN teacher into a small vision transformer, under every method of the DeiT paper side by side.",
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
 )
@@ -37,6 +37,7 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 
 for command in (
     compare, train, finetune, teacher, evaluate, predict, report, analyze, verify, recipes, methods, models, convert,
+    export,
 ):  # fmt: skip
     app.command()(command)
 app.add_typer(bench_app, name="bench")

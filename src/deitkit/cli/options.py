@@ -5,8 +5,15 @@ from typing import Annotated
 
 import typer
 
+from deitkit.recipe.load import SHIPPED
+
 RecipeArgument = Annotated[
-    str, typer.Argument(metavar="RECIPE", help="A shipped recipe (see `deitkit recipes`) or a YAML file.")
+    str,
+    typer.Argument(
+        metavar="RECIPE",
+        help="A shipped recipe (see `deitkit recipes`) or a YAML file.",
+        autocompletion=lambda: list(SHIPPED),
+    ),
 ]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Fields to change, such as `train.epochs=40`.")

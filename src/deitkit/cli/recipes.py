@@ -12,17 +12,26 @@ from deitkit.recipe.load import describe_fields, load_recipe, shipped_recipes
 
 
 def recipes(
-    name: Annotated[str | None, typer.Argument(metavar="[RECIPE]", help="Print this recipe.")] = None,
+    name: Annotated[
+        str | None, typer.Argument(metavar="[RECIPE]", help="Print this recipe; with --fields, this section only.")
+    ] = None,
     fields: Annotated[bool, typer.Option("--fields", help="List every field with its default and meaning.")] = False,
 ) -> None:
-    """List the shipped recipes, print one, or explain every field."""
+    """List the shipped recipes, print one, or explain every field.
+
+    For example `deitkit recipes --fields augment`.
+    """
     shipped = shipped_recipes()
     if fields:
+        described = [field for field in describe_fields() if name is None or field[0].startswith(f"{name}.")]
+        if not described:
+            sections = dict.fromkeys(field.partition(".")[0] for field, _, _ in describe_fields() if "." in field)
+            raise RecipeError(f"'{name}' is no section of a recipe: choose {', '.join(sections)}")
         table = Table(box=None)
         table.add_column("field", no_wrap=True)
         table.add_column("default")
         table.add_column("meaning")
-        for field in describe_fields():
+        for field in described:
             table.add_row(*map(plain, field))
         console.print(table)
     elif name is not None:

@@ -1,12 +1,30 @@
 """The commands that read a finished run: ``report`` and ``verify``."""
 
 from dataclasses import asdict
+from pathlib import Path
 
 import typer
 from rich.table import Table
 
 from deitkit.cli.console import console, errors, plain, print_json, say
 from deitkit.cli.options import Json, RunArgument
+from deitkit.models.onnx_file import is_onnx
+
+
+def _verify_file(file: Path, as_json: bool) -> None:
+    from deitkit.export.verify import verify_onnx
+
+    found = verify_onnx(file)
+    if as_json:
+        print_json(asdict(found))
+    else:
+        table = Table("file", "recorded %", "measured %", "holds", box=None)
+        shown = [f"{100 * value:.2f}" for value in (found.recorded, found.measured)]
+        table.add_row(plain(file.name), *shown, "yes" if found.holds else "NO")
+        console.print(table)
+        say(f"{found.dataset}, n = {found.n:,}; tolerance: {100 * found.tolerance:.2f} points")
+    if not found.holds:
+        raise typer.Exit(1)
 
 
 def report(run: RunArgument) -> None:
@@ -22,11 +40,14 @@ def report(run: RunArgument) -> None:
 
 
 def verify(run: RunArgument, as_json: Json = False) -> None:
-    """Evaluate a finished run's saved students again, and check every row of its table.
+    """Evaluate a finished run's saved students again, and check every row of its table; or check an ONNX file.
 
     On the machine of the run every figure must be identical; on another, within half a point. Exits with code 1 if a
     figure does not match, or if the data or the teacher are not those of the run.
     """
+    if is_onnx(run):
+        _verify_file(run, as_json)
+        return
     from deitkit.cli.progress import Terminal
     from deitkit.comparison.verify import verify_run
 

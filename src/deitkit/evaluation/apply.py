@@ -3,12 +3,12 @@
 from pathlib import Path
 from typing import Any
 
-from deitkit.data.dataset import load_dataset
+from deitkit.data.dataset import Dataset, load_dataset
 from deitkit.data.duplicates import share_in_sketch
 from deitkit.errors import DataError, HasTestSplit
 from deitkit.evaluation.classify import eval_crop, input_px
 from deitkit.evaluation.predict import predict
-from deitkit.evaluation.readouts import readout_scores, top_k_accuracy, top_k_hits
+from deitkit.evaluation.readouts import named_scores, top_k_accuracy, top_k_hits
 from deitkit.evaluation.statistics import wilson_interval
 from deitkit.models.saved import load_classifier
 from deitkit.recipe.schema import DataRecipe
@@ -27,7 +27,29 @@ def evaluate_model(folder: Path, data: str, root: Path | None = None) -> dict[st
     """
     device = choose_device("auto")
     classifier, card = load_classifier(folder, device)
-    # Use the split of the model's training, so that no training image is a test image.
+    dataset = load_data_of(card, data, root)
+    scores = named_scores(predict(classifier, dataset.test, Precision.choose("auto", device)), card)
+    labels, n = dataset.test.labels, len(dataset.test)
+    rows = []
+    for readout, values in scores.items():
+        hits = int(top_k_hits(values, labels).sum())
+        top5 = top_k_accuracy(values, labels, 5) if dataset.classes > 5 else None
+        rows.append({"readout": readout, "top1": hits / n, "top1_ci95": wilson_interval(hits, n), "top5": top5})
+    seen = share_in_sketch(dataset.test_hashes, str(card.get("trained_on", "")))
+    return {"model": str(folder), "dataset": dataset.name, "n": n, "trained_on": seen, "readouts": rows}
+
+
+def load_data_of(card: dict[str, Any], data: str, root: Path | None) -> Dataset:
+    """Load a data set as a model takes it, under the split of its training: no training image is a test image.
+
+    Args:
+        card: Of the model.
+        data: Name of the data set.
+        root: Folder of named data sets.
+
+    Raises:
+        DataError: Its classes differ from the model's.
+    """
     prepared = {"channels": card["channels"], "image_px": input_px(card), "eval_crop": eval_crop(card)}
     prepared["fit"] = card.get("fit", "crop")
     prepared |= {"name": data, "root": root}
@@ -40,15 +62,7 @@ def evaluate_model(folder: Path, data: str, root: Path | None = None) -> dict[st
             f"data {data} has the classes {_some(list(dataset.class_names))}, "
             f"but the model has {_some(card['class_names'])}: evaluate it on data with the model's classes"
         )
-    scores = readout_scores(predict(classifier, dataset.test, Precision.choose("auto", device)))
-    labels, n = dataset.test.labels, len(dataset.test)
-    rows = []
-    for readout, values in scores.items():
-        hits = int(top_k_hits(values, labels).sum())
-        top5 = top_k_accuracy(values, labels, 5) if dataset.classes > 5 else None
-        rows.append({"readout": readout, "top1": hits / n, "top1_ci95": wilson_interval(hits, n), "top5": top5})
-    seen = share_in_sketch(dataset.test_hashes, str(card.get("trained_on", "")))
-    return {"model": str(folder), "dataset": dataset.name, "n": n, "trained_on": seen, "readouts": rows}
+    return dataset
 
 
 def _some(names: list[str]) -> str:

@@ -12,9 +12,10 @@ from deitkit.data.decode import SUFFIXES, decode_image, strict_pillow
 from deitkit.data.listing import writable
 from deitkit.data.sources.folders import files_below
 from deitkit.errors import DataError, RecipeError
-from deitkit.evaluation.readouts import default_readout, readout_scores
+from deitkit.evaluation.readouts import default_readout, named_scores
 from deitkit.models.accelerate import uncompiled
 from deitkit.models.classifier import Classifier
+from deitkit.models.onnx_file import OnnxGraph
 from deitkit.models.saved import load_classifier
 from deitkit.models.vit import DeiT
 from deitkit.models.zoo import head_name
@@ -155,7 +156,7 @@ def _answer(
     view = torch.stack(pixels).to(precision.device).float() / 255
     with uncompiled(), precision.autocast(), _HeadInputs(classifier.model, len(card["class_names"]), embed) as inputs:
         output = classifier.eval()(view)
-    scores = readout_scores(output)
+    scores = named_scores(output, card)
     chosen = readout or card.get("readout") or default_readout(list(scores))
     if chosen not in scores:
         raise RecipeError(f"--readout {chosen}: this model has {', '.join(scores)}")
@@ -172,13 +173,19 @@ def _answer(
     ]
 
 
+def _heads(model: nn.Module, classes: int) -> list[nn.Module]:
+    if isinstance(model, OnnxGraph):
+        raise RecipeError("--embeddings: an ONNX file gives only its probabilities; use the model folder it came from")
+    is_student = isinstance(model, DeiT)
+    heads = [model.head, model.head_dist] if is_student else [model.get_submodule(head_name(model, classes))]
+    return [head for head in heads if isinstance(head, nn.Module)]
+
+
 class _HeadInputs:
     """Collects the inputs of a model's heads while it is active."""
 
     def __init__(self, model: nn.Module, classes: int, active: bool) -> None:
-        is_student = isinstance(model, DeiT)
-        heads = [model.head, model.head_dist] if is_student else [model.get_submodule(head_name(model, classes))]
-        self.heads = [head for head in heads if isinstance(head, nn.Module)] if active else []
+        self.heads = _heads(model, classes) if active else []
         self.seen: list[Tensor] = []
 
     def __enter__(self) -> "_HeadInputs":

@@ -1,6 +1,7 @@
 """Readouts: scores from one or both heads of a student, and their accuracy."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
@@ -15,6 +16,12 @@ def readout_scores(output: Output) -> dict[str, Float[Tensor, "n classes"]]:
     if classes is None or distillation is None:
         return {"class": classes} if classes is not None else {"distillation": distillation}  # type: ignore[dict-item]
     return {name: logits(classes, distillation) for name, logits in READOUT_LOGITS.items()}
+
+
+def named_scores(output: Output, card: Mapping[str, Any]) -> dict[str, Float[Tensor, "n classes"]]:
+    """Return the logits of every readout of a saved model; an ONNX file has only the one that it was exported with."""
+    scores, exported = readout_scores(output), card.get("exported_readout")
+    return scores if exported is None else {str(exported): scores["class"]}
 
 
 def default_readout(names: Sequence[str]) -> str:

@@ -13,6 +13,7 @@ from deitkit import __version__
 from deitkit.data.listing import writable
 from deitkit.errors import CheckpointError
 from deitkit.models.classifier import Classifier
+from deitkit.models.onnx_file import is_onnx, read_onnx
 from deitkit.models.vit import DeiT
 from deitkit.models.weights.read import load_into, read_state
 from deitkit.models.zoo import BuiltClassifier, create_classifier
@@ -56,7 +57,9 @@ def save_classifier(folder: Path, classifier: Classifier, card: dict[str, Any]) 
 
 
 def read_card(folder: Path) -> dict[str, Any]:
-    """Return ``model.json`` of a folder; raise CheckpointError if it is missing or not of deitkit."""
+    """Return ``model.json`` of a folder, or the card of an ONNX file; raise CheckpointError if it is not of deitkit."""
+    if is_onnx(folder):
+        return read_onnx(folder)[1]
     path = folder / "model.json"
     try:
         card = json.loads(path.read_text(encoding="utf-8"))
@@ -128,7 +131,9 @@ def _check_size(card: dict[str, Any], state: dict[str, Tensor]) -> None:
 
 
 def load_classifier(folder: Path, device: torch.device) -> tuple[Classifier, dict[str, Any]]:
-    """Return the classifier of a folder, in evaluation mode, and its card."""
+    """Return the classifier of a folder or an ONNX file, in evaluation mode, and its card."""
+    if is_onnx(folder):
+        return read_onnx(folder)
     card, state = read_card(folder), read_state(folder / "model.safetensors")
     built = build_model(card, state, folder)
     only = card.get("only_readout")

@@ -266,7 +266,7 @@ class DeiT(nn.Module):
     def forward(self, images: Float[Tensor, "batch channels height width"]) -> Output:
         """Return the logits of each head for normalised images, in training and in evaluation mode."""
         x = self.patch_embed(images)
-        tokens = [token.expand(len(x), -1, -1) for token in (self.cls_token, self.dist_token) if token is not None]
+        tokens = [token.expand(x.shape[0], -1, -1) for token in (self.cls_token, self.dist_token) if token is not None]
         x = torch.cat([*tokens, x], dim=1) if tokens else x
         x = self.norm(self._run_blocks(self.pos_drop(x + self.pos_embed)))
         readout = x[:, 0] if tokens else x.mean(dim=1)
