@@ -14,6 +14,7 @@ from deitkit.cli.console import errors, say
 from deitkit.cli.convert import convert
 from deitkit.cli.export import export
 from deitkit.cli.models import models
+from deitkit.cli.publish import publish
 from deitkit.cli.recipes import methods, recipes
 from deitkit.cli.report import report, verify
 from deitkit.errors import DeitkitError, Interrupted, is_dead_worker, is_out_of_memory
@@ -37,7 +38,7 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 
 for command in (
     compare, train, finetune, teacher, evaluate, predict, report, analyze, verify, recipes, methods, models, convert,
-    export,
+    export, publish,
 ):  # fmt: skip
     app.command()(command)
 app.add_typer(bench_app, name="bench")

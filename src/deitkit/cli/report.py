@@ -8,7 +8,6 @@ from rich.table import Table
 
 from deitkit.cli.console import console, errors, plain, print_json, say
 from deitkit.cli.options import Json, RunArgument
-from deitkit.models.onnx_file import is_onnx
 
 
 def _verify_file(file: Path, as_json: bool) -> None:
@@ -45,6 +44,8 @@ def verify(run: RunArgument, as_json: Json = False) -> None:
     On the machine of the run every figure must be identical; on another, within half a point. Exits with code 1 if a
     figure does not match, or if the data or the teacher are not those of the run.
     """
+    from deitkit.models.onnx_file import is_onnx
+
     if is_onnx(run):
         _verify_file(run, as_json)
         return

@@ -50,8 +50,8 @@ MOST_VALUES, MOST_LEVELS = 10_000, 20  # of a recipe; the shipped ones stay belo
 # In the order of use: first steps, one's own images, CIFAR-10 on a CPU, then what needs a day, a GPU or ImageNet.
 SHIPPED = (
     "digits", "own-images", "cifar10-cpu", "methods-cifar10-cpu", "ablation-cifar10-cpu", "teachers-cifar10-cpu",
-    "finetune-cpu", "transfer-fashion-cpu", "fashion-mnist", "cifar10-short", "cifar10-seed-cpu", "cifar10",
-    "cifar10-seed", "cifar10-seed-corrected", "patient-cifar10", "cifar100", "imagenet-deit-tiny",
+    "finetune-cpu", "transfer-fashion-cpu", "fashion-mnist", "cifar10-short", "cifar10-patch8", "cifar10-seed-cpu",
+    "cifar10", "cifar10-seed", "cifar10-seed-corrected", "patient-cifar10", "cifar100", "imagenet-deit-tiny",
     "imagenet-deit-small", "imagenet-deit-base", "imagenet-deit-tiny-distilled", "imagenet-deit-small-distilled",
     "imagenet-deit-base-distilled", "ablation-imagenet", "finetune-384", "finetune-cifar10-sgd",
     "finetune-cifar10-adamw",

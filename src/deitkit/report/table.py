@@ -4,6 +4,7 @@ import csv
 import io
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,11 @@ def rich_table(results: Results) -> TerminalTable:
     return TerminalTable(lay_out_any(results))
 
 
+def markdown_table(results: Results) -> str:
+    """Return the table with its notes in Markdown, without the verdict."""
+    return _markdown(replace(lay_out_any(results), advice="", verdict=""))
+
+
 def write_tables(results: Results, folder: Path) -> list[Path]:
     """Write ``table.md``, ``table.csv`` and ``table.tex`` (booktabs) into the folder.
 
@@ -109,22 +115,21 @@ def _markdown(layout: Layout) -> str:
     rows = [["row", *(column.title for column in layout.columns)]]
     rows.append(["---", *("---:" if column.numeric else "---" for column in layout.columns)])
     for line in layout.lines:
-        cells = [
-            _escape_markdown(cell) for cell in (line.label, *(line.cells[column.key] for column in layout.columns))
-        ]
+        cells = [escape_markdown(cell) for cell in (line.label, *(line.cells[column.key] for column in layout.columns))]
         if line.winner:
             cells[0] = f"**{cells[0]}** {WINNER_MARK}"
         rows.append(cells)
-    parts = [f"**{_escape_markdown(layout.title)}**", "\n".join(f"| {' | '.join(cells)} |" for cells in rows)]
+    parts = [f"**{escape_markdown(layout.title)}**", "\n".join(f"| {' | '.join(cells)} |" for cells in rows)]
     if layout.published_only:
-        parts.append("Published only:\n\n" + "\n".join(f"- {_escape_markdown(text)}" for text in layout.published_only))
-    parts += [_escape_markdown(note) for note in layout.footnotes]
-    parts += [f"**{_escape_markdown(text)}**" for text in (layout.advice, layout.verdict) if text]
-    parts.append(f"*{_escape_markdown(layout.provenance)}*")
+        parts.append("Published only:\n\n" + "\n".join(f"- {escape_markdown(text)}" for text in layout.published_only))
+    parts += [escape_markdown(note) for note in layout.footnotes]
+    parts += [f"**{escape_markdown(text)}**" for text in (layout.advice, layout.verdict) if text]
+    parts.append(f"*{escape_markdown(layout.provenance)}*")
     return "\n\n".join(parts) + "\n"
 
 
-def _escape_markdown(text: str) -> str:
+def escape_markdown(text: str) -> str:
+    """Return a text of a user in one line that Markdown shows as it is."""
     return re.sub(r"([\\`*_|<>~])", r"\\\1", _one_line(text)).replace("](", "]\\(")
 
 

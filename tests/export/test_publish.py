@@ -1,0 +1,177 @@
+"""A published folder: opened by timm, transformers and deitkit with the model's answers, and its card."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+import yaml
+
+from deitkit.comparison.compare import compare
+from deitkit.errors import CheckpointError, RecipeError
+from deitkit.evaluation.readouts import readout_scores
+from deitkit.export import publish as module
+from deitkit.export.publish import PublishOptions, publish, push
+from deitkit.models.classifier import Classifier
+from deitkit.models.saved import load_classifier, save_classifier
+from deitkit.models.vit import DeiT
+from deitkit.recipe.load import load_recipe
+from deitkit.run.observer import Silent
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+def quiet(text: str) -> None:
+    """Take the stages of an export."""
+
+
+def saved(folder: Path, tokens: tuple[str, ...] = ("class", "distillation"), **card: Any) -> Path:
+    torch.manual_seed(0)
+    model = DeiT(image_px=8, patch_px=2, channels=1, classes=3, width=16, depth=2, heads=2, tokens=tokens)
+    for head in (model.head, model.head_dist):
+        if head is not None:
+            torch.nn.init.normal_(head.weight)
+    described = {"class_names": ["a|b", "<b>", "c"], "channels": 1, "input_px": [8, 8], **card}
+    save_classifier(folder, Classifier(model, mean=(0.3,), std=(0.4,)), described)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose recipe names folders of this machine."""
+    from PIL import Image
+
+    root = tmp_path_factory.mktemp("private")
+    for label, name in enumerate(("cat", "dog")):
+        (root / "photos" / name).mkdir(parents=True)
+        for index in range(20):
+            Image.new("L", (8, 8), 100 * label + 3 * index).save(root / "photos" / name / f"{index}.png")
+    recipe = load_recipe(
+        "digits",
+        [
+            f"data.name=folder:{root / 'photos'}", "data.train_images=null", "data.test_images=null", "methods=[none]",
+            "model.width=16", "model.depth=1", "model.heads=1", "train.epochs=1", "train.warmup_epochs=0",
+            "train.batch_size=8", "baseline=null",
+        ],
+    )  # fmt: skip
+    compare(recipe, root / "run", watcher=Silent())
+    return root / "run"
+
+
+def test_timm_transformers_and_deitkit_open_the_folder(tmp_path: Path) -> None:
+    from transformers import AutoModelForImageClassification
+
+    folder = saved(tmp_path / "model")
+    publish(folder, tmp_path / "out", PublishOptions(), quiet)
+    views = torch.rand(5, 1, 8, 8)
+    with torch.inference_mode():
+        output = load_classifier(folder, torch.device("cpu"))[0](views)
+        expected = readout_scores(output)["joint-logits"]
+        normalised = (views - 0.3) / 0.4
+        by_timm = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()(normalised)
+        theirs = AutoModelForImageClassification.from_pretrained(tmp_path / "out").eval()
+        ours = load_classifier(tmp_path / "out", torch.device("cpu"))[0](views)
+        torch.testing.assert_close(by_timm, expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(theirs(normalised).logits, expected, rtol=1e-4, atol=1e-5)
+    assert theirs.config.id2label == {0: "a|b", 1: "<b>", 2: "c"}
+    assert torch.equal(ours.class_logits, output.class_logits)
+    assert torch.equal(ours.distillation_logits, output.distillation_logits)
+
+
+def test_a_student_that_timm_names_otherwise_has_no_card_of_ours(tmp_path: Path) -> None:
+    publish(saved(tmp_path / "model", ("distillation",)), tmp_path / "out", PublishOptions(), quiet)
+    assert timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True) is not None
+    assert not (tmp_path / "out" / "model.json").exists()
+    assert "deitkit predict" not in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_the_card_is_written_from_the_run(finished: Path, tmp_path: Path) -> None:
+    card = publish(finished, tmp_path / "out", PublishOptions("me/pets", "apache-2.0"), quiet).read_text()
+    _, head, text = card.split("---\n", 2)
+    assert yaml.safe_load(head)["license"] == "apache-2.0"
+    assert yaml.safe_load(head)["pipeline_tag"] == "image-classification"
+    assert text.lstrip().startswith("# pets\n")
+    assert "| row | labels |" in text
+    assert re.search(r"^folder:photos: \d+ training, \d+ validation and 8 test images of 2 classes\.$", text, re.M)
+    assert 'timm.create_model("hf-hub:me/pets", pretrained=True)' in text
+    assert "One seed was trained" in text
+    assert "No licence" not in text
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "README.md", "config.json", "model.json", "model.safetensors", "recipe.yaml",
+    ]  # fmt: skip
+    by_student = publish(finished / "seed-0" / "none", tmp_path / "other", PublishOptions(), quiet).read_text()
+    assert "| row | labels |" in by_student
+    assert "No licence was given" in by_student
+
+
+def test_folders_of_this_machine_are_left_out(finished: Path, tmp_path: Path) -> None:
+    publish(finished, tmp_path / "out", PublishOptions("me/pets"), quiet)
+    for file in ("README.md", "recipe.yaml", "config.json"):
+        assert str(finished.parent) not in (tmp_path / "out" / file).read_text(), file
+    assert yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text())["data"]["name"] == "folder:photos"
+
+
+def test_names_are_shown_as_they_are(tmp_path: Path) -> None:
+    text = publish(saved(tmp_path / "model"), tmp_path / "out", PublishOptions(), quiet).read_text()
+    assert "a\\|b, \\<b\\>, c" in text
+    assert "It was made from model" in text
+
+
+def test_with_an_onnx_file(finished: Path, tmp_path: Path, run: Run) -> None:
+    code, out, errors = run("publish", finished, "--out", tmp_path / "out", "--licence", "mit")
+    assert code == 0, errors
+    assert "model-int8.onnx" in out
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert "onnxruntime.InferenceSession" in text
+    assert "| model-int8.onnx |" in text
+    assert run("verify", tmp_path / "out" / "model.onnx")[0] == 0
+
+
+def test_mistakes_leave_nothing_behind(
+    finished: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "note.txt").write_text("mine")
+    with pytest.raises(RecipeError, match="already exists: name a new folder"):
+        publish(finished, tmp_path / "full", PublishOptions(), quiet)
+    assert (tmp_path / "full" / "note.txt").read_text() == "mine"
+    code, _, errors = run("publish", tmp_path, "--out", tmp_path / "out", "--no-onnx")
+    assert code == 2
+    assert "contains no model.json" in errors
+    code, _, errors = run("publish", finished, "--out", tmp_path / "out", "--data", "digits")
+    assert code == 2
+    assert "digits has the classes" in errors
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(module, "largest_difference", lambda *_: 0.5)
+    with pytest.raises(CheckpointError, match=r"timm would not answer as .* does: logits differ by 0\.5"):
+        publish(finished, tmp_path / "out", PublishOptions(), quiet)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_upload_tells_its_address_or_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[Any] = []
+
+    class Api:
+        def create_repo(self, name: str, **settings: Any) -> str:
+            done.append((name, settings))
+            return f"https://hub/{name}"
+
+        def upload_folder(self, **settings: Any) -> None:
+            done.append(settings)
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Api)
+    assert push(tmp_path, "me/pets", private=True) == "https://hub/me/pets"
+    assert done[0] == ("me/pets", {"private": True, "exist_ok": True})
+    assert done[1]["folder_path"] == tmp_path
+
+    def refuse(self: Api, name: str, **settings: Any) -> str:
+        raise ConnectionError("no route\nto the host")
+
+    monkeypatch.setattr(Api, "create_repo", refuse)
+    with pytest.raises(
+        RecipeError, match=r"--push me/pets failed \(no route\): check the network.*can be uploaded later"
+    ):
+        push(tmp_path, "me/pets", private=False)
