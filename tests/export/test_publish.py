@@ -95,7 +95,7 @@ def test_the_card_is_written_from_the_run(finished: Path, tmp_path: Path) -> Non
     assert yaml.safe_load(head)["pipeline_tag"] == "image-classification"
     assert text.lstrip().startswith("# pets\n")
     assert "| row | labels |" in text
-    assert re.search(r"^folder:photos: \d+ training, \d+ validation and 8 test images of 2 classes\.$", text, re.M)
+    assert re.search(r"^folder:photos: \d+ training, \d+ validation and 16 test images of 2 classes\.$", text, re.M)
     assert 'timm.create_model("hf-hub:me/pets", pretrained=True)' in text
     assert "One seed was trained" in text
     assert "No licence" not in text
