@@ -105,12 +105,14 @@ def test_the_card_is_written_from_the_run(finished: Path, tmp_path: Path) -> Non
     by_student = publish(finished / "seed-0" / "none", tmp_path / "other", PublishOptions(), quiet).read_text()
     assert "| row | labels |" in by_student
     assert "No licence was given" in by_student
+    assert "not the winner of its run" in by_student
+    assert "not the winner of its run" not in card
 
 
 def test_folders_of_this_machine_are_left_out(finished: Path, tmp_path: Path) -> None:
     publish(finished, tmp_path / "out", PublishOptions("me/pets"), quiet)
-    for file in ("README.md", "recipe.yaml", "config.json"):
-        assert str(finished.parent) not in (tmp_path / "out" / file).read_text(), file
+    for file in (tmp_path / "out").iterdir():
+        assert str(finished.parent).encode() not in file.read_bytes(), file
     assert yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text())["data"]["name"] == "folder:photos"
 
 
@@ -127,7 +129,10 @@ def test_with_an_onnx_file(finished: Path, tmp_path: Path, run: Run) -> None:
     text = (tmp_path / "out" / "README.md").read_text()
     assert "onnxruntime.InferenceSession" in text
     assert "| model-int8.onnx |" in text
-    assert run("verify", tmp_path / "out" / "model.onnx")[0] == 0
+    for file in (tmp_path / "out").iterdir():
+        assert str(finished.parent).encode() not in file.read_bytes(), file
+    data = f"folder:{finished.parent / 'photos'}"
+    assert run("verify", tmp_path / "out" / "model.onnx", "--data", data)[0] == 0
 
 
 def test_mistakes_leave_nothing_behind(
@@ -155,6 +160,9 @@ def test_an_upload_tells_its_address_or_what_to_do(tmp_path: Path, monkeypatch: 
     done: list[Any] = []
 
     class Api:
+        def repo_info(self, name: str) -> Any:
+            return type("Info", (), {"private": name != "me/public"})
+
         def create_repo(self, name: str, **settings: Any) -> str:
             done.append((name, settings))
             return f"https://hub/{name}"
@@ -166,6 +174,9 @@ def test_an_upload_tells_its_address_or_what_to_do(tmp_path: Path, monkeypatch: 
     assert push(tmp_path, "me/pets", private=True) == "https://hub/me/pets"
     assert done[0] == ("me/pets", {"private": True, "exist_ok": True})
     assert done[1]["folder_path"] == tmp_path
+    with pytest.raises(RecipeError, match="this name is a public repository already"):
+        push(tmp_path, "me/public", private=True)
+    assert len(done) == 3  # nothing was uploaded
 
     def refuse(self: Api, name: str, **settings: Any) -> str:
         raise ConnectionError("no route\nto the host")

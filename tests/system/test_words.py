@@ -1,14 +1,24 @@
-"""Numbers in sentences."""
+"""Numbers and names in sentences."""
 
 import pytest
 
-from deitkit.system.words import counted
+from deitkit.system.words import without_folders
 
 
 @pytest.mark.parametrize(
-    ("count", "noun", "text"),
-    [(0, "image", "0 images"), (1, "image", "1 image"), (4500, "training image", "4,500 training images"),
-     (1, "class", "1 class"), (2, "class", "2 classes")],
-)  # fmt: skip
-def test_a_number_and_its_noun(count: int, noun: str, text: str) -> None:
-    assert counted(count, noun) == text
+    ("given", "expected"),
+    [
+        ("folder:/home/me/my photos", "folder:my photos"),
+        ("/home/me/x.safetensors", "x.safetensors"),
+        ("~/photos", "photos"),
+        (r"C:\\Users\\me\\photos", "photos"),
+        ("csv:/a:b/c.csv", "csv:c.csv"),
+        ("before: /home/me/ckpt as it was", "before: ckpt as it was"),
+        ("none/class is better than hard/class", "none/class is better than hard/class"),
+        ("see https://arxiv.org/abs/2012.12877", "see https://arxiv.org/abs/2012.12877"),
+        ("timm/resnet18", "timm/resnet18"),
+        ("1 / 2", "1 / 2"),
+    ],
+)
+def test_folders_are_left_out(given: str, expected: str) -> None:
+    assert without_folders({"a": [given, 3, None]}) == {"a": [expected, 3, None]}

@@ -15,6 +15,7 @@ from deitkit.evaluation.classify import input_px
 from deitkit.models.accelerate import accelerate
 from deitkit.models.catalogue import CATALOGUE, CLASSES
 from deitkit.models.classifier import Classifier
+from deitkit.models.onnx_file import is_onnx
 from deitkit.models.saved import load_classifier, model_folder
 from deitkit.models.vit import create_student
 from deitkit.recipe.schema import Recipe
@@ -58,8 +59,8 @@ def bench_saved(path: Path, recipe: Recipe, *, repeats: int, steps: int) -> dict
         repeats: Number of measurements; the median is reported.
         steps: Steps in each measurement.
     """
-    device = choose_device(recipe.device)
-    precision = Precision.choose(recipe.train.precision, device)
+    device = torch.device("cpu") if is_onnx(path) else choose_device(recipe.device)
+    precision = Precision.choose("fp32" if is_onnx(path) else recipe.train.precision, device)
     classifier, card = load_classifier(model_folder(path), device)
     accelerate(classifier, recipe.speed, device).eval()
     side = input_px(card)

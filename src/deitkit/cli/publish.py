@@ -34,7 +34,7 @@ def publish(
     from deitkit.export.publish import publish as write
     from deitkit.export.publish import push as upload
 
-    exported = ExportOptions(int8=True, data=data, root=root) if onnx else None
+    exported = ExportOptions(int8=True, data=data, root=root, public=True) if onnx else None
     card = write(model, out, PublishOptions(push, licence, exported), lambda text: say(text, errors))
     address = upload(out, push, private=private) if push is not None else None
     files = sorted(path.name for path in out.iterdir())

@@ -2,18 +2,20 @@
 
 from dataclasses import asdict
 from pathlib import Path
+from typing import Annotated
 
 import typer
 from rich.table import Table
 
 from deitkit.cli.console import console, errors, plain, print_json, say
 from deitkit.cli.options import Json, RunArgument
+from deitkit.errors import RecipeError
 
 
-def _verify_file(file: Path, as_json: bool) -> None:
+def _verify_file(file: Path, data: str | None, root: Path | None, as_json: bool) -> None:
     from deitkit.export.verify import verify_onnx
 
-    found = verify_onnx(file)
+    found = verify_onnx(file, data, root)
     if as_json:
         print_json(asdict(found))
     else:
@@ -38,7 +40,16 @@ def report(run: RunArgument) -> None:
         say(str(path))
 
 
-def verify(run: RunArgument, as_json: Json = False) -> None:
+def verify(
+    run: RunArgument,
+    data: Annotated[
+        str | None, typer.Option("--data", help="Of an ONNX file: where its data set lies, if not where it was.")
+    ] = None,
+    root: Annotated[
+        Path | None, typer.Option("--root", help="Of an ONNX file: the folder of the named data sets.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
     """Evaluate a finished run's saved students again, and check every row of its table; or check an ONNX file.
 
     On the machine of the run every figure must be identical; on another, within half a point. Exits with code 1 if a
@@ -47,8 +58,10 @@ def verify(run: RunArgument, as_json: Json = False) -> None:
     from deitkit.models.onnx_file import is_onnx
 
     if is_onnx(run):
-        _verify_file(run, as_json)
+        _verify_file(run, data, root, as_json)
         return
+    if data is not None or root is not None:
+        raise RecipeError("--data and --root are for an ONNX file: a run has its data in its recipe")
     from deitkit.cli.progress import Terminal
     from deitkit.comparison.verify import verify_run
 

@@ -25,9 +25,6 @@ def describe_data(dataset: Dataset) -> Iterator[str]:
         f"data {dataset.name}: {len(dataset.train):,} training, {len(dataset.validation):,} validation, "
         f"{len(dataset.test):,} test images of {dataset.image_px[0]} x {dataset.image_px[1]} px; {classes}"
     )
-    if (source := dataset.train.crop_source) is not None:
-        kept = "files" if source.images is None else f"images of {source.images.shape[2]} x {source.images.shape[3]} px"
-        yield f"random-resized crops are cut from the {kept}"
     if dataset.unlabelled is not None:
         yield f"{counted(len(dataset.unlabelled), 'image')} without labels, for the teacher to answer"
     yield from dataset.remarks
@@ -47,6 +44,10 @@ def describe_students(recipe: Recipe, dataset: Dataset, parameters: Mapping[str,
         dataset: Its training images.
         parameters: Of each student, by name.
     """
+    source = dataset.train.crop_source
+    if source is not None and dataset.train.scale_of_crops(recipe.augment) is not None:
+        kept = "files" if source.images is None else f"images of {source.images.shape[2]} x {source.images.shape[3]} px"
+        yield f"random-resized crops are cut from the {kept}"
     model, train = recipe.model, recipe.train
     counts = sorted({f"{count / 1e6:.2f}" for name, count in parameters.items() if name in recipe.methods})
     steps = train.steps_per_epoch(len(dataset.train))

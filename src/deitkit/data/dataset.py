@@ -292,7 +292,8 @@ def _read(
     train_px: int | None = None,
 ) -> DecodedImages | Survey:
     """Decode the selected images, or survey them if they are streamed; the first ones are training images."""
-    larger = (0, 0) if train_px is None else (train_count, train_px)
+    # The same decision with and without random crops, so that a finished run is checked on the images that it saw.
+    larger = (train_count, _train_px(recipe) or 0)
     if wants_streaming(listing.images, len(selection), recipe, larger):
         assert isinstance(listing.images, EncodedImages)
         return survey(listing.images, selection, train_count, recipe, progress)

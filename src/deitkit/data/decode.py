@@ -109,21 +109,31 @@ def decode_crops(
         Exception: The image cannot be decoded; the type is Pillow's choice.
     """
     opened = open_image(encoded, channels, int(2 * image_px / shares[2:].min()) + 1)
-    image, (left, top, right, bottom) = opened.image, opened.extent
-    if fit == "pad":
-        width, height = image.size
-        side = max(width, height)
-        place = ((side - width) // 2, (side - height) // 2)
-        ground = Image.new(image.mode, (side, side))
-        ground.paste(image, place)
-        image, (left, top, right, bottom) = ground, (0.0, 0.0, float(side), float(side))
+    left, top, right, bottom = opened.extent
     across, down = right - left, bottom - top
+    if fit == "pad":
+        side = max(across, down)
+        left, top, across, down = left - (side - across) / 2, top - (side - down) / 2, side, side
     cut = []
     for y, x, height, width in shares.T.tolist():
         box = (left + x * across, top + y * down, left + (x + width) * across, top + (y + height) * down)
-        inside = (max(box[0], 0), max(box[1], 0), min(box[2], image.width), min(box[3], image.height))
-        cut.append(as_array(image.resize((image_px, image_px), Image.Resampling.BICUBIC, box=inside)))
+        cut.append(as_array(_cut(opened.image, box, image_px)))
     return np.stack(cut)
+
+
+def _cut(image: Image.Image, box: Box, image_px: int) -> Image.Image:
+    """Resize a box to a square (bicubic); what lies outside the image is black."""
+    inside = (max(box[0], 0.0), max(box[1], 0.0), min(box[2], image.width), min(box[3], image.height))
+    scales = image_px / (box[2] - box[0]), image_px / (box[3] - box[1])
+    corner = round((inside[0] - box[0]) * scales[0]), round((inside[1] - box[1]) * scales[1])
+    end = round((inside[2] - box[0]) * scales[0]), round((inside[3] - box[1]) * scales[1])
+    size = (end[0] - corner[0], end[1] - corner[1])
+    if size == (image_px, image_px):
+        return image.resize(size, Image.Resampling.BICUBIC, box=inside)
+    ground = Image.new(image.mode, (image_px, image_px))
+    if min(size) > 0:
+        ground.paste(image.resize(size, Image.Resampling.BICUBIC, box=inside), corner)
+    return ground
 
 
 def as_array(image: Image.Image) -> UInt8[np.ndarray, "channels height width"]:

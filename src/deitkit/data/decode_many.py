@@ -219,11 +219,11 @@ class _Pixels(ImageSink):
             self.larger[slot] = decoded.larger
 
     def _allocate(self, shape: tuple[int, ...]) -> None:
-        require_memory((self.count, *shape))
+        side = self.train_px or 0
+        larger = (self.train_count, shape[0], side, side)
+        require_memory((self.count, *shape), larger)
         self.images = np.empty((self.count, *shape), np.uint8)
-        if self.train_px is not None:
-            larger = (self.train_count, shape[0], self.train_px, self.train_px)
-            require_memory(larger)
+        if side:
             self.larger = np.empty(larger, np.uint8)
 
     def finish(self) -> DecodedImages:

@@ -14,9 +14,9 @@ _CHUNK = 1024  # images processed at a time, so that float copies stay small
 _LEAST_STD = 1 / 255  # prevents a division by zero for a constant channel
 
 
-def require_memory(shape: tuple[int, ...]) -> None:
-    """Raise DataError if uint8 images of this shape do not fit in the free memory."""
-    needed, free = prod(shape), psutil.virtual_memory().available
+def require_memory(shape: tuple[int, ...], *others: tuple[int, ...]) -> None:
+    """Raise DataError if uint8 images of these shapes together do not fit in the free memory."""
+    needed, free = prod(shape) + sum(prod(other) for other in others), psutil.virtual_memory().available
     if needed > 0.9 * free:
         size = f"{shape[-1]}x{shape[-2]}"
         raise DataError(

@@ -26,7 +26,7 @@ class CropSource:
     """Whole images, of which random crops are cut, instead of from the images that were resized before.
 
     Attributes:
-        images: Each stretched to a square, or as they are if all have one size; None for the files of streamed images.
+        images: Stretched or padded to squares, of named sets as they are; None for the files of streamed images.
         sizes: Height and width of each, by which crops are drawn; on the CPU.
     """
 

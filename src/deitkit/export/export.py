@@ -21,11 +21,12 @@ from deitkit.export.int8 import quantise
 from deitkit.export.record import ExportRecord, ExportRow
 from deitkit.models.accelerate import uncompiled
 from deitkit.models.classifier import Classifier
-from deitkit.models.onnx_file import OnnxGraph, open_session
+from deitkit.models.onnx_file import OnnxGraph, import_onnxruntime, open_session
 from deitkit.run.provenance import envelope
 from deitkit.system.device import Precision, describe_machine
 from deitkit.system.files import write_bytes, write_text
 from deitkit.system.timer import time_in_turn
+from deitkit.system.words import without_folders
 
 CPU = torch.device("cpu")
 FORMAT = 1
@@ -46,6 +47,7 @@ class ExportOptions:
         calibration_images: Validation images to calibrate it on.
         data: Data set of the check; None for that of the training.
         root: Folder of named data sets.
+        public: Leave folders of this machine out of the files.
     """
 
     readout: str | None = None
@@ -54,6 +56,7 @@ class ExportOptions:
     calibration_images: int = 256
     data: str | None = None
     root: Path | None = None
+    public: bool = False
 
 
 def export_onnx(
@@ -82,6 +85,8 @@ def export_onnx(
     if name is None:
         raise RecipeError("the model's card names no data set to check the file on: give one with --data")
     dataset = load_data_of(card, str(name), options.root)
+    if options.public:
+        card = without_folders(card)
     say("building the graph")
     deployed = Deployed(classifier, readout, options.takes_bytes)
     contents = {"ONNX": build_onnx(deployed, card, folder)}
@@ -100,17 +105,23 @@ def export_onnx(
         **envelope(FORMAT),
         source=folder.name,
         readout=readout,
-        dataset=dataset.name,
+        dataset=str(card.get("dataset")) if options.public else dataset.name,
         n=len(dataset.test),
         calibration_images=min(options.calibration_images, len(dataset.validation)) if options.int8 else None,
         batch_size=BATCH_SIZE,
-        machine=describe_machine(CPU, Precision.choose("auto", CPU)) | {"threads": torch.get_num_threads()},
+        machine=machine_of_exports(),
         rows=rows,
     )
     for kind, content in contents.items():
         write_bytes(files[kind], content)
     write_text(record_file(out), json.dumps(record.model_dump(mode="json"), indent=2, ensure_ascii=False) + "\n")
     return record
+
+
+def machine_of_exports() -> dict[str, Any]:
+    """Return all of a machine that decides a file's answers and times."""
+    versions = {"threads": torch.get_num_threads(), "onnxruntime": import_onnxruntime().__version__}
+    return describe_machine(CPU, Precision.choose("auto", CPU)) | versions
 
 
 def int8_file(out: Path) -> Path:

@@ -13,7 +13,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from deitkit import __version__
-from deitkit.errors import RecipeError
+from deitkit.errors import CheckpointError, RecipeError
 from deitkit.evaluation.classify import eval_crop, input_px
 from deitkit.evaluation.readouts import default_readout, readout_scores
 from deitkit.models.classifier import Classifier
@@ -74,21 +74,26 @@ def build_onnx(deployed: Deployed, card: dict[str, Any], source: Path) -> bytes:
 
     Raises:
         RecipeError: The packages of the extra ``export`` are not installed.
+        CheckpointError: torch's exporter does not know a part of the model.
     """
     import_onnx()
     example = _example(card, deployed.takes_bytes)
     batch = torch.export.Dim("batch", min=1, max=MOST_IMAGES)
-    with _quiet():
-        program = torch.onnx.export(
-            deployed.eval(),
-            (example,),
-            dynamo=True,
-            opset_version=OPSET,
-            input_names=[INPUT],
-            output_names=[OUTPUT],
-            dynamic_shapes={"images": {0: batch}},
-            verbose=False,
-        )
+    try:
+        with _quiet():
+            program = torch.onnx.export(
+                deployed.eval(),
+                (example,),
+                dynamo=True,
+                opset_version=OPSET,
+                input_names=[INPUT],
+                output_names=[OUTPUT],
+                dynamic_shapes={"images": {0: batch}},
+                verbose=False,
+            )
+    except Exception as error:  # the exporter's own types
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise CheckpointError(f"torch cannot write {source} as ONNX ({reason}): another version of torch may") from None
     assert program is not None
     return finish(program.model_proto, onnx_card(deployed, card, source))
 

@@ -13,23 +13,24 @@ from typing import Any
 import yaml
 
 from deitkit import __version__
-from deitkit.errors import CheckpointError, DeitkitError, RecipeError
+from deitkit.distillation.methods import METHODS
+from deitkit.errors import CheckpointError, RecipeError
 from deitkit.evaluation.classify import eval_crop, input_px
 from deitkit.export.export import ExportOptions, export_onnx
 from deitkit.export.graph import load_for_export
 from deitkit.export.record import ExportRecord
+from deitkit.models.onnx_file import is_onnx
 from deitkit.models.saved import model_folder, read_card
 from deitkit.models.weights.export import Changes, Plan, plan
 from deitkit.models.weights.export_layouts import LAYOUTS, largest_difference
 from deitkit.models.weights.formats import to_timm
 from deitkit.report.table import escape_markdown, markdown_table
-from deitkit.run.results import Results, read_results
+from deitkit.run.results import FoldResults, Results, read_results
 from deitkit.system.files import write_text
-from deitkit.system.words import counted
+from deitkit.system.words import counted, without_folders
 
 TOLERANCE = 1e-3  # of logits, as for `deitkit convert`
 MOST_NAMES = 20
-PICTURES = ("curves.png", "cost.png")
 _FIT = {
     "crop": "Resize the shorter side to {side} px (bicubic) and keep the centre of {px} px.",
     "pad": "Put the image on a black square, resize it to {side} px (bicubic) and keep the centre of {px} px.",
@@ -68,18 +69,25 @@ def publish(model: Path, out: Path, options: PublishOptions, say: Callable[[str]
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise RecipeError(f"--out {out} already exists: name a new folder")
     folder = model_folder(model)
+    if is_onnx(folder):
+        raise RecipeError(f"{folder} is an ONNX file: give the folder of the model that it was made from")
     card = read_card(folder)
     planned = plan(folder, Changes())
+    if planned.only_readout:
+        raise CheckpointError(
+            f"{folder} has two heads of which only the class head was trained, but timm answers by both: export it "
+            "with deitkit convert --to transformers"
+        )
     _, _, readout = load_for_export(folder, options.onnx.readout if options.onnx else None)
     try:
         _write_timm(planned, folder, out)
         onnx = export_onnx(folder, out / "model.onnx", options.onnx, say) if options.onnx is not None else None
         results = _results_of(model, folder)
         if results is not None:
-            write_text(out / "recipe.yaml", yaml.safe_dump(_without_folders(results.recipe), sort_keys=False))
-        facts = _facts(planned, card, readout, onnx, results, options, out)
+            write_text(out / "recipe.yaml", yaml.safe_dump(without_folders(results.recipe), sort_keys=False))
+        facts = _facts(planned, card, readout, onnx, results, options, folder, out)
         write_text(out / "README.md", _rendered(facts))
-    except DeitkitError:
+    except BaseException:  # Ctrl-C too
         shutil.rmtree(out, ignore_errors=True)  # it was new or empty
         raise
     return out / "README.md"
@@ -96,6 +104,9 @@ def push(folder: Path, name: str, *, private: bool) -> str:
     try:
         api = HfApi()
         address = api.create_repo(name, private=private, exist_ok=True)
+        is_public = private and not api.repo_info(name).private  # an existing one stays what it was
+        if is_public:
+            raise PermissionError("this name is a public repository already")
         api.upload_folder(repo_id=name, folder_path=folder, commit_message="Published with deitkit")
     except Exception as error:  # of the network, of HTTP, of the token, of the name
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
@@ -113,15 +124,15 @@ def _write_timm(planned: Plan, folder: Path, out: Path) -> None:
     if difference is not None and not difference <= TOLERANCE:
         raise CheckpointError(f"timm would not answer as {folder} does: logits differ by {difference:.2g}")
     if to_timm(planned.state).keys() == planned.state.keys():  # so that deitkit reads the same weights
-        shutil.copyfile(folder / "model.json", out / "model.json")
+        card = without_folders(json.loads((folder / "model.json").read_text(encoding="utf-8")))
+        write_text(out / "model.json", json.dumps(card, indent=2, ensure_ascii=False) + "\n")
 
 
 def _results_of(model: Path, folder: Path) -> Results | None:
     """Return the results of the run that a model lies in, for RUN, RUN/winner and RUN/seed-N/METHOD."""
     for place in (model, folder.parent, folder.parent.parent):
         if (place / "results.json").exists():
-            results = read_results(place)
-            return results if isinstance(results, Results) else None
+            return read_results(place)
     return None
 
 
@@ -132,12 +143,15 @@ def _facts(
     onnx: ExportRecord | None,
     results: Results | None,
     options: PublishOptions,
+    folder: Path,
     out: Path,
 ) -> dict[str, Any]:
     px, names = input_px(card), list(planned.class_names)
     has_both = len(planned.architecture.tokens) == 2
-    name = options.name or str(out)
-    shown = None if results is None else Results.model_validate(_without_folders(results.model_dump()))
+    name = options.name or out.name
+    shown = None if results is None else type(results).model_validate(without_folders(results.model_dump()))
+    is_winner = folder.name == "winner"
+    learned = METHODS.get(str(card.get("method")))
     return {
         "title": PurePath(name).name,
         "name": name,
@@ -148,6 +162,7 @@ def _facts(
         "channels": "grey images" if card["channels"] == 1 else "colour images",
         "channel_count": card["channels"],
         "px": px,
+        "classes": len(names),
         "names": names[:MOST_NAMES],
         "more": f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else "",
         "readout": readout,
@@ -161,7 +176,12 @@ def _facts(
         "results": shown,
         "table": "" if shown is None else markdown_table(shown),
         "data": "" if shown is None else _data(shown),
-        "limits": "" if shown is None else _limits(shown),
+        "limits": "" if shown is None else _limits(shown, card, is_winner),
+        "is_winner": is_winner,
+        "method": str(card.get("method")),
+        "has_teacher": learned is not None and learned.teacher_signal is not None,
+        "is_grey": card["channels"] == 1,
+        "pads": planned.fit == "pad",
         "origin": f"It was made from {planned.about['source']}.",
     }
 
@@ -179,23 +199,13 @@ def _data(results: Results) -> str:
     return text
 
 
-def _limits(results: Results) -> str:
+def _limits(results: Results, card: dict[str, Any], is_winner: bool) -> str:
+    if isinstance(results, FoldResults):
+        return f"The table is of {len(results.folds)} models, one for each fold; this is one of them."
     if len(results.seeds) == 1:
         return "One seed was trained: the tests compare these students, not their methods."
-    return f"{len(results.seeds)} seeds were trained; this is the one with the best validation accuracy."
-
-
-def _without_folders(value: Any) -> Any:
-    """Return JSON values in which every absolute path, also behind ``folder:``, is its last part alone."""
-    if isinstance(value, dict):
-        return {key: _without_folders(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_folders(inner) for inner in value]
-    if isinstance(value, str | PurePath):
-        kind, colon, path = str(value).partition(":")
-        behind, before = (path, f"{kind}:") if colon else (str(value), "")
-        return before + PurePath(behind).name if PurePath(behind).is_absolute() else str(value)
-    return value
+    this = "the one with the best validation accuracy" if is_winner else f"seed {card.get('seed')}"
+    return f"{len(results.seeds)} seeds were trained; this is {this}."
 
 
 def _rendered(facts: dict[str, Any]) -> str:

@@ -10,10 +10,11 @@ from deitkit.errors import CheckpointError
 from deitkit.evaluation.apply import load_data_of
 from deitkit.evaluation.predict import predict
 from deitkit.evaluation.readouts import readout_scores, top_k_accuracy
+from deitkit.export.export import machine_of_exports
 from deitkit.export.record import ExportRecord
 from deitkit.models.saved import load_classifier
 from deitkit.run.record import parse_json
-from deitkit.system.device import Precision, describe_machine
+from deitkit.system.device import Precision
 
 TOLERANCE_ELSEWHERE = 0.005  # on another processor or version, where rounding decides images between two classes
 
@@ -34,8 +35,13 @@ class VerifiedFile:
         return abs(self.recorded - self.measured) <= self.tolerance
 
 
-def verify_onnx(file: Path) -> VerifiedFile:
+def verify_onnx(file: Path, data: str | None = None, root: Path | None = None) -> VerifiedFile:
     """Measure an ONNX file on the test images of its record.
+
+    Args:
+        file: With its record beside it.
+        data: Where the data set lies now; None for the record's name.
+        root: Folder of named data sets.
 
     Raises:
         CheckpointError: The file is damaged or not of deitkit, or its record is missing or damaged.
@@ -47,14 +53,13 @@ def verify_onnx(file: Path) -> VerifiedFile:
     recorded = next((row.top1 for row in record.rows if row.file == file.name), None)
     if recorded is None:
         raise CheckpointError(f"the record beside {file} has no row of it: give it the name that it was written with")
-    dataset = load_data_of(card, record.dataset, None)
+    dataset = load_data_of(card, data or record.dataset, root)
     precision = Precision(device, torch.float32)
     (scores,) = readout_scores(predict(classifier, dataset.test, precision)).values()
-    now = describe_machine(device, Precision.choose("auto", device)) | {"threads": torch.get_num_threads()}
     return VerifiedFile(
         recorded,
         top_k_accuracy(scores, dataset.test.labels),
-        0.0 if now == record.machine else TOLERANCE_ELSEWHERE,
+        0.0 if machine_of_exports() == record.machine else TOLERANCE_ELSEWHERE,
         dataset.name,
         len(dataset.test),
     )

@@ -1,7 +1,7 @@
 """Reading the ONNX files that `deitkit export` writes: a classifier that runs in ONNX Runtime, and its card.
 
-A file carries a SHA-256 of itself, so that one that was cut, altered or written by another program never reaches ONNX
-Runtime.
+A file carries a SHA-256 of itself, so that one that was cut, altered or written by another program does not reach ONNX
+Runtime. That guards against damage, not against forgery.
 """
 
 import hashlib
@@ -100,10 +100,21 @@ def read_onnx(path: Path) -> tuple[Classifier, dict[str, Any]]:
         CheckpointError: The file is missing, damaged or not of deitkit.
         RecipeError: ONNX Runtime is not installed.
     """
-    session = open_session(read_sealed(path))
-    card = json.loads(session.get_modelmeta().custom_metadata_map[CARD_KEY])
-    if card.get("onnx_format") != FORMAT:
-        raise CheckpointError(f"{path} has format {card.get('onnx_format')}; this deitkit reads format {FORMAT}")
+    content = read_sealed(path)
+    try:
+        session = open_session(content)
+        card = json.loads(session.get_modelmeta().custom_metadata_map[CARD_KEY])
+        found = card.get("onnx_format")
+    except RecipeError:
+        raise
+    except Exception as error:  # ONNX Runtime's own types
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise CheckpointError(f"{path} cannot be opened ({reason}): update onnxruntime, or export it again") from None
+    if found != FORMAT:
+        raise CheckpointError(f"{path} has format {found}; this deitkit reads format {FORMAT}")
+    missing = [name for name in ("channels", "class_names", "input_px", "exported_readout") if name not in card]
+    if missing:
+        raise CheckpointError(f"{path} has an incomplete card (see {', '.join(missing)}): export it again")
     channels = int(card["channels"])
     classifier = Classifier(OnnxGraph(session), mean=(0.0,) * channels, std=(1.0,) * channels)
     return classifier.eval(), card

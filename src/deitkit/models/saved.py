@@ -133,7 +133,8 @@ def _check_size(card: dict[str, Any], state: dict[str, Tensor]) -> None:
 def load_classifier(folder: Path, device: torch.device) -> tuple[Classifier, dict[str, Any]]:
     """Return the classifier of a folder or an ONNX file, in evaluation mode, and its card."""
     if is_onnx(folder):
-        return read_onnx(folder)
+        classifier, card = read_onnx(folder)
+        return classifier.to(device), card
     card, state = read_card(folder), read_state(folder / "model.safetensors")
     built = build_model(card, state, folder)
     only = card.get("only_readout")

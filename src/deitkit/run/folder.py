@@ -141,7 +141,12 @@ def _changes_since(folder: Path, recipe: Recipe) -> list[str]:
 
 
 def _changes(old: Any, new: Any) -> list[str]:
+    augments = [new["augment"], new["teacher"]["augment"], *(teacher["augment"] for teacher in new["teachers"])]
+    crops = new["data"]["image_px"] is not None and any(augment["crop"] == "random-resized" for augment in augments)
+
     def free(key: str) -> bool:
+        if key == "data.streaming" and crops:
+            return False  # which decides what random crops are cut from
         return any(key == field or key.startswith(f"{field}.") for field in FREE_TO_CHANGE)
 
     changes = [(key, was, now) for key, was, now in changed_fields(old, new) if not free(key)]

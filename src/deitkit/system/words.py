@@ -1,7 +1,30 @@
-"""Numbers in sentences."""
+"""Numbers and names in sentences."""
+
+import re
+from pathlib import PurePath
+from typing import Any
 
 
 def counted(count: int, noun: str) -> str:
     """Return a number and its noun: "1 image", "4,500 images"; the plural takes an s, or es after s (classes)."""
     plural = f"{noun}es" if noun.endswith("s") else f"{noun}s"
     return f"{count:,} {noun if count == 1 else plural}"
+
+
+def without_folders(value: Any) -> Any:
+    """Return JSON values in which every absolute path is its last part alone, also behind ``folder:`` and in sentences.
+
+    For what is published: folders tell names of people and projects.
+    """
+    if isinstance(value, dict):
+        return {key: without_folders(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_folders(inner) for inner in value]
+    if isinstance(value, PurePath):
+        value = str(value)
+    if not isinstance(value, str):
+        return value
+    whole = re.fullmatch(r"((?:folder|parquet|csv):)?(?:~|[A-Za-z]:)?[/\\](?!/).*", value, re.S)
+    if whole is not None:
+        return (whole[1] or "") + re.split(r"[/\\]", value.rstrip("/\\"))[-1]
+    return re.sub(r"(?<![\w./\\])(?:~|[A-Za-z]:(?=\\))?[/\\](?![/\s])(?:[^\s'\"/\\,;]+[/\\])+", "", value)
