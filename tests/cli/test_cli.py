@@ -218,12 +218,12 @@ def test_folders_that_hold_no_run(run: Run, tmp_path: Path) -> None:
     refused(run("evaluate", tmp_path / "nowhere", "--data", "digits"), "model.json")
 
 
-def test_the_shell_completes_commands_and_recipes(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("_DEITKIT_COMPLETE", "complete_bash")
+def test_the_shell_completes_commands_and_recipes() -> None:
+    program = Path(sys.executable).with_name("deitkit")  # the name decides the variable
     for words, expected in (("deitkit exp", "export"), ("deitkit compare own-", "own-images")):
-        monkeypatch.setenv("COMP_WORDS", words)
-        monkeypatch.setenv("COMP_CWORD", str(words.count(" ")))
-        assert expected in run()[1].split()
+        asked = {"_DEITKIT_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
+        found = subprocess.run([program], env=os.environ | asked, capture_output=True, text=True, check=False)
+        assert expected in found.stdout.split()
 
 
 def test_lists_teach(run: Run) -> None:

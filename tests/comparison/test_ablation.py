@@ -264,8 +264,8 @@ def test_mistakes_that_data_and_models_show_are_told_before_anything_trains(
 def test_other_test_images_are_refused(
     tiny_recipe: TinyRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def load(recipe: Any, progress: Any = None) -> Any:
-        return load_dataset(recipe.model_copy(update={"split_seed": recipe.image_px or 0}), progress)
+    def load(recipe: Any, progress: Any = None, **settings: Any) -> Any:
+        return load_dataset(recipe.model_copy(update={"split_seed": recipe.image_px or 0}), progress, **settings)
 
     monkeypatch.setattr("deitkit.comparison.ablation.load_dataset", load)
     with pytest.raises(DataError, match=r"variant larger: .*test images"):

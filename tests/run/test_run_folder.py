@@ -134,7 +134,7 @@ def test_a_run_that_wrote_nothing_leaves_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_before_training_ends_the_command_at_once(number: int, code: int, tmp_path: Path) -> None:
     script = "import deitkit.comparison.compare, time\nfrom deitkit.cli.main import main\n"
-    script += "def load(*_):\n    print('loading', flush=True)\n"
+    script += "def load(*_, **settings):\n    print('loading', flush=True)\n"
     # Sixty seconds in short sleeps: a signal that arrives just before a sleep is handled only after it.
     script += "    for _ in range(600): time.sleep(0.1)\n"
     script += "deitkit.comparison.compare.load_dataset = load\nmain()"
