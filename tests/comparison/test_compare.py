@@ -181,7 +181,7 @@ SHRUNK = (
     "teacher.checkpoint=null", "teacher.mean=null", "teacher.std=null", "teacher.pretrained=false",
     "teacher.name=cifar/resnet20", "teacher.min_top1=null", "teacher.allow_weak=true", "data.train_images=null",
     "teacher.image_px=null",  # at 384 px a step takes minutes
-    "data.test_images=null", "data.image_px=null", "data.eval_crop=1", "model.patch_px=4",
+    "data.test_images=null", "data.image_px=null", "data.train_px=null", "data.eval_crop=1", "model.patch_px=4",
     "train.schedule_epochs=null", "train.batch_size=20", "teacher.train.epochs=1",
     "teacher.train.warmup_epochs=0", "teacher.train.batch_size=20",
 )  # fmt: skip

@@ -77,8 +77,8 @@ def test_all_ingredients_run_together_in_memory_and_streamed(image_folder: str, 
         recipe = load_recipe(
             "imagenet-deit-tiny-distilled",
             [
-                image_folder, *SMALL, "data.image_px=32", f"data.streaming={streaming}", "data.workers=0",
-                "teacher.name=cifar/resnet20", "teacher.pretrained=false", "teacher.min_top1=null",
+                image_folder, *SMALL, "data.image_px=32", "data.train_px=32", f"data.streaming={streaming}",
+                "data.workers=0", "teacher.name=cifar/resnet20", "teacher.pretrained=false", "teacher.min_top1=null",
                 "teacher.allow_weak=true",
             ],
         )  # fmt: skip
