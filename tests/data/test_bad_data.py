@@ -249,7 +249,7 @@ def test_duplicates_of_decoded_sets_are_called_by_their_place(monkeypatch):
     official_test = torch.arange(40) >= 30
     pixels[33:37] = pixels[3]
     listing = Listing(pixels, torch.arange(40) % 2, official_test, ("a", "b"))
-    monkeypatch.setattr("deitkit.data.dataset.list_named", lambda *_: listing)
+    monkeypatch.setattr("deitkit.data.sources.choose.list_named", lambda *_: listing)
     seeds = (load("cifar10", split_seed=seed, image_px=8).duplicates for seed in range(9))
     examples = tuple((f"test image {place}", "training image 3") for place in range(3, 7))
     assert {(found.count, found.examples) for found in seeds} == {(4, examples), (0, ())}  # trained on or validated

@@ -10,8 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deitkit.data.dataset import DATASETS, load_dataset, load_test
+from deitkit.data.dataset import load_dataset, load_test
 from deitkit.data.pixels import resize, to_channels
+from deitkit.data.sources.choose import DATASETS
 from deitkit.data.split import plan_splits
 from deitkit.recipe.schema import DataRecipe
 from source_helpers import all_values, load, png, refused, values, write_classes, write_parquet

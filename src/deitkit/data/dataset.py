@@ -3,7 +3,6 @@
 The layout of each kind of source belongs in ``sources``; batches and augmentation have their own modules.
 """
 
-import difflib
 import hashlib
 import json
 from collections.abc import Callable, Sequence
@@ -30,18 +29,14 @@ from deitkit.data.duplicates import (
 )
 from deitkit.data.listing import EncodedImages, Listing, Progress, writable
 from deitkit.data.pixels import mean_and_std, mean_and_std_of_counts, require_memory, resize, to_channels
-from deitkit.data.sources.folders import list_folder, list_images
-from deitkit.data.sources.named import NAMED_SETS, list_named
-from deitkit.data.sources.parquet import list_parquet
-from deitkit.data.sources.tables import list_csv
+from deitkit.data.sources.choose import list_images_of
+from deitkit.data.sources.folders import list_images
 from deitkit.data.split import CropSource, Split, SplitIndices, plan_splits
 from deitkit.data.stream import Survey, survey, wants_streaming
 from deitkit.errors import DataError
 from deitkit.recipe.schema import DataRecipe
 from deitkit.system.words import counted
 
-DATASETS = ("digits", *NAMED_SETS)
-SOURCES: dict[str, Callable[[Path], Listing]] = {"folder": list_folder, "parquet": list_parquet, "csv": list_csv}
 _CHUNK = 1024  # images copied at a time for hashing
 
 
@@ -274,7 +269,7 @@ def _originals(listing: Listing, places: Int64[Tensor, " train"], some: Int64[Te
 def _plan(recipe: DataRecipe, progress: Progress | None) -> tuple[Listing, SplitIndices]:
     """List the data set and assign its images to splits."""
     try:
-        listing = _list(recipe, progress)
+        listing = list_images_of(recipe, progress)
     except OSError as error:
         raise DataError(
             f"data.name={recipe.name} cannot be read ({error}): check the path and its permissions"
@@ -312,43 +307,6 @@ def _crop_source(found: DecodedImages | Survey, train_count: int, train_px: int 
         return None
     sizes = found.sizes[:train_count][found.kept[:train_count]]
     return CropSource(None if isinstance(found, Survey) else found.larger, sizes)
-
-
-def _list(recipe: DataRecipe, progress: Progress | None) -> Listing:
-    kind, colon, path = recipe.name.partition(":")
-    if colon and kind in SOURCES:
-        if not path:
-            raise DataError(f"data.name={recipe.name} has no path: write {kind}:PATH")
-        return SOURCES[kind](Path(path).expanduser())
-    if recipe.name == "digits":
-        return _list_digits()
-    if recipe.name in NAMED_SETS:
-        return list_named(recipe, progress)
-    near = difflib.get_close_matches(recipe.name, DATASETS, n=1)
-    hint = f"did you mean {near[0]}? " if near else ""
-    if Path(recipe.name).expanduser().exists() or Path(recipe.name).suffix in (".csv", ".tsv", ".parquet"):
-        hint = f"did you mean {_kind_of(Path(recipe.name).expanduser())}:{recipe.name}? "
-    allowed = ", ".join(DATASETS)
-    raise DataError(
-        f"data.name={recipe.name} is not a data set: {hint}Choose {allowed}, folder:PATH, parquet:PATH or csv:FILE"
-    )
-
-
-def _kind_of(path: Path) -> str:
-    """Return which kind of source an existing path is."""
-    if path.suffix.lower() in (".csv", ".tsv"):
-        return "csv"
-    holds_parquet = path.suffix == ".parquet" or next(path.glob("**/*.parquet"), None) is not None
-    return "parquet" if holds_parquet else "folder"
-
-
-def _list_digits() -> Listing:
-    from sklearn.datasets import load_digits  # here, since it takes a second to import
-
-    digits = load_digits()
-    images = (torch.from_numpy(digits.images) * (255 / 16)).round().to(torch.uint8)
-    names = tuple(str(name) for name in digits.target_names)
-    return Listing(images[:, None], torch.from_numpy(digits.target).long(), None, names)
 
 
 def _pixels(

@@ -1,0 +1,56 @@
+"""Which source a data set's name stands for."""
+
+import difflib
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from deitkit.data.listing import Listing, Progress
+from deitkit.data.sources.folders import list_folder
+from deitkit.data.sources.named import NAMED_SETS, list_named
+from deitkit.data.sources.parquet import list_parquet
+from deitkit.data.sources.tables import list_csv
+from deitkit.errors import DataError
+from deitkit.recipe.schema import DataRecipe
+
+DATASETS = ("digits", *NAMED_SETS)
+SOURCES: dict[str, Callable[[Path], Listing]] = {"folder": list_folder, "parquet": list_parquet, "csv": list_csv}
+
+
+def list_images_of(recipe: DataRecipe, progress: Progress | None) -> Listing:
+    """Return the images of ``recipe.name``, not yet divided or decoded; raise DataError if it names no data set."""
+    kind, colon, path = recipe.name.partition(":")
+    if colon and kind in SOURCES:
+        if not path:
+            raise DataError(f"data.name={recipe.name} has no path: write {kind}:PATH")
+        return SOURCES[kind](Path(path).expanduser())
+    if recipe.name == "digits":
+        return _list_digits()
+    if recipe.name in NAMED_SETS:
+        return list_named(recipe, progress)
+    near = difflib.get_close_matches(recipe.name, DATASETS, n=1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    if Path(recipe.name).expanduser().exists() or Path(recipe.name).suffix in (".csv", ".tsv", ".parquet"):
+        hint = f"did you mean {_kind_of(Path(recipe.name).expanduser())}:{recipe.name}? "
+    allowed = ", ".join(DATASETS)
+    raise DataError(
+        f"data.name={recipe.name} is not a data set: {hint}Choose {allowed}, folder:PATH, parquet:PATH or csv:FILE"
+    )
+
+
+def _kind_of(path: Path) -> str:
+    """Return which kind of source an existing path is."""
+    if path.suffix.lower() in (".csv", ".tsv"):
+        return "csv"
+    holds_parquet = path.suffix == ".parquet" or next(path.glob("**/*.parquet"), None) is not None
+    return "parquet" if holds_parquet else "folder"
+
+
+def _list_digits() -> Listing:
+    from sklearn.datasets import load_digits  # here, since it takes a second to import
+
+    digits = load_digits()
+    images = (torch.from_numpy(digits.images) * (255 / 16)).round().to(torch.uint8)
+    names = tuple(str(name) for name in digits.target_names)
+    return Listing(images[:, None], torch.from_numpy(digits.target).long(), None, names)
