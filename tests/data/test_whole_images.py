@@ -189,6 +189,10 @@ def test_a_batch_follows_from_its_epoch_and_step(workers: int, photos: Path) -> 
             assert torch.equal(images, ours)
             assert torch.equal(labels, mine)
         assert not torch.equal(first[0][0][0][0], first[0][0][0][1])  # two crops of one image
+        same = torch.arange(4)
+        drawn = [batches._drawn_crops(epoch, step, same) for epoch, step in ((0, 0), (0, 1), (1, 0))]
+        assert not torch.equal(drawn[0], drawn[1])
+        assert not torch.equal(drawn[0], drawn[2])
 
 
 def test_a_cohort_crops_once(photos: Path) -> None:
