@@ -8,7 +8,7 @@ import deitkit
 # Folders and files of the package, bottom first; each may import from itself and from those before it.
 LAYERS = (
     "errors", "recipe", "system", "data", "models", "distillation", "run", "evaluation", "training", "teachers",
-    "report", "export", "comparison", "analyze", "bench", "cli", "api",
+    "report", "export", "comparison", "analyze", "demo", "bench", "cli", "api",
 )  # fmt: skip
 SOURCE = Path(deitkit.__file__).parent
 

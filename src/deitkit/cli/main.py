@@ -12,6 +12,7 @@ from deitkit.cli.bench import app as bench_app
 from deitkit.cli.compare import compare, finetune, teacher, train
 from deitkit.cli.console import errors, say
 from deitkit.cli.convert import convert
+from deitkit.cli.demo import demo
 from deitkit.cli.export import export
 from deitkit.cli.models import models
 from deitkit.cli.publish import publish
@@ -38,7 +39,7 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 
 for command in (
     compare, train, finetune, teacher, evaluate, predict, report, analyze, verify, recipes, methods, models, convert,
-    export, publish,
+    demo, export, publish,
 ):  # fmt: skip
     app.command()(command)
 app.add_typer(bench_app, name="bench")

@@ -8,15 +8,15 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
+from itertools import islice, zip_longest
 from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Int64
+from jaxtyping import Int64, UInt8
 from torch import Tensor
 
 from deitkit.data.cache import sha256
-from deitkit.data.decode import decode_image
 from deitkit.data.decode_many import DecodedImages, decode_images
 from deitkit.data.duplicates import (
     LEAST_NEAR_PX,
@@ -28,6 +28,7 @@ from deitkit.data.duplicates import (
     pixel_hashes,
 )
 from deitkit.data.listing import EncodedImages, Listing, Progress, writable
+from deitkit.data.originals import decodable_images, original_images
 from deitkit.data.pixels import mean_and_std, mean_and_std_of_counts, require_memory, resize, to_channels
 from deitkit.data.sources.choose import list_images_of
 from deitkit.data.sources.folders import list_images
@@ -165,7 +166,7 @@ def load_dataset(recipe: DataRecipe, progress: Progress | None = None, *, random
         train_hashes=hashes[0],
         validation_hashes=hashes[1],
         test_hashes=hashes[2],
-        originals=partial(_originals, listing, places[0]) if recipe.image_px is not None else None,
+        originals=partial(original_images, listing, places[0]) if recipe.image_px is not None else None,
         fit=recipe.fit,
         names=names,
     )
@@ -256,14 +257,23 @@ def load_validation_at(recipe: DataRecipe, sizes: Sequence[int], count: int) -> 
     return splits
 
 
-def _originals(listing: Listing, places: Int64[Tensor, " train"], some: Int64[Tensor, " m"]) -> list[np.ndarray]:
-    """Return some training images as ``[height, width, 3]``, before they were resized."""
-    positions = places[some].tolist()
-    if isinstance(listing.images, Tensor):
-        return [image.expand(3, -1, -1).permute(1, 2, 0).numpy() for image in listing.images[positions]]
-    ascending = sorted(positions)
-    decoded = [decode_image(encoded, 3).transpose(1, 2, 0) for encoded in listing.images.read(ascending)]
-    return [decoded[ascending.index(position)] for position in positions]
+def load_test_examples(recipe: DataRecipe, count: int) -> list[tuple[UInt8[np.ndarray, "height width 3"], str]]:
+    """Return some test images as they are, with their classes: as many of every class as can be, always the same.
+
+    Args:
+        recipe: The data set and its splits.
+        count: At most this many images.
+
+    Raises:
+        DataError: The data set cannot be listed.
+    """
+    listing, indices = _plan(recipe, None)
+    shuffled = indices.test[torch.randperm(len(indices.test), generator=torch.Generator().manual_seed(0))]
+    classes = [shuffled[listing.labels[shuffled] == label] for label in range(len(listing.class_names))]
+    queues = [decodable_images(listing, places) for places in classes]
+    rounds = zip_longest(*queues)
+    in_turn = (pair for images in rounds for pair in zip(images, listing.class_names) if pair[0] is not None)
+    return list(islice(in_turn, count))
 
 
 def _plan(recipe: DataRecipe, progress: Progress | None) -> tuple[Listing, SplitIndices]:

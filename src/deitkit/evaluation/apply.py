@@ -50,19 +50,30 @@ def load_data_of(card: dict[str, Any], data: str, root: Path | None) -> Dataset:
     Raises:
         DataError: Its classes differ from the model's.
     """
-    prepared = {"channels": card["channels"], "image_px": input_px(card), "eval_crop": eval_crop(card)}
-    prepared["fit"] = card.get("fit", "crop")
-    prepared |= {"name": data, "root": root}
+    recipe = data_recipe_of(card, data, root)
     try:
-        dataset = load_dataset(DataRecipe(**prepared, **card.get("split", {})))
+        dataset = load_dataset(recipe)
     except HasTestSplit:  # of other data, which the folds of the training do not divide
-        dataset = load_dataset(DataRecipe(**prepared))
+        dataset = load_dataset(data_recipe_of(card | {"split": {}}, data, root))
     if list(dataset.class_names) != card["class_names"]:
         raise DataError(
             f"data {data} has the classes {_some(list(dataset.class_names))}, "
             f"but the model has {_some(card['class_names'])}: evaluate it on data with the model's classes"
         )
     return dataset
+
+
+def data_recipe_of(card: dict[str, Any], data: str, root: Path | None) -> DataRecipe:
+    """Return a data set as a model takes it, divided as for its training."""
+    return DataRecipe(
+        name=data,
+        root=root,
+        channels=card["channels"],
+        image_px=input_px(card),
+        eval_crop=eval_crop(card),
+        fit=card.get("fit", "crop"),
+        **card.get("split", {}),
+    )
 
 
 def _some(names: list[str]) -> str:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
+from jaxtyping import UInt8
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -131,7 +132,9 @@ def classify(
             first_error = first_error or f"{files[place]} ({reason})"
         read = [(place, found) for place, found in batch if isinstance(found, Tensor)]
         answers = (
-            _answer(classifier, card, precision, [found for _, found in read], readout, top, embed) if read else []
+            classify_pixels(classifier, card, precision, [found for _, found in read], readout, top, embed)
+            if read
+            else []
         )
         by_place = dict(zip([place for place, _ in read], answers, strict=True))
         answered += len(read)
@@ -144,15 +147,29 @@ def classify(
 
 
 @torch.inference_mode()
-def _answer(
+def classify_pixels(
     classifier: Classifier,
     card: dict[str, Any],
     precision: Precision,
-    pixels: list[Tensor],
-    readout: str | None,
-    top: int,
-    embed: bool,
+    pixels: list[UInt8[Tensor, "channels height width"]],
+    readout: str | None = None,
+    top: int = 3,
+    embed: bool = False,
 ) -> list[Prediction]:
+    """Return what a model says of images that were decoded as its card says: ``readout`` and ``classes`` of each.
+
+    Args:
+        classifier: With its card, as ``load_classifier`` returns both.
+        card: Of the classifier.
+        precision: Of the forward pass.
+        pixels: Images of one size.
+        readout: As in ``classify``, like the next two.
+        top: Number of classes for each image.
+        embed: Add ``embedding``.
+
+    Raises:
+        RecipeError: The model does not have the readout.
+    """
     view = torch.stack(pixels).to(precision.device).float() / 255
     with uncompiled(), precision.autocast(), _HeadInputs(classifier.model, len(card["class_names"]), embed) as inputs:
         output = classifier.eval()(view)

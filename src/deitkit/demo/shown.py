@@ -1,0 +1,206 @@
+"""The models that the page shows side by side, and what they say of an image. Nothing here knows of the page."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import UInt8
+from PIL import Image
+
+from deitkit.analyze.pictures import tinted
+from deitkit.analyze.tokens import attention_maps, student_of
+from deitkit.data.dataset import load_test_examples
+from deitkit.data.decode import SUFFIXES, decode_image
+from deitkit.errors import CheckpointError, DataError, DeitkitError, HasTestSplit
+from deitkit.evaluation.apply import data_recipe_of
+from deitkit.evaluation.classify import classify_pixels, eval_crop, input_px
+from deitkit.evaluation.readouts import default_readout
+from deitkit.models.classifier import Classifier
+from deitkit.models.saved import load_classifier
+from deitkit.models.vit import DeiT
+from deitkit.recipe.load import load_recipe
+from deitkit.recipe.schema import DataRecipe
+from deitkit.run.results import AblationResults, Cost, FoldResults, Results, Row, read_results
+from deitkit.system.device import Precision, choose_device
+from deitkit.teachers.prepare import teacher_folders
+
+MAP_PX = 240  # least side of a picture; a student's image may have 8 px
+
+
+@dataclass(frozen=True)
+class ShownModel:
+    """A model with what its column says.
+
+    Attributes:
+        name: Unique on the page, such as ``winner: hard``.
+        about: Its accuracy and cost, in a few words.
+        classifier: In evaluation mode.
+        card: Of the model.
+        readout: Of its answers; None for that of its card, else the default one.
+    """
+
+    name: str
+    about: str
+    classifier: Classifier
+    card: dict[str, Any]
+    readout: str | None = None
+
+    @property
+    def has_attention(self) -> bool:
+        """Whether it has tokens whose attention can be drawn."""
+        model = self.classifier.model
+        return isinstance(model, DeiT) and bool(model.config["tokens"])
+
+    def view(self, file: Path) -> UInt8[np.ndarray, "channels height width"]:
+        """Decode an image as the model takes it.
+
+        Raises:
+            DataError: It cannot be decoded.
+        """
+        card = self.card
+        try:
+            return decode_image(file, card["channels"], input_px(card), eval_crop(card), card.get("fit", "crop"))
+        except Exception:  # Pillow raises many types, with the name of a temporary file
+            kinds = ", ".join(sorted(suffix.removeprefix(".") for suffix in SUFFIXES))
+            raise DataError(
+                f"This file is damaged, far too large or no image: use one of {kinds}, or save it as PNG"
+            ) from None
+
+    def answer(self, file: Path, precision: Precision) -> dict[str, float]:
+        """Return the probability of each class.
+
+        Raises:
+            DataError: The image cannot be decoded.
+        """
+        pixels = [torch.from_numpy(self.view(file).copy())]
+        every = len(self.card["class_names"])
+        (found,) = classify_pixels(self.classifier, self.card, precision, pixels, self.readout, every)
+        return dict(found["classes"])
+
+    def attention(self, file: Path) -> Iterator[tuple[Image.Image, str]]:
+        """Yield what the student sees, then what each of its tokens attends to in it, with titles.
+
+        Raises:
+            DataError: The image cannot be decoded.
+        """
+        assert self.has_attention
+        image = torch.from_numpy(self.view(file).copy()).float() / 255
+        side = student_of(self.classifier).config["image_px"]
+        yield _enlarged(image.expand(3, -1, -1).permute(1, 2, 0).numpy()), "what the student sees"
+        if image.shape[-1] != side:
+            image = torch.nn.functional.interpolate(image[None], (side, side), mode="bicubic").clamp(0, 1)[0]
+        maps = attention_maps(self.classifier, image[None].to(self.classifier.mean.device))
+        for title, attention in maps.items():
+            yield _enlarged(tinted(image, attention)), title
+
+
+def _enlarged(pixels: np.ndarray) -> Image.Image:
+    image = Image.fromarray((255 * pixels).round().astype(np.uint8))
+    times = max(1, -(-MAP_PX // image.width))
+    return image.resize((times * image.width, times * image.height), Image.Resampling.NEAREST)
+
+
+@dataclass(frozen=True)
+class Demo:
+    """All that the page shows.
+
+    Attributes:
+        title: Of the page.
+        summary: The run's advice and verdict; empty for a model without a run.
+        models: The winner first, then the teachers, then the other students.
+        precision: Of their forward passes.
+        data: Where examples are from; None if that is unknown.
+    """
+
+    title: str
+    summary: str
+    models: Sequence[ShownModel]
+    precision: Precision
+    data: DataRecipe | None
+
+    def examples(self, count: int, say: Callable[[str], None]) -> list[tuple[UInt8[np.ndarray, "height width 3"], str]]:
+        """Return some test images with their classes; none, and a sentence, where the data cannot be read."""
+        if not count:
+            return []
+        if self.data is None:
+            say("no example images: the model's card names no data set; give one with --data")
+            return []
+        try:
+            try:
+                return load_test_examples(self.data, count)
+            except HasTestSplit:  # of other data, which the folds of the training do not divide
+                return load_test_examples(self.data.model_copy(update={"folds": None, "fold": None}), count)
+        except DeitkitError as error:
+            say(f"no example images: {error}")
+            return []
+
+
+def load_demo(path: Path, data: str | None = None, root: Path | None = None) -> Demo:
+    """Load a run (its winner, teachers and other students) or a single model.
+
+    Args:
+        path: A run folder, a model folder, or an ONNX file of deitkit.
+        data: Data set of the examples; by default that of the training.
+        root: Folder of named data sets.
+
+    Raises:
+        CheckpointError: There is no model, or the run has no single winner.
+    """
+    device = choose_device("auto")
+    precision = Precision.choose("auto", device)
+    if not (path / "results.json").exists():
+        classifier, card = load_classifier(path, device)
+        shown = ShownModel(path.name or str(path), f"{card['parameters']:,} parameters", classifier, card)
+        named = data or card.get("dataset")
+        recipe = None if named is None else data_recipe_of(card, str(named), root)
+        return Demo(shown.name, "", [shown], precision, recipe)
+    results = read_results(path)
+    if isinstance(results, AblationResults):
+        raise CheckpointError(f"{path} is an ablation: show one of its variants, such as {path}/variants/base")
+    if isinstance(results, FoldResults):
+        raise CheckpointError(f"{path} is a cross-validation: show one of its folds, such as {path}/folds/1")
+    found = [*_of_run(path, results, device)]
+    if not found:
+        raise CheckpointError(f"{path} contains no student that finished its training: name another run")
+    recipe = data_recipe_of(found[0].card, data, root) if data is not None else load_recipe(f"{path}/recipe.yaml").data
+    if root is not None:
+        recipe = recipe.model_copy(update={"root": root})
+    summary = " ".join(filter(None, (results.advice, results.verdict)))
+    return Demo(f"{results.recipe['name']}: {results.dataset.name}", summary, found, precision, recipe)
+
+
+def _of_run(folder: Path, results: Results, device: torch.device) -> Iterator[ShownModel]:
+    """Yield the models of a run that are in its folder; students that did not win by their default readout."""
+    winner = results.row(results.winner)
+    homes: dict[Path, tuple[str, str, str | None]] = {}
+    if winner is not None:
+        homes[folder / "winner"] = (
+            f"winner: {winner.label}",
+            _about(winner.row, winner.top1_mean, winner.cost),
+            winner.readout,
+        )
+    teachers = teacher_folders(load_recipe(f"{folder}/recipe.yaml"), folder / "teacher") if results.teachers else []
+    for home, teacher in zip(teachers, results.teachers, strict=False):
+        homes[home] = (f"teacher: {teacher.name}", _about("", teacher.test_top1, teacher.cost), None)
+    by_student: dict[str, list[Row]] = {}
+    for row in results.rows:
+        by_student.setdefault(row.student, []).append(row)
+    for student, rows in by_student.items():
+        if winner is None or student != winner.student:
+            default = default_readout([row.readout for row in rows])
+            row = next(row for row in rows if row.readout == default)
+            home = folder / f"seed-{results.seeds[0]}" / student
+            homes[home] = (row.label, _about(row.row, row.top1_mean, row.cost), default)
+    for home, (name, about, readout) in homes.items():
+        if (home / "model.json").exists():
+            classifier, card = load_classifier(home, device)
+            yield ShownModel(name, about, classifier, card, readout)
+
+
+def _about(row: str, top1: float | None, cost: Cost | None) -> str:
+    accuracy = "" if top1 is None else f"{100 * top1:.1f} % of the test images right"
+    time = "" if cost is None else f"{cost.milliseconds:.1f} ms for an image"
+    return ", ".join(filter(None, (row, accuracy, time)))
