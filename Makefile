@@ -1,4 +1,4 @@
-# make demo | test | lint | check | chaos | fuzz | audit | clean. Needs Python 3.11 or newer, make and a package index;
+# make demo | test | lint | docs | check | chaos | fuzz | audit | clean. Needs Python 3.11 or newer, make and a package index;
 # nothing is installed outside .venv.
 PYTHON ?= python3
 VENV ?= .venv
@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 DEVELOPED := $(VENV)/.developed
 
-.PHONY: demo test lint check chaos fuzz audit clean
+.PHONY: demo test lint docs check chaos fuzz audit clean
 
 demo: $(INSTALLED)
 	$(BIN)/deitkit compare digits
@@ -19,7 +19,10 @@ lint: $(DEVELOPED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-check: lint test
+docs: $(DEVELOPED)
+	$(BIN)/python site/build.py
+
+check: lint docs test
 
 chaos: $(DEVELOPED)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/chaos/chaos.py --kills 50 --faults 10

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from deitkit.recipe.load import load_recipe, shipped_recipes
+from deitkit.run.results import AblationResults, read_results
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "results").glob("*/README.md"))]
@@ -50,3 +51,30 @@ def test_recipes_and_overrides_in_the_docs_are_valid() -> None:
     assert len(commands()) > 40
     for recipe, overrides in commands():
         load_recipe(recipe, overrides)
+
+
+def gains() -> list[tuple[Path, float, str, float, str]]:
+    """Return the rows of docs/when.md: the folder of the results, accuracy from labels, row, gain in points, and p."""
+    row = r"^\| \[.*?\]\(\.\./(results/[^/]+)/README\.md\).*\| ([\d.]+) \| `(\S+)` \| ([+−][\d.]+) \| (.+) \|$"
+    found = re.findall(row, (ROOT / "docs" / "when.md").read_text(), re.M)
+    return [(ROOT / place, float(none), name, float(gain.replace("−", "-")), p) for place, none, name, gain, p in found]
+
+
+def test_there_are_gains_on_the_page_that_sums_up_all_results() -> None:
+    assert len(gains()) == 11
+
+
+@pytest.mark.parametrize(("folder", "none", "name", "gain", "p"), gains(), ids=lambda value: str(value)[-20:])
+def test_the_gains_are_those_of_the_results(folder: Path, none: float, name: str, gain: float, p: str) -> None:
+    found = []
+    for results in (read_results(path.parent) for path in sorted(folder.rglob("results.json"))):
+        row, reference = results.row(name), results.reference
+        if isinstance(results, AblationResults) or row is None or reference is None or row.top1_mean is None:
+            continue
+        holm = row.p_vs_none_holm
+        said = "not kept" if holm is None else "< 0.001" if holm < 0.001 else f"{holm:.3f}".rstrip("0").rstrip(".")
+        best = max(one.difference_vs_none or -1 for one in results.rows if one.readout != "joint-logits")
+        is_best = row.difference_vs_none == best
+        found.append((round(100 * reference.top1_mean, 2), round(100 * row.difference_vs_none, 2), said, is_best))
+    is_ruined = gain < -20  # the last row: not the best, but what a teacher that was never trained does
+    assert (none, gain, p, not is_ruined) in found, found
