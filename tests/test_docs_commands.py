@@ -15,12 +15,12 @@ from deitkit.cli.main import app
 
 ROOT = Path(__file__).parents[1]
 PAGES = ("README", "getting-started", "own-data", "recipes", "methods", "teachers", "models", "finetune", "weights",
-         "export", "analyze", "reliability", "benchmarks", "python", "paper")  # fmt: skip
+         "export", "demo", "analyze", "reliability", "benchmarks", "python", "paper", "when", "faq")  # fmt: skip
 Run = Callable[..., tuple[int, str, str]]
 
-# What only some readers have: downloads, weights of others, and runs that take hours.
+# What only some readers have: downloads, weights of others, runs that take hours; and a page that is served.
 ABSENT = re.compile(
-    r"\.pth|cifar10|imagenet|finetune-|transfer-|timm|runs/first|student-|\bbench\b|[A-Z]{4,}|parquet:|csv:|more-photos"
+    r"\.pth|cifar10|imagenet|finetune-|transfer-|timm|runs/first|student-|\bbench\b|\bdemo\b|[A-Z]{4,}|parquet:|csv:|more-photos"
 )
 COLOURS = ("data.image_px=16", "model.width=16", "model.depth=1", "model.heads=1", "model.patch_px=8",
            "train.epochs=1", "train.warmup_epochs=0", "train.batch_size=8", "teacher.allow_weak=true",

@@ -1,5 +1,6 @@
 """Folders of images as people have them: spellings of splits, subfolders, other endings, and what is left out."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -81,3 +82,29 @@ def test_what_is_left_out_is_counted_by_its_ending(tmp_path: Path) -> None:
         f"left out: folder 'unlabelled' of '{tmp_path.name}'",
         "left out, as no image of a class: 4 files (2 .mat, 1 .csv, 1 .txt)",
     )
+
+
+@pytest.mark.parametrize(
+    ("file", "advice"),
+    [
+        ("train-00000-of-00001.parquet", "write data.name=parquet:{folder}"),
+        ("plain_text/train-00000-of-00001.parquet", "write data.name=parquet:{folder}"),
+        ("labels.csv", "write data.name=csv:{folder}/labels.csv"),
+        ("model.safetensors", "name the folder of your images"),
+        ("cat/notes.txt", "add some or remove the folder"),
+    ],
+)
+def test_a_folder_of_another_kind_is_named_as_what_it_is(tmp_path: Path, file: str, advice: str) -> None:
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).write_bytes(b"")
+    with pytest.raises(DataError, match=re.escape(advice.format(folder=tmp_path))):
+        list_folder(tmp_path)
+
+
+def test_a_class_without_images_is_not_taken_for_a_parquet_repository(tmp_path: Path) -> None:
+    for name in ("cat", "dog"):
+        (tmp_path / name).mkdir()
+    Image.new("L", (4, 4)).save(tmp_path / "cat" / "1.png")
+    (tmp_path / "dog" / "1.parquet").write_bytes(b"")
+    with pytest.raises(DataError, match="add some or remove the folder"):
+        list_folder(tmp_path)

@@ -293,7 +293,22 @@ def test_a_comparison_says_what_crops_are_cut_from(run: Run, photos: Path, tmp_p
     ]  # fmt: skip
     code, out, errors = run("compare", "digits", *fields, "--out", str(tmp_path / "run"))
     assert code == 0, errors
-    assert "random-resized crops are cut from the images of 32 x 32 px" in out
+    assert "random-resized crops are cut from copies of 32 x 32 px" in out
+    assert "most training images are smaller" not in out
     code, out, errors = run("compare", "digits", *fields, "data.streaming=true", "--out", str(tmp_path / "streamed"))
     assert code == 0, errors
     assert "random-resized crops are cut from the files" in out
+
+
+def test_a_comparison_says_that_most_files_are_smaller_than_its_images(
+    run: Run, write_images: Callable[..., Path], tmp_path: Path
+) -> None:
+    fields = [
+        f"data.name=folder:{write_images(tmp_path / 'photos', px=10)}", "data.image_px=16", "data.train_images=null",
+        "data.test_images=null", "model.patch_px=8", "methods=[none]", "train.epochs=1", "train.warmup_epochs=0",
+        "train.batch_size=8", "model.width=16", "model.depth=1",
+    ]  # fmt: skip
+    code, out, errors = run("compare", "digits", *fields, "--out", str(tmp_path / "run"))
+    assert code == 0, errors
+    said = "most training images are smaller than data.image_px=16 (median of the shorter side 10 px)"
+    assert said in " ".join(out.split())

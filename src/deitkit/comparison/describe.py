@@ -44,10 +44,7 @@ def describe_students(recipe: Recipe, dataset: Dataset, parameters: Mapping[str,
         dataset: Its training images.
         parameters: Of each student, by name.
     """
-    source = dataset.train.crop_source
-    if source is not None and dataset.train.scale_of_crops(recipe.augment) is not None:
-        kept = "files" if source.images is None else f"images of {source.images.shape[2]} x {source.images.shape[3]} px"
-        yield f"random-resized crops are cut from the {kept}"
+    yield from _crops(recipe, dataset)
     model, train = recipe.model, recipe.train
     counts = sorted({f"{count / 1e6:.2f}" for name, count in parameters.items() if name in recipe.methods})
     steps = train.steps_per_epoch(len(dataset.train))
@@ -64,4 +61,19 @@ def describe_students(recipe: Recipe, dataset: Dataset, parameters: Mapping[str,
         yield (
             f"learning rate {peak_learning_rate(train, train):g}: {train.learning_rate:g} for "
             f"{train.learning_rate_per} images, {train.batch_size} in a step"
+        )
+
+
+def _crops(recipe: Recipe, dataset: Dataset) -> Iterator[str]:
+    """Yield what random crops are cut from, and whether most files are smaller than the students' images."""
+    source = dataset.train.crop_source
+    if source is None or dataset.train.scale_of_crops(recipe.augment) is None:
+        return
+    kept = "" if source.images is None else f"copies of {source.images.shape[2]} x {source.images.shape[3]} px"
+    yield f"random-resized crops are cut from {kept or 'the files'}"
+    median = int(source.sizes.min(dim=1).values.median())
+    if recipe.data.image_px is not None and median < recipe.data.image_px:
+        yield (
+            f"most training images are smaller than data.image_px={recipe.data.image_px} (median of the shorter side "
+            f"{median} px): enlarging shows nothing more; a smaller data.image_px trains faster"
         )

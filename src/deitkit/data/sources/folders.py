@@ -75,7 +75,8 @@ def list_folder(folder: Path, *, test_names: Sequence[str] = TEST_NAMES, more_tr
         remarks += [f"left out: folder '{name}' of '{writable(folder.name)}'" for name in others]
     class_names = tuple(class_folders(train[0]))
     if not class_names:
-        raise DataError(f"'{folder}' contains no class folders: arrange the images as <class>/* or train/<class>/*")
+        advice = _other_source(folder) or "arrange the images as <class>/* or train/<class>/*"
+        raise DataError(f"'{folder}' contains no class folders: {advice}")
     parts = [*train, *test[:1]]
     for part in parts[1:]:
         require_same_classes(set(class_names), set(class_folders(part)), f"'{train[0]}'", f"'{part}'")
@@ -90,7 +91,8 @@ def list_folder(folder: Path, *, test_names: Sequence[str] = TEST_NAMES, more_tr
         for label, name in enumerate(class_names):
             images = _images(homes[name], left_out)
             if not images:
-                raise DataError(f"class folder {_no_images(homes[name])} or remove the folder")
+                other = _other_source(folder)
+                raise DataError(f"class folder {_no_images(homes[name], other or 'add some or remove the folder')}")
             files += images
             labels += [label] * len(images)
             is_test += [part in test] * len(images)
@@ -112,7 +114,7 @@ def list_images(folder: Path) -> Listing:
     left_out: Counter[str] = Counter()
     files = _images(folder, left_out)
     if not files:
-        raise DataError(f"data.unlabelled=folder:{_no_images(folder)}")
+        raise DataError(f"data.unlabelled=folder:{_no_images(folder, 'add some')}")
     remarks = [_remark(left_out)] if left_out else []
     return Listing(encoded_files(folder, files), torch.full((len(files),), -1), None, (), remarks=tuple(remarks))
 
@@ -184,9 +186,25 @@ def _images(folder: Path, left_out: Counter[str]) -> list[Path]:
     return sorted(images)
 
 
-def _no_images(folder: Path) -> str:
+def _no_images(folder: Path, advice: str) -> str:
     kinds = ", ".join(sorted(suffix[1:] for suffix in SUFFIXES))
-    return f"'{folder}' contains no images ({kinds}): add some"
+    return f"'{folder}' contains no images ({kinds}): {advice}"
+
+
+def _other_source(folder: Path) -> str:
+    """Return how a folder without images of a class is to be named, by the files in it; empty if they do not say."""
+    kinds: dict[str, list[Path]] = {}
+    for path in files_below(folder):
+        kinds.setdefault(path.suffix.lower(), []).append(path)
+    if SUFFIXES & kinds.keys():
+        return ""
+    if ".parquet" in kinds:
+        return f"it holds parquet files, so write data.name=parquet:{folder}"
+    if ".csv" in kinds:
+        return f"it holds a CSV file, so write data.name=csv:{min(kinds['.csv'])}"
+    if ".safetensors" in kinds:
+        return "it holds weights and no images, so name the folder of your images"
+    return ""
 
 
 def files_below(folder: Path) -> Iterator[Path]:
