@@ -28,7 +28,8 @@ chaos: $(DEVELOPED)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/chaos/chaos.py --kills 50 --faults 10
 
 fuzz: $(DEVELOPED)
-	$(BIN)/python -m pytest tests/recipe/test_fuzz_recipes.py tests/test_fuzz_files.py tests/test_fuzz_layouts.py --hypothesis-profile=fuzz
+	$(BIN)/python -m pytest tests/recipe/test_fuzz_recipes.py tests/test_fuzz_files.py tests/test_fuzz_layouts.py \
+		tests/export/test_onnx.py -k 'fuzz or changed_file' --hypothesis-profile=fuzz
 
 # Asks the package index for known vulnerabilities of what is installed, so it needs the network.
 audit: $(DEVELOPED)

@@ -50,6 +50,10 @@ def judge(recipe: Recipe, teacher: float | None, **students: tuple[float, float]
           "Chance may explain its lead over none/class on 108 validation images.",
           "-5.00 points against labels alone (p = 1, McNemar: chance may explain it)",
           "On the test images none/class is higher (60.00 %), but nothing is chosen there"]),
+        # As good on the validation images: nobody leads.
+        ((0.9, 0.7), (0.9, 0.9), 0.95,
+         ["none/class shares the first place on the validation images and scores 70.00 % on the test images",
+          "hard/class is as good on 108 validation images; the first of the methods is taken."]),
         # Labels alone win.
         ((0.8, 0.7), (0.4, 0.4), 0.7,
          ["none/class wins on the validation images", "no teaching beat labels alone",

@@ -9,7 +9,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -26,6 +26,7 @@ from deitkit.models.saved import save_classifier
 from deitkit.models.vit import DeiT
 from deitkit.models.zoo import create_classifier
 from deitkit.recipe.schema import DataRecipe
+from fuzz_helpers import cases
 
 Run = Callable[..., tuple[int, str, str]]
 DIGITS = [str(digit) for digit in range(10)]
@@ -217,7 +218,7 @@ def test_verify_notices_another_accuracy(exported: Path, tmp_path: Path, run: Ru
     assert "has no record beside it" in run("verify", tmp_path / "renamed.onnx")[2]
 
 
-@settings(max_examples=400, deadline=None)
+@cases(1.2)
 @given(data=st.data())
 def test_a_changed_file_never_reaches_onnx_runtime(exported: Path, data: st.DataObject) -> None:
     content = (exported / "model.onnx").read_bytes()

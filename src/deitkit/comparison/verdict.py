@@ -54,7 +54,7 @@ def _outcome(standing: Standing, rows: Sequence[Row]) -> str:
     scores = f"scores {_percent(winner.top1_mean)} on the test images ({standing.over}, n = {winner.n:,})"
     if not standing.leads:
         return f"{winner.row} {scores}"
-    best = "is best" if _tied(standing) else "wins"
+    best = "shares the first place" if _equal(standing) else "is best" if _tied(standing) else "wins"
     text = f"{winner.row} {best} on the validation images and {scores}"
     if difference is not None:
         tie = "" if difference.is_significant else "A tie with labels alone: "
@@ -64,17 +64,27 @@ def _outcome(standing: Standing, rows: Sequence[Row]) -> str:
     return text
 
 
+def _equal(standing: Standing) -> list[str]:
+    """Return the other students that are as good as the winner on the validation images."""
+    return [name for name, lead in standing.leads.items() if lead.mean == 0 and standing.by == "accuracy"]
+
+
 def _tied(standing: Standing) -> list[str]:
     """Return the other students that chance may have put behind the winner on the validation images."""
-    return [name for name, lead in standing.leads.items() if not lead.is_significant]
+    equal = _equal(standing)
+    return [name for name, lead in standing.leads.items() if name not in equal and not lead.is_significant]
 
 
 def _lead(standing: Standing) -> str:
-    tied = _tied(standing)
-    if not tied:
-        return ""
+    equal, tied = _equal(standing), _tied(standing)
     images = counted(standing.validation_images, "validation image")
-    return f"Chance may explain its lead over {_list(tied)} on {images}"
+    sentences = []
+    if equal:
+        are = "is" if len(equal) == 1 else "are"
+        sentences.append(f"{_list(equal)} {are} as good on {images}; the first of the methods is taken")
+    if tied:
+        sentences.append(f"Chance may explain its lead over {_list(tied)} on {images}")
+    return ". ".join(sentences)
 
 
 def _by_balance(standing: Standing) -> str:
