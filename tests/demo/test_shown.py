@@ -69,7 +69,7 @@ def test_a_run_shows_its_winner_its_teacher_and_the_other_students_each_once(fin
     demo, results = load_demo(finished), read_results(finished)
     winner = results.row(results.winner)
     assert winner is not None
-    assert demo.models[0].name == f"winner: {winner.label}"
+    assert demo.models[0].name == f"winner: {winner.row}"
     assert demo.models[1].name == f"teacher: {results.teachers[0].name}"
     methods = [model.card.get("method") for model in demo.models]
     assert methods[0] == winner.method

@@ -97,7 +97,7 @@ def build_page(demo: Demo, examples: Sequence[tuple[np.ndarray, str]], folder: P
                 with gr.Row():
                     columns, labels = [], []
                     for place, model in enumerate(demo.models):
-                        with gr.Column(min_width=240, visible=place < AT_FIRST) as column:
+                        with gr.Column(min_width=190, visible=place < AT_FIRST) as column:
                             labels.append(gr.Label(label=model.name, num_top_classes=TOP, buttons=[]))
                             gr.HTML(f'<p class="about">{html.escape(model.about)}</p>')
                         columns.append(column)

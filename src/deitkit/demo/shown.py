@@ -35,7 +35,7 @@ class ShownModel:
     """A model with what its column says.
 
     Attributes:
-        name: Unique on the page, such as ``winner: hard``.
+        name: Unique on the page, such as ``winner: hard/class``.
         about: Its accuracy and cost, in a few words.
         classifier: In evaluation mode.
         card: Of the model.
@@ -193,14 +193,14 @@ def _of_run(folder: Path, results: Results, device: torch.device) -> Iterator[Sh
             default = default_readout([row.readout for row in rows])
             row = next(row for row in rows if row.readout == default)
             home = folder / f"seed-{results.seeds[0]}" / student
-            homes[home] = (row.label, _about(row.row, row.top1_mean, row.cost), default)
+            homes[home] = (row.row, _about(row.label, row.top1_mean, row.cost), default)
     for home, (name, about, readout) in homes.items():
         if (home / "model.json").exists():
             classifier, card = load_classifier(home, device)
             yield ShownModel(name, about, classifier, card, readout)
 
 
-def _about(row: str, top1: float | None, cost: Cost | None) -> str:
+def _about(label: str, top1: float | None, cost: Cost | None) -> str:
     accuracy = "" if top1 is None else f"{100 * top1:.1f} % of the test images right"
     time = "" if cost is None else f"{cost.milliseconds:.1f} ms for an image"
-    return ", ".join(filter(None, (row, accuracy, time)))
+    return ", ".join(filter(None, (label, accuracy, time)))
