@@ -178,8 +178,8 @@ def _of_run(folder: Path, results: Results, device: torch.device) -> Iterator[Sh
     homes: dict[Path, tuple[str, str, str | None]] = {}
     if winner is not None:
         homes[folder / "winner"] = (
-            f"winner: {winner.label}",
-            _about(winner.row, winner.top1_mean, winner.cost),
+            f"winner: {winner.row}",
+            _about(winner.label, winner.top1_mean, winner.cost),
             winner.readout,
         )
     teachers = teacher_folders(load_recipe(f"{folder}/recipe.yaml"), folder / "teacher") if results.teachers else []
