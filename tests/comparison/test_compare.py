@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from deitkit.comparison.ablation import compare_variants
 from deitkit.comparison.compare import compare
 from deitkit.data.dataset import load_dataset
 from deitkit.distillation.methods import METHODS
-from deitkit.errors import CheckpointError, Interrupted, RecipeError
+from deitkit.errors import CheckpointError, DeitkitError, Interrupted, RecipeError
 from deitkit.evaluation.predict import predict
 from deitkit.evaluation.readouts import readout_scores, top_k_accuracy
 from deitkit.models.saved import load_classifier
@@ -237,3 +238,21 @@ def test_ctrl_c_saves_and_resume_ends(tmp_path: Path) -> None:
     assert "--resume continues" in errors
     assert "Traceback" not in errors
     assert (tmp_path / "run" / "seed-0" / "checkpoint.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ((), "train.batch_size=32 and teacher.train.batch_size=32 exceed the 18 training images: use at most 18"),
+        (("train.batch_size=16",), "teacher.train.batch_size=32 exceeds the 18 training images: use at most 18"),
+        (("teacher.train.batch_size=16",), "train.batch_size=32 exceeds the 18 training images: use at most 18"),
+    ],
+)
+def test_a_batch_of_more_images_than_there_are_is_named_before_anything_trains(
+    write_images: Callable[..., Path], tmp_path: Path, fields: tuple[str, ...], sentence: str
+) -> None:
+    photos = write_images(tmp_path / "photos", count=10)
+    recipe = load_recipe("own-images", [f"data.name=folder:{photos}", "data.image_px=16", *fields])
+    with pytest.raises(DeitkitError, match=f"^{re.escape(sentence)}"):
+        compare(recipe, tmp_path / "run", watcher=Silent())
+    assert not (tmp_path / "run").exists()

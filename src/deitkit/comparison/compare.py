@@ -20,7 +20,6 @@ from deitkit.comparison.finetune import StartingPoint, add_checkpoint_row, measu
 from deitkit.comparison.rows import summarise, validation_scores
 from deitkit.comparison.seed_run import adopt_older_layout, gather_metrics, load_predictions, run_seed
 from deitkit.data.augment.preview import draw_views
-from deitkit.data.batches import Batches
 from deitkit.data.dataset import Dataset, add_unlabelled, load_dataset
 from deitkit.data.duplicates import Duplicates
 from deitkit.distillation.methods import find_method
@@ -145,7 +144,7 @@ def rehearse(recipe: Recipe, dataset: Dataset, precision: Precision) -> tuple[li
         The initial checkpoint and its adaptations, line by line (empty without a checkpoint), and the number of
         parameters of each student.
     """
-    Batches(dataset.train, recipe.train.batch_size, 0, precision.device)
+    _require_whole_batches(recipe, len(dataset.train))
     start: list[str] = []
     students = build_students(recipe, dataset, recipe.seeds[0], precision, start.append)
     for cnn in (student.classifier for student in students if student.name == BASELINE):
@@ -156,6 +155,18 @@ def rehearse(recipe: Recipe, dataset: Dataset, precision: Precision) -> tuple[li
     for student in students:
         release(student.classifier)
     return start, {one.name: sum(value.numel() for value in one.classifier.parameters()) for one in students}
+
+
+def _require_whole_batches(recipe: Recipe, count: int) -> None:
+    """Raise RecipeError if a step of the students, and of a teacher that trains, has more images than there are."""
+    sizes = {"train.batch_size": recipe.train.batch_size}
+    teacher = recipe.teacher
+    if needs_teacher(recipe) and not (recipe.teachers or teacher.all_images or teacher.checkpoint):
+        sizes["teacher.train.batch_size"] = teacher.train.batch_size
+    large = [f"{field}={size}" for field, size in sizes.items() if size > count]
+    if recipe.train.batch_size > count:
+        exceed = "exceeds" if len(large) == 1 else "exceed"
+        raise RecipeError(f"{' and '.join(large)} {exceed} the {count} training images: use at most {count}")
 
 
 def _results(

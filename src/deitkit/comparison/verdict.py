@@ -98,7 +98,10 @@ def _by_balance(standing: Standing) -> str:
 def _only_answer(standing: Standing) -> str:
     if standing.only_answer is None:
         return ""
-    return f"It answers '{standing.only_answer}' to every test image: it has learnt nothing but which class is frequent"
+    return (
+        f"It answers '{standing.only_answer}' to every test image: it has learnt nothing but which class is frequent; "
+        "data.sampling=balanced trains on all classes alike"
+    )
 
 
 def _teacher(standing: Standing) -> str:

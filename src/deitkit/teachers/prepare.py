@@ -93,6 +93,9 @@ def _try(
 ) -> None:
     """Raise TeacherError if a teacher cannot process the views, before anything trains."""
     trained = card.fit != "none"
+    size, count = recipe.train.batch_size, len(dataset.train)
+    if trained and not recipe.all_images and size > count:
+        raise TeacherError(f"teacher.train.batch_size={size} exceeds the {count} training images: use at most {count}")
     failure = failure_of(classifier, dataset, recipe.train.batch_size if trained else 1, precision, trained=trained)
     if failure is not None:
         way = "teacher.image_px, teacher.train.batch_size" if trained else "teacher.image_px"
