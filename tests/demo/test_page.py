@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -69,7 +68,7 @@ def served(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tu
         assert "open http://127.0.0.1:" in text, text
         yield text.split("open ")[1].split()[0], process
     finally:
-        process.send_signal(signal.SIGINT)
+        process.terminate()  # SIGINT may be ignored where the tests run in the background
         code = process.wait(30)
     text = log.read_text()
     assert code == 0, text
