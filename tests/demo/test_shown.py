@@ -208,3 +208,21 @@ def test_a_port_that_is_taken_is_named(finished: Path) -> None:
     assert ended.returncode == 2
     assert f"error: --port {port} is taken: end what uses it, or name another port" in ended.stderr
     assert "Traceback" not in ended.stderr
+
+
+def test_two_teachers_of_one_name_are_told_apart_and_a_stopped_student_is_left_out(tmp_path: Path) -> None:
+    own = [field for field in TINY_RUN if not field.startswith("teacher.")]
+    teacher = (
+        "{name: cifar/resnet20, min_top1: null, allow_weak: true, train: {epochs: 1, batch_size: 16, warmup_epochs: 0}}"
+    )
+    compare(load_recipe("digits", [*own, f"teachers=[{teacher}, {teacher}]"]), tmp_path / "run", watcher=Silent())
+    names = [model.name for model in load_demo(tmp_path / "run").models]
+    assert len({*names}) == 4
+    assert names[1:3] == ["teacher 1: cifar/resnet20", "teacher 2: cifar/resnet20"]
+    stored = json.loads((tmp_path / "run" / "results.json").read_text(encoding="utf-8"))
+    other = "none" if stored["winner"].startswith("token-hard") else "token-hard"
+    for row in stored["rows"]:
+        if row["method"] == other:
+            row.update(top1=[None], top1_mean=None, status="seed 0 stopped")
+    (tmp_path / "run" / "results.json").write_text(json.dumps(stored), encoding="utf-8")
+    assert [model.card.get("method") for model in load_demo(tmp_path / "run").models].count(other) == 0

@@ -12,6 +12,7 @@ from PIL import Image
 
 from deitkit.analyze.pictures import tinted
 from deitkit.analyze.tokens import attention_maps, student_of
+from deitkit.comparison.finished_run import students_of
 from deitkit.data.dataset import load_test_examples
 from deitkit.data.decode import SUFFIXES, decode_image
 from deitkit.errors import CheckpointError, DataError, DeitkitError, HasTestSplit
@@ -156,6 +157,7 @@ def load_demo(path: Path, data: str | None = None, root: Path | None = None) -> 
         shown = ShownModel(path.name or str(path), f"{card['parameters']:,} parameters", classifier, card)
         named = data or card.get("dataset")
         recipe = None if named is None else data_recipe_of(card, str(named), root)
+        recipe = None if recipe is None else recipe.model_copy(update={"download": False})
         return Demo(shown.name, "", [shown], precision, recipe)
     results = read_results(path)
     if isinstance(results, AblationResults):
@@ -166,8 +168,7 @@ def load_demo(path: Path, data: str | None = None, root: Path | None = None) -> 
     if not found:
         raise CheckpointError(f"{path} contains no student that finished its training: name another run")
     recipe = data_recipe_of(found[0].card, data, root) if data is not None else load_recipe(f"{path}/recipe.yaml").data
-    if root is not None:
-        recipe = recipe.model_copy(update={"root": root})
+    recipe = recipe.model_copy(update={"root": root or recipe.root, "download": False})  # examples are not worth one
     summary = " ".join(filter(None, (results.advice, results.verdict)))
     return Demo(f"{results.recipe['name']}: {results.dataset.name}", summary, found, precision, recipe)
 
@@ -183,16 +184,17 @@ def _of_run(folder: Path, results: Results, device: torch.device) -> Iterator[Sh
             winner.readout,
         )
     teachers = teacher_folders(load_recipe(f"{folder}/recipe.yaml"), folder / "teacher") if results.teachers else []
-    for home, teacher in zip(teachers, results.teachers, strict=False):
-        homes[home] = (f"teacher: {teacher.name}", _about("", teacher.test_top1, teacher.cost), None)
+    for number, (home, teacher) in enumerate(zip(teachers, results.teachers, strict=False), 1):
+        title = "teacher" if len(results.teachers) == 1 else f"teacher {number}"
+        homes[home] = (f"{title}: {teacher.name}", _about("", teacher.test_top1, teacher.cost), None)
     by_student: dict[str, list[Row]] = {}
     for row in results.rows:
         by_student.setdefault(row.student, []).append(row)
-    for student, rows in by_student.items():
+    for student, home in students_of(folder, results, results.seeds[0]).items():
         if winner is None or student != winner.student:
+            rows = by_student[student]
             default = default_readout([row.readout for row in rows])
             row = next(row for row in rows if row.readout == default)
-            home = folder / f"seed-{results.seeds[0]}" / student
             homes[home] = (row.row, _about(row.label, row.top1_mean, row.cost), default)
     for home, (name, about, readout) in homes.items():
         if (home / "model.json").exists():
