@@ -49,14 +49,14 @@ def digit(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def saved_student(folder: Path, class_names: Sequence[str]) -> Path:
+def saved_student(folder: Path, class_names: Sequence[str], **fields: object) -> Path:
     """Save a student of colour images with both tokens and random weights, large enough that its answers differ."""
     torch.manual_seed(0)
     model = DeiT(image_px=16, patch_px=4, channels=3, classes=len(class_names), width=16, depth=2, heads=2, tokens=BOTH)
     for values in model.parameters():
         if values.ndim > 1:
             torch.nn.init.normal_(values, std=0.5)
-    card = {"class_names": list(class_names), "channels": 3, "input_px": [16, 16]}
+    card = {"class_names": list(class_names), "channels": 3, "input_px": [16, 16], **fields}
     save_classifier(folder, Classifier(model, mean=(0.5,) * 3, std=(0.2,) * 3), card)
     return folder
 
@@ -226,3 +226,13 @@ def test_two_teachers_of_one_name_are_told_apart_and_a_stopped_student_is_left_o
             row.update(top1=[None], top1_mean=None, status="seed 0 stopped")
     (tmp_path / "run" / "results.json").write_text(json.dumps(stored), encoding="utf-8")
     assert [model.card.get("method") for model in load_demo(tmp_path / "run").models].count(other) == 0
+
+
+@pytest.mark.parametrize("fit", ["crop", "pad", "squash"])
+def test_an_image_that_is_not_square_is_seen_as_in_training(tmp_path: Path, fit: str) -> None:
+    home = saved_student(tmp_path / "model", ["cat", "dog", "owl"], fit=fit, eval_crop=0.875)
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 60, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "wide.png")
+    demo = load_demo(home)
+    (expected,) = load_model(home).predict(tmp_path / "wide.png", top=3)
+    assert demo.models[0].answer(tmp_path / "wide.png", demo.precision) == dict(expected["classes"])

@@ -20,6 +20,7 @@ from deitkit.models.saved import load_classifier, save_classifier
 from deitkit.models.vit import DeiT
 from deitkit.recipe.load import load_recipe
 from deitkit.run.observer import Silent
+from deitkit.run.results import read_results
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -186,3 +187,11 @@ def test_an_upload_tells_its_address_or_what_to_do(tmp_path: Path, monkeypatch: 
         RecipeError, match=r"--push me/pets failed \(no route\): check the network.*can be uploaded later"
     ):
         push(tmp_path, "me/pets", private=False)
+
+
+def test_the_name_of_a_data_set_is_text_in_the_card(finished: Path) -> None:
+    results = read_results(finished)
+    hostile = results.model_copy(update={"dataset": results.dataset.model_copy(update={"name": "a|<b>*c*"})})
+    said = module._data(hostile)
+    assert "<b>" not in said
+    assert "*c*" not in said.replace("\\*", "")
