@@ -10,18 +10,18 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent
 PAGES = ROOT / "build" / "pages"
 # Besides Markdown: pictures, and the files that pages link to.
-COPIED = ("*.md", "docs", "results", "benchmarks", "src/deitkit/distillation", "LICENSE")
+COPIED = ("*.md", "docs/**/*", "results/**/*", "benchmarks/*", "src/deitkit/distillation/*.py", "LICENSE")
 
 
 def main() -> int:
     """Copy what the site shows, at its place in the repository so that links hold, and build it."""
     shutil.rmtree(PAGES, ignore_errors=True)
-    listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", *COPIED]
-    names = subprocess.run(listed, cwd=ROOT, capture_output=True, check=True, text=True).stdout.split("\0")
-    for name in filter(None, names):
-        if (ROOT / name).exists():
-            (PAGES / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(ROOT / name, PAGES / name)
+    for pattern in COPIED:
+        for path in ROOT.glob(pattern):
+            if path.is_file():
+                target = PAGES / path.relative_to(ROOT)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, target)
     command = [
         sys.executable,
         "-m",
