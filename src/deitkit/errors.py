@@ -65,6 +65,12 @@ def is_dead_worker(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and "DataLoader worker" in str(error)
 
 
+def is_lost_process(error: BaseException) -> bool:
+    """Return whether an exception means that another process of the run has ended before this one."""
+    signs = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL communicator was aborted")
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
+
+
 class Interrupted(BaseException):
     """The user stopped a run, which can be resumed from the disk.
 

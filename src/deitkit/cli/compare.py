@@ -10,6 +10,7 @@ from deitkit.cli.console import console, errors, print_json, say
 from deitkit.cli.options import Json, Out, Overrides, RecipeArgument, Resume, Seeds
 from deitkit.recipe.load import load_recipe
 from deitkit.recipe.schema import Recipe
+from deitkit.system.process import was_restarted
 
 if TYPE_CHECKING:
     from deitkit.run.results import TeacherCard
@@ -150,7 +151,9 @@ def _compare(recipe: Recipe, out: Path | None, resume: bool, as_json: bool) -> N
 
     # --resume looks for a run of the recipe as it was stored
     recipe = recipe.model_copy(update={"model": with_pretrained_size(recipe.model)})
-    folder = choose_run_folder(out, recipe, resume)
+    restarted = was_restarted()
+    folder = choose_run_folder(out, recipe, resume, restarted=restarted)
+    resume = resume or restarted
     with Terminal(errors if as_json else console) as terminal, occupied(folder):
         terminal.say(f"run folder {folder}")
         results = run_recipe(recipe, folder, watcher=terminal, resume=resume)

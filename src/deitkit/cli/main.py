@@ -18,8 +18,8 @@ from deitkit.cli.models import models
 from deitkit.cli.publish import publish
 from deitkit.cli.recipes import methods, recipes
 from deitkit.cli.report import report, verify
-from deitkit.errors import DeitkitError, Interrupted, is_dead_worker, is_out_of_memory
-from deitkit.system.process import configure_process
+from deitkit.errors import DeitkitError, Interrupted, is_dead_worker, is_lost_process, is_out_of_memory
+from deitkit.system.process import configure_process, were_started
 
 app = typer.Typer(
     name="deitkit",
@@ -49,7 +49,7 @@ def main() -> None:
     """Run the command line; print a user's mistake as one line and exit with code 2."""
     configure_process()
     try:
-        app()
+        _run_in_all_processes() if were_started() else app()
     except DeitkitError as error:
         say(f"error: {error}", errors, style="red")
         sys.exit(2)
@@ -57,7 +57,9 @@ def main() -> None:
         say(str(stop) or "stopped; the same command with --resume continues", errors)
         sys.exit(getattr(stop, "exit_code", Interrupted.exit_code))
     except (MemoryError, RuntimeError) as error:
-        if is_dead_worker(error):
+        if is_lost_process(error):
+            advice = "a process of the run was lost: its own message is above; the same command with --resume continues"
+        elif is_dead_worker(error):
             advice = "a process that decodes images was killed or out of memory: --resume continues; lower data.workers"
         elif is_out_of_memory(error):
             advice = "out of memory: lower train.batch_size, teacher.train.batch_size or data.image_px"
@@ -65,3 +67,19 @@ def main() -> None:
             raise
         say(f"error: {advice}", errors, style="red")
         sys.exit(2)
+
+
+def _run_in_all_processes() -> None:
+    """Run the command in the first of the processes that torchrun started; the others help it to train."""
+    from deitkit.comparison.helper import help_until_the_end
+    from deitkit.system.ranks import join_ranks, leave_ranks
+
+    ranks = join_ranks()
+    if ranks.rank > 0:
+        help_until_the_end(ranks)
+    else:
+        try:
+            app()
+        finally:
+            ranks.tell(None)
+    leave_ranks()

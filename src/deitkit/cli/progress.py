@@ -16,8 +16,10 @@ from deitkit.cli.console import say
 from deitkit.errors import Interrupted
 from deitkit.run.metrics import EpochMetrics
 from deitkit.run.observer import Progress as TrainingProgress
+from deitkit.system.process import were_started
 from deitkit.system.timer import duration_text
 
+TORCHRUN_SECONDS = 5.0
 LINE_SECONDS = 60.0  # between two lines of one training, without a terminal
 
 
@@ -36,6 +38,7 @@ class Terminal:
         self.console = console
         self._stopped = stopped
         self._stop: int | None = None  # the signal received
+        self._stopped_at = 0.0
         self._deferring = False
         self._live: Live | None = None
         self._task: Any = None
@@ -68,9 +71,11 @@ class Terminal:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self._stop is not None:
+            if were_started() and time.monotonic() - self._stopped_at < TORCHRUN_SECONDS:
+                return  # after Ctrl-C, torchrun sends its own signal as well
             signal.signal(number, signal.SIG_DFL)
             raise KeyboardInterrupt
-        self._stop = number
+        self._stop, self._stopped_at = number, time.monotonic()
         if not self._deferring:
             raise Interrupted(self._stopped)
         self.console.print("[yellow]stopping after this step, and saving; once more to stop at once[/]")

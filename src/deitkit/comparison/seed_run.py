@@ -7,7 +7,7 @@ are in its own folder, `seed-N/STUDENT/`.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -25,14 +25,17 @@ from deitkit.run.metrics import EpochMetrics, read_metrics, write_metrics
 from deitkit.run.observer import Watcher
 from deitkit.run.state import drop_state, has_state, load_state, load_tree, save_tree
 from deitkit.system.device import Precision
+from deitkit.system.ranks import Ranks
 from deitkit.teachers.frozen import Teachers
 from deitkit.teachers.logit_cache import open_logit_cache
 from deitkit.training.build import BASELINE, baseline_architecture, build_students, initial_weights, student_names
-from deitkit.training.cohort import Cohort
+from deitkit.training.cohort import Cohort, LogitLookup
 from deitkit.training.fit import train_to_end
+from deitkit.training.shared import SharedTraining, ranks_that_share
 from deitkit.training.student import Student
 
 PREDICTIONS, STATE = "predictions.safetensors", "checkpoint.safetensors"
+Scores: TypeAlias = dict[str, dict[str, dict[str, dict[str, Tensor]]]]  # student, weights, split, readout
 
 
 @dataclass(frozen=True)
@@ -63,22 +66,18 @@ def run_seed(
         if planned.state.parent.name in planned.names:
             _return_metrics(planned.state.parent, folder)
         students = build_students(recipe, dataset, seed, precision, names=planned.names)
+        ranks = ranks_that_share(students, recipe.train.batch_size, "train.batch_size", precision.device, watcher.say)
         logit_cache = None
         if teachers is not None and any(teacher.cache for teacher in recipe.all_teachers):
-            logit_cache = open_logit_cache(recipe, dataset, teachers, seed, precision)
-        cohort = Cohort(
-            students,
-            teacher=teachers,
-            dataset=dataset,
-            augment=recipe.augment,
-            train=recipe.train,
-            speed=recipe.speed,
-            precision=precision,
-            seed=seed,
-            logit_cache=logit_cache,
-            unlabelled_in_step=recipe.unlabelled_in_step,
-            balanced=recipe.data.sampling == "balanced",
+            if ranks.count > 1:
+                watcher.say("teacher.cache is not used by several processes: the teacher answers at every step")
+            else:
+                logit_cache = open_logit_cache(recipe, dataset, teachers, seed, precision)
+        names = [student.name for student in students]
+        ranks.tell(
+            SharedTraining(recipe=recipe, folder=folder.resolve(), seed=seed, names=names).model_dump(mode="json")
         )
+        cohort = seed_cohort(students, recipe, dataset, teachers, seed, precision, ranks, logit_cache)
         train_to_end(
             cohort,
             title=f"seed {seed}",
@@ -88,11 +87,39 @@ def run_seed(
             log_folder=folder / "tensorboard" / f"seed-{seed}",
             save_seconds=recipe.speed.save_seconds,
         )
-        _keep(students, recipe, dataset, seed, folder=folder, precision=precision)
+        scores = predict_students(students, dataset, precision, ranks)
+        _keep(students, scores, recipe, dataset, seed, folder=folder)
         for student in students:
             release(student.classifier)
         for state in (planned.state, *(planned.state.parent / name / STATE for name in planned.names)):
             drop_state(state)
+
+
+def seed_cohort(
+    students: list[Student],
+    recipe: Recipe,
+    dataset: Dataset,
+    teachers: Teachers | None,
+    seed: int,
+    precision: Precision,
+    ranks: Ranks,
+    logit_cache: LogitLookup | None = None,
+) -> Cohort:
+    """Return the cohort of some students of a seed, in every process that shares its steps."""
+    return Cohort(
+        students,
+        teacher=teachers,
+        dataset=dataset,
+        augment=recipe.augment,
+        train=recipe.train,
+        speed=recipe.speed,
+        precision=precision,
+        seed=seed,
+        logit_cache=logit_cache,
+        unlabelled_in_step=recipe.unlabelled_in_step,
+        balanced=recipe.data.sampling == "balanced",
+        ranks=ranks,
+    )
 
 
 def _report_finished(home: Path, names: Sequence[str], watcher: Watcher) -> None:
@@ -156,25 +183,32 @@ def _set_aside(name: str, state: dict[str, Any], home: Path) -> None:
     save_tree(home / name / STATE, state | {"students": {name: state["students"][name]}})
 
 
-def _keep(
-    students: Sequence[Student], recipe: Recipe, dataset: Dataset, seed: int, *, folder: Path, precision: Precision
-) -> None:
-    """Write each student's weights, metrics and predictions; the predictions mark it as finished."""
+def predict_students(students: Sequence[Student], dataset: Dataset, precision: Precision, ranks: Ranks) -> Scores:
+    """Return the scores of each student's last and averaged weights for the validation and the test images.
+
+    All processes that share the steps must call this.
+    """
     weights = {student.name: _weights(student) for student in students}
-    scores: dict[str, dict[str, dict[str, dict[str, Tensor]]]] = {
-        name: {which: {} for which in classifiers} for name, classifiers in weights.items()
-    }
+    scores: Scores = {name: {which: {} for which in classifiers} for name, classifiers in weights.items()}
     for split in ("validation", "test"):
         everyone = [(name, which, classifier) for name, some in weights.items() for which, classifier in some.items()]
-        outputs = predict_all([classifier for _, _, classifier in everyone], getattr(dataset, split), precision)
+        classifiers = [classifier for _, _, classifier in everyone]
+        outputs = predict_all(classifiers, getattr(dataset, split), precision, ranks=ranks)
         for (name, which, _), output in zip(everyone, outputs, strict=True):
             scores[name][which][split] = readout_scores(output)
+    return scores
+
+
+def _keep(
+    students: Sequence[Student], scores: Scores, recipe: Recipe, dataset: Dataset, seed: int, *, folder: Path
+) -> None:
+    """Write each student's weights, metrics and predictions; the predictions mark it as finished."""
     for student in students:
         home = folder / f"seed-{seed}" / student.name
         card = _student_card(recipe, dataset, student, seed)
         save_classifier(home, student.classifier, card)
-        if "ema" in weights[student.name]:
-            save_classifier(home.with_name(f"{student.name}+ema"), weights[student.name]["ema"], card)
+        if student.average is not None:
+            save_classifier(home.with_name(f"{student.name}+ema"), student.average.classifier, card)
         _write_own_metrics(home, read_metrics(folder), seed)
         predictions = StudentPredictions(
             status=student.stopped,

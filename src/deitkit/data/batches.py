@@ -37,6 +37,7 @@ class Batches:
             one a part. Without it every image comes once.
         scale_min: Cut a random crop of at least this share of the area from each whole image; None yields the images
             of the split.
+        places: The places of each batch to yield, on the CPU; None for all.
 
     Raises:
         RecipeError: A batch has more images than the split.
@@ -53,6 +54,7 @@ class Batches:
         epoch_repeats: int = 1,
         balanced: bool = False,
         scale_min: float | None = None,
+        places: Int64[Tensor, " part"] | None = None,
     ) -> None:
         if batch_size > len(split):
             raise RecipeError(
@@ -64,6 +66,8 @@ class Batches:
         self.repeats = repeats
         self.epoch_repeats = epoch_repeats
         self.scale_min = scale_min
+        self.places = torch.arange(batch_size) if places is None else places
+        self._places_there = self.places.to(device)
         self.classes = split.labels.cpu().unique() if balanced else None
         self.steps_per_epoch = len(split) * epoch_repeats // batch_size
         self._order: tuple[int, Tensor, Tensor] | None = None
@@ -71,15 +75,18 @@ class Batches:
 
     def batch(
         self, epoch: int, step: int
-    ) -> tuple[UInt8[Tensor, "batch channels height width"], Int64[Tensor, " batch"]]:
+    ) -> tuple[UInt8[Tensor, "part channels height width"], Int64[Tensor, " part"]]:
         """Return images and labels of one step (both counted from 0)."""
         assert 0 <= step < self.steps_per_epoch
         device = self.split.labels.device
-        here, there = (order[step * self.batch_size : (step + 1) * self.batch_size] for order in self._orders(epoch))
+        whole, whole_there = (
+            order[step * self.batch_size : (step + 1) * self.batch_size] for order in self._orders(epoch)
+        )
+        here, there = whole[self.places], whole_there[self._places_there]
         if not isinstance(self.split.images, Tensor):
             images = self._streamed(epoch, step, self.split.images)
         elif self.scale_min is not None:
-            images = self.split.crops(here, self._drawn_crops(epoch, step, here))
+            images = self.split.crops(here, self._drawn_crops(epoch, step, whole))
         elif self.split.images.device == device:
             images = self.split.images[there]
         else:  # all images do not fit on the GPU
@@ -114,7 +121,7 @@ class Batches:
         together = torch.cat(drawn)
         return together[torch.randperm(len(together), generator=generator)]
 
-    def _streamed(self, epoch: int, step: int, images: StreamedImages) -> UInt8[Tensor, "batch channels height width"]:
+    def _streamed(self, epoch: int, step: int, images: StreamedImages) -> UInt8[Tensor, "part channels height width"]:
         """Return the batch from worker processes that decode ahead, beyond the end of the epoch too."""
         device = self.split.labels.device
         if self._flow is None or self._flow[0] != (epoch, step):
@@ -129,16 +136,18 @@ class Batches:
         for number in itertools.count(epoch):
             batches = self._shuffled(number).split(self.batch_size)[: self.steps_per_epoch]
             for place, indices in enumerate(batches[step if number == epoch else 0 :], step if number == epoch else 0):
-                yield indices if self.scale_min is None else (indices, self._drawn_crops(number, place, indices))
+                part = indices[self.places]
+                yield part if self.scale_min is None else (part, self._drawn_crops(number, place, indices))
 
-    def _drawn_crops(self, epoch: int, step: int, indices: Int64[Tensor, " batch"]) -> Float64[Tensor, "4 batch"]:
+    def _drawn_crops(self, epoch: int, step: int, indices: Int64[Tensor, " batch"]) -> Float64[Tensor, "4 part"]:
+        """Draw the crops of a whole batch, and return those of the images to yield."""
         assert self.scale_min is not None
         generator = derived_generator(self.seed, "crops", epoch, step)
-        return self.split.draw_crops(indices, self.scale_min, generator)
+        return self.split.draw_crops(indices, self.scale_min, generator)[:, self.places]
 
     def epoch(
         self, epoch: int, first_step: int = 0
-    ) -> Iterator[tuple[UInt8[Tensor, "batch channels height width"], Int64[Tensor, " batch"]]]:
+    ) -> Iterator[tuple[UInt8[Tensor, "part channels height width"], Int64[Tensor, " part"]]]:
         """Yield the batches of an epoch (from 0), from a step on."""
         for step in range(first_step, self.steps_per_epoch):
             yield self.batch(epoch, step)

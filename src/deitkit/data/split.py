@@ -56,6 +56,10 @@ class Split:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def __getitem__(self, some: slice) -> "Split":
+        """Return some of the images, to predict."""
+        return Split(self.images[some], self.labels[some])
+
     def to(self, device: torch.device) -> "Split":
         """Return the split on a device, without a copy if it is already there.
 

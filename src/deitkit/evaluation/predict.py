@@ -11,6 +11,7 @@ from deitkit.models.accelerate import uncompiled
 from deitkit.models.classifier import Classifier
 from deitkit.models.vit import Output
 from deitkit.system.device import Precision
+from deitkit.system.ranks import ALONE, Ranks
 
 # Pixels of a batch for evaluation: small for the caches of a CPU, large for the throughput of a GPU.
 CPU_PIXELS, GPU_PIXELS = 2**19, 2**22
@@ -27,8 +28,16 @@ def predict_all(
     split: Split,
     precision: Precision,
     should_stop: Callable[[], bool] = lambda: False,
+    ranks: Ranks = ALONE,
 ) -> list[Output]:
     """Return the result of ``predict`` for several classifiers, decoding and moving each image once.
+
+    Args:
+        classifiers: On the device.
+        split: The images.
+        precision: Of the forward passes.
+        should_stop: Called after every batch.
+        ranks: Processes that share the images, all of which must call this, and get all logits.
 
     Raises:
         Interrupted: ``should_stop``, called after every batch, returned True.
@@ -36,11 +45,13 @@ def predict_all(
     modes = [classifier.training for classifier in classifiers]
     outputs: list[list[Output]] = [[] for _ in classifiers]
     height, width = split.images.shape[-2:]
+    spans = ranks.spans(len(split))
+    part = split if ranks.count == 1 else split[spans[ranks.rank]]
     for classifier in classifiers:
         classifier.eval()
     with uncompiled(), precision.autocast():
         pixels = CPU_PIXELS if precision.device.type == "cpu" else GPU_PIXELS
-        for images in split.batches(max(1, pixels // (height * width))):
+        for images in part.batches(max(1, pixels // (height * width))):
             view = images.to(precision.device, non_blocking=True).float() / 255
             for classifier, gathered in zip(classifiers, outputs, strict=True):
                 gathered.append(classifier(view))
@@ -48,9 +59,15 @@ def predict_all(
                 raise Interrupted
     for classifier, training in zip(classifiers, modes, strict=True):
         classifier.train(training)
-    return [Output(*(_gather(parts, head) for head in ("class_logits", "distillation_logits"))) for parts in outputs]
+    heads = ("class_logits", "distillation_logits")
+    return [Output(*(_gather(parts, head, spans, ranks) for head in heads)) for parts in outputs]
 
 
-def _gather(outputs: list[Output], head: str) -> Tensor | None:
+def _gather(outputs: list[Output], head: str, spans: list[slice], ranks: Ranks) -> Tensor | None:
     logits = [getattr(output, head) for output in outputs]
-    return None if logits[0] is None else torch.cat(logits).float().cpu()
+    if logits[0] is None:
+        return None
+    mine = torch.cat(logits).float().cpu()
+    if spans[0] == spans[-1]:  # each process has predicted all images
+        return mine
+    return ranks.gather(mine, [span.stop - span.start for span in spans])

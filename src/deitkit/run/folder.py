@@ -45,7 +45,9 @@ def folder_name(name: str) -> str:
     return re.sub(r"[^\w .-]", "-", name).strip(" .")[:100] or "custom"
 
 
-def choose_run_folder(out: Path | None, recipe: Recipe, resume: bool, suffix: str = "") -> Path:
+def choose_run_folder(
+    out: Path | None, recipe: Recipe, resume: bool, suffix: str = "", *, restarted: bool = False
+) -> Path:
     """Return ``out``; else a new folder under runs/ for a recipe, or to resume the newest that this recipe has begun.
 
     Args:
@@ -53,6 +55,7 @@ def choose_run_folder(out: Path | None, recipe: Recipe, resume: bool, suffix: st
         recipe: Its name is the folder's.
         resume: Whether to continue a run.
         suffix: Added to the name.
+        restarted: Whether to continue a run if there is one.
 
     Raises:
         RecipeError: There is no run of this recipe to resume.
@@ -61,11 +64,14 @@ def choose_run_folder(out: Path | None, recipe: Recipe, resume: bool, suffix: st
         return out
     base = Path("runs") / f"{folder_name(recipe.name)}{suffix}"
     numbered = [base, *(base.with_name(f"{base.name}-{number}") for number in range(2, 10_000))]
-    if not resume:
-        return next(path for path in numbered if not path.exists())
+    new = next(path for path in numbered if not path.exists())
+    if not (resume or restarted):
+        return new
     existing = [path for path in numbered if (path / "recipe.yaml").exists()]
     existing.sort(key=lambda path: (path / "recipe.yaml").stat().st_mtime, reverse=True)
     found = next((path for path in existing if not _changes_since(path, recipe)), None)
+    if found is None and not resume:
+        return new
     if found is None:
         newest = existing[:1]
         differs = [f"; the newest, {run}, differs ({'; '.join(_changes_since(run, recipe))})" for run in newest]

@@ -36,6 +36,17 @@ def configure_process() -> None:
     _keep_freed_memory()
 
 
+def were_started() -> bool:
+    """Return whether torchrun started this process together with others."""
+    names = ("RANK", "MASTER_ADDR", "MASTER_PORT")
+    return os.environ.get("WORLD_SIZE", "1") != "1" and all(name in os.environ for name in names)
+
+
+def was_restarted() -> bool:
+    """Return whether torchrun started this process again after one of the run was lost (``--max-restarts``)."""
+    return were_started() and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+
+
 def visible_cores() -> int:
     """Return how many cores this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -18,12 +18,13 @@ from deitkit.models.classifier import Classifier
 from deitkit.models.saved import load_classifier, save_classifier, save_tensors
 from deitkit.models.weights.read import file_sha256, load_into, read_checkpoint, read_state
 from deitkit.models.zoo import BuiltClassifier, create_classifier, reset_head, reverse_channels
-from deitkit.recipe.schema import Recipe, TeacherRecipe
+from deitkit.recipe.schema import DataRecipe, Recipe, TeacherRecipe
 from deitkit.run.observer import Watcher
 from deitkit.run.results import TESTED, TeacherCard
 from deitkit.run.state import drop_state
 from deitkit.system.device import Precision
 from deitkit.system.files import write_text
+from deitkit.system.ranks import Ranks
 from deitkit.system.seeding import seeded
 from deitkit.system.words import counted
 from deitkit.teachers.frozen import FrozenTeacher, Teachers, mean_teacher_logits
@@ -32,6 +33,7 @@ from deitkit.teachers.resolution import measure_at_own_resolution
 from deitkit.teachers.saved import build_saved
 from deitkit.training.cohort import Cohort
 from deitkit.training.fit import train_to_end
+from deitkit.training.shared import SharedTraining, ranks_that_share
 from deitkit.training.student import Student
 from deitkit.training.trial import failure_of
 
@@ -63,7 +65,7 @@ def prepare_teacher(
     if card.fit != "none":
         train_data = dataset
         if recipe.teacher.all_images:
-            every_image = recipe.data.model_copy(update={"train_images": None})
+            every_image = images_of_teacher(recipe)
             train_data = load_dataset(every_image, watcher.reading, random_crops=recipe.has_random_crops)
         trained = folder / TRAINED
         if trained.exists():
@@ -86,6 +88,11 @@ def prepare_teacher(
         f"teacher {card.name}: {100 * card.top1:.2f} % on {counted(card.n, 'validation image')}, {card.verdict}"
     )
     return FrozenTeacher(classifier), card
+
+
+def images_of_teacher(recipe: Recipe) -> DataRecipe:
+    """Return the images on which a recipe's teacher trains."""
+    return recipe.data.model_copy(update={"train_images": None}) if recipe.teacher.all_images else recipe.data
 
 
 def _try(
@@ -212,25 +219,11 @@ def _train(
     few = doubt(dataset)
     if few is not None:
         watcher.say(few)
-    student = Student(
-        folder.name,
-        METHODS["none"],
-        classifier,
-        recipe.teacher.train,
-        precision=precision,
-        batch_size=recipe.teacher.train.batch_size,
-    )
-    cohort = Cohort(
-        [student],
-        teacher=None,
-        dataset=dataset,
-        augment=recipe.teacher.augment,
-        train=recipe.teacher.train,
-        speed=recipe.speed,
-        precision=precision,
-        seed=recipe.seeds[0],
-        balanced=recipe.data.sampling == "balanced",
-    )
+    student = teacher_student(folder.name, classifier, recipe.teacher, precision)
+    batch_size = recipe.teacher.train.batch_size
+    ranks = ranks_that_share([student], batch_size, "teacher.train.batch_size", precision.device, watcher.say)
+    ranks.tell(SharedTraining(recipe=recipe, folder=folder.resolve(), seed=None).model_dump(mode="json"))
+    cohort = teacher_cohort(student, recipe, dataset, precision, ranks)
     train_to_end(
         cohort,
         title=folder.name,
@@ -242,6 +235,28 @@ def _train(
     )
     if student.stopped:
         raise TeacherError(f"teacher {card.name} {student.stopped}: lower teacher.train.learning_rate")
+
+
+def teacher_student(name: str, classifier: Classifier, recipe: TeacherRecipe, precision: Precision) -> Student:
+    """Return a teacher as the student of labels that it is in its own training."""
+    batch_size = recipe.train.batch_size
+    return Student(name, METHODS["none"], classifier, recipe.train, precision=precision, batch_size=batch_size)
+
+
+def teacher_cohort(student: Student, recipe: Recipe, dataset: Dataset, precision: Precision, ranks: Ranks) -> Cohort:
+    """Return the cohort in which a teacher trains, in every process that shares its steps."""
+    return Cohort(
+        [student],
+        teacher=None,
+        dataset=dataset,
+        augment=recipe.teacher.augment,
+        train=recipe.teacher.train,
+        speed=recipe.speed,
+        precision=precision,
+        seed=recipe.seeds[0],
+        balanced=recipe.data.sampling == "balanced",
+        ranks=ranks,
+    )
 
 
 def prepare_teachers(

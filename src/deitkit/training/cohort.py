@@ -5,12 +5,13 @@ alone (a teacher, the baseline) is a cohort of one student with the method ``non
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int64, UInt8
+from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 
 from deitkit.data.augment.augment import Augment
@@ -24,9 +25,11 @@ from deitkit.recipe.schema import AugmentRecipe, SpeedRecipe, TrainRecipe
 from deitkit.run.metrics import EpochMetrics
 from deitkit.run.observer import Progress
 from deitkit.system.device import Precision
+from deitkit.system.ranks import ALONE, Ranks
 from deitkit.system.seeding import derived_generator, derived_seed
 from deitkit.system.timer import Stopwatch
 from deitkit.training.cuda_graph import Recorder
+from deitkit.training.micro_batches import has_batch_norm
 from deitkit.training.optim import learning_rate
 from deitkit.training.student import Student
 
@@ -41,6 +44,11 @@ class LogitLookup(Protocol):
 
     def get(self, epoch: int, step: int, compute: Callable[[], Tensor]) -> Tensor:
         """Return the logits for the view of a step (epoch and step from 0), computing them if they are not stored."""
+
+
+def can_be_shared(students: Sequence[Student], device: torch.device) -> bool:
+    """Return whether processes can share the steps of students: BatchNorm needs a GPU to be taken over all of them."""
+    return device.type == "cuda" or not any(has_batch_norm(student.classifier.model) for student in students)
 
 
 class Cohort:
@@ -58,6 +66,7 @@ class Cohort:
         logit_cache: Store of the teacher's logits; None computes them at every step.
         unlabelled_in_step: Images without labels in a step, at most as many as there are; 0 for none.
         balanced: Whether an epoch has as many images of every class.
+        ranks: Processes that share every step, each of which has built the same cohort; see ``can_be_shared``.
     """
 
     def __init__(
@@ -74,8 +83,10 @@ class Cohort:
         logit_cache: LogitLookup | None = None,
         unlabelled_in_step: int = 0,
         balanced: bool = False,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.students = students
+        self.ranks = ranks
         self.teacher = teacher
         self.device = precision.device
         scale_min = dataset.train.scale_of_crops(augment)
@@ -88,12 +99,15 @@ class Cohort:
             epoch_repeats=train.epoch_repeats,
             balanced=balanced,
             scale_min=scale_min,
+            places=ranks.places(train.batch_size),
         )
         self.unlabelled: Batches | None = None
         taught = any(student.method.teacher_signal for student in students)
         if unlabelled_in_step and dataset.unlabelled is not None and taught:
             count, order = min(unlabelled_in_step, len(dataset.unlabelled)), derived_seed(seed, "unlabelled")
-            self.unlabelled = Batches(dataset.unlabelled, count, order, self.device, scale_min=scale_min)
+            self.unlabelled = Batches(
+                dataset.unlabelled, count, order, self.device, scale_min=scale_min, places=ranks.places(count)
+            )
         self.validation = dataset.validation.to(self.device)
         self.train_recipe = train
         self.precision = precision
@@ -104,10 +118,24 @@ class Cohort:
         if train.class_weight == "balanced":
             self.class_weights = balanced_weights(dataset.train.labels, dataset.classes).to(self.device)
         self.logit_cache = logit_cache
-        self.recorder = Recorder(self.device, speed.cuda_graphs and not speed.checkpoint_activations)
+        synchronises = self._share_students() if ranks.count > 1 else False
+        recorded = speed.cuda_graphs and not speed.checkpoint_activations and not synchronises
+        self.recorder = Recorder(self.device, recorded)
         self.epoch, self.step = 0, 0  # the next ones to train, from 0
         self._pace: deque[tuple[int, float]] = deque(maxlen=PACE_MARKS)
         self.reset_watches()
+
+    def _share_students(self) -> bool:
+        """Let students compute this process's part of a step; return whether any has BatchNorm over all processes."""
+        assert can_be_shared(self.students, self.device)
+        synchronises = False
+        for student in self.students:
+            unlabelled = 0 if self.unlabelled is None else self.unlabelled.batch_size
+            student.share(self.ranks, self.batches.batch_size, unlabelled)
+            if has_batch_norm(student.classifier.model):
+                student.classifier.model = convert_sync_batchnorm(student.classifier.model)
+                synchronises = True
+        return synchronises
 
     def reset_watches(self, seconds: dict[str, float] | None = None) -> None:
         """Reset the stopwatches of an epoch: whole steps, waiting for images, making views, and the teacher."""
@@ -138,12 +166,14 @@ class Cohort:
         with self.watches["teacher"]:
             teacher_logits = self._teacher_logits(view)
         for student in self.active:
-            torch.manual_seed(derived_seed(self.seed, "dropout", step))
+            # Dropout of its own for the images of each process; alone, as ever.
+            torch.manual_seed(derived_seed(self.seed, "dropout", step, *[self.ranks.rank] * (self.ranks.rank > 0)))
             with student.watch:
                 # A recording reads the same tensors at every step, so no student may get logits that it does not use:
                 # they are no longer made when all students that use them have stopped.
                 logits = teacher_logits if student.method.teacher_signal else None
                 terms = self.recorder.run(student.backward, view, targets, logits, self.class_weights)
+                student.sum_over_ranks(terms)
                 with student.optimizer_watch:
                     student.set_learning_rate(self.rate(student, step))
                     if student.can_record_optimizer_step:
@@ -161,14 +191,27 @@ class Cohort:
         unlabelled: UInt8[Tensor, "unlabelled channels height width"] | None = None,
     ) -> tuple[Float[Tensor, "all channels height width"], Float[Tensor, "batch classes"]]:
         """Return the view of a step of the run, and the targets of its images with labels, which come first."""
-        generator = derived_generator(self.seed, "view", step)
-        view, targets = self.mix(self.augment(images, generator), labels, generator)
+        view, targets = self._augment(images, labels, self.batches, derived_generator(self.seed, "view", step))
         if unlabelled is not None:
+            assert self.unlabelled is not None
             generator = derived_generator(self.seed, "unlabelled view", step)
             nothing = labels.new_zeros(len(unlabelled))
-            more, _ = self.mix(self.augment(unlabelled, generator), nothing, generator)
-            view = torch.cat([view, more])
+            view = torch.cat([view, self._augment(unlabelled, nothing, self.unlabelled, generator)[0]])
         return self.recorder.hold("view", view), self.recorder.hold("targets", targets)
+
+    def _augment(
+        self,
+        images: UInt8[Tensor, "part channels height width"],
+        labels: Int64[Tensor, " part"],
+        batches: Batches,
+        generator: torch.Generator,
+    ) -> tuple[Float[Tensor, "part channels height width"], Float[Tensor, "part classes"]]:
+        """Draw for a whole batch, and return the view and the targets of this process's images."""
+        height, width = images.shape[-2:]
+        draws = self.augment.draw(batches.batch_size, (height, width), generator)
+        if self.ranks.count > 1:
+            draws = draws[batches.places]
+        return self.mix(self.augment.apply(images, draws), labels, generator)
 
     def _teacher_logits(
         self, view: Float[Tensor, "batch channels height width"]
@@ -201,7 +244,8 @@ class Cohort:
         Args:
             on_step: Called every few steps, after synchronising with the device.
             should_stop: Called after every step, and after every batch of a validation; an interrupted validation is
-                repeated on resume.
+                repeated on resume. Where processes share the steps, called when the losses are read, and any of them
+                stops all.
 
         Raises:
             Interrupted: ``should_stop`` returned True.
@@ -216,11 +260,16 @@ class Cohort:
                     self._stop_diverged()
                     if on_step is not None:
                         on_step(self._progress())
-                if should_stop():
+                if self._is_stopped(should_stop):
                     raise Interrupted
             metrics = self._close_epoch(should_stop)
             self.epoch, self.step = self.epoch + 1, 0
             yield metrics
+
+    def _is_stopped(self, should_stop: Callable[[], bool]) -> bool:
+        if self.ranks.count == 1:
+            return should_stop()
+        return self._is_log_step() and self.ranks.any(should_stop())
 
     def next_step(self, batches: Iterator[tuple[Tensor, Tensor]]) -> None:
         """Train on the next batch of the epoch."""
@@ -317,7 +366,10 @@ class Cohort:
     def _validate(self, should_stop: Callable[[], bool]) -> list[dict[str, float]]:
         """Return each active student's accuracy by every readout."""
         classifiers = [student.classifier for student in self.active]
-        outputs = predict_all(classifiers, self.validation, self.precision, should_stop)
+        if self.ranks.count > 1:
+            outputs = predict_all(classifiers, self.validation, self.precision, ranks=self.ranks)
+        else:
+            outputs = predict_all(classifiers, self.validation, self.precision, should_stop)
         labels = self.validation.labels.cpu()
         return [
             {readout: top_k_accuracy(scores, labels) for readout, scores in readout_scores(output).items()}

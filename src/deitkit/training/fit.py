@@ -1,6 +1,7 @@
 """Training a cohort to its end in a run folder: timed states, metrics, TensorBoard, interrupts."""
 
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from torch.utils.tensorboard import SummaryWriter
 from deitkit.errors import Interrupted
 from deitkit.run.metrics import EpochMetrics, read_metrics, write_metrics
 from deitkit.run.observer import Progress, Watcher
-from deitkit.run.state import load_state, save_state
+from deitkit.run.state import load_state, load_tree, save_state
 from deitkit.training.cohort import Cohort
 
 # At the end of an epoch a state is smaller and a resumed run repeats nothing, so it is saved sooner than mid-epoch.
@@ -74,6 +75,7 @@ def train_to_end(
         Interrupted: The watcher requested a stop; the state is saved.
     """
     state = load_state(checkpoint, watcher.say)
+    cohort.ranks.tell(None if state is None else str(checkpoint.resolve()))
     if state is not None:
         cohort.load_state_dict(state)
         watcher.say(f"{title}: resuming at epoch {cohort.epoch + 1}, step {cohort.step + 1}")
@@ -102,12 +104,26 @@ def train_to_end(
                 watcher.epoch(title, metrics)
                 # The iterator has not started the next epoch yet, so this saves the state that it starts from.
                 saver.save_if_due()
-                if watcher.should_stop():
+                if cohort.ranks.any(watcher.should_stop()):
                     raise Interrupted
         except Interrupted:
             saver.save()
             raise
         saver.save()  # so that a failure of the following gate or predictions does not lose the training
+
+
+def help_to_the_end(cohort: Cohort, should_stop: Callable[[], bool]) -> None:
+    """Train this process's part of a cohort, which the first process trains with ``train_to_end``.
+
+    Raises:
+        Interrupted: A process was asked to stop.
+    """
+    state = cohort.ranks.hear()
+    if state is not None:
+        cohort.load_state_dict(load_tree(Path(state)))
+    for _ in cohort.fit(should_stop=should_stop):
+        if cohort.ranks.any(should_stop()):
+            raise Interrupted
 
 
 def _write_to_board(board: SummaryWriter, metrics: EpochMetrics) -> None:

@@ -32,8 +32,7 @@ def choose_micro_batch_size(
         whole_batch: Whether the loss relates the images of a batch to each other.
     """
     model, chosen = classifier.model, speed.micro_batch_size
-    has_batch_norm = any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
-    if whole_batch or not isinstance(model, DeiT) or has_batch_norm or chosen is None:
+    if whole_batch or not isinstance(model, DeiT) or has_batch_norm(model) or chosen is None:
         return batch_size
     if chosen != "auto":
         return min(batch_size, chosen)
@@ -44,6 +43,11 @@ def choose_micro_batch_size(
     cache = CACHE_BYTES * torch.get_num_threads()
     most = max(math.ceil(LEAST_ROWS / tokens), cache // (tokens * width * precision.dtype.itemsize))
     return math.ceil(batch_size / math.ceil(batch_size / most))
+
+
+def has_batch_norm(model: nn.Module) -> bool:
+    """Return whether a model relates the images of a batch to each other: a CNN, or a convolutional stem."""
+    return any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
 
 
 def micro_batches(size: int, *parts: tuple[int, int]) -> Iterator[slice]:

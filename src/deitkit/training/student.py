@@ -9,8 +9,10 @@ from torch import Tensor, nn
 
 from deitkit.distillation.methods import Method
 from deitkit.models.classifier import Classifier
+from deitkit.models.vit import Output
 from deitkit.recipe.schema import DistillationRecipe, OptimizerRecipe, SpeedRecipe
 from deitkit.system.device import Precision
+from deitkit.system.ranks import ALONE, Ranks
 from deitkit.system.timer import Stopwatch
 from deitkit.training.micro_batches import choose_micro_batch_size, micro_batches
 from deitkit.training.optim import (
@@ -63,6 +65,7 @@ class Student:
         self.optimizers = build_optimizers(classifier.model, recipe)
         self.average = ExponentialMovingAverage(classifier, ema_decay) if ema_decay is not None else None
         self.stopped: str | None = None
+        self.ranks, self.images_in_step = ALONE, (0, 0)
         self.good = self._snapshot()
         self.reset_meters()
 
@@ -72,6 +75,16 @@ class Student:
         self.watch, self.optimizer_watch = Stopwatch(device), Stopwatch(device)
         self.term_sums: dict[str, Tensor] = {}
         self.bad_step = torch.full((), -1, device=device, dtype=torch.long)
+
+    def share(self, ranks: Ranks, labelled: int, unlabelled: int) -> None:
+        """Compute only this process's part of the gradient of a step; ``sum_over_ranks`` makes it whole.
+
+        Args:
+            ranks: The processes of the run.
+            labelled: Images with labels of a step, of all processes.
+            unlabelled: Images without labels, likewise.
+        """
+        self.ranks, self.images_in_step = ranks, (labelled, unlabelled)
 
     def backward(
         self,
@@ -84,6 +97,8 @@ class Student:
 
         Images without labels follow those with labels. The term of the labels is a mean over the images with labels,
         that of the teacher a weighted mean over all. A method without a term of the teacher does not see the others.
+        Where processes share a step, means are over the images of all of them, and terms and gradient are this
+        process's summands.
 
         Args:
             view: Augmented images, values in [0, 1].
@@ -93,23 +108,49 @@ class Student:
         """
         for optimizer in self.optimizers:
             optimizer.zero_grad()
-        labelled, weight = len(targets), self.distillation.unlabelled_weight
-        seen = len(view) if teacher_logits is not None else labelled
-        answered = labelled + weight * (seen - labelled)
+        mine, weight = len(targets), self.distillation.unlabelled_weight
+        seen = len(view) if teacher_logits is not None else mine
+        labelled, unlabelled = (mine, seen - mine) if self.ranks.count == 1 else self.images_in_step
+        answered = labelled + weight * unlabelled
         sums: dict[str, Tensor] = {}
-        for part in micro_batches(self.micro_batch_size, (0, labelled), (labelled, seen)):
+        for part in micro_batches(self.micro_batch_size, (0, mine), (mine, seen)):
             with self.precision.autocast():
                 output = self.classifier(view[part])
             logits = None if teacher_logits is None else teacher_logits[part]
-            has_labels = part.start < labelled
+            has_labels = part.start < mine
             known = targets[part] if has_labels else None
+            images: float = part.stop - part.start  # each term is a mean over the images of the micro-batch
+            if self.method.needs_whole_batch and self.ranks.count > 1:
+                whole = labelled if has_labels else unlabelled
+                output, logits, known = self._gathered(output, logits, known, whole)
+                images = whole / self.ranks.count  # every process computes the same term
             terms = self.method.loss_terms(output, logits, known, self.distillation, class_weights)
-            images = part.stop - part.start  # each term is a mean over the images of the micro-batch
             shares = {"labels": images / labelled, "teacher": (1 if has_labels else weight) * images / answered}
             terms = {name: term * shares[name] for name, term in terms.items()}
             torch.stack(list(terms.values())).sum().backward()
             sums |= {name: sums.get(name, 0) + term.detach() for name, term in terms.items()}
         return sums
+
+    def _gathered(
+        self,
+        output: Output,
+        logits: Float[Tensor, "part classes"] | None,
+        targets: Float[Tensor, "part classes"] | None,
+        count: int,
+    ) -> tuple[Output, Float[Tensor, "batch classes"] | None, Float[Tensor, "batch classes"] | None]:
+        """Return a student's output, the teacher's logits and the targets of the images of all processes."""
+        sizes = [len(self.ranks.places(count, rank)) for rank in range(self.ranks.count)]
+        rows = (output.class_logits, output.distillation_logits, logits, targets)
+        class_logits, distillation_logits, logits, targets = (
+            None if row is None else self.ranks.gather(row, sizes) for row in rows
+        )
+        return Output(class_logits, distillation_logits), logits, targets
+
+    def sum_over_ranks(self, terms: dict[str, Float[Tensor, ""]]) -> None:
+        """Add up the gradients and the terms of ``backward`` of all processes, in place."""
+        if self.ranks.count > 1:
+            gradients = [each.grad for each in self.classifier.parameters() if each.grad is not None]
+            self.ranks.sum_in_place([*gradients, *terms.values()])
 
     def optimizer_step(self) -> None:
         """Clip the gradient and update the weights, without waiting for the device."""

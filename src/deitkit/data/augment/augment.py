@@ -5,9 +5,10 @@ nothing waits for the device. Mixing images with each other is in ``mix.py``; no
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Bool, Float, Float64, Int64, UInt8
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -21,8 +22,51 @@ ERASE_AREA = (0.02, 0.33)
 ERASE_RATIO = (1 / 3.3, 1 / 0.3)  # width to height, like a crop's; torchvision gives height to width
 
 
+@dataclass(frozen=True)
+class ViewDraws:
+    """All random numbers of a batch's view: small tensors on the CPU, whose last dimension is the batch.
+
+    Attributes:
+        boxes: Random-resized crops (top, left, height, width); None for none.
+        corners: Upper and left edge of each crop of the padded image; None for neither padding nor flips.
+        flipped: Which images are mirrored.
+        policies: Operations and their arguments, of each policy.
+        erased: Which images are erased; None for none.
+        erased_boxes: What is erased (top, left, height, width); size 0 in the others.
+        noise_rows: The place of each image among the erased ones of the whole batch, in which order noise is drawn.
+        noise_count: Number of erased images of the whole batch.
+        noise_seed: Of the noise; None erases to the mean colour.
+    """
+
+    boxes: Int64[Tensor, "4 batch"] | None
+    corners: Int64[Tensor, "2 batch"] | None
+    flipped: Bool[Tensor, " batch"]
+    policies: tuple[tuple[Int64[Tensor, "_ batch"], Float64[Tensor, "_ batch"]], ...]
+    erased: Bool[Tensor, " batch"] | None
+    erased_boxes: Int64[Tensor, "4 batch"]
+    noise_rows: Int64[Tensor, " batch"]
+    noise_count: int
+    noise_seed: int | None
+
+    def __getitem__(self, places: Int64[Tensor, " some"]) -> "ViewDraws":
+        """Return the draws of some images of the batch: applied to these, they give the same views."""
+
+        def some(draws: Tensor | None) -> Tensor | None:
+            return None if draws is None else draws[..., places]
+
+        chosen = {
+            name: some(getattr(self, name))
+            for name in ("boxes", "corners", "flipped", "erased", "erased_boxes", "noise_rows")
+        }
+        policies = tuple((operations[:, places], arguments[:, places]) for operations, arguments in self.policies)
+        return replace(self, **chosen, policies=policies)  # type: ignore[arg-type]
+
+
 class Augment:
-    """The augmentation of a recipe, with separate draws for each image."""
+    """The augmentation of a recipe, with separate draws for each image.
+
+    It first draws for a whole batch, then applies the draws, to all of its images or to some.
+    """
 
     def __init__(
         self, recipe: AugmentRecipe, mean: tuple[float, ...], std: tuple[float, ...], *, is_cropped: bool = False
@@ -40,6 +84,7 @@ class Augment:
         """
         self.recipe = recipe
         self.crops = recipe.crop == "random-resized" and not is_cropped
+        self.pad_px = recipe.pad_px if recipe.crop in ("pad", "simple") else 0
         self.layers = list(_layers(recipe, mean))
         self.mean = torch.tensor(mean)[:, None, None]
         self.std = torch.tensor(std)[:, None, None]
@@ -47,53 +92,95 @@ class Augment:
     def __call__(
         self, images: UInt8[Tensor, "batch channels height width"], generator: torch.Generator
     ) -> Float[Tensor, "batch channels height width"]:
+        """Draw for a batch and return its view, see ``draw`` and ``apply``."""
+        height, width = images.shape[-2:]
+        return self.apply(images, self.draw(len(images), (height, width), generator))
+
+    def draw(self, batch: int, size: tuple[int, int], generator: torch.Generator) -> ViewDraws:
+        """Draw for a batch of images.
+
+        Args:
+            batch: Number of images.
+            size: Their height and width.
+            generator: A CPU generator. Its state alone determines all draws, except the noise of ``erase_mode: pixel``,
+                which a generator on the device draws from a seed drawn here.
+        """
+        recipe, (height, width) = self.recipe, size
+        boxes, corners, flipped = None, None, torch.zeros(batch, dtype=torch.bool)
+        if self.crops:
+            boxes = draw_crops(batch, torch.tensor([[height], [width]]), recipe.scale_min, generator)
+        if self.pad_px or recipe.flip:
+            corners = torch.randint(2 * self.pad_px + 1, (2, batch), generator=generator)
+            flipped = torch.rand(batch, generator=generator) < recipe.flip
+        policies = tuple(layer.draw(batch, height, width, generator) for layer in self.layers)
+        erased, seed = None, None
+        erased_boxes, noise_rows = torch.zeros(4, batch, dtype=torch.int64), torch.zeros(batch, dtype=torch.int64)
+        if recipe.erase:
+            erased = torch.rand(batch, generator=generator) < recipe.erase
+            limits = torch.tensor([[height], [width]])
+            count = int(erased.sum())
+            erased_boxes[:, erased] = draw_boxes(count, limits, ERASE_AREA, ERASE_RATIO, limits - 1, generator)
+            noise_rows[erased] = torch.arange(count)
+            if recipe.erase_mode == "pixel":
+                seed = int(torch.randint(2**62, (), generator=generator))
+        return ViewDraws(
+            boxes=boxes,
+            corners=corners,
+            flipped=flipped,
+            policies=policies,
+            erased=erased,
+            erased_boxes=erased_boxes,
+            noise_rows=noise_rows,
+            noise_count=0 if erased is None else int(erased.sum()),
+            noise_seed=seed,
+        )
+
+    def apply(
+        self, images: UInt8[Tensor, "batch channels height width"], draws: ViewDraws
+    ) -> Float[Tensor, "batch channels height width"]:
         """Return the view: float32 in [0, 1], of the images' size, not normalised.
 
         Args:
             images: Grey or RGB images, on any device; left unchanged.
-            generator: A CPU generator. Its state alone determines all draws, except the noise of ``erase_mode: pixel``,
-                which a generator on the device draws from a seed drawn here.
+            draws: Of these images.
         """
-        recipe = self.recipe
-        batch, _, height, width = images.shape
-        pad_px = recipe.pad_px if recipe.crop in ("pad", "simple") else 0
-        if self.crops:
-            boxes = draw_crops(batch, torch.tensor([[height], [width]]), recipe.scale_min, generator)
-            images = resized_crop(images, boxes, (height, width))
-        if pad_px or recipe.flip:
-            tops, lefts = torch.randint(2 * pad_px + 1, (2, batch), generator=generator)
-            flipped = torch.rand(batch, generator=generator) < recipe.flip
-            images = shift_and_flip(images, tops, lefts, flipped, pad_px, reflect=recipe.crop == "simple")
-        for layer in self.layers:
-            images = layer(images, generator)
+        if draws.boxes is not None:
+            images = resized_crop(images, draws.boxes, (images.shape[2], images.shape[3]))
+        if draws.corners is not None:
+            tops, lefts = draws.corners
+            reflect = self.recipe.crop == "simple"
+            images = shift_and_flip(images, tops, lefts, draws.flipped, self.pad_px, reflect=reflect)
+        for layer, (operations, arguments) in zip(self.layers, draws.policies, strict=True):
+            images = layer.apply(images, operations, arguments)
         view = images.float().div_(255)
-        return self._erase(view, generator) if recipe.erase else view
+        return view if draws.erased is None else self._erase(view, draws.erased, draws)
 
-    def _erase(self, view: Tensor, generator: torch.Generator) -> Tensor:
+    def _erase(self, view: Tensor, erased: Tensor, draws: ViewDraws) -> Tensor:
         """Erase in place (Zhong et al., 2017): a rectangle of 2 % to 33 % of the area, as torchvision draws it.
 
         Noise is normal around the mean colour, which is standard normal after normalisation, clamped to [0, 1].
         """
         height, width = view.shape[-2:]
         device = view.device
-        chosen = torch.rand(len(view), generator=generator) < self.recipe.erase
-        index = chosen.nonzero().squeeze(1)
-        size = torch.tensor([[height], [width]])
-        boxes = draw_boxes(len(index), size, ERASE_AREA, ERASE_RATIO, size - 1, generator)
-        top, left, box_height, box_width = boxes.to(device, non_blocking=True)[..., None]
+        index = erased.nonzero().squeeze(1)
+        top, left, box_height, box_width = draws.erased_boxes[:, index].to(device, non_blocking=True)[..., None]
         rows, columns = torch.arange(height, device=device), torch.arange(width, device=device)
         in_rows = (rows >= top) & (rows < top + box_height)
         in_columns = (columns >= left) & (columns < left + box_width)
-        erased = (in_rows[:, :, None] & in_columns[:, None, :])[:, None]
+        inside = (in_rows[:, :, None] & in_columns[:, None, :])[:, None]
 
+        noise_rows = draws.noise_rows[index]
         index = index.to(device, non_blocking=True)
         kept = view.index_select(0, index)
         colour = self.mean.to(device, non_blocking=True)
-        if self.recipe.erase_mode == "pixel":
-            seed = int(torch.randint(2**62, (), generator=generator))
-            noise = torch.randn(kept.shape, generator=torch.Generator(device).manual_seed(seed), device=device)
+        if draws.noise_seed is not None:
+            generator = torch.Generator(device).manual_seed(draws.noise_seed)
+            # Noise of all erased images of the batch, so that each has the same whichever of them are in this view.
+            noise = torch.randn((draws.noise_count, *kept.shape[1:]), generator=generator, device=device)
+            if len(noise_rows) < draws.noise_count:
+                noise = noise.index_select(0, noise_rows.to(device, non_blocking=True))
             colour = (colour + self.std.to(device, non_blocking=True) * noise).clamp_(0, 1)
-        return view.index_copy_(0, index, torch.where(erased, colour, kept))
+        return view.index_copy_(0, index, torch.where(inside, colour, kept))
 
 
 def _layers(recipe: AugmentRecipe, mean: tuple[float, ...]) -> Iterator[AugmentPolicy]:

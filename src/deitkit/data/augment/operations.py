@@ -275,8 +275,17 @@ class AugmentPolicy(ABC):
     ) -> UInt8[Tensor, "batch channels height width"]:
         """Augment a batch, with draws from a CPU generator for images on any device."""
         batch, _, height, width = images.shape
-        for operations, arguments in zip(*self.draw(batch, height, width, generator)):
-            images = apply_operations(images, operations, arguments, self.fill, self.bilinear)
+        return self.apply(images, *self.draw(batch, height, width, generator))
+
+    def apply(
+        self,
+        images: UInt8[Tensor, "batch channels height width"],
+        operations: Int64[Tensor, "layers batch"],
+        arguments: Float64[Tensor, "layers batch"],
+    ) -> UInt8[Tensor, "batch channels height width"]:
+        """Apply the layers that ``draw`` drew for these images, in order."""
+        for layer in zip(operations, arguments, strict=True):
+            images = apply_operations(images, *layer, self.fill, self.bilinear)
         return images
 
     @abstractmethod

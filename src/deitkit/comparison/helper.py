@@ -1,0 +1,94 @@
+"""What every process of a run but the first does: it helps to train, reads no options and writes no files."""
+
+import signal
+from contextlib import suppress
+from functools import lru_cache
+from types import FrameType
+from typing import Any
+
+from deitkit.comparison.seed_run import predict_students, seed_cohort
+from deitkit.data.dataset import Dataset, add_unlabelled, load_dataset
+from deitkit.errors import Interrupted
+from deitkit.models.accelerate import accelerate, release
+from deitkit.recipe.schema import DataRecipe
+from deitkit.run.observer import Silent
+from deitkit.system.device import Precision, choose_device
+from deitkit.system.ranks import Ranks
+from deitkit.system.seeding import seeded
+from deitkit.teachers.prepare import (
+    draft_teacher,
+    images_of_teacher,
+    prepare_teachers,
+    teacher_cohort,
+    teacher_student,
+)
+from deitkit.training.build import build_students, needs_teacher
+from deitkit.training.fit import help_to_the_end
+from deitkit.training.shared import SharedTraining
+
+
+class Stop:
+    """Remembers a request to stop (Ctrl-C, SIGTERM), which ends the training of all processes after a step."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self.requested = True
+
+    def __call__(self) -> bool:
+        return self.requested
+
+
+def help_until_the_end(ranks: Ranks) -> None:
+    """Help with every training that the first process announces, until it says that the run has ended.
+
+    A request to stop ends the training; this process then waits until the first one has saved it, since torchrun ends
+    all processes as soon as one has failed.
+    """
+    stop = Stop()
+    while (message := ranks.hear()) is not None:
+        with suppress(Interrupted):
+            _help(message, ranks, stop)
+
+
+def _help(message: Any, ranks: Ranks, stop: Stop) -> None:
+    training = SharedTraining.model_validate(message)
+    precision = Precision.choose(training.recipe.train.precision, choose_device(training.recipe.device))
+    if training.seed is None:
+        _help_with_teacher(training, precision, ranks, stop)
+    else:
+        _help_with_students(training, training.seed, precision, ranks, stop)
+
+
+def _help_with_teacher(training: SharedTraining, precision: Precision, ranks: Ranks, stop: Stop) -> None:
+    recipe = training.recipe
+    with seeded(recipe.seeds[0], training.folder.name):
+        classifier, _ = draft_teacher(recipe.teacher, _load(recipe.data, recipe.has_random_crops))
+    accelerate(classifier, recipe.speed, precision.device)
+    student = teacher_student(training.folder.name, classifier, recipe.teacher, precision)
+    dataset = _load(images_of_teacher(recipe), recipe.has_random_crops)
+    help_to_the_end(teacher_cohort(student, recipe, dataset, precision, ranks), stop)
+
+
+def _help_with_students(training: SharedTraining, seed: int, precision: Precision, ranks: Ranks, stop: Stop) -> None:
+    recipe = training.recipe
+    dataset = _load(recipe.data, recipe.has_random_crops)
+    teachers = None
+    if needs_teacher(recipe):
+        home = training.folder / "teacher"
+        teachers, _ = prepare_teachers(recipe, dataset, folder=home, precision=precision, watcher=Silent())
+    students = build_students(recipe, dataset, seed, precision, names=training.names)
+    help_to_the_end(seed_cohort(students, recipe, dataset, teachers, seed, precision, ranks), stop)
+    predict_students(students, dataset, precision, ranks)
+    for student in students:
+        release(student.classifier)
+
+
+@lru_cache(maxsize=1)  # two may not fit in memory
+def _load(recipe: DataRecipe, random_crops: bool) -> Dataset:
+    """Load the images of a recipe, which the first process has read, and so cached, before."""
+    dataset = load_dataset(recipe, random_crops=random_crops)
+    return dataset if recipe.unlabelled is None else add_unlabelled(dataset, recipe)

@@ -1,0 +1,154 @@
+"""The processes of a run that ``torchrun`` starts: each trains on its part of every batch, with the same weights.
+
+The first process runs the comparison; the others only help it to train (``comparison/helper.py``). What they compute
+together goes through collectives of torch.distributed, what the first tells the others through its store.
+"""
+
+import json
+import os
+import time
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Int64
+from torch import Tensor
+
+from deitkit.errors import RecipeError
+from deitkit.system.process import were_started
+
+POLL_SECONDS = 0.05  # between two looks for a message
+PATIENCE = timedelta(minutes=30)  # for one collective: the first process may be writing a state meanwhile
+
+
+class Ranks:
+    """This process among those of the run.
+
+    Args:
+        rank: Its number, from 0.
+        count: Number of processes.
+        store: For messages; None if this process is alone.
+    """
+
+    def __init__(self, rank: int = 0, count: int = 1, store: Any = None) -> None:
+        self.rank = rank
+        self.count = count
+        self.store = store
+        self._messages = 0  # heard or told so far
+
+    def places(self, batch: int, rank: int | None = None) -> Int64[Tensor, " part"]:
+        """Return the places of a batch that a process (by default this one) trains on.
+
+        They are a part of the first half and its mirror images, so that Mixup and CutMix, which mix a batch with itself
+        in reverse order, mix the part with itself in reverse order.
+        """
+        half = (batch + 1) // 2
+        rank = self.rank if rank is None else rank
+        front = torch.arange(half * rank // self.count, half * (rank + 1) // self.count)
+        back = (batch - 1 - front).flip(0)
+        return torch.cat([front, back[1:] if batch % 2 and half - 1 in front else back])
+
+    def spans(self, count: int) -> list[slice]:
+        """Return the part of ``count`` images that each process predicts; every one predicts all of very few."""
+        if count < self.count:
+            return [slice(0, count)] * self.count
+        return [slice(count * rank // self.count, count * (rank + 1) // self.count) for rank in range(self.count)]
+
+    def sum_in_place(self, tensors: Sequence[Tensor]) -> None:
+        """Replace tensors of one type and device by their sums over all processes, in one message."""
+        if self.count == 1:
+            return
+        together = torch.cat([tensor.reshape(-1) for tensor in tensors])
+        dist.all_reduce(together)
+        sums = together.split([tensor.numel() for tensor in tensors])
+        torch._foreach_copy_(list(tensors), [part.view_as(tensor) for part, tensor in zip(sums, tensors, strict=True)])
+
+    def gather(self, rows: Tensor, sizes: Sequence[int]) -> Tensor:
+        """Return the rows of all processes, in their order; a gradient goes back to the rows of each.
+
+        Args:
+            rows: Of this process, shape (its size, ...).
+            sizes: Number of rows of each process.
+        """
+        return _Gather.apply(rows, self, tuple(sizes)) if self.count > 1 else rows
+
+    def any(self, flag: bool) -> bool:
+        """Return whether a flag is set in any process."""
+        if self.count == 1:
+            return flag
+        together = torch.tensor([int(flag)])  # on the CPU, so that no device is waited for
+        dist.all_reduce(together, op=dist.ReduceOp.MAX)
+        return bool(together)
+
+    def tell(self, message: Any) -> None:
+        """Send a JSON value from the first process to all others; never waits for them."""
+        if self.count > 1:
+            self.store.set(f"message {self._next()}", json.dumps(message))
+
+    def hear(self) -> Any:
+        """Return the next message of the first process, however long it takes."""
+        key = f"message {self._next()}"
+        while not self.store.check([key]):
+            time.sleep(POLL_SECONDS)
+        return json.loads(self.store.get(key))
+
+    def _next(self) -> int:
+        self._messages += 1
+        return self._messages
+
+
+class _Gather(torch.autograd.Function):
+    """Rows of all processes; its gradient is that of the sum of the losses of all, which are equal."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, ranks: Ranks, sizes: tuple[int, ...]) -> Tensor:
+        ctx.ranks, ctx.sizes = ranks, sizes
+        padded = rows.new_zeros((max(sizes), *rows.shape[1:]))  # collectives want equal shapes
+        padded[: len(rows)] = rows
+        parts = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(parts, padded)
+        return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        return gradients[0].split(ctx.sizes)[ctx.ranks.rank] * ctx.ranks.count, None, None
+
+
+ALONE = Ranks()
+_current = ALONE
+
+
+def current_ranks() -> Ranks:
+    """Return this process among those of the run; alone unless ``join_ranks`` found others."""
+    return _current
+
+
+def join_ranks() -> Ranks:
+    """Join the processes that torchrun started, each with a GPU of its own where there are GPUs.
+
+    Raises:
+        RecipeError: There are more processes on this machine than GPUs.
+    """
+    global _current
+    if not were_started():
+        return ALONE
+    if torch.cuda.is_available():
+        local, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        if local >= gpus:
+            here = os.environ.get("LOCAL_WORLD_SIZE", str(local + 1))
+            raise RecipeError(f"--nproc-per-node={here} exceeds the {gpus} GPUs of this machine: use at most {gpus}")
+        torch.cuda.set_device(local)
+    store, rank, count = next(dist.rendezvous("env://"))
+    dist.init_process_group(store=store, rank=rank, world_size=count, timeout=PATIENCE)
+    _current = Ranks(rank, count, dist.PrefixStore("deitkit", store))
+    return _current
+
+
+def leave_ranks() -> None:
+    """Leave the other processes, at the end of the run."""
+    global _current
+    if _current.count > 1:
+        dist.destroy_process_group()
+    _current = ALONE
