@@ -19,6 +19,7 @@ from deitkit.training.student import Student
 from training.test_cohort import Teacher
 
 STEPS = 20
+METHODS_TOGETHER = ["none", "soft", "token-hard", "dkd", "dist", "token-dist"]
 DATASET = striped_dataset(per_class=64, image_px=16)
 STRONG = {"randaugment": "2,9", "erase": 0.5, "erase_mode": "pixel", "mixup": 0.8, "cutmix": 1.0}
 
@@ -68,7 +69,8 @@ def difference(one: Cohort, other: Cohort) -> dict[str, float]:
     """Return the largest difference of a weight, of an averaged weight, or of the sum of losses, of each student."""
     found = {}
     for first, second in zip(one.students, other.students, strict=True):
-        assert first.average is not None and second.average is not None
+        assert first.average is not None
+        assert second.average is not None
         pairs = [
             *zip(first.classifier.parameters(), second.classifier.parameters(), strict=True),
             *zip(first.average.classifier.parameters(), second.average.classifier.parameters(), strict=True),
@@ -95,21 +97,23 @@ def main() -> None:
     torch.set_num_threads(1)
     ranks = join_ranks()
     results: dict[str, object] = {}
-    for batch_size in (32, 33):
-        for optimizer, rate, unlabelled in (("adamw", 1e-3, 0), ("sgd", 1e-2, 9), ("lamb", 1e-3, 0)):
-            train = StudentTrainRecipe(
-                batch_size=batch_size, optimizer=optimizer, learning_rate=rate, clip_norm=1.0, ema_decay=0.9,
-                warmup_epochs=0, epochs=9,
-            )  # fmt: skip
-            names = ["none", "soft", "token-hard", "dkd", "dist", "token-dist"]
-            alone, together = (
-                build(each, names, train, AugmentRecipe(**STRONG), unlabelled) for each in (ALONE, ranks)
-            )
-            steps(alone)
-            steps(together)
-            results[f"{optimizer} {batch_size} {unlabelled}"] = difference(alone, together)
-        crops = AugmentRecipe(crop="random-resized", scale_min=0.2, colour_jitter=0.3, erase=0.3)
-        for name, augment in (("strong", AugmentRecipe(**STRONG)), ("crops", crops)):
+    for batch_size, optimizer, rate, unlabelled in (
+        (32, "adamw", 1e-3, 0),
+        (33, "sgd", 1e-2, 9),
+        (33, "lamb", 1e-3, 0),
+    ):
+        train = StudentTrainRecipe(
+            batch_size=batch_size, optimizer=optimizer, learning_rate=rate, clip_norm=1.0, ema_decay=0.9,
+            warmup_epochs=0, epochs=9,
+        )  # fmt: skip
+        strong = AugmentRecipe(**STRONG)
+        alone, together = (build(each, METHODS_TOGETHER, train, strong, unlabelled) for each in (ALONE, ranks))
+        steps(alone)
+        steps(together)
+        results[f"{optimizer} {batch_size} {unlabelled}"] = difference(alone, together)
+    crops = AugmentRecipe(crop="random-resized", scale_min=0.2, colour_jitter=0.3, erase=0.3)
+    for name, augment in (("strong", AugmentRecipe(**STRONG)), ("crops", crops)):
+        for batch_size in (32, 33):
             results[f"views {name} {batch_size}"] = views_equal(ranks, batch_size, augment)
     everything = Batches(DATASET.train, 33, 0, CPU_FP32.device).batch(0, 0)[1]
     gathered = ranks.gather(everything[ranks.places(33)], [len(ranks.places(33, rank)) for rank in range(ranks.count)])

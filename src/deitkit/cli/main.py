@@ -58,7 +58,10 @@ def main() -> None:
         sys.exit(getattr(stop, "exit_code", Interrupted.exit_code))
     except (MemoryError, RuntimeError) as error:
         if is_lost_process(error):
-            advice = "a process of the run was lost: its own message is above; the same command with --resume continues"
+            advice = (
+                "another process of the run was lost: the same command with --resume continues, and with torchrun's "
+                "--max-restarts=3 by itself"
+            )
         elif is_dead_worker(error):
             advice = "a process that decodes images was killed or out of memory: --resume continues; lower data.workers"
         elif is_out_of_memory(error):

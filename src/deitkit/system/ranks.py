@@ -141,8 +141,10 @@ def join_ranks() -> Ranks:
             raise RecipeError(f"--nproc-per-node={here} exceeds the {gpus} GPUs of this machine: use at most {gpus}")
         torch.cuda.set_device(local)
     store, rank, count = next(dist.rendezvous("env://"))
-    dist.init_process_group(store=store, rank=rank, world_size=count, timeout=PATIENCE)
-    _current = Ranks(rank, count, dist.PrefixStore("deitkit", store))
+    # The store outlives processes that are started again, which must not read what those before them wrote.
+    attempt = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    dist.init_process_group(store=attempt, rank=rank, world_size=count, timeout=PATIENCE)
+    _current = Ranks(rank, count, dist.PrefixStore("deitkit", attempt))
     return _current
 
 
