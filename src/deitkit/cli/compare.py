@@ -1,5 +1,6 @@
 """The commands that train: ``compare``, ``train``, ``finetune`` and ``teacher``, and where their run folders go."""
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -7,7 +8,8 @@ import typer
 from rich.table import Table
 
 from deitkit.cli.console import console, errors, print_json, say
-from deitkit.cli.options import Json, Out, Overrides, RecipeArgument, Resume, Seeds
+from deitkit.cli.options import Json, On, Out, Overrides, RecipeArgument, Resume, Seeds
+from deitkit.errors import RecipeError
 from deitkit.recipe.load import load_recipe
 from deitkit.recipe.schema import Recipe
 from deitkit.system.process import was_restarted
@@ -28,6 +30,14 @@ def compare(
     show_batch: Annotated[
         bool, typer.Option("--show-batch", help="Draw augmented views with their labels instead of training.")
     ] = False,
+    on: On = None,
+    devices: Annotated[
+        int, typer.Option("--devices", min=1, help="With --on: GPUs (or processes) of each unit, through torchrun.")
+    ] = 1,
+    unit: Annotated[
+        str | None,
+        typer.Option("--unit", help="Run only a part: `prepare`, then in any order `1/8` to `8/8`. See docs/scale.md."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Train students under every method of a recipe, side by side, and print which wins and by how much.
@@ -42,6 +52,10 @@ def compare(
     With `--folds 5` every image is a test image once: five comparisons, each in its own folder under folds/, and one
     table. Use it where a single test set is too small to decide; it takes five times as long.
 
+    With `--on local` its seeds, folds, variants or methods run as processes side by side, one on each GPU or core, and
+    with `--on ray:ADDRESS` on the machines of a Ray cluster; what is lost starts again from its last state. To share
+    every step of a training among GPUs: `torchrun --nproc-per-node=8 -m deitkit compare ...`.
+
     The run folder then contains table.md, table.csv, table.tex, curves.png, curves.svg, report.html, results.json, and
     the winner, ready for `deitkit predict`. Ctrl-C saves and stops; the same command with --resume continues.
     """
@@ -49,7 +63,10 @@ def compare(
     if show_batch:
         _show_batch(loaded, out)
         return
-    _compare(loaded, out, resume, as_json)
+    if unit is not None:
+        _run_unit(loaded, out, unit)
+        return
+    _compare(loaded, out, resume, as_json, on, devices)
 
 
 def train(
@@ -141,9 +158,23 @@ def _print_cards(cards: list["TeacherCard"], folder: Path) -> None:
         say(f"teacher in {home}: use it with teacher.name={home}")
 
 
-def _compare(recipe: Recipe, out: Path | None, resume: bool, as_json: bool) -> None:
+def _run_unit(recipe: Recipe, out: Path | None, unit: str) -> None:
     from deitkit.cli.progress import Terminal
+    from deitkit.comparison.units import run_unit
+
+    if out is None:
+        raise RecipeError(f"--unit {unit} runs a part of a comparison: name its run folder with --out")
+    with Terminal(console, stopped="stopped; the same command continues") as terminal:
+        run_unit(recipe, out, unit, watcher=terminal)
+
+
+def _compare(
+    recipe: Recipe, out: Path | None, resume: bool, as_json: bool, on: str | None = None, devices: int = 1
+) -> None:
+    from deitkit.cli.progress import Terminal
+    from deitkit.comparison.pools import open_pool
     from deitkit.comparison.run import run_recipe
+    from deitkit.comparison.side_by_side import run_side_by_side
     from deitkit.models.weights.pretrained import with_pretrained_size
     from deitkit.report.table import rich_table
     from deitkit.run.folder import choose_run_folder, occupied
@@ -154,9 +185,15 @@ def _compare(recipe: Recipe, out: Path | None, resume: bool, as_json: bool) -> N
     restarted = was_restarted()
     folder = choose_run_folder(out, recipe, resume, restarted=restarted)
     resume = resume or restarted
-    with Terminal(errors if as_json else console) as terminal, occupied(folder):
+    with Terminal(errors if as_json else console) as terminal, ExitStack() as stack:
         terminal.say(f"run folder {folder}")
-        results = run_recipe(recipe, folder, watcher=terminal, resume=resume)
+        if on is None:
+            stack.enter_context(occupied(folder))
+            results = run_recipe(recipe, folder, watcher=terminal, resume=resume)
+        else:
+            pool = open_pool(on, devices)
+            stack.callback(pool.close)
+            results = run_side_by_side(recipe, folder, pool=pool, watcher=terminal, resume=resume, devices=devices)
     if as_json:
         print_json(results.to_json())
         return

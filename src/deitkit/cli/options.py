@@ -21,6 +21,9 @@ Overrides = Annotated[
 Out = Annotated[Path | None, typer.Option("--out", help="The run folder; by default a new one under runs/.")]
 Seeds = Annotated[int | None, typer.Option("--seeds", min=1, help="Train this many seeds, from 0.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue the run in --out (or the newest of this recipe).")]
+On = Annotated[
+    str | None, typer.Option("--on", help="Run units side by side: local, local:4, ray or ray:ADDRESS (a cluster).")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for another program to read.")]
 ModelArgument = Annotated[
     Path, typer.Argument(metavar="MODEL", help="A folder with model.safetensors, or a run folder (its winner).")

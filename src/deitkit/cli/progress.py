@@ -2,7 +2,7 @@
 
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -12,7 +12,7 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
-from deitkit.cli.console import say
+from deitkit.cli.console import plain, say
 from deitkit.errors import Interrupted
 from deitkit.run.metrics import EpochMetrics
 from deitkit.run.observer import Progress as TrainingProgress
@@ -161,6 +161,23 @@ class Terminal:
             f"{title} epoch {first.epoch}/{first.epochs}  {first.cohort_images_per_second:.0f} images/s, "
             f"{100 * self._waiting:.0f} % waiting for data  loss/validation: {students}"
         )
+
+    def units(self, lines: Mapping[str, str], finished: int, total: int) -> None:
+        """Show the newest line of each unit on a terminal; without one, print them each minute."""
+        if not self.console.is_terminal:
+            if lines and time.monotonic() - self._drawn >= LINE_SECONDS:
+                for unit, line in lines.items():
+                    self._line(f"{unit}: {line}")
+            return
+        title = "units"
+        if self._title != title:
+            self._begin_live(title, total)
+        self._progress.update(self._task, completed=finished)
+        table = Table(box=None, pad_edge=False, show_header=False)
+        for unit, line in lines.items():
+            table.add_row(plain(unit), plain(line))
+        assert self._live is not None
+        self._live.update(Group(self._progress, table))
 
     def _picture(self) -> Group:
         table = Table(box=None, pad_edge=False)

@@ -8,6 +8,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -60,41 +61,75 @@ def compare_variants(recipe: Recipe, folder: Path, *, watcher: Watcher, resume: 
     Raises:
         Interrupted: The watcher requested a stop; the run can be resumed.
     """
-    recipes = {
+    begun = begin_variants(recipe, folder, watcher=watcher, resume=resume)
+    recipes, homes = begun.recipes, begun.homes
+    for name in begun.unfinished:
+        watcher.say(f"variant {name} ({list(recipes).index(name) + 1} of {len(recipes)}) {_in_words(name, recipes)}")
+        with named_in_errors(name):
+            data = begun.load(recipes[name].data)
+            compare(recipes[name], homes[name], watcher=watcher, resume=True, dataset=data)
+    results = _results(recipe, recipes, homes, begun.labels)
+    write_results(results, folder)
+    write_report(folder)
+    return results
+
+
+@dataclass(frozen=True)
+class BegunVariants:
+    """An ablation whose folders are begun and whose teachers are ready."""
+
+    recipes: dict[str, Recipe]
+    homes: dict[str, Path]
+    labels: Int64[Tensor, " n"]
+    load: Callable[[DataRecipe], Dataset]
+
+    @property
+    def unfinished(self) -> list[str]:
+        """The variants that are not finished, the base first."""
+        return [name for name in self.recipes if not has_finished(self.homes[name], self.recipes[name])]
+
+
+def variant_recipes(recipe: Recipe) -> dict[str, Recipe]:
+    """Return the recipe of the base and of each variant, by name."""
+    return {
         name: variant.model_copy(update={"model": with_pretrained_size(variant.model)})
         for name, variant in expand_variants(recipe).items()
     }
-    homes = {name: folder / "variants" / name for name in recipes}
+
+
+def variant_folder(folder: Path, name: str) -> Path:
+    """Return the run folder of a variant."""
+    return folder / "variants" / name
+
+
+def begin_variants(recipe: Recipe, folder: Path, *, watcher: Watcher, resume: bool = False) -> BegunVariants:
+    """Check everything that can be checked before training, begin the run folders, and prepare all teachers.
+
+    The arguments are those of ``compare_variants``.
+    """
+    recipes = variant_recipes(recipe)
+    homes = {name: variant_folder(folder, name) for name in recipes}
     check_run(folder, recipe, resume)
     for name, variant in recipes.items():
         check_run(homes[name], variant, resume=True)
     # One data set at a time: variants that share it follow each other in most recipes, and two may not fit in memory.
     random_crops = any(variant.has_random_crops for variant in recipes.values())
     load = lru_cache(maxsize=1)(lambda data: load_dataset(data, watcher.reading, random_crops=random_crops))
-    labels = _rehearse_all(recipes, load)
+    begun = BegunVariants(recipes, homes, _rehearse_all(recipes, load), load)
     begin_run(folder, recipe)
-    unfinished = [name for name in recipes if not has_finished(homes[name], recipes[name])]
-    for name in unfinished:
+    for name in begun.unfinished:
         begin_run(homes[name], recipes[name])
         if needs_teacher(recipes[name]):
-            with _named_in_errors(name):
+            with named_in_errors(name):
                 _provide_teacher(name, recipes, homes, load(recipes[name].data), watcher)
-    for name in unfinished:
-        watcher.say(f"variant {name} ({list(recipes).index(name) + 1} of {len(recipes)}) {_in_words(name, recipes)}")
-        with _named_in_errors(name):
-            data = load(recipes[name].data)
-            compare(recipes[name], homes[name], watcher=watcher, resume=True, dataset=data)
-    results = _results(recipe, recipes, homes, labels)
-    write_results(results, folder)
-    write_report(folder)
-    return results
+    return begun
 
 
 def _rehearse_all(recipes: dict[str, Recipe], load: Callable[[DataRecipe], Dataset]) -> Int64[Tensor, " n"]:
     """Build every variant once and throw it away; return the labels of the test images, the same for all."""
     labels = load(recipes[BASE].data).test.labels
     for name, variant in recipes.items():
-        with _named_in_errors(name):
+        with named_in_errors(name):
             dataset = load(variant.data)
             if not torch.equal(dataset.test.labels, labels):
                 raise DataError(
@@ -110,7 +145,7 @@ def _precision(recipe: Recipe) -> Precision:
 
 
 @contextmanager
-def _named_in_errors(name: str) -> Iterator[None]:
+def named_in_errors(name: str) -> Iterator[None]:
     """Name the variant in the message of an error."""
     try:
         yield

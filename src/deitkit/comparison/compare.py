@@ -6,7 +6,9 @@ Each stage writes its result into the run folder, so that a stopped run resumes 
 import json
 import shutil
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
@@ -46,7 +48,7 @@ from deitkit.run.results import (
 from deitkit.system.device import Precision, choose_device, describe_machine
 from deitkit.system.files import write_text
 from deitkit.teachers.frozen import Teachers, mean_teacher_logits
-from deitkit.teachers.prepare import common_card, prepare_teachers, rehearse_teachers
+from deitkit.teachers.prepare import common_card, prepare_teachers, rehearse_teachers, teacher_folders
 from deitkit.training.build import (
     BASELINE,
     baseline_architecture,
@@ -58,6 +60,20 @@ from deitkit.training.build import (
 from deitkit.training.trial import failure_of
 
 MODEL_FILES = ("model.safetensors", "model.json")
+
+
+@dataclass(frozen=True)
+class Begun:
+    """A comparison whose folder is begun and whose teachers are ready: what its seeds and its results need."""
+
+    recipe: Recipe
+    dataset: Dataset
+    precision: Precision
+    teachers: Teachers | None
+    cards: Sequence[TeacherCard]
+    checkpoint: StartingPoint | None
+    remarks: Sequence[str]
+    machine: dict[str, Any]
 
 
 def compare(
@@ -76,6 +92,24 @@ def compare(
     Raises:
         Interrupted: The watcher requested a stop; the run can be resumed.
     """
+    begun = begin(recipe, folder, watcher=watcher, resume=resume, dataset=dataset)
+    recipe, precision = begun.recipe, begun.precision
+    for seed in recipe.seeds:
+        run_seed(recipe, begun.dataset, begun.teachers, seed, folder=folder, precision=precision, watcher=watcher)
+    results = _results(begun, folder)
+    notes = (*results.notes, *(f"{line[0].upper()}{line[1:]}." for line in begun.remarks))
+    results = results.model_copy(update={"machine": begun.machine, "notes": notes})
+    watcher.say("measuring what each model costs to use")
+    return _conclude(add_costs(results, recipe, folder, precision), folder)
+
+
+def begin(
+    recipe: Recipe, folder: Path, *, watcher: Watcher, resume: bool = False, dataset: Dataset | None = None
+) -> Begun:
+    """Check everything that can be checked before training, begin the run folder, and prepare the teachers.
+
+    The arguments are those of ``compare``.
+    """
     recipe = recipe.model_copy(update={"model": with_pretrained_size(recipe.model)})
     device = choose_device(recipe.device)
     precision = Precision.choose(recipe.train.precision, device)
@@ -83,10 +117,7 @@ def compare(
         find_method(name)
     check_run(folder, recipe, resume)
     watcher.say(f"device {device}, precision {precision.name}")
-    if dataset is None:
-        dataset = load_dataset(recipe.data, watcher.reading, random_crops=recipe.has_random_crops)
-    if recipe.data.unlabelled is not None and dataset.unlabelled is None:
-        dataset = add_unlabelled(dataset, recipe.data, watcher.reading)
+    dataset = load_images(recipe, watcher, dataset)
     for line in describe_data(dataset):
         watcher.say(line)
     start, parameters = rehearse(recipe, dataset, precision)
@@ -111,13 +142,37 @@ def compare(
         teachers, cards = prepare_teachers(
             recipe, dataset, folder=folder / "teacher", precision=precision, watcher=watcher
         )
-    for seed in recipe.seeds:
-        run_seed(recipe, dataset, teachers, seed, folder=folder, precision=precision, watcher=watcher)
-    results = _results(recipe, dataset, teachers, cards, checkpoint, folder=folder, precision=precision)
-    notes = (*results.notes, *(f"{line[0].upper()}{line[1:]}." for line in start))
-    results = results.model_copy(update={"machine": machine, "notes": notes})
-    watcher.say("measuring what each model costs to use")
-    return _conclude(add_costs(results, recipe, folder, precision), folder)
+    return Begun(recipe, dataset, precision, teachers, cards, checkpoint, start, machine)
+
+
+def load_images(recipe: Recipe, watcher: Watcher, dataset: Dataset | None = None) -> Dataset:
+    """Load the images of a recipe, with labels (unless these are loaded already) and without."""
+    if dataset is None:
+        dataset = load_dataset(recipe.data, watcher.reading, random_crops=recipe.has_random_crops)
+    if recipe.data.unlabelled is not None and dataset.unlabelled is None:
+        dataset = add_unlabelled(dataset, recipe.data, watcher.reading)
+    return dataset
+
+
+def train_part(recipe: Recipe, folder: Path, seed: int, names: Sequence[str], *, watcher: Watcher) -> None:
+    """Train some students of a seed of a comparison that ``begin`` has begun, while other processes train others.
+
+    Raises:
+        RecipeError: It is not begun.
+        Interrupted: The watcher requested a stop; the run can be resumed.
+    """
+    recipe = recipe.model_copy(update={"model": with_pretrained_size(recipe.model)})
+    precision = Precision.choose(recipe.train.precision, choose_device(recipe.device))
+    watcher.say(f"device {precision.device}, precision {precision.name}")
+    homes = teacher_folders(recipe, folder / "teacher") if needs_teacher(recipe) else []
+    check_run(folder, recipe, resume=True)
+    if not (folder / "recipe.yaml").exists() or not all((home / "card.json").exists() for home in homes):
+        raise RecipeError(f"{folder} is not prepared, or its teacher is not: run --unit prepare first")
+    dataset = load_images(recipe, watcher)
+    teachers = None
+    if homes:
+        teachers, _ = prepare_teachers(recipe, dataset, folder=folder / "teacher", precision=precision, watcher=watcher)
+    run_seed(recipe, dataset, teachers, seed, folder=folder, precision=precision, watcher=watcher, part=names)
 
 
 def _conclude(results: Results, folder: Path) -> Results:
@@ -169,17 +224,10 @@ def _require_whole_batches(recipe: Recipe, count: int) -> None:
         raise RecipeError(f"{' and '.join(large)} {exceed} the {count} training images: use at most {count}")
 
 
-def _results(
-    recipe: Recipe,
-    dataset: Dataset,
-    teachers: Teachers | None,
-    cards: Sequence[TeacherCard],
-    checkpoint: StartingPoint | None,
-    *,
-    folder: Path,
-    precision: Precision,
-) -> Results:
+def _results(begun: Begun, folder: Path) -> Results:
     """Gather the predictions of all seeds into rows."""
+    recipe, dataset, teachers, checkpoint = begun.recipe, begun.dataset, begun.teachers, begun.checkpoint
+    cards, precision = begun.cards, begun.precision
     teacher_logits, together = None, None
     if teachers is not None:
         each = teachers.logits(dataset.test, precision)

@@ -16,7 +16,7 @@ from deitkit.comparison.compare import compare, copy_winner, has_finished, rehea
 from deitkit.comparison.finetune import measure_checkpoint
 from deitkit.comparison.rows import best_row, corrected, corrected_differences, finished, reported_rows
 from deitkit.comparison.verdict import Standing, verdict
-from deitkit.data.dataset import load_dataset
+from deitkit.data.dataset import Dataset, load_dataset
 from deitkit.evaluation.statistics import are_equal, resampled_difference, resampled_interval
 from deitkit.models.weights.pretrained import starting_weights, with_pretrained_size
 from deitkit.recipe.schema import Recipe
@@ -57,22 +57,9 @@ def compare_folds(recipe: Recipe, folder: Path, *, watcher: Watcher, resume: boo
         Interrupted: The watcher requested a stop; the run can be resumed.
     """
     recipe = recipe.model_copy(update={"model": with_pretrained_size(recipe.model)})
-    numbers = range(1, (recipe.data.folds or 1) + 1)
-    data = {fold: recipe.data.model_copy(update={"fold": fold}) for fold in numbers}
-    recipes = {fold: recipe.model_copy(update={"data": own}) for fold, own in data.items()}
+    dataset = begin_folds(recipe, folder, watcher=watcher, resume=resume)
+    recipes = fold_recipes(recipe)
     homes = {fold: fold_folder(folder, fold) for fold in recipes}
-    check_run(folder, recipe, resume)
-    for fold, own in recipes.items():
-        check_run(homes[fold], own, resume=True)
-    dataset = load_dataset(data[1], watcher.reading, random_crops=recipe.has_random_crops)
-    precision = Precision.choose(recipe.train.precision, choose_device(recipe.device))
-    rehearse(recipes[1], dataset, precision)
-    if needs_teacher(recipe):
-        rehearse_teachers(recipe, dataset, homes[1] / "teacher", precision)
-    if starting_weights(recipe.model) is not None:  # whose training images may be test images of another fold
-        for own in recipes.values():
-            measure_checkpoint(own, load_dataset(own.data), precision, Silent())
-    begin_run(folder, recipe)
     for fold, own in recipes.items():
         if not has_finished(homes[fold], own):
             watcher.say(f"fold {fold} of {len(recipes)}")
@@ -84,6 +71,33 @@ def compare_folds(recipe: Recipe, folder: Path, *, watcher: Watcher, resume: boo
     write_results(results, folder)
     write_report(folder)
     return results
+
+
+def fold_recipes(recipe: Recipe) -> dict[int, Recipe]:
+    """Return the recipe of each fold, by number."""
+    data = {fold: recipe.data.model_copy(update={"fold": fold}) for fold in range(1, (recipe.data.folds or 1) + 1)}
+    return {fold: recipe.model_copy(update={"data": own}) for fold, own in data.items()}
+
+
+def begin_folds(recipe: Recipe, folder: Path, *, watcher: Watcher, resume: bool = False) -> Dataset:
+    """Check everything that can be checked before training, begin the run folder, and return the first fold's images.
+
+    The arguments are those of ``compare_folds``.
+    """
+    recipes = fold_recipes(recipe)
+    check_run(folder, recipe, resume)
+    for fold, own in recipes.items():
+        check_run(fold_folder(folder, fold), own, resume=True)
+    dataset = load_dataset(recipes[1].data, watcher.reading, random_crops=recipe.has_random_crops)
+    precision = Precision.choose(recipe.train.precision, choose_device(recipe.device))
+    rehearse(recipes[1], dataset, precision)
+    if needs_teacher(recipe):
+        rehearse_teachers(recipe, dataset, fold_folder(folder, 1) / "teacher", precision)
+    if starting_weights(recipe.model) is not None:  # whose training images may be test images of another fold
+        for own in recipes.values():
+            measure_checkpoint(own, load_dataset(own.data), precision, Silent())
+    begin_run(folder, recipe)
+    return dataset
 
 
 def combine(recipe: Recipe, folds: Mapping[int, Results]) -> FoldResults:

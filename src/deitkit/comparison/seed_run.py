@@ -5,6 +5,7 @@ are in its own folder, `seed-N/STUDENT/`.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -21,6 +22,7 @@ from deitkit.models.accelerate import release
 from deitkit.models.classifier import Classifier
 from deitkit.models.saved import save_classifier
 from deitkit.recipe.schema import DataRecipe, Recipe
+from deitkit.run.folder import occupied
 from deitkit.run.metrics import EpochMetrics, read_metrics, write_metrics
 from deitkit.run.observer import Watcher
 from deitkit.run.state import drop_state, has_state, load_state, load_tree, save_tree
@@ -55,44 +57,75 @@ def run_seed(
     folder: Path,
     precision: Precision,
     watcher: Watcher,
+    part: Sequence[str] | None = None,
 ) -> None:
     """Train the students of a seed that are not finished, save them, and predict the test images once.
 
+    Args:
+        recipe: Of the comparison.
+        dataset: Its images.
+        teachers: None if no student needs one.
+        seed: One of the recipe's.
+        folder: The run folder.
+        precision: Of the forward passes, and the device.
+        watcher: Receives progress, and may request a stop.
+        part: Only these students, while other processes may train others: states and metrics stay in their folders.
+
     Raises:
+        CheckpointError: Another process trains one of them.
         Interrupted: The watcher requested a stop; the run can be resumed.
     """
-    _report_finished(folder / f"seed-{seed}", student_names(recipe), watcher)
-    for planned in plan_cohorts(folder / f"seed-{seed}", student_names(recipe), watcher.say):
-        if planned.state.parent.name in planned.names:
-            _return_metrics(planned.state.parent, folder)
-        students = build_students(recipe, dataset, seed, precision, names=planned.names)
-        ranks = ranks_that_share(students, recipe.train.batch_size, "train.batch_size", precision.device, watcher.say)
-        logit_cache = None
-        if teachers is not None and any(teacher.cache for teacher in recipe.all_teachers):
-            if ranks.count > 1:
-                watcher.say("teacher.cache is not used by several processes: the teacher answers at every step")
-            else:
-                logit_cache = open_logit_cache(recipe, dataset, teachers, seed, precision)
-        names = [student.name for student in students]
-        ranks.tell(
-            SharedTraining(recipe=recipe, folder=folder.resolve(), seed=seed, names=names).model_dump(mode="json")
-        )
-        cohort = seed_cohort(students, recipe, dataset, teachers, seed, precision, ranks, logit_cache)
-        train_to_end(
-            cohort,
-            title=f"seed {seed}",
-            checkpoint=planned.state,
-            folder=folder,
-            watcher=watcher,
-            log_folder=folder / "tensorboard" / f"seed-{seed}",
-            save_seconds=recipe.speed.save_seconds,
-        )
-        scores = predict_students(students, dataset, precision, ranks)
-        _keep(students, scores, recipe, dataset, seed, folder=folder)
-        for student in students:
-            release(student.classifier)
-        for state in (planned.state, *(planned.state.parent / name / STATE for name in planned.names)):
-            drop_state(state)
+    home, everyone = folder / f"seed-{seed}", student_names(recipe)
+    names = everyone if part is None else part
+    _report_finished(home, names, everyone, watcher)
+    for planned in plan_cohorts(home, names, watcher.say, everyone=everyone, apart=part is not None):
+        with ExitStack() as stack:
+            for name in planned.names:
+                stack.enter_context(occupied(home / name))
+            if part is None and planned.state.parent.name in everyone:
+                _return_metrics(planned.state.parent, folder)
+            metrics_home = folder if part is None else planned.state.parent
+            _train_cohort(recipe, dataset, teachers, seed, planned, folder, metrics_home, precision, watcher)
+
+
+def _train_cohort(
+    recipe: Recipe,
+    dataset: Dataset,
+    teachers: Teachers | None,
+    seed: int,
+    planned: PlannedCohort,
+    folder: Path,
+    metrics_home: Path,
+    precision: Precision,
+    watcher: Watcher,
+) -> None:
+    """Train some students of a seed together, and keep what they learnt."""
+    students = build_students(recipe, dataset, seed, precision, names=planned.names)
+    ranks = ranks_that_share(students, recipe.train.batch_size, "train.batch_size", precision.device, watcher.say)
+    logit_cache = None
+    if teachers is not None and any(teacher.cache for teacher in recipe.all_teachers):
+        if ranks.count > 1:
+            watcher.say("teacher.cache is not used by several processes: the teacher answers at every step")
+        else:
+            logit_cache = open_logit_cache(recipe, dataset, teachers, seed, precision)
+    names = [student.name for student in students]
+    ranks.tell(SharedTraining(recipe=recipe, folder=folder.resolve(), seed=seed, names=names).model_dump(mode="json"))
+    cohort = seed_cohort(students, recipe, dataset, teachers, seed, precision, ranks, logit_cache)
+    train_to_end(
+        cohort,
+        title=f"seed {seed}",
+        checkpoint=planned.state,
+        folder=metrics_home,
+        watcher=watcher,
+        log_folder=folder / "tensorboard" / f"seed-{seed}",
+        save_seconds=recipe.speed.save_seconds,
+    )
+    scores = predict_students(students, dataset, precision, ranks)
+    _keep(students, scores, recipe, dataset, seed, folder=folder, metrics=read_metrics(metrics_home))
+    for student in students:
+        release(student.classifier)
+    for state in (planned.state, *(folder / f"seed-{seed}" / name / STATE for name in planned.names)):
+        drop_state(state)
 
 
 def seed_cohort(
@@ -122,20 +155,28 @@ def seed_cohort(
     )
 
 
-def _report_finished(home: Path, names: Sequence[str], watcher: Watcher) -> None:
+def _report_finished(home: Path, names: Sequence[str], everyone: Sequence[str], watcher: Watcher) -> None:
     """Report which students are finished before others train, and which are left out of the table."""
     finished = sorted(path.parent.name for path in home.glob(f"*/{PREDICTIONS}"))
+    there = [name for name in finished if name in names]
     missing = [name for name in names if name not in finished]
-    left_out = [name for name in finished if name not in names]
-    if finished and missing:
-        watcher.say(f"{home.name}: {', '.join(finished)} finished before; training {', '.join(missing)}")
+    left_out = [name for name in finished if name not in everyone]
+    if there and missing:
+        watcher.say(f"{home.name}: {', '.join(there)} finished before; training {', '.join(missing)}")
     if left_out:
         watcher.say(
             f"{home.name}: {', '.join(left_out)} not a method of the recipe: left out of the table, its folder stays"
         )
 
 
-def plan_cohorts(home: Path, names: Sequence[str], say: Callable[[str], None]) -> list[PlannedCohort]:
+def plan_cohorts(
+    home: Path,
+    names: Sequence[str],
+    say: Callable[[str], None],
+    *,
+    everyone: Sequence[str] | None = None,
+    apart: bool = False,
+) -> list[PlannedCohort]:
     """Divide the unfinished students of a seed into cohorts, those that are furthest first.
 
     Students in one state continue together. A student in the state that left the comparison is set aside with a state
@@ -143,28 +184,46 @@ def plan_cohorts(home: Path, names: Sequence[str], say: Callable[[str], None]) -
 
     Args:
         home: The seed's folder.
-        names: Of the students in the comparison.
+        names: Of the students to train.
         say: Receives a line for each student that is set aside.
+        everyone: All students in the comparison; by default the same.
+        apart: Whether other processes may train other students of the seed: the state of new ones is in the folder of
+            the first of them, instead of the seed's.
     """
     missing = missing_students(home.parent, int(home.name.removeprefix("seed-")), names)
     shared = home / STATE
-    state = (load_state(shared, say) if has_state(shared) else None) or {"students": {}}
-    begun = tuple(state["students"])
-    for name in begun:
-        if name not in names and not (home / name / PREDICTIONS).exists():
+    if has_state(shared):
+        _set_aside_all(home, [] if apart else names if everyone is None else everyone, say)
+    order = [*(names if everyone is None else everyone)]
+    begun = {path.parent.name for path in home.glob("*/checkpoint*.safetensors")}
+    own = [home / name / STATE for name in order if name in begun]
+    cohorts: list[PlannedCohort] = []
+    for place in (shared, *own):
+        state = (load_state(place, say) if has_state(place) else None) or {"students": {}}
+        planned = {name for cohort in cohorts for name in cohort.names}
+        together = tuple(name for name in missing if name in state["students"] and name not in planned)
+        if together:
+            cohorts.append(PlannedCohort(together, place))
+        elif place == shared:
+            drop_state(shared)
+    rest = tuple(name for name in missing if not any(name in cohort.names for cohort in cohorts))
+    if rest:
+        cohorts.append(PlannedCohort(rest, home / rest[0] / STATE if apart else shared))
+    return cohorts
+
+
+def _set_aside_all(home: Path, stay: Sequence[str], say: Callable[[str], None]) -> None:
+    """Give each unfinished student in the shared state of a seed, other than those that stay, a state of its own."""
+    shared = home / STATE
+    state = load_state(shared, say) or {"students": {}}
+    leaving = [name for name in state["students"] if name not in stay]
+    for name in leaving:
+        if not (home / name / PREDICTIONS).exists():
             _set_aside(name, state, home)
-            say(f"{name} is not in the comparison any more: its training so far stays in {home / name}")
-    together = tuple(name for name in missing if name in begun)
-    if begun and not together:
+            if stay:
+                say(f"{name} is not in the comparison any more: its training so far stays in {home / name}")
+    if not stay:
         drop_state(shared)
-    alone = [name for name in missing if name not in begun and has_state(home / name / STATE)]
-    rest = tuple(name for name in missing if name not in (*together, *alone))
-    cohorts = [PlannedCohort((name,), home / name / STATE) for name in alone]
-    return (
-        [PlannedCohort(some, shared) for some in (together,) if some]
-        + cohorts
-        + [PlannedCohort(some, shared) for some in (rest,) if some]
-    )
 
 
 def missing_students(folder: Path, seed: int, names: Sequence[str]) -> list[str]:
@@ -200,7 +259,14 @@ def predict_students(students: Sequence[Student], dataset: Dataset, precision: P
 
 
 def _keep(
-    students: Sequence[Student], scores: Scores, recipe: Recipe, dataset: Dataset, seed: int, *, folder: Path
+    students: Sequence[Student],
+    scores: Scores,
+    recipe: Recipe,
+    dataset: Dataset,
+    seed: int,
+    *,
+    folder: Path,
+    metrics: Sequence[EpochMetrics],
 ) -> None:
     """Write each student's weights, metrics and predictions; the predictions mark it as finished."""
     for student in students:
@@ -209,7 +275,7 @@ def _keep(
         save_classifier(home, student.classifier, card)
         if student.average is not None:
             save_classifier(home.with_name(f"{student.name}+ema"), student.average.classifier, card)
-        _write_own_metrics(home, read_metrics(folder), seed)
+        _write_own_metrics(home, metrics, seed)
         predictions = StudentPredictions(
             status=student.stopped,
             parameters=sum(parameter.numel() for parameter in student.classifier.model.parameters()),

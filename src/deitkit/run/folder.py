@@ -17,6 +17,7 @@ from deitkit.recipe.schema import Recipe
 from deitkit.system.files import write_text
 
 LOCK = ".lock"
+UNITS = "units"  # logs of units that run side by side
 
 # Fields that decide where or how fast, not what, so that a run may resume on another machine; and those of the gate, so
 # that a refused teacher need not be trained again.
@@ -123,7 +124,9 @@ def check_run(folder: Path, recipe: Recipe, resume: bool) -> None:
         CheckpointError: The folder is in use without ``resume``, the recipe changed, or the path is not a folder.
     """
     path = folder / "recipe.yaml"
-    in_use = folder.exists() and (not folder.is_dir() or any(file.name != LOCK for file in folder.iterdir()))
+    in_use = folder.exists() and (
+        not folder.is_dir() or any(file.name not in (LOCK, UNITS) for file in folder.iterdir())
+    )
     if in_use and not path.exists():
         raise CheckpointError(f"--out {folder} contains other files: name a new or empty folder")
     if in_use and not resume:

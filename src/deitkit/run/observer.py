@@ -1,5 +1,6 @@
 """The interface of an observer of a run: progress reports, and requests to stop."""
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
@@ -37,6 +38,9 @@ class Watcher(Protocol):
     def epoch(self, title: str, metrics: list[EpochMetrics]) -> None:
         """Report the metrics of an epoch, of each student."""
 
+    def units(self, lines: Mapping[str, str], finished: int, total: int) -> None:
+        """Report the newest line of each unit that runs, and how many of all are finished."""
+
     def defer_interrupts(self) -> AbstractContextManager[None]:
         """Defer requests to stop to the next ``should_stop`` inside the block; outside they may end the run at once."""
 
@@ -57,6 +61,9 @@ class Silent:
         pass
 
     def epoch(self, title: str, metrics: list[EpochMetrics]) -> None:
+        pass
+
+    def units(self, lines: Mapping[str, str], finished: int, total: int) -> None:
         pass
 
     def defer_interrupts(self) -> AbstractContextManager[None]:

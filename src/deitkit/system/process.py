@@ -8,6 +8,7 @@ import ctypes
 import math
 import os
 import platform
+import signal
 from contextlib import suppress
 from pathlib import Path
 
@@ -16,6 +17,8 @@ WAIT_SETTINGS = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "KMP_BLOCKTIME")
 SPIN_COUNT = 2_000
 MALLOPT_TRIM_THRESHOLD, MALLOPT_TOP_PAD, MALLOPT_MMAP_THRESHOLD = -1, -2, -3  # glibc's malloc.h
 HEAP_OF_A_THREAD = 2**26  # glibc's HEAP_MAX_SIZE
+ENDS_WITH_PARENT = "DEITKIT_ENDS_WITH_PARENT"  # set for the units of a comparison
+PR_SET_PDEATHSIG = 1  # Linux's prctl.h
 CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 
@@ -34,6 +37,8 @@ def configure_process() -> None:
     if usable_cores() < visible_cores():
         os.environ.setdefault("OMP_NUM_THREADS", str(usable_cores()))
     _keep_freed_memory()
+    if os.environ.get(ENDS_WITH_PARENT):
+        _end_with_parent()
 
 
 def were_started() -> bool:
@@ -59,6 +64,13 @@ def usable_cores() -> int:
         quota, period = CGROUP_QUOTA.read_text(encoding="ascii").split()
         cores = min(cores, math.ceil(int(quota) / int(period)))  # "max": no quota
     return cores
+
+
+def _end_with_parent() -> None:
+    """Receive SIGTERM when the process that started this one ends, however it ends; on Linux only."""
+    if platform.system() == "Linux":
+        with suppress(OSError, AttributeError):
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _keep_freed_memory() -> None:

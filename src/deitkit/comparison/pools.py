@@ -1,0 +1,192 @@
+"""Where the units of a comparison run, each as a process of its own: on this machine, or on a Ray cluster."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from deitkit.errors import RecipeError
+from deitkit.system.process import ENDS_WITH_PARENT, usable_cores
+
+LOST = -1  # the exit code of a process whose machine or supervisor is gone
+PASSED_ON = ("DEITKIT_", "OMP_", "GOMP_", "PYTHON")  # beginnings of the variables that another machine needs
+PATIENCE_SECONDS = 60.0  # for a process to save its state
+
+
+class Pool(Protocol):
+    """Devices or machines that run commands side by side."""
+
+    size: int
+
+    def start(self, command: Sequence[str], log: Path, share: int) -> Any:
+        """Start a command, with a ``share``-th of the pool, whose output is appended to a log; return its handle."""
+
+    def exit_code(self, handle: Any) -> int | None:
+        """Return the exit code of a command, ``LOST`` if that cannot be known, None while it runs."""
+
+    def stop(self, handle: Any) -> None:
+        """Ask a command to save its state and to end."""
+
+    def close(self) -> None:
+        """Give the devices back."""
+
+
+def open_pool(place: str, devices: int) -> Pool:
+    """Open the pool of ``--on``: ``local``, ``local:4``, ``ray`` or ``ray:ADDRESS``.
+
+    Args:
+        place: As on the command line.
+        devices: Of each unit.
+
+    Raises:
+        RecipeError: There is no such pool, or Ray is missing or does not answer.
+    """
+    kind, _, where = place.partition(":")
+    if kind == "local" and (not where or (where.isdecimal() and int(where) > 0)):
+        return LocalPool(int(where) if where else None, devices)
+    if kind == "ray":
+        return RayPool(where or None, devices)
+    raise RecipeError(f"--on {place} is no place to run on: write local, local:4, ray or ray:ADDRESS")
+
+
+def _environment(given: Mapping[str, str], cores: int) -> dict[str, str]:
+    """Return the environment of a unit with some cores; threads that the user has set stay."""
+    own = {"PYTHONUNBUFFERED": "1", ENDS_WITH_PARENT: "1"}
+    return dict(given) | own | ({} if "OMP_NUM_THREADS" in given else {"OMP_NUM_THREADS": str(cores)})
+
+
+class LocalPool:
+    """Processes on this machine, each with a share of its GPUs, or of its cores where there are none.
+
+    Args:
+        size: How many run side by side; by default one on each GPU, or on each core.
+        devices: GPUs, or processes on cores, of each.
+    """
+
+    def __init__(self, size: int | None, devices: int) -> None:
+        import torch  # here, since it takes seconds to import
+
+        self.gpus = torch.cuda.device_count()
+        self.devices = devices
+        most = max(1, self.gpus // devices) if self.gpus else usable_cores()
+        self.size = most if size is None else size
+        if self.gpus and self.size * devices > self.gpus:
+            raise RecipeError(
+                f"--on local:{self.size} with {devices} GPUs each exceeds the {self.gpus} of this machine: use "
+                f"local:{most} at most"
+            )
+        self._slots: dict[int, Any] = {}
+
+    def start(self, command: Sequence[str], log: Path, share: int) -> subprocess.Popen[bytes]:
+        """Start a command on free devices."""
+        slot = next(number for number in range(self.size) if self._is_free(number))
+        environment = _environment(os.environ, max(1, usable_cores() // (share * self.devices)))
+        if self.gpus:
+            own = range(slot * self.devices, (slot + 1) * self.devices)
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, own))
+        self._slots[slot] = _start(command, log, environment)
+        return self._slots[slot]
+
+    def _is_free(self, slot: int) -> bool:
+        return slot not in self._slots or self._slots[slot].poll() is not None
+
+    def exit_code(self, handle: subprocess.Popen[bytes]) -> int | None:
+        """Return the exit code of a command, None while it runs."""
+        return handle.poll()
+
+    def stop(self, handle: subprocess.Popen[bytes]) -> None:
+        """Ask a command to save its state and to end."""
+        handle.terminate()
+
+    def close(self) -> None:
+        """Wait for commands that were asked to end; then end them."""
+        for process in self._slots.values():
+            try:
+                process.wait(PATIENCE_SECONDS)
+            except subprocess.TimeoutExpired:
+                process.kill()
+
+
+def _start(command: Sequence[str], log: Path, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
+    """Start a command in a session of its own, which Ctrl-C does not reach."""
+    with log.open("ab") as file:
+        return subprocess.Popen(  # noqa: S603 - our own command line
+            [sys.executable, *command],
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            env=dict(environment),
+            start_new_session=True,
+        )
+
+
+class RayPool:
+    """Machines of a Ray cluster, which see the run folder and the images under the same paths.
+
+    Args:
+        address: Of the cluster; None starts one of this machine alone.
+        devices: GPUs of each unit, or processes where the cluster has none.
+    """
+
+    def __init__(self, address: str | None, devices: int) -> None:
+        try:
+            import ray
+        except ImportError:
+            raise RecipeError("--on ray needs Ray: pip install 'deitkit[ray]', or use --on local") from None
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        settings: dict[str, Any] = {"log_to_driver": False, "configure_logging": False}
+        if address is None:
+            settings |= {"include_dashboard": False}
+        try:
+            ray.init(address=address, **settings)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            where = f" at {address}" if address else ""
+            reason = str(error).partition("\n")[0].rstrip(".")
+            raise RecipeError(f"--on ray: no cluster answers{where} ({reason}): start it, or use --on local") from None
+        self.ray, self.devices = ray, devices
+        total = ray.cluster_resources()
+        self.gpus = int(total.get("GPU", 0))
+        self.cores = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
+        self.size = max(1, self.gpus // devices if self.gpus else sum(self.cores) // devices)
+
+    def start(self, command: Sequence[str], log: Path, share: int) -> Any:
+        """Start a command as a task, on a machine with free devices."""
+        cores = max(1, min(max(self.cores), sum(self.cores) // share))
+        passed_on = {name: value for name, value in os.environ.items() if name.startswith(PASSED_ON)}
+        task = self.ray.remote(_run_on_node).options(
+            num_cpus=1 if self.gpus else cores,
+            num_gpus=self.devices if self.gpus else 0,
+            max_retries=0,  # the units are started again here, wherever they were lost
+        )
+        return task.remote(list(command), str(log), str(Path.cwd()), passed_on, max(1, cores // self.devices))
+
+    def exit_code(self, handle: Any) -> int | None:
+        """Return the exit code of a command, ``LOST`` if its machine is gone, None while it runs."""
+        done, _ = self.ray.wait([handle], timeout=0)
+        if not done:
+            return None
+        try:
+            return int(self.ray.get(handle))
+        except self.ray.exceptions.RayError:
+            return LOST
+
+    def stop(self, handle: Any) -> None:
+        """Ask a command to save its state and to end."""
+        self.ray.cancel(handle)
+
+    def close(self) -> None:
+        """Leave the cluster; one of this machine ends."""
+        self.ray.shutdown()
+
+
+def _run_on_node(command: list[str], log: str, folder: str, variables: dict[str, str], cores: int) -> int:
+    """Run a command on a machine of the cluster; when the task is cancelled, let it save its state."""
+    os.chdir(folder)
+    process = _start(command, Path(log), _environment(os.environ | variables, cores))
+    while True:
+        try:
+            return process.wait()
+        except KeyboardInterrupt:  # how Ray cancels a task
+            process.terminate()
