@@ -25,7 +25,7 @@ docs: $(DEVELOPED)
 check: lint docs test
 
 chaos: $(DEVELOPED)
-	OMP_NUM_THREADS=1 $(BIN)/python tests/chaos/chaos.py --kills 50 --faults 10
+	OMP_NUM_THREADS=1 $(BIN)/python tests/chaos/chaos.py --kills 50 --faults 10 --unit-kills 20
 
 fuzz: $(DEVELOPED)
 	$(BIN)/python -m pytest tests/recipe/test_fuzz_recipes.py tests/test_fuzz_files.py tests/test_fuzz_layouts.py \

@@ -1,6 +1,6 @@
 """Kill a small comparison again and again, spoil what it wrote, and see whether it ends as if nothing had happened.
 
-    python tests/chaos/chaos.py --kills 50 --faults 10
+    python tests/chaos/chaos.py --kills 50 --faults 10 --unit-kills 20
 
 A run is begun, ended at random moments and resumed until it is done; then its weights, metrics, results and tables are
 held against those of a run that was left in peace. Then the next one, until all kills and faults are spent. Runs are
@@ -21,8 +21,11 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from deitkit.cli.main import main
 
@@ -36,6 +39,7 @@ RECIPE = (
 DISK_MIB = 24
 GRACE_S = 60  # in which a run that was asked to stop has to stop
 USER_MISTAKE = 2
+MOST_KILLS = 4
 
 
 class LostError(AssertionError):
@@ -60,8 +64,8 @@ class Chaos:
         self.finish(self.launch(place / "peace"))
         self.duration = time.monotonic() - began
 
-    def launch(self, folder: Path, *, limit: int | None = None) -> int:
-        """Begin the command in a fork, and return its process."""
+    def launch(self, folder: Path, *more: str, limit: int | None = None) -> int:
+        """Begin the command, with more options if any, in a fork, and return its process."""
         resume = ("--resume",) if (folder / "recipe.yaml").exists() else ()
         process = os.fork()
         if process:
@@ -73,7 +77,7 @@ class Chaos:
                 os.dup2(log.fileno(), 2)
             if limit is not None:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-            sys.argv = ["deitkit", *RECIPE, "--out", str(folder), *resume]
+            sys.argv = ["deitkit", *RECIPE, "--out", str(folder), *resume, *more]
             main()
             code = 0
         except SystemExit as end:
@@ -215,6 +219,32 @@ FAULTS = ("flip_a_bit", "truncate", "lose_power", "fill_the_disk", "run_twice", 
 UNREPEATABLE = ("created", "shares", "cost", "batch_size", "advice")  # clocks, and what follows from them
 
 
+def kill_units(chaos: Chaos, kills: int) -> None:
+    """Run units side by side and kill their processes at random moments, until all kills are spent."""
+    while kills:
+        folder = chaos.place / "units-run"
+        process = chaos.launch(folder, "--on", "local:2")
+        driver = psutil.Process(process)
+        killed: Counter[str] = Counter()  # a unit that is lost soon and often is given up
+        while driver.is_running() and driver.status() != psutil.STATUS_ZOMBIE:
+            time.sleep(chaos.random.uniform(3, 9))
+            with suppress(psutil.NoSuchProcess):
+                units = [child for child in driver.children() if "--out" in child.cmdline()]
+                units = [child for child in units if killed[" ".join(child.cmdline())] < MOST_KILLS]
+                if kills and units:
+                    unit = chaos.random.choice(units)
+                    killed[" ".join(unit.cmdline())] += 1
+                    unit.kill()
+                    chaos.done["kill of a unit"] += 1
+                    kills -= 1
+        chaos.finish(process)
+        shutil.rmtree(folder / "units")
+        compare_runs(chaos.place / "peace", folder)
+        shutil.rmtree(folder)
+        chaos.rounds += 1
+        print(f"{chaos.done['kill of a unit']} kills of units survived, {kills} to come", flush=True)
+
+
 def timeless(value: Any) -> Any:
     """Leave out what differs between two equal runs: times."""
     if isinstance(value, dict):
@@ -261,7 +291,7 @@ def mount(place: Path) -> bool:
     return os.geteuid() == 0 and subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 
-def wreak(kills: int, faults: int, seed: int) -> None:
+def wreak(kills: int, faults: int, unit_kills: int, seed: int) -> None:
     """Spend kills and faults, and say what came of it."""
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
@@ -276,6 +306,7 @@ def wreak(kills: int, faults: int, seed: int) -> None:
             while disturbances:
                 chaos.survive(disturbances)
                 print(f"{sum(chaos.done.values())} disturbances survived, {len(disturbances)} to come", flush=True)
+            kill_units(chaos, unit_kills)
             told = ", ".join(f"{number} {name.replace('_', ' ')}" for name, number in sorted(chaos.done.items()))
             disk = f"a disk of {DISK_MIB} MiB" if mounted else "file sizes limited, since no disk could be mounted"
             print(f"seed {seed}, {disk}: {told}; {chaos.rounds} runs ended as the one in peace, bit for bit")
@@ -289,6 +320,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--faults", type=int, default=10)
+    parser.add_argument("--unit-kills", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    wreak(options.kills, options.faults, options.seed)
+    wreak(options.kills, options.faults, options.unit_kills, options.seed)

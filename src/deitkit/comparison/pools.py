@@ -5,7 +5,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from deitkit.errors import RecipeError
 from deitkit.system.process import ENDS_WITH_PARENT, usable_cores
@@ -15,6 +15,7 @@ PASSED_ON = ("DEITKIT_", "OMP_", "GOMP_", "PYTHON")  # beginnings of the variabl
 PATIENCE_SECONDS = 60.0  # for a process to save its state
 
 
+@runtime_checkable
 class Pool(Protocol):
     """Devices or machines that run commands side by side."""
 
@@ -184,7 +185,8 @@ class RayPool:
 def _run_on_node(command: list[str], log: str, folder: str, variables: dict[str, str], cores: int) -> int:
     """Run a command on a machine of the cluster; when the task is cancelled, let it save its state."""
     os.chdir(folder)
-    process = _start(command, Path(log), _environment(os.environ | variables, cores))
+    inherited = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}  # which Ray sets
+    process = _start(command, Path(log), _environment(inherited | variables, cores))
     while True:
         try:
             return process.wait()

@@ -20,7 +20,8 @@ from deitkit.run.observer import Watcher
 from deitkit.run.results import Results, read_results
 from deitkit.system.files import write_text
 
-ATTEMPTS = 5  # of a unit whose process was lost
+ATTEMPTS = 5  # of a unit that is lost again and again, each time sooner than SOON
+SOON_SECONDS = 120.0
 POLL_SECONDS = 0.5
 MISTAKE = 2  # the exit code of a user's mistake
 GATHER = "gather"
@@ -29,13 +30,14 @@ LOG_TAIL_BYTES = 8192
 
 @dataclass
 class _Running:
-    """A unit that runs: its name, its handle in the pool, its log, and how often it was started."""
+    """A unit that runs; ``attempt`` counts how often it was lost soon after its start, this time included."""
 
     unit: str
     handle: Any
     log: Path
     attempt: int
-    shown: int = 0  # bytes of the log
+    shown: int  # bytes of the log
+    started: float
 
     def fresh_lines(self) -> list[str]:
         """Return the whole lines of its output that were not returned before."""
@@ -113,7 +115,8 @@ class _Runner:
                     for one in [one for one in running if self.pool.exit_code(one.handle) is not None]:
                         running.remove(one)
                         if not self._has_ended_well(one):
-                            waiting.append((one.unit, one.attempt + 1))
+                            soon = time.monotonic() - one.started < SOON_SECONDS
+                            waiting.append((one.unit, one.attempt + 1 if soon else 1))
                     lines = {one.unit: one.newest_line for one in running}
                     self.watcher.units(lines, len(units) - len(running) - len(waiting), len(units))
             except BaseException:
@@ -129,7 +132,7 @@ class _Runner:
             command = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={self.devices}", *command]
         self.watcher.say(f"{unit}: started, its output is in {log}")
         shown = log.stat().st_size if log.exists() else 0  # by an earlier attempt
-        return _Running(unit, self.pool.start(command, log, share), log, attempt, shown)
+        return _Running(unit, self.pool.start(command, log, share), log, attempt, shown, time.monotonic())
 
     def _has_ended_well(self, one: _Running) -> bool:
         """Return whether a unit is finished; False if it was lost and is to start again."""
@@ -143,7 +146,7 @@ class _Runner:
             said = [line.removeprefix("error: ") for line in _lines(one.log) if line.startswith("error: ")]
             raise DeitkitError(f"{one.unit}: {said[-1]}" if said else f"{one.unit} failed, see {one.log}")
         if one.attempt >= ATTEMPTS:
-            raise CheckpointError(f"{one.unit} ended {ATTEMPTS} times without a result: see the end of {one.log}")
+            raise CheckpointError(f"{one.unit} was lost {ATTEMPTS} times: see the end of {one.log}")
         self.watcher.say(f"{one.unit}: lost (exit code {code}); starting it again from its last state")
         return False
 

@@ -1,0 +1,276 @@
+"""Units of a comparison: how it is divided, and that side by side, lost or stopped they give the table of one run."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from conftest import TINY, StopAfter
+from deitkit.comparison import side_by_side
+from deitkit.comparison.pools import LOST, LocalPool, open_pool
+from deitkit.comparison.run import run_recipe
+from deitkit.comparison.side_by_side import run_side_by_side
+from deitkit.comparison.units import PREPARE, divide, run_unit
+from deitkit.errors import CheckpointError, DeitkitError, Interrupted, RecipeError
+from deitkit.recipe.load import load_recipe
+from deitkit.recipe.schema import Recipe
+from deitkit.run.observer import Silent
+from deitkit.run.results import Results, read_results
+
+LONGER = (
+    *TINY, "train.epochs=60", "methods=[none, soft, token-hard]", "train.precision=fp32", "speed.save_seconds=0.5",
+)  # fmt: skip
+TIMES = (
+    "advice",
+    "images_per_second",
+    "train_seconds",
+    "cost",
+    "created",
+    "machine",
+    "milliseconds",
+    "milliseconds_in_batch",
+)
+PART_WAY = 20  # steps after which a training stops
+
+
+def timeless(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: timeless(entry) for name, entry in value.items() if name not in TIMES}
+    return [timeless(entry) for entry in value] if isinstance(value, list) else value
+
+
+def assert_same(one: Results, other: Results) -> None:
+    assert timeless(one.to_json()) == timeless(other.to_json())
+
+
+def test_a_comparison_is_divided_by_seeds_then_by_students(tiny_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    seeds = tiny_recipe("methods=[none, soft, hard, token-hard]", "seeds=[0, 1, 2]", "baseline.name=cifar/resnet20")
+    assert divide(seeds, 2) == divide(seeds, 3) == ["seed-0", "seed-1", "seed-2"]
+    assert divide(seeds, 6)[:2] == ["seed-0/none,soft", "seed-0/hard,token-hard,cnn-baseline"]
+    assert len(divide(seeds, 100)) == 15
+    folds = tiny_recipe("data.folds=3")
+    assert divide(folds, 8) == ["fold-1", "fold-2", "fold-3"]
+    done = tmp_path / "seed-1" / "none"
+    done.mkdir(parents=True)
+    (done / "predictions.safetensors").touch()
+    assert divide(seeds, 1, tmp_path) == ["seed-0", "seed-1/soft,hard,token-hard,cnn-baseline", "seed-2"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        ("methods=[none, token-hard]", "seeds=[0, 1]", "baseline.name=cifar/resnet20"),
+        ("methods=[soft]", "data.folds=3"),
+        ("methods=[none]", "variants={smooth: {train.label_smoothing: 0.2}}"),
+    ],
+)
+def test_shares_run_by_hand_give_the_table_of_one_run(
+    changes: tuple[str, ...], tiny_recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    recipe = tiny_recipe(*changes)
+    expected = run_recipe(recipe, tmp_path / "whole", watcher=Silent())
+    folder = tmp_path / "parts"
+    with pytest.raises(RecipeError, match="is not prepared: run --unit prepare first"):
+        run_unit(recipe, folder, "1/2", watcher=Silent())
+    for unit in (PREPARE, "2/2", "1/2", "1/2"):
+        run_unit(recipe, folder, unit, watcher=Silent())
+    assert divide(recipe, 2, folder) == []
+    assert_same(run_recipe(recipe, folder, watcher=Silent(), resume=True), expected)
+
+
+def test_a_begun_seed_goes_on_in_parts_and_parts_go_on_as_a_seed(
+    tiny_recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    recipe = tiny_recipe("methods=[none, soft, token-hard]", "train.epochs=6")
+    expected = run_recipe(recipe, tmp_path / "whole", watcher=Silent())
+    folder = tmp_path / "parts"
+    with pytest.raises(Interrupted):
+        run_recipe(recipe, folder, watcher=StopAfter(PART_WAY))
+    assert (folder / "seed-0" / "checkpoint.safetensors").exists()
+    run_unit(recipe, folder, PREPARE, watcher=Silent())
+    run_unit(recipe, folder, "seed-0/none", watcher=Silent())
+    assert not (folder / "seed-0" / "checkpoint.safetensors").exists()
+    with pytest.raises(Interrupted):
+        run_unit(recipe, folder, "seed-0/soft,token-hard", watcher=StopAfter(5))
+    assert not list(folder.glob("seed-0/none/checkpoint*"))
+    assert list(folder.glob("seed-0/*/checkpoint.safetensors"))
+    assert_same(run_recipe(recipe, folder, watcher=Silent(), resume=True), expected)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert len(lines) == 3 * 6
+
+
+@pytest.mark.parametrize("unit", ["seed-7", "fold-1", "3/2", "0/2", "seed-0/hard", "photos"])
+def test_a_unit_that_does_not_exist_is_refused(unit: str, tiny_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    recipe = tiny_recipe("methods=[none]")
+    run_unit(recipe, tmp_path / "run", PREPARE, watcher=Silent())
+    with pytest.raises(RecipeError, match=f"--unit {unit} is no unit of this recipe: name prepare, a share such as"):
+        run_unit(recipe, tmp_path / "run", unit, watcher=Silent())
+
+
+def test_places_that_do_not_exist_are_refused() -> None:
+    for place in ("nowhere", "local:0", "local:many", "rays"):
+        with pytest.raises(RecipeError, match=f"--on {place} is no place to run on: write local, local:4, ray"):
+            open_pool(place, 1)
+    assert LocalPool(3, 1).size == 3
+
+
+class Scripted:
+    """A pool whose units end with the codes of a script, and write what it says."""
+
+    size = 2
+
+    def __init__(self, **script: list[int]) -> None:
+        self.script = script
+        self.started: list[str] = []
+        self.stopped: list[str] = []
+
+    def start(self, command: Sequence[str], log: Path, share: int) -> Any:
+        unit = command[command.index("--unit") + 1] if "--unit" in command else "gather"
+        self.started.append(unit)
+        codes = self.script.get(unit, [])
+        code: int | None = codes.pop(0) if codes else 0
+        if code == 2:
+            log.write_text("begin\nerror: train.lr is no field\n")
+        return [unit, code]
+
+    def exit_code(self, handle: Any) -> int | None:
+        return None if handle[1] == 99 else int(handle[1])
+
+    def stop(self, handle: Any) -> None:
+        self.stopped.append(handle[0])
+        handle[1] = 143
+
+    def close(self) -> None:
+        pass
+
+
+class GatheredError(Exception):
+    """All units have ended."""
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wait for nothing, and read no results, which scripted units do not write."""
+
+    def gathered(folder: Path) -> Results:
+        raise GatheredError
+
+    monkeypatch.setattr(side_by_side, "POLL_SECONDS", 0.0)
+    monkeypatch.setattr(side_by_side, "read_results", gathered)
+
+
+class Heard(Silent):
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.lines.append(text)
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_lost_unit_starts_again_until_it_is_hopeless(tiny_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    recipe = tiny_recipe("methods=[none, soft]", "seeds=[0, 1]")
+    pool, heard = Scripted(**{PREPARE: [-9], "seed-0": [LOST], "seed-1": [143, 1]}), Heard()
+    with pytest.raises(GatheredError):
+        run_side_by_side(recipe, tmp_path / "run", pool=pool, watcher=heard)
+    assert sorted(pool.started) == ["gather", *[PREPARE] * 2, *["seed-0"] * 2, *["seed-1"] * 3]
+    assert pool.started[-1] == "gather"
+    assert sum("starting it again from its last state" in line for line in heard.lines) == 4
+    with pytest.raises(CheckpointError, match="prepare was lost 5 times: see the end of"):
+        run_side_by_side(recipe, tmp_path / "other", pool=Scripted(prepare=[1] * 9), watcher=heard)
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_mistake_in_one_unit_ends_all_with_its_sentence(tiny_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    recipe = tiny_recipe("methods=[none, soft]", "seeds=[0, 1]")
+    pool = Scripted(**{"seed-0": [99], "seed-1": [2]})
+    with pytest.raises(DeitkitError, match=r"^seed-1: train\.lr is no field$"):
+        run_side_by_side(recipe, tmp_path / "run", pool=pool, watcher=Silent())
+    assert pool.stopped == ["seed-0"]
+
+
+def command(folder: Path, *more: str) -> list[str]:
+    return [sys.executable, "-m", "deitkit", "compare", "digits", *LONGER, "seeds=[0, 1]", "--out", str(folder), *more]
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals as POSIX has them")
+def test_units_that_are_killed_and_stopped_end_in_the_table_of_one_run(tmp_path: Path) -> None:
+    recipe = load_recipe("digits", [*LONGER, "seeds=[0, 1]"])
+    folder = tmp_path / "units"
+    driver = subprocess.Popen(
+        command(folder, "--on", "local:2"),
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    deadline = time.monotonic() + 300
+    states = [
+        folder / "seed-0" / "none" / "checkpoint.safetensors",
+        folder / "seed-1" / "none" / "checkpoint.safetensors",
+    ]
+    while not all(state.exists() for state in states):
+        assert time.monotonic() < deadline
+        assert driver.poll() is None, driver.stdout and driver.stdout.read()
+        time.sleep(0.1)
+    children = psutil.Process(driver.pid).children()
+    children[0].kill()
+    time.sleep(1.5)
+    children = psutil.Process(driver.pid).children()
+    driver.send_signal(signal.SIGTERM)
+    output, _ = driver.communicate(timeout=120)
+    assert driver.returncode == 143, output
+    assert "starting it again from its last state" in output
+    assert "stopped; the same command with --resume continues" in output
+    assert not any(child.is_running() for child in children)
+    done = subprocess.run(
+        command(folder, "--on", "local:2", "--resume"), env=environment(), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "resuming at epoch" in "".join(log.read_text() for log in (folder / "units").glob("seed-*.log"))
+    assert_same(read_results(folder), run_recipe(recipe, tmp_path / "whole", watcher=Silent()))
+
+
+NODE_IS_LOST = """
+import sys, threading, time
+from pathlib import Path
+from ray.cluster_utils import Cluster
+small = {"object_store_memory": 80 * 2**20}
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, **small})
+nodes = [cluster.add_node(num_cpus=1, **small) for _ in range(2)]
+folder = Path(sys.argv[1])
+def lose_a_node():
+    while not all((folder / f"seed-{seed}/none/checkpoint.safetensors").exists() for seed in (0, 1)):
+        time.sleep(0.1)
+    cluster.remove_node(nodes[1], allow_graceful=False)
+threading.Thread(target=lose_a_node, daemon=True).start()
+sys.argv = ["deitkit", "compare", "digits", *sys.argv[2:], "--out", str(folder), "--on", f"ray:{cluster.address}"]
+from deitkit.cli.main import main
+main()
+cluster.shutdown()
+"""
+
+
+def test_a_lost_machine_of_a_ray_cluster_loses_nothing(tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    recipe = load_recipe("digits", [*LONGER, "seeds=[0, 1]"])
+    folder = tmp_path / "ray"
+    done = subprocess.run(
+        [sys.executable, "-c", NODE_IS_LOST, str(folder), *LONGER, "seeds=[0, 1]"],
+        env=environment(), capture_output=True, text=True, check=False, timeout=400,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "lost (exit code -1); starting it again from its last state" in done.stdout
+    assert_same(read_results(folder), run_recipe(recipe, tmp_path / "whole", watcher=Silent()))
