@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from deitkit.comparison.compare import compare
+from deitkit.data import stream
 from deitkit.data.batches import Batches
 from deitkit.data.cache import cache_folder
 from deitkit.data.dataset import Dataset, load_dataset
@@ -55,7 +56,7 @@ def load(name: str, **fields: Any) -> Dataset:
 
 
 @pytest.mark.parametrize("kind", ["folder", "parquet"])
-@pytest.mark.parametrize(("workers", "repeats"), [(0, 1), (0, 3), (2, 1)])
+@pytest.mark.parametrize(("workers", "repeats"), [(0, 1), (0, 3), (2, 1), (2, 3)])
 def test_streamed_batches_are_those_in_memory(
     kind: str, workers: int, repeats: int, photos: Path, shards: Path
 ) -> None:
@@ -79,6 +80,47 @@ def test_streamed_batches_are_those_in_memory(
         for mine, other in pairs:
             assert torch.equal(mine[0], other[0])
             assert torch.equal(mine[1], other[1])
+
+
+@pytest.mark.parametrize(("free_images", "largest"), [(10_000, 5), (16, 1), (0, 1), (48, 3)])
+def test_parts_of_batches_fit_in_shared_memory(
+    free_images: int, largest: int, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = load(f"folder:{photos}", streaming=True, workers=2)
+    images = data.train.images
+    assert isinstance(images, StreamedImages)
+    expected = [images.decode(part) for part in torch.arange(20).split(10)]
+    monkeypatch.setattr(stream, "free_shared_memory", lambda: free_images * 3 * 16 * 16)
+    sent = []
+    parts = StreamedImages._parts
+
+    def watched(self: StreamedImages, *inputs: Any) -> Any:
+        for part in parts(self, *inputs):
+            sent.append(len(part))
+            yield part
+
+    monkeypatch.setattr(StreamedImages, "_parts", watched)
+    found = list(images.batches(torch.arange(20).split(10)))
+    assert [torch.equal(one, other) for one, other in zip(found, expected, strict=True)] == [True, True]
+    assert max(sent) == largest
+    ahead = 2 * stream.PARTS_AHEAD * max(sent)
+    assert ahead <= max(stream.MOST_SHARED * free_images, 2 * stream.PARTS_AHEAD)
+
+
+def test_an_image_that_is_repeated_is_decoded_and_sent_once(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = load(f"folder:{photos}", streaming=True, workers=0)
+    asked: list[int] = []
+    decode = StreamedImages.decode
+
+    def watched(self: StreamedImages, indices: torch.Tensor) -> torch.Tensor:
+        asked.append(len(indices))
+        return decode(self, indices)
+
+    monkeypatch.setattr(StreamedImages, "decode", watched)
+    images, _ = Batches(data.train, 12, 7, CPU, repeats=3).batch(0, 0)
+    assert asked == [4]
+    assert images.shape == (12, 3, 16, 16)
+    assert torch.equal(images[0], images[2])
 
 
 def test_what_a_pass_found_is_kept(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -84,7 +84,7 @@ class Batches:
         )
         here, there = whole[self.places], whole_there[self._places_there]
         if not isinstance(self.split.images, Tensor):
-            images = self._streamed(epoch, step, self.split.images)
+            images = self._streamed(epoch, step, self.split.images, here)
         elif self.scale_min is not None:
             images = self.split.crops(here, self._drawn_crops(epoch, step, whole))
         elif self.split.images.device == device:
@@ -121,15 +121,24 @@ class Batches:
         together = torch.cat(drawn)
         return together[torch.randperm(len(together), generator=generator)]
 
-    def _streamed(self, epoch: int, step: int, images: StreamedImages) -> UInt8[Tensor, "part channels height width"]:
-        """Return the batch from worker processes that decode ahead, beyond the end of the epoch too."""
+    def _streamed(
+        self, epoch: int, step: int, images: StreamedImages, indices: Int64[Tensor, " part"]
+    ) -> UInt8[Tensor, "part channels height width"]:
+        """Return the batch from worker processes that decode ahead, beyond the end of the epoch too.
+
+        An image that occurs several times is decoded and sent once, unless each time has a crop of its own.
+        """
         device = self.split.labels.device
         if self._flow is None or self._flow[0] != (epoch, step):
             self._flow = (epoch, step), images.batches(self._all_indices(epoch, step), pin=device.type == "cuda")
         batch = next(self._flow[1])
         following = (epoch, step + 1) if step + 1 < self.steps_per_epoch else (epoch + 1, 0)
         self._flow = following, self._flow[1]
-        return batch.to(device, non_blocking=True)
+        batch = batch.to(device, non_blocking=True)
+        if len(batch) == len(indices):
+            return batch
+        places = indices.unique(return_inverse=True)[1]
+        return batch.index_select(0, places.to(device, non_blocking=True))
 
     def _all_indices(self, epoch: int, step: int) -> Iterator[Tensor | tuple[Tensor, Tensor]]:
         """Yield the indices of every batch from a step on, with the crops to cut if any, endlessly."""
@@ -137,7 +146,11 @@ class Batches:
             batches = self._shuffled(number).split(self.batch_size)[: self.steps_per_epoch]
             for place, indices in enumerate(batches[step if number == epoch else 0 :], step if number == epoch else 0):
                 part = indices[self.places]
-                yield part if self.scale_min is None else (part, self._drawn_crops(number, place, indices))
+                if self.scale_min is None:
+                    once = part.unique()
+                    yield once if len(once) < len(part) else part
+                else:
+                    yield part, self._drawn_crops(number, place, indices)
 
     def _drawn_crops(self, epoch: int, step: int, indices: Int64[Tensor, " batch"]) -> Float64[Tensor, "4 part"]:
         """Draw the crops of a whole batch, and return those of the images to yield."""

@@ -5,8 +5,12 @@ images can be decoded, their shape, and the counts of their values.
 """
 
 import hashlib
+import math
+import shutil
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -29,6 +33,9 @@ from deitkit.system.process import usable_cores
 
 _FORMAT_VERSION = 4  # of a survey: raise it when decoding changes
 _MOST_MEMORY = 0.6  # share of the free memory, for decoded images
+MOST_SHARED = 0.5  # share of the free shared memory, for parts of batches
+PARTS_AHEAD = 4  # of each worker
+SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - where Linux has it; containers often have 64 MiB of it
 
 
 @dataclass(frozen=True)
@@ -115,6 +122,8 @@ class StreamedImages:
     ) -> Iterator[UInt8[Tensor, "m channels height width"]]:
         """Yield the images of each tensor of indices, decoded ahead by worker processes.
 
+        Workers send parts of a batch through shared memory, small enough that all parts ahead fill a share of it.
+
         Args:
             indices: Of each batch, with the shares of ``crops`` to cut these; may be endless.
             pin: Use pinned memory, from which a GPU copies asynchronously.
@@ -122,18 +131,46 @@ class StreamedImages:
         Raises:
             DataError: A file is missing or has changed since the survey.
         """
+        sizes: deque[int] = deque()  # of the batches that are being decoded
         loader = DataLoader(
             _Decoder(self),
-            sampler=indices,
+            sampler=self._parts(indices, sizes),
             batch_size=None,
             num_workers=self.workers,
-            pin_memory=pin,
-            prefetch_factor=2 if self.workers else None,
+            prefetch_factor=PARTS_AHEAD if self.workers else None,
         )
+        batch, filled = torch.empty(0), 0
         for images in loader:
             if isinstance(images, str):
                 raise DataError(images)
-            yield images
+            if filled == 0:
+                batch = torch.empty((sizes[0], *images.shape[1:]), dtype=torch.uint8, pin_memory=pin)
+            batch[filled : filled + len(images)] = images
+            filled += len(images)
+            if filled == sizes[0]:
+                sizes.popleft()
+                filled = 0
+                yield batch
+
+    def _parts(
+        self, indices: Iterable[Tensor | tuple[Tensor, Tensor]], sizes: deque[int]
+    ) -> Iterator[Tensor | tuple[Tensor, Tensor]]:
+        """Yield batches of indices (with their crops) in parts, and append the size of each batch to ``sizes``."""
+        for wanted in indices:
+            some = wanted if isinstance(wanted, Tensor) else wanted[0]
+            sizes.append(len(some))
+            most = self._part_size(len(some))
+            for start in range(0, len(some), most):
+                part = slice(start, start + most)
+                yield some[part] if isinstance(wanted, Tensor) else (some[part], wanted[1][:, part])
+
+    def _part_size(self, batch: int) -> int:
+        """Return how many images of a batch a worker decodes at once."""
+        if self.workers == 0:
+            return batch
+        room = int(MOST_SHARED * free_shared_memory() / (self.workers * PARTS_AHEAD))
+        fair = -(-batch // self.workers)  # so that all workers share the first batch
+        return max(1, min(fair, room // math.prod(self.image_shape)))
 
     def _decode_one(self, index: int) -> np.ndarray:
         eval_crop = float(self.eval_crops[index])
@@ -196,6 +233,13 @@ class Survey:
     key: str
     hashes: Int64[Tensor, " selected"]
     sizes: Int64[Tensor, "selected 2"]
+
+
+def free_shared_memory() -> int:
+    """Return how many bytes worker processes can send; without a limit of its own, the free memory."""
+    with suppress(OSError):
+        return shutil.disk_usage(SHARED_MEMORY).free
+    return psutil.virtual_memory().available
 
 
 def wants_streaming(
