@@ -9,13 +9,14 @@ from safetensors.torch import load_file, save_file
 
 from conftest import CPU_FP32, striped_dataset
 from deitkit.comparison.compare import compare
-from deitkit.errors import TeacherError
+from deitkit.errors import RecipeError, TeacherError
 from deitkit.models.classifier import Classifier
 from deitkit.models.cnn import CifarResNet
+from deitkit.recipe.load import load_recipe
 from deitkit.recipe.schema import AugmentRecipe, Recipe
 from deitkit.run.observer import Silent
 from deitkit.teachers.frozen import FrozenTeacher
-from deitkit.teachers.logit_cache import LogitCache
+from deitkit.teachers.logit_cache import LogitCache, kept_logits
 
 
 @pytest.fixture(autouse=True)
@@ -93,6 +94,38 @@ def test_what_is_kept_is_rounded_and_comes_back_bit_for_bit() -> None:
         assert torch.equal(found, kept[step])
         assert torch.allclose(found, given[step], rtol=1e-3)
     assert second.find(1, 0) is None
+
+
+@pytest.mark.parametrize(("classes", "top"), [(10, 3), (10, 9), (40_000, 5)])
+def test_the_largest_logits_are_kept_with_the_share_of_the_rest(classes: int, top: int) -> None:
+    first, second = (answers(teacher(), classes=classes, top=top) for _ in range(2))
+    given = [torch.randn(4, classes) * 3 for _ in range(2)]
+    first.find(0, 0)
+    kept = [first.keep(0, step, answer) for step, answer in enumerate(given)]
+    for step, logits in enumerate(given):
+        found = second.find(0, step)
+        assert found is not None
+        assert torch.equal(found, kept[step])
+        largest = logits.topk(top)
+        assert torch.equal(found.gather(1, largest.indices[:, :1])[:, 0], found.amax(1)), "the decision, up to ties"
+        torch.testing.assert_close(found.gather(1, largest.indices), largest.values, rtol=1e-3, atol=2e-3)
+        torch.testing.assert_close(found.logsumexp(1), logits.logsumexp(1), rtol=2e-3, atol=4e-3)
+        rest = found.scatter(1, largest.indices, float("nan"))
+        assert torch.equal(rest.nan_to_num(-99).amax(1), rest.nan_to_num(99).amin(1)), "the others are equal"
+    with pytest.raises(RecipeError, match=r"teacher\.cache_top=10 is not below the 10 classes"):
+        kept_logits(load_recipe("digits", ["teacher.cache=true", "teacher.cache_top=10"]), 10)
+
+
+def test_a_comparison_with_the_largest_logits_repeats_itself_from_the_disk(
+    tiny_recipe: Any, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = tiny_recipe("methods=[soft, token-hard]", "teacher.cache=true", "teacher.cache_top=2")
+    first = results(recipe, tmp_path / "one")
+    (whole,) = (cache / "answers").glob("*")
+    assert all(path.stat().st_size < 64 * (2 * 4 + 2) + 400 for path in whole.iterdir())
+    asked = count_questions(monkeypatch)
+    assert results(recipe, tmp_path / "two") == first
+    assert sum(asked) < 64 * 2
 
 
 def test_an_epoch_that_was_not_recorded_to_its_end_is_not_written() -> None:

@@ -48,6 +48,7 @@ from deitkit.run.results import (
 from deitkit.system.device import Precision, choose_device, describe_machine
 from deitkit.system.files import write_text
 from deitkit.teachers.frozen import Teachers, mean_teacher_logits
+from deitkit.teachers.logit_cache import kept_logits
 from deitkit.teachers.prepare import common_card, prepare_teachers, rehearse_teachers, teacher_folders
 from deitkit.training.build import (
     BASELINE,
@@ -200,6 +201,7 @@ def rehearse(recipe: Recipe, dataset: Dataset, precision: Precision) -> tuple[li
         parameters of each student.
     """
     _require_whole_batches(recipe, len(dataset.train))
+    kept_logits(recipe, dataset.classes)
     start: list[str] = []
     students = build_students(recipe, dataset, recipe.seeds[0], precision, start.append)
     for cnn in (student.classifier for student in students if student.name == BASELINE):

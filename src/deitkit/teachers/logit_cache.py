@@ -6,6 +6,7 @@ be deleted at any time.
 
 import hashlib
 import json
+import math
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from deitkit.data.cache import cache_folder, sha256
 from deitkit.data.dataset import Dataset
-from deitkit.errors import TeacherError
+from deitkit.errors import RecipeError, TeacherError
 from deitkit.models.classifier import Classifier
 from deitkit.recipe.schema import AugmentRecipe, Recipe
 from deitkit.system.device import Precision
@@ -35,6 +36,7 @@ class LogitCache:
     """The teachers' logits for the views of one seed, epoch by epoch, on the disk.
 
     Logits are rounded to float16, newly computed ones too, so that a second run trains on the same values as the first.
+    With ``top`` only the largest are kept, with the share of the probability that they leave to all others.
 
     Args:
         teachers: The classifiers of the logits; their weights are part of the key.
@@ -49,6 +51,7 @@ class LogitCache:
         classes: Of the data set.
         seed: Of the views.
         precision: Of the teachers' forward pass.
+        top: Number of logits to keep of each view; None for all.
         root: Folder of all caches; by default deitkit's cache folder.
     """
 
@@ -68,6 +71,7 @@ class LogitCache:
         classes: int,
         seed: int,
         precision: Precision,
+        top: int | None = None,
         root: Path | None = None,
     ) -> None:
         described = {
@@ -89,14 +93,17 @@ class LogitCache:
             described["sampling"] = "balanced"
         if unlabelled is not None:
             described["unlabelled"] = list(unlabelled)
+        if top is not None:
+            described["top"] = top
         key = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:32]
         self.folder = (root or cache_folder()) / "answers" / key
-        self.shape = (steps, batch_size + (unlabelled[0] if unlabelled is not None else 0), classes)
+        self.steps, self.classes, self.top = steps, classes, top
+        self.batch = batch_size + (unlabelled[0] if unlabelled is not None else 0)
         self.device = precision.device
         self.read = 0  # steps without a forward pass of the teacher
         self._epoch = -1
-        self._recorded: Tensor | None = None
-        self._new: Tensor | None = None
+        self._recorded: dict[str, Tensor] | None = None
+        self._new: dict[str, Tensor] | None = None
         self._kept = 0
 
     def get(self, epoch: int, step: int, compute: Callable[[], Tensor]) -> Float[Tensor, "batch classes"]:
@@ -109,7 +116,7 @@ class LogitCache:
         if kept is None:
             return self.keep(epoch, step, compute())
         if step == 0:
-            self.check(kept, compute())
+            self.check(kept, self._unpacked(self._packed(compute())))
         return kept
 
     def find(self, epoch: int, step: int) -> Float[Tensor, "batch classes"] | None:
@@ -119,19 +126,54 @@ class LogitCache:
         if self._recorded is None:
             return None
         self.read += 1
-        return self._recorded[step].float()
+        return self._unpacked({name: tensor[step] for name, tensor in self._recorded.items()})
 
     def keep(self, epoch: int, step: int, logits: Float[Tensor, "batch classes"]) -> Float[Tensor, "batch classes"]:
         """Keep logits and return them as rounded for the cache; write an epoch when it is complete."""
         if self._new is None:
             self._require_space()
-            self._new = torch.empty(self.shape, dtype=torch.float16, device=self.device)
-        self._new[step] = logits
+            self._new = {
+                name: torch.empty(shape, dtype=dtype, device=self.device)
+                for name, (shape, dtype) in self._kinds.items()
+            }
+        packed = self._packed(logits)
+        for name, tensor in packed.items():
+            self._new[name][step] = tensor
         self._kept += 1
-        rounded = self._new[step].float()
-        if self._kept == len(self._new):
+        if self._kept == self.steps:
             self._write(epoch)
-        return rounded
+        return self._unpacked(packed)
+
+    @property
+    def _kinds(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and type of the tensors of an epoch."""
+        if self.top is None:
+            return {"answers": ((self.steps, self.batch, self.classes), torch.float16)}
+        return {
+            "largest": ((self.steps, self.batch, self.top), torch.float16),
+            "classes": ((self.steps, self.batch, self.top), self._index_type),
+            "others": ((self.steps, self.batch, 1), torch.float16),
+        }
+
+    @property
+    def _index_type(self) -> torch.dtype:
+        return torch.int16 if self.classes <= torch.iinfo(torch.int16).max else torch.int32
+
+    def _packed(self, logits: Float[Tensor, "batch classes"]) -> dict[str, Tensor]:
+        """Return what is kept of logits: all, or the largest and the logit that all others share."""
+        if self.top is None:
+            return {"answers": logits.half()}
+        largest, classes = logits.float().topk(self.top, dim=-1)
+        others = logits.float().scatter(-1, classes, -torch.inf).logsumexp(dim=-1, keepdim=True)
+        others -= math.log(self.classes - self.top)
+        return {"largest": largest.half(), "classes": classes.to(self._index_type), "others": others.half()}
+
+    def _unpacked(self, packed: dict[str, Tensor]) -> Float[Tensor, "batch classes"]:
+        """Return logits from what was kept of them."""
+        if self.top is None:
+            return packed["answers"].float()
+        all_of_them = packed["others"].float().repeat(1, self.classes)
+        return all_of_them.scatter_(-1, packed["classes"].long(), packed["largest"].float())
 
     def check(self, kept: Float[Tensor, "batch classes"], logits: Float[Tensor, "batch classes"]) -> None:
         """Raise TeacherError if cached logits differ from those that the teachers compute now; wait for the device."""
@@ -149,31 +191,44 @@ class LogitCache:
         self._epoch, self._recorded, self._new, self._kept = epoch, None, None, 0
         try:
             with safe_open(self._path(epoch), framework="pt") as file:
-                recorded = file.get_tensor("answers")
+                recorded = {name: file.get_tensor(name) for name in self._kinds}
         except (OSError, SafetensorError):
             return  # missing or damaged: the logits are computed
-        if tuple(recorded.shape) == self.shape and recorded.dtype == torch.float16:
-            self._recorded = recorded.to(self.device)
+        if all((tuple(recorded[name].shape), recorded[name].dtype) == kind for name, kind in self._kinds.items()):
+            self._recorded = {name: tensor.to(self.device) for name, tensor in recorded.items()}
 
     def _require_space(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        needed = 2 * torch.Size(self.shape).numel()
+        needed = sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in self._kinds.values())
         free = shutil.disk_usage(self.folder).free
         if needed > 0.9 * free:
             raise TeacherError(
                 f"teacher.cache needs {needed / 2**30:.1f} GiB for each epoch, but {free / 2**30:.1f} GiB are free in "
-                f"{self.folder.parent}: set DEITKIT_CACHE to a folder on a larger disk, or teacher.cache=false"
+                f"{self.folder.parent}: set DEITKIT_CACHE to a folder on a larger disk, teacher.cache_top=10 to keep "
+                "only the largest logits of each view, or teacher.cache=false"
             )
 
     def _write(self, epoch: int) -> None:
         assert self._new is not None
-        write_bytes(self._path(epoch), save({"answers": self._new.cpu()}))
+        write_bytes(self._path(epoch), save({name: tensor.cpu() for name, tensor in self._new.items()}))
 
 
 def _fingerprint(teacher: Classifier) -> str:
     tensors = [teacher.mean, teacher.std, *teacher.model.state_dict().values()]
     described = f"{sha256(*(tensor.detach().cpu() for tensor in tensors))} at {teacher.image_px} px"
     return described if teacher.readout is None else f"{described} by {teacher.readout}"
+
+
+def kept_logits(recipe: Recipe, classes: int) -> int | None:
+    """Return how many logits of each view are cached; None for all.
+
+    Raises:
+        RecipeError: ``teacher.cache_top`` is not below the number of classes.
+    """
+    top = next((teacher.cache_top for teacher in recipe.all_teachers if teacher.cache), None)
+    if top is not None and top >= classes:
+        raise RecipeError(f"teacher.cache_top={top} is not below the {classes} classes: drop it to cache all logits")
+    return top
 
 
 def open_logit_cache(
@@ -201,5 +256,6 @@ def open_logit_cache(
         classes=dataset.classes,
         seed=seed,
         precision=precision,
+        top=kept_logits(recipe, dataset.classes),
         root=root,
     )
