@@ -1,5 +1,6 @@
 """The group of commands ``bench``."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -7,6 +8,7 @@ import typer
 from rich.table import Table
 
 from deitkit.cli.console import console, print_json, say
+from deitkit.cli.options import RecipeArgument
 from deitkit.recipe.load import load_recipe
 from deitkit.recipe.schema import Recipe
 
@@ -138,6 +140,69 @@ def cohort(
     peaks = ", ".join(f"{peak:.2f}" for peak in result["peak_memory_gib"])
     table.add_row("peak memory of 1, 2, ... students", f"{peaks} GiB")
     console.print(table)
+
+
+@app.command()
+def plan(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    devices: Annotated[int, typer.Option("--devices", min=1, help="GPUs (or processes) that share every step.")] = 1,
+    speed: Annotated[
+        float | None,
+        typer.Option(
+            "--speed", min=0.001, help="Images/s of one of them, by `deitkit bench train` there; else of this."
+        ),
+    ] = None,
+    images: Annotated[int | None, typer.Option("--images", min=1, help="Training images, if not at hand.")] = None,
+    decode: Annotated[
+        float | None, typer.Option("--decode", min=0.001, help="Images/s that a core decodes; else of this machine.")
+    ] = None,
+    cores: Annotated[int | None, typer.Option("--cores", min=1, help="Cores of all machines; else of this.")] = None,
+    price: Annotated[float | None, typer.Option("--price", min=0.0, help="Of a device for an hour.")] = None,
+    link: Annotated[float, typer.Option("--link", min=0.001, help="GB/s between the devices.")] = 25.0,
+    as_json: Json = False,
+) -> None:
+    """Compute hours, cores, memory, traffic and cost of a recipe on several devices, and what limits it.
+
+    For example `deitkit bench plan imagenet-deit-small-distilled --devices 8 --speed 2200 --cores 128 --price 3`. The
+    training of a teacher is not part of it.
+    """
+    from deitkit.bench.plan import Given
+    from deitkit.bench.plan import plan as compute
+
+    result = compute(
+        load_recipe(recipe, overrides or []),
+        Given(
+            devices=devices, images_per_second=speed, images=images, decoded_per_second=decode, cores=cores,
+            price=price, link_gb_per_second=link,
+        ),
+    )  # fmt: skip
+    if _printed_json(result, as_json):
+        return
+    table = Table(title=f"{result['recipe']} on {devices} devices", show_header=False, box=None, title_justify="left")
+    table.add_column(no_wrap=True)
+    table.add_column(justify="right")
+    for name, value in _plan_rows(result):
+        table.add_row(name, value)
+    console.print(table)
+    say(f"limited by {result['bottleneck']}")
+
+
+def _plan_rows(result: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    from deitkit.system.timer import duration_text
+
+    yield "training images", f"{result['images']:,}"
+    yield "views of all epochs and seeds", f"{result['views']:,}"
+    yield f"images/s of all devices (one: {result['speed']})", f"{result['images_per_second']:,.0f}"
+    yield "time", duration_text(3600 * result["hours"])
+    yield "images/s that a core decodes", f"{result['decoded_per_second_and_core']:,.0f}"
+    yield "cores that decode", f"{result['cores_to_decode']:,.1f} of {result['cores']}"
+    yield "images in memory instead", f"{result['gib_in_memory']:,.1f} GiB"
+    yield "a state of all students", f"{result['state_gib']:,.2f} GiB"
+    yield "gradients of a step", f"{result['gradient_mb']:,.0f} MB, {1000 * result['traffic_seconds']:.1f} ms"
+    yield "a step", f"{1000 * result['step_seconds']:,.1f} ms"
+    if result["cost"] is not None:
+        yield "cost", f"{result['cost']:,.0f}"
 
 
 def _load(overrides: list[str] | None, base: str | None) -> Recipe:

@@ -1,0 +1,59 @@
+"""The plan of a training: its figures follow from each other, and it names what limits it."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deitkit.bench.plan import Given, decode_rate, plan
+from deitkit.errors import RecipeError
+from deitkit.recipe.load import load_recipe
+
+IMAGENET = load_recipe("imagenet-deit-small-distilled", [])
+EIGHT = {"devices": 8, "images_per_second": 2200.0, "decoded_per_second": 300.0, "cores": 128}
+SHARE_LEFT = 0.99  # of the training images, beside the validation images of the recipe
+
+
+def test_figures_of_imagenet_follow_from_each_other() -> None:
+    found = plan(IMAGENET, Given(**EIGHT, price=3.0))
+    assert found["images"] == round(1_281_167 * SHARE_LEFT)
+    assert found["views"] == found["images"] // 1024 * 1024 * 300
+    assert found["hours"] == pytest.approx(found["views"] / 17_600 / 3600)
+    assert found["cost"] == pytest.approx(3 * 8 * found["hours"])
+    assert found["cores_to_decode"] == pytest.approx(17_600 / 300 / 3), "an image is decoded once for three views"
+    assert found["gradient_mb"] == pytest.approx(4 * 21.8, rel=0.01), "DeiT-S has 21.8 million weights with ten classes"
+    assert found["gib_in_memory"] == pytest.approx(found["images"] * 3 * 224**2 / 2**30)
+    assert found["bottleneck"] == "the devices: decoding and traffic keep up"
+
+
+def test_what_limits_it_is_named() -> None:
+    decoding = plan(IMAGENET, Given(**EIGHT | {"cores": 4}))
+    assert decoding["bottleneck"].startswith("decoding: 20 cores would keep the devices busy, and 4 are there")
+    link = plan(IMAGENET, Given(**EIGHT, link_gb_per_second=1.0))
+    assert link["bottleneck"].startswith("the link: gradients of 87 MB take 152 ms of a step of 58 ms")
+
+
+def test_a_set_at_hand_is_counted_and_a_speed_that_is_not_given_is_measured() -> None:
+    digits = load_recipe("digits", ["model.width=16", "model.depth=1", "model.heads=2", "train.batch_size=16"])
+    found = plan(digits, Given(devices=2))
+    assert found["speed"] == "measured here"
+    assert found["images_per_second"] > 1
+    assert found["images"] == digits.data.train_images
+    with pytest.raises(RecipeError, match=r"--images 8 is less than train\.batch_size=16"):
+        plan(digits, Given(images=8))
+    with pytest.raises(RecipeError, match="or say how many training images there are with --images"):
+        plan(load_recipe("digits", ["data.name=folder:nowhere"]), Given())
+    assert decode_rate(64, seconds=0.1) > 10
+
+
+def test_the_command_prints_a_table_or_json(run: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
+    words: list[Any] = ["bench", "plan", "imagenet-deit-small-distilled", "--devices", 8, "--speed", 2200]
+    words = [str(word) for word in [*words, "--decode", 300, "--cores", 128, "--price", 3]]
+    code, printed, _ = run(*words)
+    assert code == 0
+    assert "6 h 0 min" in printed
+    assert "limited by the devices" in printed
+    code, printed, _ = run(*words, "--json")
+    assert json.loads(printed)["devices"] == 8

@@ -1,0 +1,79 @@
+"""The files for clusters, as far as one machine can run them: Slurm's commands are played by a script."""
+
+import json
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from conftest import TINY
+from deitkit.run.results import read_results
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+SMALL = ("digits", *TINY, "methods=[none, soft]", "seeds=[0, 1]")
+SBATCH = """#!{python}
+import json, os, subprocess, sys
+options = dict(word.lstrip("-").partition("=")[::2] for word in sys.argv[1:])
+assert {{"parsable", "requeue", "gpus", "open-mode", "output", "job-name", "wrap"}} <= options.keys(), options
+first, _, last = options.get("array", "0-0").partition("-")
+for task in range(int(first), int(last) + 1):
+    log = options["output"].replace("%x", options["job-name"]).replace("%a", str(task))
+    with open(log, "a") as file:
+        environment = os.environ | {{"SLURM_ARRAY_TASK_ID": str(task)}}
+        subprocess.run(["bash", "-c", options["wrap"]], check=True, stdout=file, stderr=file, env=environment)
+with open("{jobs}", "a") as file:
+    file.write(json.dumps([options["job-name"], options.get("dependency"), options.get("array")]) + "\\n")
+print(len(open("{jobs}").readlines()))
+"""
+
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="scripts of a POSIX shell")
+
+
+def environment(place: Path) -> dict[str, str]:
+    """Return an environment whose path begins with a folder of programs, then this Python's own."""
+    path = f"{place}{os.pathsep}{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return os.environ | {"PATH": path, "OMP_NUM_THREADS": "1"}
+
+
+def test_slurm_runs_teachers_then_parts_then_the_table(tmp_path: Path) -> None:
+    programs, jobs, out = tmp_path / "bin", tmp_path / "jobs", tmp_path / "run with spaces"
+    programs.mkdir()
+    (programs / "sbatch").write_text(SBATCH.format(python=sys.executable, jobs=jobs))
+    (programs / "sbatch").chmod(stat.S_IRWXU)
+    command = ["bash", str(EXAMPLES / "slurm.sh"), str(out), "2", *SMALL]
+    done = subprocess.run(command, env=environment(programs), capture_output=True, text=True, check=False)
+    logs = "".join(log.read_text() for log in sorted((out / "units").glob("*.log")))
+    assert done.returncode == 0, done.stderr + logs
+    assert [json.loads(line) for line in jobs.read_text().splitlines()] == [
+        ["prepare", None, None],
+        ["unit", "afterok:1", "1-2"],
+        ["gather", "afterok:2", None],
+    ]
+    assert read_results(out).seeds == (0, 1)
+    assert "unit seed-0" in (out / "units" / "unit-1.log").read_text()
+    assert "unit seed-1" in (out / "units" / "unit-2.log").read_text()
+
+
+def test_spot_machines_run_the_same_command_again(tmp_path: Path) -> None:
+    task = yaml.safe_load((EXAMPLES / "skypilot.yaml").read_text())
+    assert task["resources"] == {"accelerators": "H100:8", "use_spot": True}
+    assert task["envs"]["OUT"].startswith(next(iter(task["file_mounts"])))
+    changed = task["envs"] | {
+        "RECIPE": " ".join([word.replace(" ", "") for word in SMALL]),
+        "OUT": str(tmp_path / "run"),
+        "SKYPILOT_NUM_GPUS_PER_NODE": "2",
+    }
+    for _ in range(2):  # the second time on what is there already
+        done = subprocess.run(
+            ["bash", "-c", task["run"]],
+            env=environment(tmp_path) | changed,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert read_results(tmp_path / "run").seeds == (0, 1)
