@@ -14,8 +14,9 @@ from conftest import TINY
 from deitkit.cli.main import app
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README", "getting-started", "own-data", "recipes", "methods", "teachers", "models", "finetune", "weights",
-         "export", "demo", "analyze", "reliability", "benchmarks", "scale", "python", "paper", "when", "faq")  # fmt: skip
+PAGES = ("README", "getting-started", "own-data", "recipes", "methods", "teachers", "models", "finetune", "scale",
+         "weights", "export", "demo", "analyze", "reliability", "benchmarks", "python", "paper", "when",
+         "faq")  # fmt: skip
 Run = Callable[..., tuple[int, str, str]]
 
 # What only some readers have: downloads, weights of others, runs that take hours; and a page that is served.

@@ -58,7 +58,7 @@ def prepare_teacher(
         classifier = accelerate(load_classifier(folder, precision.device)[0], recipe.speed, precision.device)
         card = TeacherCard.model_validate_json(card_path.read_text(encoding="utf-8"))
         classifier.readout = card.readout
-        return FrozenTeacher(classifier), card
+        return FrozenTeacher(classifier, precision), card
     with seeded(recipe.seeds[0], folder.name):
         classifier, card = draft_teacher(recipe.teacher, dataset)
     accelerate(classifier, recipe.speed, precision.device)
@@ -87,7 +87,7 @@ def prepare_teacher(
     watcher.say(
         f"teacher {card.name}: {100 * card.top1:.2f} % on {counted(card.n, 'validation image')}, {card.verdict}"
     )
-    return FrozenTeacher(classifier), card
+    return FrozenTeacher(classifier, precision), card
 
 
 def images_of_teacher(recipe: Recipe) -> DataRecipe:
