@@ -122,6 +122,14 @@ def test_places_that_do_not_exist_are_refused() -> None:
     assert LocalPool(3, 1).size == 3
 
 
+def test_a_cluster_that_does_not_answer_is_said_at_once() -> None:
+    pytest.importorskip("ray")
+    started = time.monotonic()
+    with pytest.raises(RecipeError, match=r"--on ray: no cluster answers at 127\.0\.0\.1:9 \(.*refused\): start one"):
+        open_pool("ray:127.0.0.1:9", 1)
+    assert time.monotonic() - started < 30
+
+
 class Scripted:
     """A pool whose units end with the codes of a script, and write what it says."""
 
@@ -195,6 +203,50 @@ def test_a_mistake_in_one_unit_ends_all_with_its_sentence(tiny_recipe: Callable[
     with pytest.raises(DeitkitError, match=r"^seed-1: train\.lr is no field$"):
         run_side_by_side(recipe, tmp_path / "run", pool=pool, watcher=Silent())
     assert pool.stopped == ["seed-0"]
+
+
+@pytest.mark.usefixtures("quick")
+def test_what_is_lost_late_is_never_hopeless(
+    tiny_recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(side_by_side, "SOON_SECONDS", 0.0)
+    pool = Scripted(**{PREPARE: [LOST] * 9})
+    with pytest.raises(GatheredError):
+        run_side_by_side(tiny_recipe("methods=[none]"), tmp_path / "run", pool=pool, watcher=Silent())
+    assert pool.started.count(PREPARE) == 10
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_mistake_under_torchrun_is_known_by_its_report(tiny_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    class Torchrun(Scripted):
+        def start(self, command: Sequence[str], log: Path, share: int) -> Any:
+            assert "torch.distributed.run" in command
+            log.write_text("error: train.lr is no field\n  rank      : 0 (local_rank: 0)\n  exitcode  : 2 (pid: 7)\n")
+            return ["prepare", 1]
+
+    with pytest.raises(DeitkitError, match=r"^prepare: train\.lr is no field$"):
+        run_side_by_side(tiny_recipe("methods=[none]"), tmp_path / "run", pool=Torchrun(), watcher=Silent(), devices=2)
+
+
+def test_units_get_the_devices_that_are_visible_and_not_the_ranks_of_torchrun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,GPU-7")
+    monkeypatch.setenv("RANK", "0")
+    pool = open_pool("local", 2)
+    assert pool.size == 2
+    show = "import os; print(*(os.environ.get(n) for n in ('CUDA_VISIBLE_DEVICES', 'RANK', 'DEITKIT_UNITS_HERE')))"
+    for _ in range(2):
+        pool.start(["-c", show], tmp_path / "log", 2)
+    pool.close()
+    assert sorted((tmp_path / "log").read_text().splitlines()) == ["4,5 None 2", "6,GPU-7 None 2"]
+    with pytest.raises(RecipeError, match=r"--on local:3 with 2 GPUs each exceeds the 4 of this machine: use local:2"):
+        open_pool("local:3", 2)
+    for name, value in {"WORLD_SIZE": "2", "MASTER_ADDR": "here", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(RecipeError, match="run it without torchrun"):
+        open_pool("local", 1)
 
 
 def command(folder: Path, *more: str) -> list[str]:

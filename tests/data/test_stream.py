@@ -2,6 +2,7 @@
 
 import io
 import json
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,15 @@ def test_parts_of_batches_fit_in_shared_memory(
     assert max(sent) == largest
     ahead = 2 * stream.PARTS_AHEAD * max(sent)
     assert ahead <= max(stream.MOST_SHARED * free_images, 2 * stream.PARTS_AHEAD)
+
+
+def test_crops_of_one_image_are_cut_by_one_worker(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = load(f"folder:{photos}", streaming=True, workers=5).train.images
+    assert isinstance(images, StreamedImages)
+    indices = torch.tensor([3, 3, 3, 1, 1, 1, 7, 7, 7, 2])
+    boxes = torch.zeros(4, 10, dtype=torch.float64)
+    parts = [part for part, _ in images._parts([(indices, boxes)], deque())]
+    assert [part.tolist() for part in parts] == [[3, 3, 3], [1, 1, 1], [7, 7, 7], [2]]
 
 
 def test_an_image_that_is_repeated_is_decoded_and_sent_once(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:

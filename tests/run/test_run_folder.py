@@ -182,7 +182,7 @@ def test_a_worker_that_died_is_one_sentence(
         raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
 
     monkeypatch.setattr(cli, "app", die)
-    with pytest.raises(SystemExit, match="2"):
+    with pytest.raises(SystemExit, match="75"):
         cli.main()
     assert "a process that decodes images was killed or out of memory" in capsys.readouterr().err
 

@@ -121,7 +121,9 @@ def teacher(
     from deitkit.teachers.prepare import common_card, prepare_teachers, rehearse_teachers
 
     loaded = _load(recipe, overrides, None)
-    folder = choose_run_folder(out, loaded, resume, "-teacher")
+    restarted = was_restarted()
+    folder = choose_run_folder(out, loaded, resume, "-teacher", restarted=restarted)
+    resume = resume or restarted
     precision = Precision.choose(loaded.train.precision, choose_device(loaded.device))
     with Terminal(errors if as_json else console) as terminal, occupied(folder):
         check_run(folder, loaded, resume)

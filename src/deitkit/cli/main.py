@@ -1,6 +1,7 @@
 """The Typer app, its commands in the order of use, and the entry point."""
 
 import sys
+from contextlib import suppress
 from typing import Annotated
 
 import typer
@@ -20,6 +21,8 @@ from deitkit.cli.recipes import methods, recipes
 from deitkit.cli.report import report, verify
 from deitkit.errors import DeitkitError, Interrupted, is_dead_worker, is_lost_process, is_out_of_memory
 from deitkit.system.process import configure_process, were_started
+
+TEMPORARY_FAILURE = 75  # of sysexits.h: the same command may succeed
 
 app = typer.Typer(
     name="deitkit",
@@ -57,19 +60,22 @@ def main() -> None:
         say(str(stop) or "stopped; the same command with --resume continues", errors)
         sys.exit(getattr(stop, "exit_code", Interrupted.exit_code))
     except (MemoryError, RuntimeError) as error:
+        code = 2
         if is_lost_process(error):
+            code = TEMPORARY_FAILURE
             advice = (
                 "another process of the run was lost: the same command with --resume continues, and with torchrun's "
                 "--max-restarts=3 by itself"
             )
         elif is_dead_worker(error):
+            code = TEMPORARY_FAILURE
             advice = "a process that decodes images was killed or out of memory: --resume continues; lower data.workers"
         elif is_out_of_memory(error):
             advice = "out of memory: lower train.batch_size, teacher.train.batch_size or data.image_px"
         else:
             raise
         say(f"error: {advice}", errors, style="red")
-        sys.exit(2)
+        sys.exit(code)
 
 
 def _run_in_all_processes() -> None:
@@ -83,6 +89,10 @@ def _run_in_all_processes() -> None:
     else:
         try:
             app()
+        except SystemExit as end:
+            if end.code:
+                raise
         finally:
-            ranks.tell(None)
+            with suppress(RuntimeError):  # torchrun, which keeps the messages, may be gone
+                ranks.tell(None)
     leave_ranks()

@@ -130,7 +130,8 @@ def begin(
     begin_run(folder, recipe)
     adopt_older_layout(folder)
     machine = describe_machine(device, precision)
-    environment = machine | {"deitkit": __version__, "code": code_sha256()}
+    streamed = not isinstance(dataset.train.images, Tensor)
+    environment = machine | {"deitkit": __version__, "code": code_sha256(), "streamed": streamed}
     write_text(folder / "environment.json", json.dumps(environment, indent=2) + "\n")
     draw_views(dataset, recipe.augment, recipe.train.label_smoothing, folder / "views.png")
 
@@ -169,7 +170,9 @@ def train_part(recipe: Recipe, folder: Path, seed: int, names: Sequence[str], *,
     check_run(folder, recipe, resume=True)
     if not (folder / "recipe.yaml").exists() or not all((home / "card.json").exists() for home in homes):
         raise RecipeError(f"{folder} is not prepared, or its teacher is not: run --unit prepare first")
-    dataset = load_images(recipe, watcher)
+    environment = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
+    data = recipe.data.model_copy(update={"streaming": environment.get("streamed", False)})  # as all other processes
+    dataset = load_images(recipe.model_copy(update={"data": data}), watcher)
     teachers = None
     if homes:
         teachers, _ = prepare_teachers(recipe, dataset, folder=folder / "teacher", precision=precision, watcher=watcher)

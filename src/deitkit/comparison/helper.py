@@ -65,8 +65,9 @@ def _help(message: Any, ranks: Ranks, stop: Stop) -> None:
 
 def _help_with_teacher(training: SharedTraining, precision: Precision, ranks: Ranks, stop: Stop) -> None:
     recipe = training.recipe
+    images = _load(recipe.data, recipe.has_random_crops)
     with seeded(recipe.seeds[0], training.folder.name):
-        classifier, _ = draft_teacher(recipe.teacher, _load(recipe.data, recipe.has_random_crops))
+        classifier, _ = draft_teacher(recipe.teacher, images)
     accelerate(classifier, recipe.speed, precision.device)
     student = teacher_student(training.folder.name, classifier, recipe.teacher, precision)
     dataset = _load(images_of_teacher(recipe), recipe.has_random_crops)

@@ -1,6 +1,7 @@
 """Where the units of a comparison run, each as a process of its own: on this machine, or on a Ray cluster."""
 
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -8,10 +9,11 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from deitkit.errors import RecipeError
-from deitkit.system.process import ENDS_WITH_PARENT, usable_cores
+from deitkit.system.process import ENDS_WITH_PARENT, UNIT_VARIABLES, UNITS_HERE, usable_cores, were_started
 
 LOST = -1  # the exit code of a process whose machine or supervisor is gone
 PASSED_ON = ("DEITKIT_", "OMP_", "GOMP_", "PYTHON")  # beginnings of the variables that another machine needs
+ANSWER_SECONDS = 10.0  # for a cluster to answer
 PATIENCE_SECONDS = 60.0  # for a process to save its state
 
 
@@ -44,6 +46,10 @@ def open_pool(place: str, devices: int) -> Pool:
     Raises:
         RecipeError: There is no such pool, or Ray is missing or does not answer.
     """
+    if were_started():
+        raise RecipeError(
+            f"--on {place} starts processes of its own: run it without torchrun, with --devices for each unit"
+        )
     kind, _, where = place.partition(":")
     if kind == "local" and (not where or (where.isdecimal() and int(where) > 0)):
         return LocalPool(int(where) if where else None, devices)
@@ -55,7 +61,8 @@ def open_pool(place: str, devices: int) -> Pool:
 def _environment(given: Mapping[str, str], cores: int) -> dict[str, str]:
     """Return the environment of a unit with some cores; threads that the user has set stay."""
     own = {"PYTHONUNBUFFERED": "1", ENDS_WITH_PARENT: "1"}
-    return dict(given) | own | ({} if "OMP_NUM_THREADS" in given else {"OMP_NUM_THREADS": str(cores)})
+    given = {name: value for name, value in given.items() if name not in UNIT_VARIABLES}
+    return given | own | ({} if "OMP_NUM_THREADS" in given else {"OMP_NUM_THREADS": str(cores)})
 
 
 class LocalPool:
@@ -84,9 +91,11 @@ class LocalPool:
         """Start a command on free devices."""
         slot = next(number for number in range(self.size) if self._is_free(number))
         environment = _environment(os.environ, max(1, usable_cores() // (share * self.devices)))
+        environment[UNITS_HERE] = str(share)
         if self.gpus:
-            own = range(slot * self.devices, (slot + 1) * self.devices)
-            environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, own))
+            visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+            names = visible.split(",") if visible else [str(number) for number in range(self.gpus)]
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(names[slot * self.devices : (slot + 1) * self.devices])
         self._slots[slot] = _start(command, log, environment)
         return self._slots[slot]
 
@@ -127,7 +136,7 @@ class RayPool:
     """Machines of a Ray cluster, which see the run folder and the images under the same paths.
 
     Args:
-        address: Of the cluster; None starts one of this machine alone.
+        address: Of the cluster; None is RAY_ADDRESS, or without it a cluster of this machine alone.
         devices: GPUs of each unit, or processes where the cluster has none.
     """
 
@@ -137,15 +146,17 @@ class RayPool:
         except ImportError:
             raise RecipeError("--on ray needs Ray: pip install 'deitkit[ray]', or use --on local") from None
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-        settings: dict[str, Any] = {"log_to_driver": False, "configure_logging": False}
-        if address is None:
-            settings |= {"include_dashboard": False}
+        # "local", since Ray would look for a cluster that ran here before, and wait for it for minutes.
+        address = address or os.environ.get("RAY_ADDRESS") or "local"
+        settings: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
         try:
-            ray.init(address=address, **settings)
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            where = f" at {address}" if address else ""
+            _require_answer(address)
+            ray.init(address=address, log_to_driver=False, configure_logging=False, **settings)
+        except (OSError, RuntimeError, ValueError) as error:
             reason = str(error).partition("\n")[0].rstrip(".")
-            raise RecipeError(f"--on ray: no cluster answers{where} ({reason}): start it, or use --on local") from None
+            raise RecipeError(
+                f"--on ray: no cluster answers at {address} ({reason}): start one there, or use --on local"
+            ) from None
         self.ray, self.devices = ray, devices
         total = ray.cluster_resources()
         self.gpus = int(total.get("GPU", 0))
@@ -182,11 +193,20 @@ class RayPool:
         self.ray.shutdown()
 
 
+def _require_answer(address: str) -> None:
+    """Raise OSError within seconds if nothing listens at an address such as ``10.0.0.1:6379`` or ``ray://head:10001``."""
+    host, colon, port = address.rpartition("://")[2].rpartition(":")
+    if colon and port.isdecimal():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER_SECONDS).close()
+
+
 def _run_on_node(command: list[str], log: str, folder: str, variables: dict[str, str], cores: int) -> int:
     """Run a command on a machine of the cluster; when the task is cancelled, let it save its state."""
     os.chdir(folder)
     inherited = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}  # which Ray sets
-    process = _start(command, Path(log), _environment(inherited | variables, cores))
+    environment = _environment(inherited | variables, cores)
+    environment[UNITS_HERE] = str(max(1, usable_cores() // cores))
+    process = _start(command, Path(log), environment)
     while True:
         try:
             return process.wait()

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from deitkit.comparison.rows import StudentPredictions
-from deitkit.data.dataset import Dataset
+from deitkit.data.dataset import Dataset, as_read
 from deitkit.data.duplicates import sketch
+from deitkit.errors import RecipeError
 from deitkit.evaluation.predict import predict_all
 from deitkit.evaluation.readouts import readout_scores
 from deitkit.models.accelerate import release
@@ -29,13 +30,14 @@ from deitkit.run.state import drop_state, has_state, load_state, load_tree, save
 from deitkit.system.device import Precision
 from deitkit.system.ranks import Ranks
 from deitkit.teachers.frozen import Teachers
-from deitkit.teachers.logit_cache import open_logit_cache
+from deitkit.teachers.logit_cache import kept_logits, open_logit_cache
 from deitkit.training.build import BASELINE, baseline_architecture, build_students, initial_weights, student_names
 from deitkit.training.cohort import Cohort, LogitLookup
 from deitkit.training.fit import train_to_end
 from deitkit.training.shared import SharedTraining, ranks_that_share
 from deitkit.training.student import Student
 
+LOCK_SECONDS = 180.0  # until a machine that was lost has lost its locks, too
 PREDICTIONS, STATE = "predictions.safetensors", "checkpoint.safetensors"
 Scores: TypeAlias = dict[str, dict[str, dict[str, dict[str, Tensor]]]]  # student, weights, split, readout
 
@@ -78,10 +80,13 @@ def run_seed(
     home, everyone = folder / f"seed-{seed}", student_names(recipe)
     names = everyone if part is None else part
     _report_finished(home, names, everyone, watcher)
-    for planned in plan_cohorts(home, names, watcher.say, everyone=everyone, apart=part is not None):
+    patience = 0.0 if part is None else LOCK_SECONDS
+    with occupied(home, patience):
+        cohorts = plan_cohorts(home, names, watcher.say, everyone=everyone, apart=part is not None)
+    for planned in cohorts:
         with ExitStack() as stack:
             for name in planned.names:
-                stack.enter_context(occupied(home / name))
+                stack.enter_context(occupied(home / name, patience))
             if part is None and planned.state.parent.name in everyone:
                 _return_metrics(planned.state.parent, folder)
             metrics_home = folder if part is None else planned.state.parent
@@ -101,15 +106,24 @@ def _train_cohort(
 ) -> None:
     """Train some students of a seed together, and keep what they learnt."""
     students = build_students(recipe, dataset, seed, precision, names=planned.names)
-    ranks = ranks_that_share(students, recipe.train.batch_size, "train.batch_size", precision.device, watcher.say)
+    sizes = {"train.batch_size": recipe.train.batch_size}
+    if recipe.unlabelled_in_step and dataset.unlabelled is not None:
+        sizes["train.unlabelled_batch_size"] = min(recipe.unlabelled_in_step, len(dataset.unlabelled))
+    ranks = ranks_that_share(students, sizes, precision.device, watcher.say)
     logit_cache = None
     if teachers is not None and any(teacher.cache for teacher in recipe.all_teachers):
         if ranks.count > 1:
+            if (top := kept_logits(recipe, dataset.classes)) is not None:
+                raise RecipeError(
+                    f"teacher.cache_top={top} changes the teacher's answers, and several processes do not use the "
+                    "cache: drop it, or start one process"
+                )
             watcher.say("teacher.cache is not used by several processes: the teacher answers at every step")
         else:
             logit_cache = open_logit_cache(recipe, dataset, teachers, seed, precision)
     names = [student.name for student in students]
-    ranks.tell(SharedTraining(recipe=recipe, folder=folder.resolve(), seed=seed, names=names).model_dump(mode="json"))
+    told = recipe.model_copy(update={"data": as_read(recipe.data, dataset)})
+    ranks.tell(SharedTraining(recipe=told, folder=folder.resolve(), seed=seed, names=names).model_dump(mode="json"))
     cohort = seed_cohort(students, recipe, dataset, teachers, seed, precision, ranks, logit_cache)
     train_to_end(
         cohort,

@@ -3,6 +3,7 @@
 A unit that is lost with its process or its machine starts again, from its last state. A user's mistake ends all.
 """
 
+import re
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -26,6 +27,7 @@ POLL_SECONDS = 0.5
 MISTAKE = 2  # the exit code of a user's mistake
 GATHER = "gather"
 LOG_TAIL_BYTES = 8192
+TORCHRUN_LINES = 20  # of its report
 
 
 @dataclass
@@ -114,9 +116,10 @@ class _Runner:
                             self.watcher.say(line)
                     for one in [one for one in running if self.pool.exit_code(one.handle) is not None]:
                         running.remove(one)
+                        if time.monotonic() - one.started >= SOON_SECONDS:
+                            one.attempt = 0
                         if not self._has_ended_well(one):
-                            soon = time.monotonic() - one.started < SOON_SECONDS
-                            waiting.append((one.unit, one.attempt + 1 if soon else 1))
+                            waiting.append((one.unit, one.attempt + 1))
                     lines = {one.unit: one.newest_line for one in running}
                     self.watcher.units(lines, len(units) - len(running) - len(waiting), len(units))
             except BaseException:
@@ -137,6 +140,8 @@ class _Runner:
     def _has_ended_well(self, one: _Running) -> bool:
         """Return whether a unit is finished; False if it was lost and is to start again."""
         code = self.pool.exit_code(one.handle)
+        if code == 1 and self.devices > 1 and _is_mistake_under_torchrun(one.log):
+            code = MISTAKE
         for line in one.fresh_lines() if one.unit == PREPARE and code != MISTAKE else ():
             self.watcher.say(line)
         if code == 0:
@@ -156,6 +161,11 @@ class _Runner:
             self.pool.stop(one.handle)
         while any(self.pool.exit_code(one.handle) is None for one in running):
             time.sleep(POLL_SECONDS)
+
+
+def _is_mistake_under_torchrun(log: Path) -> bool:
+    """Return whether torchrun, which always exits with 1, reports at the end of its output that of a user's mistake."""
+    return any(re.fullmatch(rf"\s*exitcode\s*:\s*{MISTAKE}\b.*", line) for line in _lines(log)[-TORCHRUN_LINES:])
 
 
 def _lines(log: Path) -> list[str]:

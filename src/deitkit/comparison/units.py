@@ -12,7 +12,7 @@ from pathlib import Path
 from deitkit.comparison.ablation import begin_variants, named_in_errors, variant_folder, variant_recipes
 from deitkit.comparison.compare import begin, compare, has_finished, train_part
 from deitkit.comparison.folds import begin_folds, fold_recipes
-from deitkit.comparison.seed_run import missing_students
+from deitkit.comparison.seed_run import LOCK_SECONDS, missing_students
 from deitkit.errors import RecipeError
 from deitkit.models.weights.pretrained import with_pretrained_size
 from deitkit.recipe.schema import Recipe
@@ -84,7 +84,7 @@ def run_unit(recipe: Recipe, folder: Path, unit: str, *, watcher: Watcher) -> No
     """
     recipe = recipe.model_copy(update={"model": with_pretrained_size(recipe.model)})
     if unit == PREPARE:
-        with occupied(folder):
+        with occupied(folder, LOCK_SECONDS):
             _prepare(recipe, folder, watcher)
         return
     check_run(folder, recipe, resume=True)
@@ -100,7 +100,7 @@ def run_unit(recipe: Recipe, folder: Path, unit: str, *, watcher: Watcher) -> No
             continue
         home, own = _parts(recipe, folder)[name]
         assert home is not None
-        with occupied(home), named_in_errors(which) if kind == "variant" else nullcontext():
+        with occupied(home, LOCK_SECONDS), named_in_errors(which) if kind == "variant" else nullcontext():
             compare(own, home, watcher=watcher, resume=True)
 
 

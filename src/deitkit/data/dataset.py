@@ -172,6 +172,11 @@ def load_dataset(recipe: DataRecipe, progress: Progress | None = None, *, random
     )
 
 
+def as_read(recipe: DataRecipe, dataset: Dataset) -> DataRecipe:
+    """Return a recipe that streams its images as this data set does, on machines with other free memory too."""
+    return recipe.model_copy(update={"streaming": not isinstance(dataset.train.images, Tensor)})
+
+
 def add_unlabelled(dataset: Dataset, recipe: DataRecipe, progress: Progress | None = None) -> Dataset:
     """Add the images of ``recipe.unlabelled``, in the size and channels of the labelled ones, without their labels.
 

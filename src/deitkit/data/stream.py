@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO
+from uuid import uuid4
 
 import numpy as np
 import psutil
@@ -29,7 +30,7 @@ from deitkit.data.decode_many import DecodedImage, ImageSink, decode_all
 from deitkit.data.listing import EncodedImages, Progress
 from deitkit.errors import DataError
 from deitkit.recipe.schema import DataRecipe
-from deitkit.system.process import usable_cores
+from deitkit.system.process import processes_here, usable_cores
 
 _FORMAT_VERSION = 4  # of a survey: raise it when decoding changes
 _MOST_MEMORY = 0.6  # share of the free memory, for decoded images
@@ -159,16 +160,19 @@ class StreamedImages:
         for wanted in indices:
             some = wanted if isinstance(wanted, Tensor) else wanted[0]
             sizes.append(len(some))
-            most = self._part_size(len(some))
-            for start in range(0, len(some), most):
-                part = slice(start, start + most)
+            most, start = self._part_size(len(some)), 0
+            while start < len(some):
+                end = min(start + most, len(some))
+                while end < len(some) and some[end] == some[end - 1]:
+                    end += 1  # crops of one image are cut by one worker, which decodes it once
+                part, start = slice(start, end), end
                 yield some[part] if isinstance(wanted, Tensor) else (some[part], wanted[1][:, part])
 
     def _part_size(self, batch: int) -> int:
         """Return how many images of a batch a worker decodes at once."""
         if self.workers == 0:
             return batch
-        room = int(MOST_SHARED * free_shared_memory() / (self.workers * PARTS_AHEAD))
+        room = int(MOST_SHARED * free_shared_memory() / (self.workers * PARTS_AHEAD * processes_here()))
         fair = -(-batch // self.workers)  # so that all workers share the first batch
         return max(1, min(fair, room // math.prod(self.image_shape)))
 
@@ -272,7 +276,7 @@ def wants_streaming(
         except Exception:  # decoding all images reports the error
             return False
     pixels = count * pixels + larger[0] * larger[1] ** 2
-    return (recipe.channels or 3) * pixels > _MOST_MEMORY * psutil.virtual_memory().available
+    return (recipe.channels or 3) * pixels > _MOST_MEMORY * psutil.virtual_memory().available / processes_here()
 
 
 def survey(
@@ -316,7 +320,7 @@ def survey(
     _, height, width = tensors["shape"].tolist()
     # A flat file contains the images in ascending order of their positions, whatever the selection's order.
     where = selection if encoded.files is not None else selection.argsort().argsort()
-    workers = usable_cores() if recipe.workers is None else recipe.workers
+    workers = max(1, usable_cores() // processes_here()) if recipe.workers is None else recipe.workers
     eval_crops = torch.full((len(selection),), recipe.eval_crop, dtype=torch.float64)
     eval_crops[:train_count] = 1
     images = StreamedImages(
@@ -349,7 +353,7 @@ def _lay_out(
             ends.append(file.tell())
             yield image
 
-    temporary = path.with_suffix(".tmp")
+    temporary = path.with_suffix(f".{uuid4().hex}.tmp")  # other processes may do the same
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:

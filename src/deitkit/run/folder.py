@@ -84,10 +84,15 @@ def choose_run_folder(
 
 
 @contextmanager
-def occupied(folder: Path) -> Iterator[None]:
+def occupied(folder: Path, patience: float = 0.0) -> Iterator[None]:
     """Lock a run folder for this process; if nothing was written, remove what locking created.
 
-    The operating system releases the lock when the process ends, however it ends.
+    The operating system releases the lock when the process ends, however it ends; on a disk of the network, a while
+    after its machine was lost.
+
+    Args:
+        folder: Created if it does not exist.
+        patience: Seconds to wait for another process to release it.
 
     Raises:
         CheckpointError: Another process holds the lock, or the folder cannot be written.
@@ -95,7 +100,7 @@ def occupied(folder: Path) -> Iterator[None]:
     is_new = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / LOCK, timeout=0)
+        lock = FileLock(folder / LOCK, timeout=patience)
         lock.acquire()
     except Timeout:
         raise CheckpointError(
@@ -156,6 +161,8 @@ def _changes(old: Any, new: Any) -> list[str]:
     def free(key: str) -> bool:
         if key == "data.streaming" and crops:
             return False  # which decides what random crops are cut from
+        if key.endswith(".cache") and any(one["cache_top"] is not None for one in (new["teacher"], *new["teachers"])):
+            return False  # a cache of the largest logits changes the teacher's answers
         return any(key == field or key.startswith(f"{field}.") for field in FREE_TO_CHANGE)
 
     changes = [(key, was, now) for key, was, now in changed_fields(old, new) if not free(key)]

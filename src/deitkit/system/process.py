@@ -17,6 +17,8 @@ WAIT_SETTINGS = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "KMP_BLOCKTIME")
 SPIN_COUNT = 2_000
 MALLOPT_TRIM_THRESHOLD, MALLOPT_TOP_PAD, MALLOPT_MMAP_THRESHOLD = -1, -2, -3  # glibc's malloc.h
 HEAP_OF_A_THREAD = 2**26  # glibc's HEAP_MAX_SIZE
+UNITS_HERE = "DEITKIT_UNITS_HERE"  # how many units run side by side on this machine
+UNIT_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # of torchrun
 ENDS_WITH_PARENT = "DEITKIT_ENDS_WITH_PARENT"  # set for the units of a comparison
 PR_SET_PDEATHSIG = 1  # Linux's prctl.h
 CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")
@@ -50,6 +52,12 @@ def were_started() -> bool:
 def was_restarted() -> bool:
     """Return whether torchrun started this process again after one of the run was lost (``--max-restarts``)."""
     return were_started() and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+
+
+def processes_here() -> int:
+    """Return how many processes share this machine's cores and memory: those of torchrun, and units side by side."""
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if were_started() else 1
+    return local * max(1, int(os.environ.get(UNITS_HERE, "1")))
 
 
 def visible_cores() -> int:

@@ -20,7 +20,7 @@ from deitkit.errors import RecipeError
 from deitkit.system.process import were_started
 
 POLL_SECONDS = 0.05  # between two looks for a message
-PATIENCE = timedelta(minutes=30)  # for one collective: the first process may be writing a state meanwhile
+PATIENCE = timedelta(hours=3)  # for one collective: another process may be decoding all images, or writing a state
 
 
 class Ranks:
@@ -134,16 +134,21 @@ def join_ranks() -> Ranks:
     global _current
     if not were_started():
         return ALONE
+    # By name, since torch's own choice where there is a GPU leaves tensors on the CPU without a backend.
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     if torch.cuda.is_available():
         local, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
         if local >= gpus:
             here = os.environ.get("LOCAL_WORLD_SIZE", str(local + 1))
-            raise RecipeError(f"--nproc-per-node={here} exceeds the {gpus} GPUs of this machine: use at most {gpus}")
+            raise RecipeError(
+                f"--nproc-per-node={here} exceeds the {gpus} GPUs of this machine: use at most {gpus}, or hide them "
+                "with CUDA_VISIBLE_DEVICES= to train on the CPU"
+            )
         torch.cuda.set_device(local)
     store, rank, count = next(dist.rendezvous("env://"))
     # The store outlives processes that are started again, which must not read what those before them wrote.
     attempt = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-    dist.init_process_group(store=attempt, rank=rank, world_size=count, timeout=PATIENCE)
+    dist.init_process_group(backend, store=attempt, rank=rank, world_size=count, timeout=PATIENCE)
     _current = Ranks(rank, count, dist.PrefixStore("deitkit", attempt))
     return _current
 

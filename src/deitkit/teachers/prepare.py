@@ -9,7 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from deitkit.data.dataset import Dataset, load_dataset
+from torch import nn
+
+from deitkit.data.dataset import Dataset, as_read, load_dataset
 from deitkit.distillation.methods import METHODS
 from deitkit.errors import TeacherError
 from deitkit.evaluation.readouts import top_k_accuracy
@@ -87,6 +89,9 @@ def prepare_teacher(
     watcher.say(
         f"teacher {card.name}: {100 * card.top1:.2f} % on {counted(card.n, 'validation image')}, {card.verdict}"
     )
+    if any(isinstance(module, nn.SyncBatchNorm) for module in classifier.modules()):
+        # Trained by several processes: read it again as the others do, with BatchNorm, which can be folded.
+        return prepare_teacher(recipe, dataset, folder=folder, precision=precision, watcher=watcher)
     return FrozenTeacher(classifier, precision), card
 
 
@@ -220,9 +225,10 @@ def _train(
     if few is not None:
         watcher.say(few)
     student = teacher_student(folder.name, classifier, recipe.teacher, precision)
-    batch_size = recipe.teacher.train.batch_size
-    ranks = ranks_that_share([student], batch_size, "teacher.train.batch_size", precision.device, watcher.say)
-    ranks.tell(SharedTraining(recipe=recipe, folder=folder.resolve(), seed=None).model_dump(mode="json"))
+    sizes = {"teacher.train.batch_size": recipe.teacher.train.batch_size}
+    ranks = ranks_that_share([student], sizes, precision.device, watcher.say)
+    told = recipe.model_copy(update={"data": as_read(recipe.data, dataset)})
+    ranks.tell(SharedTraining(recipe=told, folder=folder.resolve(), seed=None).model_dump(mode="json"))
     cohort = teacher_cohort(student, recipe, dataset, precision, ranks)
     train_to_end(
         cohort,

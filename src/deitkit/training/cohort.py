@@ -34,6 +34,7 @@ from deitkit.training.optim import learning_rate
 from deitkit.training.student import Student
 
 LOG_EVERY = 50  # steps between two synchronisations with the device
+STOP_EVERY = 10  # steps between two agreements of processes on whether to stop
 PACE_MARKS = 50  # log steps over which the speed is measured that progress reports
 WATCHED = ("step", "waiting", "views", "teacher")
 
@@ -244,8 +245,8 @@ class Cohort:
         Args:
             on_step: Called every few steps, after synchronising with the device.
             should_stop: Called after every step, and after every batch of a validation; an interrupted validation is
-                repeated on resume. Where processes share the steps, called when the losses are read, and any of them
-                stops all.
+                repeated on resume. Where processes share the steps, called every few of them, and any process stops
+                all.
 
         Raises:
             Interrupted: ``should_stop`` returned True.
@@ -269,7 +270,9 @@ class Cohort:
     def _is_stopped(self, should_stop: Callable[[], bool]) -> bool:
         if self.ranks.count == 1:
             return should_stop()
-        return self._is_log_step() and self.ranks.any(should_stop())
+        # The flags travel on the CPU, and no device is waited for; torchrun allows 30 seconds.
+        last = self.step == self.batches.steps_per_epoch
+        return (self.device.type == "cpu" or self.step % STOP_EVERY == 0 or last) and self.ranks.any(should_stop())
 
     def next_step(self, batches: Iterator[tuple[Tensor, Tensor]]) -> None:
         """Train on the next batch of the epoch."""

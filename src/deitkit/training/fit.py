@@ -79,6 +79,7 @@ def train_to_end(
     if state is not None:
         cohort.load_state_dict(state)
         watcher.say(f"{title}: resuming at epoch {cohort.epoch + 1}, step {cohort.step + 1}")
+    cohort.ranks.any(False)  # all have read the state, which may be deleted soon
     names = {student.name for student in cohort.students}
     lines = [
         line
@@ -121,6 +122,7 @@ def help_to_the_end(cohort: Cohort, should_stop: Callable[[], bool]) -> None:
     state = cohort.ranks.hear()
     if state is not None:
         cohort.load_state_dict(load_tree(Path(state)))
+    cohort.ranks.any(False)
     for _ in cohort.fit(should_stop=should_stop):
         if cohort.ranks.any(should_stop()):
             raise Interrupted

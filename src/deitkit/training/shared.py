@@ -1,6 +1,6 @@
 """Sharing a training among the processes of a run: when they can, and what the first tells the others."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -30,14 +30,13 @@ class SharedTraining(BaseModel):
 
 
 def ranks_that_share(
-    students: Sequence[Student], batch_size: int, field: str, device: torch.device, say: Callable[[str], None]
+    students: Sequence[Student], sizes: Mapping[str, int], device: torch.device, say: Callable[[str], None]
 ) -> Ranks:
     """Return the processes that train some students together: all of the run, or this one alone, and say so.
 
     Args:
         students: Of a cohort.
-        batch_size: Images of a step.
-        field: The field of the recipe that sets it.
+        sizes: Images of a step, by the fields of the recipe that set their numbers.
         device: Of the students.
         say: Receives how a step is shared, where there are several processes.
 
@@ -51,10 +50,11 @@ def ranks_that_share(
     if not can_be_shared(students, device):
         say(f"{names}: BatchNorm is taken over whole batches, so on a CPU one process of {ranks.count} trains alone")
         return ALONE
-    if batch_size < 2 * ranks.count:
-        raise RecipeError(
-            f"{field}={batch_size} is too small for {ranks.count} processes, each of which takes two images or more: "
-            f"set at least {2 * ranks.count}, or start fewer"
-        )
-    say(f"{names}: {ranks.count} processes share every batch of {batch_size} images")
+    for field, size in sizes.items():
+        if size < 2 * ranks.count:
+            raise RecipeError(
+                f"{field}={size} is too small for {ranks.count} processes, each of which takes two images or more: "
+                f"set at least {2 * ranks.count}, or start fewer"
+            )
+    say(f"{names}: {ranks.count} processes share every batch of {sum(sizes.values())} images")
     return ranks
