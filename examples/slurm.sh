@@ -6,6 +6,10 @@
 # OUT is a new folder on a disk that all machines see. Each part gets a GPU; options for the cluster (partition, account,
 # time) come from SBATCH_* variables. A part that is lost or killed is queued again and goes on from its last state.
 set -euo pipefail
+if (($# < 3)); then
+  echo "usage: bash $0 OUT PARTS RECIPE [KEY=VALUE]..." >&2
+  exit 2
+fi
 out=$1 parts=$2
 shift 2
 run=(deitkit compare "$@" --out "$out")

@@ -44,6 +44,8 @@ def test_slurm_runs_teachers_then_parts_then_the_table(tmp_path: Path) -> None:
     programs.mkdir()
     (programs / "sbatch").write_text(SBATCH.format(python=sys.executable, jobs=jobs))
     (programs / "sbatch").chmod(stat.S_IRWXU)
+    alone = subprocess.run(["bash", str(EXAMPLES / "slurm.sh")], capture_output=True, text=True, check=False)
+    assert (alone.returncode, "usage: bash" in alone.stderr) == (2, True)
     command = ["bash", str(EXAMPLES / "slurm.sh"), str(out), "2", *SMALL]
     done = subprocess.run(command, env=environment(programs), capture_output=True, text=True, check=False)
     logs = "".join(log.read_text() for log in sorted((out / "units").glob("*.log")))

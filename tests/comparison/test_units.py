@@ -107,7 +107,31 @@ def test_a_begun_seed_goes_on_in_parts_and_parts_go_on_as_a_seed(
     assert len(lines) == 3 * 6
 
 
-@pytest.mark.parametrize("unit", ["seed-7", "fold-1", "3/2", "0/2", "seed-0/hard", "photos"])
+@pytest.mark.parametrize("unit", ["seed-0/hard", "seed-0/none,none", "seed-0/", "seed-0/none,"])
+def test_students_of_a_unit_are_those_of_the_recipe_each_once(
+    unit: str, tiny_recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    recipe = tiny_recipe("methods=[none, soft]", "baseline.name=cifar/resnet20")
+    run_unit(recipe, tmp_path / "run", PREPARE, watcher=Silent())
+    with pytest.raises(RecipeError, match=f"--unit {unit}: name some of none, soft, cnn-baseline after the seed"):
+        run_unit(recipe, tmp_path / "run", unit, watcher=Silent())
+
+
+def test_options_that_do_not_go_together_are_refused(run: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
+    for words, sentence in (
+        (("--devices", "2"), "--devices 2 is of each unit of --on: add --on local"),
+        (("--unit", "1/2", "--on", "local"), "--unit 1/2 runs one part in this process: drop --on"),
+        (("--unit", "1/2", "--json"), "--unit 1/2 runs one part in this process: drop --json"),
+        (("--unit", "1/2"), "--unit 1/2 runs a part of a comparison: name its run folder with --out"),
+        (("--on", ""), "--on '' is no place to run on"),
+    ):
+        code, printed, said = run("compare", "digits", *words)
+        assert code == 2
+        assert sentence in said.replace("\n", " ")
+        assert "run folder" not in printed
+
+
+@pytest.mark.parametrize("unit", ["seed-7", "fold-1", "3/2", "0/2", "seed-7/none", "fold-1/2", "photos"])
 def test_a_unit_that_does_not_exist_is_refused(unit: str, tiny_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
     recipe = tiny_recipe("methods=[none]")
     run_unit(recipe, tmp_path / "run", PREPARE, watcher=Silent())
@@ -203,6 +227,10 @@ def test_a_mistake_in_one_unit_ends_all_with_its_sentence(tiny_recipe: Callable[
     with pytest.raises(DeitkitError, match=r"^seed-1: train\.lr is no field$"):
         run_side_by_side(recipe, tmp_path / "run", pool=pool, watcher=Silent())
     assert pool.stopped == ["seed-0"]
+    heard = Heard()
+    with pytest.raises(DeitkitError, match=r"^prepare: train\.lr is no field$"):
+        run_side_by_side(recipe, tmp_path / "two", pool=Scripted(prepare=[2]), watcher=heard)
+    assert not any("train.lr" in line for line in heard.lines), "said once, at the end"
 
 
 @pytest.mark.usefixtures("quick")
@@ -326,3 +354,23 @@ def test_a_lost_machine_of_a_ray_cluster_loses_nothing(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert "lost (exit code -1); starting it again from its last state" in done.stdout
     assert_same(read_results(folder), run_recipe(recipe, tmp_path / "whole", watcher=Silent()))
+
+
+def test_a_stopped_run_on_ray_saves_and_ends_its_units(tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    driver = subprocess.Popen(
+        command(tmp_path / "ray", "train.epochs=3000", "--on", "ray"),
+        env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 200
+    state = tmp_path / "ray" / "seed-0" / "none" / "checkpoint.safetensors"
+    while not state.exists():
+        assert time.monotonic() < deadline
+        assert driver.poll() is None, driver.stdout and driver.stdout.read()
+        time.sleep(0.1)
+    asked = time.monotonic()
+    driver.send_signal(signal.SIGINT)
+    output, _ = driver.communicate(timeout=100)
+    assert "stopped; the same command with --resume continues" in output
+    assert time.monotonic() - asked < 60
+    assert "stopped" in (tmp_path / "ray" / "units" / "seed-0.log").read_text()

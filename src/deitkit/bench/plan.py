@@ -1,6 +1,7 @@
 """What a training will take on several devices: hours, cores that decode, memory, traffic and cost, from one speed."""
 
 import io
+import math
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -58,6 +59,9 @@ def plan(recipe: Recipe, given: Given) -> dict[str, Any]:
     Raises:
         RecipeError: The data set is not at hand, and ``images`` is not given.
     """
+    for field, value in vars(given).items():
+        if value is not None and not math.isfinite(value):
+            raise RecipeError(f"{field}={value} is no finite number: give one, or leave it out")
     train = recipe.train
     share = -(-train.batch_size // given.devices)
     images = given.images or _training_images(recipe)

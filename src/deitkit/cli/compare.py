@@ -1,5 +1,6 @@
 """The commands that train: ``compare``, ``train``, ``finetune`` and ``teacher``, and where their run folders go."""
 
+import shlex
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -63,7 +64,13 @@ def compare(
     if show_batch:
         _show_batch(loaded, out)
         return
+    if on is None and devices > 1:
+        raise RecipeError(f"--devices {devices} is of each unit of --on: add --on local, or start torchrun instead")
     if unit is not None:
+        if on is not None or as_json:
+            raise RecipeError(
+                f"--unit {unit} runs one part in this process: drop {'--on' if on is not None else '--json'}"
+            )
         _run_unit(loaded, out, unit)
         return
     _compare(loaded, out, resume, as_json, on, devices)
@@ -188,12 +195,12 @@ def _compare(
     folder = choose_run_folder(out, recipe, resume, restarted=restarted)
     resume = resume or restarted
     with Terminal(errors if as_json else console) as terminal, ExitStack() as stack:
+        pool = None if on is None else open_pool(on, devices)
         terminal.say(f"run folder {folder}")
-        if on is None:
+        if pool is None:
             stack.enter_context(occupied(folder))
             results = run_recipe(recipe, folder, watcher=terminal, resume=resume)
         else:
-            pool = open_pool(on, devices)
             stack.callback(pool.close)
             results = run_side_by_side(recipe, folder, pool=pool, watcher=terminal, resume=resume, devices=devices)
     if as_json:
@@ -207,7 +214,7 @@ def _compare(
     for fold in results.folds if isinstance(results, FoldResults) else ():
         say(f"fold     {fold_folder(folder, fold)}")
     if results.winner is not None:
-        say(f"winner   {folder / 'winner'}   (deitkit predict {folder} IMAGE...)")
+        say(f"winner   {folder / 'winner'}   (deitkit predict {shlex.quote(str(folder))} IMAGE...)")
 
 
 def _show_batch(recipe: Recipe, out: Path | None) -> None:

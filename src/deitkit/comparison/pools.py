@@ -14,6 +14,7 @@ from deitkit.system.process import ENDS_WITH_PARENT, UNIT_VARIABLES, UNITS_HERE,
 LOST = -1  # the exit code of a process whose machine or supervisor is gone
 PASSED_ON = ("DEITKIT_", "OMP_", "GOMP_", "PYTHON")  # beginnings of the variables that another machine needs
 ANSWER_SECONDS = 10.0  # for a cluster to answer
+CANCEL_SECONDS = 0.5  # between two looks whether a task was cancelled
 PATIENCE_SECONDS = 60.0  # for a process to save its state
 
 
@@ -55,7 +56,8 @@ def open_pool(place: str, devices: int) -> Pool:
         return LocalPool(int(where) if where else None, devices)
     if kind == "ray":
         return RayPool(where or None, devices)
-    raise RecipeError(f"--on {place} is no place to run on: write local, local:4, ray or ray:ADDRESS")
+    named = place or "''"
+    raise RecipeError(f"--on {named} is no place to run on: write local, local:4, ray or ray:ADDRESS")
 
 
 def _environment(given: Mapping[str, str], cores: int) -> dict[str, str]:
@@ -209,6 +211,8 @@ def _run_on_node(command: list[str], log: str, folder: str, variables: dict[str,
     process = _start(command, Path(log), environment)
     while True:
         try:
-            return process.wait()
+            return process.wait(timeout=CANCEL_SECONDS)
+        except subprocess.TimeoutExpired:
+            continue  # a wait without end would not notice that the task was cancelled
         except KeyboardInterrupt:  # how Ray cancels a task
             process.terminate()

@@ -112,8 +112,7 @@ class _Runner:
                     if self.watcher.should_stop():
                         raise Interrupted
                     for one in running:
-                        for line in one.fresh_lines() if one.unit == PREPARE else ():
-                            self.watcher.say(line)
+                        self._relay(one)
                     for one in [one for one in running if self.pool.exit_code(one.handle) is not None]:
                         running.remove(one)
                         if time.monotonic() - one.started >= SOON_SECONDS:
@@ -137,13 +136,18 @@ class _Runner:
         shown = log.stat().st_size if log.exists() else 0  # by an earlier attempt
         return _Running(unit, self.pool.start(command, log, share), log, attempt, shown, time.monotonic())
 
+    def _relay(self, one: _Running) -> None:
+        """Say what ``prepare`` says, but for a mistake, which is raised when it has ended."""
+        for line in one.fresh_lines() if one.unit == PREPARE else ():
+            if not line.startswith("error: "):
+                self.watcher.say(line)
+
     def _has_ended_well(self, one: _Running) -> bool:
         """Return whether a unit is finished; False if it was lost and is to start again."""
         code = self.pool.exit_code(one.handle)
         if code == 1 and self.devices > 1 and _is_mistake_under_torchrun(one.log):
             code = MISTAKE
-        for line in one.fresh_lines() if one.unit == PREPARE and code != MISTAKE else ():
-            self.watcher.say(line)
+        self._relay(one)
         if code == 0:
             self.watcher.say(f"{one.unit}: finished")
             return True

@@ -123,9 +123,12 @@ def _named(recipe: Recipe, unit: str) -> list[str]:
     if number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count):
         return divide(recipe, int(count))[int(number) - 1 :: int(count)]
     units = divide(recipe, 1)
-    name, _, students = unit.partition("/")
-    wrong = [student for student in students.split(",") if students and student not in student_names(recipe)]
-    if name not in units or wrong or (students and not name.startswith("seed-")):
+    name, slash, students = unit.partition("/")
+    if name in units and slash and name.startswith("seed-"):
+        chosen, known = students.split(","), student_names(recipe)
+        if len(set(chosen)) < len(chosen) or not set(chosen) <= {*known}:
+            raise RecipeError(f"--unit {unit}: name some of {', '.join(known)} after the seed, each once")
+    elif name not in units or slash:
         raise RecipeError(
             f"--unit {unit} is no unit of this recipe: name {PREPARE}, a share such as 1/{len(units)}, or one of "
             f"{', '.join(units)}"

@@ -78,7 +78,9 @@ def train_to_end(
     cohort.ranks.tell(None if state is None else str(checkpoint.resolve()))
     if state is not None:
         cohort.load_state_dict(state)
-        watcher.say(f"{title}: resuming at epoch {cohort.epoch + 1}, step {cohort.step + 1}")
+        at_end = cohort.step == cohort.batches.steps_per_epoch
+        place = "its validation" if at_end else f"step {cohort.step + 1}"
+        watcher.say(f"{title}: resuming at epoch {cohort.epoch + 1}, {place}")
     cohort.ranks.any(False)  # all have read the state, which may be deleted soon
     names = {student.name for student in cohort.students}
     lines = [
