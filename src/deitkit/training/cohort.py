@@ -167,8 +167,9 @@ class Cohort:
         with self.watches["teacher"]:
             teacher_logits = self._teacher_logits(view)
         for student in self.active:
-            # Dropout of its own for the images of each process; alone, as ever.
-            torch.manual_seed(derived_seed(self.seed, "dropout", step, *[self.ranks.rank] * (self.ranks.rank > 0)))
+            # Each process has images of its own, and drops for them what no other does; the first, what one alone does.
+            names = ("dropout", step) if self.ranks.rank == 0 else ("dropout", step, self.ranks.rank)
+            torch.manual_seed(derived_seed(self.seed, *names))
             with student.watch:
                 # A recording reads the same tensors at every step, so no student may get logits that it does not use:
                 # they are no longer made when all students that use them have stopped.
