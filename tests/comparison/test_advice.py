@@ -18,7 +18,9 @@ SMALL = Cost(file_bytes=1_000_000, milliseconds=2.0, batch_size=32, milliseconds
 LARGE = Cost(file_bytes=44_000_000, milliseconds=9.0, batch_size=32, milliseconds_in_batch=3.0)
 
 
-def results_with(difference: Difference, own: Cost = SMALL, other: Cost = LARGE, **fields: Any) -> Results:
+def results_with(
+    difference: Difference, own: Cost = SMALL, other: Cost = LARGE, seeds: int = 1, **fields: Any
+) -> Results:
     """Return results of one student and a teacher of known costs and difference."""
     row = {
         "row": "hard/class", "label": "hard", "method": "hard", "readout": "class", "weights": "last",
@@ -36,7 +38,7 @@ def results_with(difference: Difference, own: Cost = SMALL, other: Cost = LARGE,
     }  # fmt: skip
     return parse_results({
         "format": 1, "deitkit": "0", "created": "2026-11-26", "recipe": {"name": "photos"}, "dataset": data,
-        "teacher": card, "teachers": [card], "seeds": [0], "rows": [row], "winner": "hard/class",
+        "teacher": card, "teachers": [card], "seeds": list(range(seeds)), "rows": [row], "winner": "hard/class",
     })  # fmt: skip
 
 
@@ -60,13 +62,22 @@ def difference(mean: float, half: float, p: float) -> Difference:
          "Keep the teacher timm/resnet18: hard/class is as accurate within chance, and neither faster nor smaller."),
         (difference(-0.002, 0.06, 0.9), SMALL, LARGE,
          "The 1,000 test images do not decide between hard/class and the teacher timm/resnet18: its accuracy may be "
-         "6.2 points lower or 5.8 higher."),
+         "6.2 points lower or 5.8 higher; more test images would tell more."),
+        (difference(-0.05, 1.2, 0.7), SMALL, LARGE,
+         "The 1,000 test images do not decide between hard/class and the teacher timm/resnet18: its accuracy may be "
+         "85.0 points lower or 15.0 higher; more test images would tell more."),
     ],
 )  # fmt: skip
 def test_the_advice_weighs_accuracy_against_speed_and_size(
     found: Difference, own: Cost, other: Cost, words: str
 ) -> None:
     assert advice(results_with(found, own, other)).startswith(words)
+
+
+def test_of_several_seeds_more_of_them_would_tell_more() -> None:
+    text = advice(results_with(difference(-0.002, 0.06, 0.9), seeds=2, top1=[0.79, 0.81], validation_top1=[0.8, 0.8]))
+    assert text.startswith("2 seeds on 1,000 test images do not decide between hard/class and the teacher")
+    assert "5.8 higher; more seeds or test images would tell more." in text
 
 
 def test_the_advice_names_times_and_sizes() -> None:

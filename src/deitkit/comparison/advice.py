@@ -42,7 +42,7 @@ def advice(results: Results) -> str:
         "speed": rival.cost.milliseconds / winner.cost.milliseconds,
         "size": rival.cost.file_bytes / winner.cost.file_bytes,
     }
-    return f"{_decision(winner, rival, savings)}. {_prices(winner.row, winner.cost, rival)}."
+    return f"{_decision(winner, rival, savings, len(results.seeds))}. {_prices(winner.row, winner.cost, rival)}."
 
 
 def _rival(winner: Row, results: Results) -> Rival | None:
@@ -63,7 +63,7 @@ def _guesses(winner: Row, results: Results) -> bool:
     return balanced is not None and balanced <= 1 / results.dataset.classes + 1e-9
 
 
-def _decision(winner: Row, rival: Rival, savings: Mapping[str, float]) -> str:
+def _decision(winner: Row, rival: Rival, savings: Mapping[str, float], seeds: int) -> str:
     difference = rival.difference
     loss = 100 * abs(difference.mean)
     if difference.is_significant and difference.mean < 0:
@@ -76,9 +76,14 @@ def _decision(winner: Row, rival: Rival, savings: Mapping[str, float]) -> str:
         return f"Use {winner.row} instead of {rival.name}: it is {loss:.1f} points more accurate"
     low, high = difference.ci95 or (-1.0, 1.0)
     if low < -TOLERABLE:
+        accuracy = (winner.top1_mean or 0.0) - difference.mean  # of the rival, which bounds what is possible
+        low, high = max(low, -accuracy), min(high, 1 - accuracy)
+        judges, more = f"The {winner.n:,} test images", "more test images"
+        if seeds > 1:
+            judges, more = f"{seeds} seeds on {winner.n:,} test images", "more seeds or test images"
         return (
-            f"The {winner.n:,} test images do not decide between {winner.row} and {rival.name}: its accuracy may be "
-            f"{-100 * low:.1f} points lower or {100 * high:.1f} higher"
+            f"{judges} do not decide between {winner.row} and {rival.name}: its accuracy may be {-100 * low:.1f} "
+            f"points lower or {100 * high:.1f} higher; {more} would tell more"
         )
     notable = [name for name, ratio in savings.items() if ratio >= NOTABLE]
     if notable:
