@@ -93,9 +93,23 @@ def test_several_seeds_that_do_not_agree_are_a_tie(tiny_recipe: TinyRecipe) -> N
     assert "(mean of 3 seeds, n = " in verdict
 
 
-def test_a_student_that_always_answers_the_frequent_class_is_called_that(tiny_recipe: TinyRecipe) -> None:
-    recipe = tiny_recipe("methods=[none]")
+@pytest.mark.parametrize(
+    ("sampling", "frequent_in_training", "learnt"),
+    [
+        ("all", True, "it has learnt nothing but which class is frequent; data.sampling=balanced trains on all"),
+        ("all", False, "it has learnt nothing yet; train longer (train.epochs)"),
+        ("balanced", True, "it has learnt nothing yet; train longer (train.epochs)"),
+    ],
+)
+def test_a_student_that_always_answers_the_frequent_class_is_called_that(
+    tiny_recipe: TinyRecipe, sampling: str, frequent_in_training: bool, learnt: str
+) -> None:
+    recipe = tiny_recipe("methods=[none]", f"data.sampling={sampling}")
     dataset = load_dataset(recipe.data)
+    if frequent_in_training:
+        labels = dataset.train.labels.clone()
+        labels[len(labels) // 3 :] = 0
+        dataset = replace(dataset, train=replace(dataset.train, labels=labels))
     frequent = torch.arange(len(dataset.test)) % 20 == 0
     test = replace(dataset.test, labels=torch.where(frequent, 1, 0))
     constant = {
@@ -104,7 +118,7 @@ def test_a_student_that_always_answers_the_frequent_class_is_called_that(tiny_re
     }
     predictions = {0: {"none": StudentPredictions(None, 1, {"last": constant})}}
     summary = summarise(recipe, replace(dataset, test=test), predictions, None, [])
-    assert "It answers '0' to every test image" in summary.verdict
+    assert f"It answers '0' to every test image: {learnt}" in summary.verdict
     (row,) = summary.rows
     assert row.top1_mean == pytest.approx(0.95, abs=0.01)
     assert row.balanced_accuracy == pytest.approx(0.5)  # of the two classes that have test images

@@ -202,6 +202,7 @@ def _standing(
         over=f"mean of {len(winner.top1)} folds",
         teacher_top1=teacher_top1,
         only_answer=None,
+        answers_frequent=False,
         by=by,
     )
 

@@ -28,6 +28,8 @@ SomeRow = TypeVar("SomeRow", bound=Row)
 Key = TypeVar("Key")
 _REFERENCES: tuple[Reference, ...] = ("none", "teacher", "baseline")
 
+FREQUENT = 1.5  # times the images of a class on average, from which on answering it alone is no chance
+
 
 @dataclass(frozen=True)
 class StudentPredictions:
@@ -311,13 +313,17 @@ def _standing(
     validation = {name: keys[name].hits(predictions, labels, "validation") for name in (winner.row, *names)}
     leads = {name: paired_over_seeds(validation[winner.row], validation[name]) for name in names}
     answers = {answer for scores in own.scores(predictions, "test").values() for answer in scores.argmax(-1).tolist()}
+    only = answers.pop() if len(answers) == 1 else None
+    counts = dataset.train.labels.bincount(minlength=dataset.classes).double()
+    frequent = only is not None and bool(counts[only] > FREQUENT * counts.mean())
     return Standing(
         winner=winner,
         leads=corrected_differences({name: lead for name, lead in leads.items() if lead is not None}),
         validation_images=len(labels),
         over=f"mean of {len(recipe.seeds)} seeds" if len(recipe.seeds) > 1 else "one seed",
         teacher_top1=None if teacher is None else teacher.double().mean().item(),
-        only_answer=dataset.class_names[answers.pop()] if len(answers) == 1 else None,
+        only_answer=None if only is None else dataset.class_names[only],
+        answers_frequent=frequent and recipe.data.sampling != "balanced",
         by=recipe.compare.by,
     )
 

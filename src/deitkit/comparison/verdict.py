@@ -20,6 +20,7 @@ class Standing:
         teacher_top1: The teacher's accuracy on the test images; None without a teacher.
         by: ``accuracy`` or ``balanced``, by which the winner was chosen.
         only_answer: The class that it answers to every test image, if it is always the same.
+        answers_frequent: Whether that class is more frequent in training than others, and may be drawn less often.
     """
 
     winner: Row
@@ -28,6 +29,7 @@ class Standing:
     over: str
     teacher_top1: float | None
     only_answer: str | None
+    answers_frequent: bool
     by: str = "accuracy"
 
 
@@ -98,10 +100,12 @@ def _by_balance(standing: Standing) -> str:
 def _only_answer(standing: Standing) -> str:
     if standing.only_answer is None:
         return ""
-    return (
-        f"It answers '{standing.only_answer}' to every test image: it has learnt nothing but which class is frequent; "
-        "data.sampling=balanced trains on all classes alike"
+    learnt = (
+        "nothing but which class is frequent; data.sampling=balanced trains on all classes alike"
+        if standing.answers_frequent
+        else "nothing yet; train longer (train.epochs), or with another train.learning_rate"
     )
+    return f"It answers '{standing.only_answer}' to every test image: it has learnt {learnt}"
 
 
 def _teacher(standing: Standing) -> str:
