@@ -268,9 +268,8 @@ class TeacherRecipe(Section):
     min_top1: Probability | None = Field(None, description="Refuse a teacher below this validation accuracy.")
     allow_weak: bool = Field(False, description="Use a teacher that the gate refuses, marked as weak.")
     cache: bool = Field(False, description="Cache the logits on the disk, for other comparisons on the same views.")
-    cache_top: int | None = Field(
+    cache_top: PositiveInt | None = Field(
         None,
-        ge=1,
         description="Cache only this many largest logits of each view, for many classes; the other classes share the "
         "rest of the probability evenly.",
     )
