@@ -5,8 +5,10 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ import psutil
 import pytest
 
 from conftest import TINY, StopAfter
-from deitkit.comparison import side_by_side
+from deitkit.comparison import seed_run, side_by_side
 from deitkit.comparison.pools import LOST, LocalPool, open_pool
 from deitkit.comparison.run import run_recipe
 from deitkit.comparison.side_by_side import run_side_by_side
@@ -22,6 +24,7 @@ from deitkit.comparison.units import PREPARE, divide, run_unit
 from deitkit.errors import CheckpointError, DeitkitError, Interrupted, RecipeError
 from deitkit.recipe.load import load_recipe
 from deitkit.recipe.schema import Recipe
+from deitkit.run.folder import occupied
 from deitkit.run.observer import Silent
 from deitkit.run.results import Results, read_results
 
@@ -115,6 +118,23 @@ def test_students_of_a_unit_are_those_of_the_recipe_each_once(
     run_unit(recipe, tmp_path / "run", PREPARE, watcher=Silent())
     with pytest.raises(RecipeError, match=f"--unit {unit}: name some of none, soft, cnn-baseline after the seed"):
         run_unit(recipe, tmp_path / "run", unit, watcher=Silent())
+
+
+def test_a_unit_waits_for_a_lock_that_is_still_held(
+    tiny_recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, heard = tiny_recipe("methods=[none]"), Heard()
+    run_unit(recipe, tmp_path / "run", PREPARE, watcher=Silent())
+    held = ExitStack()
+    held.enter_context(occupied(tmp_path / "run" / "seed-0" / "none"))
+    monkeypatch.setattr(seed_run, "LOCK_SECONDS", 0.2)
+    with pytest.raises(CheckpointError, match=r"another deitkit process is using .*none: wait for it to end"):
+        run_unit(recipe, tmp_path / "run", "seed-0", watcher=heard)
+    assert "waiting up to 0 s for it to end" in heard.lines[-1]
+    monkeypatch.setattr(seed_run, "LOCK_SECONDS", 60.0)
+    threading.Timer(1.0, held.close).start()
+    run_unit(recipe, tmp_path / "run", "seed-0", watcher=heard)
+    assert (tmp_path / "run" / "seed-0" / "none" / "predictions.safetensors").exists()
 
 
 def test_options_that_do_not_go_together_are_refused(run: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:

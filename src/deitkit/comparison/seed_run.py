@@ -81,12 +81,12 @@ def run_seed(
     names = everyone if part is None else part
     _report_finished(home, names, everyone, watcher)
     patience = 0.0 if part is None else LOCK_SECONDS
-    with occupied(home, patience):
+    with occupied(home, patience, watcher.say):
         cohorts = plan_cohorts(home, names, watcher.say, everyone=everyone, apart=part is not None)
     for planned in cohorts:
         with ExitStack() as stack:
             for name in planned.names:
-                stack.enter_context(occupied(home / name, patience))
+                stack.enter_context(occupied(home / name, patience, watcher.say))
             if part is None and planned.state.parent.name in everyone:
                 _return_metrics(planned.state.parent, folder)
             metrics_home = folder if part is None else planned.state.parent

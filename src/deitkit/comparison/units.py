@@ -84,7 +84,7 @@ def run_unit(recipe: Recipe, folder: Path, unit: str, *, watcher: Watcher) -> No
     """
     recipe = recipe.model_copy(update={"model": with_pretrained_size(recipe.model)})
     if unit == PREPARE:
-        with occupied(folder, LOCK_SECONDS):
+        with occupied(folder, LOCK_SECONDS, watcher.say):
             _prepare(recipe, folder, watcher)
         return
     check_run(folder, recipe, resume=True)
@@ -100,7 +100,7 @@ def run_unit(recipe: Recipe, folder: Path, unit: str, *, watcher: Watcher) -> No
             continue
         home, own = _parts(recipe, folder)[name]
         assert home is not None
-        with occupied(home, LOCK_SECONDS), named_in_errors(which) if kind == "variant" else nullcontext():
+        with occupied(home, LOCK_SECONDS, watcher.say), named_in_errors(which) if kind == "variant" else nullcontext():
             compare(own, home, watcher=watcher, resume=True)
 
 

@@ -4,12 +4,13 @@ The layout is in docs/design.md. Nothing here depends on teachers or methods.
 """
 
 import re
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import BaseFileLock, FileLock, Timeout
 
 from deitkit.errors import CheckpointError, RecipeError
 from deitkit.recipe.load import changed_fields, dump_recipe, load_recipe
@@ -17,6 +18,7 @@ from deitkit.recipe.schema import Recipe
 from deitkit.system.files import write_text
 
 LOCK = ".lock"
+LOCK_POLL_SECONDS = 0.25
 UNITS = "units"  # logs of units that run side by side
 
 # Fields that decide where or how fast, not what, so that a run may resume on another machine; and those of the gate, so
@@ -84,7 +86,7 @@ def choose_run_folder(
 
 
 @contextmanager
-def occupied(folder: Path, patience: float = 0.0) -> Iterator[None]:
+def occupied(folder: Path, patience: float = 0.0, say: Callable[[str], None] = lambda line: None) -> Iterator[None]:
     """Lock a run folder for this process; if nothing was written, remove what locking created.
 
     The operating system releases the lock when the process ends, however it ends; on a disk of the network, a while
@@ -93,15 +95,14 @@ def occupied(folder: Path, patience: float = 0.0) -> Iterator[None]:
     Args:
         folder: Created if it does not exist.
         patience: Seconds to wait for another process to release it.
+        say: Receives a line before that.
 
     Raises:
         CheckpointError: Another process holds the lock, or the folder cannot be written.
     """
     is_new = not folder.exists()
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / LOCK, timeout=patience)
-        lock.acquire()
+        lock = _acquired(folder, patience, say)
     except Timeout:
         raise CheckpointError(
             f"another deitkit process is using {folder}: wait for it to end, or name another folder with --out"
@@ -117,6 +118,24 @@ def occupied(folder: Path, patience: float = 0.0) -> Iterator[None]:
             (folder / LOCK).unlink(missing_ok=True)
             if is_new:
                 folder.rmdir()
+
+
+def _acquired(folder: Path, patience: float, say: Callable[[str], None]) -> BaseFileLock:
+    """Lock a folder, and create it if it does not exist or if its last user removes it meanwhile."""
+    lock, until = FileLock(folder / LOCK), time.monotonic() + patience
+    waits = False
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=0)
+            return lock
+        except (Timeout, FileNotFoundError):
+            if time.monotonic() >= until:
+                raise
+        if not waits:
+            say(f"another deitkit process is using {folder}: waiting up to {patience:.0f} s for it to end")
+        waits = True
+        time.sleep(LOCK_POLL_SECONDS)
 
 
 def check_run(folder: Path, recipe: Recipe, resume: bool) -> None:
