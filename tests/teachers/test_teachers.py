@@ -2,27 +2,22 @@
 
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import nn
 
 from conftest import CPU_FP32
 from deitkit.comparison.compare import compare
 from deitkit.data.dataset import load_dataset
 from deitkit.errors import CheckpointError, Interrupted, TeacherError
 from deitkit.models.classifier import Classifier
-from deitkit.models.zoo import create_classifier
 from deitkit.recipe.load import field_names, load_recipe
 from deitkit.report.table_layout import lay_out
 from deitkit.run.observer import Progress, Silent
 from deitkit.run.results import TESTED
-from deitkit.system.device import Precision
 from deitkit.teachers.frozen import FrozenTeacher, Teachers, mean_teacher_logits
 from deitkit.teachers.logit_cache import open_logit_cache
 from deitkit.teachers.prepare import prepare_teachers
@@ -75,48 +70,6 @@ def test_teachers_answer_as_one_without_gradients_and_stay_in_evaluation_mode() 
     assert answer.argmax(dim=-1).tolist() == [1, 1]
     assert not answer.requires_grad
     assert not any(classifier.training for classifier in teachers.classifiers)
-
-
-@pytest.mark.parametrize("name", ["small/resnet18", "torchvision/regnet_y_400mf", "timm/resnet18"])
-def test_folded_weights_answer_as_exactly_as_autocast_does(name: str) -> None:
-    torch.manual_seed(0)
-    built = create_classifier(name, classes=10, channels=3)
-    for module in built.model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.running_mean.normal_(0, 0.1)  # type: ignore[union-attr]
-            module.running_var.uniform_(0.5, 2)  # type: ignore[union-attr]
-    classifier = Classifier(built.model, mean=(0.5,) * 3, std=(0.25,) * 3, image_px=32)
-    view = torch.rand(16, 3, 40, 40)
-    exact = FrozenTeacher(classifier)(view)
-    precision = Precision(torch.device("cpu"), torch.bfloat16)
-    with precision.autocast():
-        usual = FrozenTeacher(classifier)(view)
-        teacher = FrozenTeacher(classifier, precision)
-        assert teacher.folded is not None
-        folded = teacher.train()(view)
-    errors = [float((logits.float() - exact).square().mean().sqrt() / exact.std()) for logits in (usual, folded)]
-    assert errors[1] < 0.02
-    assert errors[1] < 3 * errors[0]
-    assert not any(parameter.requires_grad for parameter in teacher.parameters())
-    assert torch.equal(FrozenTeacher(classifier)(view), exact), "the original is unchanged"
-
-
-def test_our_own_cnn_is_folded_too() -> None:
-    """In a process of its own, since the types that tests check at run time cannot be traced."""
-    script = (
-        "import torch; from deitkit.models.accelerate import folded_copy; from deitkit.models.cnn import CifarResNet; "
-        "model = CifarResNet(20, classes=3).eval(); folded = folded_copy(model, torch.float32); "
-        "view = torch.rand(4, 3, 16, 16); print(float((folded(view) - model(view)).abs().max()))"
-    )
-    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert float(found.stdout) < 1e-4
-
-
-@pytest.mark.parametrize("name", ["timm/efficientnet_lite0", "torchvision/densenet121", "timm/convnext_atto"])
-def test_what_cannot_be_folded_whole_stays_as_it_is(name: str) -> None:
-    built = create_classifier(name, classes=10, channels=3)
-    classifier = Classifier(built.model, mean=(0.5,) * 3, std=(0.25,) * 3)
-    assert FrozenTeacher(classifier, Precision(torch.device("cpu"), torch.bfloat16)).folded is None
 
 
 def test_a_run_keeps_and_reports_every_teacher(tiny_recipe: Any, tmp_path: Path) -> None:

@@ -55,7 +55,7 @@ class Bench:
             )
         mean, std = built.mean or dataset.mean, built.std or dataset.std
         classifier = Classifier(built.model, mean=mean, std=std, image_px=recipe.image_px or built.image_px)
-        return FrozenTeacher(accelerate(classifier, self.recipe.speed, self.device), self.precision)
+        return FrozenTeacher(accelerate(classifier, self.recipe.speed, self.device))
 
     def students(self, methods: tuple[str, ...]) -> list[Student]:
         """Build students as a comparison does, without the baseline."""

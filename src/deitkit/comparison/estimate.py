@@ -61,7 +61,7 @@ def estimate_training(recipe: Recipe, dataset: Dataset, folder: Path, precision:
                 "teacher", METHODS["none"], classifier, one.train, precision=precision, batch_size=batch_size
             )
             seconds_of_teachers += _seconds([student], None, recipe, dataset, one.augment, one.train, precision)
-        teachers.append(FrozenTeacher(classifier, precision))
+        teachers.append(FrozenTeacher(classifier))
     students = build_students(recipe, dataset, recipe.seeds[0], precision, names=max(missing.values(), key=len))
     each = _seconds(
         students, Teachers(teachers) if teachers else None, recipe, dataset, recipe.augment, recipe.train, precision

@@ -7,8 +7,6 @@ import sys
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
-import torch.nn.functional as F
-from torch import nn
 
 from deitkit.models.classifier import Classifier
 from deitkit.models.vit import Attention, DeiT
@@ -41,28 +39,6 @@ def accelerate(classifier: Classifier, speed: SpeedRecipe, device: torch.device)
         for block in model.blocks:
             block.compile(dynamic=False)  # two token layouts are two shapes, each compiled separately
     return classifier
-
-
-def folded_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module | None:
-    """Return a CNN for inference with BatchNorm folded into its convolutions and weights in a lower precision.
-
-    Returns:
-        None of a model whose layers torch cannot follow, or that keeps a BatchNorm, which has to stay in float32.
-    """
-    from torch.fx import GraphModule  # here, since it takes a second to import
-    from torch.fx.experimental.optimization import fuse
-
-    if isinstance(model, DeiT) or not any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
-        return None
-    try:
-        folded = fuse(model.eval())
-    except Exception:  # whatever a model does that cannot be traced
-        return None
-    assert isinstance(folded, GraphModule)
-    kept = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in folded.modules())
-    if kept or any(node.target is F.batch_norm for node in folded.graph.nodes):  # the latter in timm's own layers
-        return None
-    return folded.to(dtype).to(memory_format=torch.channels_last).requires_grad_(False)
 
 
 def _allow_recompilations() -> None:

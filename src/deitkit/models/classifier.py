@@ -66,20 +66,14 @@ class Classifier(nn.Module):
 
     def forward(self, view: Float[Tensor, "batch channels height width"]) -> Output:
         """Return the heads' logits for views in [0, 1]."""
-        output = self.model(self.prepare(view))
+        if self.image_px is not None and view.shape[-2:] != (self.image_px, self.image_px):
+            view = F.interpolate(view, size=(self.image_px, self.image_px), mode="bicubic", antialias=True).clamp(0, 1)
+        output = self.model((view - self.mean) / self.std)
         if not isinstance(output, Output):
             return Output(class_logits=output)
         if self.readout is None:
             return output
         return Output(READOUT_LOGITS[self.readout](output.class_logits, output.distillation_logits))  # type: ignore[arg-type]
-
-    def prepare(
-        self, view: Float[Tensor, "batch channels height width"]
-    ) -> Float[Tensor, "batch channels rows columns"]:
-        """Return what the model sees of views in [0, 1]: resized and normalised."""
-        if self.image_px is not None and view.shape[-2:] != (self.image_px, self.image_px):
-            view = F.interpolate(view, size=(self.image_px, self.image_px), mode="bicubic", antialias=True).clamp(0, 1)
-        return (view - self.mean) / self.std
 
     def train(self, mode: bool = True) -> "Classifier":
         """Switch the mode; frozen layers stay in evaluation mode, so that their statistics do not change."""

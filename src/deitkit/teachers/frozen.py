@@ -9,34 +9,21 @@ from torch import Tensor, nn
 
 from deitkit.data.dataset import Split
 from deitkit.evaluation.predict import predict_all
-from deitkit.models.accelerate import folded_copy
 from deitkit.models.classifier import Classifier
 from deitkit.system.device import Precision
 
 
 class FrozenTeacher(nn.Module):
-    """A classifier without gradients that stays in evaluation mode, so that ``train`` cannot change its BatchNorm.
+    """A classifier without gradients that stays in evaluation mode, so that ``train`` cannot change its BatchNorm."""
 
-    Args:
-        classifier: On its device.
-        precision: Of the logits for views; in bf16 a CNN's BatchNorm is folded and its weights are cast once.
-    """
-
-    def __init__(self, classifier: Classifier, precision: Precision | None = None) -> None:
+    def __init__(self, classifier: Classifier) -> None:
         super().__init__()
         self.classifier = classifier.requires_grad_(False).eval()
-        self.folded: nn.Module | None = None
-        if precision is not None and precision.dtype == torch.bfloat16:
-            self.folded = folded_copy(classifier.model, precision.dtype)
 
     def forward(self, view: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch classes"]:
         """Return logits for views in [0, 1], through the teacher's own normalisation and resolution."""
         with torch.inference_mode():
-            if self.folded is None:
-                logits = self.classifier(view).class_logits
-            else:
-                with torch.autocast(view.device.type, enabled=False):
-                    logits = self.folded(self.classifier.prepare(view).to(torch.bfloat16))
+            logits = self.classifier(view).class_logits
             assert logits is not None
         return logits.clone()  # a tensor of inference mode cannot be the target of a loss
 

@@ -60,7 +60,7 @@ def prepare_teacher(
         classifier = accelerate(load_classifier(folder, precision.device)[0], recipe.speed, precision.device)
         card = TeacherCard.model_validate_json(card_path.read_text(encoding="utf-8"))
         classifier.readout = card.readout
-        return FrozenTeacher(classifier, precision), card
+        return FrozenTeacher(classifier), card
     with seeded(recipe.seeds[0], folder.name):
         classifier, card = draft_teacher(recipe.teacher, dataset)
     accelerate(classifier, recipe.speed, precision.device)
@@ -90,9 +90,9 @@ def prepare_teacher(
         f"teacher {card.name}: {100 * card.top1:.2f} % on {counted(card.n, 'validation image')}, {card.verdict}"
     )
     if any(isinstance(module, nn.SyncBatchNorm) for module in classifier.modules()):
-        # Trained by several processes: read it again as the others do, with BatchNorm, which can be folded.
+        # Trained by several processes: read it again as the others do, with BatchNorm of one process.
         return prepare_teacher(recipe, dataset, folder=folder, precision=precision, watcher=watcher)
-    return FrozenTeacher(classifier, precision), card
+    return FrozenTeacher(classifier), card
 
 
 def images_of_teacher(recipe: Recipe) -> DataRecipe:
