@@ -121,4 +121,5 @@ def test_a_mistake_is_said_once_and_ends_all(tmp_path: Path) -> None:
     assert run.returncode != 0
     sentence = "error: train.batch_size=3 is too small for 2 processes, each of which takes two images or more"
     assert output.count(sentence) == 1
+    assert "training all layers" not in output, "before the teacher trains"
     assert time.monotonic() - started < 100

@@ -69,14 +69,13 @@ def plan(recipe: Recipe, given: Given) -> dict[str, Any]:
         raise RecipeError(f"--images {images} is less than train.batch_size={train.batch_size}: give at least as many")
     views = train.steps_per_epoch(images) * train.batch_size * train.epochs * len(recipe.seeds)
     part = recipe.model_copy(update={"train": train.model_copy(update={"batch_size": share})})
-    parameters = sum(
-        value.numel() for student in Bench(part, True).students(recipe.methods)
-        for value in student.classifier.model.parameters()
-    )  # fmt: skip
+    bench = Bench(part, True)
+    models = [student.classifier.model for student in bench.students(recipe.methods)]
+    parameters = sum(value.numel() for model in models for value in model.parameters())
     measured = None if given.images_per_second else bench_train(part, synthetic=True, repeats=1, steps=1)
     speed = given.images_per_second or float(measured["images_per_second"] if measured else 0)
     together = speed * given.devices
-    image_px = recipe.data.image_px or Bench(part, True).dataset.image_px[0]
+    image_px = bench.dataset.image_px[0]
     decoded = given.decoded_per_second or decode_rate(image_px)
     needed = together / train.repeats
     gradient_bytes = 4 * parameters

@@ -20,7 +20,7 @@ from deitkit.comparison.describe import describe_data, describe_students
 from deitkit.comparison.estimate import estimate_training
 from deitkit.comparison.finetune import StartingPoint, add_checkpoint_row, measure_checkpoint
 from deitkit.comparison.rows import summarise, validation_scores
-from deitkit.comparison.seed_run import adopt_older_layout, gather_metrics, load_predictions, run_seed
+from deitkit.comparison.seed_run import adopt_older_layout, gather_metrics, load_predictions, run_seed, step_images
 from deitkit.data.augment.preview import draw_views
 from deitkit.data.dataset import Dataset, add_unlabelled, load_dataset
 from deitkit.data.duplicates import Duplicates
@@ -47,6 +47,7 @@ from deitkit.run.results import (
 )
 from deitkit.system.device import Precision, choose_device, describe_machine
 from deitkit.system.files import write_text
+from deitkit.system.ranks import current_ranks
 from deitkit.teachers.frozen import Teachers, mean_teacher_logits
 from deitkit.teachers.logit_cache import kept_logits
 from deitkit.teachers.prepare import common_card, prepare_teachers, rehearse_teachers, teacher_folders
@@ -58,6 +59,7 @@ from deitkit.training.build import (
     needs_teacher,
     student_names,
 )
+from deitkit.training.shared import require_parts
 from deitkit.training.trial import failure_of
 
 MODEL_FILES = ("model.safetensors", "model.json")
@@ -204,7 +206,13 @@ def rehearse(recipe: Recipe, dataset: Dataset, precision: Precision) -> tuple[li
         parameters of each student.
     """
     _require_whole_batches(recipe, len(dataset.train))
-    kept_logits(recipe, dataset.classes)
+    top = kept_logits(recipe, dataset.classes)
+    if top is not None and current_ranks().count > 1:
+        raise RecipeError(
+            f"teacher.cache_top={top} changes the teacher's answers, and several processes do not use the cache: drop "
+            "it, or start one process"
+        )
+    require_parts(step_images(recipe, dataset))
     start: list[str] = []
     students = build_students(recipe, dataset, recipe.seeds[0], precision, start.append)
     for cnn in (student.classifier for student in students if student.name == BASELINE):

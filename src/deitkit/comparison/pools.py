@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from deitkit.errors import RecipeError
-from deitkit.system.process import ENDS_WITH_PARENT, UNIT_VARIABLES, UNITS_HERE, usable_cores, were_started
+from deitkit.system.process import ENDS_WITH_PARENT, TORCHRUN_VARIABLES, UNITS_HERE, usable_cores, were_started
 
 LOST = -1  # the exit code of a process whose machine or supervisor is gone
 PASSED_ON = ("DEITKIT_", "OMP_", "GOMP_", "PYTHON")  # beginnings of the variables that another machine needs
@@ -63,7 +63,7 @@ def open_pool(place: str, devices: int) -> Pool:
 def _environment(given: Mapping[str, str], cores: int) -> dict[str, str]:
     """Return the environment of a unit with some cores; threads that the user has set stay."""
     own = {"PYTHONUNBUFFERED": "1", ENDS_WITH_PARENT: "1"}
-    given = {name: value for name, value in given.items() if name not in UNIT_VARIABLES}
+    given = {name: value for name, value in given.items() if name not in TORCHRUN_VARIABLES}
     return given | own | ({} if "OMP_NUM_THREADS" in given else {"OMP_NUM_THREADS": str(cores)})
 
 

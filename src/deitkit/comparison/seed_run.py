@@ -16,7 +16,6 @@ from torch import Tensor
 from deitkit.comparison.rows import StudentPredictions
 from deitkit.data.dataset import Dataset, as_read
 from deitkit.data.duplicates import sketch
-from deitkit.errors import RecipeError
 from deitkit.evaluation.predict import predict_all
 from deitkit.evaluation.readouts import readout_scores
 from deitkit.models.accelerate import release
@@ -30,7 +29,7 @@ from deitkit.run.state import drop_state, has_state, load_state, load_tree, save
 from deitkit.system.device import Precision
 from deitkit.system.ranks import Ranks
 from deitkit.teachers.frozen import Teachers
-from deitkit.teachers.logit_cache import kept_logits, open_logit_cache
+from deitkit.teachers.logit_cache import open_logit_cache
 from deitkit.training.build import BASELINE, baseline_architecture, build_students, initial_weights, student_names
 from deitkit.training.cohort import Cohort, LogitLookup
 from deitkit.training.fit import train_to_end
@@ -106,18 +105,10 @@ def _train_cohort(
 ) -> None:
     """Train some students of a seed together, and keep what they learnt."""
     students = build_students(recipe, dataset, seed, precision, names=planned.names)
-    sizes = {"train.batch_size": recipe.train.batch_size}
-    if recipe.unlabelled_in_step and dataset.unlabelled is not None:
-        sizes["train.unlabelled_batch_size"] = min(recipe.unlabelled_in_step, len(dataset.unlabelled))
-    ranks = ranks_that_share(students, sizes, precision.device, watcher.say)
+    ranks = ranks_that_share(students, sum(step_images(recipe, dataset).values()), precision.device, watcher.say)
     logit_cache = None
     if teachers is not None and any(teacher.cache for teacher in recipe.all_teachers):
         if ranks.count > 1:
-            if (top := kept_logits(recipe, dataset.classes)) is not None:
-                raise RecipeError(
-                    f"teacher.cache_top={top} changes the teacher's answers, and several processes do not use the "
-                    "cache: drop it, or start one process"
-                )
             watcher.say("teacher.cache is not used by several processes: the teacher answers at every step")
         else:
             logit_cache = open_logit_cache(recipe, dataset, teachers, seed, precision)
@@ -167,6 +158,14 @@ def seed_cohort(
         balanced=recipe.data.sampling == "balanced",
         ranks=ranks,
     )
+
+
+def step_images(recipe: Recipe, dataset: Dataset) -> dict[str, int]:
+    """Return the images of a step of the students, by the fields that set their numbers."""
+    sizes = {"train.batch_size": recipe.train.batch_size}
+    if recipe.unlabelled_in_step and dataset.unlabelled is not None:
+        sizes["train.unlabelled_batch_size"] = min(recipe.unlabelled_in_step, len(dataset.unlabelled))
+    return sizes
 
 
 def _report_finished(home: Path, names: Sequence[str], everyone: Sequence[str], watcher: Watcher) -> None:

@@ -35,7 +35,7 @@ from deitkit.teachers.resolution import measure_at_own_resolution
 from deitkit.teachers.saved import build_saved
 from deitkit.training.cohort import Cohort
 from deitkit.training.fit import train_to_end
-from deitkit.training.shared import SharedTraining, ranks_that_share
+from deitkit.training.shared import SharedTraining, ranks_that_share, require_parts
 from deitkit.training.student import Student
 from deitkit.training.trial import failure_of
 
@@ -105,6 +105,8 @@ def _try(
 ) -> None:
     """Raise TeacherError if a teacher cannot process the views, before anything trains."""
     trained = card.fit != "none"
+    if trained and precision.device.type == "cuda":  # elsewhere one process trains a CNN
+        require_parts({"teacher.train.batch_size": recipe.train.batch_size})
     size, count = recipe.train.batch_size, len(dataset.train)
     if trained and not recipe.all_images and size > count:
         raise TeacherError(f"teacher.train.batch_size={size} exceeds the {count} training images: use at most {count}")
@@ -225,8 +227,7 @@ def _train(
     if few is not None:
         watcher.say(few)
     student = teacher_student(folder.name, classifier, recipe.teacher, precision)
-    sizes = {"teacher.train.batch_size": recipe.teacher.train.batch_size}
-    ranks = ranks_that_share([student], sizes, precision.device, watcher.say)
+    ranks = ranks_that_share([student], recipe.teacher.train.batch_size, precision.device, watcher.say)
     told = recipe.model_copy(update={"data": as_read(recipe.data, dataset)})
     ranks.tell(SharedTraining(recipe=told, folder=folder.resolve(), seed=None).model_dump(mode="json"))
     cohort = teacher_cohort(student, recipe, dataset, precision, ranks)

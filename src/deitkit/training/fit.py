@@ -74,14 +74,7 @@ def train_to_end(
     Raises:
         Interrupted: The watcher requested a stop; the state is saved.
     """
-    state = load_state(checkpoint, watcher.say)
-    cohort.ranks.tell(None if state is None else str(checkpoint.resolve()))
-    if state is not None:
-        cohort.load_state_dict(state)
-        at_end = cohort.step == cohort.batches.steps_per_epoch
-        place = "its validation" if at_end else f"step {cohort.step + 1}"
-        watcher.say(f"{title}: resuming at epoch {cohort.epoch + 1}, {place}")
-    cohort.ranks.any(False)  # all have read the state, which may be deleted soon
+    _resume(cohort, title, checkpoint, watcher)
     names = {student.name for student in cohort.students}
     lines = [
         line
@@ -113,6 +106,18 @@ def train_to_end(
             saver.save()
             raise
         saver.save()  # so that a failure of the following gate or predictions does not lose the training
+
+
+def _resume(cohort: Cohort, title: str, checkpoint: Path, watcher: Watcher) -> None:
+    """Restore a cohort, here and in the processes that share its steps, from its checkpoint if there is one."""
+    state = load_state(checkpoint, watcher.say)
+    cohort.ranks.tell(None if state is None else str(checkpoint.resolve()))
+    if state is not None:
+        cohort.load_state_dict(state)
+        at_end = cohort.step == cohort.batches.steps_per_epoch
+        place = "its validation" if at_end else f"step {cohort.step + 1}"
+        watcher.say(f"{title}: resuming at epoch {cohort.epoch + 1}, {place}")
+    cohort.ranks.any(False)  # all have read the state, which may be deleted soon
 
 
 def help_to_the_end(cohort: Cohort, should_stop: Callable[[], bool]) -> None:

@@ -29,19 +29,31 @@ class SharedTraining(BaseModel):
     names: list[str] = []
 
 
+def require_parts(sizes: Mapping[str, int]) -> None:
+    """Raise RecipeError if a step has too few images for every process of the run, before anything trains.
+
+    Args:
+        sizes: Images of a step, by the fields of the recipe that set their numbers.
+    """
+    count = current_ranks().count
+    for field, size in sizes.items():
+        if count > 1 and size < 2 * count:
+            raise RecipeError(
+                f"{field}={size} is too small for {count} processes, each of which takes two images or more: set at "
+                f"least {2 * count}, or start fewer"
+            )
+
+
 def ranks_that_share(
-    students: Sequence[Student], sizes: Mapping[str, int], device: torch.device, say: Callable[[str], None]
+    students: Sequence[Student], images: int, device: torch.device, say: Callable[[str], None]
 ) -> Ranks:
     """Return the processes that train some students together: all of the run, or this one alone, and say so.
 
     Args:
         students: Of a cohort.
-        sizes: Images of a step, by the fields of the recipe that set their numbers.
+        images: Of a step.
         device: Of the students.
         say: Receives how a step is shared, where there are several processes.
-
-    Raises:
-        RecipeError: A step has too few images for every process.
     """
     ranks = current_ranks()
     if ranks.count == 1:
@@ -50,11 +62,5 @@ def ranks_that_share(
     if not can_be_shared(students, device):
         say(f"{names}: BatchNorm is taken over whole batches, so on a CPU one process of {ranks.count} trains alone")
         return ALONE
-    for field, size in sizes.items():
-        if size < 2 * ranks.count:
-            raise RecipeError(
-                f"{field}={size} is too small for {ranks.count} processes, each of which takes two images or more: "
-                f"set at least {2 * ranks.count}, or start fewer"
-            )
-    say(f"{names}: {ranks.count} processes share every batch of {sum(sizes.values())} images")
+    say(f"{names}: {ranks.count} processes share every batch of {images} images")
     return ranks
