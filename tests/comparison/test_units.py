@@ -22,7 +22,6 @@ from deitkit.comparison.run import run_recipe
 from deitkit.comparison.side_by_side import run_side_by_side
 from deitkit.comparison.units import PREPARE, divide, run_unit
 from deitkit.errors import CheckpointError, DeitkitError, Interrupted, RecipeError
-from deitkit.recipe.load import load_recipe
 from deitkit.recipe.schema import Recipe
 from deitkit.run.folder import occupied
 from deitkit.run.observer import Silent
@@ -305,9 +304,16 @@ def environment() -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 
 
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    """The results of one process, with one thread as the units have: sums of another number of threads differ."""
+    folder = tmp_path_factory.mktemp("undisturbed") / "run"
+    subprocess.run(command(folder), check=True, capture_output=True, env=environment())
+    return read_results(folder)
+
+
 @pytest.mark.skipif(os.name != "posix", reason="signals as POSIX has them")
-def test_units_that_are_killed_and_stopped_end_in_the_table_of_one_run(tmp_path: Path) -> None:
-    recipe = load_recipe("digits", [*LONGER, "seeds=[0, 1]"])
+def test_units_that_are_killed_and_stopped_end_in_the_table_of_one_run(tmp_path: Path, undisturbed: Results) -> None:
     folder = tmp_path / "units"
     driver = subprocess.Popen(
         command(folder, "--on", "local:2"),
@@ -340,7 +346,7 @@ def test_units_that_are_killed_and_stopped_end_in_the_table_of_one_run(tmp_path:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "resuming at epoch" in "".join(log.read_text() for log in (folder / "units").glob("seed-*.log"))
-    assert_same(read_results(folder), run_recipe(recipe, tmp_path / "whole", watcher=Silent()))
+    assert_same(read_results(folder), undisturbed)
 
 
 NODE_IS_LOST = """
@@ -363,9 +369,8 @@ cluster.shutdown()
 """
 
 
-def test_a_lost_machine_of_a_ray_cluster_loses_nothing(tmp_path: Path) -> None:
+def test_a_lost_machine_of_a_ray_cluster_loses_nothing(tmp_path: Path, undisturbed: Results) -> None:
     pytest.importorskip("ray")
-    recipe = load_recipe("digits", [*LONGER, "seeds=[0, 1]"])
     folder = tmp_path / "ray"
     done = subprocess.run(
         [sys.executable, "-c", NODE_IS_LOST, str(folder), *LONGER, "seeds=[0, 1]"],
@@ -373,7 +378,7 @@ def test_a_lost_machine_of_a_ray_cluster_loses_nothing(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert "lost (exit code -1); starting it again from its last state" in done.stdout
-    assert_same(read_results(folder), run_recipe(recipe, tmp_path / "whole", watcher=Silent()))
+    assert_same(read_results(folder), undisturbed)
 
 
 def test_a_stopped_run_on_ray_saves_and_ends_its_units(tmp_path: Path) -> None:
