@@ -1,6 +1,7 @@
 """Small data sets and recipes that several tests share."""
 
 import itertools
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ import pytest
 
 from deitkit.system.process import configure_process
 
+# The tests' models are so small that threads only wait for each other, and sums of any number of threads differ.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 configure_process()  # before torch is imported: threads of the tests, too, wait without keeping a core from others
 
 import torch
