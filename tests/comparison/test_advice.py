@@ -99,6 +99,11 @@ def test_a_corrected_p_value_decides() -> None:
 def test_a_model_that_guesses_replaces_nothing_and_without_a_cnn_there_is_no_advice() -> None:
     found = difference(-0.002, 0.01, 0.7)
     assert advice(results_with(found, balanced_accuracy=0.1)).endswith("hard/class does not tell the classes apart.")
+    guesses = results_with(found).teachers[0].model_copy(update={"test_balanced": 0.1})
+    both = results_with(found, balanced_accuracy=0.1).model_copy(update={"teacher": guesses})
+    assert advice(both) == "Use neither hard/class nor the teacher timm/resnet18: they do not tell the classes apart."
+    text = advice(results_with(found).model_copy(update={"teacher": guesses}))
+    assert text == "Use hard/class instead of the teacher timm/resnet18: it alone tells the classes apart."
     assert advice(results_with(found, cost=None)) == ""
     assert advice(results_with(found).model_copy(update={"teacher": None})) == ""
     assert advice(results_with(found).model_copy(update={"winner": None})) == ""

@@ -20,11 +20,13 @@ class Rival:
         name: In a sentence.
         difference: Of the winner's accuracy to its own.
         cost: Of using it.
+        balanced: Its balanced accuracy on the test images, if known.
     """
 
     name: str
     difference: Difference
     cost: Cost
+    balanced: float | None
 
 
 def advice(results: Results) -> str:
@@ -36,8 +38,13 @@ def advice(results: Results) -> str:
     rival = None if winner is None else _rival(winner, results)
     if winner is None or winner.cost is None or rival is None:
         return ""
-    if _guesses(winner, results):
+    classes = results.dataset.classes
+    if _guesses(winner.balanced_accuracy, classes):
+        if _guesses(rival.balanced, classes):
+            return f"Use neither {winner.row} nor {rival.name}: they do not tell the classes apart."
         return f"Keep {rival.name}: {winner.row} does not tell the classes apart."
+    if _guesses(rival.balanced, classes):
+        return f"Use {winner.row} instead of {rival.name}: it alone tells the classes apart."
     savings = {
         "speed": rival.cost.milliseconds / winner.cost.milliseconds,
         "size": rival.cost.file_bytes / winner.cost.file_bytes,
@@ -49,18 +56,22 @@ def _rival(winner: Row, results: Results) -> Rival | None:
     difference, teacher = winner.difference_to("teacher"), results.teacher
     if difference is not None and teacher is not None and teacher.cost is not None:
         several = len(results.teachers) > 1
-        return Rival("the teachers" if several else f"the teacher {teacher.name}", difference, teacher.cost)
+        return Rival(
+            "the teachers" if several else f"the teacher {teacher.name}",
+            difference,
+            teacher.cost,
+            teacher.test_balanced,
+        )
     difference = winner.difference_to("baseline")
     baseline = next((row for row in results.rows if row.kind == "baseline"), None)
     if difference is not None and baseline is not None and baseline.cost is not None:
-        return Rival("the CNN baseline", difference, baseline.cost)
+        return Rival("the CNN baseline", difference, baseline.cost, baseline.balanced_accuracy)
     return None
 
 
-def _guesses(winner: Row, results: Results) -> bool:
-    """Return whether it is right in no more of the classes than a constant answer is."""
-    balanced = winner.balanced_accuracy
-    return balanced is not None and balanced <= 1 / results.dataset.classes + 1e-9
+def _guesses(balanced: float | None, classes: int) -> bool:
+    """Return whether a balanced accuracy is no more than that of a constant answer."""
+    return balanced is not None and balanced <= 1 / classes + 1e-9
 
 
 def _decision(winner: Row, rival: Rival, savings: Mapping[str, float], seeds: int) -> str:
