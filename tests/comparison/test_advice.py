@@ -12,7 +12,7 @@ from deitkit.recipe.schema import Recipe
 from deitkit.report.cost_chart import cost_chart, cost_points
 from deitkit.run.difference import Difference, difference_fields
 from deitkit.run.observer import Silent
-from deitkit.run.results import Cost, Results, parse_results
+from deitkit.run.results import Cost, FoldResults, Results, parse_results
 
 SMALL = Cost(file_bytes=1_000_000, milliseconds=2.0, batch_size=32, milliseconds_in_batch=0.5)
 LARGE = Cost(file_bytes=44_000_000, milliseconds=9.0, batch_size=32, milliseconds_in_batch=3.0)
@@ -80,6 +80,15 @@ def test_of_several_seeds_more_of_them_would_tell_more() -> None:
     assert "5.8 higher; more seeds or test images would tell more." in text
 
 
+def test_of_a_set_without_a_test_split_folds_would_tell_more() -> None:
+    found = results_with(difference(-0.002, 0.06, 0.9))
+    divided = found.model_copy(update={"dataset": found.dataset.model_copy(update={"divided": True})})
+    assert "5.8 higher; more test images would tell more; --folds 5 tests on every image once. " in advice(divided)
+    assert "--folds" not in advice(found)
+    folds = FoldResults(**dict(divided), folds=(1, 2))
+    assert "more test images would tell more. " in advice(folds)
+
+
 def test_the_advice_names_times_and_sizes() -> None:
     text = advice(results_with(difference(-0.05, 0.01, 1e-6)))
     assert (
@@ -124,6 +133,7 @@ def test_every_model_of_a_run_is_measured(tiny_recipe: Callable[..., Recipe], tm
     assert results.teacher is not None
     assert results.teacher.cost == results.teachers[0].cost
     assert results.advice == advice(results)
+    assert results.dataset.divided is True  # the digits have no test split
     able = tuple(row.model_copy(update={"balanced_accuracy": 0.5}) for row in results.rows)  # two epochs teach little
     assert advice(results.model_copy(update={"rows": able})).startswith(("Keep", "Use", "The 100 test images do not"))
     names = [point.name for point in cost_points(results, ())]

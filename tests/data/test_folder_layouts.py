@@ -1,5 +1,6 @@
 """Folders of images as people have them: spellings of splits, subfolders, other endings, and what is left out."""
 
+import itertools
 import re
 from pathlib import Path
 
@@ -33,6 +34,13 @@ def test_splits_are_found_in_their_common_spellings(tmp_path: Path, train: str, 
                 draw(tmp_path / split / name / f"{number}.png")
     assert sizes(tmp_path) == (10, 4)
     assert list_folder(tmp_path).remarks == ()
+
+
+@pytest.mark.parametrize("places", [("cat", "dog"), ("train/cat", "train/dog", "test/cat", "test/dog")])
+def test_a_data_set_knows_whether_it_has_a_test_split_of_its_own(tmp_path: Path, places: tuple[str, ...]) -> None:
+    for place, number in itertools.product(places, range(6)):
+        draw(tmp_path / place / f"{number}.png", 40 * number)
+    assert load_dataset(DataRecipe(name=f"folder:{tmp_path}")).divided is ("cat" in places)
 
 
 def test_class_names_are_compared_after_unicode_normalisation(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from deitkit.report.table_layout import megabytes, milliseconds
 from deitkit.run.difference import Difference
-from deitkit.run.results import Cost, Results, Row
+from deitkit.run.results import Cost, FoldResults, Results, Row
 
 NOTABLE = 1.1  # a ratio of times or sizes below this makes no difference to anyone
 WORTH_ACCURACY = 2.0  # from this ratio on, someone may give up accuracy for it
@@ -49,7 +49,7 @@ def advice(results: Results) -> str:
         "speed": rival.cost.milliseconds / winner.cost.milliseconds,
         "size": rival.cost.file_bytes / winner.cost.file_bytes,
     }
-    return f"{_decision(winner, rival, savings, len(results.seeds))}. {_prices(winner.row, winner.cost, rival)}."
+    return f"{_decision(winner, rival, savings, results)}. {_prices(winner.row, winner.cost, rival)}."
 
 
 def _rival(winner: Row, results: Results) -> Rival | None:
@@ -74,7 +74,7 @@ def _guesses(balanced: float | None, classes: int) -> bool:
     return balanced is not None and balanced <= 1 / classes + 1e-9
 
 
-def _decision(winner: Row, rival: Rival, savings: Mapping[str, float], seeds: int) -> str:
+def _decision(winner: Row, rival: Rival, savings: Mapping[str, float], results: Results) -> str:
     difference = rival.difference
     loss = 100 * abs(difference.mean)
     if difference.is_significant and difference.mean < 0:
@@ -89,12 +89,14 @@ def _decision(winner: Row, rival: Rival, savings: Mapping[str, float], seeds: in
     if low < -TOLERABLE:
         accuracy = (winner.top1_mean or 0.0) - difference.mean  # of the rival, which bounds what is possible
         low, high = max(low, -accuracy), min(high, 1 - accuracy)
-        judges, more = f"The {winner.n:,} test images", "more test images"
-        if seeds > 1:
-            judges, more = f"{seeds} seeds on {winner.n:,} test images", "more seeds or test images"
+        judges, more, how = f"The {winner.n:,} test images", "more test images", ""
+        if len(results.seeds) > 1:
+            judges, more = f"{len(results.seeds)} seeds on {winner.n:,} test images", "more seeds or test images"
+        elif results.dataset.divided and not isinstance(results, FoldResults):
+            how = "; --folds 5 tests on every image once"
         return (
             f"{judges} do not decide between {winner.row} and {rival.name}: its accuracy may be {-100 * low:.1f} "
-            f"points lower or {100 * high:.1f} higher; {more} would tell more"
+            f"points lower or {100 * high:.1f} higher; {more} would tell more{how}"
         )
     notable = [name for name, ratio in savings.items() if ratio >= NOTABLE]
     if notable:

@@ -291,6 +291,7 @@ def _summary(dataset: Dataset) -> DatasetSummary:
         fingerprint=dataset.fingerprint,
         duplicates=_recorded(dataset.duplicates),
         near_duplicates=_recorded(dataset.near_duplicates),
+        divided=dataset.divided,
     )
 
 

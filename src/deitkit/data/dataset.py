@@ -65,6 +65,7 @@ class Dataset:
         unlabelled: Images to train on without labels, all labelled -1; None without any.
         unlabelled_hashes: Pixel hash of each of them.
         names: Returns the name of an image by its split and place, for messages.
+        divided: Whether the test images were drawn from all, since the data set has no test split of its own.
         originals: Returns training images by their positions as they were before they were resized to a square; None if
             nothing was resized.
     """
@@ -88,6 +89,7 @@ class Dataset:
     unlabelled: Split | None = None
     unlabelled_hashes: Int64[Tensor, " unlabelled"] = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
     names: Callable[[str, int], str] | None = None
+    divided: bool = False
 
     @cached_property
     def near_duplicates(self) -> Duplicates:
@@ -169,6 +171,7 @@ def load_dataset(recipe: DataRecipe, progress: Progress | None = None, *, random
         originals=partial(original_images, listing, places[0]) if recipe.image_px is not None else None,
         fit=recipe.fit,
         names=names,
+        divided=listing.official_test is None,
     )
 
 

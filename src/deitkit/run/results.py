@@ -207,7 +207,12 @@ class DuplicateImages(Record):
 
 
 class DatasetSummary(Record):
-    """The data set of a comparison: numbers of images by split, classes, and the hash of its pixels and labels."""
+    """The data set of a comparison: numbers of images by split, classes, and the hash of its pixels and labels.
+
+    Attributes:
+        divided: Whether the test images were drawn from all, since the data set has no test split of its own; None in
+            files that do not tell.
+    """
 
     name: str
     train: int
@@ -223,6 +228,7 @@ class DatasetSummary(Record):
     fingerprint: str
     duplicates: DuplicateImages | None = None
     near_duplicates: DuplicateImages | None = None
+    divided: bool | None = None
 
 
 class PublishedFigure(Record):
