@@ -4,7 +4,7 @@ import base64
 import html
 import io
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,10 +61,9 @@ def build_page(demo: Demo, examples: Sequence[tuple[np.ndarray, str]], folder: P
         folder: Temporary; example images are written here, for the browser to load.
     """
     gr = import_gradio(folder)
-    models = {model.name: model for model in demo.models}
-    with_attention = [model.name for model in demo.models if model.has_attention]
     paths = _write_examples(examples, folder)
-
+    # One at a time, whoever asks: attention is recorded by hooks, which would see another forward pass too.
+    in_turn = {"api_visibility": "private", "concurrency_id": "models", "concurrency_limit": 1}
     with gr.Blocks(title=demo.title, analytics_enabled=False, delete_cache=(3600, 3600)) as page:
         gr.HTML(_heading(demo))
         with gr.Row():
@@ -80,59 +79,65 @@ def build_page(demo: Demo, examples: Sequence[tuple[np.ndarray, str]], folder: P
                 image.preprocess = _path_of
                 problem = gr.HTML(elem_id="problem", visible=False)
                 if paths:
-                    gallery = gr.Gallery(
-                        [(str(path), name) for path, name in paths],
-                        label="Test images: choose one",
-                        height="auto",
-                        object_fit="contain",
-                        allow_preview=False,
-                        interactive=False,
-                        buttons=[],
-                        elem_id="examples",
-                    )
+                    _add_examples(gr, paths, image)
             with gr.Column(scale=2, min_width=280):
-                chosen = gr.CheckboxGroup(
-                    list(models), value=list(models)[:AT_FIRST], label="Models", visible=len(models) > 1
-                )
-                with gr.Row():
-                    columns, labels = [], []
-                    for place, model in enumerate(demo.models):
-                        with gr.Column(min_width=190, visible=place < AT_FIRST) as column:
-                            labels.append(gr.Label(label=model.name, num_top_classes=TOP, buttons=[]))
-                            gr.HTML(f'<p class="about">{html.escape(model.about)}</p>')
-                        columns.append(column)
-                if with_attention:
-                    student = gr.Dropdown(
-                        with_attention,
-                        value=with_attention[0],
-                        label="Attention of",
-                        filterable=False,
-                        visible=len(with_attention) > 1,
-                    )
-                    maps = gr.HTML(elem_id="maps")
-
-        def answer(path: str | None, names: list[str]) -> list[Any]:
-            answers, text = _answers(demo, [models[name] for name in names], path)
-            shown = [gr.update(visible=name in names) for name in models]
-            return [gr.HTML(html.escape(text), visible=bool(text)), *shown, *(answers.get(name) for name in models)]
-
-        outputs = [problem, *columns, *labels]
-        # One at a time, whoever asks: attention is recorded by hooks, which would see another forward pass too.
-        in_turn = {"api_visibility": "private", "concurrency_id": "models", "concurrency_limit": 1}
-        gr.on([image.change, chosen.change], answer, [image, chosen], outputs, **in_turn)
-        if with_attention:
-
-            def draw(path: str | None, name: str) -> str:
-                return _maps(models[name], path)
-
-            gr.on([image.change, student.change], draw, [image, student], maps, **in_turn)
-        if paths:
-
-            def choose(event: gr.SelectData) -> str:
-                return str(paths[event.index][0])
-
-            gallery.select(choose, None, image, api_visibility="private")
+                _add_answers(gr, demo, image, problem, in_turn)
+                _add_attention(gr, demo, image, in_turn)
     return page
+
+
+def _add_examples(gr: Any, paths: Sequence[tuple[Path, str]], image: Any) -> None:
+    """Add test images, of which a click chooses one."""
+    gallery = gr.Gallery(
+        [(str(path), name) for path, name in paths],
+        label="Test images: choose one",
+        height="auto",
+        object_fit="contain",
+        allow_preview=False,
+        interactive=False,
+        buttons=[],
+        elem_id="examples",
+    )
+
+    def choose(event: gr.SelectData) -> str:
+        return str(paths[event.index][0])
+
+    gallery.select(choose, None, image, api_visibility="private")
+
+
+def _add_answers(gr: Any, demo: Demo, image: Any, problem: Any, in_turn: Mapping[str, Any]) -> None:
+    """Add the choice of models and a column for each of them, with its answer to the image."""
+    models = {model.name: model for model in demo.models}
+    chosen = gr.CheckboxGroup(list(models), value=list(models)[:AT_FIRST], label="Models", visible=len(models) > 1)
+    columns, labels = [], []
+    with gr.Row():
+        for place, model in enumerate(demo.models):
+            with gr.Column(min_width=190, visible=place < AT_FIRST) as column:
+                labels.append(gr.Label(label=model.name, num_top_classes=TOP, buttons=[]))
+                gr.HTML(f'<p class="about">{html.escape(model.about)}</p>')
+            columns.append(column)
+
+    def answer(path: str | None, names: list[str]) -> list[Any]:
+        answers, text = _answers(demo, [models[name] for name in names], path)
+        shown = [gr.update(visible=name in names) for name in models]
+        return [gr.HTML(html.escape(text), visible=bool(text)), *shown, *(answers.get(name) for name in models)]
+
+    gr.on([image.change, chosen.change], answer, [image, chosen], [problem, *columns, *labels], **in_turn)
+
+
+def _add_attention(gr: Any, demo: Demo, image: Any, in_turn: Mapping[str, Any]) -> None:
+    """Add the attention of a chosen student to the image, if any has one."""
+    models = {model.name: model for model in demo.models if model.has_attention}
+    if not models:
+        return
+    names = list(models)
+    student = gr.Dropdown(names, value=names[0], label="Attention of", filterable=False, visible=len(names) > 1)
+    maps = gr.HTML(elem_id="maps")
+
+    def draw(path: str | None, name: str) -> str:
+        return _maps(models[name], path)
+
+    gr.on([image.change, student.change], draw, [image, student], maps, **in_turn)
 
 
 def serve(
