@@ -114,6 +114,22 @@ def test_a_stopped_run_goes_on_in_another_number_of_processes(
     assert not list(folder.glob("seed-0/checkpoint*"))
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems tell a process nothing of its parent's end")
+def test_processes_whose_torchrun_is_killed_save_and_end(tmp_path: Path) -> None:
+    run = torchrun("-m", "deitkit", "compare", "digits", *LONGER, "train.epochs=3000", "--out", str(tmp_path / "run"))
+    until(run, "seed 0 epoch 5/3000")
+    processes = psutil.Process(run.pid).children(recursive=True)
+    assert len(processes) >= 2
+    run.kill()
+    _, alive = psutil.wait_procs(processes, timeout=60)
+    for process in alive:
+        process.kill()
+    assert alive == []
+    output, _ = run.communicate(timeout=60)
+    assert "stopped; the same command with --resume continues" in output
+    assert list((tmp_path / "run").glob("seed-0/**/checkpoint.safetensors"))
+
+
 def test_a_mistake_is_said_once_and_ends_all(tmp_path: Path) -> None:
     started = time.monotonic()
     run = torchrun("-m", "deitkit", "compare", "digits", *LONGER, "train.batch_size=3", "--out", str(tmp_path / "run"))

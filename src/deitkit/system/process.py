@@ -39,7 +39,7 @@ def configure_process() -> None:
     if usable_cores() < visible_cores():
         os.environ.setdefault("OMP_NUM_THREADS", str(usable_cores()))
     _keep_freed_memory()
-    if os.environ.get(ENDS_WITH_PARENT):
+    if os.environ.get(ENDS_WITH_PARENT) or were_started():
         _end_with_parent()
 
 
