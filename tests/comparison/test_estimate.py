@@ -70,6 +70,15 @@ def test_an_estimate_changes_nothing(tiny_recipe: TinyRecipe, tmp_path: Path, mo
     assert_same_run(tmp_path / "without", tmp_path / "with")
 
 
+def test_of_a_cross_validation_each_fold_is_estimated(
+    tiny_recipe: TinyRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(estimate, "LEAST_VIEWS", 0)
+    recipe = tiny_recipe("methods=[none]", "data.folds=3", "data.fold=2")
+    found = estimate_training(recipe, load_dataset(recipe.data), tmp_path / "run", CPU_FP32)
+    assert str(found).startswith("fold 2 of 3 will take about")
+
+
 def test_no_teacher_is_built_where_no_method_has_one(
     tiny_recipe: TinyRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -25,15 +25,22 @@ WARM_UP_STEPS, TIMED_STEPS = 1, 2
 
 @dataclass(frozen=True)
 class Estimate:
-    """Seconds of training that are left; validation and reports come on top."""
+    """Seconds of training that are left; validation and reports come on top.
+
+    Attributes:
+        teachers: Of the teachers.
+        students: Of all students, over all seeds.
+        what: ``training``, or which part of a cross-validation.
+    """
 
     teachers: float
     students: float
+    what: str = "training"
 
     def __str__(self) -> str:
         parts = {"teacher": self.teachers, "students": self.students}
         shares = ", ".join(f"{name} {duration_text(seconds)}" for name, seconds in parts.items() if seconds > 0)
-        return f"training will take about {duration_text(self.teachers + self.students)} on this machine ({shares})"
+        return f"{self.what} will take about {duration_text(self.teachers + self.students)} on this machine ({shares})"
 
 
 def estimate_training(recipe: Recipe, dataset: Dataset, folder: Path, precision: Precision) -> Estimate | None:
@@ -67,7 +74,8 @@ def estimate_training(recipe: Recipe, dataset: Dataset, folder: Path, precision:
         students, Teachers(teachers) if teachers else None, recipe, dataset, recipe.augment, recipe.train, precision
     )
     gc.collect()  # the cohorts, before the run builds its own
-    return Estimate(seconds_of_teachers, each * count / len(students))
+    what = "training" if recipe.data.fold is None else f"fold {recipe.data.fold} of {recipe.data.folds}"
+    return Estimate(seconds_of_teachers, each * count / len(students), what)
 
 
 def _seconds(
