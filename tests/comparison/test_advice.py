@@ -12,7 +12,7 @@ from deitkit.recipe.schema import Recipe
 from deitkit.report.cost_chart import cost_chart, cost_points
 from deitkit.run.difference import Difference, difference_fields
 from deitkit.run.observer import Silent
-from deitkit.run.results import Cost, FoldResults, Results, parse_results
+from deitkit.run.results import Cost, Results, parse_results
 
 SMALL = Cost(file_bytes=1_000_000, milliseconds=2.0, batch_size=32, milliseconds_in_batch=0.5)
 LARGE = Cost(file_bytes=44_000_000, milliseconds=9.0, batch_size=32, milliseconds_in_batch=3.0)
@@ -85,8 +85,10 @@ def test_of_a_set_without_a_test_split_folds_would_tell_more() -> None:
     divided = found.model_copy(update={"dataset": found.dataset.model_copy(update={"divided": True})})
     assert "5.8 higher; more test images would tell more; --folds 5 tests on every image once. " in advice(divided)
     assert "--folds" not in advice(found)
-    folds = FoldResults(**dict(divided), folds=(1, 2))
-    assert "more test images would tell more. " in advice(folds)
+    for recipe in ({"data": {"folds": 2}}, {"model": {"checkpoint": "photos.pth"}}):  # is one, or cannot be
+        assert "more test images would tell more. " in advice(divided.model_copy(update={"recipe": recipe}))
+    empty = {"data": {"folds": None}, "model": {"checkpoint": None}}
+    assert "--folds" in advice(divided.model_copy(update={"recipe": empty}))
 
 
 def test_the_advice_names_times_and_sizes() -> None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from deitkit.report.table_layout import megabytes, milliseconds
 from deitkit.run.difference import Difference
-from deitkit.run.results import Cost, FoldResults, Results, Row
+from deitkit.run.results import Cost, Results, Row
 
 NOTABLE = 1.1  # a ratio of times or sizes below this makes no difference to anyone
 WORTH_ACCURACY = 2.0  # from this ratio on, someone may give up accuracy for it
@@ -92,7 +92,7 @@ def _decision(winner: Row, rival: Rival, savings: Mapping[str, float], results: 
         judges, more, how = f"The {winner.n:,} test images", "more test images", ""
         if len(results.seeds) > 1:
             judges, more = f"{len(results.seeds)} seeds on {winner.n:,} test images", "more seeds or test images"
-        elif results.dataset.divided and not isinstance(results, FoldResults):
+        elif _could_be_cross_validated(results):
             how = "; --folds 5 tests on every image once"
         return (
             f"{judges} do not decide between {winner.row} and {rival.name}: its accuracy may be {-100 * low:.1f} "
@@ -103,6 +103,12 @@ def _decision(winner: Row, rival: Rival, savings: Mapping[str, float], results: 
         where = " and ".join(notable)
         return f"Use {winner.row} instead of {rival.name} for its {where}: it is as accurate within chance"
     return f"Keep {rival.name}: {winner.row} is as accurate within chance, and neither faster nor smaller"
+
+
+def _could_be_cross_validated(results: Results) -> bool:
+    """Return whether ``--folds`` takes this comparison: without a test split, folds, or a checkpoint of own images."""
+    data, model = results.recipe.get("data", {}), results.recipe.get("model", {})
+    return results.dataset.divided is True and data.get("folds") is None and model.get("checkpoint") is None
 
 
 def _prices(name: str, own: Cost, rival: Rival) -> str:
