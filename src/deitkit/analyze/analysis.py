@@ -17,6 +17,7 @@ from deitkit.analyze.pictures import Example, draw_attention
 from deitkit.analyze.row_statistics import RowStatistics
 from deitkit.analyze.tokens import attention_maps, learned_similarity
 from deitkit.comparison.finished_run import load_as_trained, students_of, teachers_of
+from deitkit.comparison.rows import reported_rows
 from deitkit.data.dataset import Dataset, load_dataset
 from deitkit.errors import CheckpointError, DataError, Interrupted, RecipeError
 from deitkit.evaluation.readouts import default_readout, readout_scores
@@ -27,7 +28,7 @@ from deitkit.report.write import write_report
 from deitkit.run.analysis import FORMAT, Analysis, AttentionSheet, Disagreement, TokenSimilarity, write_analysis
 from deitkit.run.observer import Watcher
 from deitkit.run.provenance import envelope
-from deitkit.run.results import AblationResults, FoldResults, Results, Row, read_results
+from deitkit.run.results import AblationResults, FoldResults, Results, read_results
 from deitkit.system.device import Precision, choose_device
 from deitkit.system.seeding import derived_generator
 from deitkit.teachers.frozen import mean_teacher_logits
@@ -171,7 +172,7 @@ class RunStatistics:
     def summary(self, pictures: Sequence[AttentionSheet]) -> Analysis:
         """Return the analysis, with the pictures that were drawn."""
         predicted = [row for row in (self.teacher, *self.rows.values()) if row.decisions]
-        by_class = [TEACHER, *(row.row for row in self._main_rows())]
+        by_class = [TEACHER, *(row.row for row in reported_rows(self.results.rows) if row.weights == "last")]
         return Analysis(
             **envelope(FORMAT),
             seeds=tuple(self.seeds),
@@ -185,16 +186,6 @@ class RunStatistics:
             tokens=tuple(self._similarity(name, values) for name, values in self._cosines.items()),
             attention=tuple(pictures),
         )
-
-    def _main_rows(self) -> Iterator[Row]:
-        """Yield one row of each student: its default readout, of its last weights."""
-        rows: dict[str, list[Row]] = {}
-        for row in self.results.rows:
-            if row.weights == "last":
-                rows.setdefault(row.method, []).append(row)
-        for of_one in rows.values():
-            readout = default_readout([row.readout for row in of_one])
-            yield from (row for row in of_one if row.readout == readout)
 
     def _disagreement(self) -> Disagreement:
         decisions = {TRUTH: dict.fromkeys(self.seeds, self.labels)}
