@@ -6,11 +6,29 @@ import subprocess
 import sys
 from pathlib import Path
 
+from deitkit.recipe.load import describe_fields
+
 HERE = Path(__file__).parent
 ROOT = HERE.parent
 PAGES = ROOT / "build" / "pages"
 # Besides Markdown: pictures, and the files that pages link to.
-COPIED = ("*.md", "docs/**/*", "results/**/*", "benchmarks/*", "src/deitkit/distillation/*.py", "LICENSE")
+COPIED = ("*.md", "docs/**/*", "results/**/*", "benchmarks/*", "src/deitkit/**/*.py", "LICENSE")
+FIELDS = """# Fields of a recipe
+
+Look up a field, its default and its meaning, as `deitkit recipes --fields` prints them. How recipes are written is in
+[recipes](recipes.md).
+"""
+
+
+def fields_page() -> str:
+    """Return the page of all fields, by section, as the program describes them."""
+    sections: dict[str, list[str]] = {}
+    for field, default, meaning in describe_fields():
+        section = field.rpartition(".")[0] or "recipe"
+        cells = (f"`{field}`", f"`{default}`", meaning.replace("|", "\\|"))
+        sections.setdefault(section, []).append(f"| {' | '.join(cells)} |")
+    head = "| field | default | meaning |\n|---|---|---|\n"
+    return FIELDS + "".join(f"\n## {name}\n\n{head}{chr(10).join(rows)}\n" for name, rows in sections.items())
 
 
 def main() -> int:
@@ -22,6 +40,7 @@ def main() -> int:
                 target = PAGES / path.relative_to(ROOT)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(path, target)
+    (PAGES / "docs" / "fields.md").write_text(fields_page(), encoding="utf-8")
     command = [
         sys.executable,
         "-m",

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from deitkit.recipe.load import describe_fields
+
 pytest.importorskip("mkdocs")
 
 ROOT = Path(__file__).parents[1]
@@ -27,6 +29,14 @@ def test_every_equation_is_mathml(site: Path) -> None:
     assert page.count("<math") > 40
     assert "arithmatex" not in page
     assert "\\" not in "".join(part.split("</math>")[0] for part in page.split("<math")[1:])
+
+
+def test_every_field_of_a_recipe_is_on_its_page(site: Path) -> None:
+    page = (site / "docs" / "fields.html").read_text(encoding="utf-8")
+    fields = list(describe_fields())
+    assert len(fields) > 100
+    assert [field for field, _, _ in fields if f"<code>{field}</code>" not in page] == []
+    assert page.count("<h2") == len({field.rpartition(".")[0] for field, _, _ in fields})
 
 
 @pytest.mark.skipif(BROWSER is None, reason="needs Chromium")

@@ -177,7 +177,7 @@ def describe_fields(section: type[BaseModel] = Recipe, prefix: str = "") -> Iter
             yield from describe_fields(inner, f"{prefix}{name}.")
         else:
             default = field.get_default()
-            shown = yaml.safe_dump(_plain_value(default)).removesuffix("...\n").strip()
+            shown = yaml.safe_dump(_plain_value(default), default_flow_style=True).removesuffix("...\n").strip()
             yield prefix + name, shown, _meaning(section, name)
 
 

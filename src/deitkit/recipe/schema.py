@@ -85,9 +85,11 @@ class DataRecipe(Section):
 class AugmentRecipe(Section):
     """Augmentation of a batch of images into the view that the teacher and all students see."""
 
-    flip: Probability = Field(0.5, description="Probability of a horizontal flip.")
+    flip: Probability = Field(0.5, description="Probability of a mirror image; 0 for digits and text.")
     crop: Literal["none", "pad", "random-resized", "simple"] = Field(
-        "pad", description="pad: with black, then crop; random-resized; simple: pad with reflections, crop (DeiT III)."
+        "pad",
+        description="pad: with black by pad_px, then crop; random-resized: an area of at least scale_min; simple: pad "
+        "with reflections, then crop (DeiT III).",
     )
     pad_px: NonNegativeInt = Field(4, description="Padding on each side before the crop (crop: pad or simple).")
     scale_min: Annotated[float, Field(gt=0, le=1)] = Field(
@@ -108,11 +110,13 @@ class AugmentRecipe(Section):
         None, description="AutoAugment with the policy found on this data set, instead of RandAugment."
     )
     three_augment: bool = Field(
-        False, description="Grey, solarize or blur, one per image (DeiT III, with colour_jitter: 0.3)."
+        False,
+        description="3-Augment instead of RandAugment: grey, solarize or blur (DeiT III, with colour_jitter: 0.3).",
     )
     colour_jitter: NonNegativeFloat = Field(
         0.0,
-        description="Range of brightness, contrast and saturation factors: 1 - this to 1 + this; 0 switches it off.",
+        description="Range of brightness, contrast and saturation factors, beside RandAugment too (timm then ignores "
+        "it): 1 - this to 1 + this; 0 switches it off.",
     )
 
 
@@ -120,9 +124,13 @@ class ModelRecipe(Section):
     """The student: a DeiT."""
 
     name: Literal["micro", "deit_tiny", "deit_small", "deit_base", "vit_base", "vit_large"] = Field(
-        "deit_tiny", description="A named size."
+        "deit_tiny",
+        description="Width, blocks, heads: micro 64, 4, 2; deit_tiny 192, 12, 3; deit_small 384, 12, 6; deit_base, "
+        "vit_base 768, 12, 12; vit_large 1024, 24, 16.",
     )
-    patch_px: PositiveInt = Field(16, description="Side of a patch; must divide the image.")
+    patch_px: PositiveInt = Field(
+        16, description="Side of a patch; must divide the image. 4 for 32 px; 2 takes more than four times as long."
+    )
     width: PositiveInt | None = Field(None, description="Overrides the size's width.")
     depth: PositiveInt | None = Field(None, description="Overrides the size's number of blocks.")
     heads: PositiveInt | None = Field(None, description="Overrides the size's number of attention heads.")
@@ -135,10 +143,12 @@ class ModelRecipe(Section):
         None, description="Initial weights by name: timm/NAME of a DeiT or ViT, downloaded once; its size counts."
     )
     layer_scale: PositiveFloat | None = Field(
-        None, description="Learn a factor for each channel of every branch, starting at this (DeiT III: 1e-4)."
+        None, description="Learn a factor for each channel of every branch, from this on (DeiT III: 1e-4; CaiT: 0.1)."
     )
     stem: Literal["patch", "conv"] = Field(
-        "patch", description="conv: 3x3 convolutions of stride 2 instead of patches; patch_px must be a power of two."
+        "patch",
+        description="patch: a linear map of each; conv: 3x3 convolutions of stride 2 with BatchNorm (Xiao et al. 2021, "
+        "who omit a block in return); patch_px must be a power of two, and batches are not split.",
     )
 
 
@@ -146,7 +156,9 @@ class OptimizerRecipe(Section):
     """Optimizer and learning rate of a model, as a function of the step."""
 
     optimizer: OptimizerName = Field(
-        "adamw", description="muon: Muon for the matrices of the blocks, AdamW for everything else; lamb: for DeiT III."
+        "adamw",
+        description="muon: Muon for the matrices of the blocks, AdamW for the rest, not for CNNs; lamb: for DeiT III, "
+        "with clip_norm: 1.0.",
     )
     learning_rate: PositiveFloat = Field(1e-3, description="Peak learning rate, after the warm-up.")
     weight_decay: NonNegativeFloat = Field(
@@ -155,11 +167,12 @@ class OptimizerRecipe(Section):
     momentum: Fraction = Field(0.9, description="Momentum (Nesterov) of sgd.")
     warmup_epochs: NonNegativeFloat = Field(0.0, description="Linear warm-up, in epochs.")
     warmup_learning_rate: NonNegativeFloat = Field(1e-6, description="Learning rate of the first step of the warm-up.")
-    min_learning_rate: NonNegativeFloat = Field(0.0, description="Learning rate at the end of the cosine.")
+    min_learning_rate: NonNegativeFloat = Field(
+        0.0, description="Learning rate at the end of the cosine, which moves every step."
+    )
     clip_norm: PositiveFloat | None = Field(None, description="Clip the gradient's global norm to this.")
     learning_rate_per: PositiveInt | None = Field(
-        None,
-        description="Scale learning_rate by train.batch_size divided by this (paper: 512).",
+        None, description="Scale learning_rate by train.batch_size divided by this (paper: 512)."
     )
 
 
@@ -168,7 +181,8 @@ class TrainRecipe(OptimizerRecipe):
 
     epochs: PositiveInt = Field(20, description="Passes over the training images (times epoch_repeats).")
     schedule_epochs: PositiveInt | None = Field(
-        None, description="Length of the cosine in epochs, if the run ends before it (as in the reproduction)."
+        None,
+        description="Length of the cosine in epochs, if longer than the run (the reproduction: 50, and it ran 20).",
     )
     batch_size: PositiveInt = Field(
         128, description="Images in a step; the last, smaller batch of an epoch is left out."
@@ -179,10 +193,11 @@ class TrainRecipe(OptimizerRecipe):
     )
     repeats: PositiveInt = Field(
         1,
-        description="Repeated augmentation: views of an image in a step; an epoch then has 1/repeats of the images.",
+        description="Repeated augmentation: views of an image in a step (the paper: 3); an epoch keeps its number of "
+        "steps and uses 1/repeats of the images.",
     )
     epoch_repeats: PositiveInt = Field(
-        1, description="Passes over the training images that make an epoch: of few images, validation then costs less."
+        1, description="Passes over the training images that make an epoch (timm: --epoch-repeats); for few images."
     )
 
     def steps_per_epoch(self, images: int) -> int:
@@ -194,13 +209,15 @@ class StudentTrainRecipe(TrainRecipe):
     """Training of the students, and the precision of everything."""
 
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = Field(
-        None, description="Keep an exponential moving average of the weights, reported in separate rows."
+        None, description="Keep an average of the weights, in rows of its own, which may win."
     )
     unlabelled_batch_size: PositiveInt | None = Field(
         None, description="Images of data.unlabelled in a step, beside batch_size; by default as many."
     )
     precision: Literal["auto", "fp32", "bf16"] = Field(
-        "auto", description="Of students and teachers; auto: bf16 if the processor has instructions for it."
+        "auto",
+        description="Of forward passes; weights and losses are fp32. auto: bf16 if the processor has it (GPUs; CPUs "
+        "with AVX512-BF16 or AMX).",
     )
 
 
@@ -213,7 +230,7 @@ class SpeedRecipe(Section):
     )
     cuda_graphs: bool = Field(True, description="On a GPU, record a student's step once and replay it.")
     attention: Literal["auto", "plain", "fused"] = Field(
-        "auto", description="plain: two matrix products; fused: one kernel; auto: plain on a CPU for short sequences."
+        "auto", description="plain: two matrix products; fused: one kernel; auto: plain on a CPU up to 640 tokens."
     )
     channels_last: bool = Field(True, description="Use the channels-last memory layout for CNNs.")
     micro_batch_size: Literal["auto"] | PositiveInt | None = Field(
@@ -223,10 +240,10 @@ class SpeedRecipe(Section):
     )
     save_seconds: PositiveFloat = Field(
         300.0,
-        description="Seconds between two saved states, within epochs too: a killed run loses no more than this.",
+        description="Seconds between two saved states, at the end of an epoch a fifth: a killed run loses no more.",
     )
     checkpoint_activations: bool = Field(
-        False, description="Keep only the input of each block and recompute the rest in the backward pass."
+        False, description="Recompute the inside of each block in the backward pass: less memory, a third more time."
     )
 
 
