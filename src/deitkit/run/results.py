@@ -58,9 +58,9 @@ class Row(Record):
         top1_ci95: Of several seeds Student's t interval, of one seed Wilson's.
         validation_top1: Accuracy on the validation images by seed.
         validation_balanced: Balanced accuracy on them.
-        difference_vs_none: Of ``top1_mean`` to the reference row's, with a 95 % interval (``difference_ci95``), p, the test
-            that gave it, and p corrected for the number of rows (``_holm``); likewise to ``before``, the checkpoint that
-            was fine-tuned, to the teacher and to the baseline.
+        difference_vs_none: Of ``top1_mean`` to the reference row's, with a 95 % interval (``difference_ci95``), p, the
+            test that gave it, and p corrected for the number of rows (``_holm``); likewise to ``before``, the
+            checkpoint that was fine-tuned, to the teacher and to the baseline.
         teacher_agreement: Share of test images with the teacher's decision.
         parameters: Of the model.
         status: ``ok``, or which seed stopped and why.
