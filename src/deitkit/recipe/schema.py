@@ -266,7 +266,7 @@ class TeacherRecipe(Section):
         "cifar/resnet20", description="timm/NAME, torchvision/NAME, cifar/resnetN, small/NAME, or a file."
     )
     checkpoint: Path | None = Field(None, description="Weights: .safetensors, .pth or .th.")
-    pretrained: bool = Field(False, description="Download the library's pretrained weights.")
+    pretrained: bool = Field(False, description="Download the library's pretrained weights, without a checkpoint.")
     fit: Literal["auto", "none", "head", "full"] = Field(
         "auto", description="Layers to train; auto: the head if only that is new, all if no weights were loaded."
     )
