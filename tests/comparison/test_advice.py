@@ -99,6 +99,9 @@ def test_the_advice_names_times_and_sizes() -> None:
     )
     slower = advice(results_with(difference(-0.05, 0.01, 1e-6), LARGE, SMALL))
     assert "takes 9 ms for an image instead of 2 on this machine (4.5 times as long)" in slower
+    for milliseconds in (8.7, 9.3):
+        near = LARGE.model_copy(update={"milliseconds": milliseconds})
+        assert "on this machine (about as long)" in advice(results_with(difference(-0.05, 0.01, 1e-6), near, LARGE))
 
 
 def test_a_corrected_p_value_decides() -> None:

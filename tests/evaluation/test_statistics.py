@@ -7,9 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from deitkit.evaluation.readouts import default_readout, readout_scores, top_k_accuracy
+from deitkit.evaluation.readouts import readout_scores, top_k_accuracy
 from deitkit.evaluation.statistics import holm, mcnemar_p, mean_interval, paired_difference, wilson_interval
 from deitkit.models.vit import Output
+from deitkit.run.reported import default_readout
 
 
 def test_joint_adds_softmax_and_joint_logits_averages_logits() -> None:

@@ -707,6 +707,7 @@ def test_report_imports_no_training_code() -> None:
         "run.analysis",
         "run.metrics",
         "run.record",
+        "run.reported",
     )
     sources = [*folder.glob("*.py"), *(folder.parent / f"{name.replace('.', '/')}.py" for name in read)]
     for source in sources:

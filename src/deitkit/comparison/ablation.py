@@ -18,7 +18,7 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from deitkit.comparison.compare import compare, has_finished, rehearse
-from deitkit.comparison.rows import Hits, RowKey, corrected, paired_over_seeds, reported_rows
+from deitkit.comparison.rows import Hits, RowKey, corrected, paired_over_seeds
 from deitkit.comparison.seed_run import load_predictions
 from deitkit.data.dataset import Dataset, load_dataset
 from deitkit.errors import DataError, DeitkitError
@@ -31,6 +31,7 @@ from deitkit.run.difference import difference_fields
 from deitkit.run.folder import begin_run, check_run
 from deitkit.run.observer import Watcher
 from deitkit.run.provenance import envelope
+from deitkit.run.reported import reported_rows
 from deitkit.run.results import (
     FORMAT,
     AblationResults,

@@ -18,7 +18,7 @@ from deitkit.data.duplicates import share_in_sketch
 from deitkit.distillation.methods import METHODS
 from deitkit.errors import RecipeError
 from deitkit.evaluation.predict import predict
-from deitkit.evaluation.readouts import default_readout, readout_scores, top_k_accuracy, top_k_hits
+from deitkit.evaluation.readouts import readout_scores, top_k_accuracy, top_k_hits
 from deitkit.evaluation.statistics import wilson_interval
 from deitkit.models.classifier import Classifier
 from deitkit.models.vit import SIZES
@@ -27,6 +27,7 @@ from deitkit.models.weights.pretrained import starting_weights
 from deitkit.recipe.schema import DataRecipe, ModelRecipe, Recipe
 from deitkit.run.difference import Difference, difference_fields
 from deitkit.run.observer import Watcher
+from deitkit.run.reported import default_readout
 from deitkit.run.results import Row
 from deitkit.system.device import Precision
 

@@ -14,7 +14,7 @@ import numpy as np
 from deitkit.comparison.advice import advice
 from deitkit.comparison.compare import compare, copy_winner, has_finished, rehearse
 from deitkit.comparison.finetune import measure_checkpoint
-from deitkit.comparison.rows import best_row, corrected, corrected_differences, finished, reported_rows
+from deitkit.comparison.rows import best_row, corrected, corrected_differences, finished
 from deitkit.comparison.verdict import Standing, verdict
 from deitkit.data.dataset import Dataset, load_dataset
 from deitkit.evaluation.statistics import are_equal, resampled_difference, resampled_interval
@@ -25,6 +25,7 @@ from deitkit.run.difference import Difference, Reference, difference_fields
 from deitkit.run.folder import begin_run, check_run
 from deitkit.run.observer import Silent, Watcher
 from deitkit.run.provenance import envelope
+from deitkit.run.reported import reported_rows
 from deitkit.run.results import (
     FIT_TO_TEACH,
     FORMAT,

@@ -14,17 +14,17 @@ from torch import Tensor
 from deitkit.comparison.verdict import Standing, verdict
 from deitkit.data.dataset import Dataset
 from deitkit.distillation.methods import METHODS, reference_method
-from deitkit.evaluation.readouts import balanced_accuracy, default_readout, macro_f1, top_k_accuracy, top_k_hits
+from deitkit.evaluation.readouts import balanced_accuracy, macro_f1, top_k_accuracy, top_k_hits
 from deitkit.evaluation.statistics import are_equal, holm, mean_interval, paired_difference, wilson_interval
 from deitkit.recipe.schema import Recipe
 from deitkit.run.difference import Difference, Reference, difference_fields
 from deitkit.run.metrics import EpochMetrics
+from deitkit.run.reported import SomeRow, default_readout, reported_rows
 from deitkit.run.results import Row
 from deitkit.system.words import counted
 from deitkit.training.build import BASELINE, baseline_architecture
 
 Hits = dict[int, Bool[Tensor, " n"]]  # by seed, which test images are classified correctly
-SomeRow = TypeVar("SomeRow", bound=Row)
 Key = TypeVar("Key")
 _REFERENCES: tuple[Reference, ...] = ("none", "teacher", "baseline")
 
@@ -289,15 +289,6 @@ def validation_scores(row: Row, by: str) -> tuple[float | None, ...]:
 def finished(values: Iterable[float | None]) -> list[float]:
     """Return the values of the seeds that finished."""
     return [value for value in values if value is not None]
-
-
-def reported_rows(rows: Iterable[SomeRow]) -> list[SomeRow]:
-    """Return the rows by which students are compared: of a student with two heads the paper's joint readout."""
-    rows = list(rows)
-    readouts: dict[str, list[str]] = {}
-    for row in rows:
-        readouts.setdefault(row.method, []).append(row.readout)
-    return [row for row in rows if row.readout == default_readout(readouts[row.method])]
 
 
 def _standing(

@@ -18,12 +18,12 @@ from deitkit.data.decode import SUFFIXES, decode_image
 from deitkit.errors import CheckpointError, DataError, DeitkitError, HasTestSplit
 from deitkit.evaluation.apply import data_recipe_of
 from deitkit.evaluation.classify import classify_pixels, eval_crop, input_px
-from deitkit.evaluation.readouts import default_readout
 from deitkit.models.classifier import Classifier
 from deitkit.models.saved import load_classifier
 from deitkit.models.vit import DeiT
 from deitkit.recipe.load import load_recipe
 from deitkit.recipe.schema import DataRecipe
+from deitkit.run.reported import default_readout
 from deitkit.run.results import AblationResults, Cost, FoldResults, Results, Row, read_results
 from deitkit.system.device import Precision, choose_device
 from deitkit.teachers.prepare import teacher_folders

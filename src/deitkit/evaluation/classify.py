@@ -13,13 +13,14 @@ from deitkit.data.decode import SUFFIXES, decode_image, strict_pillow
 from deitkit.data.listing import writable
 from deitkit.data.sources.folders import files_below
 from deitkit.errors import DataError, RecipeError
-from deitkit.evaluation.readouts import default_readout, named_scores
+from deitkit.evaluation.readouts import named_scores
 from deitkit.models.accelerate import uncompiled
 from deitkit.models.classifier import Classifier
 from deitkit.models.onnx_file import OnnxGraph
 from deitkit.models.saved import load_classifier
 from deitkit.models.vit import DeiT
 from deitkit.models.zoo import head_name
+from deitkit.run.reported import default_readout
 from deitkit.system.device import Precision, choose_device
 from deitkit.system.process import usable_cores
 from deitkit.system.words import counted

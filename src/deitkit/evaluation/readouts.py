@@ -1,6 +1,6 @@
 """Readouts: scores from one or both heads of a student, and their accuracy."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from jaxtyping import Bool, Float, Int64
@@ -22,11 +22,6 @@ def named_scores(output: Output, card: Mapping[str, Any]) -> dict[str, Float[Ten
     """Return the logits of every readout of a saved model; an ONNX file has only the one that it was exported with."""
     scores, exported = readout_scores(output), card.get("exported_readout")
     return scores if exported is None else {str(exported): scores["class"]}
-
-
-def default_readout(names: Sequence[str]) -> str:
-    """Return the readout of a student's main figures: the paper's joint one if there are two heads."""
-    return "joint" if "joint" in names else names[0]
 
 
 def top_k_hits(scores: Float[Tensor, "n classes"], labels: Int64[Tensor, " n"], k: int = 1) -> Bool[Tensor, " n"]:

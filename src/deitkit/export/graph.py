@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from deitkit import __version__
 from deitkit.errors import CheckpointError, RecipeError
 from deitkit.evaluation.classify import eval_crop, input_px
-from deitkit.evaluation.readouts import default_readout, readout_scores
+from deitkit.evaluation.readouts import readout_scores
 from deitkit.models.classifier import Classifier
 from deitkit.models.onnx_file import CARD_KEY, FORMAT, INPUT, INSTALL, OUTPUT, SEAL_KEY, seal
 from deitkit.models.saved import load_classifier
 from deitkit.models.weights.read import file_sha256
+from deitkit.run.reported import default_readout
 
 OPSET = 20
 MOST_IMAGES = 2**16  # in a batch

@@ -12,7 +12,8 @@ from deitkit.report.figures import COLOURS, MARKERS, colours_of, write_figure
 from deitkit.report.table_layout import milliseconds, percent
 from deitkit.run.difference import Interval
 from deitkit.run.metrics import EpochMetrics
-from deitkit.run.results import Results, Row
+from deitkit.run.reported import reported_rows
+from deitkit.run.results import Results
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -49,6 +50,7 @@ class CostPoint:
 def cost_points(results: Results, metrics: Sequence[EpochMetrics]) -> list[CostPoint]:
     """Return a point for each student by its last weights, the baseline and the teacher; empty without costs."""
     colours = colours_of(metrics)
+    rows = [row for row in reported_rows(results.rows) if row.weights == "last" and row.kind != "checkpoint"]
     points = [
         CostPoint(
             row.method,
@@ -59,7 +61,7 @@ def cost_points(results: Results, metrics: Sequence[EpochMetrics]) -> list[CostP
             row.top1_ci95,
             row.n,
         )
-        for place, row in enumerate(_main_rows(results))
+        for place, row in enumerate(rows)
         if row.cost is not None and row.top1_mean is not None
     ]
     teacher = results.teacher
@@ -69,15 +71,6 @@ def cost_points(results: Results, metrics: Sequence[EpochMetrics]) -> list[CostP
             CostPoint(name, INK, "D", teacher.cost.milliseconds, teacher.test_top1, None, results.dataset.test)
         )
     return points
-
-
-def _main_rows(results: Results) -> list[Row]:
-    """Return a row of each model: of two heads the joint readout of the paper."""
-    by_method: dict[str, dict[str, Row]] = {}
-    for row in results.rows:
-        if row.weights == "last" and row.kind != "checkpoint":
-            by_method.setdefault(row.method, {})[row.readout] = row
-    return [rows.get("joint") or next(iter(rows.values())) for rows in by_method.values()]
 
 
 def cost_chart(results: Results, metrics: Sequence[EpochMetrics]) -> Chart | None:
