@@ -1,7 +1,11 @@
 """Imports go one way: from the command line down to the errors. An upward edge fails."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
+
+import pytest
 
 import deitkit
 
@@ -44,3 +48,19 @@ def test_the_report_reads_run_folders_and_never_imports_training() -> None:
 def test_every_folder_says_what_belongs_in_it() -> None:
     for folder in (path for path in SOURCE.rglob("*") if path.is_dir() and any(path.glob("*.py"))):
         assert ast.get_docstring(ast.parse((folder / "__init__.py").read_text(encoding="utf-8"))), folder
+
+
+@pytest.mark.parametrize(
+    ("module", "and_also"),
+    [
+        ("deitkit.cli.main", {"torch"}),
+        ("deitkit.report.write", {"torch"}),
+        ("deitkit.evaluation.classify", {"scipy", "pyarrow", "tensorboard"}),
+        ("deitkit.comparison.run", set()),
+    ],
+)
+def test_libraries_that_take_long_to_import_are_imported_when_they_are_needed(module: str, and_also: set[str]) -> None:
+    slow = {"timm", "torchvision", "sklearn", "matplotlib", "onnxruntime", "transformers", "gradio", "ray"} | and_also
+    code = f"import {module}, sys; print(*({slow} & sys.modules.keys()))"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert loaded.stdout.split() == []

@@ -13,6 +13,7 @@ from PIL import Image
 from torchvision import datasets
 
 from deitkit.data.pixels import resize, to_channels
+from deitkit.data.sources.named import FASHION_FILES, NAMED_SETS
 from source_helpers import load, refused, write_classes
 
 
@@ -116,6 +117,14 @@ def test_what_only_looks_like_a_named_set_is_not_taken_for_it(tmp_path):
     refused("cifar10", "no test split", root=tmp_path)
     write_classes(tmp_path / "cifar10" / "test", {str(label): 4 for label in range(10)})
     refused("cifar10", "is not cifar10", "(3, 32, 32)", root=tmp_path)
+
+
+def test_hosts_and_files_are_those_of_torchvision():
+    for name, kind in (("cifar10", datasets.CIFAR10), ("cifar100", datasets.CIFAR100)):
+        assert NAMED_SETS[name].url == kind.url
+    assert NAMED_SETS["fashion_mnist"].url == datasets.FashionMNIST.mirrors[0]
+    assert sorted(f"{file}.gz" for file in FASHION_FILES) == sorted(file for file, _ in datasets.FashionMNIST.resources)
+    assert NAMED_SETS["flowers102"].url == datasets.Flowers102._download_url_prefix
 
 
 def test_offline_and_absent_says_where_it_looked_and_what_to_do(tmp_path, monkeypatch):

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
-from deitkit.models.cnn import BasicBlock, CifarResNet, small_cnn, small_names
+from deitkit.models.cnn import BasicBlock, CifarResNet
+from deitkit.models.torchvision_models import build_small, small_names
 from deitkit.models.weights.read import load_into, read_state
 
 SHARED = Path(__file__).parents[2] / ".." / "shared"
@@ -78,7 +79,7 @@ def test_public_resnet20_weights_load_and_score_as_published() -> None:
 
 @pytest.mark.parametrize("name", ["resnet18", "resnext50_32x4d", "regnet_x_400mf", "regnet_y_400mf"])
 def test_small_cnns_differ_from_torchvisions_in_the_stem_alone(name: str) -> None:
-    ours = small_cnn(name, classes=10, channels=3).state_dict()
+    ours = build_small(name, classes=10, channels=3).model.state_dict()
     theirs = torchvision.models.get_model(name, weights=None, num_classes=10).state_dict()
     differing = {key for key in ours.keys() | theirs.keys() if ours[key].shape != theirs[key].shape}
     assert differing == (set() if "regnet" in name else {"conv1.weight"})  # 7x7 to 3x3
@@ -87,7 +88,7 @@ def test_small_cnns_differ_from_torchvisions_in_the_stem_alone(name: str) -> Non
 def test_small_stems_keep_the_resolution() -> None:
     shapes: dict[str, torch.Size] = {}
     for name, layer in (("resnet18", "layer1"), ("regnet_x_400mf", "stem")):
-        model = small_cnn(name, classes=10, channels=1).eval()
+        model = build_small(name, classes=10, channels=1).model.eval()
         model.get_submodule(layer).register_forward_hook(lambda _, __, out, name=name: shapes.update({name: out.shape}))
         assert model(torch.randn(2, 1, 8, 8)).shape == (2, 10)
     assert {name: tuple(shape[2:]) for name, shape in shapes.items()} == {"resnet18": (8, 8), "regnet_x_400mf": (8, 8)}
@@ -97,4 +98,4 @@ def test_small_names_are_the_residual_families() -> None:
     assert {"resnet18", "resnet152", "regnet_x_400mf", "regnet_y_128gf", "wide_resnet50_2"} <= set(small_names())
     with torch.device("meta"):  # where RegNets cannot be built
         for name in set(small_names()) - {name for name in small_names() if "regnet" in name}:
-            small_cnn(name, classes=2, channels=1)
+            build_small(name, classes=2, channels=1)

@@ -38,7 +38,7 @@ def downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         save_file(timm.create_model(architecture).state_dict(), path)
         return {"file": str(path)}, None
 
-    monkeypatch.setattr("deitkit.models.weights.pretrained.find_timm_file", find)
+    monkeypatch.setattr("deitkit.models.timm_models.find_timm_file", find)
     return asked
 
 
@@ -102,7 +102,9 @@ def test_names_that_cannot_be_a_student(name: str, words: str) -> None:
 
 def test_offline_is_one_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("DEITKIT_CACHE", str(tmp_path))
-    monkeypatch.setattr("deitkit.models.zoo.unreachable", lambda url: "huggingface.co cannot be reached: no answer")
+    monkeypatch.setattr(
+        "deitkit.models.timm_models.unreachable", lambda url: "huggingface.co cannot be reached: no answer"
+    )
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *arguments: None)
     with pytest.raises(CheckpointError, match=r"not on this machine.*model\.safetensors elsewhere and set model"):
         fetch(NAME)

@@ -9,7 +9,8 @@ import torch
 import torchvision
 
 from deitkit.errors import TeacherError
-from deitkit.models.zoo import create_classifier, names, reset_head
+from deitkit.models.built import reset_head
+from deitkit.models.zoo import create_classifier, names
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # Name, channels, side of the images, whether the library states a normalisation.
@@ -70,7 +71,8 @@ def test_sources_name_the_library_and_its_version() -> None:
 @pytest.fixture
 def online(monkeypatch: pytest.MonkeyPatch) -> None:
     """Hosts can be reached, so that the library itself is asked for its weights."""
-    monkeypatch.setattr("deitkit.models.zoo.unreachable", lambda url: None)
+    for library in ("timm", "torchvision"):
+        monkeypatch.setattr(f"deitkit.models.{library}_models.unreachable", lambda url: None)
 
 
 @pytest.mark.usefixtures("online")

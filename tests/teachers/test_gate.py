@@ -12,8 +12,9 @@ from torch import nn
 from conftest import CPU_FP32, striped_dataset
 from deitkit.data.dataset import Dataset, Split
 from deitkit.errors import TeacherError
+from deitkit.models.built import reverse_channels
 from deitkit.models.classifier import Classifier
-from deitkit.models.zoo import create_classifier, reverse_channels
+from deitkit.models.zoo import create_classifier
 from deitkit.recipe.load import parse_recipe
 from deitkit.run.results import FIT_TO_TEACH, TeacherCard
 from deitkit.teachers.alternatives import better_order

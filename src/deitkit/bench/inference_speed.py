@@ -14,7 +14,7 @@ from deitkit.errors import is_out_of_memory
 from deitkit.evaluation.classify import input_px
 from deitkit.models.accelerate import accelerate
 from deitkit.models.catalogue import CATALOGUE, CLASSES
-from deitkit.models.classifier import Classifier
+from deitkit.models.classifier import IMAGENET_NORMALISATION, Classifier
 from deitkit.models.onnx_file import is_onnx
 from deitkit.models.saved import load_classifier, model_folder
 from deitkit.models.vit import create_student
@@ -23,7 +23,6 @@ from deitkit.system.device import Precision, choose_device, describe_machine
 from deitkit.system.timer import time_in_turn, wait
 
 DEFAULT_PX = 224
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def bench_infer(recipe: Recipe, *, repeats: int, steps: int) -> dict[str, Any]:
@@ -35,7 +34,8 @@ def bench_infer(recipe: Recipe, *, repeats: int, steps: int) -> dict[str, Any]:
     student = create_student(
         recipe.model, image_px=(side, side), channels=channels, classes=CLASSES, tokens=method.tokens, seed=0
     )
-    classifier = Classifier(student, mean=MEAN[:channels], std=STD[:channels])
+    mean, std = IMAGENET_NORMALISATION
+    classifier = Classifier(student, mean=mean[:channels], std=std[:channels])
     accelerate(classifier, recipe.speed, device).eval()
     result = _time_model(classifier, side, recipe.train.batch_size, precision, repeats, steps)
     limit = machine_limit(precision)
@@ -84,6 +84,7 @@ def bench_catalogue(recipe: Recipe, *, table: str, repeats: int, steps: int) -> 
     """
     device = choose_device(recipe.device)
     precision = Precision.choose(recipe.train.precision, device)
+    mean, std = IMAGENET_NORMALISATION
     for model in CATALOGUE:
         if table == "paper" and model.images_per_second is None:
             continue
@@ -91,7 +92,7 @@ def bench_catalogue(recipe: Recipe, *, table: str, repeats: int, steps: int) -> 
             "row": model.row, "image_px": model.image_px, "published_images_per_second": model.images_per_second
         }  # fmt: skip
         try:
-            classifier = Classifier(model.build(), mean=MEAN, std=STD)
+            classifier = Classifier(model.build(), mean=mean, std=std)
             accelerate(classifier, recipe.speed, device).eval()
             measured = _time_model(classifier, model.image_px, recipe.train.batch_size, precision, repeats, steps)
             yield entry | measured

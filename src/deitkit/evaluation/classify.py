@@ -15,11 +15,11 @@ from deitkit.data.sources.folders import files_below
 from deitkit.errors import DataError, RecipeError
 from deitkit.evaluation.readouts import named_scores
 from deitkit.models.accelerate import uncompiled
+from deitkit.models.built import head_name
 from deitkit.models.classifier import Classifier
 from deitkit.models.onnx_file import OnnxGraph
 from deitkit.models.saved import load_classifier
 from deitkit.models.vit import DeiT
-from deitkit.models.zoo import head_name
 from deitkit.run.reported import default_readout
 from deitkit.system.device import Precision, choose_device
 from deitkit.system.process import usable_cores

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from deitkit.models.vit import Output
 
+# Means and standard deviations of the images of most published models.
+IMAGENET_NORMALISATION = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 # The readouts of a student with two heads: logits whose softmax is the readout's probabilities.
 READOUT_LOGITS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "class": lambda classes, distillation: classes,

@@ -1,17 +1,10 @@
-"""CNNs for small images: the CIFAR ResNets, and torchvision's ResNets and RegNets with another stem.
-
-Their names are in ``zoo``.
-"""
+"""The CIFAR ResNets. Their names are in ``zoo``."""
 
 import torch.nn.functional as F
-import torchvision
 from jaxtyping import Float
 from torch import Tensor, nn
-from torchvision.models.regnet import RegNet
-from torchvision.models.resnet import ResNet
 
 CIFAR_DEPTHS = (20, 32, 44, 56)
-SMALL_FAMILIES = ("resnet", "resnext", "wide_resnet", "regnet")
 
 
 class BasicBlock(nn.Module):
@@ -68,30 +61,3 @@ class CifarResNet(nn.Module):
 def _stage(inputs: int, outputs: int, blocks: int, stride: int) -> nn.Sequential:
     first = BasicBlock(inputs, outputs, stride)
     return nn.Sequential(first, *(BasicBlock(outputs, outputs, 1) for _ in range(blocks - 1)))
-
-
-def small_names() -> list[str]:
-    """Return the names that ``small_cnn`` accepts."""
-    names = torchvision.models.list_models(module=torchvision.models)
-    return [name for name in names if name.startswith(SMALL_FAMILIES)]
-
-
-def small_cnn(name: str, *, classes: int, channels: int) -> nn.Module:
-    """Build torchvision's ResNet or RegNet of that name with a 3x3 stem of stride 1 and no max-pooling.
-
-    The feature maps of a ResNet for 32 px images then have the resolution of the original's for 128 px images.
-    """
-    model = torchvision.models.get_model(name, weights=None, num_classes=classes)
-    if isinstance(model, RegNet):
-        model.stem[0] = _stem(channels, model.stem[0].out_channels)
-    else:
-        assert isinstance(model, ResNet)
-        model.conv1 = _stem(channels, model.conv1.out_channels)
-        model.maxpool = nn.Identity()
-    return model
-
-
-def _stem(channels: int, outputs: int) -> nn.Conv2d:
-    stem = nn.Conv2d(channels, outputs, 3, padding=1, bias=False)
-    nn.init.kaiming_normal_(stem.weight, mode="fan_out", nonlinearity="relu")
-    return stem

@@ -12,11 +12,12 @@ from torch import Tensor
 from deitkit import __version__
 from deitkit.data.listing import writable
 from deitkit.errors import CheckpointError
+from deitkit.models.built import BuiltClassifier
 from deitkit.models.classifier import Classifier
 from deitkit.models.onnx_file import is_onnx, read_onnx
 from deitkit.models.vit import DeiT
 from deitkit.models.weights.read import load_into, read_state
-from deitkit.models.zoo import BuiltClassifier, create_classifier
+from deitkit.models.zoo import create_classifier
 from deitkit.system.files import write_bytes, write_text
 
 FORMAT = 1

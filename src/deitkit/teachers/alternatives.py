@@ -17,11 +17,10 @@ from deitkit.data.split import Split
 from deitkit.evaluation.predict import predict
 from deitkit.evaluation.readouts import top_k_hits
 from deitkit.evaluation.statistics import sign_test_p
-from deitkit.models.classifier import Classifier
-from deitkit.models.zoo import reverse_channels
+from deitkit.models.built import reverse_channels
+from deitkit.models.classifier import IMAGENET_NORMALISATION, Classifier
 from deitkit.system.device import Precision
 
-IMAGENET_NORMALISATION = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 # Level of each test. At most seven are made of a teacher, so together they accuse a right one in under 1 of 100 cases.
 ALPHA = 0.001
 # Another normalisation must gain at least this accuracy, since two that are almost equal may truly differ by less.

@@ -16,10 +16,11 @@ from deitkit.distillation.methods import METHODS
 from deitkit.errors import TeacherError
 from deitkit.evaluation.readouts import top_k_accuracy
 from deitkit.models.accelerate import accelerate
+from deitkit.models.built import BuiltClassifier, reset_head, reverse_channels
 from deitkit.models.classifier import Classifier
 from deitkit.models.saved import load_classifier, save_classifier, save_tensors
 from deitkit.models.weights.read import file_sha256, load_into, read_checkpoint, read_state
-from deitkit.models.zoo import BuiltClassifier, create_classifier, reset_head, reverse_channels
+from deitkit.models.zoo import create_classifier
 from deitkit.recipe.schema import DataRecipe, Recipe, TeacherRecipe
 from deitkit.run.observer import Watcher
 from deitkit.run.results import TESTED, TeacherCard

@@ -8,9 +8,9 @@ from typing import Any
 
 from deitkit.data.dataset import Dataset
 from deitkit.errors import CheckpointError, TeacherError
+from deitkit.models.built import BuiltClassifier
 from deitkit.models.saved import build_model, model_folder, read_card
 from deitkit.models.weights.read import read_state
-from deitkit.models.zoo import BuiltClassifier
 from deitkit.recipe.schema import TeacherRecipe
 
 

@@ -11,7 +11,6 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int64, UInt8
-from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 
 from deitkit.data.augment.augment import Augment
@@ -129,6 +128,8 @@ class Cohort:
     def _share_students(self) -> bool:
         """Let students compute this process's part of a step; return whether any has BatchNorm over all processes."""
         assert can_be_shared(self.students, self.device)
+        from timm.layers import convert_sync_batchnorm  # here, since it takes a second to import
+
         synchronises = False
         for student in self.students:
             unlabelled = 0 if self.unlabelled is None else self.unlabelled.batch_size

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from timm.optim import Lamb
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
@@ -44,6 +43,8 @@ def build_optimizers(model: nn.Module, recipe: OptimizerRecipe) -> list[Optimize
         return [SGD(groups, lr=rate, momentum=recipe.momentum, nesterov=recipe.momentum > 0, fused=True)]
     if recipe.optimizer == "lamb":
         # Disable LAMB's own clipping, since clip_norm applies to every optimizer.
+        from timm.optim import Lamb  # here, since it takes a second to import
+
         return [Lamb(groups, lr=recipe.learning_rate, max_grad_norm=None)]
     if recipe.optimizer == "adamw":
         return [_adamw(groups, rate, device)]
@@ -73,7 +74,7 @@ def set_rate(optimizer: Optimizer, rate: float) -> None:
 
 def can_be_recorded(optimizer: Optimizer) -> bool:
     """Return whether a CUDA graph may replay the step; not for timm's LAMB, which counts steps in Python."""
-    return not isinstance(optimizer, Lamb)
+    return isinstance(optimizer, SGD | AdamW | Muon)
 
 
 def gathered_state(optimizer: Optimizer) -> dict[str, Any]:

@@ -3,8 +3,6 @@
 import torch
 from jaxtyping import Float64, Int64
 from torch import Tensor
-from torchvision.transforms import AutoAugment as TorchvisionAutoAugment
-from torchvision.transforms import AutoAugmentPolicy
 
 from deitkit.data.augment.operations import OPERATIONS, AugmentPolicy
 from deitkit.data.augment.randaugment import find_arguments, no_argument, torchvision_space
@@ -24,7 +22,9 @@ class AutoAugment(AugmentPolicy):
 
     def __init__(self, policy: str) -> None:
         """Read a policy: ``imagenet``, ``cifar10`` or ``svhn``."""
-        pairs = TorchvisionAutoAugment(AutoAugmentPolicy(policy)).policies
+        from torchvision import transforms  # here, since it takes a second to import
+
+        pairs = transforms.AutoAugment(transforms.AutoAugmentPolicy(policy)).policies
         names, probabilities, levels = zip(*(zip(*pair) for pair in pairs))
         known = list(self.space)
         self.choices = torch.tensor([[known.index(name) for name in pair] for pair in names]).T

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torchvision import datasets
 
 from deitkit.data.listing import EncodedImages, Listing
 from deitkit.data.sources.folders import class_folders, encoded_files, list_folder
@@ -32,6 +31,8 @@ def read_flowers(place: Path) -> Listing | None:
     label_file, set_file = place / "imagelabels.mat", place / "setid.mat"
     if not label_file.is_file() and not set_file.is_file():
         return None
+    from torchvision import datasets  # here, since it takes a second to import
+
     (labels,) = _read_mat(label_file, "labels")
     sets = _read_mat(set_file, "trnid", "valid", "tstid")
     with _annotations(set_file):

@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision import datasets
 
 from deitkit.data.decode_many import decode_images
 from deitkit.data.listing import EncodedImages, Listing, Progress
@@ -29,6 +29,8 @@ from deitkit.errors import DataError
 from deitkit.recipe.schema import DataRecipe
 from deitkit.system.network import no_endless_wait, unreachable
 
+_IDX_KINDS = ("images-idx3-ubyte", "labels-idx1-ubyte")
+
 
 @dataclass(frozen=True)
 class NamedSet:
@@ -38,9 +40,9 @@ class NamedSet:
         classes: Number of classes.
         aliases: Names of its folder, besides its own name.
         read: Reads its special layout, torchvision's or that of its archives; None if a folder has another layout.
-        download: Downloads it into a folder; None if the user must download it.
-        url: Where ``download`` gets it from.
-        fetch: What the user must download, from where, and its size; of a set with ``download`` also whereto, as a
+        torchvision: The class of torchvision that downloads it; empty if the user must download it.
+        url: Where that class gets it from.
+        fetch: What the user must download, from where, and its size; of a set of torchvision's also whereto, as a
             folder in ``{root}``.
         shape: Shape of its images, which are then decoded at once; None if their sizes differ.
         test_names: Names of its test split in class folders and parquet files.
@@ -51,7 +53,7 @@ class NamedSet:
     classes: int
     aliases: tuple[str, ...]
     read: Callable[[Path], Listing | None]
-    download: Callable[[Path], object] | None = None
+    torchvision: str = ""
     url: str = ""
     fetch: str = ""
     shape: tuple[int, int, int] | None = None
@@ -75,7 +77,7 @@ def list_named(recipe: DataRecipe, progress: Progress | None = None) -> Listing:
     listing = _find(named, places, recipe, progress)
     if listing is None:
         absent = f"{recipe.name} is neither in '{places[0]}' nor in '{root}', and "
-        if named.download is None:
+        if not named.torchvision:
             raise DataError(
                 f"{absent}is not downloaded by deitkit: {named.fetch} there (docs/own-data.md has the layouts), or "
                 "set data.root or DEITKIT_DATA to its folder"
@@ -89,7 +91,7 @@ def list_named(recipe: DataRecipe, progress: Progress | None = None) -> Listing:
         try:
             if reason is None:
                 with no_endless_wait():
-                    named.download(root)
+                    _torchvision_class(named.torchvision)(str(root), download=True)
         except (OSError, RuntimeError, EOFError, zlib.error) as error:
             reason = " ".join(str(error).split())[:200]
         if reason is not None:
@@ -167,8 +169,15 @@ def _decoded(
     return listing
 
 
-def _read_cifar(kind: type[datasets.CIFAR10], place: Path) -> Listing | None:
+def _torchvision_class(name: str) -> Any:
+    from torchvision import datasets  # here, since it takes a second to import
+
+    return getattr(datasets, name)
+
+
+def _read_cifar(name: str, place: Path) -> Listing | None:
     """Read torchvision's layout of CIFAR; only torchvision unpickles it, after verifying its checksum."""
+    kind = _torchvision_class(name)
     first_batch = kind.train_list[0][0]
     folder = next((f for f in (place / kind.base_folder, place) if (f / first_batch).is_file()), None)
     if folder is None:
@@ -185,16 +194,12 @@ def _read_cifar(kind: type[datasets.CIFAR10], place: Path) -> Listing | None:
 
 def _read_fashion_mnist(place: Path) -> Listing | None:
     for folder in (place / "FashionMNIST" / "raw", place / "raw", place):
-        arrays = [
-            _read_idx(folder, f"{split}-{kind}")
-            for kind in ("images-idx3-ubyte", "labels-idx1-ubyte")
-            for split in ("train", "t10k")
-        ]
+        arrays = [_read_idx(folder, f"{split}-{kind}") for kind in _IDX_KINDS for split in ("train", "t10k")]
         train_images, test_images, train_labels, test_labels = arrays
         if train_images is None or test_images is None or train_labels is None or test_labels is None:
             continue
         images = np.concatenate([train_images, test_images])[:, None]
-        return _listing(images, train_labels, test_labels, datasets.FashionMNIST.classes)
+        return _listing(images, train_labels, test_labels, _torchvision_class("FashionMNIST").classes)
     return None
 
 
@@ -222,7 +227,7 @@ def _listing(pixels: np.ndarray, train_labels: object, test_labels: object, clas
 
 
 def _flower_names() -> tuple[tuple[str, ...], ...]:
-    names = tuple(datasets.Flowers102.classes)
+    names = tuple(_torchvision_class("Flowers102").classes)
     return names, tuple(str(number) for number in range(1, len(names) + 1))
 
 
@@ -240,35 +245,38 @@ def _inaturalist(year: int, classes: int, size: str) -> NamedSet:
     )
 
 
+CIFAR_URL = "https://www.cs.toronto.edu/~kriz/"
+FASHION_URL = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"
+FASHION_FILES = tuple(f"{split}-{kind}" for split in ("train", "t10k") for kind in _IDX_KINDS)
 FLOWERS_URL = "https://www.robots.ox.ac.uk/~vgg/data/flowers/102/"
 NAMED_SETS = {
     "cifar10": NamedSet(
         10,
         ("cifar-10", "CIFAR10", "CIFAR-10", "cifar-10-batches-py"),
-        partial(_read_cifar, datasets.CIFAR10),
-        download=lambda root: datasets.CIFAR10(str(root), download=True),
-        url=datasets.CIFAR10.url,
-        fetch=f"{datasets.CIFAR10.url} (170 MB) elsewhere, put it into {{root}}",
+        partial(_read_cifar, "CIFAR10"),
+        torchvision="CIFAR10",
+        url=f"{CIFAR_URL}cifar-10-python.tar.gz",
+        fetch=f"{CIFAR_URL}cifar-10-python.tar.gz (170 MB) elsewhere, put it into {{root}}",
         shape=(3, 32, 32),
     ),
     "cifar100": NamedSet(
         100,
         ("cifar-100", "CIFAR100", "CIFAR-100", "cifar-100-python"),
-        partial(_read_cifar, datasets.CIFAR100),
-        download=lambda root: datasets.CIFAR100(str(root), download=True),
-        url=datasets.CIFAR100.url,
-        fetch=f"{datasets.CIFAR100.url} (169 MB) elsewhere, put it into {{root}}",
+        partial(_read_cifar, "CIFAR100"),
+        torchvision="CIFAR100",
+        url=f"{CIFAR_URL}cifar-100-python.tar.gz",
+        fetch=f"{CIFAR_URL}cifar-100-python.tar.gz (169 MB) elsewhere, put it into {{root}}",
         shape=(3, 32, 32),
     ),
     "fashion_mnist": NamedSet(
         10,
         ("fashion-mnist", "FashionMNIST", "Fashion-MNIST"),
         _read_fashion_mnist,
-        download=lambda root: datasets.FashionMNIST(str(root), download=True),
-        url=datasets.FashionMNIST.mirrors[0],
+        torchvision="FashionMNIST",
+        url=FASHION_URL,
         fetch=(
-            f"{', '.join(file for file, _ in datasets.FashionMNIST.resources)} (30 MB) from "
-            f"{datasets.FashionMNIST.mirrors[0]} elsewhere, put them into {{root}}/FashionMNIST/raw"
+            f"{', '.join(f'{file}.gz' for file in FASHION_FILES)} (30 MB) from {FASHION_URL} elsewhere, "
+            "put them into {root}/FashionMNIST/raw"
         ),
         shape=(1, 28, 28),
     ),
@@ -276,7 +284,7 @@ NAMED_SETS = {
         102,
         ("flowers-102", "Flowers102", "oxford-flowers", "oxford_flowers102"),
         read_flowers,
-        download=lambda root: datasets.Flowers102(str(root), download=True),
+        torchvision="Flowers102",
         url=FLOWERS_URL,
         fetch=(
             f"102flowers.tgz (345 MB), imagelabels.mat and setid.mat from {FLOWERS_URL} elsewhere, put them into "

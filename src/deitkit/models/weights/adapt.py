@@ -7,7 +7,6 @@ from collections.abc import Mapping
 
 import torch
 from jaxtyping import Float
-from timm.layers import resample_abs_pos_embed, resample_patch_embed
 from torch import Tensor
 
 from deitkit.errors import CheckpointError
@@ -113,6 +112,8 @@ def _with_channels(kernel: Float[Tensor, "width old _ _"], channels: int) -> Flo
 def _change_patch(state: State, given: Architecture, to: Architecture) -> list[str]:
     if given.patch_px == to.patch_px:
         return []
+    from timm.layers import resample_patch_embed  # here, since it takes a second to import
+
     state[KERNEL] = resample_patch_embed(state[KERNEL], [to.patch_px, to.patch_px])
     return [f"patch: {given.patch_px} -> {to.patch_px} px; the kernel is resized by the pseudo-inverse (FlexiViT)"]
 
@@ -123,6 +124,8 @@ def _change_resolution(state: State, given: Architecture, to: Architecture) -> l
     line = f"resolution: {_sides(given.image_px)} -> {_sides(to.image_px)} px; "
     if given.grid == to.grid:
         return [f"{line}{_sides(given.grid)} patches as before"]
+    from timm.layers import resample_abs_pos_embed  # here, since it takes a second to import
+
     prefix = len(given.tokens)
     before = state[POSITIONS]
     state[POSITIONS] = after = resample_abs_pos_embed(

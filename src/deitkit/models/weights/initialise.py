@@ -9,12 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from deitkit.data.listing import writable
 from deitkit.errors import CheckpointError
+from deitkit.models.classifier import IMAGENET_NORMALISATION
 from deitkit.models.vit import NORM_EPS, DeiT
 from deitkit.models.weights.adapt import Normalisation, Values, adapt, renormalise
 from deitkit.models.weights.formats import (
@@ -64,7 +63,7 @@ class Weights:
         """Normalisation of the images, by default ImageNet's, as for the released DeiTs; its mean for grey."""
         if self.mean is not None and self.std is not None:
             return self.mean, self.std
-        mean, std = tuple(IMAGENET_DEFAULT_MEAN), tuple(IMAGENET_DEFAULT_STD)
+        mean, std = IMAGENET_NORMALISATION
         return (mean, std) if self.architecture.channels == 3 else ((sum(mean) / 3,), (sum(std) / 3,))
 
 
@@ -202,7 +201,11 @@ def _timm_facts(config: dict[str, Any], folder: Path) -> dict[str, Any]:
         CheckpointError: Its readout or activation is not that of deitkit's students.
     """
     name, arguments = config.get("architecture"), config.get("model_args") or {}
-    if not isinstance(name, str) or not timm.is_model(name):
+    if not isinstance(name, str):
+        return {}
+    import timm  # here, since it takes a second to import
+
+    if not timm.is_model(name):
         return {}
     try:
         with torch.device("meta"):

@@ -6,14 +6,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 
 from deitkit.data.cache import cache_folder
 from deitkit.errors import CheckpointError
 from deitkit.models.saved import save_tensors
 from deitkit.models.vit import SIZES
-from deitkit.models.zoo import find_timm_file
 from deitkit.recipe.schema import ModelRecipe
 from deitkit.system.files import write_text
 from deitkit.system.network import no_endless_wait
@@ -59,6 +57,10 @@ def fetch(name: str) -> Path:
     Raises:
         CheckpointError: The name is unknown or does not fit, or the weights do not exist or cannot be downloaded.
     """
+    import timm  # here, since it takes a second to import
+
+    from deitkit.models.timm_models import find_timm_file
+
     _build(name)
     try:
         card: Any = timm.get_pretrained_cfg(name.removeprefix(PREFIX))
@@ -106,6 +108,8 @@ def licence_of(folder: Path) -> str | None:
 
 def _build(name: str) -> Any:
     """Return a model of timm without memory for its weights; raise CheckpointError if it cannot be a student."""
+    import timm  # here, since it takes a second to import
+
     architecture = name.removeprefix(PREFIX).partition(".")[0]
     if not name.startswith(PREFIX) or not timm.is_model(architecture):
         models = timm.list_models("*deit*") + timm.list_models("vit_*")
