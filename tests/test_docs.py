@@ -31,6 +31,12 @@ def test_links_lead_to_a_file_and_a_heading(page: Path) -> None:
         assert not anchor or anchor in anchors(target), link
 
 
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=lambda page: str(page.relative_to(ROOT)))
+def test_source_files_that_are_named_exist(page: Path) -> None:
+    for name in re.findall(r"`([\w-]+(?:/[\w-]+)+\.(?:py|yaml|sh))\b", page.read_text()):
+        assert any((folder / name).is_file() for folder in (ROOT, ROOT / "src", ROOT / "src" / "deitkit")), name
+
+
 def commands() -> list[tuple[str, list[str]]]:
     """Return recipe and overrides of every command in the docs that starts from a shipped recipe."""
     found = []
