@@ -13,6 +13,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from deitkit.system.process import signals_held
+
 
 def cache_folder() -> Path:
     """Return the cache folder: ``$DEITKIT_CACHE``, else ``~/.cache/deitkit/decoded``."""
@@ -33,7 +35,7 @@ def load_cached(key: str) -> tuple[dict[str, Tensor], list[str]] | None:
     """Return the tensors and names stored under a key; None if there is no file or it is damaged."""
     path = cache_folder() / f"{key}.safetensors"
     try:
-        with safe_open(path, framework="pt") as file:
+        with signals_held(), safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
         names = json.loads(metadata["names"])

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from deitkit.errors import CheckpointError
 from deitkit.system.files import write_bytes
+from deitkit.system.process import signals_held
 
 FORMAT = 1
 
@@ -33,7 +34,7 @@ def save_tree(path: Path, tree: Any) -> None:
 def load_tree(path: Path) -> Any:
     """Read what ``save_tree`` wrote, on the CPU; raise CheckpointError if anything differs, even one bit."""
     try:
-        with safe_open(path, framework="pt") as file:
+        with signals_held(), safe_open(path, framework="pt") as file:
             entry = json.loads((file.metadata() or {})["deitkit"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         if entry["sha256"] != _checksum(entry["tree"], tensors):

@@ -9,7 +9,9 @@ import math
 import os
 import platform
 import signal
-from contextlib import suppress
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 # Variables by which a user sets how threads wait: GNU's OpenMP, any OpenMP, Intel's and LLVM's.
@@ -41,6 +43,28 @@ def configure_process() -> None:
     _keep_freed_memory()
     if os.environ.get(ENDS_WITH_PARENT) or were_started():
         _end_with_parent()
+
+
+@contextmanager
+def signals_held() -> Iterator[None]:
+    """Hold back SIGINT and SIGTERM until the block ends.
+
+    For libraries that turn what a signal's handler raises into an error of their own, which reads as a damaged file.
+    """
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    if threading.current_thread() is not threading.main_thread() or None in handlers.values():
+        yield  # handlers run in the main thread alone; None is one that Python cannot restore
+        return
+    held: list[int] = []
+    try:
+        for number in handlers:
+            signal.signal(number, lambda number, frame: held.append(number))
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        if held:
+            signal.raise_signal(held[0])
 
 
 def were_started() -> bool:

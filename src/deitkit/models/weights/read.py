@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from deitkit.errors import CheckpointError
+from deitkit.system.process import signals_held
 
 _WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model", "net", "teacher")
 _PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "network.")
@@ -62,7 +63,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
         raise CheckpointError(f"checkpoint {path} does not exist: check its name")
     try:
         _refuse_bomb(path)
-        content: Any = load_file(path) if path.suffix == ".safetensors" else _load_torch(path)
+        with signals_held():
+            content: Any = load_file(path) if path.suffix == ".safetensors" else _load_torch(path)
     except pickle.UnpicklingError as error:
         if "GLOBAL" in str(error):  # torch's word for an object of a class outside its safe list
             raise CheckpointError(
