@@ -213,7 +213,9 @@ def test_what_a_run_folder_of_folds_holds(tiny_recipe: TinyRecipe, tmp_path: Pat
     ours, theirs = (load_classifier(path, torch.device("cpu"))[0].state_dict() for path in (run / "winner", home))
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     measured = evaluate_model(run / "winner", "digits")
-    assert (measured["n"], measured["trained_on"]) == (599, 0), "the images of its fold"
+    of_teacher = evaluate_model(home.parents[1] / "teacher", "digits")
+    for found in (measured, of_teacher):
+        assert (found["n"], found["trained_on"]) == (599, 0), "the images of its fold"
     before = table, (run / "results.json").read_text()
     write_report(run)
     assert ((run / "table.md").read_text(), (run / "results.json").read_text()) == before

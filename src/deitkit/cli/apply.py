@@ -33,7 +33,7 @@ def evaluate(
         top5 = "" if row["top5"] is None else f"{100 * row['top5']:.2f}"
         table.add_row(row["readout"], f"{100 * row['top1']:.2f}", f"{100 * low:.2f} to {100 * high:.2f}", top5)
     console.print(table)
-    if result["trained_on"] > 0:
+    if result["trained_on"]:
         say(f"about {100 * result['trained_on']:.1f} % of these images are training images of this model")
 
 

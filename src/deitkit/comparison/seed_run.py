@@ -16,12 +16,13 @@ from torch import Tensor
 from deitkit.comparison.rows import StudentPredictions
 from deitkit.data.dataset import Dataset, as_read
 from deitkit.data.duplicates import sketch
+from deitkit.evaluation.apply import card_of_data
 from deitkit.evaluation.predict import predict_all
 from deitkit.evaluation.readouts import readout_scores
 from deitkit.models.accelerate import release
 from deitkit.models.classifier import Classifier
 from deitkit.models.saved import save_classifier
-from deitkit.recipe.schema import DataRecipe, Recipe
+from deitkit.recipe.schema import Recipe
 from deitkit.run.folder import occupied
 from deitkit.run.metrics import EpochMetrics, read_metrics, write_metrics
 from deitkit.run.observer import Watcher
@@ -341,24 +342,12 @@ def _weights(student: Student) -> dict[str, Classifier]:
     return {"last": student.classifier, **average}
 
 
-def _division(data: DataRecipe) -> dict[str, Any]:
-    """Return the fields that decide which images are test images."""
-    fields = ("split_seed", "test_fraction") if data.folds is None else ("split_seed", "folds", "fold")
-    return {field: getattr(data, field) for field in fields}
-
-
 def _student_card(recipe: Recipe, dataset: Dataset, student: Student, seed: int) -> dict[str, Any]:
     card = {
         "method": student.name,
         "seed": seed,
         "recipe": recipe.name,
-        "dataset": dataset.name,
-        "channels": dataset.channels,
-        "class_names": list(dataset.class_names),
-        "input_px": list(dataset.image_px),
-        "eval_crop": recipe.data.eval_crop,
-        "fit": recipe.data.fit,
-        "split": _division(recipe.data),
+        **card_of_data(recipe.data, dataset),
         "trained_on": sketch(torch.cat([dataset.train_hashes, dataset.unlabelled_hashes])),
     }
     if student.name == BASELINE:

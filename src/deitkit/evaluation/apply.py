@@ -19,8 +19,8 @@ def evaluate_model(folder: Path, data: str, root: Path | None = None) -> dict[st
     """Measure a saved model on the test images of a data set.
 
     Returns:
-        ``model``, ``dataset``, ``n``, ``trained_on`` (the estimated share of test images that the model was trained on)
-        and ``readouts``, each with its accuracies as fractions.
+        ``model``, ``dataset``, ``n``, ``trained_on`` (the estimated share of test images that the model was trained on;
+        None if its card does not tell) and ``readouts``, each with its accuracies as fractions.
 
     Raises:
         DataError: The classes of the data set differ from the model's.
@@ -35,7 +35,7 @@ def evaluate_model(folder: Path, data: str, root: Path | None = None) -> dict[st
         hits = int(top_k_hits(values, labels).sum())
         top5 = top_k_accuracy(values, labels, 5) if dataset.classes > 5 else None
         rows.append({"readout": readout, "top1": hits / n, "top1_ci95": wilson_interval(hits, n), "top5": top5})
-    seen = share_in_sketch(dataset.test_hashes, str(card.get("trained_on", "")))
+    seen = share_in_sketch(dataset.test_hashes, str(card["trained_on"])) if "trained_on" in card else None
     return {"model": str(folder), "dataset": dataset.name, "n": n, "trained_on": seen, "readouts": rows}
 
 
@@ -61,6 +61,20 @@ def load_data_of(card: dict[str, Any], data: str, root: Path | None) -> Dataset:
             f"but the model has {_some(card['class_names'])}: evaluate it on data with the model's classes"
         )
     return dataset
+
+
+def card_of_data(recipe: DataRecipe, dataset: Dataset) -> dict[str, Any]:
+    """Return what the card of a model that trains on a data set tells about it, for ``data_recipe_of``."""
+    division = ("split_seed", "test_fraction") if recipe.folds is None else ("split_seed", "folds", "fold")
+    return {
+        "dataset": dataset.name,
+        "channels": dataset.channels,
+        "class_names": list(dataset.class_names),
+        "input_px": list(dataset.image_px),
+        "eval_crop": recipe.eval_crop,
+        "fit": recipe.fit,
+        "split": {field: getattr(recipe, field) for field in division},  # which images are test images
+    }
 
 
 def data_recipe_of(card: dict[str, Any], data: str, root: Path | None) -> DataRecipe:

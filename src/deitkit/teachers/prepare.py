@@ -12,8 +12,10 @@ from typing import Any
 from torch import nn
 
 from deitkit.data.dataset import Dataset, as_read, load_dataset
+from deitkit.data.duplicates import sketch
 from deitkit.distillation.methods import METHODS
 from deitkit.errors import TeacherError
+from deitkit.evaluation.apply import card_of_data
 from deitkit.evaluation.readouts import top_k_accuracy
 from deitkit.models.accelerate import accelerate
 from deitkit.models.built import BuiltClassifier, reset_head, reverse_channels
@@ -65,8 +67,8 @@ def prepare_teacher(
     with seeded(recipe.seeds[0], folder.name):
         classifier, card = draft_teacher(recipe.teacher, dataset)
     accelerate(classifier, recipe.speed, precision.device)
+    train_data = dataset
     if card.fit != "none":
-        train_data = dataset
         if recipe.teacher.all_images:
             every_image = images_of_teacher(recipe)
             train_data = load_dataset(every_image, watcher.reading, random_crops=recipe.has_random_crops)
@@ -83,7 +85,10 @@ def prepare_teacher(
     card, cost = measure_at_own_resolution(classifier, card, recipe.data, precision)
     if cost is not None:
         watcher.say(cost)
-    save_classifier(folder, classifier, _model_card(card, dataset, recipe))
+    model_card = _model_card(card, dataset, recipe)
+    if card.fit != "none":
+        model_card["trained_on"] = sketch(train_data.train_hashes)
+    save_classifier(folder, classifier, model_card)
     card = card.model_copy(update={"sha256": file_sha256(folder / "model.safetensors")})
     write_text(card_path, json.dumps(card.model_dump(exclude=TESTED), indent=2) + "\n")
     (folder / TRAINED).unlink(missing_ok=True)
@@ -120,11 +125,7 @@ def _try(
 def _model_card(card: TeacherCard, dataset: Dataset, recipe: Recipe) -> dict[str, Any]:
     return {
         "architecture": card.name,
-        "channels": dataset.channels,
-        "class_names": list(dataset.class_names),
-        "input_px": list(dataset.image_px),
-        "eval_crop": recipe.data.eval_crop,
-        "fit": recipe.data.fit,
+        **card_of_data(recipe.data, dataset),
         "readout": card.readout,
         "source": card.source,
         "validation_top1": card.top1,
