@@ -118,6 +118,8 @@ def test_a_model_that_guesses_replaces_nothing_and_without_a_cnn_there_is_no_adv
     assert advice(both) == "Use neither hard/class nor the teacher timm/resnet18: they do not tell the classes apart."
     text = advice(results_with(found).model_copy(update={"teacher": guesses}))
     assert text == "Use hard/class instead of the teacher timm/resnet18: it alone tells the classes apart."
+    few = results_with(difference(0.09, 0.3, 1.0)).model_copy(update={"teacher": guesses})
+    assert advice(few).startswith("The 1,000 test images do not decide between hard/class and the teacher")
     assert advice(results_with(found, cost=None)) == ""
     assert advice(results_with(found).model_copy(update={"teacher": None})) == ""
     assert advice(results_with(found).model_copy(update={"winner": None})) == ""

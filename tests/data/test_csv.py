@@ -54,6 +54,17 @@ def test_columns_are_found_by_their_usual_names(table: Callable[..., Path], head
     assert sum(len(split) for split in (data.train, data.validation, data.test)) == 24
 
 
+def test_paths_may_be_absolute(table: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    images, relative = table("path,label", many()), load(table("path,label", many()))
+    for name in ("list.csv", "elsewhere/list.csv"):
+        other = images.parent / name
+        other.parent.mkdir(exist_ok=True)
+        other.write_text("\n".join(["path,label", *(f"{images.parent}/{row}" for row in many())]) + "\n")
+        monkeypatch.chdir(images.parent)
+        for path in (Path(name), other):
+            assert torch.equal(load(path).test.images, relative.test.images)
+
+
 @pytest.mark.parametrize("delimiter", [";", "\t"])
 def test_other_delimiters_are_found(table: Callable[..., Path], delimiter: str) -> None:
     rows = [row.replace(",", delimiter) for row in many()]

@@ -19,7 +19,7 @@ from deitkit.recipe.load import (
     parse_recipe,
     shipped_recipes,
 )
-from deitkit.recipe.schema import Recipe
+from deitkit.recipe.schema import Recipe, TeacherRecipe
 
 
 def test_every_shipped_file_has_its_place_in_the_list() -> None:
@@ -186,3 +186,29 @@ def test_a_mixture_of_a_name_and_other_dimensions_is_named_as_such() -> None:
     assert size_in_words(load_recipe("own-images").model) == "micro with width 128, depth 6, heads 4"
     assert size_in_words(load_recipe("own-images", ["model.name=deit_tiny"]).model) == "deit_tiny"
     assert size_in_words(load_recipe("own-images", ["model.name=deit_tiny", "model.width=192"]).model) == "deit_tiny"
+
+
+def test_one_of_several_teachers_is_changed_by_its_number() -> None:
+    both = "teachers=[cifar/resnet20, {name: cifar/resnet32, allow_weak: false}]"
+    recipe = load_recipe("digits", [both, "teachers.1.allow_weak=true", "teachers.0.train.epochs=3"])
+    assert [(one.name, one.allow_weak, one.train.epochs) for one in recipe.teachers] == [
+        ("cifar/resnet20", False, 3), ("cifar/resnet32", True, TeacherRecipe().train.epochs)
+    ]  # fmt: skip
+    for override, words in (("teachers.2.fit=head", "numbered 0 to 1"), ("teachers.x.fit=head", "numbered 0 to 1")):
+        with pytest.raises(RecipeError, match=rf"'{override[9]}' is no number of one of the teachers; .*{words}"):
+            load_recipe("digits", [both, override])
+    with pytest.raises(RecipeError, match="there are none"):
+        load_recipe("digits", ["teachers.0.fit=head"])
+
+
+def test_an_empty_list_of_teachers_keeps_the_recipes_teacher(tmp_path: Path) -> None:
+    plain = load_recipe("digits")
+    assert load_recipe("digits", ["teachers=[]"]) == plain
+    (tmp_path / "own.yaml").write_text("base: digits\nname: digits\nteachers: []\n")
+    assert load_recipe(str(tmp_path / "own.yaml")) == plain
+
+
+def test_split_seeds_are_those_that_every_library_takes() -> None:
+    assert load_recipe("digits", [f"data.split_seed={2**32 - 1}"]).data.split_seed == 2**32 - 1
+    with pytest.raises(RecipeError, match=r"data.split_seed=4294967296: .* less than 4294967296"):
+        load_recipe("digits", [f"data.split_seed={2**32}"])

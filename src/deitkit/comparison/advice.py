@@ -43,7 +43,7 @@ def advice(results: Results) -> str:
         if _guesses(rival.balanced, classes):
             return f"Use neither {winner.row} nor {rival.name}: they do not tell the classes apart."
         return f"Keep {rival.name}: {winner.row} does not tell the classes apart."
-    if _guesses(rival.balanced, classes):
+    if _guesses(rival.balanced, classes) and (rival.difference.is_significant or _is_close(rival.difference)):
         return f"Use {winner.row} instead of {rival.name}: it alone tells the classes apart."
     savings = {
         "speed": rival.cost.milliseconds / winner.cost.milliseconds,
@@ -74,6 +74,11 @@ def _guesses(balanced: float | None, classes: int) -> bool:
     return balanced is not None and balanced <= 1 / classes + 1e-9
 
 
+def _is_close(difference: Difference) -> bool:
+    """Return whether the test images are enough to exclude a loss of accuracy that anyone would notice."""
+    return (difference.ci95 or (-1.0, 1.0))[0] >= -TOLERABLE
+
+
 def _decision(winner: Row, rival: Rival, savings: Mapping[str, float], results: Results) -> str:
     difference = rival.difference
     loss = 100 * abs(difference.mean)
@@ -85,8 +90,8 @@ def _decision(winner: Row, rival: Rival, savings: Mapping[str, float], results: 
         return f"Keep {rival.name}: {winner.row} is {loss:.1f} points less accurate, and not much faster or smaller"
     if difference.is_significant:
         return f"Use {winner.row} instead of {rival.name}: it is {loss:.1f} points more accurate"
-    low, high = difference.ci95 or (-1.0, 1.0)
-    if low < -TOLERABLE:
+    if not _is_close(difference):
+        low, high = difference.ci95 or (-1.0, 1.0)
         accuracy = (winner.top1_mean or 0.0) - difference.mean  # of the rival, which bounds what is possible
         low, high = max(low, -accuracy), min(high, 1 - accuracy)
         judges, more, how = f"The {winner.n:,} test images", "more test images", ""

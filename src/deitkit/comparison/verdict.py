@@ -59,8 +59,7 @@ def _outcome(standing: Standing, rows: Sequence[Row]) -> str:
     best = "shares the first place" if _equal(standing) else "is best" if _tied(standing) else "wins"
     text = f"{winner.row} {best} on the validation images and {scores}"
     if difference is not None:
-        tie = "" if difference.is_significant else "A tie with labels alone: "
-        return f"{tie}{text}, {_points(difference)} against labels alone ({p_in_words(difference)})"
+        return f"{text}, {_points(difference)} against labels alone ({p_in_words(difference)})"
     if any(row.difference_to("none") is not None for row in rows):
         return f"{text}: no teaching beat labels alone there"
     return text
@@ -125,8 +124,8 @@ def _baselines(winner: Row, rows: Sequence[Row]) -> list[str]:
 def _other(name: str, top1: float, difference: Difference) -> str:
     gap = 100 * abs(difference.mean)
     scores = f"{name} scores {_percent(top1)}"
-    if not difference.is_significant:
-        return f"{scores}, a tie ({_p(difference)})"
+    if difference.mean == 0:
+        return f"{scores}, as much"
     return f"{scores}, {gap:.2f} points {'less' if difference.mean > 0 else 'more'} ({p_in_words(difference)})"
 
 

@@ -218,7 +218,7 @@ def _read_tree(source: str, above: tuple[str, ...] = ()) -> dict[str, Any]:
 
 def _merged(base: dict[str, Any], tree: dict[str, Any]) -> dict[str, Any]:
     """Return the base with its values replaced by the tree's; sections are merged field by field."""
-    if "teachers" in tree:
+    if tree.get("teachers"):
         base = {key: value for key, value in base.items() if key != "teacher"}
     both = {key for key in base if isinstance(base[key], dict) and isinstance(tree.get(key), dict)}
     if "model" in both and {"name", "pretrained"} & {*tree["model"]}:
@@ -316,15 +316,30 @@ def _set(tree: dict[str, Any], path: list[str], value: Any) -> None:
     if path[0] == "teacher" and tree.get("teachers"):
         given = f"{'.'.join(path)}={value!r}"
         raise RecipeError(f"{given}: teacher and teachers exclude each other: list every teacher in teachers")
-    if path[0] == "teachers":  # they replace the recipe's only teacher
+    place: Any = tree
+    if path == ["teachers"] and value:  # they replace the recipe's only teacher
         tree.pop("teacher", None)
-    place = tree
+    if path[0] == "teachers" and len(path) > 2:
+        place, parents = _entry(tree.get("teachers"), path), parents[2:]
     for parent in parents:
         if not isinstance(place.get(parent), dict):
             place[parent] = {}
         place = place[parent]
     place.pop(last, None)  # if a variant's field is given in two ways, the later one counts
     place[last] = value
+
+
+def _entry(teachers: Any, path: list[str]) -> dict[str, Any]:
+    """Return the fields of one of several teachers, whose field is given by its number, as in ``teachers.0.mean``."""
+    count = len(teachers) if isinstance(teachers, list) else 0
+    if not path[1].isdigit() or int(path[1]) >= count:
+        numbers = (
+            f"they are numbered 0 to {count - 1}" if count else "there are none: write teachers=[{name: ...}, ...]"
+        )
+        raise RecipeError(f"{'.'.join(path)}: '{path[1]}' is no number of one of the teachers; {numbers}")
+    entry = teachers[int(path[1])]
+    teachers[int(path[1])] = entry = dict(entry) if isinstance(entry, dict) else {"name": entry}
+    return entry
 
 
 def _field_type(key: str) -> Any:

@@ -57,7 +57,7 @@ class DataRecipe(Section):
         description="k-fold cross-validation: divide the images into this many test sets, one comparison for each.",
     )
     fold: PositiveInt | None = Field(None, description="Only this fold, from 1; by default all of them, in one table.")
-    split_seed: NonNegativeInt = Field(0, description="Seed of every split, the same for all training seeds.")
+    split_seed: NonNegativeInt = Field(0, lt=2**32, description="Seed of every split, the same for all training seeds.")
     streaming: Literal["auto"] | bool = Field(
         "auto", description="Decode images when they are needed instead of once; auto: if they do not fit in memory."
     )

@@ -4,6 +4,7 @@ A teacher is built from a name, gets weights from a file, a library or training 
 """
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -303,12 +304,14 @@ def rehearse_teachers(recipe: Recipe, dataset: Dataset, folder: Path, precision:
 
 @contextmanager
 def _numbered(recipe: Recipe, number: int) -> Iterator[None]:
-    """Begin the message of a refusal with the number of the teacher, where there are several."""
+    """Name the fields of one of several teachers by its number in the message of a refusal, which begins with it."""
     try:
         yield
     except TeacherError as error:
-        where = f"teachers.{number}: " if recipe.teachers else ""
-        raise TeacherError(f"{where}{error}") from error
+        if not recipe.teachers:
+            raise
+        text = re.sub(r"\bteacher\.(?=[a-z])", f"teachers.{number}.", str(error))
+        raise TeacherError(f"teachers.{number}: {text}") from error
 
 
 def teacher_folders(recipe: Recipe, folder: Path) -> list[Path]:

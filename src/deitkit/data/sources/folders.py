@@ -124,9 +124,10 @@ def _remark(left_out: Counter[str]) -> str:
     return f"left out, as no image of a class: {counted(sum(left_out.values()), 'file')} ({kinds})"
 
 
-def encoded_files(folder: Path, files: list[Path]) -> EncodedImages:
-    """Return images that are separate files below a folder; raise DataError if some are missing."""
-    names, missing = [writable(str(path.relative_to(folder))) for path in files], []
+def encoded_files(folder: Path, files: list[Path], remedy: str = "unpack the archive there again") -> EncodedImages:
+    """Return images that are separate files, named from a folder; raise DataError with a remedy if some are missing."""
+    inside = [path.relative_to(folder) if path.is_relative_to(folder) else path for path in files]
+    names, missing = [writable(str(path)) for path in inside], []
 
     def read(positions: list[int]) -> Iterator[Path | bytes]:
         return (files[position] for position in positions)
@@ -141,8 +142,7 @@ def encoded_files(folder: Path, files: list[Path]) -> EncodedImages:
         digest.update(repr((name, stat.st_size, stat.st_mtime_ns)).encode())
     if missing:
         raise DataError(
-            f"{len(missing)} of {len(files)} images are not in '{folder}', such as '{missing[0]}': "
-            "unpack the archive there again"
+            f"{len(missing)} of {len(files)} images are not in '{folder}', such as '{missing[0]}': {remedy}"
         )
     return EncodedImages(names, read, digest.hexdigest(), files)
 

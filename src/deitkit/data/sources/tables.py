@@ -59,7 +59,11 @@ def list_csv(path: Path) -> Listing:
         numbered = {name: number for number, name in enumerate(dict.fromkeys(values["group"]))}
         groups = torch.tensor([numbered[values["group"][place]] for place in kept])
     return Listing(
-        encoded_files(path.parent, [path.parent / values["path"][place] for place in kept]),
+        encoded_files(
+            path.parent,
+            [path.parent / values["path"][place] for place in kept],
+            f"correct the paths in '{path.name}', which start from its folder unless they are absolute",
+        ),
         torch.tensor([numbers[values["label"][place]] for place in kept]),
         torch.tensor([is_test[place] for place in kept]) if splits and any(is_test) else None,
         tuple(class_names),
