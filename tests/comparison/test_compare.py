@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -29,6 +30,7 @@ from deitkit.models.saved import load_classifier
 from deitkit.recipe.load import load_recipe, shipped_recipes
 from deitkit.recipe.schema import Recipe
 from deitkit.report.write import write_report
+from deitkit.run.folder import occupied
 from deitkit.run.observer import Silent
 from deitkit.training.build import build_students
 from deitkit.training.cohort import Cohort
@@ -256,3 +258,29 @@ def test_a_batch_of_more_images_than_there_are_is_named_before_anything_trains(
     with pytest.raises(DeitkitError, match=f"^{re.escape(sentence)}"):
         compare(recipe, tmp_path / "run", watcher=Silent())
     assert not (tmp_path / "run").exists()
+
+
+def test_a_finished_model_that_cannot_be_read_is_named_with_what_to_do(tiny_recipe: TinyRecipe, tmp_path: Path) -> None:
+    run, recipe = tmp_path / "run", tiny_recipe("methods=[none, hard]", "train.epochs=1")
+    table = compare(recipe, run, watcher=Silent()).rows
+    for number, (name, content) in enumerate(
+        [("seed-0/none/model.json", None), ("seed-0/none/model.json", b"{}"), ("seed-0/hard/model.safetensors", None),
+         ("seed-0/hard/model.safetensors", b"cut"), ("teacher/card.json", b"{}"), ("teacher/model.json", None)]
+    ):  # fmt: skip
+        copy = tmp_path / str(number)
+        shutil.copytree(run, copy)
+        (copy / name).unlink() if content is None else (copy / name).write_bytes(content)
+        home = (copy / name).parent
+        with pytest.raises(CheckpointError, match="put its files back, or delete the folder, and --resume") as told:
+            compare(recipe, copy, watcher=Silent(), resume=True)
+        assert str(told.value).startswith(f"{home} is finished, but cannot be read (")
+        shutil.rmtree(home)
+    again = compare(recipe, copy, watcher=Silent(), resume=True)
+    assert [row.top1 for row in again.rows] == [row.top1 for row in table]
+
+
+def test_a_run_folder_may_be_moved_while_it_is_locked(tmp_path: Path) -> None:
+    with occupied(tmp_path / "run"):
+        (tmp_path / "run" / "kept").touch()
+        (tmp_path / "run").rename(tmp_path / "moved")
+    assert (tmp_path / "moved" / "kept").exists()

@@ -130,6 +130,11 @@ def teacher(
     loaded = _load(recipe, overrides, None)
     restarted = was_restarted()
     folder = choose_run_folder(out, loaded, resume, "-teacher", restarted=restarted)
+    if (folder / "results.json").exists():
+        raise RecipeError(
+            f"{folder} is a finished run, whose teacher is {folder / 'teacher'}: use that, or name a new folder with "
+            "--out"
+        )
     resume = resume or restarted
     precision = Precision.choose(loaded.train.precision, choose_device(loaded.device))
     with Terminal(errors if as_json else console) as terminal, occupied(folder):

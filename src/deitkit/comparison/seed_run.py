@@ -16,14 +16,16 @@ from torch import Tensor
 from deitkit.comparison.rows import StudentPredictions
 from deitkit.data.dataset import Dataset, as_read
 from deitkit.data.duplicates import sketch
+from deitkit.errors import CheckpointError
 from deitkit.evaluation.apply import card_of_data
 from deitkit.evaluation.predict import predict_all
 from deitkit.evaluation.readouts import readout_scores
 from deitkit.models.accelerate import release
 from deitkit.models.classifier import Classifier
-from deitkit.models.saved import save_classifier
+from deitkit.models.saved import read_card, save_classifier
+from deitkit.models.weights.read import require_whole
 from deitkit.recipe.schema import Recipe
-from deitkit.run.folder import occupied
+from deitkit.run.folder import occupied, unreadable
 from deitkit.run.metrics import EpochMetrics, read_metrics, write_metrics
 from deitkit.run.observer import Watcher
 from deitkit.run.state import drop_state, has_state, load_state, load_tree, save_tree
@@ -170,9 +172,19 @@ def step_images(recipe: Recipe, dataset: Dataset) -> dict[str, int]:
 
 
 def _report_finished(home: Path, names: Sequence[str], everyone: Sequence[str], watcher: Watcher) -> None:
-    """Report which students are finished before others train, and which are left out of the table."""
+    """Report which students are finished before others train, and which are left out of the table.
+
+    Raises:
+        CheckpointError: A finished student's model is missing or damaged.
+    """
     finished = sorted(path.parent.name for path in home.glob(f"*/{PREDICTIONS}"))
     there = [name for name in finished if name in names]
+    for name in there:
+        try:
+            read_card(home / name)
+            require_whole(home / name / "model.safetensors")
+        except CheckpointError as error:
+            raise unreadable(home / name, error) from None
     missing = [name for name in names if name not in finished]
     left_out = [name for name in finished if name not in everyone]
     if there and missing:

@@ -72,6 +72,8 @@ def image_files(paths: Sequence[Path]) -> list[Path]:
     for path in paths:
         if not path.exists():
             raise DataError(f"image {path} does not exist: check its name")
+        if not (path.is_file() or path.is_dir()):
+            raise DataError(f"image {path} is neither a file nor a folder: name image files, or folders of them")
         files = [path] if not path.is_dir() else sorted(_images_below(path))
         if not files:
             raise DataError(
@@ -82,7 +84,7 @@ def image_files(paths: Sequence[Path]) -> list[Path]:
 
 
 def _images_below(folder: Path) -> Iterator[Path]:
-    return (file for file in files_below(folder) if file.suffix.lower() in SUFFIXES)
+    return (file for file in files_below(folder) if file.suffix.lower() in SUFFIXES and file.is_file())
 
 
 def classify(

@@ -85,6 +85,15 @@ def choose_run_folder(
     return found
 
 
+def unreadable(folder: Path, error: Exception) -> CheckpointError:
+    """Return the error on the folder of a finished model, student or teacher, that cannot be read."""
+    reason = str(error).partition("\n")[0].partition(": ")[0]
+    return CheckpointError(
+        f"{folder} is finished, but cannot be read ({reason}): put its files back, or delete the folder, and --resume "
+        "makes it again"
+    )
+
+
 @contextmanager
 def occupied(folder: Path, patience: float = 0.0, say: Callable[[str], None] = lambda line: None) -> Iterator[None]:
     """Lock a run folder for this process; if nothing was written, remove what locking created.
@@ -114,7 +123,7 @@ def occupied(folder: Path, patience: float = 0.0, say: Callable[[str], None] = l
         yield
     finally:
         lock.release()
-        if all(path.name == LOCK for path in folder.iterdir()):
+        if folder.is_dir() and all(path.name == LOCK for path in folder.iterdir()):  # it may have been moved
             (folder / LOCK).unlink(missing_ok=True)
             if is_new:
                 folder.rmdir()

@@ -15,7 +15,7 @@ from torch import nn
 from deitkit.data.dataset import Dataset, as_read, load_dataset
 from deitkit.data.duplicates import sketch
 from deitkit.distillation.methods import METHODS
-from deitkit.errors import TeacherError
+from deitkit.errors import CheckpointError, TeacherError
 from deitkit.evaluation.apply import card_of_data
 from deitkit.evaluation.readouts import top_k_accuracy
 from deitkit.models.accelerate import accelerate
@@ -25,6 +25,7 @@ from deitkit.models.saved import load_classifier, save_classifier, save_tensors
 from deitkit.models.weights.read import file_sha256, load_into, read_checkpoint, read_state
 from deitkit.models.zoo import create_classifier
 from deitkit.recipe.schema import DataRecipe, Recipe, TeacherRecipe
+from deitkit.run.folder import unreadable
 from deitkit.run.observer import Watcher
 from deitkit.run.results import TESTED, TeacherCard
 from deitkit.run.state import drop_state
@@ -61,8 +62,11 @@ def prepare_teacher(
     """
     card_path = folder / "card.json"
     if card_path.exists():
-        classifier = accelerate(load_classifier(folder, precision.device)[0], recipe.speed, precision.device)
-        card = TeacherCard.model_validate_json(card_path.read_text(encoding="utf-8"))
+        try:
+            classifier = accelerate(load_classifier(folder, precision.device)[0], recipe.speed, precision.device)
+            card = TeacherCard.model_validate_json(card_path.read_text(encoding="utf-8"))
+        except (CheckpointError, ValueError) as error:
+            raise unreadable(folder, error) from None
         classifier.readout = card.readout
         return FrozenTeacher(classifier), card
     with seeded(recipe.seeds[0], folder.name):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -95,6 +96,15 @@ def read_checkpoint(path: Path) -> Checkpoint:
     while prefix := next((prefix for prefix in _PREFIXES if all(name.startswith(prefix) for name in state)), None):
         state = {name.removeprefix(prefix): value for name, value in state.items()}
     return Checkpoint(state, tuple(remarks), facts if isinstance(facts, dict) else {})
+
+
+def require_whole(path: Path) -> None:
+    """Raise CheckpointError if a file of safetensors is missing, or has another length than its header tells."""
+    try:
+        with signals_held(), safe_open(path, framework="pt"):
+            pass
+    except (OSError, SafetensorError):
+        raise CheckpointError(f"{path} is missing or damaged: copy it again") from None
 
 
 def _refuse_bomb(path: Path) -> None:
