@@ -257,6 +257,10 @@ def test_train_is_a_comparison_of_one_row(run: Run, tmp_path: Path) -> None:
     code, text, errors = run("train", "digits", *FAST, "--method", "none", "--out", tmp_path / "run", "--json")
     assert code == 0, errors
     assert [row["row"] for row in json.loads(text)["rows"]] == ["none/class"]
+    recipe = (tmp_path / "run" / "recipe.yaml").read_text()
+    again = run("teacher", "digits", *FAST, "--out", tmp_path / "run", "--resume")
+    refused(again, "is a finished run, whose teacher is")
+    assert (tmp_path / "run" / "recipe.yaml").read_text() == recipe
     refused(run("train", "digits", "--method", "tokenhard", "--out", tmp_path / "b"), "'tokenhard' is not a method")
 
 

@@ -13,12 +13,12 @@ from scipy import stats
 from sklearn.model_selection import StratifiedKFold
 from typer.testing import CliRunner
 
-from conftest import StopAfter, poisoned_gradient
+from conftest import TINY, StopAfter, poisoned_gradient
 from deitkit.analyze.analysis import analyze_run
 from deitkit.cli.main import app
 from deitkit.comparison.compare import compare
 from deitkit.comparison.finetune import start_from
-from deitkit.comparison.folds import combine
+from deitkit.comparison.folds import begin_folds, combine
 from deitkit.comparison.run import run_recipe
 from deitkit.comparison.verify import verify_run
 from deitkit.data.dataset import load_dataset
@@ -90,6 +90,21 @@ def test_a_fold_that_lacks_a_class_is_refused_by_name(
 ) -> None:
     with pytest.raises(DataError, match=message):
         planned(torch.tensor(labels), folds, None if groups is None else torch.tensor(groups))
+
+
+def test_a_fold_that_damaged_files_leave_without_a_class_is_found_before_the_first_trains(tmp_path: Path) -> None:
+    photos = write_classes(tmp_path / "photos", {"cat": 12, "dog": 12})
+    for number in range(6):
+        (photos / "dog" / f"{number:03}.png").write_bytes(b"damaged")
+    recipe = load_recipe(
+        "digits",
+        [*TINY, f"data.name=folder:{photos}", "data.folds=3", "data.train_images=null", "data.test_images=null"],
+    )
+    for fold in (1, 2):  # the third alone lacks dogs
+        load_dataset(recipe.data.model_copy(update={"fold": fold}))
+    with pytest.raises(DataError, match="class 'dog'"):
+        begin_folds(recipe, tmp_path / "run", watcher=Silent())
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_data_set_with_a_test_split_is_refused() -> None:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from PIL import Image
 
 from deitkit.errors import DataError, RecipeError
 from deitkit.evaluation import classify as module
-from deitkit.evaluation.classify import classify
+from deitkit.evaluation.classify import classify, image_files
 from deitkit.models.classifier import Classifier
 from deitkit.models.cnn import CifarResNet
 from deitkit.models.saved import save_classifier
@@ -161,3 +162,11 @@ def test_files_that_cannot_be_written(
     assert code == 2
     assert words in errors
     assert (tmp_path / "there.csv").read_text() == "mine"
+
+
+def test_only_regular_files_are_images(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    os.mkfifo(tmp_path / "b.png")
+    assert image_files([tmp_path]) == [tmp_path / "a.png"]
+    with pytest.raises(DataError, match=r"b\.png is neither a file nor a folder: name image files"):
+        image_files([tmp_path / "b.png"])

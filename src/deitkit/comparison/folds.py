@@ -90,6 +90,9 @@ def begin_folds(recipe: Recipe, folder: Path, *, watcher: Watcher, resume: bool 
     for fold, own in recipes.items():
         check_run(fold_folder(folder, fold), own, resume=True)
     dataset = load_dataset(recipes[1].data, watcher.reading, random_crops=recipe.has_random_crops)
+    if dataset.skipped:  # without these files, a class may have no images in a split of another fold
+        for own in list(recipes.values())[1:]:
+            load_dataset(own.data, watcher.reading)
     precision = Precision.choose(recipe.train.precision, choose_device(recipe.device))
     rehearse(recipes[1], dataset, precision)
     if needs_teacher(recipe):

@@ -66,7 +66,7 @@ def read_card(folder: Path) -> dict[str, Any]:
         card = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         raise CheckpointError(
-            f"{folder} contains no model.json: give a model folder of deitkit, such as RUN/winner or RUN/seed-0/none"
+            f"{folder} contains no model.json: give a model folder of deitkit, such as {model_below(folder)}"
         ) from None
     if not isinstance(card, dict) or card.get("format") != FORMAT:
         raise CheckpointError(f"{path} has format {_format_of(card)}; this deitkit reads format {FORMAT}")
@@ -74,6 +74,13 @@ def read_card(folder: Path) -> dict[str, Any]:
     if wrong:
         raise _wrong_card(folder, f"see {', '.join(wrong)}")
     return card | {"class_names": [writable(str(name)) for name in card["class_names"]]}
+
+
+def model_below(folder: Path) -> str:
+    """Return for a message where models are: one of this run folder if it is one, else examples."""
+    places = [folder / name for name in ("winner", "teacher", "variants/base/winner", "folds/1/winner")]
+    found = next((place for place in places if (place / "model.json").is_file()), None)
+    return "RUN/winner or RUN/seed-0/none" if found is None else str(found)
 
 
 def _format_of(card: Any) -> Any:

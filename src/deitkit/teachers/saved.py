@@ -9,7 +9,7 @@ from typing import Any
 from deitkit.data.dataset import Dataset
 from deitkit.errors import CheckpointError, TeacherError
 from deitkit.models.built import BuiltClassifier
-from deitkit.models.saved import build_model, model_folder, read_card
+from deitkit.models.saved import build_model, model_below, model_folder, read_card
 from deitkit.models.weights.read import read_state
 from deitkit.recipe.schema import TeacherRecipe
 
@@ -28,6 +28,11 @@ def build_saved(recipe: TeacherRecipe, dataset: Dataset) -> tuple[TeacherRecipe,
     try:
         card = read_card(folder)
     except CheckpointError:
+        if path.is_dir():
+            example = model_below(path)
+            raise TeacherError(
+                f"teacher.name={recipe.name} is a folder without a model.json: name one with it, such as {example}"
+            ) from None
         raise TeacherError(
             f"teacher.name={recipe.name} is a file without a model.json in its folder: "
             f"give the architecture, as in teacher.name=cifar/resnet56 teacher.checkpoint={recipe.name}"

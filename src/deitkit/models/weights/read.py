@@ -61,7 +61,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
         CheckpointError: The file does not exist, is not a checkpoint, or could run code when it is read.
     """
     if not path.is_file():
-        raise CheckpointError(f"checkpoint {path} does not exist: check its name")
+        problem = "is a folder: name a file" if path.is_dir() else "does not exist: check its name"
+        raise CheckpointError(f"checkpoint {path} {problem}")
     try:
         _refuse_bomb(path)
         with signals_held():
