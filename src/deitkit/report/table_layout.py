@@ -315,7 +315,7 @@ def _footnotes(results: Results) -> list[str]:
     if len({(row.method, row.readout) for row in rows}) > len({row.method for row in rows}):
         notes.append("Rows of one method are one trained student, read out through one head or both.")
     notes += stopped_notes(rows)
-    notes += [f"teacher: {teacher.verdict}." for teacher in results.teachers if teacher.verdict != FIT_TO_TEACH]
+    notes += [f"teacher {one.name}: {one.verdict}." for one in results.teachers if one.verdict != FIT_TO_TEACH]
     return notes + list(results.notes) + _published_notes(results)
 
 
