@@ -63,6 +63,13 @@ def test_recipes_that_cannot_run(run: Run, tmp_path: Path) -> None:
     assert not (tmp_path / "run" / "results.json").exists()
 
 
+def test_a_field_that_an_option_gives_too_is_refused(run: Run, tmp_path: Path) -> None:
+    compare = ("compare", "digits", "--out", tmp_path / "run")
+    for option, field in (("--seeds 3", "seeds=[5]"), ("--folds 3", "data.folds=5")):
+        words = f"{option} and {field} exclude each other: give one"
+        refused(run(*compare, "train.epochs=no", *option.split(), field), words)
+
+
 def test_images_smaller_than_a_patch(run: Run, tmp_path: Path) -> None:
     refused(run("compare", "digits", *FAST, "model.patch_px=16", "--out", tmp_path / "run"), "patch_px=16", "8")
 

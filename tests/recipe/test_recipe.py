@@ -90,6 +90,41 @@ def test_mistakes_are_told_by_field_and_value(overrides: list[str], words: list[
         assert word in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("seeds=[-1]", "seeds.0=-1: input should be greater than or equal to 0"),
+        ("seeds=[0.5]", "seeds.0=0.5: input should be an integer"),
+        ("seeds=[true]", "seeds=[True]: true is not a value of this field"),
+        ("seeds=[]", "seeds=[]: name at least one, as seeds=[0]"),
+        ("seeds=null", "seeds=None: write a list, as seeds=[...]"),
+        ("methods=[]", "methods=[]: name at least one, as methods=[none, soft, hard, token-hard]"),
+        ("methods=[3]", "methods.0=3: input should be text"),
+        ("speed.micro_batch_size=0", "speed.micro_batch_size=0: input should be 'auto' or greater than 0"),
+        ("speed.compile=3", "speed.compile=3: input should be 'auto' or true or false"),
+        (
+            "train=null",
+            "train=None: this is a section: leave it out, or write its fields, as train.optimizer=adamw",
+        ),
+        (
+            "teachers=[3]",
+            "teachers.0=3: this is a section: leave it out, or write its fields, as {name: cifar/resnet20}",
+        ),
+        ("data.name=csv:", "data.name={'csv': None}: input should be text: quote it, as \"data.name='csv:'\""),
+        ("data.name=a: b", "data.name={'a': 'b'}: input should be text: quote it, as \"data.name='a: b'\""),
+        ("name=3", "name=3: input should be text: quote it, as \"name='3'\""),
+        (
+            "variants={a: {seeds: [0.5]}}",
+            "variants.a: seeds.0=0.5: input should be an integer",
+        ),
+    ],
+)
+def test_a_refused_value_is_said_in_our_words(override: str, sentence: str) -> None:
+    with pytest.raises(RecipeError) as error:
+        load_recipe("digits", [override])
+    assert str(error.value) == sentence
+
+
 def test_all_mistakes_are_told_at_once() -> None:
     with pytest.raises(RecipeError) as error:
         load_recipe("digits", ["train.epochs=-1", "data.nam=x", "seeds=a"])

@@ -59,9 +59,13 @@ def plan(recipe: Recipe, given: Given) -> dict[str, Any]:
     Raises:
         RecipeError: The data set is not at hand, and ``images`` is not given.
     """
-    for field, value in vars(given).items():
+    numbers = {
+        "speed": given.images_per_second, "decode": given.decoded_per_second, "price": given.price,
+        "link": given.link_gb_per_second,
+    }  # fmt: skip
+    for option, value in numbers.items():
         if value is not None and not math.isfinite(value):
-            raise RecipeError(f"{field}={value} is no finite number: give one, or leave it out")
+            raise RecipeError(f"--{option} {value} is no finite number: give one, or leave it out")
     train = recipe.train
     share = -(-train.batch_size // given.devices)
     images = given.images or _training_images(recipe)

@@ -60,7 +60,7 @@ def compare(
     The run folder then contains table.md, table.csv, table.tex, curves.png, curves.svg, report.html, results.json, and
     the winner, ready for `deitkit predict`. Ctrl-C saves and stops; the same command with --resume continues.
     """
-    loaded = _load(recipe, [*(overrides or []), *([] if folds is None else [f"data.folds={folds}"])], seeds)
+    loaded = _load(recipe, overrides, seeds, folds)
     if show_batch:
         _show_batch(loaded, out)
         return
@@ -233,8 +233,14 @@ def _show_batch(recipe: Recipe, out: Path | None) -> None:
     say(f"augmented views in {path}")
 
 
-def _load(source: str, overrides: list[str] | None, seeds: int | None) -> Recipe:
+def _load(source: str, overrides: list[str] | None, seeds: int | None, folds: int | None = None) -> Recipe:
     changes = list(overrides or [])
-    if seeds is not None:
-        changes.append(f"seeds={list(range(seeds))}")
+    options = (("seeds", seeds, list(range(seeds or 0))), ("data.folds", folds, folds))
+    for field, given, value in options:
+        if given is None:
+            continue
+        twice = next((change for change in changes if change.startswith(f"{field}=")), None)
+        if twice is not None:
+            raise RecipeError(f"--{field.removeprefix('data.')} {given} and {twice} exclude each other: give one")
+        changes.append(f"{field}={value}")
     return load_recipe(source, changes)

@@ -3,7 +3,6 @@
 The fields are in ``schema``.
 """
 
-import difflib
 from collections.abc import Collection, Iterator, Sequence
 from importlib import resources
 from pathlib import Path
@@ -15,6 +14,7 @@ from pydantic import BaseModel, ValidationError
 from deitkit.errors import RecipeError
 from deitkit.recipe.contradictions import BASE
 from deitkit.recipe.older import RENAMED, renamed
+from deitkit.recipe.problems import nearest, sentences
 from deitkit.recipe.schema import Recipe
 
 # Fields that a variant must not change, and what its rows share with those of the base for that reason.
@@ -29,20 +29,6 @@ PAIRED_BY = {
 }
 
 DIMENSIONS = ("width", "depth", "heads")  # of a student, which its named size has
-
-ABBREVIATIONS = {
-    "lr": "learning_rate",
-    "min_lr": "min_learning_rate",
-    "warmup_lr": "warmup_learning_rate",
-    "wd": "weight_decay",
-    "bs": "batch_size",
-    "opt": "optimizer",
-    "smoothing": "label_smoothing",
-    "reprob": "erase",
-    "clip_grad": "clip_norm",
-    "img_size": "image_px",
-    "patch_size": "patch_px",
-}  # other tools' names for fields
 
 MOST_VALUES, MOST_LEVELS = 10_000, 20  # of a recipe; the shipped ones stay below 100 and 5
 
@@ -88,8 +74,7 @@ def parse_recipe(tree: dict[str, Any]) -> Recipe:
     try:
         recipe = Recipe.model_validate(tree)
     except ValidationError as error:
-        problems = [_sentence(dict(problem)) for problem in error.errors()]
-        raise RecipeError("; ".join(problems)) from None
+        raise RecipeError("; ".join(sentences(error, _defaults()))) from None
     expand_variants(recipe)
     return recipe
 
@@ -113,7 +98,7 @@ def expand_variants(recipe: Recipe) -> dict[str, Recipe]:
         except RecipeError as error:
             problems.append(f"variants.{name}: {error}")
         except ValidationError as error:
-            problems += [f"variants.{name}: {_sentence(dict(problem))}" for problem in error.errors()]
+            problems += [f"variants.{name}: {sentence}" for sentence in sentences(error, _defaults())]
         else:
             problems += [f"variants.{name}: {problem}" for problem in _incomparable(expanded[name], base)]
     if problems:
@@ -181,6 +166,11 @@ def describe_fields(section: type[BaseModel] = Recipe, prefix: str = "") -> Iter
             yield prefix + name, shown, _meaning(section, name)
 
 
+def _defaults() -> dict[str, str]:
+    """Return every dotted key with its default as YAML; that of a section is empty."""
+    return dict.fromkeys(field_names(), "") | {key: default for key, default, _ in describe_fields()}
+
+
 def _meaning(section: type[BaseModel], name: str) -> str:
     """Return a field's description, from the nearest section in the inheritance order that describes it."""
     fields = [base.model_fields.get(name) for base in section.__mro__ if issubclass(base, BaseModel)]
@@ -243,7 +233,7 @@ def _parse(source: str) -> dict[str, Any]:
     elif (read := _read_file(source)) is not None:
         text = read
     else:
-        near = _nearest(source, shipped) or f"shipped are {', '.join(shipped)}."
+        near = nearest(source, list(shipped)) or f"shipped are {', '.join(shipped)}."
         raise RecipeError(f"recipe '{source}' is neither a shipped recipe nor a file: {near} See `deitkit recipes`")
     tree = _load_yaml(text, f"recipe '{source}'", "correct the file and run again")
     if tree is None:
@@ -345,31 +335,3 @@ def _entry(teachers: Any, path: list[str]) -> dict[str, Any]:
 def _field_type(key: str) -> Any:
     field = Recipe.model_fields.get(key)
     return field.annotation if field is not None else None
-
-
-def _sentence(problem: dict[str, Any]) -> str:
-    """Format one of pydantic's problems: field, value, what is allowed."""
-    where = ".".join(str(part) for part in problem["loc"])
-    if problem["type"] == "extra_forbidden":
-        known = field_names()
-        near = _nearest(where, known) or "see `deitkit recipes --fields`"
-        return f"unknown key '{where}': {near}"
-    message = str(problem["msg"]).removeprefix("Value error, ")
-    if not where:
-        return message
-    value = problem["input"]
-    if problem["type"] == "tuple_type":
-        return f"{where}={value}: write a list, as {where}=[{value}]"
-    shown = repr(value) if len(repr(value)) <= 60 else repr(value)[:57] + "..."
-    return f"{where}={shown}: {message[0].lower()}{message[1:]}"
-
-
-def _nearest(name: str, known: Sequence[str] | dict[str, str]) -> str:
-    head, dot, last = name.rpartition(".")
-    last = ABBREVIATIONS.get(last, last)
-    name = head + dot + last
-    if name in known:
-        return f"did you mean {name}?"
-    near = [key for key in known if key.rpartition(".")[2] == last]
-    near += [key for key in difflib.get_close_matches(name, list(known), n=3, cutoff=0.6) if key not in near]
-    return f"did you mean {' or '.join(near[:3])}?" if near else ""

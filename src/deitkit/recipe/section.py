@@ -22,6 +22,8 @@ class Section(BaseModel):
     def _no_truth_for_a_number(cls, value: Any, info: Any) -> Any:
         """Refuse ``true`` where a number is meant, which pydantic would take for 1."""
         annotation = cls.model_fields[info.field_name or ""].annotation
-        if isinstance(value, bool) and annotation is not bool and bool not in get_args(annotation):
-            raise ValueError(f"{str(value).lower()} is not a value of this field")
+        takes_truth = annotation is bool or bool in get_args(annotation)
+        for entry in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(entry, bool) and not takes_truth:
+                raise ValueError(f"{str(entry).lower()} is not a value of this field")
         return value
