@@ -9,11 +9,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import deitkit
-from deitkit.errors import RecipeError
+from deitkit.api import Model
+from deitkit.errors import DataError, RecipeError
 
 FAST = {
     "data.image_px": 16, "data.train_images": 12,
@@ -41,6 +44,7 @@ def test_a_comparison_of_own_images(
     (answer,) = result.winner.predict(photos / "test" / "cat" / "0.png")
     assert [name for name, _ in answer["classes"]] in (["cat", "dog"], ["dog", "cat"])
     assert len(result.winner.predict([photos / "test" / "cat", str(photos / "test" / "dog" / "0.png")], top=1)) == 13
+    check_images_and_arguments(result.winner, photos / "test" / "cat" / "0.png")
     readouts = result.winner.evaluate(f"folder:{photos}")["readouts"]
     won = next(row for row in result.rows if row.row == result.results.winner)
     assert {entry["readout"]: entry["top1"] for entry in readouts}[won.readout] == won.top1[0]
@@ -62,6 +66,58 @@ def test_a_comparison_of_own_images(
         **{k: v for k, v in FAST.items() if k not in ("methods", "baseline")},
     )
     assert {row.method for row in alone.rows} == {"soft"}
+
+
+def check_images_and_arguments(model: Model, photo: Path) -> None:
+    """Images of Pillow are answered as their files are; what is no image or data set is a sentence."""
+    answer, of_file, again = model.predict([Image.open(photo), photo, Image.open(photo)])
+    assert answer == of_file | {"image": "images[0]"}
+    assert again["image"] == "images[2]"
+    assert model.predict(Image.open(photo)) == [answer]
+    assert model.predict(file for file in [photo]) == [of_file]
+    turned = Image.open(photo)
+    turned.getexif()[0x0112] = 3
+    assert model.predict(turned)[0]["classes"] == model.predict(turned.rotate(180))[0]["classes"]
+    with pytest.raises(DataError, match="images is empty: give at least one"):
+        model.predict([])
+    with pytest.raises(DataError, match=r"images: an image of Pillow cannot be read .* convert it to RGB"):
+        model.predict(Image.new("F", (8, 8)))
+    told = told_by("model.predict(numpy.zeros((8, 8, 3)))", "model.predict(None)", "model.evaluate(None)",
+                   "model.evaluate(deitkit.load_dataset('digits'))", "model.evaluate('digits', root=5)",
+                   model=model.folder)  # fmt: skip
+    assert [line.partition(":")[0] for line in told] == [
+        "images", "images", "data is of the type NoneType", "data is of the type Dataset", "root",
+    ]  # fmt: skip
+    assert "ndarray is neither a path nor an image of Pillow" in told[0]
+
+
+def told_by(*calls: str, model: Path | None = None) -> list[str]:
+    """Return the sentence of each call, in a process that does not check the types of arguments, as a user's."""
+    script = "import deitkit, numpy\nfrom deitkit.errors import DeitkitError\n"
+    script += f"model = deitkit.load_model({str(model)!r})\n" if model is not None else ""
+    for call in calls:
+        script += f"try:\n    {call}\nexcept DeitkitError as error:\n    print(error)\n"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert not done.returncode, done.stderr
+    return done.stdout.splitlines()
+
+
+def test_an_argument_of_a_wrong_type_is_a_sentence() -> None:
+    assert told_by(
+        "deitkit.compare(None, train={'epochs': 'no'})",
+        "deitkit.compare('digits', out=5)",
+        "deitkit.load_model(None)",
+        "deitkit.finetune(None, 'digits')",
+        "deitkit.load_dataset(None)",
+    ) == [
+        "recipe is None: name a shipped recipe (see `deitkit recipes`) or a YAML file",
+        "out: int is not a path: name a file or folder, as text or a Path",
+        "path: NoneType is not a path: name a file or folder, as text or a Path",
+        "checkpoint: NoneType is not a path: name a file or folder, as text or a Path",
+        "data.name=None: input should be text",
+    ]
+    for line in told_by("deitkit.train('digits', None)", "deitkit.train('digits', ['none'])"):
+        assert "is not a method; did you mean none" in line
 
 
 def test_the_code_of_the_docs_runs(
@@ -95,6 +151,10 @@ def test_it_runs_in_a_thread_too(tmp_path: Path) -> None:
 def test_recipes_are_changed_by_field_and_mistakes_are_sentences() -> None:
     recipe = deitkit.load_recipe("digits", train={"epochs": 3}, data="cifar10", seeds=[0, 1], **{"model.depth": 2})
     assert (recipe.train.epochs, recipe.data.name, recipe.seeds, recipe.model.depth) == (3, "cifar10", (0, 1), 2)
+    for seeds in (range(3), np.arange(3), torch.arange(3), (0, 1, 2)):
+        assert deitkit.load_recipe("digits", seeds=seeds).seeds == (0, 1, 2)
+    assert deitkit.load_recipe("digits", methods=[deitkit.METHODS["none"], "soft"]).methods == ("none", "soft")
+    assert deitkit.load_recipe("digits", methods=deitkit.METHODS.keys()).methods == tuple(deitkit.METHODS)
     assert deitkit.load_recipe(recipe) == recipe
     assert deitkit.load_recipe(recipe, train={"epochs": 5}).train.epochs == 5
     assert deitkit.load_recipe(recipe, train={"epochs": 5}).train.batch_size == recipe.train.batch_size

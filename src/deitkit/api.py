@@ -11,10 +11,14 @@ Mistakes raise ``deitkit.errors.DeitkitError``, with the sentence that the comma
 
 import json
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
+from os import PathLike
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
+
+from PIL import Image, ImageOps
 
 from deitkit.cli.console import as_text, console
 from deitkit.cli.progress import Terminal
@@ -22,7 +26,8 @@ from deitkit.comparison.finetune import start_from
 from deitkit.comparison.run import run_recipe
 from deitkit.data.dataset import Dataset
 from deitkit.data.dataset import load_dataset as read_dataset
-from deitkit.distillation.methods import METHODS, find_method
+from deitkit.distillation.methods import METHODS, Method, find_method
+from deitkit.errors import DataError, RecipeError
 from deitkit.evaluation.apply import evaluate_model
 from deitkit.evaluation.classify import classify
 from deitkit.models.saved import model_folder, read_card
@@ -60,25 +65,39 @@ class Model:
         return list(self.card["class_names"])
 
     def predict(
-        self, images: str | Path | Sequence[str | Path], *, top: int = 3, readout: str | None = None
+        self,
+        images: str | Path | Image.Image | Iterable[str | Path | Image.Image],
+        *,
+        top: int = 3,
+        readout: str | None = None,
     ) -> list[dict[str, Any]]:
-        """Classify image files, or all images in a folder and its subfolders.
+        """Classify image files, all images in a folder and its subfolders, or images of Pillow.
 
         Args:
-            images: A file, a folder, or several of either.
+            images: A file, a folder, an image, or several of them.
             top: How many classes to return for each image.
             readout: ``class``, ``distillation``, ``joint`` or ``joint-logits``; by default the one that it won by.
 
         Returns:
             For each image ``image``, ``readout`` and ``classes``: names with probabilities, the likeliest first. A file
-            of a folder that cannot be decoded has no classes, and ``error``.
+            of a folder that cannot be decoded has no classes, and ``error``; an image of Pillow is named by its place.
         """
-        paths = [images] if isinstance(images, str | Path) else images
-        return list(classify(self.folder, [Path(path) for path in paths], readout=readout, top=top))
+        several = list(images) if isinstance(images, Iterable) and not isinstance(images, str) else [images]
+        if not several:
+            raise DataError("images is empty: give at least one file, folder or image of Pillow")
+        with TemporaryDirectory() as folder:
+            paths = [_image_path(image, Path(folder) / f"{place}.png") for place, image in enumerate(several)]
+            answers = list(classify(self.folder, paths, readout=readout, top=top))
+            saved = {str(path): f"images[{place}]" for place, path in enumerate(paths) if path.parent == Path(folder)}
+        return [answer | {"image": saved.get(answer["image"], answer["image"])} for answer in answers]
 
     def evaluate(self, data: str, *, root: str | Path | None = None) -> dict[str, Any]:
         """Measure it on the test images of a data set (a name, ``folder:PATH`` or ``parquet:PATH``), by readout."""
-        return evaluate_model(self.folder, data, None if root is None else Path(root))
+        if not isinstance(data, str):
+            raise DataError(
+                f"data is of the type {type(data).__name__}: name a data set, as 'cifar10' or 'folder:PATH'"
+            )
+        return evaluate_model(self.folder, data, None if root is None else _path("root", root))
 
 
 class Comparison:
@@ -146,7 +165,42 @@ def _overrides(fields: dict[str, Any]) -> Iterator[str]:
         if isinstance(value, dict) and key != "variants":
             yield from _overrides({f"{key}.{name}": inner for name, inner in value.items()})
         else:
-            yield f"{key}={json.dumps(value, default=str)}"
+            yield f"{key}={json.dumps(value, default=_plain)}"
+
+
+def _plain(value: Any) -> Any:
+    """Return what JSON has for a value that it does not know: a range or an array is a list, a method its name."""
+    if isinstance(value, Method):
+        return value.name
+    if hasattr(value, "tolist"):  # of NumPy and PyTorch
+        return value.tolist()
+    return list(value) if isinstance(value, Collection) else str(value)
+
+
+def _path(argument: str, value: Any) -> Path:
+    """Return a path as the user gave it; raise RecipeError if it is something else."""
+    if isinstance(value, str | PathLike):
+        return Path(value)
+    raise RecipeError(f"{argument}: {type(value).__name__} is not a path: name a file or folder, as text or a Path")
+
+
+def _image_path(image: Any, new: Path) -> Path:
+    """Return the path of an image; one of Pillow becomes a new file.
+
+    Raises:
+        DataError: It is neither, or has pixels that no file holds.
+    """
+    if isinstance(image, str | PathLike):
+        return Path(image)
+    if not isinstance(image, Image.Image):
+        raise DataError(
+            f"images: {type(image).__name__} is neither a path nor an image of Pillow: give one of these, or several"
+        )
+    try:
+        ImageOps.exif_transpose(image).save(new)
+    except OSError as error:
+        raise DataError(f"images: an image of Pillow cannot be read ({error}): convert it to RGB") from None
+    return new
 
 
 def load_dataset(name: str, **fields: Any) -> Dataset:
@@ -161,7 +215,7 @@ def load_dataset(name: str, **fields: Any) -> Dataset:
 
 def load_model(path: str | Path) -> Model:
     """Return a trained model: from its folder, or the winner of a run folder."""
-    return Model(model_folder(Path(path)))
+    return Model(model_folder(_path("path", path)))
 
 
 def compare(
@@ -185,12 +239,12 @@ def compare(
         DeitkitError: A mistake in the recipe, the data, a checkpoint or a teacher.
         Interrupted: Ctrl-C; ``resume=True`` continues.
     """
-    return _run(load_recipe(recipe, **fields), out, resume, progress)
+    return _run(_named_recipe(recipe, fields), out, resume, progress)
 
 
 def train(
     recipe: str | Path | Recipe,
-    method: str = "token-hard",
+    method: str | Method = "token-hard",
     *,
     out: str | Path | None = None,
     resume: bool = False,
@@ -198,7 +252,8 @@ def train(
     **fields: Any,
 ) -> Comparison:
     """Train one student under one method of a recipe: a comparison of one row."""
-    chosen = load_recipe(recipe, **fields, methods=[find_method(method).name], baseline=None)
+    name = find_method(method.name if isinstance(method, Method) else str(method)).name
+    chosen = _named_recipe(recipe, fields | {"methods": [name], "baseline": None})
     return _run(chosen, out, resume, progress)
 
 
@@ -221,12 +276,20 @@ def finetune(
         progress: As for ``compare``.
         fields: As for ``compare``.
     """
-    return _run(start_from(load_recipe(recipe, **fields), Path(checkpoint)), out, resume, progress)
+    chosen = _named_recipe(recipe, fields)
+    return _run(start_from(chosen, _path("checkpoint", checkpoint)), out, resume, progress)
+
+
+def _named_recipe(recipe: str | Path | Recipe, fields: dict[str, Any]) -> Recipe:
+    """Return a recipe to train; raise RecipeError for None, which a variable may be by mistake."""
+    if recipe is None:
+        raise RecipeError("recipe is None: name a shipped recipe (see `deitkit recipes`) or a YAML file")
+    return load_recipe(recipe, **fields)
 
 
 def _run(recipe: Recipe, out: str | Path | None, resume: bool, progress: bool) -> Comparison:
     recipe = recipe.model_copy(update={"model": with_pretrained_size(recipe.model)})
-    folder = choose_run_folder(None if out is None else Path(out), recipe, resume)
+    folder = choose_run_folder(None if out is None else _path("out", out), recipe, resume)
     with _watching(progress) as watcher, occupied(folder):
         return Comparison(folder, run_recipe(recipe, folder, watcher=watcher, resume=resume))
 
