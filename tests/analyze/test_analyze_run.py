@@ -164,6 +164,23 @@ def test_one_seed_alone(analyzed: Analyzed) -> None:
         analyze_run(folder, seed=4, watcher=Silent())
 
 
+def test_a_student_without_its_model_under_one_seed_is_named(
+    analyzed: Analyzed, run: Callable[..., tuple[int, str, str]]
+) -> None:
+    folder, _, whole = analyzed
+    card = folder / "seed-3" / "mean-pool-none" / "model.json"
+    card.rename(folder / "kept.json")
+    try:
+        code, text, _ = run("analyze", folder, "--images", 0)
+        assert code == 0
+        reason = "it stopped, or the run folder does not contain its model."
+        assert f"mean-pool-none/class of seed 3 is left out: {reason}\n" in text
+        assert text.count("left out") == 1
+    finally:
+        (folder / "kept.json").rename(card)
+        write_analysis(whole, folder)
+
+
 def test_one_student_and_no_teacher(tmp_path: Path) -> None:
     compared(tmp_path / "run", "methods=[none]", "train.epochs=1")
     analysis = analyze_run(tmp_path / "run", images=1, watcher=Silent())

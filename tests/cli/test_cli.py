@@ -58,6 +58,7 @@ def test_recipes_that_cannot_run(run: Run, tmp_path: Path) -> None:
     refused(run("compare", "digits", "trian.epochs=3", *out), "trian", "did you mean train")
     refused(run("compare", "digits", "train.epochs=many", *out), "train.epochs='many'", "integer")
     refused(run("compare", "digist", *out), "did you mean digits")
+    refused(run("verify", tmp_path, "--data", "folder:x"), "relative folder, start the command in the folder in which")
     refused(run("compare", "digits", "methods=[nome]", *out), "'nome' is not a method", "none")
     refused(run("compare", "digits", *FAST, "model.patch_px=3", *out), "patch_px=3", "8")
     assert not (tmp_path / "run" / "results.json").exists()
@@ -140,7 +141,8 @@ def test_a_full_disk_is_one_sentence(run: Run, tmp_path: Path, monkeypatch: pyte
         )
 
     monkeypatch.setattr(Path, "open", full)
-    refused(run("compare", "digits", *FAST, "--out", tmp_path / "run"), "no space left")
+    full_disk = run("compare", "digits", *FAST, "--out", tmp_path / "run")
+    refused(full_disk, "no space left", "correct this, then start the command again")
 
 
 def test_a_run_is_compared_evaluated_reported_and_used(run: Run, tmp_path: Path, write_images: Callable) -> None:

@@ -40,7 +40,11 @@ def test_a_table_holds_until_a_student_or_the_data_change(tmp_path: Path) -> Non
     told["rows"][0]["top1"][0] = recorded
     (run / "results.json").write_text(json.dumps(told))
     (run / "seed-0" / "none" / "model.json").rename(tmp_path / "model.json")
-    assert verified()[0] == 1, "a student that is gone"
+    code, found = verified()
+    assert code == 1, "a student that is gone"
+    gone = run / "seed-0" / "none" / "model.json"
+    assert found["problems"] == [f"{gone} is missing: copy the student's folder back into its run"]
+    assert str(gone) in CliRunner().invoke(app, ["verify", str(run)]).stdout
     (tmp_path / "model.json").rename(run / "seed-0" / "none" / "model.json")
     assert found["same_teachers"]
     teacher = run / "teacher" / "model.safetensors"
@@ -49,6 +53,11 @@ def test_a_table_holds_until_a_student_or_the_data_change(tmp_path: Path) -> Non
     teacher.write_bytes(weights[:-1] + bytes([weights[-1] ^ 1]))
     code, found = verified()
     assert (code, found["same_teachers"]) == (1, False)
+    assert found["problems"] == [f"{teacher} has other weights than the run's teacher: restore them"]
+    teacher.unlink()
+    code, found = verified()
+    assert (code, found["same_teachers"]) == (1, False)
+    assert found["problems"] == [f"{teacher} is missing: copy the teacher's folder back into its run"]
     teacher.write_bytes(weights)
     told["dataset"]["fingerprint"] = "0" * 64
     (run / "results.json").write_text(json.dumps(told))

@@ -148,6 +148,34 @@ def test_files_of_answers(model: Path, photos: Path, tmp_path: Path, run: Run) -
     assert json.loads(run("predict", model, photos, "--out", tmp_path / "b.csv", "--json")[1])["answered"] == 150
 
 
+@pytest.mark.skipif(os.name != "posix", reason="limits as POSIX has them")
+@pytest.mark.parametrize("bytes_left", [0, 100, 3000])
+@pytest.mark.parametrize("options", [("--out", "a.csv"), ("--embeddings", "e.parquet"), ("--out", "a.jsonl")])
+def test_a_full_disk_leaves_no_file(
+    model: Path, photos: Path, tmp_path: Path, run: Run, options: tuple[str, str], bytes_left: int
+) -> None:
+    import resource
+
+    option, name = options
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_left, before[1]))  # Python ignores the signal: it is an OSError
+    try:
+        code, _, errors = run("predict", model, photos, option, tmp_path / name)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert code == 2
+    assert errors == f"error: {tmp_path / name} cannot be written (file too large): make room, or name another place\n"
+    assert not (tmp_path / name).exists()
+
+
+def test_a_file_that_exists_leaves_no_other(model: Path, photos: Path, tmp_path: Path, run: Run) -> None:
+    (tmp_path / "e.parquet").write_text("mine")
+    words = ("predict", model, photos, "--out", tmp_path / "a.csv", "--embeddings", tmp_path / "e.parquet")
+    assert "exists: name a new file" in run(*words)[2]
+    assert not (tmp_path / "a.csv").exists()
+    assert (tmp_path / "e.parquet").read_text() == "mine"
+
+
 @pytest.mark.parametrize(("option", "name", "words"), [
     ("--out", "a.txt", "has another ending than .csv or .jsonl"),
     ("--embeddings", "a.csv", "has another ending than .parquet"),

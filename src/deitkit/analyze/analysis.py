@@ -207,8 +207,10 @@ class RunStatistics:
         if self.dataset.fingerprint != self.results.dataset.fingerprint:
             yield "The data have another fingerprint than the run's: files changed since, or are read another way."
         for name, row in self.rows.items():
-            if not row.decisions:
-                yield f"{name} is left out: it stopped, or the run folder does not contain its model."
+            missing = [seed for seed in self.seeds if seed not in row.decisions]
+            if missing:
+                where = f" of seed {', '.join(map(str, missing))}" if row.decisions else ""
+                yield f"{name}{where} is left out: it stopped, or the run folder does not contain its model."
 
 
 def _require_same_data(dataset: Dataset, results: Results) -> None:

@@ -42,6 +42,8 @@ def analyze(
         print_json(analysis.model_dump(mode="json"))
         return
     console.print(_table(analysis))
+    for note in analysis.notes:
+        say(note)
     for path in (run / "analysis.json", *(run / "analysis" / sheet.file for sheet in analysis.attention)):
         say(str(path))
     say(f"page     {run / 'report.html'}")

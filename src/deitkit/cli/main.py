@@ -56,9 +56,12 @@ def main() -> None:
     except DeitkitError as error:
         say(f"error: {error}", errors, style="red")
         sys.exit(2)
-    except (Interrupted, KeyboardInterrupt) as stop:
+    except Interrupted as stop:
         say(str(stop) or "stopped; the same command with --resume continues", errors)
-        sys.exit(getattr(stop, "exit_code", Interrupted.exit_code))
+        sys.exit(stop.exit_code)
+    except KeyboardInterrupt:  # outside a training
+        say("stopped", errors)
+        sys.exit(Interrupted.exit_code)
     except (MemoryError, RuntimeError) as error:
         code = 2
         if is_lost_process(error):

@@ -2,9 +2,10 @@
 
 import csv
 import json
+import os
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -26,7 +27,8 @@ class PredictionFiles:
         top: Classes of a row of the CSV file.
 
     Raises:
-        DataError: A file exists, cannot be made, or has another ending.
+        DataError: A file exists, cannot be made or written, or has another ending. What was made is then removed, so
+            that the same command can be started again.
     """
 
     def __init__(self, out: Path | None, embeddings: Path | None, top: int) -> None:
@@ -36,20 +38,48 @@ class PredictionFiles:
         self.out, self.embeddings, self.top = out, embeddings, top
         self.waiting: list[dict[str, Any]] = []
         self.closing = ExitStack()
+        self.made: list[Path] = []
         self.text: IO[str] | None = None
         self.parquet: Any = None
 
     def __enter__(self) -> "PredictionFiles":
-        if self.out is not None:
-            self.text = self.closing.enter_context(_new(self.out, "x"))
-            if self.out.suffix.lower() == ".csv":
-                csv.writer(self.text).writerow(_csv_header(self.top))
-        if self.embeddings is not None:
-            _new(self.embeddings, "x").close()
+        with self._all_or_none():
+            if self.out is not None:
+                self.text = self.closing.enter_context(self._new(self.out))
+                if self.out.suffix.lower() == ".csv":
+                    csv.writer(self.text).writerow(_csv_header(self.top))
+            if self.embeddings is not None:
+                self._new(self.embeddings).close()
         return self
+
+    def _new(self, path: Path) -> IO[str]:
+        file = _new(path)
+        self.made.append(path)
+        return file
+
+    @contextmanager
+    def _all_or_none(self) -> Iterator[None]:
+        """Remove what was made if a file cannot be written."""
+        try:
+            yield
+        except (OSError, DataError) as error:
+            self.waiting.clear()
+            with suppress(OSError):  # which writes what is left in buffers
+                self.closing.close()
+            for path in self.made:
+                path.unlink(missing_ok=True)
+            if isinstance(error, DataError):
+                raise
+            names = " and ".join(map(str, self.made))
+            reason = (os.strerror(error.errno) if error.errno else str(error)).lower()  # pyarrow adds words of its own
+            raise DataError(f"{names} cannot be written ({reason}): make room, or name another place") from None
 
     def add(self, prediction: dict[str, Any]) -> None:
         """Write what the model says of an image."""
+        with self._all_or_none():
+            self._write(prediction)
+
+    def _write(self, prediction: dict[str, Any]) -> None:
         if self.text is not None and self.out is not None:
             if self.out.suffix.lower() == ".csv":
                 csv.writer(self.text).writerow(_csv_row(prediction, self.top))
@@ -75,7 +105,7 @@ class PredictionFiles:
         self.waiting.clear()
 
     def __exit__(self, *error: object) -> None:
-        with self.closing:
+        with self._all_or_none(), self.closing:
             if self.waiting:
                 self._write_embeddings()
 
@@ -95,9 +125,9 @@ def _csv_row(prediction: dict[str, Any], top: int) -> list[str]:
     return [prediction["image"], *cells, *[""] * (2 * top - len(cells)), prediction.get("error", "")]
 
 
-def _new(path: Path, mode: str) -> IO[str]:
+def _new(path: Path) -> IO[str]:
     try:
-        return path.open(mode, encoding="utf-8", newline="")
+        return path.open("x", encoding="utf-8", newline="")
     except FileExistsError:
         raise DataError(f"{path} exists: name a new file, or remove it") from None
     except OSError as error:

@@ -61,7 +61,10 @@ def verify(
         _verify_file(run, data, root, as_json)
         return
     if data is not None or root is not None:
-        raise RecipeError("--data and --root are for an ONNX file: a run has its data in its recipe")
+        raise RecipeError(
+            "--data and --root are for an ONNX file: a run has its data in its recipe; if they are in a relative "
+            "folder, start the command in the folder in which the run was started"
+        )
     from deitkit.cli.progress import Terminal
     from deitkit.comparison.verify import verify_run
 
@@ -77,10 +80,10 @@ def verify(
             table.add_row(plain(row.row), str(row.seed), *shown, holds)
         console.print(table)
         data = "the run's" if found.same_data else "NOT the run's (another fingerprint)"
-        teachers = {True: "the run's", False: "NOT the run's (other weights)", None: "none on record"}[
-            found.same_teachers
-        ]
+        teachers = {True: "the run's", False: "NOT the run's", None: "none on record"}[found.same_teachers]
         tolerance = f"{100 * found.tolerance:.2f} points"
         console.print(f"data: {data}; teacher: {teachers}; tolerance: {tolerance}", highlight=False)
+        for problem in found.problems:
+            say(problem)
     if not found.holds:
         raise typer.Exit(1)

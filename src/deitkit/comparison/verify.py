@@ -47,6 +47,7 @@ class Verification:
         same_teachers: Whether the teachers' weights have the run's hashes; None if none are recorded.
         tolerance: Allowed difference of an accuracy.
         rows: By seed and row.
+        problems: A sentence for each model that is missing or is not the run's.
     """
 
     holds: bool
@@ -54,6 +55,7 @@ class Verification:
     same_teachers: bool | None
     tolerance: float
     rows: tuple[VerifiedRow, ...]
+    problems: tuple[str, ...] = ()
 
 
 def verify_run(folder: Path, watcher: Watcher) -> Verification:
@@ -91,6 +93,7 @@ def verify_run(folder: Path, watcher: Watcher) -> Verification:
         same_teachers=_all_or_none(part.same_teachers for part in found),
         tolerance=max(part.tolerance for part in found),
         rows=tuple(row for part in found for row in part.rows),
+        problems=tuple(problem for part in found for problem in part.problems),
     )
 
 
@@ -103,12 +106,10 @@ def _verify(
     precision = Precision.choose(recipe.train.precision, device)
     dataset = load(recipe.data)
     same_data = dataset.fingerprint == results.dataset.fingerprint
-    homes_of_teachers = teacher_folders(recipe, folder / "teacher")
-    same_teachers = _all_or_none(
-        _has_sha256(home / "model.safetensors", card.sha256)
-        for card, home in zip(results.teachers, homes_of_teachers, strict=False)
-        if card.sha256
-    )
+    homes_of_teachers = zip(results.teachers, teacher_folders(recipe, folder / "teacher"), strict=False)
+    teachers = [(home / "model.safetensors", card.sha256) for card, home in homes_of_teachers if card.sha256]
+    problems = [problem for weights, sha256 in teachers if (problem := _not_the_teachers(weights, sha256))]
+    same_teachers = not problems if teachers else None
     tolerance = 0.0 if results.machine == describe_machine(device, precision) else TOLERANCE_ELSEWHERE
     rows = []
     for place, seed in enumerate(results.seeds):
@@ -125,14 +126,20 @@ def _verify(
             # A student that stopped has no figure to verify, and a checkpoint no model; one that is missing fails.
             holds: bool | None = None
             if recorded is not None and row.kind != "checkpoint":
+                if measured is None:
+                    home = folder / f"seed-{seed}" / row.student
+                    problems.append(f"{home / 'model.json'} is missing: copy the student's folder back into its run")
                 holds = measured is not None and abs(recorded - measured) <= tolerance + 1e-9
             rows.append(VerifiedRow(row.row, seed, recorded, measured, holds))
     holds_all = same_data and same_teachers is not False and all(row.holds is not False for row in rows)
-    return Verification(holds_all, same_data, same_teachers, tolerance, tuple(rows))
+    return Verification(holds_all, same_data, same_teachers, tolerance, tuple(rows), tuple(dict.fromkeys(problems)))
 
 
-def _has_sha256(path: Path, sha256: str) -> bool:
-    return path.exists() and file_sha256(path) == sha256
+def _not_the_teachers(weights: Path, sha256: str) -> str:
+    """Say why a file is not the weights of the run's teacher; return nothing if it is."""
+    if not weights.exists():
+        return f"{weights} is missing: copy the teacher's folder back into its run"
+    return "" if file_sha256(weights) == sha256 else f"{weights} has other weights than the run's teacher: restore them"
 
 
 def _all_or_none(checks: Iterable[bool | None]) -> bool | None:

@@ -50,9 +50,7 @@ def write_bytes(path: Path, data: bytes) -> None:
             temporary.unlink(missing_ok=True)
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
-        raise CheckpointError(
-            f"cannot write '{path}': {reason}; correct this, or choose another folder with --out"
-        ) from error
+        raise CheckpointError(f"cannot write '{path}': {reason}; correct this, then start the command again") from error
 
 
 def write_figure(path: Path, figure: "Figure", **options: Any) -> None:
