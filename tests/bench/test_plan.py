@@ -2,14 +2,17 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from deitkit.bench.plan import Given, decode_rate, plan
+from deitkit.bench.training_speed import Bench
 from deitkit.errors import RecipeError
 from deitkit.recipe.load import load_recipe
+from deitkit.recipe.schema import Recipe
 
 IMAGENET = load_recipe("imagenet-deit-small-distilled", [])
 EIGHT = {"devices": 8, "images_per_second": 2200.0, "decoded_per_second": 300.0, "cores": 128}
@@ -26,6 +29,61 @@ def test_figures_of_imagenet_follow_from_each_other() -> None:
     assert found["gradient_mb"] == pytest.approx(4 * 21.8, rel=0.01), "DeiT-S has 21.8 million weights with ten classes"
     assert found["gib_in_memory"] == pytest.approx(found["images"] * 3 * 224**2 / 2**30)
     assert found["bottleneck"] == "the devices: decoding and traffic keep up"
+
+
+DIGITS = ["model.width=16", "model.depth=1", "model.heads=2", "train.batch_size=16", "train.epochs=5"]
+SPEED = Given(images_per_second=1000.0, images=640, decoded_per_second=300.0, price=1.0)
+
+
+def test_folds_variants_and_seeds_take_their_times_together() -> None:
+    def planned(*overrides: str, given: Given = SPEED) -> dict[str, Any]:
+        return plan(load_recipe("digits", [*DIGITS, *overrides]), given)
+
+    alone = planned()
+    assert (alone["views"], alone["parts"], alone["notes"]) == (640 * 5, {}, [])
+    folds = planned("data.folds=5")
+    for figure in ("views", "hours", "cost"):
+        assert folds[figure] == pytest.approx(5 * alone[figure])
+    assert list(folds["parts"]) == ["fold 1", "fold 2", "fold 3", "fold 4", "fold 5"]
+    assert planned("data.folds=5", "data.fold=2")["hours"] == alone["hours"]
+    variants = planned("variants={a: {train.epochs: 10}, b: {train.epochs: 20, methods: [none]}}", "seeds=[0, 1]")
+    assert variants["views"] == 640 * 2 * (5 + 10 + 20)
+    assert variants["hours"] == pytest.approx(alone["hours"] * 2 * (1 + 2 + 4))
+    assert variants["parts"] == pytest.approx({name: alone["hours"] * 2 * n for name, n in zip("ab", (2, 4))} | {
+        "base": alone["hours"] * 2
+    })  # fmt: skip
+    assert variants["notes"] == [
+        "the given speed is taken for every variant, also for one with another model or other methods"
+    ]
+    decoding = planned("variants={a: {train.repeats: 2}}", "train.repeats=4", given=replace(SPEED, cores=1))
+    assert decoding["cores_to_decode"] == pytest.approx(1000 / 300 / 2)
+    assert decoding["bottleneck"].startswith("decoding: 2 cores")
+    assert decoding["bottleneck"].endswith("stay in memory (a)"), "the base needs less than one core"
+    baseline = planned("baseline.name=teacher")
+    assert baseline["gradient_mb"] > alone["gradient_mb"], "it is one more student"
+    assert "with the baseline" in baseline["notes"][0]
+    at_hand = planned("data.folds=5", "data.train_images=null", given=Given(images_per_second=1000.0))
+    assert 0.7 * 5 < at_hand["views"] / (1797 * 5) < 0.75 * 5, "a fold is tested on, a tenth of the rest validates"
+
+
+def test_the_speed_of_equal_steps_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[list[str]] = []
+
+    def bench_train(part: Recipe, **settings: Any) -> dict[str, float]:
+        students = Bench(part, True).students(part.methods)
+        measured.append([student.name for student in students])
+        return {"images_per_second": 1000.0 / len(students)}
+
+    monkeypatch.setattr("deitkit.bench.plan.bench_train", bench_train)
+    given = Given(images=640, decoded_per_second=300.0)
+    fields = [*DIGITS, "methods=[none]", "variants={a: {train.epochs: 10}, b: {baseline.name: teacher}}"]
+    found = plan(load_recipe("digits", fields), given)
+    assert measured == [["none"], ["none", "cnn-baseline"]]
+    assert found["parts"]["a"] == pytest.approx(2 * found["parts"]["base"])
+    assert found["parts"]["b"] == pytest.approx(2 * found["parts"]["base"])
+    measured.clear()
+    plan(load_recipe("digits", [*DIGITS, "methods=[none]", "data.folds=5"]), given)
+    assert measured == [["none"]]
 
 
 def test_what_limits_it_is_named() -> None:

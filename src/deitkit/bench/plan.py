@@ -3,18 +3,23 @@
 import io
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from deitkit.bench.training_speed import Bench, bench_train
+from deitkit.comparison.folds import fold_recipes
 from deitkit.data.decode import decode_image
 from deitkit.data.sources.choose import list_images_of
 from deitkit.data.split import plan_splits
 from deitkit.errors import DataError, RecipeError
-from deitkit.recipe.schema import Recipe
+from deitkit.recipe.contradictions import BASE
+from deitkit.recipe.load import expand_variants
+from deitkit.recipe.schema import DataRecipe, Recipe
 from deitkit.system.process import usable_cores
 
 IMAGENET_IMAGES = 1_281_167  # of its training split, which hardly anyone has at hand when planning
@@ -23,6 +28,9 @@ PHOTO_BYTES = 110_000
 MOST_TRAFFIC = 0.2  # of a step, for which the devices need not wait for long
 STATE_BYTES = 20  # of a weight in a state: the weight, two moments, the last good weight, and one average
 
+NEEDED = ("cores_to_decode", "gib_in_memory", "state_gib", "gradient_mb", "traffic_seconds", "step_seconds")
+NOTHING = "the devices: decoding and traffic keep up"  # but the devices limits it
+
 
 @dataclass(frozen=True)
 class Given:
@@ -30,7 +38,7 @@ class Given:
 
     Args:
         devices: That share every step.
-        images_per_second: Of one device, all methods together, by `deitkit bench train` there; measured here if None.
+        images_per_second: Of one device, all students together, by `deitkit bench train` there; measured here if None.
         images: Training images; by default those of the data set.
         decoded_per_second: Images that a core decodes in a second; measured here if None, on a typical photograph.
         cores: Of all machines together.
@@ -50,7 +58,9 @@ class Given:
 def plan(recipe: Recipe, given: Given) -> dict[str, Any]:
     """Return what a recipe's training will take, its teachers being trained already.
 
-    Speeds add up over the devices, which was never measured beyond two processes: a lower bound of the time.
+    Of folds and variants, views, hours and cost are those of all, one after the other; what they need is that of the
+    one that needs most, and images and speed are those of the longest. Speeds add up over the devices, which was never
+    measured beyond two processes: a lower bound of the time.
 
     Args:
         recipe: Its students, views and epochs.
@@ -66,9 +76,69 @@ def plan(recipe: Recipe, given: Given) -> dict[str, Any]:
     for option, value in numbers.items():
         if value is not None and not math.isfinite(value):
             raise RecipeError(f"--{option} {value} is no finite number: give one, or leave it out")
+    measured = Measured(given)
+    if recipe.is_cross_validation:
+        parts = {f"fold {fold}": own for fold, own in fold_recipes(recipe).items()}
+    else:
+        parts = expand_variants(recipe)
+    plans = {name: _plan_part(part, given, measured) for name, part in parts.items()}
+    longest = max(plans.values(), key=lambda found: found["hours"])
+    hours = {name: found["hours"] for name, found in plans.items()}
+    price = None if given.price is None else given.price * given.devices * sum(hours.values())
+    limits = [f"{found['bottleneck']} ({name})" for name, found in plans.items() if found["bottleneck"] != NOTHING]
+    most = {figure: max(found[figure] for found in plans.values()) for figure in NEEDED}
+    return (
+        longest
+        | most
+        | {
+            "recipe": recipe.name,
+            "views": sum(found["views"] for found in plans.values()),
+            "hours": sum(hours.values()),
+            "parts": hours if len(hours) > 1 else {},
+            "cost": price,
+            "bottleneck": limits[0] if limits and len(plans) > 1 else longest["bottleneck"],
+            "notes": list(_notes(parts, given)),
+        }
+    )
+
+
+def _notes(parts: dict[str, Recipe], given: Given) -> Iterator[str]:
+    """Yield what a given speed is taken to be."""
+    if given.images_per_second is None:
+        return
+    if any(part.baseline is not None for part in parts.values()):
+        yield "the given speed is taken as that of all students with the baseline, as `deitkit bench train` measures it"
+    if BASE in parts and len(parts) > 1:
+        yield "the given speed is taken for every variant, also for one with another model or other methods"
+
+
+class Measured:
+    """What is measured or counted once, for all parts of a plan that share it; what is given is not measured."""
+
+    def __init__(self, given: Given) -> None:
+        self.given = given
+        self.images = cache(_training_images)
+        self.decode_rate = cache(decode_rate)
+        self._speeds: dict[str, float] = {}
+
+    def images_per_second(self, part: Recipe) -> float:
+        """Return the speed of a device; names, epochs and folds do not influence it."""
+        if self.given.images_per_second:
+            return self.given.images_per_second
+        same = {"name": "", "train": part.train.model_copy(update={"epochs": 1, "schedule_epochs": None})}
+        same["data"] = part.data.model_copy(update={"fold": None})
+        key = part.model_copy(update=same).model_dump_json()
+        if key not in self._speeds:
+            found = bench_train(part, synthetic=True, repeats=1, steps=1)
+            self._speeds[key] = float(found["images_per_second"])
+        return self._speeds[key]
+
+
+def _plan_part(recipe: Recipe, given: Given, measured: Measured) -> dict[str, Any]:
+    """Return the plan of one comparison."""
     train = recipe.train
     share = -(-train.batch_size // given.devices)
-    images = given.images or _training_images(recipe)
+    images = given.images or measured.images(recipe.data)
     if images < train.batch_size:
         raise RecipeError(f"--images {images} is less than train.batch_size={train.batch_size}: give at least as many")
     views = train.steps_per_epoch(images) * train.batch_size * train.epochs * len(recipe.seeds)
@@ -76,48 +146,39 @@ def plan(recipe: Recipe, given: Given) -> dict[str, Any]:
     bench = Bench(part, True)
     models = [student.classifier.model for student in bench.students(recipe.methods)]
     parameters = sum(value.numel() for model in models for value in model.parameters())
-    measured = None if given.images_per_second else bench_train(part, synthetic=True, repeats=1, steps=1)
-    speed = given.images_per_second or float(measured["images_per_second"] if measured else 0)
-    together = speed * given.devices
+    together = measured.images_per_second(part) * given.devices
     image_px = bench.dataset.image_px[0]
-    decoded = given.decoded_per_second or decode_rate(image_px)
-    needed = together / train.repeats
+    decoded = given.decoded_per_second or measured.decode_rate(image_px)
     gradient_bytes = 4 * parameters
     traffic = 2 * (given.devices - 1) / given.devices * gradient_bytes / (given.link_gb_per_second * 1e9)
-    step = train.batch_size / together
-    in_memory = images * 3 * image_px**2
-    cores = given.cores or usable_cores()
-    hours = views / together / 3600
     result = {
-        "recipe": recipe.name,
         "devices": given.devices,
         "images": images,
         "views": views,
         "images_per_second": together,
         "speed": "given" if given.images_per_second else "measured here",
-        "hours": hours,
-        "step_seconds": step,
+        "hours": views / together / 3600,
+        "step_seconds": train.batch_size / together,
         "decoded_per_second_and_core": decoded,
-        "cores_to_decode": needed / decoded,
-        "cores": cores,
-        "gib_in_memory": in_memory / 2**30,
+        "cores_to_decode": together / train.repeats / decoded,
+        "cores": given.cores or usable_cores(),
+        "gib_in_memory": images * 3 * image_px**2 / 2**30,
         "state_gib": STATE_BYTES * parameters / 2**30,
         "gradient_mb": gradient_bytes / 1e6,
         "traffic_seconds": traffic,
-        "cost": None if given.price is None else given.price * given.devices * hours,
     }
     return result | {"bottleneck": _bottleneck(result)}
 
 
-def _training_images(recipe: Recipe) -> int:
+def _training_images(data: DataRecipe) -> int:
     """Return the number of training images of a data set that is at hand, without decoding any."""
     try:
-        listing = list_images_of(recipe.data, None)
+        listing = list_images_of(data, None)
     except DataError as error:
-        if recipe.data.name == "imagenet":
-            return round(IMAGENET_IMAGES * (1 - recipe.data.validation_fraction))
+        if data.name == "imagenet":
+            return round(IMAGENET_IMAGES * (1 - data.validation_fraction))
         raise RecipeError(f"{error}; or say how many training images there are with --images") from None
-    splits = plan_splits(listing.labels, listing.official_test, listing.class_names, recipe.data, listing.groups)
+    splits = plan_splits(listing.labels, listing.official_test, listing.class_names, data, listing.groups)
     return len(splits.train)
 
 
@@ -161,4 +222,4 @@ def _bottleneck(result: dict[str, Any]) -> str:
             f"the link: gradients of {result['gradient_mb']:.0f} MB take {milliseconds:.0f} ms of a step of "
             f"{1000 * step:.0f} ms; larger batches need less, or whole students on a device each (--on)"
         )
-    return "the devices: decoding and traffic keep up"
+    return NOTHING

@@ -58,7 +58,7 @@ class Bench:
         return FrozenTeacher(accelerate(classifier, self.recipe.speed, self.device))
 
     def students(self, methods: tuple[str, ...]) -> list[Student]:
-        """Build students as a comparison does, without the baseline."""
+        """Build students as a comparison does, with the baseline if the recipe has one."""
         recipe = self.recipe.model_copy(update={"methods": methods})
         return build_students(recipe, self.dataset, recipe.seeds[0], self.precision)
 

@@ -164,7 +164,8 @@ def plan(
 ) -> None:
     """Compute hours, cores, memory, traffic and cost of a recipe on several devices, and what limits it.
 
-    For example `deitkit bench plan imagenet-deit-small-distilled --devices 8 --speed 2200 --cores 128 --price 3`. The
+    Folds and variants are planned one after the other; what they need is that of the one that needs most. For example
+    `deitkit bench plan imagenet-deit-small-distilled --devices 8 --speed 2200 --cores 128 --price 3`. The
     training of a teacher is not part of it.
     """
     from deitkit.bench.plan import Given
@@ -186,15 +187,19 @@ def plan(
         table.add_row(name, value)
     console.print(table)
     say(f"limited by {result['bottleneck']}")
+    for note in result["notes"]:
+        say(note)
 
 
 def _plan_rows(result: dict[str, Any]) -> Iterator[tuple[str, str]]:
     from deitkit.system.timer import duration_text
 
     yield "training images", f"{result['images']:,}"
-    yield "views of all epochs and seeds", f"{result['views']:,}"
+    yield "views of all epochs, seeds, folds and variants", f"{result['views']:,}"
     yield f"images/s of all devices (one: {result['speed']})", f"{result['images_per_second']:,.0f}"
     yield "time", duration_text(3600 * result["hours"])
+    for name, hours in result["parts"].items():
+        yield f"of it {name}", duration_text(3600 * hours)
     yield "images/s that a core decodes", f"{result['decoded_per_second_and_core']:,.0f}"
     yield "cores that decode", f"{result['cores_to_decode']:,.1f} of {result['cores']}"
     yield "images in memory instead", f"{result['gib_in_memory']:,.1f} GiB"
