@@ -1,6 +1,7 @@
 """``deitkit convert``: what it writes is opened as it says, by timm and by transformers, and answers as before."""
 
 import json
+import textwrap
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -55,10 +57,10 @@ def mean_logits(classifier: Classifier, images: Tensor) -> Tensor:
 
 def opened(output: str, line: str = "model = ") -> Any:
     """Run the lines that were printed, up to the first of that beginning, and return the model."""
-    scope: dict[str, Any] = {"Path": Path, "torch": torch}
+    scope: dict[str, Any] = {}
     printed = [text.strip() for text in output.partition("open it with\n")[2].splitlines()]
     for text in printed:
-        if text.startswith(line) or not text.startswith(("model", "logits")):
+        if text.startswith(line) or not text.startswith(("model", "image", "logits")):
             exec(text, scope)
     return scope["model"] if "model" in scope else scope["classifier"]
 
@@ -88,6 +90,36 @@ def test_what_is_written_opens_as_printed_and_answers_as_before(
         assert back.architecture.heads == 2
         assert back.class_names == tuple(NAMES)
         assert back.mean == pytest.approx(MEAN[:channels])
+
+
+@pytest.mark.parametrize("fit", ["crop", "pad"])
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("to", ["timm", "released", "transformers", "ours"])
+def test_all_that_is_printed_runs_as_it_is(
+    to: str, channels: int, fit: str, convert: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved(tmp_path / "model", channels=channels, fit=fit)
+    out = tmp_path / ("out.pth" if to == "released" else "out")
+    code, output, errors = convert(tmp_path / "model", "--to", to, "--out", out)
+    assert code == 0, errors
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "photo.jpg")
+    monkeypatch.chdir(tmp_path)
+    scope: dict[str, Any] = {}
+    exec(textwrap.dedent(output.partition("open it with\n")[2]), scope)
+    assert "model" in scope or "classifier" in scope
+    if to == "transformers":
+        assert scope["logits"].shape == (1, 5)
+
+
+def test_other_heads_and_too_little_memory_are_said_in_its_own_words(convert: Run, tmp_path: Path) -> None:
+    saved(tmp_path / "model")
+    to_ours = (tmp_path / "model", "--to", "ours", "--out", tmp_path / "out")
+    code, _, errors = convert(*to_ours, "--heads", 4)
+    assert code == 2
+    assert errors == f"error: --heads 4: {tmp_path / 'model'} has 2, which its files say: drop --heads\n"
+    code, _, errors = convert(*to_ours, "--image-px", 10_000_000, "--patch-px", 1)
+    assert code == 2
+    assert errors == "error: out of memory: choose a smaller --image-px, a larger --patch-px or fewer --classes\n"
 
 
 @pytest.mark.parametrize("to", ["timm", "transformers", "released", "ours"])

@@ -1,5 +1,7 @@
 """The command ``convert``."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -8,7 +10,7 @@ import typer
 
 from deitkit.cli.console import print_json, say
 from deitkit.cli.options import Json
-from deitkit.errors import CheckpointError, RecipeError
+from deitkit.errors import CheckpointError, RecipeError, is_out_of_memory
 
 if TYPE_CHECKING:
     from deitkit.models.weights.export_layouts import Layout
@@ -52,9 +54,10 @@ def convert(
     if check:
         layout.require_package()
     wanted = Changes(image_px, patch_px, channels, classes, tokens)
-    planned = plan(source, wanted, heads=heads, mean=_numbers("--mean", mean), std=_numbers("--std", std))
-    opening = layout.write(planned, out)
-    difference = largest_difference(planned, layout, out) if check else None
+    with _own_advice_on_memory():
+        planned = plan(source, wanted, heads=heads, mean=_numbers("--mean", mean), std=_numbers("--std", std))
+        opening = layout.write(planned, out)
+        difference = largest_difference(planned, layout, out) if check else None
     _require_same_logits(difference, source, out)
     if as_json:
         result = {
@@ -67,6 +70,18 @@ def convert(
     how = ("open it with", *(f"  {line}" for line in opening))
     for line in (*planned.lines, f"wrote {out}: {layout.holds}", *checked, *how):
         say(line)
+
+
+@contextmanager
+def _own_advice_on_memory() -> Iterator[None]:
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise RecipeError(
+            "out of memory: choose a smaller --image-px, a larger --patch-px or fewer --classes"
+        ) from None
 
 
 def _require_same_logits(difference: float | None, source: Path, out: Path) -> None:

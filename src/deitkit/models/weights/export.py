@@ -115,6 +115,10 @@ def plan(
         CheckpointError: The weights cannot be read.
     """
     weights = read_weights(source, heads)
+    if heads not in (None, weights.architecture.heads):
+        raise RecipeError(
+            f"--heads {heads}: {source} has {weights.architecture.heads}, which its files say: drop --heads"
+        )
     given, target = weights.architecture, wanted.apply(weights.architecture)
     _check(target, source)
     mean, std, remarks = _normalisation(weights, mean, std)

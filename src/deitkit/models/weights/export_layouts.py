@@ -81,6 +81,8 @@ def _write_ours(plan: Plan, out: Path) -> list[str]:
     }
     save_classifier(out, Classifier(plan.build(), mean=plan.mean, std=plan.std), card)
     return [
+        "from pathlib import Path",
+        "import torch",
         "from deitkit.models.saved import load_classifier",
         f"classifier, card = load_classifier(Path({str(out)!r}), torch.device('cpu'))  # takes values in [0, 1]",
     ]
@@ -241,13 +243,12 @@ def _write_transformers(plan: Plan, out: Path) -> list[str]:
     _write_json(out / "config.json", card)
     _write_json(out / "preprocessor_config.json", processor)
     return [
+        "from PIL import Image" + ", ImageOps" * (plan.fit == "pad"),
         "from transformers import AutoImageProcessor, AutoModelForImageClassification",
         f"processor = AutoImageProcessor.from_pretrained({str(out)!r})  # normalises, and resizes if necessary",
         f"model = AutoModelForImageClassification.from_pretrained({str(out)!r}).eval()",
-        *(
-            ["image = PIL.ImageOps.pad(image, (max(image.size),) * 2)  # on black; no processor pads"]
-            * (plan.fit == "pad")
-        ),
+        f"image = Image.open('photo.jpg').convert({'L' if config.channels == 1 else 'RGB'!r})",
+        *(["image = ImageOps.pad(image, (max(image.size),) * 2)  # on black; no processor pads"] * (plan.fit == "pad")),
         "logits = model(**processor(image, return_tensors='pt')).logits",
     ]
 
