@@ -128,9 +128,9 @@ def test_a_plain_pickle_is_refused(tmp_path: Path) -> None:
         read_state(tmp_path / "a.pkl")
 
 
-@pytest.mark.parametrize("name", ["absent.pth", "."])
-def test_missing_files_and_folders_are_refused(name: str, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="does not exist"):
+@pytest.mark.parametrize(("name", "words"), [("absent.pth", "does not exist: check its name"), (".", "is a folder")])
+def test_missing_files_and_folders_are_refused(name: str, words: str, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=words):
         read_state(tmp_path / name)
 
 
