@@ -263,13 +263,17 @@ def test_teacher_alone_prints_its_card(run: Run, tmp_path: Path) -> None:
 
 
 def test_train_is_a_comparison_of_one_row(run: Run, tmp_path: Path) -> None:
-    code, text, errors = run("train", "digits", *FAST, "--method", "none", "--out", tmp_path / "run", "--json")
+    code, text, errors = run(
+        "train", "digits", *TINY, "train.epochs=1", "--method", "none", "--out", tmp_path / "run", "--json"
+    )
     assert code == 0, errors
     assert [row["row"] for row in json.loads(text)["rows"]] == ["none/class"]
     recipe = (tmp_path / "run" / "recipe.yaml").read_text()
     again = run("teacher", "digits", *FAST, "--out", tmp_path / "run", "--resume")
     refused(again, "is a finished run, whose teacher is")
     assert (tmp_path / "run" / "recipe.yaml").read_text() == recipe
+    for override in ("methods=[none, soft]", "baseline.name=small/resnet18"):
+        refused(run("train", "digits", override, "--out", tmp_path / "b"), f"{override}: train has one student")
     refused(run("train", "digits", "--method", "tokenhard", "--out", tmp_path / "b"), "'tokenhard' is not a method")
 
 

@@ -88,6 +88,9 @@ def train(
     from deitkit.distillation.methods import find_method
 
     name = find_method(method).name
+    several = next((change for change in overrides or [] if change.startswith(("methods=", "baseline"))), None)
+    if several is not None:
+        raise RecipeError(f"{several}: train has one student, under --method; use `deitkit compare` for more")
     loaded = _load(recipe, [*(overrides or []), f"methods=[{name}]", "baseline=null"], None)
     _compare(loaded, out, resume, as_json)
 
