@@ -116,6 +116,9 @@ def test_an_argument_of_a_wrong_type_is_a_sentence() -> None:
         "checkpoint: NoneType is not a path: name a file or folder, as text or a Path",
         "data.name=None: input should be text",
     ]
+    assert told_by("deitkit.train('digits', 'none', methods=['soft'])") == [
+        "methods: train has one student, under its method; use compare for more"
+    ]
     for line in told_by("deitkit.train('digits', None)", "deitkit.train('digits', ['none'])"):
         assert "is not a method; did you mean none" in line
 

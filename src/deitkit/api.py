@@ -253,6 +253,9 @@ def train(
 ) -> Comparison:
     """Train one student under one method of a recipe: a comparison of one row."""
     name = find_method(method.name if isinstance(method, Method) else str(method)).name
+    several = sorted({"methods", "baseline"} & {*fields})
+    if several:
+        raise RecipeError(f"{several[0]}: train has one student, under its method; use compare for more")
     chosen = _named_recipe(recipe, fields | {"methods": [name], "baseline": None})
     return _run(chosen, out, resume, progress)
 

@@ -168,6 +168,11 @@ def test_a_run_is_compared_evaluated_reported_and_used(run: Run, tmp_path: Path,
     top1 = {row["readout"]: row["top1"] for row in json.loads(text)["readouts"]}
     results = json.loads((out / "results.json").read_text())
     assert top1 == {row["readout"]: row["top1"][0] for row in results["rows"] if row["method"] == "token-hard"}
+    untold = shutil.copytree(out / "seed-0" / "token-hard", tmp_path / "untold")
+    card = json.loads((untold / "model.json").read_text())
+    (untold / "model.json").write_text(json.dumps({key: card[key] for key in card if key != "trained_on"}))
+    for model, note in ((out, False), (untold, True)):
+        assert ("nothing tells which images" in run("evaluate", model, "--data", f"folder:{photos}")[1]) == note
     (out / "table.md").unlink()
     code, text, _ = run("report", out)
     assert code == 0

@@ -112,7 +112,7 @@ def test_accuracies_are_those_of_the_mean_answer(tiny_recipe: Any, tmp_path: Pat
 
 def test_each_passes_the_gate_on_its_own(tiny_recipe: Any, tmp_path: Path) -> None:
     untrained = f"teachers=[{ONE}, {{name: cifar/resnet20, fit: none}}]"
-    with pytest.raises(TeacherError, match=r"^teachers\.1: teacher cifar/resnet20 scores"):
+    with pytest.raises(TeacherError, match=r"^teachers\.1: teacher .* scores .* teachers\.1\.allow_weak=true"):
         compare(tiny_recipe("methods=[soft]", untrained), tmp_path, watcher=Silent())
     assert (tmp_path / "teacher" / "card.json").exists()
     assert not (tmp_path / "teacher-2" / "card.json").exists()

@@ -33,7 +33,9 @@ def evaluate(
         top5 = "" if row["top5"] is None else f"{100 * row['top5']:.2f}"
         table.add_row(row["readout"], f"{100 * row['top1']:.2f}", f"{100 * low:.2f} to {100 * high:.2f}", top5)
     console.print(table)
-    if result["trained_on"]:
+    if result["trained_on"] is None:
+        say("nothing tells which images this model was trained on: some of these may be among them")
+    elif result["trained_on"] > 0:
         say(f"about {100 * result['trained_on']:.1f} % of these images are training images of this model")
 
 
