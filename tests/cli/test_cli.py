@@ -207,7 +207,7 @@ def test_a_run_is_compared_evaluated_reported_and_used(run: Run, tmp_path: Path,
     refused(run("predict", out, everything), f"none of {len(answers)} images can be decoded")
     refused(run("predict", out, tmp_path / "nowhere.png"), "nowhere.png")
     refused(run("predict", out, out / "results.json"), "cannot be decoded")
-    refused(run("predict", out / "seed-0" / "none", photos / "test" / "cat", "--readout", "joint"), "--readout joint")
+    refused(run("predict", out / "seed-0" / "none", photos / "test" / "cat", "--readout", "joint"), "readout joint")
     refused(run("evaluate", out, "--data", "digits"), "classes")
 
 

@@ -1,10 +1,12 @@
 """Classifying many files: in order, in batches, by several processes, into files, and past what cannot be read."""
 
 import csv
+import itertools
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -124,8 +126,11 @@ def test_mistakes_are_one_sentence(model: Path, photos: Path, tmp_path: Path) ->
     (tmp_path / "bad" / "a.png").write_bytes(b"x")
     with pytest.raises(DataError, match="none of 1 image can be decoded"):
         list(classify(model, [tmp_path / "bad"]))
-    with pytest.raises(RecipeError, match="--readout other: this model has class, distillation"):
+    with pytest.raises(RecipeError, match="readout other: this model has class, distillation"):
         list(classify(model, [photos], readout="other"))
+    for top in (0, -1):
+        with pytest.raises(RecipeError, match=r"top is .*: give the number of classes to return, at least 1"):
+            list(classify(model, [photos], top=top))
 
 
 def test_files_of_answers(model: Path, photos: Path, tmp_path: Path, run: Run) -> None:
@@ -146,6 +151,23 @@ def test_files_of_answers(model: Path, photos: Path, tmp_path: Path, run: Run) -
     lines = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
     assert [line["image"] for line in lines] == [one["image"] for one in expected]
     assert json.loads(run("predict", model, photos, "--out", tmp_path / "b.csv", "--json")[1])["answered"] == 150
+
+
+def test_ctrl_c_tells_what_is_in_the_files(
+    model: Path, photos: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*arguments: Any, **settings: Any) -> Iterator[Any]:
+        yield from itertools.islice(classify(*arguments, **settings), 80)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "classify", interrupted)
+    answers, features = tmp_path / "a.csv", tmp_path / "e.parquet"
+    code, _, errors = run("predict", model, photos, "--out", answers, "--embeddings", features)
+    assert (code, errors) == (130, f"stopped after 80 of 152 images, which are in {answers} and {features}\n")
+    with answers.open(newline="", encoding="utf-8") as file:
+        assert len(list(csv.DictReader(file))) == 80
+    assert pq.read_table(features).num_rows == 79  # one of them cannot be decoded
+    assert run("predict", model, photos)[::2] == (130, "stopped after 80 of 152 images\n")
 
 
 @pytest.mark.skipif(os.name != "posix", reason="limits as POSIX has them")

@@ -191,13 +191,18 @@ def test_ctrl_c_while_the_command_line_is_imported_leaves_no_traceback() -> None
     assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
 
 
+@pytest.mark.parametrize("place", ["the app", "a command"])
 def test_ctrl_c_outside_a_training_promises_no_resume(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    place: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def interrupt() -> None:
+    def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "app", interrupt)
+    if place == "a command":
+        monkeypatch.setattr("deitkit.cli.recipes.shipped_recipes", interrupt)
+        monkeypatch.setattr(sys, "argv", ["deitkit", "recipes"])
+    else:
+        monkeypatch.setattr(cli, "app", interrupt)
     with pytest.raises(SystemExit, match="130"):
         cli.main()
     assert capsys.readouterr().err == "stopped\n"

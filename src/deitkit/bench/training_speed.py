@@ -3,7 +3,6 @@
 import itertools
 import tempfile
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -183,7 +182,7 @@ def bench_cohort(recipe: Recipe, *, synthetic: bool, repeats: int, steps: int) -
     bench = Bench(recipe, synthetic)
     methods = recipe.methods
     memory = _memory_by_students(bench)
-    with tempfile.TemporaryDirectory(prefix="deitkit-bench-") as folder, suppress(KeyboardInterrupt):
+    with tempfile.TemporaryDirectory(prefix="deitkit-bench-") as folder:
         functions = {"cohort": Stepper(bench.cohort(bench.students(methods)))}
         functions |= {name: Stepper(bench.cohort(bench.students((name,)))) for name in methods}
         functions["cohort, cached logits"] = _recorded(bench, Path(folder))

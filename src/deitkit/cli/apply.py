@@ -8,6 +8,7 @@ from rich.table import Table
 
 from deitkit.cli.console import console, plain, print_json, say
 from deitkit.cli.options import Json, ModelArgument
+from deitkit.errors import Interrupted
 from deitkit.system.words import counted
 
 MOST_REASONS = 5  # files that are named because they cannot be decoded
@@ -67,17 +68,24 @@ def predict(
     read_card(model_folder(model))  # a mistake in the model is told before one in the images
     total = len(image_files(images))
     stream = classify(model_folder(model), images, readout=readout, top=top, embed=embeddings is not None)
-    failed = 0
+    done = failed = 0
     shown: list[dict[str, Any]] = []
     reasons: list[dict[str, Any]] = []
-    with PredictionFiles(out, embeddings, top) as files:
-        for prediction in told(stream, total):
-            files.add(prediction)
-            if "error" in prediction:
-                failed += 1
-                reasons = reasons if failed > MOST_REASONS else [*reasons, prediction]
-            if out is None:
-                shown.append({key: value for key, value in prediction.items() if key != "embedding"})
+    try:
+        with PredictionFiles(out, embeddings, top) as files:
+            for prediction in told(stream, total):
+                files.add(prediction)
+                done += 1
+                if "error" in prediction:
+                    failed += 1
+                    reasons = reasons if failed > MOST_REASONS else [*reasons, prediction]
+                if out is None:
+                    shown.append({key: value for key, value in prediction.items() if key != "embedding"})
+    except KeyboardInterrupt:
+        kept = " and ".join(str(path) for path in (out, embeddings) if path is not None)
+        raise Interrupted(
+            f"stopped after {done:,} of {counted(total, 'image')}" + (f", which are in {kept}" if kept else "")
+        ) from None
     if as_json:
         print_json(shown if out is None else {"images": total, "answered": total - failed, "file": str(out)})
         return

@@ -2,9 +2,10 @@
 
 import sys
 from contextlib import suppress
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from deitkit import __version__
 from deitkit.cli.analyze import analyze
@@ -24,8 +25,21 @@ from deitkit.system.process import configure_process, were_started
 
 TEMPORARY_FAILURE = 75  # of sysexits.h: the same command may succeed
 
+
+class Commands(TyperGroup):
+    """Commands whose interruption reaches ``main``: Typer itself would end the process without a word."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command that was named."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise Interrupted("stopped") from None
+
+
 app = typer.Typer(
     name="deitkit",
+    cls=Commands,
     help="Distil a CNN teacher into a small vision transformer, under every method of the DeiT paper side by side.",
     no_args_is_help=True,
     rich_markup_mode="markdown",
@@ -59,7 +73,7 @@ def main() -> None:
     except Interrupted as stop:
         say(str(stop) or "stopped; the same command with --resume continues", errors)
         sys.exit(stop.exit_code)
-    except KeyboardInterrupt:  # outside a training
+    except KeyboardInterrupt:  # before a command began
         say("stopped", errors)
         sys.exit(Interrupted.exit_code)
     except (MemoryError, RuntimeError) as error:

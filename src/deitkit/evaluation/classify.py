@@ -111,8 +111,10 @@ def classify(
 
     Raises:
         DataError: A named file does not exist or cannot be decoded, or none of the images can.
-        RecipeError: The model does not have the readout.
+        RecipeError: The model does not have the readout, or ``top`` is not a positive number.
     """
+    if not isinstance(top, int) or top < 1:
+        raise RecipeError(f"top is {top!r}: give the number of classes to return, at least 1")
     device = choose_device("auto")
     precision = Precision.choose("auto", device)
     classifier, card = load_classifier(folder, device)
@@ -179,7 +181,7 @@ def classify_pixels(
     scores = named_scores(output, card)
     chosen = readout or card.get("readout") or default_readout(list(scores))
     if chosen not in scores:
-        raise RecipeError(f"--readout {chosen}: this model has {', '.join(scores)}")
+        raise RecipeError(f"readout {chosen}: this model has {', '.join(scores)}")
     probabilities = scores[chosen].float().softmax(dim=-1).cpu()
     best = probabilities.topk(min(top, probabilities.shape[-1]), dim=-1)
     embeddings = torch.cat(inputs.seen, dim=1).float().cpu().numpy() if embed else None
