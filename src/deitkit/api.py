@@ -29,7 +29,7 @@ from deitkit.data.dataset import load_dataset as read_dataset
 from deitkit.distillation.methods import METHODS, Method, find_method
 from deitkit.errors import DataError, RecipeError
 from deitkit.evaluation.apply import evaluate_model
-from deitkit.evaluation.classify import classify
+from deitkit.evaluation.classify import Classification
 from deitkit.models.saved import model_folder, read_card
 from deitkit.models.weights.pretrained import with_pretrained_size
 from deitkit.recipe.load import load_recipe as read_recipe
@@ -87,7 +87,7 @@ class Model:
             raise DataError("images is empty: give at least one file, folder or image of Pillow")
         with TemporaryDirectory() as folder:
             paths = [_image_path(image, Path(folder) / f"{place}.png") for place, image in enumerate(several)]
-            answers = list(classify(self.folder, paths, readout=readout, top=top))
+            answers = list(Classification(self.folder, paths, readout=readout, top=top))
             saved = {str(path): f"images[{place}]" for place, path in enumerate(paths) if path.parent == Path(folder)}
         return [answer | {"image": saved.get(answer["image"], answer["image"])} for answer in answers]
 

@@ -21,7 +21,7 @@ from deitkit.data.dataset import load_dataset
 from deitkit.data.duplicates import find_duplicates, pixel_hashes
 from deitkit.data.listing import Listing
 from deitkit.errors import DataError
-from deitkit.evaluation.classify import classify
+from deitkit.evaluation.classify import Classification
 from deitkit.recipe.schema import DataRecipe
 from deitkit.run.observer import Silent
 from source_helpers import png, refused, write_classes
@@ -318,7 +318,7 @@ def test_class_names_of_any_kind_go_all_the_way(tiny_recipe, tmp_path, capsys, m
     photo.parent.mkdir()
     photo.write_bytes(png(1, size=(8, 8)))
     photo.with_name("._1.png").write_bytes(b"\0")
-    (answer,) = list(classify(run / "winner", [photo.parent], top=10))
+    (answer,) = list(Classification(run / "winner", [photo.parent], top=10))
     assert sorted(name for name, _ in answer["classes"]) == names
     predict(run / "winner", [photo.parent], top=10)
     table = capsys.readouterr().out
@@ -329,7 +329,7 @@ def test_class_names_of_any_kind_go_all_the_way(tiny_recipe, tmp_path, capsys, m
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 5000)
     photo.write_bytes(BOMB)
     with pytest.raises(DataError, match=r"1\.png cannot be decoded .*decompression bomb"):
-        list(classify(run / "winner", [photo]))
+        list(Classification(run / "winner", [photo]))
 
 
 @STREAMED

@@ -21,7 +21,7 @@ from deitkit.data.pixels import evaluation_frame, resize
 from deitkit.data.split import Split
 from deitkit.errors import RecipeError
 from deitkit.evaluation.apply import evaluate_model
-from deitkit.evaluation.classify import classify
+from deitkit.evaluation.classify import Classification
 from deitkit.evaluation.predict import predict
 from deitkit.evaluation.readouts import readout_scores
 from deitkit.models.saved import load_classifier
@@ -126,7 +126,7 @@ def test_a_model_is_evaluated_and_used_as_its_card_says(
     assert measured["readouts"][0]["top1"] == results.rows[0].top1[0]
 
     files = sorted((photos / "test").rglob("*.png"))
-    answers = list(classify(tmp_path / "run" / "winner", files, top=2))
+    answers = list(Classification(tmp_path / "run" / "winner", files, top=2))
     classifier, _ = load_classifier(tmp_path / "run" / "winner", torch.device("cpu"))
     images = torch.stack([torch.from_numpy(decode_image(file, 3, 16, CROP).copy()) for file in files])
     scores = readout_scores(predict(classifier, Split(images, torch.zeros(len(files)).long()), CPU_FP32))["class"]

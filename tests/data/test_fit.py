@@ -17,7 +17,7 @@ from deitkit.data.dataset import load_dataset
 from deitkit.data.decode import decode_image
 from deitkit.errors import RecipeError
 from deitkit.evaluation.apply import evaluate_model
-from deitkit.evaluation.classify import classify
+from deitkit.evaluation.classify import Classification
 from deitkit.models.saved import load_classifier
 from deitkit.recipe.load import load_recipe
 from deitkit.recipe.schema import DataRecipe
@@ -125,7 +125,7 @@ def test_predict_evaluate_and_exports_prepare_images_as_training_did(
     measured = evaluate_model(winner, f"folder:{photos}")
     assert measured["readouts"][0]["top1"] == results.rows[0].top1[0]
     file = photos / "test" / "cat" / "11.png"
-    (answer,) = classify(winner, [file])
+    (answer,) = Classification(winner, [file])
     classifier, card = load_classifier(winner, torch.device("cpu"))
     shares = {}
     for each in ("crop", "pad", "squash"):

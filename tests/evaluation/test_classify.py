@@ -16,7 +16,7 @@ from PIL import Image
 
 from deitkit.errors import DataError, RecipeError
 from deitkit.evaluation import classify as module
-from deitkit.evaluation.classify import classify, image_files
+from deitkit.evaluation.classify import Classification, image_files
 from deitkit.models.classifier import Classifier
 from deitkit.models.cnn import CifarResNet
 from deitkit.models.saved import save_classifier
@@ -53,9 +53,9 @@ def photos(tmp_path: Path) -> Path:
 def test_batches_and_processes_change_nothing(model: Path, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     one_by_one = []
     for path in sorted(photos.glob("*/[0-9]*.png")):
-        one_by_one += list(classify(model, [path]))
-    together = [found for found in classify(model, [photos]) if "error" not in found]
-    apart = [found for found in classify(model, [photos], workers=2) if "error" not in found]
+        one_by_one += list(Classification(model, [path]))
+    together = [found for found in Classification(model, [photos]) if "error" not in found]
+    apart = [found for found in Classification(model, [photos], workers=2) if "error" not in found]
     assert [one["image"] for one in together] == [one["image"] for one in one_by_one]
     assert apart == together
     for one, other in zip(together, one_by_one, strict=True):
@@ -66,7 +66,7 @@ def test_batches_and_processes_change_nothing(model: Path, photos: Path, monkeyp
 
 
 def test_what_cannot_be_read_is_named_and_the_rest_goes_on(model: Path, photos: Path) -> None:
-    found = list(classify(model, [photos]))
+    found = list(Classification(model, [photos]))
     assert len(found) == 152
     bad = {Path(one["image"]).name: one for one in found if "error" in one}
     assert set(bad) == {"broken.jpg", "empty.png"}
@@ -77,14 +77,13 @@ def test_only_some_images_are_in_memory(model: Path, photos: Path, monkeypatch: 
     read = []
     decode = module.decode_image
     monkeypatch.setattr(module, "decode_image", lambda *arguments: read.append(1) or decode(*arguments))
-    stream = classify(model, [photos])
-    next(stream)
+    next(iter(Classification(model, [photos])))
     assert len(read) == module.BATCH_SIZE
 
 
 def test_a_file_that_is_named_twice_is_read_once(model: Path, photos: Path) -> None:
     path = photos / "a" / "000.png"
-    assert len(list(classify(model, [path, path, photos / "a"]))) == 76
+    assert len(list(Classification(model, [path, path, photos / "a"]))) == 76
 
 
 @pytest.mark.parametrize("tokens", [("class",), ("class", "distillation"), ()])
@@ -93,7 +92,7 @@ def test_embeddings_are_the_inputs_of_the_heads(
 ) -> None:
     monkeypatch.setattr("deitkit.system.device.computes_bf16", lambda _: False)  # to compare in float32
     folder = save_student(tmp_path / "other", tokens)
-    (found,) = classify(folder, [photos / "a" / "000.png"], embed=True, readout="class")
+    (found,) = Classification(folder, [photos / "a" / "000.png"], embed=True, readout="class")
     assert found["embedding"].dtype == np.float32
     assert found["embedding"].shape == (16 * max(len(tokens), 1),)
     from deitkit.models.saved import load_classifier
@@ -110,7 +109,7 @@ def test_a_cnn_has_embeddings_too(tmp_path: Path, photos: Path) -> None:
     save_classifier(
         tmp_path / "cnn", Classifier(CifarResNet(20, classes=3, channels=3), mean=(0.5,) * 3, std=(0.5,) * 3), card
     )
-    (found,) = classify(tmp_path / "cnn", [photos / "a" / "000.png"], embed=True)
+    (found,) = Classification(tmp_path / "cnn", [photos / "a" / "000.png"], embed=True)
     assert found["embedding"].shape == (64,)
 
 
@@ -121,16 +120,16 @@ def test_mistakes_are_one_sentence(model: Path, photos: Path, tmp_path: Path) ->
         ([tmp_path / "model"], "contains no image"),
     ):
         with pytest.raises(DataError, match=words):
-            list(classify(model, paths))
+            list(Classification(model, paths))
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "a.png").write_bytes(b"x")
     with pytest.raises(DataError, match="none of 1 image can be decoded"):
-        list(classify(model, [tmp_path / "bad"]))
+        list(Classification(model, [tmp_path / "bad"]))
     with pytest.raises(RecipeError, match="readout other: this model has class, distillation"):
-        list(classify(model, [photos], readout="other"))
+        list(Classification(model, [photos], readout="other"))
     for top in (0, -1):
         with pytest.raises(RecipeError, match=r"top is .*: give the number of classes to return, at least 1"):
-            list(classify(model, [photos], top=top))
+            list(Classification(model, [photos], top=top))
 
 
 def test_files_of_answers(model: Path, photos: Path, tmp_path: Path, run: Run) -> None:
@@ -140,7 +139,7 @@ def test_files_of_answers(model: Path, photos: Path, tmp_path: Path, run: Run) -
     assert text.count("left out: ") == 2
     with (tmp_path / "a.csv").open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    expected = list(classify(model, [photos]))
+    expected = list(Classification(model, [photos]))
     assert [row["image"] for row in rows] == [one["image"] for one in expected]
     assert [row["class_1"] for row in rows] == [one["classes"][0][0] if one["classes"] else "" for one in expected]
     assert [bool(row["error"]) for row in rows] == ["error" in one for one in expected]
@@ -156,11 +155,13 @@ def test_files_of_answers(model: Path, photos: Path, tmp_path: Path, run: Run) -
 def test_ctrl_c_tells_what_is_in_the_files(
     model: Path, photos: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupted(*arguments: Any, **settings: Any) -> Iterator[Any]:
-        yield from itertools.islice(classify(*arguments, **settings), 80)
+    def interrupted(classification: Classification) -> Iterator[Any]:
+        yield from itertools.islice(original(classification), 80)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module, "classify", interrupted)
+    original = Classification.__iter__
+
+    monkeypatch.setattr(Classification, "__iter__", interrupted)
     answers, features = tmp_path / "a.csv", tmp_path / "e.parquet"
     code, _, errors = run("predict", model, photos, "--out", answers, "--embeddings", features)
     assert (code, errors) == (130, f"stopped after 80 of 152 images, which are in {answers} and {features}\n")
@@ -168,6 +169,15 @@ def test_ctrl_c_tells_what_is_in_the_files(
         assert len(list(csv.DictReader(file))) == 80
     assert pq.read_table(features).num_rows == 79  # one of them cannot be decoded
     assert run("predict", model, photos)[::2] == (130, "stopped after 80 of 152 images\n")
+
+
+def test_a_mistake_leaves_no_file(model: Path, photos: Path, tmp_path: Path, run: Run) -> None:
+    answers, features = tmp_path / "a.csv", tmp_path / "e.parquet"
+    for words in ((photos, "--readout", "other"), (photos / "a" / "000.png", photos / "a" / "broken.jpg")):
+        code, _, errors = run("predict", model, *words, "--out", answers, "--embeddings", features)
+        assert (code, errors.count("\n")) == (2, 1)
+        assert not answers.exists()
+        assert not features.exists()
 
 
 @pytest.mark.skipif(os.name != "posix", reason="limits as POSIX has them")

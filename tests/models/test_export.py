@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from deitkit.evaluation.classify import classify
+from deitkit.evaluation.classify import Classification
 from deitkit.models.classifier import Classifier
 from deitkit.models.saved import load_classifier, save_classifier
 from deitkit.models.vit import DeiT
@@ -182,7 +182,7 @@ def test_transformers_and_timm_see_a_file_as_predict_does(
     pixels = torch.randint(0, 256, (size[1], size[0], 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     image = Image.fromarray(pixels.numpy()).convert(mode)
     image.save(tmp_path / "image.png")
-    (ours,) = list(classify(tmp_path / "a", [tmp_path / "image.png"], readout="joint-logits", top=5))
+    (ours,) = list(Classification(tmp_path / "a", [tmp_path / "image.png"], readout="joint-logits", top=5))
 
     _, output, _ = convert(tmp_path / "a", "--to", "transformers", "--out", tmp_path / "b")
     model = opened(output)

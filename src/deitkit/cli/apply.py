@@ -62,18 +62,17 @@ def predict(
     never all in memory. One in a folder that cannot be decoded is named, counted and left out.
     """
     from deitkit.cli.prediction_files import PredictionFiles, told
-    from deitkit.evaluation.classify import classify, image_files
-    from deitkit.models.saved import model_folder, read_card
+    from deitkit.evaluation.classify import Classification
+    from deitkit.models.saved import model_folder
 
-    read_card(model_folder(model))  # a mistake in the model is told before one in the images
-    total = len(image_files(images))
-    stream = classify(model_folder(model), images, readout=readout, top=top, embed=embeddings is not None)
-    done = failed = 0
+    embed = embeddings is not None
+    classification = Classification(model_folder(model), images, readout=readout, top=top, embed=embed)
+    total, done, failed = len(classification), 0, 0
     shown: list[dict[str, Any]] = []
     reasons: list[dict[str, Any]] = []
     try:
         with PredictionFiles(out, embeddings, top) as files:
-            for prediction in told(stream, total):
+            for prediction in told(classification, total):
                 files.add(prediction)
                 done += 1
                 if "error" in prediction:

@@ -12,7 +12,7 @@ from typing import IO, Any
 from rich.progress import track
 
 from deitkit.cli.console import errors, say
-from deitkit.errors import DataError
+from deitkit.errors import DataError, DeitkitError
 
 ROWS = 1024  # of a group in the parquet file
 EVERY_SECONDS = 60.0  # a line where no terminal draws a bar
@@ -27,8 +27,8 @@ class PredictionFiles:
         top: Classes of a row of the CSV file.
 
     Raises:
-        DataError: A file exists, cannot be made or written, or has another ending. What was made is then removed, so
-            that the same command can be started again.
+        DataError: A file exists, cannot be made or written, or has another ending. What was made is then removed, as
+            after every mistake of the user, so that the same command can be started again.
     """
 
     def __init__(self, out: Path | None, embeddings: Path | None, top: int) -> None:
@@ -63,16 +63,19 @@ class PredictionFiles:
         try:
             yield
         except (OSError, DataError) as error:
-            self.waiting.clear()
-            with suppress(OSError):  # which writes what is left in buffers
-                self.closing.close()
-            for path in self.made:
-                path.unlink(missing_ok=True)
+            self._remove()
             if isinstance(error, DataError):
                 raise
             names = " and ".join(map(str, self.made))
             reason = (os.strerror(error.errno) if error.errno else str(error)).lower()  # pyarrow adds words of its own
             raise DataError(f"{names} cannot be written ({reason}): make room, or name another place") from None
+
+    def _remove(self) -> None:
+        self.waiting.clear()
+        with suppress(OSError):  # which writes what is left in buffers
+            self.closing.close()
+        for path in self.made:
+            path.unlink(missing_ok=True)
 
     def add(self, prediction: dict[str, Any]) -> None:
         """Write what the model says of an image."""
@@ -104,7 +107,10 @@ class PredictionFiles:
         self.parquet.write_table(table)
         self.waiting.clear()
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, DeitkitError):
+            self._remove()
+            return
         with self._all_or_none(), self.closing:
             if self.waiting:
                 self._write_embeddings()

@@ -1,6 +1,6 @@
 """Classifying any number of image files: decoded ahead by worker processes, in batches, in bounded memory."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -87,16 +87,8 @@ def _images_below(folder: Path) -> Iterator[Path]:
     return (file for file in files_below(folder) if file.suffix.lower() in SUFFIXES and file.is_file())
 
 
-def classify(
-    folder: Path,
-    paths: Sequence[Path],
-    *,
-    readout: str | None = None,
-    top: int = 3,
-    embed: bool = False,
-    workers: int | None = None,
-) -> Iterator[Prediction]:
-    """Yield what a model says of each image, in order; the next images are decoded meanwhile.
+class Classification(Iterable[Prediction]):
+    """What a model says of each image, in order; the next images are decoded meanwhile. Its length is their number.
 
     Args:
         folder: Of the model.
@@ -113,42 +105,64 @@ def classify(
         DataError: A named file does not exist or cannot be decoded, or none of the images can.
         RecipeError: The model does not have the readout, or ``top`` is not a positive number.
     """
-    if not isinstance(top, int) or top < 1:
-        raise RecipeError(f"top is {top!r}: give the number of classes to return, at least 1")
-    device = choose_device("auto")
-    precision = Precision.choose("auto", device)
-    classifier, card = load_classifier(folder, device)
-    files, named = image_files(paths), {*paths}
-    if workers is None:
-        workers = usable_cores() if len(files) >= FEWEST_FOR_WORKERS else 0
-    loader = DataLoader(
-        ImageFiles(files, card),
-        BATCH_SIZE,
-        collate_fn=list,
-        num_workers=workers,
-        prefetch_factor=2 if workers else None,
-    )
-    answered, first_error = 0, ""
-    for batch in loader:
-        errors = {place: found for place, found in batch if isinstance(found, str)}
-        for place, reason in errors.items():
-            if files[place] in named:
-                raise DataError(f"image {files[place]} cannot be decoded ({reason}): convert it to PNG or leave it out")
-            first_error = first_error or f"{files[place]} ({reason})"
-        read = [(place, found) for place, found in batch if isinstance(found, Tensor)]
-        answers = (
-            classify_pixels(classifier, card, precision, [found for _, found in read], readout, top, embed)
-            if read
-            else []
+
+    def __init__(
+        self,
+        folder: Path,
+        paths: Sequence[Path],
+        *,
+        readout: str | None = None,
+        top: int = 3,
+        embed: bool = False,
+        workers: int | None = None,
+    ) -> None:
+        if not isinstance(top, int) or top < 1:
+            raise RecipeError(f"top is {top!r}: give the number of classes to return, at least 1")
+        device = choose_device("auto")
+        self.precision = Precision.choose("auto", device)
+        self.classifier, self.card = load_classifier(folder, device)
+        self.files, self.named = image_files(paths), {*paths}
+        self.readout, self.top, self.embed = readout, top, embed
+        if workers is None:
+            workers = usable_cores() if len(self.files) >= FEWEST_FOR_WORKERS else 0
+        self.workers = workers
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __iter__(self) -> Iterator[Prediction]:
+        loader = DataLoader(
+            ImageFiles(self.files, self.card),
+            BATCH_SIZE,
+            collate_fn=list,
+            num_workers=self.workers,
+            prefetch_factor=2 if self.workers else None,
         )
-        by_place = dict(zip([place for place, _ in read], answers, strict=True))
-        answered += len(read)
-        for place, _ in batch:
-            image = {"image": writable(str(files[place]))}
-            nothing: Prediction = {"readout": readout or card.get("readout"), "classes": []}
-            yield image | (nothing | {"error": errors[place]} if place in errors else by_place[place])
-    if not answered:
-        raise DataError(f"none of {counted(len(files), 'image')} can be decoded, first {first_error}: convert them")
+        answered, first_error = 0, ""
+        for batch in loader:
+            errors = {place: found for place, found in batch if isinstance(found, str)}
+            for place, reason in errors.items():
+                file = self.files[place]
+                if file in self.named:
+                    raise DataError(f"image {file} cannot be decoded ({reason}): convert it to PNG or leave it out")
+                first_error = first_error or f"{file} ({reason})"
+            answers = self._answers({place: found for place, found in batch if isinstance(found, Tensor)})
+            answered += len(answers)
+            for place, _ in batch:
+                image = {"image": writable(str(self.files[place]))}
+                nothing: Prediction = {"readout": self.readout or self.card.get("readout"), "classes": []}
+                yield image | (nothing | {"error": errors[place]} if place in errors else answers[place])
+        if not answered:
+            raise DataError(f"none of {counted(len(self), 'image')} can be decoded, first {first_error}: convert them")
+
+    def _answers(self, pixels: dict[int, UInt8[Tensor, "channels height width"]]) -> dict[int, Prediction]:
+        if not pixels:
+            return {}
+        images = list(pixels.values())
+        answers = classify_pixels(
+            self.classifier, self.card, self.precision, images, self.readout, self.top, self.embed
+        )
+        return dict(zip(pixels, answers, strict=True))
 
 
 @torch.inference_mode()
@@ -168,7 +182,7 @@ def classify_pixels(
         card: Of the classifier.
         precision: Of the forward pass.
         pixels: Images of one size.
-        readout: As in ``classify``, like the next two.
+        readout: As in ``Classification``, like the next two.
         top: Number of classes for each image.
         embed: Add ``embedding``.
 
