@@ -160,7 +160,6 @@ def test_ctrl_c_tells_what_is_in_the_files(
         raise KeyboardInterrupt
 
     original = Classification.__iter__
-
     monkeypatch.setattr(Classification, "__iter__", interrupted)
     answers, features = tmp_path / "a.csv", tmp_path / "e.parquet"
     code, _, errors = run("predict", model, photos, "--out", answers, "--embeddings", features)
