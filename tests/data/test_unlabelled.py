@@ -8,7 +8,9 @@ import torch
 from PIL import Image
 
 from deitkit.data.dataset import Dataset, add_unlabelled, load_dataset
+from deitkit.data.duplicates import share_in_sketch, sketch
 from deitkit.errors import DataError
+from deitkit.evaluation.apply import data_recipe_of
 from deitkit.recipe.load import load_recipe
 from deitkit.recipe.schema import DataRecipe
 
@@ -61,6 +63,29 @@ def test_grey_data_takes_colour_photographs_as_grey(tmp_path: Path) -> None:
     data = with_unlabelled(name=f"folder:{tmp_path / 'grey'}", image_px=8, unlabelled=f"folder:{tmp_path / 'more'}")
     assert data.unlabelled is not None
     assert data.unlabelled.images.shape == (1, 1, 8, 8)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("channels", [None, 1, 3])
+def test_grey_copies_of_test_images_are_left_out_whatever_the_channels(
+    tmp_path: Path, channels: int | None, streaming: bool
+) -> None:
+    for part in ("train", "test", "more"):
+        for number, name in enumerate("ab"):
+            for index in range(4):
+                level = 100 * number + index + (50 if part == "train" else 0)
+                save(tmp_path / "grey" / part / name / f"{index}.png", level, mode="L")
+    (tmp_path / "grey" / "more").rename(tmp_path / "more")
+    save(tmp_path / "more" / "new.png", 90, mode="L")
+    found = with_unlabelled(
+        name=f"folder:{tmp_path / 'grey'}", image_px=8, channels=channels, streaming=streaming, workers=0,
+        unlabelled=f"folder:{tmp_path / 'more'}",
+    )  # fmt: skip
+    assert found.unlabelled is not None
+    assert len(found.unlabelled) == 1
+    card = {"channels": found.channels, "input_px": [8, 8]}
+    again = load_dataset(data_recipe_of(card, f"folder:{tmp_path / 'grey'}", None))
+    assert share_in_sketch(again.train_hashes, sketch(found.train_hashes)) == 1, "as the model's card says"
 
 
 def test_validation_and_test_images_are_left_out(write_images: WriteImages, tmp_path: Path) -> None:

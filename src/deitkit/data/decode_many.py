@@ -22,7 +22,7 @@ from deitkit.data.pixels import evaluation_frame, is_grey, require_memory
 from deitkit.errors import DataError
 from deitkit.recipe.schema import DataRecipe
 
-_FORMAT_VERSION = 3  # of cached images: raise it when decoding changes
+_FORMAT_VERSION = 4  # of cached images: raise it when decoding changes
 _WINDOW = 256  # encoded images in memory at a time
 
 

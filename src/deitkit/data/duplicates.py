@@ -55,8 +55,13 @@ class Duplicates:
 
 
 def pixel_hashes(images: UInt8[np.ndarray, "n channels height width"]) -> Int64[np.ndarray, " n"]:
-    """Return a 64-bit hash (BLAKE2b) of the pixels of each image, for comparing images of one shape."""
-    digests = b"".join(blake2b(image, digest_size=8).digest() for image in np.ascontiguousarray(images))
+    """Return a 64-bit hash (BLAKE2b) of the pixels of each image, for comparing images of one height and width.
+
+    A grey image has the same hash in one channel as in three.
+    """
+    grey = (images == images[:, :1]).all(axis=(1, 2, 3))
+    kept = (image[:1] if is_grey else image for image, is_grey in zip(images, grey, strict=True))
+    digests = b"".join(blake2b(image.tobytes(), digest_size=8).digest() for image in kept)
     return np.frombuffer(digests, np.int64)
 
 
@@ -103,7 +108,7 @@ def sketch(train: Int64[Tensor, " train"]) -> str:
 
 
 def share_in_sketch(test: Int64[Tensor, " test"], text: str) -> float:
-    """Estimate which share of test images are among the training images of a sketch; exact for up to 256 of those.
+    """Estimate which share of test images are among the training images of a sketch; exact for fewer than 256 of those.
 
     Only test images whose hash would be in the sketch, if they were training images, are counted. A text that is not a
     sketch gives 0.

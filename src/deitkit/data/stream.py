@@ -32,7 +32,7 @@ from deitkit.errors import DataError
 from deitkit.recipe.schema import DataRecipe
 from deitkit.system.process import processes_here, usable_cores
 
-_FORMAT_VERSION = 4  # of a survey: raise it when decoding changes
+_FORMAT_VERSION = 5  # of a survey: raise it when decoding changes
 _MOST_MEMORY = 0.6  # share of the free memory, for decoded images
 MOST_SHARED = 0.5  # share of the free shared memory, for parts of batches
 PARTS_AHEAD = 4  # of each worker
