@@ -2,6 +2,7 @@
 
 import csv
 import json
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from deitkit.comparison.finetune import start_from
 from deitkit.comparison.folds import begin_folds, combine
 from deitkit.comparison.run import run_recipe
 from deitkit.comparison.verify import verify_run
-from deitkit.data.dataset import load_dataset
+from deitkit.data.dataset import Dataset, load_dataset
 from deitkit.data.split import plan_splits
 from deitkit.errors import CheckpointError, DataError, Interrupted, RecipeError
 from deitkit.evaluation.apply import evaluate_model
@@ -98,8 +99,11 @@ def test_a_fold_that_damaged_files_leave_without_a_class_is_found_before_the_fir
         (photos / "dog" / f"{number:03}.png").write_bytes(b"damaged")
     recipe = load_recipe(
         "digits",
-        [*TINY, f"data.name=folder:{photos}", "data.folds=3", "data.train_images=null", "data.test_images=null"],
-    )
+        [
+            *TINY, f"data.name=folder:{photos}", "data.folds=3", "data.train_images=null", "data.test_images=null",
+            "train.batch_size=8", "teacher.train.batch_size=8",
+        ],
+    )  # fmt: skip
     for fold in (1, 2):  # the third alone lacks dogs
         load_dataset(recipe.data.model_copy(update={"fold": fold}))
     with pytest.raises(DataError, match="class 'dog'"):
@@ -130,23 +134,30 @@ def test_fields_that_contradict_folds_are_refused(fields: list[str], message: st
 
 def test_the_test_is_the_corrected_resampled_t_by_hand() -> None:
     differences = [0.02, 0.05, -0.01, 0.04, 0.03]
-    found = resampled_difference(differences)
+    found = resampled_difference(differences, 5)
     usual = stats.ttest_1samp(differences, 0.0)
     shrunk = usual.statistic * np.sqrt((1 / 5) / (1 / 5 + (1 / 5) / (4 / 5)))
     assert found.test == "corrected resampled t"
     assert found.mean == pytest.approx(0.026)
     assert found.p == pytest.approx(2 * stats.t.sf(shrunk, 4))
     assert found.p > usual.pvalue
-    low, high = resampled_interval(differences)
+    low, high = resampled_interval(differences, 5)
     assert found.ci95 == (low, high)
     assert (high - low) / 2 == pytest.approx(2.7764451 * np.std(differences, ddof=1) * np.sqrt(0.45), rel=1e-6)
+
+
+def test_of_three_finished_folds_of_five_the_test_images_are_a_quarter_of_the_training_images() -> None:
+    differences = [0.02, 0.05, 0.03]
+    usual = stats.ttest_1samp(differences, 0.0)
+    shrunk = usual.statistic * np.sqrt((1 / 3) / (1 / 3 + 1 / 4))
+    assert resampled_difference(differences, 5).p == pytest.approx(2 * stats.t.sf(shrunk, 2))
 
 
 def test_an_interval_excludes_no_difference_where_p_is_below_5_percent_and_only_there() -> None:
     generator = np.random.default_rng(0)
     for shift in (0.0, 0.01, 0.03, 0.06):
         for _ in range(40):
-            found = resampled_difference(generator.normal(shift, 0.02, 5).tolist())
+            found = resampled_difference(generator.normal(shift, 0.02, 5).tolist(), 5)
             assert found.ci95 is not None
             assert (found.p < 0.05) == (not found.ci95[0] <= 0 <= found.ci95[1])
 
@@ -161,14 +172,14 @@ def test_the_usual_test_finds_differences_of_equal_learners_that_the_corrected_o
             np.sqrt(0.2) * shared + np.sqrt(0.8) * own
         ).tolist()  # the correlation that the correction assumes
         usual += stats.ttest_1samp(differences, 0.0).pvalue < 0.05
-        corrected += resampled_difference(differences).p < 0.05
+        corrected += resampled_difference(differences, 5).p < 0.05
     assert usual / draws > 0.1
     assert 0.03 < corrected / draws < 0.07
 
 
 def test_folds_that_differ_by_the_same_number_are_tested_by_their_sign() -> None:
-    assert resampled_difference([0.0] * 4).p == 1.0
-    found = resampled_difference([0.125] * 4)
+    assert resampled_difference([0.0] * 4, 4).p == 1.0
+    found = resampled_difference([0.125] * 4, 4)
     assert (found.p, found.test, found.ci95) == (2 * 0.5**4, "sign test", None)
 
 
@@ -193,7 +204,7 @@ def test_a_table_of_folds_is_that_of_comparisons_of_each(tiny_recipe: TinyRecipe
     found, lag = hard.difference_to("none"), hard.difference_to("teacher")
     assert found is not None
     assert lag is not None
-    assert found.p == pytest.approx(resampled_difference(gains).p)
+    assert found.p == pytest.approx(resampled_difference(gains, 3).p)
     assert lag.mean == pytest.approx(np.mean([a - b for a, b in zip(hard.top1, teachers, strict=True)]))  # type: ignore[operator]
     lags = [row.p_vs_teacher for row in results.rows if row.p_vs_teacher is not None]
     assert [row.p_vs_teacher_holm for row in results.rows if row.p_vs_teacher is not None] == holm(lags)
@@ -215,7 +226,8 @@ def test_what_a_run_folder_of_folds_holds(tiny_recipe: TinyRecipe, tmp_path: Pat
     assert "Nadeau and Bengio 2003" in table
     with (run / "table.csv").open() as file:
         first = next(csv.DictReader(file))
-    assert {"top1_fold_1", "top1_fold_2", "top1_fold_3"} <= set(first)
+    assert {"top1_fold_1", "top1_fold_2", "top1_fold_3", "validation_top1_fold_3"} <= set(first)
+    float(first["validation_top1_fold_3"])
     page = (run / "report.html").read_text()
     assert all(f'href="folds/{fold}/report.html"' in page for fold in (1, 2, 3))
     assert (run / "folds" / "3" / "report.html").exists()
@@ -345,3 +357,20 @@ def test_a_model_of_a_fold_is_evaluated_on_the_test_split_of_other_data(
     write_classes(tmp_path / "others" / "train", {"a": 3, "b": 3}, start=100)
     write_classes(tmp_path / "others" / "test", {"a": 4, "b": 3}, start=200)
     assert evaluate_model(tmp_path / "run" / "winner", f"folder:{tmp_path / 'others'}")["n"] == 7
+
+
+def test_one_fold_at_a_time_is_in_memory(
+    tiny_recipe: TinyRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[weakref.ref[Dataset]] = []
+
+    def load(*arguments: Any, **settings: Any) -> Dataset:
+        assert not any(dataset() is not None for dataset in loaded)
+        dataset = load_dataset(*arguments, **settings)
+        loaded.append(weakref.ref(dataset))
+        return dataset
+
+    monkeypatch.setattr("deitkit.comparison.folds.load_dataset", load)
+    monkeypatch.setattr("deitkit.comparison.compare.load_dataset", load)
+    run_recipe(tiny_recipe("data.folds=3", "methods=[none]"), tmp_path / "run", watcher=Silent())
+    assert len(loaded) == 3

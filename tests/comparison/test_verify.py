@@ -2,14 +2,17 @@
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from conftest import TINY
+from deitkit.analyze.analysis import analyze_run
 from deitkit.cli.main import app
 from deitkit.comparison.compare import compare
+from deitkit.comparison.verify import verify_run
 from deitkit.recipe.load import load_recipe
 from deitkit.run.observer import Silent
 
@@ -63,3 +66,24 @@ def test_a_table_holds_until_a_student_or_the_data_change(tmp_path: Path) -> Non
     (run / "results.json").write_text(json.dumps(told))
     code, found = verified()
     assert (code, found["same_data"]) == (1, False)
+
+
+def test_images_are_read_as_when_the_run_began_however_much_memory_is_free(
+    tmp_path: Path, write_images: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    photos = write_images(tmp_path / "photos")
+    own = ["data.train_images=null", "data.test_images=null", "data.image_px=8", f"data.name=folder:{photos}"]
+    crops = "augment.crop=random-resized"  # of the files where they are streamed, else of copies
+
+    def run(*methods: str, resume: bool) -> None:
+        fields = [*TINY, *own, f"methods=[{', '.join(methods)}]", "train.epochs=1", crops]
+        compare(load_recipe("digits", fields), tmp_path / "run", watcher=Silent(), resume=resume)
+
+    run("none", resume=False)
+    (tmp_path / "run" / "analysis").mkdir()
+    monkeypatch.setattr("deitkit.data.stream._MOST_MEMORY", 0.0)  # everything that may be streamed now is
+    assert verify_run(tmp_path / "run", Silent()).holds
+    analyze_run(tmp_path / "run", images=0, watcher=Silent())
+    run("none", "distillation-only", resume=True)
+    assert json.loads((tmp_path / "run" / "environment.json").read_text())["streamed"] is False
+    assert verify_run(tmp_path / "run", Silent()).holds

@@ -25,6 +25,7 @@ from deitkit.models.vit import DeiT
 from deitkit.recipe.load import load_recipe
 from deitkit.report.write import write_report
 from deitkit.run.analysis import FORMAT, Analysis, AttentionSheet, Disagreement, TokenSimilarity, write_analysis
+from deitkit.run.folder import as_begun
 from deitkit.run.observer import Watcher
 from deitkit.run.provenance import envelope
 from deitkit.run.reported import default_readout, reported_rows
@@ -63,7 +64,7 @@ def analyze_run(folder: Path, *, images: int = 8, seed: int | None = None, watch
     recipe = load_recipe(str(folder / "recipe.yaml"))
     device = choose_device("auto")
     precision = Precision.choose(recipe.train.precision, device)
-    dataset = load_dataset(recipe.data, watcher.reading)
+    dataset = load_dataset(as_begun(recipe.data, folder), watcher.reading)
     _require_same_data(dataset, results)
     statistics = RunStatistics(dataset, results)
     load = partial(load_as_trained, speed=recipe.speed, device=device)

@@ -9,7 +9,6 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from deitkit.comparison.compare import compare, has_finished, rehearse
+from deitkit.comparison.one_data_set import keeping_last
 from deitkit.comparison.rows import Hits, RowKey, corrected, paired_over_seeds
 from deitkit.comparison.seed_run import load_predictions
 from deitkit.data.dataset import Dataset, load_dataset
@@ -28,7 +28,7 @@ from deitkit.recipe.load import changed_fields, expand_variants
 from deitkit.recipe.schema import DataRecipe, Recipe
 from deitkit.report.write import write_report
 from deitkit.run.difference import difference_fields
-from deitkit.run.folder import begin_run, check_run
+from deitkit.run.folder import as_begun, begin_run, check_run
 from deitkit.run.observer import Watcher
 from deitkit.run.provenance import envelope
 from deitkit.run.reported import reported_rows
@@ -67,8 +67,7 @@ def compare_variants(recipe: Recipe, folder: Path, *, watcher: Watcher, resume: 
     for name in begun.unfinished:
         watcher.say(f"variant {name} ({list(recipes).index(name) + 1} of {len(recipes)}) {_in_words(name, recipes)}")
         with named_in_errors(name):
-            data = begun.load(recipes[name].data)
-            compare(recipes[name], homes[name], watcher=watcher, resume=True, dataset=data)
+            compare(recipes[name], homes[name], watcher=watcher, resume=True, dataset=begun.images(name))
     results = _results(recipe, recipes, homes, begun.labels)
     write_results(results, folder)
     write_report(folder)
@@ -88,6 +87,10 @@ class BegunVariants:
     def unfinished(self) -> list[str]:
         """The variants that are not finished, the base first."""
         return [name for name in self.recipes if not has_finished(self.homes[name], self.recipes[name])]
+
+    def images(self, name: str) -> Dataset:
+        """Return the data set of a variant."""
+        return self.load(as_begun(self.recipes[name].data, self.homes[name]))
 
 
 def variant_recipes(recipe: Recipe) -> dict[str, Recipe]:
@@ -113,31 +116,34 @@ def begin_variants(recipe: Recipe, folder: Path, *, watcher: Watcher, resume: bo
     check_run(folder, recipe, resume)
     for name, variant in recipes.items():
         check_run(homes[name], variant, resume=True)
-    # One data set at a time: variants that share it follow each other in most recipes, and two may not fit in memory.
+    # Variants that share a data set follow each other in most recipes.
     random_crops = any(variant.has_random_crops for variant in recipes.values())
-    load = lru_cache(maxsize=1)(lambda data: load_dataset(data, watcher.reading, random_crops=random_crops))
-    begun = BegunVariants(recipes, homes, _rehearse_all(recipes, load), load)
+    load = keeping_last(lambda data: load_dataset(data, watcher.reading, random_crops=random_crops))
+    begun = BegunVariants(recipes, homes, _rehearse_all(recipes, homes, load), load)
     begin_run(folder, recipe)
     for name in begun.unfinished:
         begin_run(homes[name], recipes[name])
         if needs_teacher(recipes[name]):
             with named_in_errors(name):
-                _provide_teacher(name, recipes, homes, load(recipes[name].data), watcher)
+                _provide_teacher(name, recipes, homes, begun.images(name), watcher)
     return begun
 
 
-def _rehearse_all(recipes: dict[str, Recipe], load: Callable[[DataRecipe], Dataset]) -> Int64[Tensor, " n"]:
+def _rehearse_all(
+    recipes: dict[str, Recipe], homes: dict[str, Path], load: Callable[[DataRecipe], Dataset]
+) -> Int64[Tensor, " n"]:
     """Build every variant once and throw it away; return the labels of the test images, the same for all."""
-    labels = load(recipes[BASE].data).test.labels
+    labels = load(as_begun(recipes[BASE].data, homes[BASE])).test.labels
     for name, variant in recipes.items():
         with named_in_errors(name):
-            dataset = load(variant.data)
+            dataset = load(as_begun(variant.data, homes[name]))
             if not torch.equal(dataset.test.labels, labels):
                 raise DataError(
                     f"its {len(dataset.test)} test images are not the base's {len(labels)}: change no field of data "
                     "that divides them"
                 )
             rehearse(variant, dataset, _precision(variant))
+            del dataset  # before the next is loaded
     return labels
 
 

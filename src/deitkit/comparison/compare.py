@@ -32,7 +32,7 @@ from deitkit.models.weights.pretrained import with_pretrained_size
 from deitkit.recipe.schema import Recipe
 from deitkit.report.published import published_figures
 from deitkit.report.write import write_report
-from deitkit.run.folder import begin_run, check_run
+from deitkit.run.folder import as_begun, begin_run, check_run
 from deitkit.run.metrics import read_metrics
 from deitkit.run.observer import Watcher
 from deitkit.run.provenance import code_sha256, envelope
@@ -120,7 +120,8 @@ def begin(
         find_method(name)
     check_run(folder, recipe, resume)
     watcher.say(f"device {device}, precision {precision.name}")
-    dataset = load_images(recipe, watcher, dataset)
+    read = recipe.model_copy(update={"data": as_begun(recipe.data, folder)})
+    dataset = load_images(read, watcher, dataset)
     for line in describe_data(dataset):
         watcher.say(line)
     start, parameters = rehearse(recipe, dataset, precision)
@@ -172,9 +173,8 @@ def train_part(recipe: Recipe, folder: Path, seed: int, names: Sequence[str], *,
     check_run(folder, recipe, resume=True)
     if not (folder / "recipe.yaml").exists() or not all((home / "card.json").exists() for home in homes):
         raise RecipeError(f"{folder} is not prepared, or its teacher is not: run --unit prepare first")
-    environment = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
-    data = recipe.data.model_copy(update={"streaming": environment.get("streamed", False)})  # as all other processes
-    dataset = load_images(recipe.model_copy(update={"data": data}), watcher)
+    read = recipe.model_copy(update={"data": as_begun(recipe.data, folder)})  # as all other processes
+    dataset = load_images(read, watcher)
     teachers = None
     if homes:
         teachers, _ = prepare_teachers(recipe, dataset, folder=folder / "teacher", precision=precision, watcher=watcher)

@@ -6,7 +6,7 @@ have seen the test images. This module orders them and combines their results; i
 
 import hashlib
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,15 +14,16 @@ import numpy as np
 from deitkit.comparison.advice import advice
 from deitkit.comparison.compare import compare, copy_winner, has_finished, rehearse
 from deitkit.comparison.finetune import measure_checkpoint
+from deitkit.comparison.one_data_set import keeping_last
 from deitkit.comparison.rows import best_row, corrected, corrected_differences, finished
 from deitkit.comparison.verdict import Standing, verdict
 from deitkit.data.dataset import Dataset, load_dataset
 from deitkit.evaluation.statistics import are_equal, resampled_difference, resampled_interval
 from deitkit.models.weights.pretrained import starting_weights, with_pretrained_size
-from deitkit.recipe.schema import Recipe
+from deitkit.recipe.schema import DataRecipe, Recipe
 from deitkit.report.write import write_report
 from deitkit.run.difference import Difference, Reference, difference_fields
-from deitkit.run.folder import begin_run, check_run
+from deitkit.run.folder import as_begun, begin_run, check_run
 from deitkit.run.observer import Silent, Watcher
 from deitkit.run.provenance import envelope
 from deitkit.run.reported import reported_rows
@@ -58,13 +59,13 @@ def compare_folds(recipe: Recipe, folder: Path, *, watcher: Watcher, resume: boo
         Interrupted: The watcher requested a stop; the run can be resumed.
     """
     recipe = recipe.model_copy(update={"model": with_pretrained_size(recipe.model)})
-    dataset = begin_folds(recipe, folder, watcher=watcher, resume=resume)
+    load = begin_folds(recipe, folder, watcher=watcher, resume=resume)
     recipes = fold_recipes(recipe)
     homes = {fold: fold_folder(folder, fold) for fold in recipes}
     for fold, own in recipes.items():
         if not has_finished(homes[fold], own):
             watcher.say(f"fold {fold} of {len(recipes)}")
-            compare(own, homes[fold], watcher=watcher, resume=True, dataset=dataset if fold == 1 else None)
+            compare(own, homes[fold], watcher=watcher, resume=True, dataset=load(as_begun(own.data, homes[fold])))
     results = combine(recipe, {fold: read_results(home) for fold, home in homes.items()})
     copy_winner(results, folder, [home / f"seed-{recipe.seeds[0]}" for home in homes.values()])
     if (homes[1] / "views.png").is_file():
@@ -80,8 +81,10 @@ def fold_recipes(recipe: Recipe) -> dict[int, Recipe]:
     return {fold: recipe.model_copy(update={"data": own}) for fold, own in data.items()}
 
 
-def begin_folds(recipe: Recipe, folder: Path, *, watcher: Watcher, resume: bool = False) -> Dataset:
-    """Check everything that can be checked before training, begin the run folder, and return the first fold's images.
+def begin_folds(
+    recipe: Recipe, folder: Path, *, watcher: Watcher, resume: bool = False
+) -> Callable[[DataRecipe], Dataset]:
+    """Check everything that can be checked before training, begin the run folder, and return the loader of its images.
 
     The arguments are those of ``compare_folds``.
     """
@@ -89,19 +92,21 @@ def begin_folds(recipe: Recipe, folder: Path, *, watcher: Watcher, resume: bool 
     check_run(folder, recipe, resume)
     for fold, own in recipes.items():
         check_run(fold_folder(folder, fold), own, resume=True)
-    dataset = load_dataset(recipes[1].data, watcher.reading, random_crops=recipe.has_random_crops)
-    if dataset.skipped:  # without these files, a class may have no images in a split of another fold
-        for own in list(recipes.values())[1:]:
-            load_dataset(own.data, watcher.reading)
+    load = keeping_last(lambda data: load_dataset(data, watcher.reading, random_crops=recipe.has_random_crops))
     precision = Precision.choose(recipe.train.precision, choose_device(recipe.device))
+    dataset = load(as_begun(recipes[1].data, fold_folder(folder, 1)))
     rehearse(recipes[1], dataset, precision)
     if needs_teacher(recipe):
         rehearse_teachers(recipe, dataset, fold_folder(folder, 1) / "teacher", precision)
-    if starting_weights(recipe.model) is not None:  # whose training images may be test images of another fold
-        for own in recipes.values():
-            measure_checkpoint(own, load_dataset(own.data), precision, Silent())
+    # Without its damaged files a class may have no images in a split of another fold, and the images that a checkpoint
+    # was trained on may be another fold's test images.
+    if dataset.skipped or starting_weights(recipe.model) is not None:
+        for fold, own in reversed(recipes.items()):  # the first one trains next
+            del dataset  # before another is loaded
+            dataset = load(as_begun(own.data, fold_folder(folder, fold)))
+            measure_checkpoint(own, dataset, precision, Silent())
     begin_run(folder, recipe)
-    return dataset
+    return load
 
 
 def combine(recipe: Recipe, folds: Mapping[int, Results]) -> FoldResults:
@@ -151,7 +156,7 @@ def _combined(rows: Sequence[Row], folds: Sequence[int]) -> Row:
             "n": sum(row.n for row in rows),
             "top1_mean": _mean(values),
             "top1_std": float(np.std(values, ddof=1)) if len(values) > 1 else None,
-            "top1_ci95": resampled_interval(values) if spread else None,
+            "top1_ci95": resampled_interval(values, len(folds)) if spread else None,
             "validation_top1": tuple(row.validation_top1[0] for row in rows),
             "validation_balanced": tuple((row.validation_balanced or (None,))[0] for row in rows),
             "status": "; ".join(stopped) or "ok",
@@ -185,7 +190,7 @@ def _compared(rows: Sequence[Row], each: Sequence[Results], teacher: Sequence[fl
 def _difference(values: Sequence[float | None], others: Sequence[float | None]) -> Difference | None:
     """Compare two rows over the folds that both finished; None with fewer than two."""
     pairs = [(one, other) for one, other in zip(values, others, strict=True) if one is not None and other is not None]
-    return resampled_difference([one - other for one, other in pairs]) if len(pairs) > 1 else None
+    return resampled_difference([one - other for one, other in pairs], len(values)) if len(pairs) > 1 else None
 
 
 def _standing(

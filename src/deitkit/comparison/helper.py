@@ -2,10 +2,10 @@
 
 import signal
 from contextlib import suppress
-from functools import lru_cache
 from types import FrameType
 from typing import Any
 
+from deitkit.comparison.one_data_set import keeping_last
 from deitkit.comparison.seed_run import predict_students, seed_cohort
 from deitkit.data.dataset import Dataset, add_unlabelled, load_dataset
 from deitkit.errors import Interrupted
@@ -88,7 +88,7 @@ def _help_with_students(training: SharedTraining, seed: int, precision: Precisio
         release(student.classifier)
 
 
-@lru_cache(maxsize=1)  # two may not fit in memory
+@keeping_last
 def _load(recipe: DataRecipe, random_crops: bool) -> Dataset:
     """Load the images of a recipe, which the first process has read, and so cached, before."""
     dataset = load_dataset(recipe, random_crops=random_crops)

@@ -5,16 +5,17 @@ Nothing is written.
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 from deitkit.comparison.finished_run import load_as_trained, students_of
+from deitkit.comparison.one_data_set import keeping_last
 from deitkit.data.dataset import Dataset, load_dataset
 from deitkit.evaluation.predict import predict_all
 from deitkit.evaluation.readouts import readout_scores, top_k_accuracy
 from deitkit.models.weights.read import file_sha256
 from deitkit.recipe.load import load_recipe
 from deitkit.recipe.schema import DataRecipe
+from deitkit.run.folder import as_begun
 from deitkit.run.observer import Watcher
 from deitkit.run.results import AblationResults, FoldResults, Row, fold_folder, read_results
 from deitkit.system.device import Precision, choose_device, describe_machine
@@ -70,7 +71,7 @@ def verify_run(folder: Path, watcher: Watcher) -> Verification:
         DataError: The data cannot be loaded.
     """
     results = read_results(folder)
-    load = lru_cache(maxsize=1)(lambda data: load_dataset(data, watcher.reading))
+    load = keeping_last(lambda data: load_dataset(data, watcher.reading))
     found = []
     if isinstance(results, AblationResults):
         for name in results.variants:
@@ -104,7 +105,7 @@ def _verify(
     results, recipe = read_results(folder), load_recipe(str(folder / "recipe.yaml"))
     device = choose_device("auto")
     precision = Precision.choose(recipe.train.precision, device)
-    dataset = load(recipe.data)
+    dataset = load(as_begun(recipe.data, folder))
     same_data = dataset.fingerprint == results.dataset.fingerprint
     homes_of_teachers = zip(results.teachers, teacher_folders(recipe, folder / "teacher"), strict=False)
     teachers = [(home / "model.safetensors", card.sha256) for card, home in homes_of_teachers if card.sha256]

@@ -85,38 +85,39 @@ def paired_difference(hits: Sequence[Bool[Tensor, " n"]], other: Sequence[Bool[T
     return Difference(mean, mean_interval(differences), p, "paired t")
 
 
-def resampled_interval(values: Sequence[float]) -> tuple[float, float]:
+def resampled_interval(values: Sequence[float], folds: int) -> tuple[float, float]:
     """Return the 95 % interval of a mean over folds, whose training images overlap; see ``resampled_difference``."""
-    half = stats.t.ppf(0.975, len(values) - 1) * _resampled_error(values)
+    half = stats.t.ppf(0.975, len(values) - 1) * _resampled_error(values, folds)
     return float(np.mean(values) - half), float(np.mean(values) + half)
 
 
-def resampled_difference(differences: Sequence[float]) -> Difference:
+def resampled_difference(differences: Sequence[float], folds: int) -> Difference:
     """Test whether a difference holds, by its value in each fold of a cross-validation.
 
     Two folds share most of their training images, so their differences vary less than those of independent training
-    sets, and the usual t test finds too much. The corrected resampled t test takes for the variance of the mean of k
-    folds not 1/k of theirs but 1/k + 1/(k - 1), the latter the test images of a fold per image outside it. Where all
+    sets, and the usual t test finds too much. The corrected resampled t test takes for the variance of the mean of n
+    values not 1/n of theirs but 1/n + 1/(k - 1), the latter the test images of one of k folds per image outside it; n
+    is k unless students stopped. Where all
     folds differ by the same number there is nothing to test with but the sign, and no interval.
 
     Source: Nadeau and Bengio 2003, Inference for the generalization error.
 
     Args:
-        differences: Of two rows' accuracies, one for each of at least two folds.
+        differences: Of two rows' accuracies, one for each of at least two folds that both finished.
+        folds: How many the images are divided into.
     """
     mean = float(np.mean(differences))
     if are_equal(differences):
         return Difference(mean, None, 1.0 if abs(mean) < 1e-9 else 2.0 ** (1 - len(differences)), "sign test")
-    statistic = abs(mean) / _resampled_error(differences)
+    statistic = abs(mean) / _resampled_error(differences, folds)
     p = float(2 * stats.t.sf(statistic, len(differences) - 1))
-    return Difference(mean, resampled_interval(differences), p, "corrected resampled t")
+    return Difference(mean, resampled_interval(differences, folds), p, "corrected resampled t")
 
 
-def _resampled_error(values: Sequence[float]) -> float:
+def _resampled_error(values: Sequence[float], folds: int) -> float:
     """Return the standard error of a mean over folds."""
-    folds = len(values)
-    assert folds >= 2
-    return float(math.sqrt((1 / folds + 1 / (folds - 1)) * np.var(values, ddof=1)))
+    assert 2 <= len(values) <= folds
+    return float(math.sqrt((1 / len(values) + 1 / (folds - 1)) * np.var(values, ddof=1)))
 
 
 def are_equal(values: Sequence[float]) -> bool:
