@@ -70,6 +70,9 @@ def test_a_comparison_of_own_images(
 
 def check_images_and_arguments(model: Model, photo: Path) -> None:
     """Images of Pillow are answered as their files are; what is no image or data set is a sentence."""
+    other = photo.with_name("1.png")
+    twice = model.predict([photo, other, photo])
+    assert [each["image"] for each in twice] == [str(photo), str(other), str(photo)]
     answer, of_file, again = model.predict([Image.open(photo), photo, Image.open(photo)])
     assert answer == of_file | {"image": "images[0]"}
     assert again["image"] == "images[2]"
@@ -178,3 +181,10 @@ def test_importing_it_loads_nothing_and_lists_the_public_names() -> None:
     script += "try:\n    deitkit.nothing\nexcept AttributeError as error:\n    print(error)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines() == ["compare", "module 'deitkit' has no attribute 'nothing'"]
+
+
+@pytest.mark.parametrize("model", ["deit_small", {"name": "deit_small", "depth": 3}])
+def test_a_recipe_takes_fields_as_its_name_does(model: Any) -> None:
+    named = deitkit.load_recipe("own-images", model=model)
+    assert deitkit.load_recipe(deitkit.load_recipe("own-images"), model=model) == named
+    assert named.model.width is None, "that of deit_small"

@@ -29,7 +29,7 @@ from deitkit.data.dataset import load_dataset as read_dataset
 from deitkit.distillation.methods import METHODS, Method, find_method
 from deitkit.errors import DataError, RecipeError
 from deitkit.evaluation.apply import evaluate_model
-from deitkit.evaluation.classify import Classification
+from deitkit.evaluation.classify import Classification, image_files
 from deitkit.models.saved import model_folder, read_card
 from deitkit.models.weights.pretrained import with_pretrained_size
 from deitkit.recipe.load import load_recipe as read_recipe
@@ -79,17 +79,19 @@ class Model:
             readout: ``class``, ``distillation``, ``joint`` or ``joint-logits``; by default the one that it won by.
 
         Returns:
-            For each image ``image``, ``readout`` and ``classes``: names with probabilities, the likeliest first. A file
-            of a folder that cannot be decoded has no classes, and ``error``; an image of Pillow is named by its place.
+            For each image ``image``, ``readout`` and ``classes``: names with probabilities, the likeliest first, in the
+            order of the images; one that is named twice is in it twice. A file of a folder that cannot be decoded has
+            no classes, and ``error``; an image of Pillow is named by its place.
         """
         several = list(images) if isinstance(images, Iterable) and not isinstance(images, str) else [images]
         if not several:
             raise DataError("images is empty: give at least one file, folder or image of Pillow")
         with TemporaryDirectory() as folder:
             paths = [_image_path(image, Path(folder) / f"{place}.png") for place, image in enumerate(several)]
-            answers = list(Classification(self.folder, paths, readout=readout, top=top))
+            found = {answer["image"]: answer for answer in Classification(self.folder, paths, readout=readout, top=top)}
+            files = [file for path in paths for file in (image_files([path]) if path.is_dir() else [path])]
             saved = {str(path): f"images[{place}]" for place, path in enumerate(paths) if path.parent == Path(folder)}
-        return [answer | {"image": saved.get(answer["image"], answer["image"])} for answer in answers]
+        return [found[str(file)] | {"image": saved.get(str(file), str(file))} for file in files]
 
     def evaluate(self, data: str, *, root: str | Path | None = None) -> dict[str, Any]:
         """Measure it on the test images of a data set (a name, ``folder:PATH`` or ``parquet:PATH``), by readout."""
@@ -153,10 +155,8 @@ def load_recipe(source: str | Path | Recipe | None = None, **fields: Any) -> Rec
     Raises:
         RecipeError: All mistakes in it, in one sentence.
     """
-    changes = list(_overrides(fields))
-    if isinstance(source, Recipe):
-        return read_recipe(None, [*_overrides(source.model_dump(mode="json", exclude_unset=True)), *changes])
-    return read_recipe(None if source is None else str(source), changes)
+    named = source if source is None or isinstance(source, Recipe) else str(source)
+    return read_recipe(named, list(_overrides(fields)))
 
 
 def _overrides(fields: dict[str, Any]) -> Iterator[str]:

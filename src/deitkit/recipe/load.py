@@ -50,19 +50,22 @@ def shipped_recipes() -> dict[str, str]:
     return {name: (folder / f"{name}.yaml").read_text(encoding="utf-8") for name in SHIPPED}
 
 
-def load_recipe(source: str | None, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(source: str | Recipe | None, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe and validate it.
 
     Args:
-        source: The name of a shipped recipe, or a path to a YAML file; None for the defaults. Fields that it leaves out
-            are taken from its ``base``, if it names one.
+        source: The name of a shipped recipe, a path to a YAML file, or a recipe; None for the defaults. Fields that a
+            file leaves out are taken from its ``base``, if it names one.
         overrides: ``key=value`` with dotted keys; values are YAML. A section with a name has a short form:
             ``data=cifar10`` is ``data.name=cifar10``.
 
     Raises:
         RecipeError: The recipe is invalid; the message lists all problems, and the nearest keys of an unknown one.
     """
-    tree = _read_tree(source) if source is not None else {}
+    if isinstance(source, Recipe):
+        tree = source.model_dump(mode="json", exclude_unset=True)
+    else:
+        tree = _read_tree(source) if source is not None else {}
     given = {_apply(tree, override) for override in overrides}
     if {"model.name", "model.pretrained"} & given:
         _forget_sizes(tree["model"], {key.removeprefix("model.") for key in given})
