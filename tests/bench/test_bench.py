@@ -45,6 +45,14 @@ def test_train_says_where_the_time_goes() -> None:
     assert result["peak_memory_gib"] > 0
 
 
+def test_images_without_labels_take_time_and_are_not_counted() -> None:
+    few = ["method=soft", "--synthetic", *FEW, "--json"]
+    alone = json.loads(run("train", *TINY, *few))
+    both = json.loads(run("train", *TINY, "data.unlabelled=folder:x", "train.unlabelled_batch_size=160", *few))
+    assert both["images_per_second"] < alone["images_per_second"] / 2, "eleven times as many images in a step"
+    assert both["images_per_second"] == pytest.approx(16 / both["seconds_per_step"])
+
+
 def test_train_takes_a_real_data_set_and_prints_for_people() -> None:
     shown = run("train", "data=digits", "model=micro", "model.patch_px=2", "train.batch_size=16",
                 "teacher=cifar/resnet20", "device=cpu", *FEW)  # fmt: skip

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from deitkit.bench.measure import count_flops, machine_limit
+from deitkit.bench.training_speed import SYNTHETIC_PX
 from deitkit.distillation.methods import METHODS
 from deitkit.errors import is_out_of_memory
 from deitkit.evaluation.classify import input_px
@@ -22,14 +23,12 @@ from deitkit.recipe.schema import Recipe
 from deitkit.system.device import Precision, choose_device, describe_machine
 from deitkit.system.timer import time_in_turn, wait
 
-DEFAULT_PX = 224
-
 
 def bench_infer(recipe: Recipe, *, repeats: int, steps: int) -> dict[str, Any]:
     """Measure the inference speed of the student of the recipe's first method, on random images and weights."""
     device = choose_device(recipe.device)
     precision = Precision.choose(recipe.train.precision, device)
-    side, channels = recipe.data.image_px or DEFAULT_PX, recipe.data.channels or 3
+    side, channels = recipe.data.image_px or SYNTHETIC_PX, recipe.data.channels or 3
     method = METHODS[recipe.methods[0]]
     student = create_student(
         recipe.model, image_px=(side, side), channels=channels, classes=CLASSES, tokens=method.tokens, seed=0

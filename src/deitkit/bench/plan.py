@@ -13,6 +13,7 @@ from PIL import Image
 
 from deitkit.bench.training_speed import Bench, bench_train
 from deitkit.comparison.folds import fold_recipes
+from deitkit.data.dataset import crop_source_px
 from deitkit.data.decode import decode_image
 from deitkit.data.sources.choose import list_images_of
 from deitkit.data.split import plan_splits
@@ -148,6 +149,7 @@ def _plan_part(recipe: Recipe, given: Given, measured: Measured) -> dict[str, An
     parameters = sum(value.numel() for model in models for value in model.parameters())
     together = measured.images_per_second(part) * given.devices
     image_px = bench.dataset.image_px[0]
+    larger_px = crop_source_px(recipe.data) or 0 if recipe.has_random_crops else 0
     decoded = given.decoded_per_second or measured.decode_rate(image_px)
     gradient_bytes = 4 * parameters
     traffic = 2 * (given.devices - 1) / given.devices * gradient_bytes / (given.link_gb_per_second * 1e9)
@@ -162,7 +164,7 @@ def _plan_part(recipe: Recipe, given: Given, measured: Measured) -> dict[str, An
         "decoded_per_second_and_core": decoded,
         "cores_to_decode": together / train.repeats / decoded,
         "cores": given.cores or usable_cores(),
-        "gib_in_memory": images * 3 * image_px**2 / 2**30,
+        "gib_in_memory": images * (recipe.data.channels or 3) * (image_px**2 + larger_px**2) / 2**30,
         "state_gib": STATE_BYTES * parameters / 2**30,
         "gradient_mb": gradient_bytes / 1e6,
         "traffic_seconds": traffic,

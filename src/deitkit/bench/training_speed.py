@@ -3,14 +3,14 @@
 import itertools
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from deitkit.bench.measure import count_flops, machine_limit, peak_memory_gib, reset_peak_memory
-from deitkit.data.dataset import Dataset, Split, load_dataset
+from deitkit.data.dataset import Dataset, Split, add_unlabelled, load_dataset
 from deitkit.models.accelerate import accelerate
 from deitkit.models.classifier import Classifier
 from deitkit.models.zoo import create_classifier
@@ -43,6 +43,8 @@ class Bench:
         self.precision = Precision.choose(recipe.train.precision, self.device)
         random_crops = recipe.has_random_crops
         self.dataset = synthetic_dataset(recipe) if synthetic else load_dataset(recipe.data, random_crops=random_crops)
+        if recipe.data.unlabelled is not None and not synthetic:
+            self.dataset = add_unlabelled(self.dataset, recipe.data)
         self.synthetic = synthetic
         self.teachers = Teachers([self._build_teacher(teacher) for teacher in recipe.all_teachers])
 
@@ -74,6 +76,8 @@ class Bench:
             precision=self.precision,
             seed=recipe.seeds[0],
             logit_cache=logit_cache,
+            unlabelled_in_step=recipe.unlabelled_in_step,
+            balanced=recipe.data.sampling == "balanced",
         )
         for student in students:
             student.classifier.train()
@@ -117,6 +121,8 @@ class Stepper:
 def bench_train(recipe: Recipe, *, synthetic: bool, repeats: int, steps: int) -> dict[str, Any]:
     """Time training steps of all methods of a recipe together, and return the parts of the time.
 
+    Images without labels take their time, but only those with labels count as images.
+
     Args:
         recipe: The training to time.
         synthetic: Use random images.
@@ -134,15 +140,16 @@ def bench_train(recipe: Recipe, *, synthetic: bool, repeats: int, steps: int) ->
         student.reset_meters()
     taken = time_in_turn({"step": stepper}, device=bench.device, repeats=repeats, calls=steps)["step"]
     flops = step_flops(bench)
+    flops_per_second = flops * cohort.images_in_step / taken.median
     limit = machine_limit(bench.precision)
     speed = _images_per_second(taken, recipe.train.batch_size)
     return bench.describe() | {
         **speed,
         "shares": cohort.shares(),
         "gflop_per_image": flops / 1e9,
-        "gflop_per_second": flops * speed["images_per_second"] / 1e9,
+        "gflop_per_second": flops_per_second / 1e9,
         "limit_gflop_per_second": limit / 1e9,
-        "share_of_limit": flops * speed["images_per_second"] / limit,
+        "share_of_limit": flops_per_second / limit,
         "peak_memory_gib": peak_memory_gib(bench.device),
         "repeats": repeats,
         "steps": steps,
@@ -253,7 +260,7 @@ def step_flops(bench: Bench) -> int:
 
 
 def synthetic_dataset(recipe: Recipe) -> Dataset:
-    """Return random images; speed does not depend on their content."""
+    """Return random images, some without labels if the recipe has such; speed does not depend on their content."""
     side = recipe.data.image_px or SYNTHETIC_PX
     count = max(4 * recipe.train.batch_size, SYNTHETIC_CLASSES)
     generator = torch.Generator().manual_seed(0)
@@ -266,4 +273,7 @@ def synthetic_dataset(recipe: Recipe) -> Dataset:
     names = tuple(f"class {number}" for number in range(SYNTHETIC_CLASSES))
     half = (0.5,) * channels
     small = split(SYNTHETIC_CLASSES)
-    return Dataset("synthetic", split(count), small, small, names, half, half, (), "synthetic")
+    unlabelled = None
+    if recipe.unlabelled_in_step:
+        unlabelled = replace(split(recipe.unlabelled_in_step), labels=torch.full((recipe.unlabelled_in_step,), -1))
+    return Dataset("synthetic", split(count), small, small, names, half, half, (), "synthetic", unlabelled=unlabelled)
