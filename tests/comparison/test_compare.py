@@ -173,7 +173,7 @@ def test_a_stopped_student_is_a_row_that_says_so(
     results = compare(tiny_recipe("methods=[none, hard]"), tmp_path / "run", watcher=Silent())
     none, hard = results.rows
     assert none.status == "ok"
-    assert hard.status.startswith("seed 0 stopped at step 6: the loss is not finite (learning rate")
+    assert hard.status.startswith("seed 0 stopped at step 6: the loss or a weight is not finite (learning rate")
     assert hard.top1 == (None,)
     assert results.winner == "none/class"
 

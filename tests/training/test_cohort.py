@@ -134,6 +134,35 @@ def test_a_stopped_run_goes_on_to_the_same_weights_and_metrics(
         assert_equal(one.average.classifier.state_dict(), other.average.classifier.state_dict())
 
 
+def test_a_stopped_student_leaves_the_shares_of_time(stripes: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Student, "backward", poisoned_gradient("none", 1))
+    epochs = list(cohort(["none", "hard"], stripes).fit())
+    assert [line.student for line in epochs[1]] == ["hard"]
+    assert sum(epochs[1][0].shares.values()) <= 1
+
+
+def test_a_student_whose_last_update_leaves_no_numbers_returns_to_the_epoch_before(
+    stripes: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained = cohort(["none", "hard"], stripes)
+    steps = trained.batches.steps_per_epoch
+    update, calls = Student.optimizer_step, itertools.count(1)
+
+    def infinite_at_the_end(self: Student) -> None:
+        update(self)
+        if self.name == "none" and next(calls) == 2 * steps:
+            next(self.classifier.parameters()).data.fill_(torch.inf)
+
+    monkeypatch.setattr(Student, "optimizer_step", infinite_at_the_end)
+    epochs = trained.fit()
+    next(epochs)
+    after_first = weights(trained.students[0])
+    assert [line.student for line in next(epochs)] == ["hard"]
+    assert trained.students[0].stopped is not None
+    assert f"stopped at step {2 * steps}: the loss or a weight is not finite" in trained.students[0].stopped
+    assert_equal(weights(trained.students[0]), after_first)
+
+
 def test_progress_reports_the_speed_of_the_last_steps_not_of_a_pause(stripes: Dataset) -> None:
     paused = cohort(["none"], stripes)
     paused.next_step(paused.batches.epoch(0))

@@ -39,7 +39,7 @@ def build_students(
     say: Callable[[str], None] = lambda line: None,
     names: Collection[str] | None = None,
 ) -> list[Student]:
-    """Build students of one seed, all with the same initial weights.
+    """Build students of one seed, whose common parameters start equal.
 
     Args:
         recipe: Of the comparison.

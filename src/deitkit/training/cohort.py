@@ -308,11 +308,12 @@ class Cohort:
 
     def _stop_diverged(self) -> None:
         for student in self.active:
+            if self.step == self.batches.steps_per_epoch:
+                student.check_weights(self.global_step - 1)
             student.stop_if_not_finite(lambda step, student=student: self.rate(student, step))  # type: ignore[misc]
 
     def _progress(self) -> Progress:
-        steps = self.train_recipe.epochs * self.batches.steps_per_epoch
-        left = steps - self.epoch * self.batches.steps_per_epoch - self.step
+        left = self.train_recipe.epochs * self.batches.steps_per_epoch - self.global_step
         seconds_per_step = self._seconds_per_step()
         return Progress(
             seed=self.seed,
@@ -357,6 +358,7 @@ class Cohort:
                 )
             )
             student.mark_good()
+        for student in self.students:  # stopped ones too
             student.reset_meters()
         self.reset_watches()
         return metrics

@@ -182,13 +182,17 @@ class Student:
         for name, term in terms.items():
             self.term_sums[name] = self.term_sums.get(name, 0) + term
 
+    def check_weights(self, step: int) -> None:
+        """Record a step after which a weight is not finite, which its own loss does not show."""
+        finite = torch.stack([weight.isfinite().all() for weight in self.classifier.parameters()]).all()
+        self.bad_step = torch.where(~finite & (self.bad_step < 0), step, self.bad_step)
+
     def stop_if_not_finite(self, rate_of: Callable[[int], float]) -> None:
-        """If a loss was not finite, restore the last good state and stop."""
+        """If a loss or a weight was not finite, restore the last good state and stop."""
         bad_step = int(self.bad_step)
         if bad_step >= 0 and self.stopped is None:
-            self.stopped = (
-                f"stopped at step {bad_step + 1}: the loss is not finite (learning rate {rate_of(bad_step):.3g})"
-            )
+            rate = f"learning rate {rate_of(bad_step):.3g}"
+            self.stopped = f"stopped at step {bad_step + 1}: the loss or a weight is not finite ({rate})"
             self._restore(self.good)
 
     def mark_good(self) -> None:
