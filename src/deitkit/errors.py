@@ -39,9 +39,10 @@ class OutOfMemory(DeitkitError):  # noqa: N818 - as torch names it
     def __init__(self, batch_size: int) -> None:
         half = max(1, batch_size // 2)
         super().__init__(
-            f"out of memory with batches of {batch_size} images: set speed.micro_batch_size={half} for the same "
-            f"training of the students in smaller parts, or train.batch_size={half} (teacher.train.batch_size={half} "
-            "if the teacher was training); speed.checkpoint_activations=true saves memory too, at a third more time"
+            f"out of memory with batches of {batch_size} images: set speed.micro_batch_size={half} to train the "
+            f"students on the same batches in smaller parts, or train.batch_size={half} "
+            f"(teacher.train.batch_size={half} if the teacher was training); speed.checkpoint_activations=true saves "
+            "memory too, at a third more time"
         )
 
 

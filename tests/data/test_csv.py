@@ -106,6 +106,14 @@ def test_groups_stay_whole_for_any_division(classes: int, groups: int, size: int
     assert torch.equal(plan.test, again.test)
 
 
+@pytest.mark.parametrize("share", [0.1, 0.2, 0.25, 0.3, 0.4, 0.45])
+def test_a_share_of_groups_is_about_what_was_asked_for(share: float) -> None:
+    labels, group = torch.arange(2).repeat(600), torch.arange(60).repeat_interleave(20)
+    recipe = DataRecipe(name="csv:x", validation_fraction=0.2, test_fraction=share)
+    plan = plan_splits(labels, None, ["a", "b"], recipe, group)
+    assert len(plan.test) / len(labels) == pytest.approx(share, abs=0.02)
+
+
 @pytest.mark.parametrize(
     ("header", "rows", "words"),
     [

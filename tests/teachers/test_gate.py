@@ -100,6 +100,13 @@ def test_the_doubt_names_a_fraction_that_removes_it() -> None:
     assert doubt(dataset_of(labels, round(fraction * len(labels)), 2)) is None
 
 
+def test_a_large_set_of_almost_one_class_leaves_a_doubt() -> None:
+    labels = [0] * 24_900 + [1] * 100
+    said = doubt(dataset_of(labels, 25_000, 2))
+    assert said is not None
+    assert said.startswith("25,000 validation images cannot tell a teacher from chance (99.6 %): ")
+
+
 def test_two_swapped_classes_of_ten_are_found_and_named() -> None:
     labels = list(range(10)) * 20
     swapped = [0, 1, 5, 3, 4, 2, 6, 7, 8, 9]

@@ -127,6 +127,8 @@ def test_a_teacher_trained_here_teaches_again_from_its_folder(stripes: Dataset, 
     assert torch.equal(teacher(view), again(view))
     with pytest.raises(TeacherError, match=rf"is a folder without a model.json: name one with it, such as {folder}$"):
         prepare(recipe(name=str(tmp_path / "first")), stripes, tmp_path / "third")
+    with pytest.raises(TeacherError, match=r"teacher\.checkpoint=x\.pth has no effect beside teacher\.name="):
+        prepare(recipe(name=str(folder), checkpoint="x.pth"), stripes, tmp_path / "third")
     with pytest.raises(CheckpointError, match=r"checkpoint .* is a folder: name a file"):
         prepare(recipe(checkpoint=str(folder)), stripes, tmp_path / "third")
     resumed, same = prepare(recipe(), stripes, tmp_path / "first")

@@ -20,7 +20,7 @@ from deitkit.run.observer import Progress, Silent
 from deitkit.run.results import TESTED
 from deitkit.teachers.frozen import FrozenTeacher, Teachers, mean_teacher_logits
 from deitkit.teachers.logit_cache import open_logit_cache
-from deitkit.teachers.prepare import prepare_teachers
+from deitkit.teachers.prepare import common_card, prepare_teachers
 
 ONE = "{name: cifar/resnet20, allow_weak: true, train: {epochs: 1, batch_size: 16, warmup_epochs: 0}}"
 TWO = f"teachers=[{ONE}, {ONE}]"
@@ -108,6 +108,9 @@ def test_accuracies_are_those_of_the_mean_answer(tiny_recipe: Any, tmp_path: Pat
         hits = (sum(each).argmax(dim=-1) == images.labels).double().mean().item()
         assert accuracy == pytest.approx(hits)
     assert [card.top1 for card in cards] == [card.top1 for card in results.teachers]
+    cards = [card.model_copy(update={"own_px_top1": 0.9, "view_px_top1": 0.8}) for card in cards]
+    together = common_card(teachers, cards, dataset, CPU_FP32)
+    assert (together.own_px_top1, together.view_px_top1) == (None, None), "those of one of them"
 
 
 def test_each_passes_the_gate_on_its_own(tiny_recipe: Any, tmp_path: Path) -> None:

@@ -86,7 +86,7 @@ def main() -> None:
             )
         elif is_dead_worker(error):
             code = TEMPORARY_FAILURE
-            advice = "a process that decodes images was killed or out of memory: --resume continues; lower data.workers"
+            advice = "a process that decodes images was killed or out of memory: lower data.workers, and --resume"
         elif is_out_of_memory(error):
             advice = "out of memory: lower train.batch_size, teacher.train.batch_size or data.image_px"
         else:

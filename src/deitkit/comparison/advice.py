@@ -99,9 +99,12 @@ def _decision(winner: Row, rival: Rival, savings: Mapping[str, float], results: 
             judges, more = f"{len(results.seeds)} seeds on {winner.n:,} test images", "more seeds or test images"
         elif _could_be_cross_validated(results):
             how = "; --folds 5 tests on every image once"
+        chances = f"{-100 * low:.1f} points lower or {100 * high:.1f} higher"
+        if high < 0:  # the interval excludes 0, but the test, corrected for all rows, finds no difference
+            chances = f"{-100 * high:.1f} to {-100 * low:.1f} points lower"
         return (
-            f"{judges} do not decide between {winner.row} and {rival.name}: its accuracy may be {-100 * low:.1f} "
-            f"points lower or {100 * high:.1f} higher; {more} would tell more{how}"
+            f"{judges} do not decide between {winner.row} and {rival.name}: its accuracy may be {chances}; {more} "
+            f"would tell more{how}"
         )
     notable = [name for name, ratio in savings.items() if ratio >= NOTABLE]
     if notable:

@@ -7,13 +7,12 @@ from pathlib import Path
 
 from deitkit.comparison.seed_run import missing_students, training_has_begun
 from deitkit.data.dataset import Dataset
-from deitkit.distillation.methods import METHODS
 from deitkit.models.accelerate import accelerate
 from deitkit.recipe.schema import AugmentRecipe, Recipe, TrainRecipe
 from deitkit.system.device import Precision
 from deitkit.system.timer import duration_text
 from deitkit.teachers.frozen import FrozenTeacher, Teachers
-from deitkit.teachers.prepare import draft_teacher, is_trained, teacher_folders
+from deitkit.teachers.prepare import draft_teacher, is_trained, teacher_folders, teacher_student
 from deitkit.training.build import build_students, needs_teacher, student_names
 from deitkit.training.cohort import Cohort
 from deitkit.training.student import Student
@@ -63,10 +62,7 @@ def estimate_training(recipe: Recipe, dataset: Dataset, folder: Path, precision:
         classifier, card = draft_teacher(one, dataset)
         accelerate(classifier, recipe.speed, precision.device)
         if card.fit != "none" and not is_trained(home):
-            batch_size = one.train.batch_size
-            student = Student(
-                "teacher", METHODS["none"], classifier, one.train, precision=precision, batch_size=batch_size
-            )
+            student = teacher_student("teacher", classifier, one, precision)
             seconds_of_teachers += _seconds([student], None, recipe, dataset, one.augment, one.train, precision)
         teachers.append(FrozenTeacher(classifier))
     students = build_students(recipe, dataset, recipe.seeds[0], precision, names=max(missing.values(), key=len))

@@ -24,7 +24,7 @@ class Batches:
     With repeated augmentation (Hoffer et al. 2020; Berman et al. 2019) an image appears several times in a row, and
     each copy is augmented separately in the same step. As with the DeiT code's sampler, an epoch keeps its number of
     steps and so contains a share of the images; unlike there, this holds on one device too, and for any number of
-    images. Devices that take every k-th place of a batch get one copy each.
+    images.
 
     Args:
         split: The images to train on.

@@ -139,7 +139,7 @@ def load_dataset(recipe: DataRecipe, progress: Progress | None = None, *, random
     listing, indices = _plan(recipe, progress)
     parts = (indices.train, indices.validation, indices.test)
     selection = torch.cat(parts)
-    train_px = _train_px(recipe) if random_crops else None
+    train_px = crop_source_px(recipe) if random_crops else None
     found = _read(listing, selection, len(indices.train), recipe, progress, train_px)
     sizes = [int(kept.sum()) for kept in found.kept.split([len(part) for part in parts])]
     places, hashes = selection[found.kept].split(sizes), found.hashes[found.kept].split(sizes)
@@ -202,7 +202,7 @@ def add_unlabelled(dataset: Dataset, recipe: DataRecipe, progress: Progress | No
             f"data.unlabelled={source} needs square images, but these have {height} x {width} px: set data.image_px"
         )
     sized = recipe.model_copy(update={"image_px": recipe.image_px or width, "channels": dataset.channels})
-    train_px = None if dataset.train.crop_source is None else _train_px(sized)
+    train_px = None if dataset.train.crop_source is None else crop_source_px(sized)
     found = _read(listing, selection, len(selection), sized, progress, train_px)
     held_out = torch.cat([dataset.validation_hashes, dataset.test_hashes])
     fresh = ~torch.isin(found.hashes[found.kept], held_out)
@@ -306,14 +306,14 @@ def _read(
 ) -> DecodedImages | Survey:
     """Decode the selected images, or survey them if they are streamed; the first ones are training images."""
     # The same decision with and without random crops, so that a finished run is checked on the images that it saw.
-    larger = (train_count, _train_px(recipe) or 0)
+    larger = (train_count, crop_source_px(recipe) or 0)
     if wants_streaming(listing.images, len(selection), recipe, larger):
         assert isinstance(listing.images, EncodedImages)
         return survey(listing.images, selection, train_count, recipe, progress)
     return _pixels(listing, selection, train_count, recipe, progress, train_px)
 
 
-def _train_px(recipe: DataRecipe) -> int | None:
+def crop_source_px(recipe: DataRecipe) -> int | None:
     """Return the side at which images are kept for random crops; None if these are cut from what was resized."""
     if recipe.image_px is None or recipe.train_px == recipe.image_px:
         return None

@@ -6,6 +6,7 @@ Pure functions of labels and the recipe: nothing here reads a file or decodes an
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ from deitkit.recipe.schema import AugmentRecipe, DataRecipe
 from deitkit.system.words import counted
 
 MOST_GPU_MEMORY = 0.5  # share of the free memory, for the images of a split
+# A share of groups is one of 1 / share folds if that is this near, else some of at most this many.
+NEAR_SHARE, MOST_FOLDS = 0.1, 20
 
 
 @dataclass(frozen=True)
@@ -144,8 +147,9 @@ def plan_splits(
 
     The test split is the official one if there is one, else one of ``folds``, or ``test_fraction`` of all images. The
     validation split is ``validation_fraction`` of the remainder. Only then are ``train_images`` drawn from the rest, so
-    that the validation split stays large with few training images. Every split has every class. Under the same seed, a
-    smaller training split is a subset of a larger one, and the validation and test splits are the same.
+    that the validation split stays large with few training images. Every split has every class. Under the same seed the
+    validation and test splits are the same for any number of training images, and a smaller training split is a subset
+    of a larger one, but for a rounding of the classes' shares.
 
     Args:
         labels: Class of every image, 0 to ``len(class_names) - 1``.
@@ -281,10 +285,13 @@ class _GroupDraws(_Draws):
 
     def carve(self, pool: Tensor, fraction: float, leave: int) -> tuple[Tensor, Tensor]:
         """Return the rest, and a share of about ``fraction`` of the images in whole groups, both with every class."""
-        folds = round(1 / fraction)
+        joined, folds = _share_as_folds(fraction, len(self.groups[pool].unique()))
         remedy = f"a share of {fraction:g} needs {folds}: raise data.validation_fraction and data.test_fraction"
         self._require_groups(pool, folds, remedy)
-        for rest, drawn in self._group_folds(pool, folds):
+        parts = [drawn for _, drawn in self._group_folds(pool, folds)]
+        for first in range(folds):
+            drawn = torch.cat([parts[(first + number) % folds] for number in range(joined)]).sort().values
+            rest = pool[~torch.isin(pool, drawn)]
             if int(self._counts(rest).min()) >= leave and int(self._counts(drawn).min()) >= 1:
                 return rest, drawn
         raise DataError(
@@ -307,6 +314,15 @@ class _GroupDraws(_Draws):
             raise DataError(
                 f"data.name={self.recipe.name} has {counted(count, 'group')} to divide, but {remedy}, or add groups"
             )
+
+
+def _share_as_folds(fraction: float, groups: int) -> tuple[int, int]:
+    """Return how many folds of how many are a share: one of 1 / share if that is near, else some of finer ones."""
+    folds = round(1 / fraction)
+    if abs(1 / folds - fraction) <= NEAR_SHARE * fraction:
+        return 1, folds
+    finer = Fraction(fraction).limit_denominator(max(2, min(MOST_FOLDS, groups)))
+    return (finer.numerator, finer.denominator) if 0 < finer < 1 else (1, folds)
 
 
 def _apportion(counts: Tensor, total: int, leave: int) -> Tensor:

@@ -1,7 +1,7 @@
 """The table of methods: the tokens of a student, and the loss terms that train it.
 
-To add a method, add a row to ``METHODS``, and at most one pure function to ``losses``. Nothing else in the project
-depends on a method's name.
+To add a method, add a row to ``METHODS``, and at most one pure function to ``losses``. Nothing else depends on a
+method's name, but the published figures beside its rows (``report/published.py``).
 """
 
 import difflib

@@ -304,8 +304,8 @@ def create_student(
 ) -> DeiT:
     """Build a student on the CPU, without changing torch's global random state.
 
-    Under the same seed, parameters common to two token layouts have equal initial values, including the position
-    embeddings of patches, so that methods are compared from the same start.
+    Under the same seed, parameters that all token layouts have (the stem, the blocks, the position embeddings of
+    patches) have equal initial values, so that methods are compared from the same start.
 
     Args:
         recipe: The size and its overrides.

@@ -222,7 +222,7 @@ class StudentTrainRecipe(TrainRecipe):
 
 
 class SpeedRecipe(Section):
-    """Speed and memory: no field changes a result by more than rounding, and a run may resume with other values."""
+    """Speed and memory: none but micro_batch_size under dropout and stochastic depth changes more than rounding."""
 
     compile: Literal["auto"] | bool = Field(
         "auto",

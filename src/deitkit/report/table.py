@@ -198,7 +198,7 @@ def _csv(results: Results) -> str:
 
 
 def _spread(key: str, value: Any, results: Results) -> dict[str, Any]:
-    if key in ("top1", "top5"):
+    if key in ("top1", "top5", "validation_top1", "validation_balanced"):
         names = [f"{key}_{results.repetition}_{number}" for number in results.repetitions]
         return dict(zip(names, value or [None] * len(names), strict=False))
     if key == "cost":

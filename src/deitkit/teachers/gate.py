@@ -65,7 +65,7 @@ def doubt(dataset: Dataset) -> str | None:
     if len(enough) and n >= enough[0]:
         return None
     text = f"{counted(n, 'validation image')} cannot tell a teacher from chance ({100 * chance:.1f} %)"
-    if least[n - 1] <= n:
+    if n < MOST_NEEDED and least[n - 1] <= n:
         text += f" below {100 * least[n - 1] / n:.0f} %"
     share = enough[0] / (n + len(dataset.train)) if len(enough) else 1.0
     if share > 0.5:

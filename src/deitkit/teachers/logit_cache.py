@@ -45,6 +45,7 @@ class LogitCache:
         batch_size: Images in a step.
         repeats: Copies of an image in it.
         crops: What random crops are cut from: "files", or the height and width of kept images; None for resized ones.
+        epoch_repeats: Passes over the images that make an epoch.
         balanced: Whether an epoch has as many images of every class.
         unlabelled: Number of images without labels that follow them, and a hash of all such images; None for none.
         steps: Steps of an epoch.

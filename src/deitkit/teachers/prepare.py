@@ -346,5 +346,7 @@ def common_card(
         "std": (),
         "readout": None,
         "sha256": None,
+        "own_px_top1": None,
+        "view_px_top1": None,
     }
     return cards[0].model_copy(update=together)

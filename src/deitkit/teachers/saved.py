@@ -37,6 +37,11 @@ def build_saved(recipe: TeacherRecipe, dataset: Dataset) -> tuple[TeacherRecipe,
             f"teacher.name={recipe.name} is a file without a model.json in its folder: "
             f"give the architecture, as in teacher.name=cifar/resnet56 teacher.checkpoint={recipe.name}"
         ) from None
+    if recipe.checkpoint is not None:
+        raise TeacherError(
+            f"teacher.checkpoint={recipe.checkpoint} has no effect beside teacher.name={recipe.name}, a model with "
+            "weights of its own: drop one of them, or name an architecture"
+        )
     if card["class_names"] != list(dataset.class_names):
         raise TeacherError(
             f"teacher.name={recipe.name} has the classes {', '.join(card['class_names'][:4])}..., but the data has "
