@@ -10,15 +10,17 @@ import pytest
 import torch
 from test_compare import timeless
 
-from conftest import StopAfter
+from conftest import CPU_FP32, TINY, StopAfter
 from deitkit.comparison.ablation import compare_variants
-from deitkit.comparison.compare import compare
+from deitkit.comparison.compare import compare, copy_winner
 from deitkit.comparison.seed_run import PREDICTIONS, plan_cohorts
-from deitkit.errors import CheckpointError, Interrupted
+from deitkit.data.dataset import load_dataset
+from deitkit.errors import CheckpointError, Interrupted, TeacherError
 from deitkit.recipe.load import load_recipe
 from deitkit.recipe.schema import Recipe
 from deitkit.run.observer import Silent
 from deitkit.run.state import load_tree, save_tree
+from deitkit.teachers.prepare import rehearse_teachers
 
 TinyRecipe = Callable[..., Recipe]
 FIELDS = ("train.epochs=3", "train.ema_decay=0.9")
@@ -227,3 +229,63 @@ def test_cohorts_are_planned_from_what_lies_in_the_folder(tmp_path: Path) -> Non
     assert plan("none", "soft", "hard", "dist") == [("soft",), ("hard",), ("dist",)]
     shutil.rmtree(home)
     assert plan("none") == [("none",)]
+
+
+def test_a_run_goes_on_only_with_the_images_and_labels_that_it_was_begun_with(
+    write_images: Callable[..., Path], tmp_path: Path
+) -> None:
+    photos = write_images(tmp_path / "photos")
+    own = ("data.train_images=null", "data.test_images=null", "data.image_px=8", f"data.name=folder:{photos}")
+
+    def run(methods: str, **fields: bool) -> Any:
+        recipe = load_recipe("digits", [*TINY, *own, f"methods={methods}", "train.epochs=1"])
+        return compare(recipe, tmp_path / "run", watcher=Silent(), **fields)
+
+    run("[none]")
+    one, other = photos / "test" / "cat" / "3.png", photos / "test" / "dog" / "3.png"
+    swapped = one.read_bytes(), other.read_bytes()
+    one.write_bytes(swapped[1])
+    other.write_bytes(swapped[0])
+    with pytest.raises(CheckpointError, match=r"was begun with other images or labels than data\.name=.* has now"):
+        run("[none, hard]", resume=True)
+    one.write_bytes(swapped[0])
+    other.unlink()
+    with pytest.raises(CheckpointError, match="was begun with other images"):
+        run("[none, hard]", resume=True)
+    other.write_bytes(swapped[1])
+    assert not (tmp_path / "run" / "seed-0" / "hard").exists(), "nothing was trained on them"
+    assert [row.method for row in run("[none, hard]", resume=True).rows] == ["none", "hard"]
+
+
+def test_another_winner_takes_no_file_that_was_exported_from_the_one_before(
+    tiny_recipe: TinyRecipe, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    results = compare(tiny_recipe("methods=[none, hard]"), run, watcher=Silent())
+    files = [run / "winner" / name for name in ("model.onnx", "model.onnx.json", "notes.txt")]
+    for file in files:
+        file.write_text("x")
+    homes = [run / "seed-0"]
+    copy_winner(results, run, homes)
+    assert all(file.exists() for file in files)
+    (other,) = {"none/class", "hard/class"} - {results.winner}
+    copy_winner(results.model_copy(update={"winner": other}), run, homes)
+    assert [file.exists() for file in files] == [False, False, True]
+    copy_winner(results.model_copy(update={"winner": None}), run, homes)
+    assert not (run / "winner").exists()
+
+
+def test_a_teacher_that_was_trained_on_test_images_is_refused(tmp_path: Path) -> None:
+    fields = [*TINY, "methods=[none, hard]", "train.epochs=1", "data.train_images=null", "data.test_images=null"]
+    compare(load_recipe("digits", fields), tmp_path / "first", watcher=Silent())
+    teacher = tmp_path / "first" / "teacher"
+    given = [f"teacher.name={teacher}", "teacher.fit=none"]
+    checkpoint = [f"teacher.checkpoint={teacher / 'model.safetensors'}", "teacher.fit=none"]
+    for one in (given, checkpoint):
+        with pytest.raises(TeacherError, match=r"of the test images of digits are training images of the teacher"):
+            compare(load_recipe("digits", [*fields, *one, "data.split_seed=3"]), tmp_path / "other", watcher=Silent())
+    again = load_recipe("digits", [*fields, *given, "data.image_px=16"])  # the same division, at another size
+    rehearse_teachers(again, load_dataset(again.data), tmp_path / "new", CPU_FP32)
+    other = again.model_copy(update={"data": again.data.model_copy(update={"split_seed": 3})})
+    with pytest.raises(TeacherError, match=r"divide the data as for its training \(data\.split_seed=0 data\.test_f"):
+        rehearse_teachers(other, load_dataset(other.data), tmp_path / "new", CPU_FP32)

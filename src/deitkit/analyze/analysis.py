@@ -17,6 +17,7 @@ from deitkit.analyze.pictures import Example, draw_attention
 from deitkit.analyze.row_statistics import RowStatistics
 from deitkit.analyze.tokens import attention_maps, learned_similarity
 from deitkit.comparison.finished_run import load_as_trained, students_of, teachers_of
+from deitkit.comparison.images import as_begun
 from deitkit.data.dataset import Dataset, load_dataset
 from deitkit.errors import CheckpointError, DataError, Interrupted, RecipeError
 from deitkit.evaluation.readouts import readout_scores
@@ -25,7 +26,6 @@ from deitkit.models.vit import DeiT
 from deitkit.recipe.load import load_recipe
 from deitkit.report.write import write_report
 from deitkit.run.analysis import FORMAT, Analysis, AttentionSheet, Disagreement, TokenSimilarity, write_analysis
-from deitkit.run.folder import as_begun
 from deitkit.run.observer import Watcher
 from deitkit.run.provenance import envelope
 from deitkit.run.reported import default_readout, reported_rows

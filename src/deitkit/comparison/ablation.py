@@ -17,7 +17,7 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from deitkit.comparison.compare import compare, has_finished, rehearse
-from deitkit.comparison.one_data_set import keeping_last
+from deitkit.comparison.images import as_begun, keeping_last
 from deitkit.comparison.rows import Hits, RowKey, corrected, paired_over_seeds
 from deitkit.comparison.seed_run import load_predictions
 from deitkit.data.dataset import Dataset, load_dataset
@@ -28,7 +28,7 @@ from deitkit.recipe.load import changed_fields, expand_variants
 from deitkit.recipe.schema import DataRecipe, Recipe
 from deitkit.report.write import write_report
 from deitkit.run.difference import difference_fields
-from deitkit.run.folder import as_begun, begin_run, check_run
+from deitkit.run.folder import begin_run, check_run
 from deitkit.run.observer import Watcher
 from deitkit.run.provenance import envelope
 from deitkit.run.reported import reported_rows

@@ -3,6 +3,7 @@
 Each stage writes its result into the run folder, so that a stopped run resumes at the stage that it had reached.
 """
 
+import filecmp
 import json
 import shutil
 from collections.abc import Sequence
@@ -19,10 +20,11 @@ from deitkit.comparison.cost import add_costs
 from deitkit.comparison.describe import describe_data, describe_students
 from deitkit.comparison.estimate import estimate_training
 from deitkit.comparison.finetune import StartingPoint, add_checkpoint_row, measure_checkpoint
+from deitkit.comparison.images import images_sha256, load_images
 from deitkit.comparison.rows import summarise, validation_scores
 from deitkit.comparison.seed_run import adopt_older_layout, gather_metrics, load_predictions, run_seed, step_images
 from deitkit.data.augment.preview import draw_views
-from deitkit.data.dataset import Dataset, add_unlabelled, load_dataset
+from deitkit.data.dataset import Dataset
 from deitkit.data.duplicates import Duplicates
 from deitkit.distillation.methods import find_method
 from deitkit.errors import RecipeError
@@ -32,7 +34,7 @@ from deitkit.models.weights.pretrained import with_pretrained_size
 from deitkit.recipe.schema import Recipe
 from deitkit.report.published import published_figures
 from deitkit.report.write import write_report
-from deitkit.run.folder import as_begun, begin_run, check_run
+from deitkit.run.folder import begin_run, check_run
 from deitkit.run.metrics import read_metrics
 from deitkit.run.observer import Watcher
 from deitkit.run.provenance import code_sha256, envelope
@@ -120,8 +122,7 @@ def begin(
         find_method(name)
     check_run(folder, recipe, resume)
     watcher.say(f"device {device}, precision {precision.name}")
-    read = recipe.model_copy(update={"data": as_begun(recipe.data, folder)})
-    dataset = load_images(read, watcher, dataset)
+    dataset = load_images(recipe, folder, watcher, dataset)
     for line in describe_data(dataset):
         watcher.say(line)
     start, parameters = rehearse(recipe, dataset, precision)
@@ -134,7 +135,12 @@ def begin(
     adopt_older_layout(folder)
     machine = describe_machine(device, precision)
     streamed = not isinstance(dataset.train.images, Tensor)
-    environment = machine | {"deitkit": __version__, "code": code_sha256(), "streamed": streamed}
+    environment = machine | {
+        "deitkit": __version__,
+        "code": code_sha256(),
+        "streamed": streamed,
+        "images": images_sha256(dataset),
+    }
     write_text(folder / "environment.json", json.dumps(environment, indent=2) + "\n")
     draw_views(dataset, recipe.augment, recipe.train.label_smoothing, folder / "views.png")
 
@@ -148,15 +154,6 @@ def begin(
             recipe, dataset, folder=folder / "teacher", precision=precision, watcher=watcher
         )
     return Begun(recipe, dataset, precision, teachers, cards, checkpoint, start, machine)
-
-
-def load_images(recipe: Recipe, watcher: Watcher, dataset: Dataset | None = None) -> Dataset:
-    """Load the images of a recipe, with labels (unless these are loaded already) and without."""
-    if dataset is None:
-        dataset = load_dataset(recipe.data, watcher.reading, random_crops=recipe.has_random_crops)
-    if recipe.data.unlabelled is not None and dataset.unlabelled is None:
-        dataset = add_unlabelled(dataset, recipe.data, watcher.reading)
-    return dataset
 
 
 def train_part(recipe: Recipe, folder: Path, seed: int, names: Sequence[str], *, watcher: Watcher) -> None:
@@ -173,8 +170,7 @@ def train_part(recipe: Recipe, folder: Path, seed: int, names: Sequence[str], *,
     check_run(folder, recipe, resume=True)
     if not (folder / "recipe.yaml").exists() or not all((home / "card.json").exists() for home in homes):
         raise RecipeError(f"{folder} is not prepared, or its teacher is not: run --unit prepare first")
-    read = recipe.model_copy(update={"data": as_begun(recipe.data, folder)})  # as all other processes
-    dataset = load_images(read, watcher)
+    dataset = load_images(recipe, folder, watcher)
     teachers = None
     if homes:
         teachers, _ = prepare_teachers(recipe, dataset, folder=folder / "teacher", precision=precision, watcher=watcher)
@@ -302,17 +298,23 @@ def _recorded(duplicates: Duplicates) -> DuplicateImages:
 def copy_winner(results: Results, folder: Path, homes: Sequence[Path]) -> None:
     """Copy the winner's model to ``winner/``, and record the readout by which it won.
 
-    Of several seeds or folds, whose students are in ``homes``, it is the one with the best validation accuracy.
+    Of several seeds or folds, whose students are in ``homes``, it is the one with the best validation accuracy. Files
+    that were exported there from another winner, and a winner where there is none any more, are deleted.
     """
-    row = results.row(results.winner)
+    row, target = results.row(results.winner), folder / "winner"
     if row is None:
+        shutil.rmtree(target, ignore_errors=True)
         return
     validation = validation_scores(row, results.recipe.get("compare", {}).get("by", "accuracy"))
     place = max(range(len(homes)), key=lambda place: validation[place] or 0.0)
     source = homes[place] / row.student
-    (folder / "winner").mkdir(exist_ok=True)
+    target.mkdir(exist_ok=True)
+    weights = target / "model.safetensors"
+    if weights.exists() and not filecmp.cmp(source / weights.name, weights, shallow=False):
+        for exported in (*target.glob("*.onnx"), *target.glob("*.onnx.json")):
+            exported.unlink()
     for name in MODEL_FILES:
-        shutil.copy2(source / name, folder / "winner" / name)
-    card = json.loads((folder / "winner" / "model.json").read_text(encoding="utf-8"))
+        shutil.copy2(source / name, target / name)
+    card = json.loads((target / "model.json").read_text(encoding="utf-8"))
     card |= {"readout": row.readout, "test_top1": row.top1[place]}
-    write_text(folder / "winner" / "model.json", json.dumps(card, indent=2, ensure_ascii=False) + "\n")
+    write_text(target / "model.json", json.dumps(card, indent=2, ensure_ascii=False) + "\n")

@@ -14,7 +14,7 @@ from torch import Tensor
 from deitkit.comparison.rows import Predictions, RowKey, Summary, corrected, paired_over_seeds
 from deitkit.comparison.verdict import p_in_words
 from deitkit.data.dataset import Dataset, load_test
-from deitkit.data.duplicates import share_in_sketch
+from deitkit.data.duplicates import MOST_SEEN, how_to_divide, share_of_tests_seen
 from deitkit.distillation.methods import METHODS
 from deitkit.errors import RecipeError
 from deitkit.evaluation.predict import predict
@@ -31,7 +31,6 @@ from deitkit.run.reported import default_readout
 from deitkit.run.results import Row
 from deitkit.system.device import Precision
 
-MOST_SEEN = 0.05  # share of test images that may be training images of the checkpoint; photographs repeat
 BEFORE = "before"  # the method of the checkpoint's row
 ADAPTABLE = ("patch_px", "layer_scale")  # of the architecture, what weights can be made to fit
 
@@ -140,12 +139,11 @@ def measure_checkpoint(
     own["fit"] = card.get("fit", recipe.data.fit)
     test, hashes = load_test(recipe.data.model_copy(update=own), watcher.reading)
     assert torch.equal(test.labels, dataset.test.labels.cpu()), "both are the same images in the same order"
-    seen = _share_seen(hashes, dataset, weights)
+    seen = share_of_tests_seen(hashes, dataset.test_hashes, dataset.train_hashes, weights.card)
     if seen > MOST_SEEN:
-        split = " ".join(f"data.{field}={value}" for field, value in card.get("split", {}).items())
         raise RecipeError(
-            f"about {100 * seen:.0f} % of the test images of {dataset.name} are training images of "
-            f"{name}: divide the data as for its training ({split}), or test on other images"
+            f"about {100 * seen:.0f} % of the test images of {dataset.name} are training images of {name}: "
+            f"{how_to_divide(card)}"
         )
     scores = readout_scores(predict(_build(weights).to(precision.device), test, precision))
     readout = card.get("readout") or default_readout(list(scores))
@@ -157,12 +155,6 @@ def measure_checkpoint(
     top1 = top_k_accuracy(scores[readout], dataset.test.labels.cpu())
     watcher.say(f"before fine-tuning: {100 * top1:.2f} % on the test images at {px} px ({readout})")
     return StartingPoint(scores[readout], readout, parameters, card.get("method"), f"{note}.")
-
-
-def _share_seen(hashes: Tensor, dataset: Dataset, weights: Weights) -> float:
-    """Estimate which share of test images the checkpoint was trained on; those that this run trains on do not count."""
-    of_this_run = torch.isin(dataset.test_hashes, dataset.train_hashes)
-    return share_in_sketch(hashes[~of_this_run], str(weights.card.get("trained_on", "")))
 
 
 def _obstacle(weights: Weights, dataset: Dataset) -> str | None:

@@ -14,7 +14,7 @@ import numpy as np
 from deitkit.comparison.advice import advice
 from deitkit.comparison.compare import compare, copy_winner, has_finished, rehearse
 from deitkit.comparison.finetune import measure_checkpoint
-from deitkit.comparison.one_data_set import keeping_last
+from deitkit.comparison.images import as_begun, keeping_last
 from deitkit.comparison.rows import best_row, corrected, corrected_differences, finished
 from deitkit.comparison.verdict import Standing, verdict
 from deitkit.data.dataset import Dataset, load_dataset
@@ -23,7 +23,7 @@ from deitkit.models.weights.pretrained import starting_weights, with_pretrained_
 from deitkit.recipe.schema import DataRecipe, Recipe
 from deitkit.report.write import write_report
 from deitkit.run.difference import Difference, Reference, difference_fields
-from deitkit.run.folder import as_begun, begin_run, check_run
+from deitkit.run.folder import begin_run, check_run
 from deitkit.run.observer import Silent, Watcher
 from deitkit.run.provenance import envelope
 from deitkit.run.reported import reported_rows

@@ -5,7 +5,7 @@ from contextlib import suppress
 from types import FrameType
 from typing import Any
 
-from deitkit.comparison.one_data_set import keeping_last
+from deitkit.comparison.images import keeping_last
 from deitkit.comparison.seed_run import predict_students, seed_cohort
 from deitkit.data.dataset import Dataset, add_unlabelled, load_dataset
 from deitkit.errors import Interrupted

@@ -8,14 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from deitkit.comparison.finished_run import load_as_trained, students_of
-from deitkit.comparison.one_data_set import keeping_last
+from deitkit.comparison.images import as_begun, keeping_last
 from deitkit.data.dataset import Dataset, load_dataset
 from deitkit.evaluation.predict import predict_all
 from deitkit.evaluation.readouts import readout_scores, top_k_accuracy
 from deitkit.models.weights.read import file_sha256
 from deitkit.recipe.load import load_recipe
 from deitkit.recipe.schema import DataRecipe
-from deitkit.run.folder import as_begun
 from deitkit.run.observer import Watcher
 from deitkit.run.results import AblationResults, FoldResults, Row, fold_folder, read_results
 from deitkit.system.device import Precision, choose_device, describe_machine

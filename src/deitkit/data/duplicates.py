@@ -6,8 +6,10 @@ its training images, so that the same can be found for data that it meets later,
 
 import base64
 import binascii
+from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +18,7 @@ from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
 MOST_EXAMPLES = 5
+MOST_SEEN = 0.05  # share of test images that may be training images of a given model; photographs repeat
 SKETCHED = 256
 NEAR = 0.96  # correlation of thumbnails; of 97 pairs above it in CIFAR-10 and flowers, 96 show one photograph
 LEAST_NEAR_PX = 32  # smaller images of different things look alike
@@ -45,7 +48,7 @@ class Duplicates:
         if self.near:
             images = "image nearly equals" if self.count == 1 else "images nearly equal"
             return (
-                f"{self.count} more test {images} a training image, such as '{test}' and '{train}': nothing was "
+                f"{self.count} test {images} a training image, such as '{test}' and '{train}': nothing was "
                 "removed, so accuracies may be too high"
             )
         return (
@@ -107,16 +110,50 @@ def sketch(train: Int64[Tensor, " train"]) -> str:
     return base64.b64encode(train.unique()[:SKETCHED].numpy().tobytes()).decode()
 
 
+def share_of_sketch(train: Int64[Tensor, " train"], text: str) -> float:
+    """Return which share of the images of a sketch are among these; 1 for a text that is not a sketch, or empty."""
+    sketched = _sketched(text)
+    return torch.isin(sketched, train).double().mean().item() if len(sketched) else 1.0
+
+
 def share_in_sketch(test: Int64[Tensor, " test"], text: str) -> float:
     """Estimate which share of test images are among the training images of a sketch; exact for fewer than 256 of those.
 
     Only test images whose hash would be in the sketch, if they were training images, are counted. A text that is not a
     sketch gives 0.
     """
-    try:
-        sketched = torch.from_numpy(np.frombuffer(base64.b64decode(text, validate=True), np.int64).copy())
-    except (binascii.Error, ValueError):
-        return 0.0
+    sketched = _sketched(text)
     if len(sketched) >= SKETCHED:
         test = test[test <= sketched[-1]]
     return torch.isin(test, sketched).double().mean().item() if len(test) else 0.0
+
+
+def share_of_tests_seen(
+    hashes: Int64[Tensor, " test"],
+    test: Int64[Tensor, " test"],
+    train: Int64[Tensor, " train"],
+    card: Mapping[str, Any],
+) -> float:
+    """Estimate which share of a run's test images a given model was trained on; training images do not count.
+
+    Args:
+        hashes: Of the test images as the model takes them.
+        test: Of the same images as the run takes them.
+        train: Of the run's training images.
+        card: Of the model; 0 if it does not tell.
+    """
+    return share_in_sketch(hashes[~torch.isin(test, train)], str(card.get("trained_on", "")))
+
+
+def how_to_divide(card: Mapping[str, Any]) -> str:
+    """Return the remedy where a model has seen test images, from its card."""
+    split = " ".join(f"data.{field}={value}" for field, value in card.get("split", {}).items())
+    return f"divide the data as for its training ({split}), or test on other images"
+
+
+def _sketched(text: str) -> Int64[Tensor, " sketched"]:
+    """Return the hashes of a sketch; none for a text that is not a sketch."""
+    try:
+        return torch.from_numpy(np.frombuffer(base64.b64decode(text, validate=True), np.int64).copy())
+    except (binascii.Error, ValueError):
+        return torch.zeros(0, dtype=torch.int64)

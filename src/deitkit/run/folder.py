@@ -3,7 +3,6 @@
 The layout is in docs/design.md. Nothing here depends on teachers or methods.
 """
 
-import json
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -15,7 +14,7 @@ from filelock import BaseFileLock, FileLock, Timeout
 
 from deitkit.errors import CheckpointError, RecipeError
 from deitkit.recipe.load import changed_fields, dump_recipe, load_recipe
-from deitkit.recipe.schema import DataRecipe, Recipe
+from deitkit.recipe.schema import Recipe
 from deitkit.system.files import write_text
 
 LOCK = ".lock"
@@ -176,15 +175,6 @@ def check_run(folder: Path, recipe: Recipe, resume: bool) -> None:
 def begin_run(folder: Path, recipe: Recipe) -> None:
     """Write the recipe, which makes the folder a run folder; raise CheckpointError if it cannot be written."""
     write_text(folder / "recipe.yaml", dump_recipe(recipe))
-
-
-def as_begun(data: DataRecipe, folder: Path) -> DataRecipe:
-    """Return a recipe's data, streamed or not as when a run folder was begun, however much memory is free now."""
-    path = folder / "environment.json"
-    if data.streaming != "auto" or not path.exists():
-        return data
-    environment = json.loads(path.read_text(encoding="utf-8"))
-    return data.model_copy(update={"streaming": environment.get("streamed", "auto")})
 
 
 def _changes_since(folder: Path, recipe: Recipe) -> list[str]:

@@ -37,7 +37,7 @@ from deitkit.system.words import counted
 from deitkit.teachers.frozen import FrozenTeacher, Teachers, mean_teacher_logits
 from deitkit.teachers.gate import doubt, gate
 from deitkit.teachers.resolution import measure_at_own_resolution
-from deitkit.teachers.saved import build_saved
+from deitkit.teachers.saved import build_saved, require_unseen
 from deitkit.training.cohort import Cohort
 from deitkit.training.fit import train_to_end
 from deitkit.training.shared import SharedTraining, ranks_that_share, require_parts
@@ -296,12 +296,13 @@ def rehearse_teachers(recipe: Recipe, dataset: Dataset, folder: Path, precision:
     """Build every teacher that is not ready and try it on a batch of views, to fail before anything is written.
 
     Raises:
-        TeacherError: A teacher cannot be built, or cannot process the views.
+        TeacherError: A teacher was trained on test images, cannot be built, or cannot process the views.
     """
     homes = teacher_folders(recipe, folder)
     for number, (chosen, home) in enumerate(zip(recipe.all_teachers, homes, strict=True)):
         if not (home / "card.json").exists():
             with seeded(recipe.seeds[0], home.name), _numbered(recipe, number):
+                require_unseen(chosen, recipe.data, dataset)
                 classifier, card = draft_teacher(chosen, dataset)
                 _try(accelerate(classifier, recipe.speed, precision.device), card, chosen, dataset, precision)
 

@@ -6,12 +6,15 @@ Training and checking it is in ``prepare``.
 from pathlib import Path
 from typing import Any
 
-from deitkit.data.dataset import Dataset
+from deitkit.data.dataset import Dataset, load_test
+from deitkit.data.duplicates import MOST_SEEN, how_to_divide, share_of_tests_seen
 from deitkit.errors import CheckpointError, TeacherError
+from deitkit.evaluation.classify import input_px
 from deitkit.models.built import BuiltClassifier
 from deitkit.models.saved import build_model, model_below, model_folder, read_card
 from deitkit.models.weights.read import read_state
-from deitkit.recipe.schema import TeacherRecipe
+from deitkit.recipe.schema import DataRecipe, TeacherRecipe
+from deitkit.system.words import first_of
 
 
 def build_saved(recipe: TeacherRecipe, dataset: Dataset) -> tuple[TeacherRecipe, BuiltClassifier, str | None]:
@@ -44,8 +47,8 @@ def build_saved(recipe: TeacherRecipe, dataset: Dataset) -> tuple[TeacherRecipe,
         )
     if card["class_names"] != list(dataset.class_names):
         raise TeacherError(
-            f"teacher.name={recipe.name} has the classes {', '.join(card['class_names'][:4])}..., but the data has "
-            f"{', '.join(dataset.class_names[:4])}...: train it on this data, or give its weights as teacher.checkpoint"
+            f"teacher.name={recipe.name} has the classes {first_of(card['class_names'])}, but the data has "
+            f"{first_of(dataset.class_names)}: train it on this data, or give its weights as teacher.checkpoint"
         )
     own = {
         "name": card.get("architecture", recipe.name),
@@ -63,6 +66,39 @@ def build_saved(recipe: TeacherRecipe, dataset: Dataset) -> tuple[TeacherRecipe,
         built,
         card.get("readout") or card.get("only_readout") or _readout(card["config"]),
     )
+
+
+def require_unseen(recipe: TeacherRecipe, data: DataRecipe, dataset: Dataset) -> None:
+    """Check that a teacher, if its card tells its training images, was not trained on this run's test images.
+
+    Args:
+        recipe: Of the teacher, which may name a model or weights with a card beside them.
+        data: Of the run.
+        dataset: The same, loaded.
+
+    Raises:
+        TeacherError: It was.
+    """
+    for given in (Path(recipe.name), recipe.checkpoint):
+        if given is None or not given.exists():
+            continue
+        try:
+            card = read_card(model_folder(given if given.is_dir() else given.parent))
+        except CheckpointError:  # a stranger's weights
+            continue
+        if not card.get("trained_on"):
+            continue
+        own = {"image_px": input_px(card), "channels": card["channels"], "fit": card.get("fit", "crop")}
+        is_same = dataset.image_px == (own["image_px"],) * 2 and (dataset.channels, dataset.fit) == (
+            own["channels"], own["fit"],
+        )  # fmt: skip
+        hashes = dataset.test_hashes if is_same else load_test(data.model_copy(update=own))[1]
+        seen = share_of_tests_seen(hashes, dataset.test_hashes, dataset.train_hashes, card)
+        if seen > MOST_SEEN:
+            raise TeacherError(
+                f"about {100 * seen:.0f} % of the test images of {dataset.name} are training images of the teacher "
+                f"{given}: {how_to_divide(card)}"
+            )
 
 
 def _check_student(recipe: TeacherRecipe, config: dict[str, Any]) -> None:
