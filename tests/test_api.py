@@ -5,7 +5,9 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +37,10 @@ def test_a_comparison_of_own_images(
 ) -> None:
     photos = write_images(tmp_path / "photos")
     monkeypatch.chdir(tmp_path)
+    drawn = torch.get_rng_state()
     result = deitkit.compare("own-images", data=f"folder:{photos}", **FAST)
-    assert result.folder == Path("runs/own-images")
+    assert torch.equal(torch.get_rng_state(), drawn), "the caller's own draws go on"
+    assert result.folder == tmp_path / "runs" / "own-images", "whatever the working directory becomes"
     assert [row.row for row in result.rows][:2] == ["none/class", "token-hard/class"]
     assert all(row.n == 24 for row in result.rows)
     assert result.winner is not None
@@ -85,6 +89,10 @@ def check_images_and_arguments(model: Model, photo: Path) -> None:
         model.predict([])
     with pytest.raises(DataError, match=r"images: an image of Pillow cannot be read .* convert it to RGB"):
         model.predict(Image.new("F", (8, 8)))
+    with pytest.raises(DataError, match=r"images: an image of Pillow cannot be read .* or leave it out"):
+        model.predict(Image.open(photo).crop((5, 5, 5, 9)))
+    with pytest.raises(RecipeError, match="top is True"):
+        model.predict(photo, top=True)
     told = told_by("model.predict(numpy.zeros((8, 8, 3)))", "model.predict(None)", "model.evaluate(None)",
                    "model.evaluate(deitkit.load_dataset('digits'))", "model.evaluate('digits', root=5)",
                    model=model.folder)  # fmt: skip
@@ -188,3 +196,35 @@ def test_a_recipe_takes_fields_as_its_name_does(model: Any) -> None:
     named = deitkit.load_recipe("own-images", model=model)
     assert deitkit.load_recipe(deitkit.load_recipe("own-images"), model=model) == named
     assert named.model.width is None, "that of deit_small"
+
+
+def test_threads_train_in_turn(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    running, most = 0, 0
+
+    def run_recipe(*arguments: Any, **settings: Any) -> None:
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        time.sleep(0.05)
+        running -= 1
+        raise DataError("enough")
+
+    def compare(number: int) -> None:
+        with suppress(DataError):
+            deitkit.compare("digits", out=tmp_path / str(number))
+
+    monkeypatch.setattr("deitkit.api.run_recipe", run_recipe)
+    threads = [threading.Thread(target=compare, args=(number,)) for number in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == 1
+
+
+def test_what_is_no_recipe_or_value_of_one_is_a_sentence() -> None:
+    told = told_by(
+        "deitkit.compare({'train': 1})", "deitkit.compare('digits', teacher=__import__('torch').nn.Flatten())"
+    )
+    assert told[0].startswith("recipe is of the type dict: name a shipped recipe or a YAML file")
+    assert told[1].startswith("a Flatten of torch is no value of a recipe: save its state_dict() with safetensors")

@@ -18,6 +18,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
 from PIL import Image, ImageOps
 
 from deitkit.cli.console import as_text, console
@@ -44,6 +45,9 @@ __all__ = [
 ]  # fmt: skip
 
 
+_TRAINING = threading.Lock()
+
+
 class Model:
     """A trained classifier in its folder: a student, a teacher, or the winner of a run.
 
@@ -53,8 +57,8 @@ class Model:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.card = read_card(folder)
+        self.folder = folder.absolute()  # the working directory may change
+        self.card = read_card(self.folder)
 
     def __repr__(self) -> str:
         return f"<deitkit model {self.folder}: {self.card['parameters']:,} parameters, {len(self.class_names)} classes>"
@@ -111,7 +115,7 @@ class Comparison:
     """
 
     def __init__(self, folder: Path, results: Results) -> None:
-        self.folder = folder
+        self.folder = folder.absolute()
         self.results = results
 
     @property
@@ -172,6 +176,11 @@ def _plain(value: Any) -> Any:
     """Return what JSON has for a value that it does not know: a range or an array is a list, a method its name."""
     if isinstance(value, Method):
         return value.name
+    if isinstance(value, torch.nn.Module):
+        raise RecipeError(
+            f"a {type(value).__name__} of torch is no value of a recipe: save its state_dict() with safetensors, and "
+            "name its architecture and the file, as teacher={'name': 'timm/resnet18', 'checkpoint': 'FILE'}"
+        )
     if hasattr(value, "tolist"):  # of NumPy and PyTorch
         return value.tolist()
     return list(value) if isinstance(value, Collection) else str(value)
@@ -198,8 +207,10 @@ def _image_path(image: Any, new: Path) -> Path:
         )
     try:
         ImageOps.exif_transpose(image).save(new)
-    except OSError as error:
-        raise DataError(f"images: an image of Pillow cannot be read ({error}): convert it to RGB") from None
+    except (OSError, ValueError) as error:  # of another mode, empty, or closed
+        raise DataError(
+            f"images: an image of Pillow cannot be read ({error}): convert it to RGB, or leave it out"
+        ) from None
     return new
 
 
@@ -287,13 +298,20 @@ def _named_recipe(recipe: str | Path | Recipe, fields: dict[str, Any]) -> Recipe
     """Return a recipe to train; raise RecipeError for None, which a variable may be by mistake."""
     if recipe is None:
         raise RecipeError("recipe is None: name a shipped recipe (see `deitkit recipes`) or a YAML file")
+    if not isinstance(recipe, str | Path | Recipe):
+        raise RecipeError(
+            f"recipe is of the type {type(recipe).__name__}: name a shipped recipe or a YAML file, and give fields as "
+            "arguments, as in compare('digits', **{'train.epochs': 5})"
+        )
     return load_recipe(recipe, **fields)
 
 
 def _run(recipe: Recipe, out: str | Path | None, resume: bool, progress: bool) -> Comparison:
     recipe = recipe.model_copy(update={"model": with_pretrained_size(recipe.model)})
     folder = choose_run_folder(None if out is None else _path("out", out), recipe, resume)
-    with _watching(progress) as watcher, occupied(folder):
+    # torch's global generator, which belongs to all threads, draws weights and dropout; the caller's own draws go on as
+    # they would have.
+    with _TRAINING, torch.random.fork_rng(devices=[]), _watching(progress) as watcher, occupied(folder):
         return Comparison(folder, run_recipe(recipe, folder, watcher=watcher, resume=resume))
 
 

@@ -116,7 +116,7 @@ class Classification(Iterable[Prediction]):
         embed: bool = False,
         workers: int | None = None,
     ) -> None:
-        if not isinstance(top, int) or top < 1:
+        if not isinstance(top, int) or isinstance(top, bool) or top < 1:
             raise RecipeError(f"top is {top!r}: give the number of classes to return, at least 1")
         device = choose_device("auto")
         self.precision = Precision.choose("auto", device)
