@@ -247,3 +247,28 @@ def test_split_seeds_are_those_that_every_library_takes() -> None:
     assert load_recipe("digits", [f"data.split_seed={2**32 - 1}"]).data.split_seed == 2**32 - 1
     with pytest.raises(RecipeError, match=r"data.split_seed=4294967296: .* less than 4294967296"):
         load_recipe("digits", [f"data.split_seed={2**32}"])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "train: {epochs: 5}\nmodel: {name: micro}\ntrain: {batch_size: 3}\n",
+            "has 'train' twice, again in line 3: correct",
+        ),
+        ("train: {epochs: 1, epochs: 7}\n", "has 'epochs' twice, again in line 1"),
+        ("# nothing yet\n", r"is empty: write the fields that differ"),
+        ("null\n", "is empty"),
+        ("train.epochs: 3\n", r"key 'train\.epochs' is written in its section in a file: train: \{epochs: 3\}"),
+    ],
+)
+def test_a_file_that_says_less_than_it_seems_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "mine.yaml").write_text(text)
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(str(tmp_path / "mine.yaml"))
+
+
+def test_a_merged_section_may_be_changed(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("train: &same {epochs: 5}\nteacher: {train: {<<: *same, epochs: 7}}\n")
+    recipe = load_recipe(str(tmp_path / "mine.yaml"))
+    assert (recipe.train.epochs, recipe.teacher.train.epochs) == (5, 7)

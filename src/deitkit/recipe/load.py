@@ -240,7 +240,7 @@ def _parse(source: str) -> dict[str, Any]:
         raise RecipeError(f"recipe '{source}' is neither a shipped recipe nor a file: {near} See `deitkit recipes`")
     tree = _load_yaml(text, f"recipe '{source}'", "correct the file and run again")
     if tree is None:
-        tree = {}
+        raise RecipeError(f"recipe '{source}' is empty: write the fields that differ from the defaults")
     if not isinstance(tree, dict) or not all(isinstance(key, str) for key in tree):
         raise RecipeError(
             f"recipe '{source}' must be a mapping of field names to values, such as 'train: {{epochs: 20}}'"
@@ -257,6 +257,31 @@ def _read_file(source: str) -> str | None:
         raise RecipeError(f"recipe '{source[:200]}' cannot be read ({reason.lower()}): name another file") from None
 
 
+class _RepeatedKey(Exception):  # noqa: N818 - a fact of a text
+    """A key that a mapping has twice, and its line."""
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads plain values as ``yaml.safe_load`` does, but refuses what that drops silently: the first of equal keys."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        names: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in names - {"<<"}:
+                raise _RepeatedKey(f"'{key.value}' twice, again in line {key.start_mark.line + 1}")
+            names.add(str(key.value))
+        return node
+
+
+def _read_yaml(text: str) -> Any:
+    loader = _Loader(text)
+    try:
+        return loader.get_single_data()
+    finally:
+        loader.dispose()
+
+
 def _load_yaml(text: str, what: str, remedy: str) -> Any:
     """Parse YAML without Python objects, and limit its size.
 
@@ -264,7 +289,9 @@ def _load_yaml(text: str, what: str, remedy: str) -> Any:
         RecipeError: The text is not valid YAML, or aliases make it larger than any recipe (or endless).
     """
     try:
-        tree = yaml.safe_load(text)
+        tree = _read_yaml(text)
+    except _RepeatedKey as error:
+        raise RecipeError(f"{what} has {error}: {remedy}") from None
     except Exception as error:  # PyYAML's constructors raise many types for a tag that does not suit its value
         where = getattr(error, "problem_mark", None)
         line = f" in line {where.line + 1}" if where is not None else ""

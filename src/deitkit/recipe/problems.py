@@ -63,6 +63,9 @@ def _sentence(where: str, problems: Sequence[Any], fields: Mapping[str, str]) ->
     kind, value = problems[0]["type"], problems[0]["input"]
     message = str(problems[0]["msg"]).removeprefix("Value error, ")
     shown = repr(value) if len(repr(value)) <= 60 else repr(value)[:57] + "..."
+    if kind == "extra_forbidden" and where in fields:
+        section, _, name = where.rpartition(".")
+        return f"key '{where}' is written in its section in a file: {section}: {{{name}: {shown}}}"
     if kind == "extra_forbidden":
         return f"unknown key '{where}': {nearest(where, list(fields)) or 'see `deitkit recipes --fields`'}"
     if not where:
