@@ -115,12 +115,22 @@ def test_a_corrected_p_value_decides() -> None:
 
 def test_a_model_that_guesses_replaces_nothing_and_without_a_cnn_there_is_no_advice() -> None:
     found = difference(-0.002, 0.01, 0.7)
-    assert advice(results_with(found, balanced_accuracy=0.1)).endswith("hard/class does not tell the classes apart.")
+    assert advice(results_with(found, balanced_accuracy=0.1)).endswith(
+        "1,000 test images do not show hard/class to be better than chance."
+    )
     guesses = results_with(found).teachers[0].model_copy(update={"test_balanced": 0.1})
     both = results_with(found, balanced_accuracy=0.1).model_copy(update={"teacher": guesses})
-    assert advice(both) == "Use neither hard/class nor the teacher timm/resnet18: they do not tell the classes apart."
+    words = (
+        "Use neither hard/class nor the teacher timm/resnet18: 1,000 test images do not show either to be better than"
+    )
+    assert advice(both) == f"{words} chance."
+    nearly = both.model_copy(update={"rows": (both.rows[0].model_copy(update={"balanced_accuracy": 0.105}),)})
+    assert advice(nearly) == f"{words} chance.", "more than a constant answer, but not significantly"
     text = advice(results_with(found).model_copy(update={"teacher": guesses}))
-    assert text == "Use hard/class instead of the teacher timm/resnet18: it alone tells the classes apart."
+    assert (
+        text
+        == "Use hard/class instead of the teacher timm/resnet18: it alone is better than chance on 1,000 test images."
+    )
     few = results_with(difference(0.09, 0.3, 1.0)).model_copy(update={"teacher": guesses})
     assert advice(few).startswith("The 1,000 test images do not decide between hard/class and the teacher")
     assert advice(results_with(found, cost=None)) == ""

@@ -3,10 +3,14 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from scipy import stats
+
 from deitkit.report.table_layout import megabytes, milliseconds
 from deitkit.run.difference import Difference
 from deitkit.run.results import Cost, Results, Row
+from deitkit.system.words import counted
 
+ALPHA = 0.05
 NOTABLE = 1.1  # a ratio of times or sizes below this makes no difference to anyone
 WORTH_ACCURACY = 2.0  # from this ratio on, someone may give up accuracy for it
 TOLERABLE = 0.02  # accuracy that a student may lose unnoticed, before a tie can count as "as accurate"
@@ -38,13 +42,17 @@ def advice(results: Results) -> str:
     rival = None if winner is None else _rival(winner, results)
     if winner is None or winner.cost is None or rival is None:
         return ""
-    classes = results.dataset.classes
-    if _guesses(winner.balanced_accuracy, classes):
-        if _guesses(rival.balanced, classes):
-            return f"Use neither {winner.row} nor {rival.name}: they do not tell the classes apart."
-        return f"Keep {rival.name}: {winner.row} does not tell the classes apart."
-    if _guesses(rival.balanced, classes) and (rival.difference.is_significant or _is_close(rival.difference)):
-        return f"Use {winner.row} instead of {rival.name}: it alone tells the classes apart."
+    guess = {
+        model: _guesses(balanced, winner.n, results.dataset.classes)
+        for model, balanced in (("winner", winner.balanced_accuracy), ("rival", rival.balanced))
+    }
+    images = counted(winner.n, "test image")
+    if guess["winner"] and guess["rival"]:
+        return f"Use neither {winner.row} nor {rival.name}: {images} do not show either to be better than chance."
+    if guess["winner"]:
+        return f"Keep {rival.name}: {images} do not show {winner.row} to be better than chance."
+    if guess["rival"] and (rival.difference.is_significant or _is_close(rival.difference)):
+        return f"Use {winner.row} instead of {rival.name}: it alone is better than chance on {images}."
     savings = {
         "speed": rival.cost.milliseconds / winner.cost.milliseconds,
         "size": rival.cost.file_bytes / winner.cost.file_bytes,
@@ -69,9 +77,11 @@ def _rival(winner: Row, results: Results) -> Rival | None:
     return None
 
 
-def _guesses(balanced: float | None, classes: int) -> bool:
-    """Return whether a balanced accuracy is no more than that of a constant answer."""
-    return balanced is not None and balanced <= 1 / classes + 1e-9
+def _guesses(balanced: float | None, images: int, classes: int) -> bool:
+    """Return whether a balanced accuracy is not significantly above that of a constant answer (binomial test)."""
+    if balanced is None:
+        return False
+    return float(stats.binom.sf(round(balanced * images) - 1, images, 1 / classes)) >= ALPHA
 
 
 def _is_close(difference: Difference) -> bool:
