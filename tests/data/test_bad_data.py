@@ -17,6 +17,7 @@ from torchvision.io import decode_image
 
 from deitkit.cli.apply import predict
 from deitkit.comparison.compare import compare
+from deitkit.comparison.describe import describe_data
 from deitkit.data.dataset import load_dataset
 from deitkit.data.duplicates import find_duplicates, pixel_hashes
 from deitkit.data.listing import Listing
@@ -342,3 +343,24 @@ def test_folders_with_names_that_are_no_utf8(tmp_path, fields):
     assert data.class_names == ("b", r"caf\udce9")
     assert data.skipped == (r"caf\udce9/\udce9.png",)
     assert json.dumps([data.class_names, data.skipped], ensure_ascii=False).encode("utf-8")
+
+
+def test_images_of_a_part_of_16_bits_are_told_to_be_nearly_black(tmp_path):
+    levels = np.random.default_rng(0).integers(0, 4096, (40, 8, 8), dtype=np.uint16)  # 12 bits
+    for name, images in (("dark", levels), ("whole", 16 * levels)):
+        for number, image in enumerate(images):
+            file = tmp_path / name / "ab"[number % 2] / f"{number}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(file)
+    dark, whole = ("; ".join(describe_data(load(f"folder:{tmp_path / name}"))) for name in ("dark", "whole"))
+    assert "the training images are nearly black (mean 0.03" in dark
+    assert "nearly black" not in whole
+
+
+def test_a_relative_folder_that_is_not_there_is_looked_for_here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match=rf"folder 'photos' does not exist in {tmp_path}: data\.name=folder:PATH needs"):
+        load("folder:photos")
+    for name in (f"folder:{tmp_path}/x", f"csv:{tmp_path}/x.csv", f"parquet:{tmp_path}/x"):
+        with pytest.raises(DataError, match=r"x[^ ]*' does not exist: "):
+            load(name)

@@ -1,6 +1,8 @@
 """A published folder: opened by timm, transformers and deitkit with the model's answers, and its card."""
 
+import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,11 +11,13 @@ import pytest
 import timm
 import torch
 import yaml
+from PIL import Image
 
 from deitkit.comparison.compare import compare
-from deitkit.errors import CheckpointError, RecipeError
+from deitkit.errors import CheckpointError, DataError, RecipeError
 from deitkit.evaluation.readouts import readout_scores
 from deitkit.export import publish as module
+from deitkit.export.export import ExportOptions, export_onnx
 from deitkit.export.publish import PublishOptions, publish, push
 from deitkit.models.classifier import Classifier
 from deitkit.models.saved import load_classifier, save_classifier
@@ -43,8 +47,6 @@ def saved(folder: Path, tokens: tuple[str, ...] = ("class", "distillation"), **c
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run whose recipe names folders of this machine."""
-    from PIL import Image
-
     root = tmp_path_factory.mktemp("private")
     for label, name in enumerate(("cat", "dog")):
         (root / "photos" / name).mkdir(parents=True)
@@ -195,3 +197,22 @@ def test_the_name_of_a_data_set_is_text_in_the_card(finished: Path) -> None:
     said = module._data(hostile)
     assert "<b>" not in said
     assert "*c*" not in said.replace("\\*", "")
+
+
+def test_a_file_is_not_checked_on_other_images_of_the_same_relative_name(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    photos = finished.parent / "photos"
+    for name, other in (("cat", "dog"), ("dog", "cat")):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for file in (photos / other).iterdir():
+            Image.open(file).point(lambda level: level + 1).save(tmp_path / "photos" / name / file.name)
+    model = shutil.copytree(finished / "seed-0" / "none", tmp_path / "none")
+    card = json.loads((model / "model.json").read_text())
+    (model / "model.json").write_text(json.dumps(card | {"dataset": "folder:photos"}))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match="data folder:photos has other images here than the model was trained on: run"):
+        export_onnx(model, tmp_path / "out.onnx", ExportOptions())
+    export_onnx(model, tmp_path / "out.onnx", ExportOptions(data="folder:photos"))
+    monkeypatch.chdir(finished.parent)
+    assert export_onnx(model, tmp_path / "here.onnx", ExportOptions()).n == 16

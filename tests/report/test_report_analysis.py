@@ -161,6 +161,21 @@ def make_hostile_analysis(analysis: dict[str, Any], name: str = HOSTILE) -> dict
     return analysis
 
 
+def test_an_analysis_of_an_earlier_table_says_so(tmp_path: Path) -> None:
+    results, analysis = make_results(), make_analysis()
+    rows = [row["row"] for row in results["rows"]]
+    analysis["rows"] = [{**analysis["rows"][1], "row": name} for name in ["teacher", *rows]]
+    (fits := make_analyzed(tmp_path / "fits", analysis, results))
+    note = "This is the analysis of an earlier table"
+    write_report(fits)
+    assert note not in (fits / "report.html").read_text(encoding="utf-8")
+    for number, other in enumerate(([*rows, "gone/class"], rows[:-1])):
+        analysis["rows"] = [{**analysis["rows"][0], "row": name} for name in ["teacher", *other]]
+        folder = make_analyzed(tmp_path / str(number), analysis, results)
+        write_report(folder)
+        assert note in (folder / "report.html").read_text(encoding="utf-8")
+
+
 def test_hostile_names_stay_text(tmp_path: Path) -> None:
     results, analysis = make_results(), make_analysis()
     plain = page_of(make_analyzed(tmp_path / "plain", analysis, results))

@@ -9,6 +9,8 @@ from deitkit.system.words import counted
 from deitkit.training.build import needs_teacher
 from deitkit.training.optim import peak_learning_rate
 
+DARK = 0.125  # of 1: 12 bits in files of 16 reach 0.063
+
 
 def describe_data(dataset: Dataset) -> Iterator[str]:
     """Yield the splits and their classes, what was assumed or left out, and duplicates across splits."""
@@ -31,6 +33,11 @@ def describe_data(dataset: Dataset) -> Iterator[str]:
     if dataset.skipped:
         files = counted(len(dataset.skipped), "file")
         yield f"left out: {files} that cannot be decoded, first {dataset.skipped[0]}"
+    if all(mean + 3 * deviation < DARK for mean, deviation in zip(dataset.mean, dataset.std, strict=True)):
+        yield (
+            f"the training images are nearly black (mean {max(dataset.mean):.2g} of 1): if their files have 16 or 32 "
+            "bits and use a part of them, scale them to the whole range, since they become 8 bits"
+        )
     for duplicates in (dataset.duplicates, dataset.near_duplicates):
         if duplicates.count:
             yield duplicates.sentence()

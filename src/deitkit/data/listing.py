@@ -58,3 +58,8 @@ class Listing:
     skipped: tuple[str, ...] = ()
     remarks: tuple[str, ...] = ()
     groups: Int64[Tensor, " n"] | None = None
+
+
+def below_here(path: Path) -> str:
+    """Say where a relative path was looked for; nothing of an absolute one."""
+    return "" if path.is_absolute() else f" in {Path.cwd()}"

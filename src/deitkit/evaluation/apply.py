@@ -13,6 +13,7 @@ from deitkit.evaluation.statistics import wilson_interval
 from deitkit.models.saved import load_classifier
 from deitkit.recipe.schema import DataRecipe
 from deitkit.system.device import Precision, choose_device
+from deitkit.system.words import first_of
 
 
 def evaluate_model(folder: Path, data: str, root: Path | None = None) -> dict[str, Any]:
@@ -57,8 +58,8 @@ def load_data_of(card: dict[str, Any], data: str, root: Path | None) -> Dataset:
         dataset = load_dataset(data_recipe_of(card | {"split": {}}, data, root))
     if list(dataset.class_names) != card["class_names"]:
         raise DataError(
-            f"data {data} has the classes {_some(list(dataset.class_names))}, "
-            f"but the model has {_some(card['class_names'])}: evaluate it on data with the model's classes"
+            f"data {data} has the classes {first_of(list(dataset.class_names))}, "
+            f"but the model has {first_of(card['class_names'])}: evaluate it on data with the model's classes"
         )
     return dataset
 
@@ -88,7 +89,3 @@ def data_recipe_of(card: dict[str, Any], data: str, root: Path | None) -> DataRe
         fit=card.get("fit", "crop"),
         **card.get("split", {}),
     )
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

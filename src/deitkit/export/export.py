@@ -12,7 +12,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from deitkit.data.dataset import Dataset
-from deitkit.errors import CheckpointError, RecipeError
+from deitkit.data.duplicates import share_of_sketch
+from deitkit.errors import CheckpointError, DataError, RecipeError
 from deitkit.evaluation.apply import load_data_of
 from deitkit.evaluation.predict import predict
 from deitkit.evaluation.readouts import balanced_accuracy, readout_scores, top_k_accuracy
@@ -33,6 +34,7 @@ FORMAT = 1
 TOLERANCE = 1e-3  # of probabilities in float32; other kernels give about 1e-6
 BATCH_SIZE = 32
 REPEATS = 5
+LEAST_KNOWN = 0.5  # share of the images that a model was trained on that must be among those of its data set
 LOST_POINTS = 0.01  # accuracy that int8 may cost without a word
 
 
@@ -85,6 +87,12 @@ def export_onnx(
     if name is None:
         raise RecipeError("the model's card names no data set to check the file on: give one with --data")
     dataset = load_data_of(card, str(name), options.root)
+    known = torch.cat([dataset.train_hashes, dataset.validation_hashes])
+    if options.data is None and share_of_sketch(known, str(card.get("trained_on", ""))) < LEAST_KNOWN:
+        raise DataError(
+            f"data {name} has other images here than the model was trained on: run this where its run began, or name "
+            "the images to check it on with --data"
+        )
     if options.public:
         card = without_folders(card)
     say("building the graph")

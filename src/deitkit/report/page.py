@@ -14,7 +14,7 @@ from deitkit.report.cost_chart import cost_chart
 from deitkit.report.figures import colours_of, validation_peaks
 from deitkit.report.published import PAPER, REPRODUCTION
 from deitkit.report.table_layout import NOTHING, WINNER_MARK, millions, percent
-from deitkit.run.analysis import read_analysis
+from deitkit.run.analysis import Analysis, read_analysis
 from deitkit.run.metrics import EpochMetrics
 from deitkit.run.results import AblationResults, Results
 from deitkit.system.files import write_text
@@ -37,10 +37,19 @@ def write_page(
         CheckpointError: The folder cannot be written.
     """
     found = read_analysis(folder)
+    if found is not None and not _is_of(found, results):
+        note = "This is the analysis of an earlier table with other rows or seeds: run `deitkit analyze` again."
+        found = found.model_copy(update={"notes": (note, *found.notes)})
     section = None if found is None else lay_out_analysis(found, results, colours_of(metrics), folder)
     page = render_page(results, metrics, teacher_metrics, _picture(folder / "views.png"), section)
     write_text(folder / "report.html", page)
     return [folder / "report.html"]
+
+
+def _is_of(analysis: Analysis, results: Results) -> bool:
+    """Return whether an analysis has the rows of a table that have a model, and no others, of some of its seeds."""
+    rows = {row.row for row in results.rows if row.kind != "checkpoint" and row.top1_mean is not None}
+    return {row.row for row in analysis.rows} - {"teacher"} == rows and {*analysis.seeds} <= {*results.seeds}
 
 
 def render_page(

@@ -1,6 +1,7 @@
 """Numbers and names in sentences."""
 
 import re
+from collections.abc import Sequence
 from pathlib import PurePath
 from typing import Any
 
@@ -28,3 +29,8 @@ def without_folders(value: Any) -> Any:
     if whole is not None:
         return (whole[1] or "") + re.split(r"[/\\]", value.rstrip("/\\"))[-1]
     return re.sub(r"(?<![\w./\\])(?:~|[A-Za-z]:(?=\\))?[/\\](?![/\s])(?:[^\s'\"/\\,;]+[/\\])+", "", value)
+
+
+def first_of(names: Sequence[str]) -> str:
+    """Return a few names, with the number of the others."""
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

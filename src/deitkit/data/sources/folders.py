@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from deitkit.data.decode import SUFFIXES
-from deitkit.data.listing import EncodedImages, Listing, writable
+from deitkit.data.listing import EncodedImages, Listing, below_here, writable
 from deitkit.errors import DataError
 from deitkit.system.words import counted
 
@@ -62,7 +62,8 @@ def list_folder(folder: Path, *, test_names: Sequence[str] = TEST_NAMES, more_tr
     """
     if not folder.is_dir():
         raise DataError(
-            f"folder '{folder}' does not exist: data.name=folder:PATH needs <class>/* or train/<class>/* in PATH"
+            f"folder '{folder}' does not exist{below_here(folder)}: data.name=folder:PATH needs <class>/* or "
+            "train/<class>/* in PATH"
         )
     named = {split_name(name): path for name, path in reversed(class_folders(folder).items())}
     train, test, remarks = [folder], [], []
@@ -110,7 +111,9 @@ def list_folder(folder: Path, *, test_names: Sequence[str] = TEST_NAMES, more_tr
 def list_images(folder: Path) -> Listing:
     """List all images below a folder, without labels (-1); raise DataError if there is none."""
     if not folder.is_dir():
-        raise DataError(f"folder '{folder}' does not exist: data.unlabelled=folder:PATH needs images in PATH")
+        raise DataError(
+            f"folder '{folder}' does not exist{below_here(folder)}: data.unlabelled=folder:PATH needs images in PATH"
+        )
     left_out: Counter[str] = Counter()
     files = _images(folder, left_out)
     if not files:

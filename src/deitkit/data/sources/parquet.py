@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 
-from deitkit.data.listing import EncodedImages, Listing, writable
+from deitkit.data.listing import EncodedImages, Listing, below_here, writable
 from deitkit.data.sources.folders import TEST_NAMES, require_same_classes, split_name
 from deitkit.errors import DataError
 from deitkit.system.words import counted
@@ -78,7 +78,10 @@ def _choose_files(
     if path.is_file():
         return [path], [], []
     if not path.is_dir():
-        raise DataError(f"'{path}' does not exist: data.name=parquet:PATH needs a parquet file or a folder of them")
+        raise DataError(
+            f"'{path}' does not exist{below_here(path)}: data.name=parquet:PATH needs a parquet file or a folder of "
+            "them"
+        )
     remarks = []
     shards, configurations = _shards(path), _configurations(path)
     if not shards.keys() & {"train", *TEST_NAMES} and configurations:

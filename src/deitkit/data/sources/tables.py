@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from deitkit.data.listing import Listing, writable
+from deitkit.data.listing import Listing, below_here, writable
 from deitkit.data.sources.folders import TEST_NAMES, encoded_files, require_same_classes, split_name
 from deitkit.errors import DataError
 from deitkit.system.words import counted
@@ -74,7 +74,10 @@ def list_csv(path: Path) -> Listing:
 
 def _read(path: Path) -> tuple[list[dict[str, str]], list[str]]:
     if not path.is_file():
-        raise DataError(f"'{path}' does not exist: data.name=csv:FILE needs a CSV file with the columns path and label")
+        raise DataError(
+            f"'{path}' does not exist{below_here(path)}: data.name=csv:FILE needs a CSV file with the columns path and "
+            "label"
+        )
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             start = file.read(4096)
