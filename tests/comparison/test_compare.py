@@ -198,7 +198,7 @@ def test_every_shipped_recipe_trains_two_steps(name: str, tmp_path: Path, monkey
     px = 8 if recipe.data.name == "digits" else 32
     channels = 1 if recipe.data.name in ("digits", "fashion_mnist") else 3
     data = striped_dataset(classes=10, per_class=4, image_px=px, channels=channels)
-    monkeypatch.setattr("deitkit.comparison.compare.load_dataset", lambda *_, **settings: data)
+    monkeypatch.setattr("deitkit.comparison.images.load_dataset", lambda *_, **settings: data)
     if recipe.variants:
         monkeypatch.setattr("deitkit.comparison.ablation.load_dataset", lambda *_, **settings: data)
         # thirteen times the pictures of one run would take longer than all that this test is about

@@ -371,6 +371,6 @@ def test_one_fold_at_a_time_is_in_memory(
         return dataset
 
     monkeypatch.setattr("deitkit.comparison.folds.load_dataset", load)
-    monkeypatch.setattr("deitkit.comparison.compare.load_dataset", load)
+    monkeypatch.setattr("deitkit.comparison.images.load_dataset", load)
     run_recipe(tiny_recipe("data.folds=3", "methods=[none]"), tmp_path / "run", watcher=Silent())
     assert len(loaded) == 3
