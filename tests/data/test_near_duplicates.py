@@ -108,7 +108,7 @@ def test_a_comparison_tells_of_them(photos: Path, tiny_recipe: Callable[..., Rec
         "data.test_images=null", "model.patch_px=8",
     )  # fmt: skip
     results = compare(recipe, tmp_path / "run", watcher=watcher)
-    sentence = "3 more test images nearly equal a training image, such as"
+    sentence = "3 test images nearly equal a training image, such as"
     assert sum(line.startswith(sentence) for line in said) == 1
     assert sum(note.startswith(sentence) for note in results.notes) == 1
     written = json.loads((tmp_path / "run" / "results.json").read_text())

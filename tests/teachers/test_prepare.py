@@ -324,7 +324,7 @@ def test_what_a_student_cannot_do_as_a_teacher(
 
 def test_a_student_of_other_classes_does_not_teach(stripes: Dataset, tmp_path: Path) -> None:
     saved_student(tmp_path / "student", ("class",), class_names=["a", "b", "c"])
-    with pytest.raises(TeacherError, match=r"has the classes a, b, c\.\.\., but the data has class 0"):
+    with pytest.raises(TeacherError, match=r"has the classes a, b, c, but the data has class 0, class 1, class 2: "):
         prepare(recipe(name=str(tmp_path / "student")), stripes, tmp_path)
 
 
