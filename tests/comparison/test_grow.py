@@ -253,6 +253,13 @@ def test_a_run_goes_on_only_with_the_images_and_labels_that_it_was_begun_with(
     with pytest.raises(CheckpointError, match="was begun with other images"):
         run("[none, hard]", resume=True)
     other.write_bytes(swapped[1])
+    environment = tmp_path / "run" / "environment.json"
+    whole = environment.read_text()
+    for damaged in (whole[:-9], "[1]"):
+        environment.write_text(damaged)
+        with pytest.raises(CheckpointError, match=r"environment\.json cannot be read: delete it, and check"):
+            run("[none, hard]", resume=True)
+    environment.write_text(whole)
     assert not (tmp_path / "run" / "seed-0" / "hard").exists(), "nothing was trained on them"
     assert [row.method for row in run("[none, hard]", resume=True).rows] == ["none", "hard"]
 

@@ -74,5 +74,11 @@ def keeping_last(load: Callable[Arguments, Dataset]) -> Callable[Arguments, Data
 
 
 def _environment(folder: Path) -> dict[str, Any]:
+    """Return what ``begin`` wrote of a run's machine and images; nothing of a run that has not begun."""
     path = folder / "environment.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
+    except (OSError, ValueError, TypeError):
+        raise CheckpointError(
+            f"{path} cannot be read: delete it, and check that the images are those of the run"
+        ) from None

@@ -89,10 +89,8 @@ def require_unseen(recipe: TeacherRecipe, data: DataRecipe, dataset: Dataset) ->
         if not card.get("trained_on"):
             continue
         own = {"image_px": input_px(card), "channels": card["channels"], "fit": card.get("fit", "crop")}
-        is_same = dataset.image_px == (own["image_px"],) * 2 and (dataset.channels, dataset.fit) == (
-            own["channels"], own["fit"],
-        )  # fmt: skip
-        hashes = dataset.test_hashes if is_same else load_test(data.model_copy(update=own))[1]
+        here = {"image_px": dataset.image_px[1], "channels": dataset.channels, "fit": dataset.fit}
+        hashes = dataset.test_hashes if own == here else load_test(data.model_copy(update=own))[1]
         seen = share_of_tests_seen(hashes, dataset.test_hashes, dataset.train_hashes, card)
         if seen > MOST_SEEN:
             raise TeacherError(
