@@ -83,16 +83,7 @@ def export_onnx(
         if file.exists():
             raise RecipeError(f"--out {file} already exists: name a new file")
     classifier, card, readout = load_for_export(folder, options.readout)
-    name = options.data or card.get("dataset")
-    if name is None:
-        raise RecipeError("the model's card names no data set to check the file on: give one with --data")
-    dataset = load_data_of(card, str(name), options.root)
-    known = torch.cat([dataset.train_hashes, dataset.validation_hashes])
-    if options.data is None and share_of_sketch(known, str(card.get("trained_on", ""))) < LEAST_KNOWN:
-        raise DataError(
-            f"data {name} has other images here than the model was trained on: run this where its run began, or name "
-            "the images to check it on with --data"
-        )
+    dataset = _images_to_check_on(card, options)
     if options.public:
         card = without_folders(card)
     say("building the graph")
@@ -124,6 +115,21 @@ def export_onnx(
         write_bytes(files[kind], content)
     write_text(record_file(out), json.dumps(record.model_dump(mode="json"), indent=2, ensure_ascii=False) + "\n")
     return record
+
+
+def _images_to_check_on(card: dict[str, Any], options: ExportOptions) -> Dataset:
+    """Load the data set of the options, or that of the training if it is the same here."""
+    name = options.data or card.get("dataset")
+    if name is None:
+        raise RecipeError("the model's card names no data set to check the file on: give one with --data")
+    dataset = load_data_of(card, str(name), options.root)
+    known = torch.cat([dataset.train_hashes, dataset.validation_hashes])
+    if options.data is None and share_of_sketch(known, str(card.get("trained_on", ""))) < LEAST_KNOWN:
+        raise DataError(
+            f"data {name} has other images here than the model was trained on: run this where its run began, or name "
+            "the images to check it on with --data"
+        )
+    return dataset
 
 
 def machine_of_exports() -> dict[str, Any]:

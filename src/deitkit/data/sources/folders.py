@@ -61,10 +61,8 @@ def list_folder(folder: Path, *, test_names: Sequence[str] = TEST_NAMES, more_tr
         DataError: The folder does not exist, a class has no images, or train and test differ in their classes.
     """
     if not folder.is_dir():
-        raise DataError(
-            f"folder '{folder}' does not exist{below_here(folder)}: data.name=folder:PATH needs <class>/* or "
-            "train/<class>/* in PATH"
-        )
+        needs = "data.name=folder:PATH needs <class>/* or train/<class>/* in PATH"
+        raise DataError(f"folder '{folder}' does not exist{below_here(folder)}: {needs}")
     named = {split_name(name): path for name, path in reversed(class_folders(folder).items())}
     train, test, remarks = [folder], [], []
     if "train" in named and class_folders(named["train"]):
