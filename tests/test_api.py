@@ -227,4 +227,4 @@ def test_what_is_no_recipe_or_value_of_one_is_a_sentence() -> None:
         "deitkit.compare({'train': 1})", "deitkit.compare('digits', teacher=__import__('torch').nn.Flatten())"
     )
     assert told[0].startswith("recipe is of the type dict: name a shipped recipe or a YAML file")
-    assert told[1].startswith("a Flatten of torch is no value of a recipe: save its state_dict() with safetensors")
+    assert told[1].startswith("a Flatten of torch is not a value of a recipe: save its state_dict() with safetensors")

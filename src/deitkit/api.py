@@ -178,8 +178,8 @@ def _plain(value: Any) -> Any:
         return value.name
     if isinstance(value, torch.nn.Module):
         raise RecipeError(
-            f"a {type(value).__name__} of torch is no value of a recipe: save its state_dict() with safetensors, and "
-            "name its architecture and the file, as teacher={'name': 'timm/resnet18', 'checkpoint': 'FILE'}"
+            f"a {type(value).__name__} of torch is not a value of a recipe: save its state_dict() with safetensors, "
+            "and name its architecture and the file, as teacher={'name': 'timm/resnet18', 'checkpoint': 'FILE'}"
         )
     if hasattr(value, "tolist"):  # of NumPy and PyTorch
         return value.tolist()

@@ -102,7 +102,7 @@ def test_a_set_at_hand_is_counted_and_a_speed_that_is_not_given_is_measured() ->
     assert found["images"] == digits.data.train_images
     with pytest.raises(RecipeError, match=r"--images 8 is less than train\.batch_size=16"):
         plan(digits, Given(images=8))
-    with pytest.raises(RecipeError, match="--speed inf is no finite number"):
+    with pytest.raises(RecipeError, match="--speed inf is not a finite number"):
         plan(digits, Given(images_per_second=float("inf")))
     with pytest.raises(RecipeError, match="or say how many training images there are with --images"):
         plan(load_recipe("digits", ["data.name=folder:nowhere"]), Given())

@@ -3,7 +3,7 @@
     python tests/chaos/chaos.py --kills 50 --faults 10 --unit-kills 20
 
 A run is begun, ended at random moments and resumed until it is done; then its weights, metrics, results and tables are
-held against those of a run that was left in peace. Then the next one, until all kills and faults are spent. Runs are
+compared with those of an undisturbed run. Then the next one, until all kills and faults are spent. Runs are
 forks of this process, so that a kill costs no new start of Python; whatever ends them, they end as the command would.
 """
 
@@ -277,7 +277,7 @@ def compare_runs(peace: Path, other: Path) -> None:
         else:
             continue
         if not same:
-            raise LostError(f"{name} differs from that of the run that was left in peace")
+            raise LostError(f"{name} differs from that of the undisturbed run")
 
 
 def _rows(path: Path) -> Any:
@@ -309,8 +309,8 @@ def wreak(kills: int, faults: int, unit_kills: int, seed: int) -> None:
             kill_units(chaos, unit_kills)
             told = ", ".join(f"{number} {name.replace('_', ' ')}" for name, number in sorted(chaos.done.items()))
             disk = f"a disk of {DISK_MIB} MiB" if mounted else "file sizes limited, since no disk could be mounted"
-            print(f"seed {seed}, {disk}: {told}; {chaos.rounds} runs ended as the one in peace, bit for bit")
-            print(f"a run in peace took {chaos.duration:.1f} s, all of it {time.monotonic() - began:.0f} s")
+            print(f"seed {seed}, {disk}: {told}; {chaos.rounds} runs ended like the undisturbed run, bit for bit")
+            print(f"the undisturbed run took {chaos.duration:.1f} s, all of it {time.monotonic() - began:.0f} s")
         finally:
             if mounted:
                 subprocess.run(["umount", str(place)], check=True)

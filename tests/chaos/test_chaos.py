@@ -15,4 +15,4 @@ def test_a_run_that_is_killed_and_spoiled_ends_as_if_nothing_had_happened(tmp_pa
     command = [sys.executable, str(script), "--kills", "2", "--faults", "2", "--unit-kills", "2", "--seed", "3"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "ended as the one in peace, bit for bit" in done.stdout
+    assert "ended like the undisturbed run, bit for bit" in done.stdout

@@ -252,7 +252,7 @@ def test_lists_teach(run: Run) -> None:
     assert "temperature" not in out
     code, _, errors = run("recipes", "--fields", "augmnt")
     assert code == 2
-    assert "'augmnt' is no section of a recipe: choose data, augment, model" in errors
+    assert "'augmnt' is not a section of a recipe: choose data, augment, model" in errors
     assert "token-hard" in run("methods")[1]
     refused(run("recipes", "digist"), "did you mean digits")
     assert "deitkit compare digits" in run("compare", "--help")[1]

@@ -142,7 +142,7 @@ def test_options_that_do_not_go_together_are_refused(run: Callable[..., tuple[in
         (("--unit", "1/2", "--on", "local"), "--unit 1/2 runs one part in this process: drop --on"),
         (("--unit", "1/2", "--json"), "--unit 1/2 runs one part in this process: drop --json"),
         (("--unit", "1/2"), "--unit 1/2 runs a part of a comparison: name its run folder with --out"),
-        (("--on", ""), "--on '' is no place to run on"),
+        (("--on", ""), "--on '' is not a place to run on"),
     ):
         code, printed, said = run("compare", "digits", *words)
         assert code == 2
@@ -154,13 +154,13 @@ def test_options_that_do_not_go_together_are_refused(run: Callable[..., tuple[in
 def test_a_unit_that_does_not_exist_is_refused(unit: str, tiny_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
     recipe = tiny_recipe("methods=[none]")
     run_unit(recipe, tmp_path / "run", PREPARE, watcher=Silent())
-    with pytest.raises(RecipeError, match=f"--unit {unit} is no unit of this recipe: name prepare, a share such as"):
+    with pytest.raises(RecipeError, match=f"--unit {unit} is not a unit of this recipe: name prepare, a share such as"):
         run_unit(recipe, tmp_path / "run", unit, watcher=Silent())
 
 
 def test_places_that_do_not_exist_are_refused() -> None:
     for place in ("nowhere", "local:0", "local:many", "rays"):
-        with pytest.raises(RecipeError, match=f"--on {place} is no place to run on: write local, local:4, ray"):
+        with pytest.raises(RecipeError, match=f"--on {place} is not a place to run on: write local, local:4, ray"):
             open_pool(place, 1)
     assert LocalPool(3, 1).size == 3
 

@@ -102,7 +102,7 @@ def test_validation_and_test_images_are_left_out(write_images: WriteImages, tmp_
 
 @pytest.mark.parametrize("source", ["folder:", "photos", "parquet:x.parquet", "Rest", ""])
 def test_what_is_no_source_is_one_sentence(source: str) -> None:
-    with pytest.raises(DataError, match=r"data\.unlabelled=.* is no source of images: write rest or folder:PATH"):
+    with pytest.raises(DataError, match=r"data\.unlabelled=.* is not a source of images: write rest or folder:PATH"):
         with_unlabelled(name="digits", unlabelled=source)
 
 

@@ -230,7 +230,7 @@ def test_one_of_several_teachers_is_changed_by_its_number() -> None:
         ("cifar/resnet20", False, 3), ("cifar/resnet32", True, TeacherRecipe().train.epochs)
     ]  # fmt: skip
     for override, words in (("teachers.2.fit=head", "numbered 0 to 1"), ("teachers.x.fit=head", "numbered 0 to 1")):
-        with pytest.raises(RecipeError, match=rf"'{override[9]}' is no number of one of the teachers; .*{words}"):
+        with pytest.raises(RecipeError, match=rf"'{override[9]}' is not the number of a teacher; .*{words}"):
             load_recipe("digits", [both, override])
     with pytest.raises(RecipeError, match="there are none"):
         load_recipe("digits", ["teachers.0.fit=head"])

@@ -76,7 +76,7 @@ def plan(recipe: Recipe, given: Given) -> dict[str, Any]:
     }  # fmt: skip
     for option, value in numbers.items():
         if value is not None and not math.isfinite(value):
-            raise RecipeError(f"--{option} {value} is no finite number: give one, or leave it out")
+            raise RecipeError(f"--{option} {value} is not a finite number: give one, or leave it out")
     measured = Measured(given)
     if recipe.is_cross_validation:
         parts = {f"fold {fold}": own for fold, own in fold_recipes(recipe).items()}

@@ -16,7 +16,7 @@ MOST_REASONS = 5  # files that are named because they cannot be decoded
 
 def evaluate(
     model: ModelArgument,
-    data: Annotated[str, typer.Option("--data", help="A named data set, folder:PATH or parquet:PATH.")],
+    data: Annotated[str, typer.Option("--data", help="A named data set, folder:PATH, parquet:PATH or csv:FILE.")],
     root: Annotated[Path | None, typer.Option("--root", help="The folder of the named data sets.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -35,7 +35,7 @@ def evaluate(
         table.add_row(row["readout"], f"{100 * row['top1']:.2f}", f"{100 * low:.2f} to {100 * high:.2f}", top5)
     console.print(table)
     if result["trained_on"] is None:
-        say("nothing tells which images this model was trained on: some of these may be among them")
+        say("nothing records which images this model was trained on: some of these may be among them")
     elif result["trained_on"] > 0:
         say(f"about {100 * result['trained_on']:.1f} % of these images are training images of this model")
 

@@ -85,7 +85,7 @@ def infer(
             console.print(shown)
         return
     if table not in ("paper", "zoo"):
-        raise typer.BadParameter(f"'{table}' is no table: write --table paper or --table zoo")
+        raise typer.BadParameter(f"'{table}' is not a table: write --table paper or --table zoo")
     rows = []
     for row in bench_catalogue(recipe, table=table, repeats=repeats, steps=steps):
         rows.append(row)
@@ -150,23 +150,23 @@ def plan(
     speed: Annotated[
         float | None,
         typer.Option(
-            "--speed", min=0.001, help="Images/s of one of them, by `deitkit bench train` there; else of this."
+            "--speed", min=0.001, help="Images/s of one, from `deitkit bench train` there; by default measured here."
         ),
     ] = None,
     images: Annotated[int | None, typer.Option("--images", min=1, help="Training images, if not at hand.")] = None,
     decode: Annotated[
-        float | None, typer.Option("--decode", min=0.001, help="Images/s that a core decodes; else of this machine.")
+        float | None, typer.Option("--decode", min=0.001, help="Images/s that a core decodes; measured here.")
     ] = None,
-    cores: Annotated[int | None, typer.Option("--cores", min=1, help="Cores of all machines; else of this.")] = None,
-    price: Annotated[float | None, typer.Option("--price", min=0.0, help="Of a device for an hour.")] = None,
+    cores: Annotated[int | None, typer.Option("--cores", min=1, help="Cores of all machines; by default ours.")] = None,
+    price: Annotated[float | None, typer.Option("--price", min=0.0, help="Price of a device for an hour.")] = None,
     link: Annotated[float, typer.Option("--link", min=0.001, help="GB/s between the devices.")] = 25.0,
     as_json: Json = False,
 ) -> None:
     """Compute hours, cores, memory, traffic and cost of a recipe on several devices, and what limits it.
 
-    Folds and variants are planned one after the other; what they need is that of the one that needs most. For example
-    `deitkit bench plan imagenet-deit-small-distilled --devices 8 --speed 2200 --cores 128 --price 3`. The
-    training of a teacher is not part of it.
+    The times of folds and variants are added up; memory, cores and traffic are those of the most demanding one. The
+    training of a teacher is not part of it. For example
+    `deitkit bench plan imagenet-deit-small-distilled --devices 8 --speed 2200 --cores 128 --price 3`.
     """
     from deitkit.bench.plan import Given
     from deitkit.bench.plan import plan as compute

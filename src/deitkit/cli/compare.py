@@ -84,7 +84,7 @@ def train(
     resume: Resume = False,
     as_json: Json = False,
 ) -> None:
-    """Train one student under one method of a recipe: a comparison of one row."""
+    """Train one student under one method of a recipe: a comparison with one student."""
     from deitkit.distillation.methods import find_method
 
     name = find_method(method).name

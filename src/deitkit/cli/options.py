@@ -26,6 +26,6 @@ On = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for another program to read.")]
 ModelArgument = Annotated[
-    Path, typer.Argument(metavar="MODEL", help="A folder with model.safetensors, or a run folder (its winner).")
+    Path, typer.Argument(metavar="MODEL", help="A model folder, a run folder (its winner), or an .onnx file.")
 ]
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder with results.json.")]

@@ -26,7 +26,7 @@ def recipes(
         described = [field for field in describe_fields() if name is None or field[0].startswith(f"{name}.")]
         if not described:
             sections = dict.fromkeys(field.partition(".")[0] for field, _, _ in describe_fields() if "." in field)
-            raise RecipeError(f"'{name}' is no section of a recipe: choose {', '.join(sections)}")
+            raise RecipeError(f"'{name}' is not a section of a recipe: choose {', '.join(sections)}")
         table = Table(box=None)
         table.add_column("field", no_wrap=True)
         table.add_column("default")

@@ -30,6 +30,7 @@ from deitkit.run.observer import Watcher
 from deitkit.run.reported import default_readout
 from deitkit.run.results import Row
 from deitkit.system.device import Precision
+from deitkit.system.words import first_of
 
 BEFORE = "before"  # the method of the checkpoint's row
 ADAPTABLE = ("patch_px", "layer_scale")  # of the architecture, what weights can be made to fit
@@ -163,7 +164,7 @@ def _obstacle(weights: Weights, dataset: Dataset) -> str | None:
     if found.classes == 0:
         return "it has no classifier"
     if found.classes != dataset.classes or names not in (None, dataset.class_names):
-        shown = f" ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''})" if names else ""
+        shown = f" ({first_of(names)})" if names else ""
         return f"its {found.classes} classes{shown} are not the {dataset.classes} of {dataset.name}"
     if found.image_px[0] != found.image_px[1]:
         return f"it takes images of {found.image_px[0]} x {found.image_px[1]} px, and these are square"

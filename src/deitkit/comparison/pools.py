@@ -57,7 +57,7 @@ def open_pool(place: str, devices: int) -> Pool:
     if kind == "ray":
         return RayPool(where or None, devices)
     named = place or "''"
-    raise RecipeError(f"--on {named} is no place to run on: write local, local:4, ray or ray:ADDRESS")
+    raise RecipeError(f"--on {named} is not a place to run on: write local, local:4, ray or ray:ADDRESS")
 
 
 def _environment(given: Mapping[str, str], cores: int) -> dict[str, str]:

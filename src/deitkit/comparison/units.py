@@ -130,7 +130,7 @@ def _named(recipe: Recipe, unit: str) -> list[str]:
             raise RecipeError(f"--unit {unit}: name some of {', '.join(known)} after the seed, each once")
     elif name not in units or slash:
         raise RecipeError(
-            f"--unit {unit} is no unit of this recipe: name {PREPARE}, a share such as 1/{len(units)}, or one of "
+            f"--unit {unit} is not a unit of this recipe: name {PREPARE}, a share such as 1/{len(units)}, or one of "
             f"{', '.join(units)}"
         )
     return [unit]

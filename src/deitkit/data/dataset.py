@@ -234,7 +234,7 @@ def add_unlabelled(dataset: Dataset, recipe: DataRecipe, progress: Progress | No
 def _list_unlabelled(source: str) -> Listing:
     kind, _, path = source.partition(":")
     if kind != "folder" or not path:
-        raise DataError(f"data.unlabelled={source} is no source of images: write rest or folder:PATH")
+        raise DataError(f"data.unlabelled={source} is not a source of images: write rest or folder:PATH")
     return list_images(Path(path).expanduser())
 
 

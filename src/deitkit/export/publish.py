@@ -63,7 +63,7 @@ def publish(model: Path, out: Path, options: PublishOptions, say: Callable[[str]
         say: Receives each stage, which takes seconds.
 
     Raises:
-        CheckpointError: The model is no student, or its files would not answer as it does.
+        CheckpointError: The model is not a student, or its files would not answer as it does.
         RecipeError: ``out`` is not empty, or timm has no such model.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):

@@ -356,7 +356,7 @@ def _entry(teachers: Any, path: list[str]) -> dict[str, Any]:
         numbers = (
             f"they are numbered 0 to {count - 1}" if count else "there are none: write teachers=[{name: ...}, ...]"
         )
-        raise RecipeError(f"{'.'.join(path)}: '{path[1]}' is no number of one of the teachers; {numbers}")
+        raise RecipeError(f"{'.'.join(path)}: '{path[1]}' is not the number of a teacher; {numbers}")
     entry = teachers[int(path[1])]
     teachers[int(path[1])] = entry = dict(entry) if isinstance(entry, dict) else {"name": entry}
     return entry

@@ -47,7 +47,7 @@ class DataRecipe(Section):
     train_images: PositiveInt | None = Field(None, description="Train on this many images only (stratified).")
     test_images: PositiveInt | None = Field(None, description="Test on this many images only (stratified).")
     validation_fraction: Annotated[float, Field(gt=0, le=0.5)] = Field(
-        0.1, description="Share of the training images held out to check the teacher and draw curves (stratified)."
+        0.1, description="Share of the training images held out for curves, the teacher's check and the winner."
     )
     test_fraction: Annotated[float, Field(gt=0, le=0.5)] = Field(
         0.2, description="Share held out as test set, if the data set has none."
@@ -70,7 +70,7 @@ class DataRecipe(Section):
     )
     unlabelled: str | None = Field(
         None,
-        description="Images for the teacher alone: 'rest' (those that train_images leaves out) or folder:PATH.",
+        description="Where students learn from the teacher alone: 'rest' (what train_images leaves out), folder:PATH.",
     )
     fit: Literal["crop", "pad", "squash"] = Field(
         "crop", description="Images that are not square: keep the centre, put them on black, or distort them."
@@ -222,7 +222,7 @@ class StudentTrainRecipe(TrainRecipe):
 
 
 class SpeedRecipe(Section):
-    """Speed and memory: none but micro_batch_size under dropout and stochastic depth changes more than rounding."""
+    """Speed and memory. Results change by rounding only, but micro_batch_size changes the draws of dropout."""
 
     compile: Literal["auto"] | bool = Field(
         "auto",
@@ -263,7 +263,7 @@ class TeacherRecipe(Section):
     """A frozen teacher, and its preparation."""
 
     name: str = Field(
-        "cifar/resnet20", description="timm/NAME, torchvision/NAME, cifar/resnetN, small/NAME, or a file."
+        "cifar/resnet20", description="timm/NAME, torchvision/NAME, cifar/resnetN, small/NAME, or a model's folder."
     )
     checkpoint: Path | None = Field(None, description="Weights: .safetensors, .pth or .th.")
     pretrained: bool = Field(False, description="Download the library's pretrained weights, without a checkpoint.")
@@ -274,8 +274,8 @@ class TeacherRecipe(Section):
     image_px: PositiveInt | None = Field(
         None, description="Resolution of the teacher; by default its library's, else the view's."
     )
-    mean: Colour | None = Field(None, description="Normalisation of the teacher, per channel, of values in [0, 1].")
-    std: Colour | None = Field(None, description="Normalisation of the teacher, per channel, of values in [0, 1].")
+    mean: Colour | None = Field(None, description="Mean by which the teacher's images are normalised, in [0, 1].")
+    std: Colour | None = Field(None, description="Standard deviation by which they are, per channel.")
     channel_order: Literal["rgb", "bgr"] = Field("rgb", description="Of the images its weights were trained on.")
     train: TeacherTrainRecipe = TeacherTrainRecipe()
     augment: AugmentRecipe = AugmentRecipe()

@@ -20,6 +20,7 @@ from deitkit.evaluation.statistics import sign_test_p
 from deitkit.models.built import reverse_channels
 from deitkit.models.classifier import IMAGENET_NORMALISATION, Classifier
 from deitkit.system.device import Precision
+from deitkit.system.words import first_of
 
 # Level of each test. At most seven are made of a teacher, so together they accuse a right one in under 1 of 100 cases.
 ALPHA = 0.001
@@ -126,11 +127,10 @@ def _alternating(labels: Tensor) -> Tensor:
 def _reordered(order: Tensor, decisions: Tensor, labels: Tensor, dataset: Dataset) -> Alternative:
     moved = [output for output in range(len(order)) if int(order[output]) != output]
     names = dataset.class_names
-    few = [f"its '{names[output]}' means '{names[int(order[output])]}'" for output in moved[:4]]
-    more = f" and {len(moved) - len(few)} more" if len(moved) > len(few) else ""
+    meanings = first_of([f"its '{names[output]}' means '{names[int(order[output])]}'" for output in moved])
     top1 = (order[decisions] == labels).double().mean().item()
     return Alternative(
-        f"its classes are in another order: {', '.join(few)}{more} (in that order it would score {100 * top1:.1f} %)",
+        f"its classes are in another order: {meanings} (in that order it would score {100 * top1:.1f} %)",
         "set teacher.fit=head teacher.reset_head=true to train a new classifier, or name the classes so that they "
         "sort as the teacher's",
     )

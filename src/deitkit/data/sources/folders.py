@@ -11,7 +11,7 @@ import torch
 from deitkit.data.decode import SUFFIXES
 from deitkit.data.listing import EncodedImages, Listing, below_here, writable
 from deitkit.errors import DataError
-from deitkit.system.words import counted
+from deitkit.system.words import counted, first_of
 
 TEST_NAMES = ("test", "val", "valid", "validation")
 _SPELLINGS = {"training": "train", "testing": "test"}
@@ -150,17 +150,12 @@ def encoded_files(folder: Path, files: list[Path], remedy: str = "unpack the arc
 
 def require_same_classes(train: set[str], test: set[str], train_place: str, test_place: str) -> None:
     """Raise DataError if train and test differ in their classes, with the names that one of them lacks."""
-    missing = [(test_place, sorted(train - test)), (train_place, sorted(test - train))]
-    lacks = [f"{place} lacks {_shown(names)}" for place, names in missing if names]
+    missing = [(test_place, train - test), (train_place, test - train)]
+    lacks = [f"{place} lacks {first_of(list(map(repr, sorted(names))))}" for place, names in missing if names]
     if lacks:
         raise DataError(
             f"train and test must have the same classes, but {' and '.join(lacks)}: add them or remove them"
         )
-
-
-def _shown(names: list[str]) -> str:
-    shown = ", ".join(f"'{name}'" for name in names[:5])
-    return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more"
 
 
 def _stat(path: Path) -> os.stat_result:
