@@ -208,7 +208,7 @@ def test_cohorts_are_planned_from_what_lies_in_the_folder(tmp_path: Path) -> Non
     home, heard = tmp_path / "seed-0", []
 
     def plan(*names: str) -> list[tuple[str, ...]]:
-        return [cohort.names for cohort in plan_cohorts(home, names, heard.append)]
+        return [cohort.names for cohort in plan_cohorts(home, names, names, heard.append, 0.0, apart=False)]
 
     assert plan("none", "soft") == [("none", "soft")]
     save_tree(home / "none" / PREDICTIONS, {})
@@ -229,6 +229,11 @@ def test_cohorts_are_planned_from_what_lies_in_the_folder(tmp_path: Path) -> Non
     assert plan("none", "soft", "hard", "dist") == [("soft",), ("hard",), ("dist",)]
     shutil.rmtree(home)
     assert plan("none") == [("none",)]
+    save_tree(home / "none" / "checkpoint.safetensors", state)  # of a unit that trained three students
+    save_tree(home / "none" / "checkpoint.before.safetensors", state)
+    assert plan("none", "soft") == [("none",), ("soft",)], "the third has left, and keeps its state"
+    assert plan("none", "soft", "hard") == [("none",), ("soft",), ("hard",)]
+    assert not list(home.glob("*/checkpoint.before.safetensors")), "which would still hold three"
 
 
 def test_a_run_goes_on_only_with_the_images_and_labels_that_it_was_begun_with(

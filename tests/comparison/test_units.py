@@ -26,6 +26,7 @@ from deitkit.recipe.schema import Recipe
 from deitkit.run.folder import occupied
 from deitkit.run.observer import Silent
 from deitkit.run.results import Results, read_results
+from deitkit.run.state import load_tree
 
 LONGER = (
     *TINY, "train.epochs=60", "methods=[none, soft, token-hard]", "train.precision=fp32", "speed.save_seconds=0.5",
@@ -107,6 +108,31 @@ def test_a_begun_seed_goes_on_in_parts_and_parts_go_on_as_a_seed(
     assert_same(run_recipe(recipe, folder, watcher=Silent(), resume=True), expected)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert len(lines) == 3 * 6
+
+
+def test_students_that_shared_a_state_go_on_in_units_of_their_own(
+    tiny_recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    recipe = tiny_recipe("methods=[none, soft, token-hard]", "train.epochs=6")
+    expected = run_recipe(recipe, tmp_path / "whole", watcher=Silent())
+    folder = tmp_path / "parts"
+    home = folder / "seed-0"
+    run_unit(recipe, folder, PREPARE, watcher=Silent())
+    with pytest.raises(Interrupted):
+        run_unit(recipe, folder, "seed-0/none,soft,token-hard", watcher=StopAfter(PART_WAY))
+    assert sorted(path.parent.name for path in home.rglob("checkpoint.safetensors")) == ["none"]
+    run_unit(recipe, folder, "seed-0/soft", watcher=Silent())
+    kept = sorted(path.parent.name for path in home.rglob("checkpoint*.safetensors"))
+    assert kept == ["none", "token-hard"], "what another process may train keeps its state"
+    begun = {name: load_tree(home / name / "checkpoint.safetensors") for name in kept}
+    assert [(state["step"], [*state["students"]]) for state in begun.values()] == [
+        (begun["none"]["step"], ["none"]),
+        (begun["none"]["step"], ["token-hard"]),
+    ]
+    assert begun["none"]["epoch"] + begun["none"]["step"] > 0
+    run_unit(recipe, folder, "seed-0/none,token-hard", watcher=Silent())
+    assert_same(run_recipe(recipe, folder, watcher=Silent(), resume=True), expected)
+    assert len((folder / "metrics.jsonl").read_text().splitlines()) == 3 * 6
 
 
 @pytest.mark.parametrize("unit", ["seed-0/hard", "seed-0/none,none", "seed-0/", "seed-0/none,"])

@@ -28,7 +28,7 @@ from deitkit.recipe.schema import Recipe
 from deitkit.run.folder import occupied, unreadable
 from deitkit.run.metrics import EpochMetrics, read_metrics, write_metrics
 from deitkit.run.observer import Watcher
-from deitkit.run.state import drop_state, has_state, load_state, load_tree, save_tree
+from deitkit.run.state import drop_state, has_state, load_state, load_tree, outline, replace_state, save_tree
 from deitkit.system.device import Precision
 from deitkit.system.ranks import Ranks
 from deitkit.teachers.frozen import Teachers
@@ -84,7 +84,7 @@ def run_seed(
     _report_finished(home, names, everyone, watcher)
     patience = 0.0 if part is None else LOCK_SECONDS
     with occupied(home, patience, watcher.say):
-        cohorts = plan_cohorts(home, names, watcher.say, everyone=everyone, apart=part is not None)
+        cohorts = plan_cohorts(home, names, everyone, watcher.say, patience, apart=part is not None)
     for planned in cohorts:
         with ExitStack() as stack:
             for name in planned.names:
@@ -198,31 +198,36 @@ def _report_finished(home: Path, names: Sequence[str], everyone: Sequence[str], 
 def plan_cohorts(
     home: Path,
     names: Sequence[str],
+    everyone: Sequence[str],
     say: Callable[[str], None],
+    patience: float,
     *,
-    everyone: Sequence[str] | None = None,
-    apart: bool = False,
+    apart: bool,
 ) -> list[PlannedCohort]:
-    """Divide the unfinished students of a seed into cohorts, those that are furthest first.
+    """Divide the unfinished students of a seed into cohorts: those of one state continue together, new ones start so.
 
-    Students in one state continue together. A student in the state that left the comparison is set aside with a state
-    of its own, and continues alone when it is added again.
+    A student that shares a state with others, and does not continue with them here, is set aside with a state of its
+    own: it has left the comparison, or another process trains it.
 
     Args:
         home: The seed's folder.
         names: Of the students to train.
-        say: Receives a line for each student that is set aside.
-        everyone: All students in the comparison; by default the same.
+        everyone: All students in the comparison.
+        say: Receives a line for each student that is set aside since it left the comparison.
+        patience: Seconds to wait for a process that trains a student of the same state.
         apart: Whether other processes may train other students of the seed: the state of new ones is in the folder of
             the first of them, instead of the seed's.
+
+    Raises:
+        CheckpointError: Another process still trains a student of the same state.
     """
     missing = missing_students(home.parent, int(home.name.removeprefix("seed-")), names)
     shared = home / STATE
     if has_state(shared):
-        _set_aside_all(home, [] if apart else names if everyone is None else everyone, say)
-    order = [*(names if everyone is None else everyone)]
-    begun = {path.parent.name for path in home.glob("*/checkpoint*.safetensors")}
-    own = [home / name / STATE for name in order if name in begun]
+        _set_aside_all(home, [] if apart else everyone, say)
+    for place in sorted({path.with_name(STATE) for path in home.glob("*/checkpoint*.safetensors")}):
+        _divide_state(place, names, say, patience)
+    own = [home / name / STATE for name in names if has_state(home / name / STATE)]
     cohorts: list[PlannedCohort] = []
     for place in (shared, *own):
         state = (load_state(place, say) if has_state(place) else None) or {"students": {}}
@@ -245,7 +250,7 @@ def _set_aside_all(home: Path, stay: Sequence[str], say: Callable[[str], None]) 
     leaving = [name for name in state["students"] if name not in stay]
     for name in leaving:
         if not (home / name / PREDICTIONS).exists():
-            _set_aside(name, state, home)
+            _set_aside(name, state, home, read_metrics(home.parent))
             if stay:
                 say(f"{name} is not in the comparison any more: its training so far stays in {home / name}")
     if not stay:
@@ -262,10 +267,28 @@ def training_has_begun(home: Path) -> bool:
     return has_state(home / STATE)
 
 
-def _set_aside(name: str, state: dict[str, Any], home: Path) -> None:
-    """Write what a cohort's state holds of one student as the state of a cohort of its own, and its metrics."""
-    _write_own_metrics(home / name, read_metrics(home.parent), int(home.name.removeprefix("seed-")))
-    save_tree(home / name / STATE, state | {"students": {name: state["students"][name]}})
+def _divide_state(place: Path, names: Sequence[str], say: Callable[[str], None], patience: float) -> None:
+    """Give each student in the state of a cohort one of its own, if some, but not all, of them are to be trained."""
+    home, owner = place.parent.parent, place.parent.name
+
+    def unfinished(state: dict[str, Any] | None) -> list[str]:
+        return [name for name in (state or {"students": ()})["students"] if not (home / name / PREDICTIONS).exists()]
+
+    there = {*unfinished(outline(place))}
+    if there.isdisjoint(names) or {*there, owner} <= {*names}:
+        return
+    with occupied(place.parent, patience, say):
+        state, metrics = load_state(place, say), read_metrics(place.parent)
+        for name in sorted(unfinished(state), key=lambda name: name == owner):  # the one in whose folder it lies last
+            _set_aside(name, state, home, metrics)
+        if owner not in unfinished(state):
+            drop_state(place)
+
+
+def _set_aside(name: str, state: dict[str, Any], home: Path, metrics: Sequence[EpochMetrics]) -> None:
+    """Write what a cohort's state and metrics hold of one student as those of a cohort of its own."""
+    _write_own_metrics(home / name, metrics, int(home.name.removeprefix("seed-")))
+    replace_state(home / name / STATE, state | {"students": {name: state["students"][name]}})
 
 
 def predict_students(students: Sequence[Student], dataset: Dataset, precision: Precision, ranks: Ranks) -> Scores:

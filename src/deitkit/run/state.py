@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,12 @@ def save_state(path: Path, tree: Any) -> None:
     save_tree(path, tree)
 
 
+def replace_state(path: Path, tree: Any) -> None:
+    """Write the state of a run with ``save_tree``, and forget the previous state."""
+    save_tree(path, tree)
+    _before(path).unlink(missing_ok=True)
+
+
 def load_state(path: Path, say: Callable[[str], None]) -> Any:
     """Read the newest intact state that ``save_state`` wrote; return None to start from the beginning.
 
@@ -79,6 +86,18 @@ def load_state(path: Path, say: Callable[[str], None]) -> Any:
         names = " and ".join(file.name for file in there)
         raise CheckpointError(f"{path.parent}: {names} damaged: delete them to train that part again")
     drop_state(path)
+    return None
+
+
+def outline(path: Path) -> Any:
+    """Return what ``load_state`` would, without values of tensors and changes to files; None if it is damaged."""
+    for file in (path, _before(path)):
+        try:
+            with signals_held(), safe_open(file, framework="pt") as opened:
+                entry = json.loads((opened.metadata() or {})["deitkit"])
+            return _decode(json.loads(entry["tree"]), defaultdict(lambda: torch.empty(0)))
+        except (SafetensorError, OSError, ValueError, LookupError, TypeError):
+            continue
     return None
 
 
