@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+import unicodedata
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -19,6 +20,8 @@ from PIL import Image
 import deitkit
 from deitkit.api import Model
 from deitkit.errors import DataError, RecipeError
+from deitkit.recipe.schema import Recipe
+from deitkit.run.folder import begin_run
 
 FAST = {
     "data.image_px": 16, "data.train_images": 12,
@@ -49,6 +52,11 @@ def test_a_comparison_of_own_images(
     assert [name for name, _ in answer["classes"]] in (["cat", "dog"], ["dog", "cat"])
     assert len(result.winner.predict([photos / "test" / "cat", str(photos / "test" / "dog" / "0.png")], top=1)) == 13
     check_images_and_arguments(result.winner, photos / "test" / "cat" / "0.png")
+    decomposed = photos / "test" / "cat" / "e\u0301.png"  # as a Mac unpacks it
+    shutil.copy(photos / "test" / "cat" / "0.png", decomposed)
+    (named,) = result.winner.predict(decomposed)
+    assert named == answer | {"image": unicodedata.normalize("NFC", str(decomposed))}
+    decomposed.unlink()
     readouts = result.winner.evaluate(f"folder:{photos}")["readouts"]
     won = next(row for row in result.rows if row.row == result.results.winner)
     assert {entry["readout"]: entry["top1"] for entry in readouts}[won.readout] == won.top1[0]
@@ -201,25 +209,28 @@ def test_a_recipe_takes_fields_as_its_name_does(model: Any) -> None:
 def test_threads_train_in_turn(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     running, most = 0, 0
 
-    def run_recipe(*arguments: Any, **settings: Any) -> None:
+    def run_recipe(recipe: Recipe, folder: Path, **settings: Any) -> None:
         nonlocal running, most
         running += 1
         most = max(most, running)
+        begin_run(folder, recipe)
         time.sleep(0.05)
         running -= 1
         raise DataError("enough")
 
-    def compare(number: int) -> None:
+    def compare() -> None:
         with suppress(DataError):
-            deitkit.compare("digits", out=tmp_path / str(number))
+            deitkit.compare("digits")
 
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("deitkit.api.run_recipe", run_recipe)
-    threads = [threading.Thread(target=compare, args=(number,)) for number in range(3)]
+    threads = [threading.Thread(target=compare) for _ in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert most == 1
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["digits", "digits-2", "digits-3"]
 
 
 def test_what_is_no_recipe_or_value_of_one_is_a_sentence() -> None:

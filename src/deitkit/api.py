@@ -30,7 +30,7 @@ from deitkit.data.dataset import load_dataset as read_dataset
 from deitkit.distillation.methods import METHODS, Method, find_method
 from deitkit.errors import DataError, RecipeError
 from deitkit.evaluation.apply import evaluate_model
-from deitkit.evaluation.classify import Classification, image_files
+from deitkit.evaluation.classify import Classification
 from deitkit.models.saved import model_folder, read_card
 from deitkit.models.weights.pretrained import with_pretrained_size
 from deitkit.recipe.load import load_recipe as read_recipe
@@ -92,10 +92,15 @@ class Model:
             raise DataError("images is empty: give at least one file, folder or image of Pillow")
         with TemporaryDirectory() as folder:
             paths = [_image_path(image, Path(folder) / f"{place}.png") for place, image in enumerate(several)]
-            found = {answer["image"]: answer for answer in Classification(self.folder, paths, readout=readout, top=top)}
-            files = [file for path in paths for file in (image_files([path]) if path.is_dir() else [path])]
-            saved = {str(path): f"images[{place}]" for place, path in enumerate(paths) if path.parent == Path(folder)}
-        return [found[str(file)] | {"image": saved.get(str(file), str(file))} for file in files]
+            classification = Classification(self.folder, paths, readout=readout, top=top)
+            found = dict(zip(classification.files, classification, strict=True))
+            saved = {
+                path: {"image": f"images[{place}]"} for place, path in enumerate(paths) if path.parent == Path(folder)
+            }
+        below = {
+            path: [path] if path in found else sorted(file for file in found if path in file.parents) for path in paths
+        }
+        return [found[file] | saved.get(file, {}) for path in paths for file in below[path]]
 
     def evaluate(self, data: str, *, root: str | Path | None = None) -> dict[str, Any]:
         """Measure it on the test images of a data set (a name, ``folder:PATH`` or ``parquet:PATH``), by readout."""
@@ -308,11 +313,12 @@ def _named_recipe(recipe: str | Path | Recipe, fields: dict[str, Any]) -> Recipe
 
 def _run(recipe: Recipe, out: str | Path | None, resume: bool, progress: bool) -> Comparison:
     recipe = recipe.model_copy(update={"model": with_pretrained_size(recipe.model)})
-    folder = choose_run_folder(None if out is None else _path("out", out), recipe, resume)
     # torch's global generator, which belongs to all threads, draws weights and dropout; the caller's own draws go on as
     # they would have.
-    with _TRAINING, torch.random.fork_rng(devices=[]), _watching(progress) as watcher, occupied(folder):
-        return Comparison(folder, run_recipe(recipe, folder, watcher=watcher, resume=resume))
+    with _TRAINING, torch.random.fork_rng(devices=[]), _watching(progress) as watcher:
+        folder = choose_run_folder(None if out is None else _path("out", out), recipe, resume)
+        with occupied(folder):
+            return Comparison(folder, run_recipe(recipe, folder, watcher=watcher, resume=resume))
 
 
 @contextmanager

@@ -8,11 +8,13 @@ from typer.testing import CliRunner
 
 from conftest import CPU_FP32
 from deitkit.bench.measure import count_flops, machine_limit
+from deitkit.bench.training_speed import Bench
 from deitkit.cli.main import app
 from deitkit.models.catalogue import CatalogueModel
 from deitkit.models.cnn import CifarResNet
 from deitkit.models.vit import DeiT
 from deitkit.system.timer import time_in_turn
+from deitkit.training.student import Student
 
 TINY = [
     "data.image_px=16", "model=micro", "model.patch_px=4", "train.batch_size=16", "teacher=cifar/resnet20",
@@ -73,6 +75,35 @@ def test_cohort_compares_with_the_same_students_alone() -> None:
     assert result["ratio_recorded"] == pytest.approx(seconds["cohort, cached logits"] / alone)
     assert len(result["peak_memory_gib"]) == 3
     assert result["peak_memory_gib"] == sorted(result["peak_memory_gib"])
+
+
+def test_a_baseline_is_no_part_of_the_students_that_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    built: list[list[str]] = []
+
+    def students(bench: Bench, methods: tuple[str, ...]) -> list[Student]:
+        found = build(bench, methods)
+        built.append([student.name for student in found])
+        return found
+
+    build = Bench.students
+    monkeypatch.setattr(Bench, "students", students)
+    run(
+        "cohort",
+        *TINY,
+        "methods=[none, soft]",
+        "baseline.name=cifar/resnet20",
+        "--synthetic",
+        "--repeats",
+        "1",
+        "--json",
+    )
+    assert {name for names in built for name in names} == {"none", "soft"}
+
+
+def test_a_student_of_pretrained_weights_is_timed_at_their_size_without_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    timed = json.loads(run("infer", "model.pretrained=timm/vit_tiny_patch16_224", "data.image_px=32", *FEW, "--json"))
+    assert (timed["model"]["width"], timed["model"]["depth"], timed["model"]["heads"]) == (192, 12, 3)
+    assert timed["model"]["pretrained"] is None
 
 
 def test_infer_times_a_student() -> None:

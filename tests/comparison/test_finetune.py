@@ -1,8 +1,10 @@
 """Fine-tuning: what a checkpoint decides, that students start from it, and its own row beside theirs."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +18,19 @@ from timm.models.vision_transformer import VisionTransformer
 from conftest import CPU_FP32, TINY
 from deitkit.comparison.ablation import compare_variants
 from deitkit.comparison.compare import compare
-from deitkit.comparison.finetune import start_from
+from deitkit.comparison.finetune import _obstacle, start_from
 from deitkit.data.dataset import load_dataset
 from deitkit.data.duplicates import share_in_sketch, sketch
 from deitkit.errors import CheckpointError, RecipeError
-from deitkit.evaluation.apply import evaluate_model
+from deitkit.evaluation.apply import evaluate_model, images_seen
 from deitkit.models.classifier import Classifier
-from deitkit.models.saved import save_classifier
+from deitkit.models.saved import read_card, save_classifier
 from deitkit.models.vit import DeiT
+from deitkit.models.weights.formats import Architecture
+from deitkit.models.weights.initialise import Weights
 from deitkit.models.zoo import create_classifier
 from deitkit.recipe.load import load_recipe, shipped_recipes
-from deitkit.recipe.schema import Recipe
+from deitkit.recipe.schema import DataRecipe, Recipe
 from deitkit.report.table_layout import lay_out
 from deitkit.run.observer import Silent
 from deitkit.run.state import load_tree
@@ -34,6 +38,7 @@ from deitkit.training.build import build_students
 
 # The size is the checkpoint's, and all test images are asked.
 OPEN = [field for field in TINY if not field.startswith(("model.", "data.test_images"))]
+NAMES = tuple("0123456789")
 FROZEN = ("train.optimizer=sgd", "train.learning_rate=1e-12", "train.weight_decay=0", "train.epochs=1",
           "train.precision=fp32")  # fmt: skip
 
@@ -97,8 +102,10 @@ def test_the_row_before_is_what_evaluate_says_and_gains_are_paired_with_it(plain
     assert layout.lines[0].name == "before/class"
     assert {"vs before", "p (before)"} <= {column.title for column in layout.columns}
     assert "from the model before fine-tuning" in layout.verdict
-    for name in ("table.md", "table.csv", "table.tex", "report.html"):
-        assert "before" in (tmp_path / "tuned" / name).read_text()
+    for name, shown in (("table.md", "vs before"), ("table.csv", "before/class"), ("table.tex", "vs before")):
+        assert shown in (tmp_path / "tuned" / name).read_text()
+    page = (tmp_path / "tuned" / "report.html").read_text()
+    assert re.search(r"<th[^>]*>\s*(?:<[^>]*>)?\s*vs before", page)
 
 
 @pytest.mark.usefixtures("without_report")
@@ -134,7 +141,7 @@ def test_other_classes_get_a_new_head_and_a_sentence(
     assert set(rows) == {"none/class"}
     assert "difference_vs_before" not in results.to_json()["rows"][0]
     (note,) = [note for note in results.notes if "no row of its own" in note]
-    assert "its 10 classes (0, 1, 2, 3, ...) are not the 2 of folder:" in note
+    assert "its 10 classes (0, 1, 2, 3 and 6 more) are not the 2 of folder:" in note
     assert note in lay_out(results).footnotes
 
 
@@ -249,6 +256,47 @@ def test_the_same_images_are_recognised_wherever_they_lie(tmp_path: Path) -> Non
     assert "before/class" in rows
     measured = evaluate_model(tmp_path / "run" / "winner", f"folder:{tmp_path / 'link'}")
     assert measured["trained_on"] == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "names", "obstacle"),
+    [
+        ({}, NAMES, None),
+        ({}, None, None),
+        ({"classes": 0}, None, "it has no classifier"),
+        ({"classes": 9}, None, "its 9 classes are not the 10 of digits"),
+        ({}, tuple("abcdefghij"), "its 10 classes (a, b, c, d and 6 more) are not the 10 of digits"),
+        ({"image_px": (8, 16)}, NAMES, "it takes images of 8 x 16 px, and these are square"),
+    ],
+)
+def test_only_a_model_of_the_same_classes_is_measured_before(
+    changes: dict[str, Any], names: tuple[str, ...] | None, obstacle: str | None
+) -> None:
+    dataset = load_dataset(DataRecipe(name="digits"))
+    model = DeiT(image_px=8, patch_px=4, channels=1, classes=10, width=16, depth=1, heads=2, tokens=("class",))
+    architecture = replace(Architecture.of(model), **changes)
+    weights = Weights(Path("x"), {}, architecture, names, None, None, {}, ())
+    assert _obstacle(weights, dataset) == obstacle
+
+
+def test_a_model_has_seen_the_images_of_those_that_it_started_from() -> None:
+    hashes = torch.arange(0, 30)
+    card = {"input_px": [8, 8], "channels": 1, "fit": "crop"}
+    first = card | {"trained_on": sketch(hashes[:10])}
+    other_size = card | {"input_px": [16, 16], "trained_on": sketch(hashes[10:20])}
+    assert images_seen(card, hashes[:0], []) is None
+    assert images_seen(card, hashes[20:], []) == sketch(hashes[20:])
+    assert images_seen(card, hashes[:0], [first]) == first["trained_on"]
+    both = images_seen(card, hashes[20:], [first, other_size, card])
+    assert both == sketch(torch.cat([hashes[:10], hashes[20:]]))
+    assert share_in_sketch(hashes, both) == pytest.approx(20 / 30)
+
+
+@pytest.mark.usefixtures("without_report")
+def test_a_fine_tuned_student_records_the_images_of_its_checkpoint_too(plain: Path, tmp_path: Path) -> None:
+    finetune(plain, tmp_path, "methods=[none]", "data.train_images=20", "train.epochs=1")
+    tuned, first = read_card(tmp_path / "tuned" / "winner"), read_card(plain / "winner")
+    assert tuned["trained_on"] == first["trained_on"], "twenty of the same images, and those of its checkpoint"
 
 
 def test_a_sketch_estimates_the_share_of_trained_images() -> None:

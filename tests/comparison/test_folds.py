@@ -24,7 +24,7 @@ from deitkit.comparison.run import run_recipe
 from deitkit.comparison.verify import verify_run
 from deitkit.data.dataset import Dataset, load_dataset
 from deitkit.data.split import plan_splits
-from deitkit.errors import CheckpointError, DataError, Interrupted, RecipeError
+from deitkit.errors import CheckpointError, DataError, Interrupted, RecipeError, TeacherError
 from deitkit.evaluation.apply import evaluate_model
 from deitkit.evaluation.statistics import holm, resampled_difference, resampled_interval
 from deitkit.models.saved import load_classifier
@@ -343,6 +343,11 @@ def test_a_checkpoint_that_has_seen_a_fold_is_refused_before_anything_trains(
     assert not (tmp_path / "again").exists()
     alone = again.model_copy(update={"data": again.data.model_copy(update={"fold": 1})})
     assert run_recipe(alone, tmp_path / "alone", watcher=Silent()).rows
+    teacher = f"teacher.name={tmp_path / 'run' / 'folds' / '1' / 'winner'}"
+    taught = tiny_recipe("data.folds=2", "methods=[hard]", "data.test_images=null", "teacher.allow_weak=true", teacher)
+    with pytest.raises(TeacherError, match=r"are training images of the teacher .*data\.folds=2 data\.fold=1\)"):
+        run_recipe(taught, tmp_path / "again", watcher=Silent())
+    assert not (tmp_path / "again").exists()
 
 
 def test_a_model_of_a_fold_is_evaluated_on_the_test_split_of_other_data(

@@ -296,6 +296,14 @@ def test_a_teacher_that_was_trained_on_test_images_is_refused(tmp_path: Path) ->
     for one in (given, checkpoint):
         with pytest.raises(TeacherError, match=r"of the test images of digits are training images of the teacher"):
             compare(load_recipe("digits", [*fields, *one, "data.split_seed=3"]), tmp_path / "other", watcher=Silent())
+    variants = load_recipe("digits", [*fields, *given, "data.split_seed=3", "variants={sgd: {train.optimizer: sgd}}"])
+    with pytest.raises(TeacherError, match=r"variant base: about .* of the test images of digits are training images"):
+        compare_variants(variants, tmp_path / "other", watcher=Silent())
+    assert not (tmp_path / "other").exists()
+    compare(load_recipe("digits", [*fields, *given]), tmp_path / "second", watcher=Silent())
+    handed_on = load_recipe("digits", [*fields, f"teacher.name={tmp_path / 'second' / 'teacher'}", "data.split_seed=3"])
+    with pytest.raises(TeacherError, match=r"divide the data as for its training \(data\.split_seed=0"):
+        compare(handed_on, tmp_path / "other", watcher=Silent())
     again = load_recipe("digits", [*fields, *given, "data.image_px=16"])  # the same division, at another size
     rehearse_teachers(again, load_dataset(again.data), tmp_path / "new", CPU_FP32)
     other = again.model_copy(update={"data": again.data.model_copy(update={"split_seed": 3})})

@@ -12,7 +12,7 @@ from conftest import TINY
 from deitkit.analyze.analysis import analyze_run
 from deitkit.cli.main import app
 from deitkit.comparison.compare import compare
-from deitkit.comparison.verify import verify_run
+from deitkit.comparison.verify import TOLERANCE_ELSEWHERE, verify_run
 from deitkit.recipe.load import load_recipe
 from deitkit.run.observer import Silent
 
@@ -40,6 +40,14 @@ def test_a_table_holds_until_a_student_or_the_data_change(tmp_path: Path) -> Non
     code, found = verified()
     assert code == 1
     assert [row["row"] for row in found["rows"] if row["holds"] is False] == ["none/class"]
+    here = told["machine"]
+    for change, holds in ((0.01, False), (TOLERANCE_ELSEWHERE, True)):  # on another machine, which rounds differently
+        told["rows"][0]["top1"][0] = recorded + change
+        told["machine"] = here | {"processor": "another"}
+        (run / "results.json").write_text(json.dumps(told))
+        code, found = verified()
+        assert (code == 0, found["holds"], found["tolerance"]) == (holds, holds, TOLERANCE_ELSEWHERE)
+    told["machine"] = here
     told["rows"][0]["top1"][0] = recorded
     (run / "results.json").write_text(json.dumps(told))
     (run / "seed-0" / "none" / "model.json").rename(tmp_path / "model.json")

@@ -1,5 +1,6 @@
 import gzip
 import io
+import json
 import struct
 from pathlib import Path
 from urllib.error import URLError
@@ -55,6 +56,19 @@ def test_cifar10_is_found_in_any_form(tmp_path, where, form):
     assert [known[image.numpy().tobytes()] for image in data.test.images] == data.test.labels.tolist()
     small = load("cifar10", root=tmp_path, image_px=16, channels=1)
     assert torch.equal(small.test.images, to_channels(resize(data.test.images, 16), 1))
+
+
+def test_what_was_assumed_of_a_named_set_is_kept(tmp_path):
+    names = {kind: [f"{kind} {number}" for number in range(count)] for kind, count in (("fine", 100), ("coarse", 20))}
+    features = {f"{kind}_label": {"_type": "ClassLabel", "names": names[kind]} for kind in names}
+    schema = {"huggingface": json.dumps({"info": {"features": features}})}
+    for split, count in (("train", 200), ("test", 100)):
+        columns = {"img": [_encoded(image) for image in cifar_like(count, seed=count)[0]]}
+        columns |= {f"{kind}_label": np.arange(count) % len(names[kind]) for kind in names}
+        table = pa.table(columns).replace_schema_metadata(schema)
+        pq.write_table(table, tmp_path / f"{split}-00000-of-00001.parquet")
+    data = load("cifar100", root=tmp_path)
+    assert any("fine_label" in line and "coarse_label" in line for line in data.remarks)
 
 
 def _encoded(image):

@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from deitkit.data.listing import EncodedImages
 from deitkit.data.sources.parquet import has_shards, list_parquet
 from deitkit.errors import DataError
 
@@ -96,6 +97,17 @@ def test_splits_are_found_by_their_whole_name(tmp_path: Path, files: list[str], 
         write(tmp_path / file, [0, 1, 2], NAMES)
     assert splits(tmp_path) == expected
     assert has_shards(tmp_path) == ("train" in "".join(files))
+
+
+def test_images_of_files_of_one_name_have_names_of_their_own(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        write(tmp_path / split / "0000.parquet", [0, 1], NAMES)
+    images = list_parquet(tmp_path).images
+    assert isinstance(images, EncodedImages)
+    assert images.names == [f"{split}/0000.parquet row {row}" for split in ("train", "test") for row in range(2)]
+    alone = list_parquet(tmp_path / "test" / "0000.parquet").images
+    assert isinstance(alone, EncodedImages)
+    assert alone.names == ["0000.parquet row 0", "0000.parquet row 1"]
 
 
 def test_what_is_left_out_or_assumed_is_remarked(tmp_path: Path) -> None:

@@ -89,14 +89,18 @@ def test_grey_copies_of_test_images_are_left_out_whatever_the_channels(
 
 
 def test_validation_and_test_images_are_left_out(write_images: WriteImages, tmp_path: Path) -> None:
-    photos = write_images(tmp_path / "photos")
+    photos = write_images(tmp_path / "photos", parts=("train",))
+    for number, name in enumerate(("cat", "dog")):
+        for index in range(12):
+            save(photos / "test" / name / f"{index}.png", (200, 5 * index, 40 * number), px=16)
+    held_out = load_dataset(DataRecipe(name=f"folder:{photos}")).names("validation", 0)
     save(tmp_path / "more" / "new.png", (1, 2, 3), px=16)
-    (tmp_path / "more" / "copy.png").write_bytes((photos / "test" / "cat" / "3.png").read_bytes())
+    (tmp_path / "more" / "held-out.png").write_bytes((photos / held_out).read_bytes())
     # the pixels of a test image, in another file
     Image.open(photos / "test" / "dog" / "5.png").save(tmp_path / "more" / "other.webp", lossless=True)
     data = with_unlabelled(name=f"folder:{photos}", unlabelled=f"folder:{tmp_path / 'more'}")
     assert data.unlabelled is not None
-    assert len(data.unlabelled) == 1
+    assert data.unlabelled.images[:, :, 0, 0].tolist() == [[1, 2, 3]]
     assert "left out: 2 unlabelled images that are also validation or test images" in data.remarks
 
 

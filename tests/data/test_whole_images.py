@@ -1,6 +1,7 @@
 """Random-resized crops are cut from the files' own pixels, or from images that are kept larger for them."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -261,12 +262,13 @@ def test_cached_logits_belong_to_what_is_cut(photos: Path, tmp_path: Path) -> No
 
 
 def test_the_picture_of_views_shows_the_crops(photos: Path, tmp_path: Path) -> None:
-    data = load(photos)
-    sizes = []
-    for name, augment in (("cut.png", AugmentRecipe(crop="random-resized")), ("none.png", AugmentRecipe(crop="none"))):
-        draw_views(data, augment, 0.0, tmp_path / name)
-        sizes.append((tmp_path / name).stat().st_size)
-    assert sizes[0] != sizes[1]
+    data, augment = load(photos), AugmentRecipe(crop="random-resized")
+    resized = replace(data, train=replace(data.train, crop_source=None))  # crops of what was resized
+    drawn = [tmp_path / name for name in ("whole.png", "again.png", "resized.png")]
+    for path, each in zip(drawn, (data, data, resized), strict=True):
+        draw_views(each, augment, 0.0, path)
+    whole, again, other = (path.read_bytes() for path in drawn)
+    assert whole == again != other
 
 
 @pytest.mark.parametrize(

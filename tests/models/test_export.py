@@ -72,7 +72,7 @@ def test_what_is_written_opens_as_printed_and_answers_as_before(
     to: str, tokens: tuple[str, ...], channels: int, convert: Run, tmp_path: Path
 ) -> None:
     source, out = tmp_path / "model", tmp_path / ("out.pth" if to == "released" else "out")
-    classifier = saved(source, tokens, channels)
+    classifier = saved(source, tokens, channels, trained_on="a sketch")
     code, output, errors = convert(source, "--to", to, "--out", out, "--check")
     if to == "transformers" and not tokens:
         assert code == 2
@@ -90,6 +90,8 @@ def test_what_is_written_opens_as_printed_and_answers_as_before(
         assert back.architecture.heads == 2
         assert back.class_names == tuple(NAMES)
         assert back.mean == pytest.approx(MEAN[:channels])
+    if to == "ours":
+        assert back.card["trained_on"] == "a sketch"
 
 
 @pytest.mark.parametrize("fit", ["crop", "pad"])

@@ -2,6 +2,7 @@
 
 import io
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,7 +26,7 @@ from deitkit.models.classifier import Classifier
 from deitkit.models.vit import DeiT
 from deitkit.recipe.load import load_recipe
 from deitkit.recipe.schema import TrainRecipe
-from deitkit.run.folder import begin_run, choose_run_folder, occupied
+from deitkit.run.folder import begin_run, check_run, choose_run_folder, occupied
 from deitkit.run.observer import Progress
 from deitkit.run.state import drop_state, load_state, load_tree, save_state, save_tree
 from deitkit.system.process import SPIN_COUNT, WAIT_SETTINGS, configure_process
@@ -369,6 +370,15 @@ def test_resume_without_a_folder_finds_the_newest_run_of_this_recipe(
         begin_run(folder, recipe)
         os.utime(folder / "recipe.yaml", (number, number))
     assert choose_run_folder(None, short, resume=True) == Path("runs/digits-3")
+    damaged = Path("runs/digits-5")
+    damaged.mkdir()
+    (damaged / "recipe.yaml").write_text("unknown: 1\n")
+    assert choose_run_folder(None, short, resume=True) == Path("runs/digits-3")
+    with pytest.raises(
+        CheckpointError, match=r"digits-5 was started with .*its recipe\.yaml cannot be read: .*unknown"
+    ):
+        check_run(damaged, short, resume=True)
+    shutil.rmtree(damaged)
     assert choose_run_folder(None, long, resume=True) == Path("runs/digits-4")
     grown = load_recipe("digits", ["train.epochs=2", "methods=[none, soft]"])
     assert choose_run_folder(None, grown, resume=True) == Path("runs/digits-3")

@@ -37,6 +37,12 @@ def test_behind_a_proxy_the_library_tries_itself(monkeypatch: pytest.MonkeyPatch
     assert unreachable("https://nowhere.invalid") is None
 
 
+@pytest.mark.usefixtures("offline")
+def test_hosts_that_need_no_proxy_are_no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("urllib.request.getproxies", lambda: {"no": "localhost"})
+    assert unreachable("https://nowhere.invalid") == "nowhere.invalid cannot be reached: name or service not known"
+
+
 def test_the_limit_on_waiting_is_taken_back() -> None:
     before = socket.getdefaulttimeout()
     with no_endless_wait():

@@ -15,6 +15,7 @@ from deitkit.models.cnn import CifarResNet
 from deitkit.recipe.load import load_recipe
 from deitkit.recipe.schema import AugmentRecipe, Recipe
 from deitkit.run.observer import Silent
+from deitkit.system.device import Precision
 from deitkit.teachers.frozen import FrozenTeacher
 from deitkit.teachers.logit_cache import LogitCache, kept_logits
 
@@ -144,6 +145,11 @@ def test_an_epoch_that_was_not_recorded_to_its_end_is_not_written() -> None:
         {"repeats": 3},
         {"epoch_repeats": 2},
         {"augment": AugmentRecipe(flip=0.0)},
+        {"balanced": True},
+        {"unlabelled": (2, "hash")},
+        {"crops": "files"},
+        {"top": 2},
+        {"precision": Precision(torch.device("cpu"), torch.bfloat16)},
     ],
 )
 def test_other_views_have_a_folder_of_their_own(change: dict[str, Any]) -> None:
@@ -154,7 +160,9 @@ def test_another_teacher_has_a_folder_of_its_own() -> None:
     other = teacher()
     with torch.no_grad():
         other.model.bn1.running_mean[0] += 1e-3
-    assert answers(other).folder != answers(teacher()).folder
+    larger, joint = teacher(), teacher()
+    larger.image_px, joint.readout = 16, "joint"
+    assert len({answers(each).folder for each in (teacher(), other, larger, joint)}) == 4
     assert answers(teacher()).folder == answers(teacher()).folder
 
 

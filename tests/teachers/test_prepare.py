@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from conftest import CPU_FP32, striped_dataset
+from conftest import CPU_FP32, poisoned_gradient, striped_dataset
 from deitkit.comparison.compare import compare
 from deitkit.data.dataset import Dataset, Split
 from deitkit.errors import CheckpointError, TeacherError
@@ -25,6 +25,7 @@ from deitkit.run.results import TeacherCard
 from deitkit.teachers.frozen import FrozenTeacher
 from deitkit.teachers.gate import gate
 from deitkit.teachers.prepare import prepare_teacher
+from deitkit.training.student import Student
 
 CARD = TeacherCard(
     name="test", source="test", fit="none", top1=0.0, n=0, chance=0.0, verdict="", weak=False, parameters=1,
@@ -269,6 +270,23 @@ def test_a_student_with_one_trained_head_teaches_by_that_one(stripes: Dataset, t
     assert told.readout == "class"
     view = torch.rand(5, 3, 8, 8)
     torch.testing.assert_close(teacher(view).softmax(dim=-1), naive_answers(student, view)["class"].float())
+
+
+def test_a_teacher_whose_loss_is_not_finite_does_not_teach(
+    stripes: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Student, "backward", poisoned_gradient("teacher", 8))
+    with pytest.raises(TeacherError, match=r"teacher cifar/resnet20 .*finite.*: lower teacher\.train\.learning_rate"):
+        prepare(recipe(allow_weak=True), stripes, tmp_path)
+    assert not (tmp_path / "teacher" / "card.json").exists()
+
+
+def test_looking_for_a_better_normalisation_leaves_the_teacher_as_it_was(stripes: Dataset) -> None:
+    teacher = classifier(nn.Sequential(Brightness(), nn.BatchNorm1d(3))).eval()
+    before = {name: value.clone() for name, value in teacher.state_dict().items()}
+    judge(teacher, stripes, allow_weak=True)
+    assert not any(module.training for module in teacher.modules())
+    assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
 
 
 def test_weights_of_blue_green_red_are_turned_round(stripes: Dataset, tmp_path: Path) -> None:

@@ -203,7 +203,7 @@ def test_it_learns(stripes: Dataset) -> None:
     train = StudentTrainRecipe(epochs=12, batch_size=8, learning_rate=3e-3)
     plain = AugmentRecipe(flip=0.0, crop="none")
     *_, last = cohort(["none", "token-hard"], stripes, train=train, augment=plain).fit()
-    assert all(max(record.validation.values()) > 0.8 for record in last)
+    assert all(min(record.validation.values()) > 0.8 for record in last), "every head"
 
 
 def test_a_loss_that_is_not_finite_stops_that_student_alone(stripes: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,6 @@
 """What only a CUDA device shows: that a step waits for nothing, and that replayed and compiled steps train the same."""
 
 import warnings
-from typing import Any
 
 import pytest
 import torch
@@ -12,6 +11,7 @@ from deitkit.models.classifier import Classifier
 from deitkit.models.cnn import CifarResNet
 from deitkit.recipe.load import load_recipe
 from deitkit.recipe.schema import Recipe
+from deitkit.run.metrics import EpochMetrics
 from deitkit.system.device import Precision
 from deitkit.teachers.frozen import FrozenTeacher
 from deitkit.training.build import build_students
@@ -50,7 +50,7 @@ def cohort(chosen: Recipe) -> Cohort:
     )  # fmt: skip
 
 
-def losses(chosen: Recipe) -> list[dict[str, Any]]:
+def losses(chosen: Recipe) -> list[EpochMetrics]:
     return [record for records in cohort(chosen).fit() for record in records]
 
 
@@ -60,9 +60,10 @@ def test_fast_steps_train_as_plain_ones(optimizer: str) -> None:
     fast, plain = losses(recipe(*chosen)), losses(recipe(*chosen, *FAST_OFF))
     assert len(fast) == len(plain) == 8 * 4
     for one, other in zip(fast, plain, strict=True):
-        assert one["train_loss"] == pytest.approx(other["train_loss"], rel=0.02)
+        assert one.train_loss == pytest.approx(other.train_loss, rel=0.02)
     # Six steps an epoch: most were replayed.
-    assert fast[0]["step"] > WARM_UP
+    assert fast[0].step is not None
+    assert fast[0].step > WARM_UP
 
 
 def test_a_step_waits_for_nothing() -> None:
@@ -87,7 +88,9 @@ def test_a_replayed_student_follows_its_learning_rate_and_its_dropout() -> None:
     first, second = losses(chosen), losses(chosen)
     assert [record.train_loss for record in first] == [record.train_loss for record in second]
     still = losses(recipe("methods=[none]", "train.learning_rate=1e-12", "train.warmup_learning_rate=0"))
-    assert still[-1]["train_loss"] > first[-1]["train_loss"]
+    assert still[-1].train_loss is not None
+    assert first[-1].train_loss is not None
+    assert still[-1].train_loss > first[-1].train_loss
 
 
 def test_students_share_the_memory_of_their_activations() -> None:

@@ -13,16 +13,21 @@ from hypothesis import strategies as st
 
 from conftest import CPU_FP32, striped_dataset
 from deitkit.comparison.compare import compare
-from deitkit.comparison.rows import best_row
+from deitkit.comparison.seed_run import seed_cohort
 from deitkit.data.augment.mix import balanced_weights
 from deitkit.data.batches import Batches
 from deitkit.data.dataset import Dataset
 from deitkit.data.split import Split
 from deitkit.distillation.methods import METHODS, Method
 from deitkit.evaluation.readouts import balanced_accuracy, macro_f1
+from deitkit.models.classifier import Classifier
+from deitkit.models.cnn import CifarResNet
 from deitkit.models.vit import Output
 from deitkit.recipe.schema import AugmentRecipe, DistillationRecipe, Recipe, SpeedRecipe, TrainRecipe
 from deitkit.run.observer import Silent
+from deitkit.system.ranks import ALONE
+from deitkit.teachers.prepare import teacher_cohort, teacher_student
+from deitkit.training.build import build_students
 from deitkit.training.cohort import Cohort
 
 CPU = torch.device("cpu")
@@ -109,13 +114,32 @@ def test_figures_of_a_constant_answer() -> None:
     assert balanced_accuracy(scores, torch.zeros(10, dtype=torch.long)) == 1.0
 
 
-def test_the_winner_by_balanced_accuracy(tiny_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
-    fields = ("methods=[none, hard]", "data.sampling=balanced", "train.class_weight=balanced")
-    recipe = tiny_recipe(*fields, "compare.by=balanced", "teacher.train.class_weight=balanced")
-    results = compare(recipe, tmp_path / "run", watcher=Silent())
-    one, other = results.rows
-    one = one.model_copy(update={"validation_top1": (0.9,), "validation_balanced": (0.5,)})
-    other = other.model_copy(update={"validation_top1": (0.8,), "validation_balanced": (0.7,)})
-    assert [best_row((one, other), by) for by in ("accuracy", "balanced")] == [one, other]
+def test_sampling_and_weights_reach_students_and_teacher(tiny_recipe: Callable[..., Recipe]) -> None:
+    weights = ("train.class_weight=balanced", "teacher.train.class_weight=balanced")
+    recipe, data = tiny_recipe("methods=[none]", "data.sampling=balanced", *weights), unequal()
+    students = build_students(recipe, data, 0, CPU_FP32)
+    model = Classifier(CifarResNet(20, classes=3), mean=data.mean, std=data.std)
+    alone = teacher_student("teacher", model, recipe.teacher, CPU_FP32)
+    for trained in (
+        seed_cohort(students, recipe, data, None, 0, CPU_FP32, ALONE),
+        teacher_cohort(alone, recipe, data, CPU_FP32, ALONE),
+    ):
+        drawn = torch.cat([labels for _, labels in trained.batches.epoch(0)]).bincount(minlength=3)
+        assert int(drawn.max() - drawn.min()) <= 2
+        (student,) = trained.students
+        student.classifier.train()
+        view, targets = trained.make_view(*trained.batches.batch(0, 0), 0)
+        state = {name: value.clone() for name, value in student.classifier.state_dict().items()}
+        with torch.no_grad():
+            logits = student.classifier(view).class_logits
+        student.classifier.load_state_dict(state)  # BatchNorm's averages
+        trained.train_step(*trained.batches.batch(0, 0))
+        (loss,) = student.term_sums.values()
+        expected = F.cross_entropy(logits, targets, weight=balanced_weights(data.train.labels, 3))
+        torch.testing.assert_close(loss.squeeze(), expected.to(loss.dtype))
+
+
+def test_the_winner_by_balanced_accuracy_is_said(tiny_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    results = compare(tiny_recipe("methods=[none, hard]", "compare.by=balanced"), tmp_path / "run", watcher=Silent())
     assert "It was chosen by balanced accuracy" in results.verdict
     assert all(row.macro_f1 is not None for row in results.rows)

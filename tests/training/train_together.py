@@ -10,8 +10,9 @@ import torch
 from conftest import CPU_FP32, striped_dataset
 from deitkit.data.batches import Batches
 from deitkit.distillation.methods import METHODS
+from deitkit.evaluation.predict import predict_all
 from deitkit.models.classifier import Classifier
-from deitkit.models.vit import DeiT
+from deitkit.models.vit import DeiT, Output
 from deitkit.recipe.schema import AugmentRecipe, SpeedRecipe, StudentTrainRecipe
 from deitkit.system.ranks import ALONE, Ranks, join_ranks, leave_ranks
 from deitkit.training.cohort import Cohort
@@ -93,6 +94,12 @@ def views_equal(ranks: Ranks, batch_size: int, augment: AugmentRecipe) -> bool:
     return not ranks.any(not all(equal))
 
 
+def heads(output: Output) -> list[torch.Tensor]:
+    assert output.class_logits is not None
+    assert output.distillation_logits is not None
+    return [output.class_logits, output.distillation_logits]
+
+
 def main() -> None:
     torch.set_num_threads(1)
     ranks = join_ranks()
@@ -115,6 +122,14 @@ def main() -> None:
     for name, augment in (("strong", AugmentRecipe(**STRONG)), ("crops", crops)):
         for batch_size in (32, 33):
             results[f"views {name} {batch_size}"] = views_equal(ranks, batch_size, augment)
+    for size in (60, 59, 1):  # of which each process has one image less or more, or all of them
+        student = build(ALONE, ["token-hard"], StudentTrainRecipe(), AugmentRecipe(), 0).students[0]
+        images = DATASET.test[slice(size)]
+        (alone,), (shared,) = (
+            predict_all([student.classifier], images, CPU_FP32, ranks=each) for each in (ALONE, ranks)
+        )
+        equal = [torch.allclose(one, other, atol=1e-5) for one, other in zip(heads(alone), heads(shared), strict=True)]
+        results[f"predictions {size}"] = not ranks.any(not all(equal))
     everything = Batches(DATASET.train, 33, 0, CPU_FP32.device).batch(0, 0)[1]
     gathered = ranks.gather(everything[ranks.places(33)], [len(ranks.places(33, rank)) for rank in range(ranks.count)])
     results["labels"] = bool(torch.equal(gathered.sort().values, everything.sort().values))

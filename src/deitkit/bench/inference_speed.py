@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from deitkit.bench.measure import count_flops, machine_limit
-from deitkit.bench.training_speed import SYNTHETIC_PX
+from deitkit.bench.training_speed import SYNTHETIC_PX, without_weights
 from deitkit.distillation.methods import METHODS
 from deitkit.errors import is_out_of_memory
 from deitkit.evaluation.classify import input_px
@@ -26,6 +26,7 @@ from deitkit.system.timer import time_in_turn, wait
 
 def bench_infer(recipe: Recipe, *, repeats: int, steps: int) -> dict[str, Any]:
     """Measure the inference speed of the student of the recipe's first method, on random images and weights."""
+    recipe = without_weights(recipe)
     device = choose_device(recipe.device)
     precision = Precision.choose(recipe.train.precision, device)
     side, channels = recipe.data.image_px or SYNTHETIC_PX, recipe.data.channels or 3

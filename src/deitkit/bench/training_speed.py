@@ -13,6 +13,7 @@ from deitkit.bench.measure import count_flops, machine_limit, peak_memory_gib, r
 from deitkit.data.dataset import Dataset, Split, add_unlabelled, load_dataset
 from deitkit.models.accelerate import accelerate
 from deitkit.models.classifier import Classifier
+from deitkit.models.weights.pretrained import with_pretrained_size
 from deitkit.models.zoo import create_classifier
 from deitkit.recipe.schema import Recipe, TeacherRecipe
 from deitkit.system.device import Precision, choose_device, describe_machine
@@ -20,6 +21,7 @@ from deitkit.system.seeding import seeded
 from deitkit.system.timer import Timing, time_in_turn, wait
 from deitkit.teachers.frozen import FrozenTeacher, Teachers
 from deitkit.teachers.logit_cache import LogitCache, open_logit_cache
+from deitkit.teachers.saved import build_saved
 from deitkit.training.build import build_students
 from deitkit.training.cohort import Cohort
 from deitkit.training.cuda_graph import WARM_UP
@@ -38,7 +40,7 @@ class Bench:
     """
 
     def __init__(self, recipe: Recipe, synthetic: bool) -> None:
-        self.recipe = recipe
+        self.recipe = recipe = without_weights(recipe)
         self.device = choose_device(recipe.device)
         self.precision = Precision.choose(recipe.train.precision, self.device)
         random_crops = recipe.has_random_crops
@@ -51,9 +53,12 @@ class Bench:
     def _build_teacher(self, recipe: TeacherRecipe) -> FrozenTeacher:
         dataset = self.dataset
         with seeded(0, "teacher"):
-            built = create_classifier(
-                recipe.name, classes=dataset.classes, channels=dataset.channels, image_px=recipe.image_px
-            )
+            if Path(recipe.name).exists():
+                recipe, built, _ = build_saved(recipe, dataset)
+            else:
+                built = create_classifier(
+                    recipe.name, classes=dataset.classes, channels=dataset.channels, image_px=recipe.image_px
+                )
         mean, std = built.mean or dataset.mean, built.std or dataset.std
         classifier = Classifier(built.model, mean=mean, std=std, image_px=recipe.image_px or built.image_px)
         return FrozenTeacher(accelerate(classifier, self.recipe.speed, self.device))
@@ -95,6 +100,12 @@ class Bench:
             "teacher": " + ".join(teacher.name for teacher in recipe.all_teachers),
             "batch_size": recipe.train.batch_size,
         }
+
+
+def without_weights(recipe: Recipe) -> Recipe:
+    """Return a recipe with the size of its students' initial weights, but without these: the speed is the same."""
+    model = with_pretrained_size(recipe.model).model_copy(update={"pretrained": None, "checkpoint": None})
+    return recipe.model_copy(update={"model": model})
 
 
 class Stepper:
@@ -184,9 +195,9 @@ def bench_cohort(recipe: Recipe, *, synthetic: bool, repeats: int, steps: int) -
     """Time the recipe's methods in one cohort and separately, on the same views.
 
     The ratio is the cohort's time over the sum of the separate times; cached logits are read from the disk.
-    Peak memory is given for cohorts of 1, 2, ... students.
+    Peak memory is given for cohorts of 1, 2, ... students. The CNN baseline is left out, which is in every cohort.
     """
-    bench = Bench(recipe, synthetic)
+    bench = Bench(recipe.model_copy(update={"baseline": None}), synthetic)
     methods = recipe.methods
     memory = _memory_by_students(bench)
     with tempfile.TemporaryDirectory(prefix="deitkit-bench-") as folder:

@@ -43,7 +43,7 @@ from deitkit.run.results import (
     write_results,
 )
 from deitkit.system.device import Precision, choose_device
-from deitkit.teachers.prepare import prepare_teachers
+from deitkit.teachers.prepare import prepare_teachers, rehearse_teachers
 from deitkit.training.build import needs_teacher
 
 
@@ -134,6 +134,7 @@ def _rehearse_all(
 ) -> Int64[Tensor, " n"]:
     """Build every variant once and throw it away; return the labels of the test images, the same for all."""
     labels = load(as_begun(recipes[BASE].data, homes[BASE])).test.labels
+    tried: list[tuple[Any, ...]] = []
     for name, variant in recipes.items():
         with named_in_errors(name):
             dataset = load(as_begun(variant.data, homes[name]))
@@ -143,6 +144,9 @@ def _rehearse_all(
                     "that divides them"
                 )
             rehearse(variant, dataset, _precision(variant))
+            if needs_teacher(variant) and _teacher_key(variant) not in tried:
+                rehearse_teachers(variant, dataset, homes[name] / "teacher", _precision(variant))
+                tried.append(_teacher_key(variant))
             del dataset  # before the next is loaded
     return labels
 

@@ -41,6 +41,7 @@ from deitkit.run.results import (
 )
 from deitkit.system.device import Precision, choose_device
 from deitkit.teachers.prepare import rehearse_teachers
+from deitkit.teachers.saved import origins, require_unseen
 from deitkit.training.build import needs_teacher
 
 _MEANS = ("balanced_accuracy", "macro_f1", "teacher_agreement", "images_per_second", "train_seconds")
@@ -96,15 +97,19 @@ def begin_folds(
     precision = Precision.choose(recipe.train.precision, choose_device(recipe.device))
     dataset = load(as_begun(recipes[1].data, fold_folder(folder, 1)))
     rehearse(recipes[1], dataset, precision)
-    if needs_teacher(recipe):
-        rehearse_teachers(recipe, dataset, fold_folder(folder, 1) / "teacher", precision)
+    teachers = recipe.all_teachers if needs_teacher(recipe) else ()
+    if teachers:
+        rehearse_teachers(recipes[1], dataset, fold_folder(folder, 1) / "teacher", precision)
     # Without its damaged files a class may have no images in a split of another fold, and the images that a checkpoint
-    # was trained on may be another fold's test images.
-    if dataset.skipped or starting_weights(recipe.model) is not None:
+    # or a teacher was trained on may be another fold's test images.
+    has_seen = starting_weights(recipe.model) is not None or any(origins(teacher) for teacher in teachers)
+    if dataset.skipped or has_seen:
         for fold, own in reversed(recipes.items()):  # the first one trains next
             del dataset  # before another is loaded
             dataset = load(as_begun(own.data, fold_folder(folder, fold)))
             measure_checkpoint(own, dataset, precision, Silent())
+            for teacher in teachers:
+                require_unseen(teacher, own.data, dataset)
     begin_run(folder, recipe)
     return load
 

@@ -15,14 +15,15 @@ from torch import Tensor
 
 from deitkit.comparison.rows import StudentPredictions
 from deitkit.data.dataset import Dataset, as_read
-from deitkit.data.duplicates import sketch
 from deitkit.errors import CheckpointError
-from deitkit.evaluation.apply import card_of_data
+from deitkit.evaluation.apply import card_of_data, images_seen
 from deitkit.evaluation.predict import predict_all
 from deitkit.evaluation.readouts import readout_scores
 from deitkit.models.accelerate import release
 from deitkit.models.classifier import Classifier
 from deitkit.models.saved import read_card, save_classifier
+from deitkit.models.weights.initialise import card_of, weights_file
+from deitkit.models.weights.pretrained import starting_weights
 from deitkit.models.weights.read import require_whole
 from deitkit.recipe.schema import Recipe
 from deitkit.run.folder import occupied, unreadable
@@ -383,10 +384,13 @@ def _student_card(recipe: Recipe, dataset: Dataset, student: Student, seed: int)
         "seed": seed,
         "recipe": recipe.name,
         **card_of_data(recipe.data, dataset),
-        "trained_on": sketch(torch.cat([dataset.train_hashes, dataset.unlabelled_hashes])),
     }
+    before = []
     if student.name == BASELINE:
         card["architecture"] = baseline_architecture(recipe)
     else:
         card["initial"] = initial_weights(recipe)
-    return card
+        if (start := starting_weights(recipe.model)) is not None:
+            before.append(card_of(weights_file(start)))
+    own = torch.cat([dataset.train_hashes, dataset.unlabelled_hashes])
+    return card | {"trained_on": images_seen(card, own, before)}

@@ -6,7 +6,7 @@ its training images, so that the same can be found for data that it meets later,
 
 import base64
 import binascii
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any
@@ -108,6 +108,11 @@ def sketch(train: Int64[Tensor, " train"]) -> str:
     Source: bottom-k sketches (Broder 1997; Cohen and Kaplan 2007).
     """
     return base64.b64encode(train.unique()[:SKETCHED].numpy().tobytes()).decode()
+
+
+def merge_sketches(texts: Iterable[str]) -> str:
+    """Return the sketch of the images of several sketches; of images that were hashed at one size."""
+    return sketch(torch.cat([_sketched(text) for text in texts]))
 
 
 def share_of_sketch(train: Int64[Tensor, " train"], text: str) -> float:

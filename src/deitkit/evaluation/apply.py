@@ -1,10 +1,14 @@
 """Measuring a saved model on a data set."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from jaxtyping import Int64
+from torch import Tensor
+
 from deitkit.data.dataset import Dataset, load_dataset
-from deitkit.data.duplicates import share_in_sketch
+from deitkit.data.duplicates import merge_sketches, share_in_sketch, sketch
 from deitkit.errors import DataError, HasTestSplit
 from deitkit.evaluation.classify import eval_crop, input_px
 from deitkit.evaluation.predict import predict
@@ -76,6 +80,25 @@ def card_of_data(recipe: DataRecipe, dataset: Dataset) -> dict[str, Any]:
         "fit": recipe.fit,
         "split": {field: getattr(recipe, field) for field in division},  # which images are test images
     }
+
+
+def images_seen(card: dict[str, Any], own: Int64[Tensor, " train"], origins: Sequence[dict[str, Any]]) -> str | None:
+    """Return the sketch of the images that a model has learned from; None if nothing is known.
+
+    Args:
+        card: Of the model, with the fields of ``card_of_data``.
+        own: Hashes of the images that it was trained on; empty if it was not trained.
+        origins: Cards of the models that it started from. The images of one that takes them in another size, number of
+            channels or shape are left out, since other pixels have other hashes.
+    """
+    known = [origin["trained_on"] for origin in origins if origin.get("trained_on") and _view(origin) == _view(card)]
+    sketches = [*known, *([sketch(own)] if len(own) else [])]
+    return merge_sketches(sketches) if sketches else None
+
+
+def _view(card: dict[str, Any]) -> tuple[int, int, str]:
+    """Return how a model takes its images."""
+    return input_px(card), card["channels"], card.get("fit", "crop")
 
 
 def data_recipe_of(card: dict[str, Any], data: str, root: Path | None) -> DataRecipe:

@@ -6,7 +6,7 @@ The layout is in docs/design.md. Nothing here depends on teachers or methods.
 import re
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -122,10 +122,12 @@ def occupied(folder: Path, patience: float = 0.0, say: Callable[[str], None] = l
     try:
         yield
     finally:
-        lock.release()
         if folder.is_dir() and all(path.name == LOCK for path in folder.iterdir()):  # it may have been moved
-            (folder / LOCK).unlink(missing_ok=True)
-            if is_new:
+            with suppress(OSError):
+                (folder / LOCK).unlink(missing_ok=True)  # while it is held, since afterwards it may be another's
+        lock.release()
+        if is_new:
+            with suppress(OSError):  # it has files, or is gone
                 folder.rmdir()
 
 
@@ -179,7 +181,11 @@ def begin_run(folder: Path, recipe: Recipe) -> None:
 
 def _changes_since(folder: Path, recipe: Recipe) -> list[str]:
     """Return the changes to the recipe of a run folder under which the run cannot go on."""
-    return _changes(load_recipe(str(folder / "recipe.yaml")).model_dump(mode="json"), recipe.model_dump(mode="json"))
+    try:
+        begun = load_recipe(str(folder / "recipe.yaml"))
+    except RecipeError as error:
+        return [f"its recipe.yaml cannot be read: {error}"]
+    return _changes(begun.model_dump(mode="json"), recipe.model_dump(mode="json"))
 
 
 def _changes(old: Any, new: Any) -> list[str]:

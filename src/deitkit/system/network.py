@@ -14,7 +14,7 @@ def unreachable(url: str) -> str | None:
     """Return why the host of a URL cannot be reached within seconds, or None; behind a proxy nothing is tried."""
     parts = urlsplit(url)
     host, port = parts.hostname or "", parts.port or (80 if parts.scheme == "http" else 443)
-    if urllib.request.getproxies():
+    if {"http", "https", "all"} & {*urllib.request.getproxies()}:
         return None
     try:
         socket.create_connection((host, port), timeout=SECONDS).close()

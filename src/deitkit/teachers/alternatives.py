@@ -147,7 +147,7 @@ def _candidates(classifier: Classifier, dataset: Dataset) -> Iterator[tuple[str,
     for name, (mean, std) in _normalisations(dataset).items():
         other = Classifier(
             classifier.model, mean=mean, std=std, image_px=classifier.image_px, readout=classifier.readout
-        )
+        ).eval()  # it shares the model, which the mode of a new module would put into training
         yield (
             f"its normalisation is wrong: with {name}",
             other,

@@ -13,10 +13,9 @@ from typing import Any
 from torch import nn
 
 from deitkit.data.dataset import Dataset, as_read, load_dataset
-from deitkit.data.duplicates import sketch
 from deitkit.distillation.methods import METHODS
 from deitkit.errors import CheckpointError, TeacherError
-from deitkit.evaluation.apply import card_of_data
+from deitkit.evaluation.apply import card_of_data, images_seen
 from deitkit.evaluation.readouts import top_k_accuracy
 from deitkit.models.accelerate import accelerate
 from deitkit.models.built import BuiltClassifier, reset_head, reverse_channels
@@ -37,7 +36,7 @@ from deitkit.system.words import counted
 from deitkit.teachers.frozen import FrozenTeacher, Teachers, mean_teacher_logits
 from deitkit.teachers.gate import doubt, gate
 from deitkit.teachers.resolution import measure_at_own_resolution
-from deitkit.teachers.saved import build_saved, require_unseen
+from deitkit.teachers.saved import build_saved, origins, require_unseen
 from deitkit.training.cohort import Cohort
 from deitkit.training.fit import train_to_end
 from deitkit.training.shared import SharedTraining, ranks_that_share, require_parts
@@ -90,10 +89,7 @@ def prepare_teacher(
     card, cost = measure_at_own_resolution(classifier, card, recipe.data, precision)
     if cost is not None:
         watcher.say(cost)
-    model_card = _model_card(card, dataset, recipe)
-    if card.fit != "none":
-        model_card["trained_on"] = sketch(train_data.train_hashes)
-    save_classifier(folder, classifier, model_card)
+    save_classifier(folder, classifier, _model_card(card, dataset, recipe, train_data))
     card = card.model_copy(update={"sha256": file_sha256(folder / "model.safetensors")})
     write_text(card_path, json.dumps(card.model_dump(exclude=TESTED), indent=2) + "\n")
     (folder / TRAINED).unlink(missing_ok=True)
@@ -127,14 +123,20 @@ def _try(
         raise TeacherError(f"teacher {card.name} {failure}; set another {way} or teacher.name")
 
 
-def _model_card(card: TeacherCard, dataset: Dataset, recipe: Recipe) -> dict[str, Any]:
-    return {
+def _model_card(card: TeacherCard, dataset: Dataset, recipe: Recipe, train_data: Dataset) -> dict[str, Any]:
+    described = {
         "architecture": card.name,
         **card_of_data(recipe.data, dataset),
         "readout": card.readout,
         "source": card.source,
         "validation_top1": card.top1,
     }
+    before = [origin for _, origin in origins(recipe.teacher)]
+    own = train_data.train_hashes if card.fit != "none" else train_data.train_hashes[:0]
+    if card.fit == "none" and before:  # its training was that of another run
+        described["split"] = before[-1].get("split", {})
+    seen = images_seen(described, own, before)
+    return described if seen is None else described | {"trained_on": seen}
 
 
 def draft_teacher(recipe: TeacherRecipe, dataset: Dataset) -> tuple[Classifier, TeacherCard]:

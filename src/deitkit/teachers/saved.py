@@ -3,6 +3,7 @@
 Training and checking it is in ``prepare``.
 """
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,16 @@ def build_saved(recipe: TeacherRecipe, dataset: Dataset) -> tuple[TeacherRecipe,
     )
 
 
+def origins(recipe: TeacherRecipe) -> list[tuple[Path, dict[str, Any]]]:
+    """Return the model or the weights of deitkit that a teacher starts from, with their cards; none of strangers."""
+    found = []
+    for given in (Path(recipe.name), recipe.checkpoint):
+        if given is not None and given.exists():
+            with suppress(CheckpointError):  # a stranger's weights
+                found.append((given, read_card(model_folder(given if given.is_dir() else given.parent))))
+    return found
+
+
 def require_unseen(recipe: TeacherRecipe, data: DataRecipe, dataset: Dataset) -> None:
     """Check that a teacher, if its card tells its training images, was not trained on this run's test images.
 
@@ -79,13 +90,7 @@ def require_unseen(recipe: TeacherRecipe, data: DataRecipe, dataset: Dataset) ->
     Raises:
         TeacherError: It was.
     """
-    for given in (Path(recipe.name), recipe.checkpoint):
-        if given is None or not given.exists():
-            continue
-        try:
-            card = read_card(model_folder(given if given.is_dir() else given.parent))
-        except CheckpointError:  # a stranger's weights
-            continue
+    for given, card in origins(recipe):
         if not card.get("trained_on"):
             continue
         own = {"image_px": input_px(card), "channels": card["channels"], "fit": card.get("fit", "crop")}

@@ -102,12 +102,12 @@ def baseline_architecture(recipe: Recipe) -> str:
 
 def _build_baseline(recipe: Recipe, dataset: Dataset, seed: int, precision: Precision) -> Student:
     assert recipe.baseline is not None
-    if Path(baseline_architecture(recipe)).exists():
-        raise RecipeError(
-            f"baseline.name={recipe.baseline.name} is a path: name an architecture, such as cifar/resnet56"
-        )
+    architecture = baseline_architecture(recipe)
+    if Path(architecture).exists():
+        what = architecture if recipe.baseline.name != "teacher" else f"teacher, and teacher.name={architecture}"
+        raise RecipeError(f"baseline.name={what} is a path: name an architecture, such as cifar/resnet56")
     with seeded(seed, BASELINE):
-        built = create_classifier(baseline_architecture(recipe), classes=dataset.classes, channels=dataset.channels)
+        built = create_classifier(architecture, classes=dataset.classes, channels=dataset.channels)
     classifier = accelerate(Classifier(built.model, mean=dataset.mean, std=dataset.std), recipe.speed, precision.device)
     return _student(BASELINE, METHODS["none"], classifier, recipe.baseline, recipe, precision)
 

@@ -157,8 +157,13 @@ def _decoded(
         native = recipe.model_copy(update={"image_px": None, "channels": shape[0]})
         decoded = decode_images(listing.images, torch.arange(len(listing.labels)), native, progress)
         assert listing.official_test is not None
-        labels, official_test = listing.labels[decoded.kept], listing.official_test[decoded.kept]
-        listing = Listing(decoded.images, labels, official_test, listing.class_names, decoded.skipped)
+        listing = replace(
+            listing,
+            images=decoded.images,
+            labels=listing.labels[decoded.kept],
+            official_test=listing.official_test[decoded.kept],
+            skipped=decoded.skipped,
+        )
     assert not isinstance(listing.images, EncodedImages)
     found = tuple(listing.images.shape[1:])
     if found != shape:

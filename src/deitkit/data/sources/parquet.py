@@ -52,9 +52,10 @@ def list_parquet(path: Path, *, test_names: Sequence[str] = TEST_NAMES, more_tra
     files = train_files + test_files
     columns = _columns(files[0])
     train, test = ([_read_labels(file, columns) for file in part] for part in (train_files, test_files))
+    places = [file.relative_to(path) if file.is_relative_to(path) and file != path else file.name for file in files]
     names = [
-        f"{name} row {row}"
-        for name, part in zip([file.name for file in files], train + test)
+        f"{writable(str(place))} row {row}"
+        for place, part in zip(places, train + test, strict=True)
         for row in range(len(part))
     ]
     if not names:

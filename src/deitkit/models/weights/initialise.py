@@ -84,14 +84,12 @@ def read_weights(path: Path, heads: int | None = None) -> Weights:
     checkpoint = read_checkpoint(file)
     state, lines = from_any(checkpoint.state, str(path))
     lines = [*checkpoint.remarks, *lines]
-    card: dict[str, Any] = {}
+    card = card_of(file)
     found = _from_facts(checkpoint.facts, str(path))
-    if file.name in _WEIGHTS_FILES:  # a card describes these files only, not others in its folder
-        if (folder / "model.json").is_file():
-            card = _read_json(folder / "model.json")
-            found = _from_card(card, folder)
-        elif (folder / "config.json").is_file():
-            found = _from_config(folder)
+    if card:
+        found = _from_card(card, folder)
+    elif file.name in _WEIGHTS_FILES and (folder / "config.json").is_file():
+        found = _from_config(folder)
     state, more = with_token_positions(state, found.get("image_px"))
     state, copied = with_distillation_head(state)
     lines += more + copied
@@ -128,6 +126,16 @@ def weights_file(path: Path) -> Path:
             "with a winner"
         )
     return found
+
+
+def card_of(file: Path) -> dict[str, Any]:
+    """Return the ``model.json`` beside a file of weights; empty without one, or beside a file of another name.
+
+    Raises:
+        CheckpointError: It is damaged.
+    """
+    card = file.parent / "model.json"
+    return _read_json(card) if file.name in _WEIGHTS_FILES and card.is_file() else {}
 
 
 def _read_json(path: Path) -> dict[str, Any]:
