@@ -56,6 +56,16 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True)
+def _reports(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out the pictures and pages of comparisons where nothing looks at them: drawing takes longest here."""
+    draws = request.node.get_closest_marker("reports") is not None
+    if request.path.parent.name in ("comparison", "teachers") and not draws:
+        monkeypatch.setattr("deitkit.comparison.compare.draw_views", lambda *_: None)
+        for module in ("compare", "folds", "ablation"):
+            monkeypatch.setattr(f"deitkit.comparison.{module}.write_report", lambda _: [])
+
+
 @pytest.fixture
 def tiny_recipe() -> Callable[..., Recipe]:
     """Return a function: overrides -> the digits recipe, shrunk to seconds."""

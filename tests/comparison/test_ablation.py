@@ -49,6 +49,9 @@ class Counting(Silent):
         return self.steps_left < 0
 
 
+pytestmark = pytest.mark.reports  # the table of all variants
+
+
 @pytest.fixture(autouse=True)
 def _no_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing takes longer than training here: each variant's own pictures are left out where nothing looks at them."""

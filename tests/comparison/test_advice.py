@@ -138,10 +138,9 @@ def test_a_model_that_guesses_replaces_nothing_and_without_a_cnn_there_is_no_adv
     assert advice(results_with(found).model_copy(update={"winner": None})) == ""
 
 
+@pytest.mark.reports
 def test_every_model_of_a_run_is_measured(tiny_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
-    recipe = tiny_recipe(
-        "methods=[none, token-hard]", "baseline.name=cifar/resnet20", "train.ema_decay=0.9", "train.epochs=8"
-    )
+    recipe = tiny_recipe("methods=[none, token-hard]", "baseline.name=cifar/resnet20", "train.ema_decay=0.9")
     results = compare(recipe, tmp_path / "run", watcher=Silent())
     for row in results.rows:
         assert row.cost is not None, row.row

@@ -12,7 +12,6 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -35,20 +34,12 @@ from deitkit.run.observer import Silent
 from deitkit.training.build import build_students
 from deitkit.training.cohort import Cohort
 from deitkit.training.student import Student
+from run_helpers import timeless
 
 TinyRecipe = Callable[..., Recipe]
 
 
-UNREPEATABLE = ("created", "shares", "cost", "advice")  # clocks, and what follows from them
-
-
-def timeless(value: Any) -> Any:
-    """Leave out what differs between two equal runs: times."""
-    if isinstance(value, dict):
-        return {k: timeless(v) for k, v in value.items() if "second" not in k and k not in UNREPEATABLE}
-    return [timeless(entry) for entry in value] if isinstance(value, list) else value
-
-
+@pytest.mark.reports
 def test_a_run_folder_holds_all_that_the_design_promises(tiny_recipe: TinyRecipe, tmp_path: Path) -> None:
     recipe = tiny_recipe("methods=[none, token-hard]", "baseline={name: cifar/resnet20}", "train.ema_decay=0.9")
     results = compare(recipe, tmp_path / "run", watcher=Silent())
@@ -190,7 +181,12 @@ SHRUNK = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", shipped_recipes())
+DRAWN = ("digits", "cifar10-seed")  # one beside the paper's figures, one beside the reproduction's
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.reports if name in DRAWN else ()) for name in shipped_recipes()]
+)
 def test_every_shipped_recipe_trains_two_steps(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = load_recipe(name, SHRUNK)
     if recipe.baseline is not None:
@@ -201,9 +197,6 @@ def test_every_shipped_recipe_trains_two_steps(name: str, tmp_path: Path, monkey
     monkeypatch.setattr("deitkit.comparison.images.load_dataset", lambda *_, **settings: data)
     if recipe.variants:
         monkeypatch.setattr("deitkit.comparison.ablation.load_dataset", lambda *_, **settings: data)
-        # thirteen times the pictures of one run would take longer than all that this test is about
-        monkeypatch.setattr("deitkit.comparison.compare.write_report", lambda *_: [])
-        monkeypatch.setattr("deitkit.comparison.compare.draw_views", lambda *_: None)
         results = compare_variants(recipe, tmp_path / "run", watcher=Silent())
         assert {row.variant for row in results.rows} == {"base", *recipe.variants}
     else:

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_grow import Listener, assert_same_run
 
 from conftest import CPU_FP32
 from deitkit.comparison import estimate
@@ -16,6 +15,7 @@ from deitkit.recipe.schema import Recipe
 from deitkit.run.observer import Silent
 from deitkit.system.device import Precision
 from deitkit.system.timer import duration_text
+from run_helpers import Listener, assert_same_run
 
 TinyRecipe = Callable[..., Recipe]
 

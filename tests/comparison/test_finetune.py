@@ -59,13 +59,6 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def without_report(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave out what takes longest here and is tested elsewhere."""
-    for name in ("write_report", "draw_views"):
-        monkeypatch.setattr(f"deitkit.comparison.compare.{name}", lambda *_: None)
-
-
 def recipe_of(tmp_path: Path, *overrides: str) -> Recipe:
     """The digits recipe without what it says of the student."""
     text = "\n".join(line for line in shipped_recipes()["digits"].splitlines() if not line.startswith("model:"))
@@ -80,6 +73,7 @@ def finetune(checkpoint: Path, tmp_path: Path, *overrides: str) -> tuple[dict[st
     return {row.row: row for row in results.rows}, results
 
 
+@pytest.mark.reports
 def test_the_row_before_is_what_evaluate_says_and_gains_are_paired_with_it(plain: Path, tmp_path: Path) -> None:
     rows, results = finetune(plain, tmp_path, "methods=[none, token-hard]", "data.image_px=12")
     (expected,) = evaluate_model(plain / "winner", "digits")["readouts"]
@@ -108,7 +102,6 @@ def test_the_row_before_is_what_evaluate_says_and_gains_are_paired_with_it(plain
     assert re.search(r"<th[^>]*>\s*(?:<[^>]*>)?\s*vs before", page)
 
 
-@pytest.mark.usefixtures("without_report")
 def test_students_start_from_the_checkpoint(plain: Path, tmp_path: Path) -> None:
     rows, _ = finetune(plain, tmp_path, "methods=[none, hard, token-hard]", *FROZEN)
     before = rows["before/class"].top1_mean
@@ -119,7 +112,6 @@ def test_students_start_from_the_checkpoint(plain: Path, tmp_path: Path) -> None
         assert rows[name].top1_mean == pytest.approx(before, abs=0.1), name
 
 
-@pytest.mark.usefixtures("without_report")
 def test_two_seeds_are_compared_with_one_model(plain: Path, tmp_path: Path) -> None:
     rows, results = finetune(plain, tmp_path, "methods=[none]", "seeds=[0, 1]", "train.epochs=1")
     before, after = rows["before/class"], rows["none/class"]
@@ -131,7 +123,6 @@ def test_two_seeds_are_compared_with_one_model(plain: Path, tmp_path: Path) -> N
     assert lay_out(results).lines[0].cells["top1"].endswith("]")
 
 
-@pytest.mark.usefixtures("without_report")
 def test_other_classes_get_a_new_head_and_a_sentence(
     plain: Path, tmp_path: Path, write_images: Callable[..., Path]
 ) -> None:
@@ -145,7 +136,6 @@ def test_other_classes_get_a_new_head_and_a_sentence(
     assert note in lay_out(results).footnotes
 
 
-@pytest.mark.usefixtures("without_report")
 def test_a_released_file_is_asked_as_timm_would(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = VisionTransformer(img_size=16, patch_size=8, embed_dim=64, depth=1, num_heads=1, num_classes=10).eval()
@@ -217,7 +207,6 @@ def test_contradictions_are_one_sentence(plain: Path, tmp_path: Path) -> None:
         start_from(recipe_of(tmp_path), tmp_path / "cnn")
 
 
-@pytest.mark.usefixtures("without_report")
 def test_training_images_of_the_checkpoint_are_no_test_images(plain: Path, tmp_path: Path) -> None:
     told = r"(\d\d) % of the test images of digits are training images of .*data.split_seed=0 data.test_fraction=0.4"
     for px in (8, 12):
@@ -232,7 +221,6 @@ def test_training_images_of_the_checkpoint_are_no_test_images(plain: Path, tmp_p
         start_from(recipe_of(tmp_path, "data.split_seed=7"), older)
 
 
-@pytest.mark.usefixtures("without_report")
 def test_the_same_images_are_recognised_wherever_they_lie(tmp_path: Path) -> None:
     generator = np.random.default_rng(0)
     for name, level in (("dark", 40), ("light", 200)):
@@ -292,7 +280,6 @@ def test_a_model_has_seen_the_images_of_those_that_it_started_from() -> None:
     assert share_in_sketch(hashes, both) == pytest.approx(20 / 30)
 
 
-@pytest.mark.usefixtures("without_report")
 def test_a_fine_tuned_student_records_the_images_of_its_checkpoint_too(plain: Path, tmp_path: Path) -> None:
     finetune(plain, tmp_path, "methods=[none]", "data.train_images=20", "train.epochs=1")
     tuned, first = read_card(tmp_path / "tuned" / "winner"), read_card(plain / "winner")
@@ -315,7 +302,7 @@ def test_a_sketch_estimates_the_share_of_trained_images() -> None:
         assert share_in_sketch(new, damaged) == 0
 
 
-def test_an_ablation_of_a_fine_tuning_compares_its_students(plain: Path, tmp_path: Path, without_report: None) -> None:
+def test_an_ablation_of_a_fine_tuning_compares_its_students(plain: Path, tmp_path: Path) -> None:
     open_recipe = recipe_of(tmp_path, "methods=[none]", "train.epochs=1", "variants.slow.train.learning_rate=1e-5")
     results = compare_variants(start_from(open_recipe, plain), tmp_path / "tuned", watcher=Silent())
     assert [row.row for row in results.rows] == ["base: none/class", "slow: none/class"]

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -42,6 +43,28 @@ LEARNS = (
     "data.folds=3", "methods=[none, hard]", "data.train_images=160", "train.optimizer=adamw",
     "train.learning_rate=0.004", "train.epochs=4", "augment.cutmix=0", "augment.crop=none",
 )  # fmt: skip
+
+
+def folds_of(tmp_path_factory: pytest.TempPathFactory, *overrides: str) -> Path:
+    folder = tmp_path_factory.mktemp("folds") / "run"
+    run_recipe(load_recipe("digits", [*TINY, *overrides]), folder, watcher=Silent())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def learnt(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three folds whose students learn something."""
+    return folds_of(tmp_path_factory, *LEARNS)
+
+
+@pytest.fixture(scope="module")
+def two_folds(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return folds_of(tmp_path_factory, "data.folds=2", "methods=[none, hard]")
+
+
+@pytest.fixture(scope="module")
+def one_method(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return folds_of(tmp_path_factory, "data.folds=2", "methods=[none]")
 
 
 def planned(labels: torch.Tensor, folds: int, groups: torch.Tensor | None = None, **fields: Any) -> list[Any]:
@@ -183,9 +206,8 @@ def test_folds_that_differ_by_the_same_number_are_tested_by_their_sign() -> None
     assert (found.p, found.test, found.ci95) == (2 * 0.5**4, "sign test", None)
 
 
-def test_a_table_of_folds_is_that_of_comparisons_of_each(tiny_recipe: TinyRecipe, tmp_path: Path) -> None:
-    recipe = tiny_recipe(*LEARNS)
-    results = run_recipe(recipe, tmp_path / "run", watcher=Silent())
+def test_a_table_of_folds_is_that_of_comparisons_of_each(tiny_recipe: TinyRecipe, learnt: Path, tmp_path: Path) -> None:
+    results = read_results(learnt)
     assert isinstance(results, FoldResults)
     each = [
         compare(tiny_recipe(*LEARNS, f"data.fold={fold}"), tmp_path / f"alone-{fold}", watcher=Silent())
@@ -214,12 +236,11 @@ def test_a_table_of_folds_is_that_of_comparisons_of_each(tiny_recipe: TinyRecipe
     assert results.teacher.sha256 is None
     assert "mean of 3 folds, n = 300" in results.verdict
     assert "The teacher scores" in results.verdict
-    assert read_results(tmp_path / "run") == results
 
 
-def test_what_a_run_folder_of_folds_holds(tiny_recipe: TinyRecipe, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    results = run_recipe(tiny_recipe(*LEARNS), run, watcher=Silent())
+def test_what_a_run_folder_of_folds_holds(learnt: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(learnt, tmp_path / "run")
+    results = read_results(run)
     table = (run / "table.md").read_text()
     assert "3 folds" in table
     assert "seed" not in table.split("recipe")[0]
@@ -253,9 +274,11 @@ def test_what_a_run_folder_of_folds_holds(tiny_recipe: TinyRecipe, tmp_path: Pat
         analyze_run(run, watcher=Silent())
 
 
-def test_a_stopped_run_goes_on_and_ends_as_one_that_never_stopped(tiny_recipe: TinyRecipe, tmp_path: Path) -> None:
+def test_a_stopped_run_goes_on_and_ends_as_one_that_never_stopped(
+    tiny_recipe: TinyRecipe, two_folds: Path, tmp_path: Path
+) -> None:
     recipe = tiny_recipe("data.folds=2", "methods=[none, hard]")
-    whole = run_recipe(recipe, tmp_path / "whole", watcher=Silent())
+    whole = read_results(two_folds)
     with pytest.raises(Interrupted):
         run_recipe(recipe, tmp_path / "parts", watcher=StopAfter(25))
     for _ in range(20):
@@ -267,14 +290,15 @@ def test_a_stopped_run_goes_on_and_ends_as_one_that_never_stopped(tiny_recipe: T
     assert [(row.row, row.top1) for row in parts.rows] == [(row.row, row.top1) for row in whole.rows]
 
 
-def test_a_finished_run_grows_by_a_method(tiny_recipe: TinyRecipe, tmp_path: Path) -> None:
-    run_recipe(tiny_recipe("data.folds=2", "methods=[none]"), tmp_path, watcher=Silent())
-    grown = run_recipe(tiny_recipe("data.folds=2", "methods=[none, hard]"), tmp_path, watcher=Silent(), resume=True)
+def test_a_finished_run_grows_by_a_method(tiny_recipe: TinyRecipe, one_method: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(one_method, tmp_path / "run")
+    grown = run_recipe(tiny_recipe("data.folds=2", "methods=[none, hard]"), run, watcher=Silent(), resume=True)
     assert [row.row for row in grown.rows] == ["none/class", "hard/class"]
     with pytest.raises(CheckpointError, match=r"data\.folds was 2, now 3"):
-        run_recipe(tiny_recipe("data.folds=3", "methods=[none]"), tmp_path, watcher=Silent(), resume=True)
+        run_recipe(tiny_recipe("data.folds=3", "methods=[none]"), run, watcher=Silent(), resume=True)
 
 
+@pytest.mark.reports
 def test_a_student_that_stops_in_a_fold_leaves_its_statistics(
     tiny_recipe: TinyRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -289,11 +313,10 @@ def test_a_student_that_stops_in_a_fold_leaves_its_statistics(
     assert "† hard/class: fold 1: seed 0 stopped" in (tmp_path / "table.md").read_text()
 
 
-def test_the_curves_are_over_folds(tiny_recipe: TinyRecipe, tmp_path: Path) -> None:
-    run_recipe(tiny_recipe("data.folds=2", "methods=[none]"), tmp_path, watcher=Silent())
-    page = (tmp_path / "report.html").read_text()
+def test_the_curves_are_over_folds(one_method: Path) -> None:
+    page = (one_method / "report.html").read_text()
     assert "none, fold 2" in page
-    assert not read_metrics(tmp_path)
+    assert not read_metrics(one_method)
 
 
 def test_the_command_takes_folds_and_names_them(tmp_path: Path) -> None:
@@ -321,9 +344,9 @@ def test_folds_differ_in_their_data_alone() -> None:
     assert len(first.test) + len(second.test) == 1797
 
 
-def test_a_row_without_a_fold_to_compare_has_no_difference(tiny_recipe: TinyRecipe, tmp_path: Path) -> None:
-    results = run_recipe(tiny_recipe("data.folds=2", "methods=[none, hard]"), tmp_path, watcher=Silent())
-    folds: dict[int, Results] = {fold: read_results(tmp_path / "folds" / str(fold)) for fold in (1, 2)}
+def test_a_row_without_a_fold_to_compare_has_no_difference(tiny_recipe: TinyRecipe, two_folds: Path) -> None:
+    results = read_results(two_folds)
+    folds: dict[int, Results] = {fold: read_results(two_folds / "folds" / str(fold)) for fold in (1, 2)}
     stopped = [row.model_copy(update={"top1": (None,), "status": "seed 0 stopped"}) for row in folds[1].rows]
     folds[1] = folds[1].model_copy(update={"rows": tuple(stopped)})
     combined = combine(tiny_recipe("data.folds=2", "methods=[none, hard]"), folds)

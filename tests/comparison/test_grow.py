@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from test_compare import timeless
 
 from conftest import CPU_FP32, TINY, StopAfter
 from deitkit.comparison.ablation import compare_variants
@@ -18,46 +17,28 @@ from deitkit.data.dataset import load_dataset
 from deitkit.errors import CheckpointError, Interrupted, TeacherError
 from deitkit.recipe.load import load_recipe
 from deitkit.recipe.schema import Recipe
+from deitkit.run.folder import begin_run
 from deitkit.run.observer import Silent
 from deitkit.run.state import load_tree, save_tree
 from deitkit.teachers.prepare import rehearse_teachers
+from run_helpers import Listener, assert_same_run, timeless
 
 TinyRecipe = Callable[..., Recipe]
 FIELDS = ("train.epochs=3", "train.ema_decay=0.9")
 
 
-class Listener(Silent):
-    """Remembers what it is told, and which epochs of which students were trained."""
-
-    def __init__(self) -> None:
-        self.heard: list[str] = []
-        self.trained: set[tuple[int, str]] = set()
-
-    def say(self, text: str) -> None:
-        self.heard.append(text)
-
-    def epoch(self, title: str, records: list[dict[str, Any]]) -> None:
-        self.trained |= {(record.seed, record.student) for record in records if "teacher" not in title}
+@pytest.fixture(scope="module")
+def once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run folder of a comparison of two students, to compare with or to copy."""
+    folder = tmp_path_factory.mktemp("once") / "run"
+    compare(load_recipe("digits", [*TINY, "methods=[none, soft]", *FIELDS]), folder, watcher=Silent())
+    return folder
 
 
 def grow(recipe: Recipe, folder: Path) -> Listener:
     watcher = Listener()
     compare(recipe, folder, watcher=watcher, resume=folder.exists())
     return watcher
-
-
-def assert_same_run(first: Path, second: Path) -> None:
-    """Check for equal results, metrics, weights and predictions, but for times."""
-    results = [timeless(json.loads((folder / "results.json").read_text())) for folder in (first, second)]
-    assert results[0] == results[1]
-    metrics = [
-        [timeless(json.loads(line)) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        for folder in (first, second)
-    ]
-    assert metrics[0] == metrics[1]
-    for path in sorted(first.glob("seed-*/*/*.safetensors")):
-        assert path.read_bytes() == (second / path.relative_to(first)).read_bytes(), path
-    assert (first / "winner" / "model.safetensors").read_bytes() == (second / "winner/model.safetensors").read_bytes()
 
 
 def test_grown_in_three_steps_is_run_at_once(tiny_recipe: TinyRecipe, tmp_path: Path) -> None:
@@ -80,9 +61,10 @@ def test_grown_in_three_steps_is_run_at_once(tiny_recipe: TinyRecipe, tmp_path: 
     assert load_recipe(str(grown / "recipe.yaml")) == whole
 
 
-def test_a_method_taken_out_leaves_the_table_and_keeps_its_folder(tiny_recipe: TinyRecipe, tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    grow(tiny_recipe("methods=[none, soft]", *FIELDS), folder)
+def test_a_method_taken_out_leaves_the_table_and_keeps_its_folder(
+    tiny_recipe: TinyRecipe, once: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(once, tmp_path / "run")
     whole = {path: path.read_bytes() for path in (folder / "seed-0" / "soft").iterdir()}
     before = timeless(json.loads((folder / "results.json").read_text()))
     watcher = grow(tiny_recipe("methods=[none]", *FIELDS), folder)
@@ -96,9 +78,10 @@ def test_a_method_taken_out_leaves_the_table_and_keeps_its_folder(tiny_recipe: T
     assert timeless(json.loads((folder / "results.json").read_text())) == before
 
 
-def test_a_method_taken_out_in_the_middle_of_its_training_comes_back(tiny_recipe: TinyRecipe, tmp_path: Path) -> None:
+def test_a_method_taken_out_in_the_middle_of_its_training_comes_back(
+    tiny_recipe: TinyRecipe, once: Path, tmp_path: Path
+) -> None:
     both = tiny_recipe("methods=[none, soft]", *FIELDS)
-    grow(both, tmp_path / "once")
     folder = tmp_path / "run"
     with pytest.raises(Interrupted):
         compare(both, folder, watcher=StopAfter(25))
@@ -112,7 +95,7 @@ def test_a_method_taken_out_in_the_middle_of_its_training_comes_back(tiny_recipe
     watcher = grow(both, folder)
     assert f"seed 0: {place}" in watcher.heard
     assert watcher.trained == {(0, "soft")}
-    assert_same_run(tmp_path / "once", folder)
+    assert_same_run(once, folder)
     assert not list(folder.rglob("checkpoint*.safetensors"))
 
 
@@ -127,37 +110,36 @@ def test_a_run_that_was_stopped_goes_on_before_what_is_new(tiny_recipe: TinyReci
     assert_same_run(tmp_path / "once", tmp_path / "run")
 
 
-def test_a_run_whose_newest_state_is_gone_grows_from_the_one_before(tiny_recipe: TinyRecipe, tmp_path: Path) -> None:
+def test_a_run_whose_newest_state_is_gone_grows_from_the_one_before(
+    tiny_recipe: TinyRecipe, once: Path, tmp_path: Path
+) -> None:
     both, often = tiny_recipe("methods=[none, soft]", *FIELDS), "speed.save_seconds=0.000001"
-    grow(both, tmp_path / "once")
     folder = tmp_path / "run"
     with pytest.raises(Interrupted):
         compare(tiny_recipe("methods=[none]", *FIELDS, often), folder, watcher=StopAfter(9))
     (folder / "seed-0" / "checkpoint.safetensors").unlink()
     assert (folder / "seed-0" / "checkpoint.before.safetensors").exists()
     assert grow(both, folder).trained == {(0, "none"), (0, "soft")}
-    assert_same_run(tmp_path / "once", folder)
+    assert_same_run(once, folder)
 
 
 def test_a_kill_between_two_students_that_are_kept_loses_neither(
-    tiny_recipe: TinyRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_recipe: TinyRecipe, once: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     both = tiny_recipe("methods=[none, soft]", *FIELDS)
-    grow(both, tmp_path / "once")
 
     def killed(path: Path, tree: Any) -> None:
         if path.parent.name == "soft":
             raise KeyboardInterrupt
         save_tree(path, tree)
 
-    monkeypatch.setattr("deitkit.comparison.seed_run.save_tree", killed)
-    with pytest.raises(KeyboardInterrupt):
-        compare(both, tmp_path / "run", watcher=Silent())
-    monkeypatch.undo()
-    monkeypatch.setenv("DEITKIT_CACHE", str(tmp_path / "cache"))
+    with monkeypatch.context() as patch:
+        patch.setattr("deitkit.comparison.seed_run.save_tree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            compare(both, tmp_path / "run", watcher=Silent())
     assert (tmp_path / "run" / "seed-0" / "none" / PREDICTIONS).exists()
     grow(both, tmp_path / "run")
-    assert_same_run(tmp_path / "once", tmp_path / "run")
+    assert_same_run(once, tmp_path / "run")
 
 
 @pytest.mark.parametrize(
@@ -173,24 +155,24 @@ def test_a_kill_between_two_students_that_are_kept_loses_neither(
 def test_everything_else_that_changed_is_refused(
     change: str, sentence: str, tiny_recipe: TinyRecipe, tmp_path: Path
 ) -> None:
-    grow(tiny_recipe("methods=[none]", *FIELDS), tmp_path / "run")
-    before = (tmp_path / "run" / "results.json").read_bytes()
+    begin_run(tmp_path / "run", tiny_recipe("methods=[none]", *FIELDS))
+    before = (tmp_path / "run" / "recipe.yaml").read_bytes()
     with pytest.raises(CheckpointError, match=sentence):
         grow(tiny_recipe("methods=[none, soft]", *FIELDS, change), tmp_path / "run")
-    assert (tmp_path / "run" / "results.json").read_bytes() == before
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["recipe.yaml"]
+    assert (tmp_path / "run" / "recipe.yaml").read_bytes() == before
 
 
-def test_a_run_folder_of_the_older_layout_grows_too(tiny_recipe: TinyRecipe, tmp_path: Path) -> None:
+def test_a_run_folder_of_the_older_layout_grows_too(tiny_recipe: TinyRecipe, once: Path, tmp_path: Path) -> None:
     """Version 0.1 kept what all students of a seed predicted in one file, and metrics in that of the run alone."""
     whole = tiny_recipe("methods=[none, soft]", *FIELDS)
-    grow(whole, tmp_path / "once")
     grow(tiny_recipe("methods=[none]", *FIELDS), tmp_path / "run")
     home = tmp_path / "run" / "seed-0"
     save_tree(home / PREDICTIONS, {"none": load_tree(home / "none" / PREDICTIONS)})
     (home / "none" / PREDICTIONS).unlink()
     (home / "none" / "metrics.jsonl").unlink()
     assert grow(whole, tmp_path / "run").trained == {(0, "soft")}
-    assert_same_run(tmp_path / "once", tmp_path / "run")
+    assert_same_run(once, tmp_path / "run")
 
 
 def test_an_ablation_grows_in_all_its_variants(tiny_recipe: TinyRecipe, tmp_path: Path) -> None:

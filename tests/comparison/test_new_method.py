@@ -29,6 +29,7 @@ NEW = (
 )  # fmt: skip
 
 
+@pytest.mark.reports
 def test_a_method_added_at_run_time_is_trained_titled_and_reported(
     tiny_recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

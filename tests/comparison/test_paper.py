@@ -17,6 +17,7 @@ from deitkit.run.observer import Silent
 from deitkit.training.build import build_students
 from deitkit.training.cohort import Cohort
 from deitkit.training.optim import peak_learning_rate
+from run_helpers import Listener
 
 SIZES = ("tiny", "small", "base")
 SMALL = (
@@ -25,21 +26,11 @@ SMALL = (
 )  # fmt: skip
 
 
-class Listener(Silent):
-    """Keeps what a run says."""
-
-    def __init__(self) -> None:
-        self.said: list[str] = []
-
-    def say(self, text: str) -> None:
-        self.said.append(text)
-
-
 def test_a_run_says_at_which_rate_it_learns(tiny_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
     recipe = tiny_recipe("methods=[none]", "train.epochs=1", "train.learning_rate=0.016", "train.learning_rate_per=512")
     listener = Listener()
     compare(recipe, tmp_path / "run", watcher=listener)
-    assert "learning rate 0.0005: 0.016 for 512 images, 16 in a step" in listener.said
+    assert "learning rate 0.0005: 0.016 for 512 images, 16 in a step" in listener.heard
     record = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
     # Of the epoch's last step, the fourth: three quarters down the cosine.
     assert record["learning_rate"] == pytest.approx(0.0005 * (1 - 0.5**0.5) / 2)

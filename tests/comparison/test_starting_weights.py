@@ -17,18 +17,9 @@ from deitkit.models.weights.read import file_sha256
 from deitkit.recipe.schema import Recipe
 from deitkit.run.observer import Silent
 from deitkit.training.build import build_students
+from run_helpers import Listener
 
 TinyRecipe = Callable[..., Recipe]
-
-
-class Listener(Silent):
-    """Remembers what it is told."""
-
-    def __init__(self) -> None:
-        self.heard: list[str] = []
-
-    def say(self, text: str) -> None:
-        self.heard.append(text)
 
 
 def test_a_comparison_goes_on_from_the_winner_of_another(tiny_recipe: TinyRecipe, tmp_path: Path) -> None:

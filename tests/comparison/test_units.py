@@ -23,35 +23,21 @@ from deitkit.comparison.side_by_side import run_side_by_side
 from deitkit.comparison.units import PREPARE, divide, run_unit
 from deitkit.errors import CheckpointError, DeitkitError, Interrupted, RecipeError
 from deitkit.recipe.schema import Recipe
-from deitkit.run.folder import occupied
+from deitkit.run.folder import begin_run, occupied
 from deitkit.run.observer import Silent
 from deitkit.run.results import Results, read_results
 from deitkit.run.state import load_tree
+from run_helpers import Listener, timeless
 
 LONGER = (
     *TINY, "train.epochs=60", "methods=[none, soft, token-hard]", "train.precision=fp32", "speed.save_seconds=0.5",
 )  # fmt: skip
-TIMES = (
-    "advice",
-    "images_per_second",
-    "train_seconds",
-    "cost",
-    "created",
-    "machine",
-    "milliseconds",
-    "milliseconds_in_batch",
-)
 PART_WAY = 20  # steps after which a training stops
 
 
-def timeless(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: timeless(entry) for name, entry in value.items() if name not in TIMES}
-    return [timeless(entry) for entry in value] if isinstance(value, list) else value
-
-
 def assert_same(one: Results, other: Results) -> None:
-    assert timeless(one.to_json()) == timeless(other.to_json())
+    first, second = (timeless(results.to_json()) for results in (one, other))
+    assert first | {"machine": None} == second | {"machine": None}
 
 
 def test_a_comparison_is_divided_by_seeds_then_by_students(tiny_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
@@ -140,7 +126,7 @@ def test_students_of_a_unit_are_those_of_the_recipe_each_once(
     unit: str, tiny_recipe: Callable[..., Recipe], tmp_path: Path
 ) -> None:
     recipe = tiny_recipe("methods=[none, soft]", "baseline.name=cifar/resnet20")
-    run_unit(recipe, tmp_path / "run", PREPARE, watcher=Silent())
+    begin_run(tmp_path / "run", recipe)
     with pytest.raises(RecipeError, match=f"--unit {unit}: name some of none, soft, cnn-baseline after the seed"):
         run_unit(recipe, tmp_path / "run", unit, watcher=Silent())
 
@@ -148,14 +134,14 @@ def test_students_of_a_unit_are_those_of_the_recipe_each_once(
 def test_a_unit_waits_for_a_lock_that_is_still_held(
     tiny_recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe, heard = tiny_recipe("methods=[none]"), Heard()
+    recipe, heard = tiny_recipe("methods=[none]"), Listener()
     run_unit(recipe, tmp_path / "run", PREPARE, watcher=Silent())
     held = ExitStack()
     held.enter_context(occupied(tmp_path / "run" / "seed-0" / "none"))
     monkeypatch.setattr(seed_run, "LOCK_SECONDS", 0.2)
     with pytest.raises(CheckpointError, match=r"another deitkit process is using .*none: wait for it to end"):
         run_unit(recipe, tmp_path / "run", "seed-0", watcher=heard)
-    assert "waiting up to 0 s for it to end" in heard.lines[-1]
+    assert "waiting up to 0 s for it to end" in heard.heard[-1]
     monkeypatch.setattr(seed_run, "LOCK_SECONDS", 60.0)
     threading.Timer(1.0, held.close).start()
     run_unit(recipe, tmp_path / "run", "seed-0", watcher=heard)
@@ -179,7 +165,7 @@ def test_options_that_do_not_go_together_are_refused(run: Callable[..., tuple[in
 @pytest.mark.parametrize("unit", ["seed-7", "fold-1", "3/2", "0/2", "seed-7/none", "fold-1/2", "photos"])
 def test_a_unit_that_does_not_exist_is_refused(unit: str, tiny_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
     recipe = tiny_recipe("methods=[none]")
-    run_unit(recipe, tmp_path / "run", PREPARE, watcher=Silent())
+    begin_run(tmp_path / "run", recipe)
     with pytest.raises(RecipeError, match=f"--unit {unit} is not a unit of this recipe: name prepare, a share such as"):
         run_unit(recipe, tmp_path / "run", unit, watcher=Silent())
 
@@ -244,23 +230,15 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(side_by_side, "read_results", gathered)
 
 
-class Heard(Silent):
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def say(self, text: str) -> None:
-        self.lines.append(text)
-
-
 @pytest.mark.usefixtures("quick")
 def test_a_lost_unit_starts_again_until_it_is_hopeless(tiny_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
     recipe = tiny_recipe("methods=[none, soft]", "seeds=[0, 1]")
-    pool, heard = Scripted(**{PREPARE: [-9], "seed-0": [LOST], "seed-1": [143, 1]}), Heard()
+    pool, heard = Scripted(**{PREPARE: [-9], "seed-0": [LOST], "seed-1": [143, 1]}), Listener()
     with pytest.raises(GatheredError):
         run_side_by_side(recipe, tmp_path / "run", pool=pool, watcher=heard)
     assert sorted(pool.started) == ["gather", *[PREPARE] * 2, *["seed-0"] * 2, *["seed-1"] * 3]
     assert pool.started[-1] == "gather"
-    assert sum("starting it again from its last state" in line for line in heard.lines) == 4
+    assert sum("starting it again from its last state" in line for line in heard.heard) == 4
     with pytest.raises(CheckpointError, match="prepare was lost 5 times: see the end of"):
         run_side_by_side(recipe, tmp_path / "other", pool=Scripted(prepare=[1] * 9), watcher=heard)
 
@@ -272,10 +250,10 @@ def test_a_mistake_in_one_unit_ends_all_with_its_sentence(tiny_recipe: Callable[
     with pytest.raises(DeitkitError, match=r"^seed-1: train\.lr is no field$"):
         run_side_by_side(recipe, tmp_path / "run", pool=pool, watcher=Silent())
     assert pool.stopped == ["seed-0"]
-    heard = Heard()
+    heard = Listener()
     with pytest.raises(DeitkitError, match=r"^prepare: train\.lr is no field$"):
         run_side_by_side(recipe, tmp_path / "two", pool=Scripted(prepare=[2]), watcher=heard)
-    assert not any("train.lr" in line for line in heard.lines), "said once, at the end"
+    assert not any("train.lr" in line for line in heard.heard), "said once, at the end"
 
 
 @pytest.mark.usefixtures("quick")

@@ -72,6 +72,7 @@ def test_teachers_answer_as_one_without_gradients_and_stay_in_evaluation_mode() 
     assert not any(classifier.training for classifier in teachers.classifiers)
 
 
+@pytest.mark.reports
 def test_a_run_keeps_and_reports_every_teacher(tiny_recipe: Any, tmp_path: Path) -> None:
     results = compare(tiny_recipe("methods=[none, soft]", TWO), tmp_path, watcher=Silent())
     first, second = results.teachers
