@@ -32,7 +32,7 @@ from deitkit.errors import DataError, RecipeError
 from deitkit.evaluation.apply import evaluate_model
 from deitkit.evaluation.classify import Classification
 from deitkit.models.saved import model_folder, read_card
-from deitkit.models.weights.pretrained import with_pretrained_size
+from deitkit.models.weights.pretrained import resolved
 from deitkit.recipe.load import load_recipe as read_recipe
 from deitkit.recipe.schema import Recipe
 from deitkit.report.table import rich_table
@@ -312,7 +312,7 @@ def _named_recipe(recipe: str | Path | Recipe, fields: dict[str, Any]) -> Recipe
 
 
 def _run(recipe: Recipe, out: str | Path | None, resume: bool, progress: bool) -> Comparison:
-    recipe = recipe.model_copy(update={"model": with_pretrained_size(recipe.model)})
+    recipe = resolved(recipe)
     # torch's global generator, which belongs to all threads, draws weights and dropout; the caller's own draws go on as
     # they would have.
     with _TRAINING, torch.random.fork_rng(devices=[]), _watching(progress) as watcher:

@@ -21,7 +21,7 @@ from deitkit.models.saved import load_classifier, model_folder
 from deitkit.models.vit import create_student
 from deitkit.recipe.schema import Recipe
 from deitkit.system.device import Precision, choose_device, describe_machine
-from deitkit.system.timer import time_in_turn, wait
+from deitkit.system.timer import time_in_turn
 
 
 def bench_infer(recipe: Recipe, *, repeats: int, steps: int) -> dict[str, Any]:
@@ -128,7 +128,6 @@ def _speed(classifier: Classifier, view: Tensor, precision: Precision, repeats: 
             classifier(view)
 
     taken = time_in_turn({"classify": classify}, device=device, repeats=repeats, calls=steps, warm_up=2)["classify"]
-    wait(device)
     return {
         "batch_size": batch_size,
         "images_per_second": batch_size / taken.median,

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from deitkit.models.vit import Attention, Output
-from deitkit.system.device import Precision
+from deitkit.system.device import Precision, computes_bf16
 from deitkit.system.timer import time_in_turn
 
 # Side of the square matrices whose product measures the peak speed of the machine: large enough to be limited by
@@ -21,17 +21,11 @@ def machine_limit(precision: Precision) -> float:
     """Return the FLOP/s of a large matrix product on random numbers, a practical upper bound for training."""
     device = precision.device
     side = CPU_SIDE if device.type == "cpu" else GPU_SIDE
-    if precision.name == "bf16" and device.type == "cpu" and not _is_quick(precision):
+    if precision.name == "bf16" and device.type == "cpu" and not computes_bf16(precision.device):
         side = 256  # emulated
     left, right = (torch.randn(side, side, device=device).to(precision.dtype) for _ in range(2))
     taken = time_in_turn({"product": lambda: left @ right}, device=device, repeats=5, calls=3)["product"]
     return 2 * side**3 / taken.median
-
-
-def _is_quick(precision: Precision) -> bool:
-    from deitkit.system.device import computes_bf16
-
-    return computes_bf16(precision.device)
 
 
 def count_flops(model: nn.Module, image_shape: tuple[int, ...], *, backward: bool) -> int:

@@ -10,13 +10,15 @@ from typing import Any
 import torch
 
 from deitkit.bench.measure import count_flops, machine_limit, peak_memory_gib, reset_peak_memory
+from deitkit.comparison.seed_run import seed_cohort
 from deitkit.data.dataset import Dataset, Split, add_unlabelled, load_dataset
 from deitkit.models.accelerate import accelerate
 from deitkit.models.classifier import Classifier
-from deitkit.models.weights.pretrained import with_pretrained_size
+from deitkit.models.weights.pretrained import resolved
 from deitkit.models.zoo import create_classifier
 from deitkit.recipe.schema import Recipe, TeacherRecipe
 from deitkit.system.device import Precision, choose_device, describe_machine
+from deitkit.system.ranks import ALONE
 from deitkit.system.seeding import seeded
 from deitkit.system.timer import Timing, time_in_turn, wait
 from deitkit.teachers.frozen import FrozenTeacher, Teachers
@@ -70,20 +72,8 @@ class Bench:
 
     def cohort(self, students: list[Student], logit_cache: LogitCache | None = None) -> Cohort:
         """Build a cohort as a comparison does, in training mode."""
-        recipe = self.recipe
-        cohort = Cohort(
-            students,
-            teacher=self.teachers,
-            dataset=self.dataset,
-            augment=recipe.augment,
-            train=recipe.train,
-            speed=recipe.speed,
-            precision=self.precision,
-            seed=recipe.seeds[0],
-            logit_cache=logit_cache,
-            unlabelled_in_step=recipe.unlabelled_in_step,
-            balanced=recipe.data.sampling == "balanced",
-        )
+        recipe, seed = self.recipe, self.recipe.seeds[0]
+        cohort = seed_cohort(students, recipe, self.dataset, self.teachers, seed, self.precision, ALONE, logit_cache)
         for student in students:
             student.classifier.train()
         return cohort
@@ -104,7 +94,7 @@ class Bench:
 
 def without_weights(recipe: Recipe) -> Recipe:
     """Return a recipe with the size of its students' initial weights, but without these: the speed is the same."""
-    model = with_pretrained_size(recipe.model).model_copy(update={"pretrained": None, "checkpoint": None})
+    model = resolved(recipe).model.model_copy(update={"pretrained": None, "checkpoint": None})
     return recipe.model_copy(update={"model": model})
 
 

@@ -192,13 +192,13 @@ def _compare(
     from deitkit.comparison.pools import open_pool
     from deitkit.comparison.run import run_recipe
     from deitkit.comparison.side_by_side import run_side_by_side
-    from deitkit.models.weights.pretrained import with_pretrained_size
+    from deitkit.models.weights.pretrained import resolved
     from deitkit.report.table import rich_table
     from deitkit.run.folder import choose_run_folder, occupied
     from deitkit.run.results import AblationResults, FoldResults, fold_folder
 
     # --resume looks for a run of the recipe as it was stored
-    recipe = recipe.model_copy(update={"model": with_pretrained_size(recipe.model)})
+    recipe = resolved(recipe)
     restarted = was_restarted()
     folder = choose_run_folder(out, recipe, resume, restarted=restarted)
     resume = resume or restarted

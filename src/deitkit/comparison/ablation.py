@@ -22,7 +22,7 @@ from deitkit.comparison.rows import Hits, RowKey, corrected, paired_over_seeds
 from deitkit.comparison.seed_run import load_predictions
 from deitkit.data.dataset import Dataset, load_dataset
 from deitkit.errors import DataError, DeitkitError
-from deitkit.models.weights.pretrained import with_pretrained_size
+from deitkit.models.weights.pretrained import resolved
 from deitkit.recipe.contradictions import BASE
 from deitkit.recipe.load import changed_fields, expand_variants
 from deitkit.recipe.schema import DataRecipe, Recipe
@@ -95,10 +95,7 @@ class BegunVariants:
 
 def variant_recipes(recipe: Recipe) -> dict[str, Recipe]:
     """Return the recipe of the base and of each variant, by name."""
-    return {
-        name: variant.model_copy(update={"model": with_pretrained_size(variant.model)})
-        for name, variant in expand_variants(recipe).items()
-    }
+    return {name: resolved(variant) for name, variant in expand_variants(recipe).items()}
 
 
 def variant_folder(folder: Path, name: str) -> Path:

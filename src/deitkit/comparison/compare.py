@@ -30,7 +30,7 @@ from deitkit.distillation.methods import find_method
 from deitkit.errors import RecipeError
 from deitkit.evaluation.readouts import balanced_accuracy, macro_f1, top_k_accuracy
 from deitkit.models.accelerate import release
-from deitkit.models.weights.pretrained import with_pretrained_size
+from deitkit.models.weights.pretrained import resolved
 from deitkit.recipe.schema import Recipe
 from deitkit.report.published import published_figures
 from deitkit.report.write import write_report
@@ -115,7 +115,7 @@ def begin(
 
     The arguments are those of ``compare``.
     """
-    recipe = recipe.model_copy(update={"model": with_pretrained_size(recipe.model)})
+    recipe = resolved(recipe)
     device = choose_device(recipe.device)
     precision = Precision.choose(recipe.train.precision, device)
     for name in recipe.methods:
@@ -163,7 +163,7 @@ def train_part(recipe: Recipe, folder: Path, seed: int, names: Sequence[str], *,
         RecipeError: It is not begun.
         Interrupted: The watcher requested a stop; the run can be resumed.
     """
-    recipe = recipe.model_copy(update={"model": with_pretrained_size(recipe.model)})
+    recipe = resolved(recipe)
     precision = Precision.choose(recipe.train.precision, choose_device(recipe.device))
     watcher.say(f"device {precision.device}, precision {precision.name}")
     homes = teacher_folders(recipe, folder / "teacher") if needs_teacher(recipe) else []

@@ -5,17 +5,17 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from deitkit.comparison.seed_run import missing_students, training_has_begun
+from deitkit.comparison.seed_run import missing_students, seed_cohort, training_has_begun
 from deitkit.data.dataset import Dataset
 from deitkit.models.accelerate import accelerate
-from deitkit.recipe.schema import AugmentRecipe, Recipe, TrainRecipe
+from deitkit.recipe.schema import Recipe
 from deitkit.system.device import Precision
+from deitkit.system.ranks import ALONE
 from deitkit.system.timer import duration_text
 from deitkit.teachers.frozen import FrozenTeacher, Teachers
-from deitkit.teachers.prepare import draft_teacher, is_trained, teacher_folders, teacher_student
+from deitkit.teachers.prepare import draft_teacher, is_trained, teacher_cohort, teacher_folders, teacher_student
 from deitkit.training.build import build_students, needs_teacher, student_names
 from deitkit.training.cohort import Cohort
-from deitkit.training.student import Student
 
 # Views of all students together under which a run takes about a minute, and an estimate would cost a part of it.
 LEAST_VIEWS = 100_000
@@ -63,40 +63,22 @@ def estimate_training(recipe: Recipe, dataset: Dataset, folder: Path, precision:
         accelerate(classifier, recipe.speed, precision.device)
         if card.fit != "none" and not is_trained(home):
             student = teacher_student("teacher", classifier, one, precision)
-            seconds_of_teachers += _seconds([student], None, recipe, dataset, one.augment, one.train, precision)
+            alone = recipe.model_copy(update={"teacher": one, "teachers": ()})
+            seconds_of_teachers += _seconds(teacher_cohort(student, alone, dataset, precision, ALONE), one.train.epochs)
         teachers.append(FrozenTeacher(classifier))
     students = build_students(recipe, dataset, recipe.seeds[0], precision, names=max(missing.values(), key=len))
-    each = _seconds(
-        students, Teachers(teachers) if teachers else None, recipe, dataset, recipe.augment, recipe.train, precision
-    )
+    together = Teachers(teachers) if teachers else None
+    cohort = seed_cohort(students, recipe, dataset, together, recipe.seeds[0], precision, ALONE)
+    each = _seconds(cohort, recipe.train.epochs)
+    del cohort
     gc.collect()  # the cohorts, before the run builds its own
     what = "training" if recipe.data.fold is None else f"fold {recipe.data.fold} of {recipe.data.folds}"
     return Estimate(seconds_of_teachers, each * count / len(students), what)
 
 
-def _seconds(
-    students: list[Student],
-    teachers: Teachers | None,
-    recipe: Recipe,
-    dataset: Dataset,
-    augment: AugmentRecipe,
-    train: TrainRecipe,
-    precision: Precision,
-) -> float:
+def _seconds(cohort: Cohort, epochs: int) -> float:
     """Return how long a cohort will train, by its first steps."""
-    cohort = Cohort(
-        students,
-        teacher=teachers,
-        dataset=dataset,
-        augment=augment,
-        train=train,
-        speed=recipe.speed,
-        precision=precision,
-        seed=recipe.seeds[0],
-        unlabelled_in_step=recipe.unlabelled_in_step if teachers is not None else 0,
-        balanced=recipe.data.sampling == "balanced",
-    )
-    for student in students:
+    for student in cohort.students:
         student.classifier.train()
     steps = min(WARM_UP_STEPS + TIMED_STEPS, cohort.batches.steps_per_epoch)
     batches = cohort.batches.epoch(0, 0)
@@ -106,4 +88,4 @@ def _seconds(
             started = time.perf_counter()
         cohort.next_step(batches)
     timed = max(1, steps - WARM_UP_STEPS)
-    return (time.perf_counter() - started) / timed * cohort.batches.steps_per_epoch * train.epochs
+    return (time.perf_counter() - started) / timed * cohort.batches.steps_per_epoch * epochs

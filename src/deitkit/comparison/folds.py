@@ -19,7 +19,7 @@ from deitkit.comparison.rows import best_row, corrected, corrected_differences, 
 from deitkit.comparison.verdict import Standing, verdict
 from deitkit.data.dataset import Dataset, load_dataset
 from deitkit.evaluation.statistics import are_equal, resampled_difference, resampled_interval
-from deitkit.models.weights.pretrained import starting_weights, with_pretrained_size
+from deitkit.models.weights.pretrained import resolved, starting_weights
 from deitkit.recipe.schema import DataRecipe, Recipe
 from deitkit.report.write import write_report
 from deitkit.run.difference import Difference, Reference, difference_fields
@@ -59,7 +59,7 @@ def compare_folds(recipe: Recipe, folder: Path, *, watcher: Watcher, resume: boo
     Raises:
         Interrupted: The watcher requested a stop; the run can be resumed.
     """
-    recipe = recipe.model_copy(update={"model": with_pretrained_size(recipe.model)})
+    recipe = resolved(recipe)
     load = begin_folds(recipe, folder, watcher=watcher, resume=resume)
     recipes = fold_recipes(recipe)
     homes = {fold: fold_folder(folder, fold) for fold in recipes}
@@ -118,9 +118,8 @@ def combine(recipe: Recipe, folds: Mapping[int, Results]) -> FoldResults:
     """Combine the results of all folds, by number: rows by name, each with a value for every fold."""
     each = list(folds.values())
     first = each[0]
-    own_rows = {name: [one.row(name) for one in each] for name in dict.fromkeys(row.row for row in first.rows)}
-    by_name = {name: [row for row in found if row is not None] for name, found in own_rows.items()}
-    rows = [_combined(found, list(folds)) for found in by_name.values()]
+    by_fold = [{row.row: row for row in one.rows} for one in each]
+    rows = [_combined([own[row.row] for own in by_fold], list(folds)) for row in first.rows]
     teacher_top1 = [None if one.teacher is None else one.teacher.test_top1 for one in each]
     rows = _compared(rows, each, teacher_top1)
     winner = best_row(rows, recipe.compare.by)

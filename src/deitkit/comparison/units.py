@@ -14,7 +14,7 @@ from deitkit.comparison.compare import begin, compare, has_finished, train_part
 from deitkit.comparison.folds import begin_folds, fold_recipes
 from deitkit.comparison.seed_run import LOCK_SECONDS, missing_students
 from deitkit.errors import RecipeError
-from deitkit.models.weights.pretrained import with_pretrained_size
+from deitkit.models.weights.pretrained import resolved
 from deitkit.recipe.schema import Recipe
 from deitkit.run.folder import check_run, occupied
 from deitkit.run.observer import Watcher
@@ -82,7 +82,7 @@ def run_unit(recipe: Recipe, folder: Path, unit: str, *, watcher: Watcher) -> No
         RecipeError: There is no such unit, or the run folder is not prepared.
         Interrupted: The watcher requested a stop; the same unit continues.
     """
-    recipe = recipe.model_copy(update={"model": with_pretrained_size(recipe.model)})
+    recipe = resolved(recipe)
     if unit == PREPARE:
         with occupied(folder, LOCK_SECONDS, watcher.say):
             _prepare(recipe, folder, watcher)

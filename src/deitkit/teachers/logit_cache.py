@@ -101,7 +101,6 @@ class LogitCache:
         self.steps, self.classes, self.top = steps, classes, top
         self.batch = batch_size + (unlabelled[0] if unlabelled is not None else 0)
         self.device = precision.device
-        self.read = 0  # steps without a forward pass of the teacher
         self._epoch = -1
         self._recorded: dict[str, Tensor] | None = None
         self._new: dict[str, Tensor] | None = None
@@ -126,7 +125,6 @@ class LogitCache:
             self._open(epoch)
         if self._recorded is None:
             return None
-        self.read += 1
         return self._unpacked({name: tensor[step] for name, tensor in self._recorded.items()})
 
     def keep(self, epoch: int, step: int, logits: Float[Tensor, "batch classes"]) -> Float[Tensor, "batch classes"]:

@@ -12,7 +12,7 @@ from deitkit.data.cache import cache_folder
 from deitkit.errors import CheckpointError
 from deitkit.models.saved import save_tensors
 from deitkit.models.vit import SIZES
-from deitkit.recipe.schema import ModelRecipe
+from deitkit.recipe.schema import ModelRecipe, Recipe
 from deitkit.system.files import write_text
 from deitkit.system.network import no_endless_wait
 
@@ -22,6 +22,11 @@ PREFIX = "timm/"
 def starting_weights(model: ModelRecipe) -> Path | None:
     """Return the initial weights of a recipe's students, downloaded if they have a name; None for random ones."""
     return model.checkpoint if model.pretrained is None else fetch(model.pretrained)
+
+
+def resolved(recipe: Recipe) -> Recipe:
+    """Return a recipe whose students have the size of their pretrained weights; see ``with_pretrained_size``."""
+    return recipe.model_copy(update={"model": with_pretrained_size(recipe.model)})
 
 
 def with_pretrained_size(model: ModelRecipe) -> ModelRecipe:
