@@ -61,12 +61,12 @@ class Model:
         self.card = read_card(self.folder)
 
     def __repr__(self) -> str:
-        return f"<deitkit model {self.folder}: {self.card['parameters']:,} parameters, {len(self.class_names)} classes>"
+        return f"<deitkit model {self.folder}: {self.card.parameters:,} parameters, {len(self.class_names)} classes>"
 
     @property
     def class_names(self) -> list[str]:
         """The classes, in the order of the logits."""
-        return list(self.card["class_names"])
+        return list(self.card.class_names)
 
     def predict(
         self,

@@ -23,6 +23,7 @@ from deitkit.data.dataset import load_dataset
 from deitkit.data.duplicates import share_in_sketch, sketch
 from deitkit.errors import CheckpointError, RecipeError
 from deitkit.evaluation.apply import evaluate_model, images_seen
+from deitkit.models.card import ModelCard
 from deitkit.models.classifier import Classifier
 from deitkit.models.saved import read_card, save_classifier
 from deitkit.models.vit import DeiT
@@ -263,19 +264,19 @@ def test_only_a_model_of_the_same_classes_is_measured_before(
     dataset = load_dataset(DataRecipe(name="digits"))
     model = DeiT(image_px=8, patch_px=4, channels=1, classes=10, width=16, depth=1, heads=2, tokens=("class",))
     architecture = replace(Architecture.of(model), **changes)
-    weights = Weights(Path("x"), {}, architecture, names, None, None, {}, ())
+    weights = Weights(Path("x"), {}, architecture, names, None, None, None, ())
     assert _obstacle(weights, dataset) == obstacle
 
 
 def test_a_model_has_seen_the_images_of_those_that_it_started_from() -> None:
-    hashes = torch.arange(0, 30)
-    card = {"input_px": [8, 8], "channels": 1, "fit": "crop"}
-    first = card | {"trained_on": sketch(hashes[:10])}
-    other_size = card | {"input_px": [16, 16], "trained_on": sketch(hashes[10:20])}
-    assert images_seen(card, hashes[:0], []) is None
-    assert images_seen(card, hashes[20:], []) == sketch(hashes[20:])
-    assert images_seen(card, hashes[:0], [first]) == first["trained_on"]
-    both = images_seen(card, hashes[20:], [first, other_size, card])
+    hashes, digits = torch.arange(0, 30), load_dataset(DataRecipe(name="digits"))
+    card = ModelCard(mean=(0.5,), std=(0.5,), class_names=NAMES, input_px=(8, 8))
+    first = card.model_copy(update={"trained_on": sketch(hashes[:10])})
+    other_size = card.model_copy(update={"input_px": (16, 16), "trained_on": sketch(hashes[10:20])})
+    assert images_seen(digits, hashes[:0], []) is None
+    assert images_seen(digits, hashes[20:], []) == sketch(hashes[20:])
+    assert images_seen(digits, hashes[:0], [first]) == first.trained_on
+    both = images_seen(digits, hashes[20:], [first, other_size, card])
     assert both == sketch(torch.cat([hashes[:10], hashes[20:]]))
     assert share_in_sketch(hashes, both) == pytest.approx(20 / 30)
 
@@ -283,7 +284,7 @@ def test_a_model_has_seen_the_images_of_those_that_it_started_from() -> None:
 def test_a_fine_tuned_student_records_the_images_of_its_checkpoint_too(plain: Path, tmp_path: Path) -> None:
     finetune(plain, tmp_path, "methods=[none]", "data.train_images=20", "train.epochs=1")
     tuned, first = read_card(tmp_path / "tuned" / "winner"), read_card(plain / "winner")
-    assert tuned["trained_on"] == first["trained_on"], "twenty of the same images, and those of its checkpoint"
+    assert tuned.trained_on == first.trained_on, "twenty of the same images, and those of its checkpoint"
 
 
 def test_a_sketch_estimates_the_share_of_trained_images() -> None:

@@ -132,7 +132,7 @@ def test_predict_evaluate_and_exports_prepare_images_as_training_did(
         view = torch.from_numpy(decode_image(file, 3, 16, fit=each).copy())[None].float() / 255
         with torch.no_grad():
             probabilities = classifier(view).class_logits.softmax(-1)[0].tolist()
-        shares[each] = dict(zip(card["class_names"], probabilities, strict=True))
+        shares[each] = dict(zip(card.class_names, probabilities, strict=True))
     assert dict(answer["classes"]) == pytest.approx(shares[fit], abs=1e-6)
     assert dict(answer["classes"]) != pytest.approx(shares["crop"], abs=1e-6), "the model tells them apart"
     assert run("convert", tmp_path / "run", "--to", "timm", "--out", tmp_path / "timm")[0] == 0

@@ -11,6 +11,7 @@ from deitkit.data.dataset import Dataset, add_unlabelled, load_dataset
 from deitkit.data.duplicates import share_in_sketch, sketch
 from deitkit.errors import DataError
 from deitkit.evaluation.apply import data_recipe_of
+from deitkit.models.card import ModelCard
 from deitkit.recipe.load import load_recipe
 from deitkit.recipe.schema import DataRecipe
 
@@ -83,7 +84,7 @@ def test_grey_copies_of_test_images_are_left_out_whatever_the_channels(
     )  # fmt: skip
     assert found.unlabelled is not None
     assert len(found.unlabelled) == 1
-    card = {"channels": found.channels, "input_px": [8, 8]}
+    card = ModelCard(mean=(0.5,), std=(0.5,), class_names=("a", "b"), channels=found.channels, input_px=(8, 8))
     again = load_dataset(data_recipe_of(card, f"folder:{tmp_path / 'grey'}", None))
     assert share_in_sketch(again.train_hashes, sketch(found.train_hashes)) == 1, "as the model's card says"
 

@@ -71,7 +71,7 @@ def test_a_run_shows_its_winner_its_teacher_and_the_other_students_each_once(fin
     assert winner is not None
     assert demo.models[0].name == f"winner: {winner.row}"
     assert demo.models[1].name == f"teacher: {results.teachers[0].name}"
-    methods = [model.card.get("method") for model in demo.models]
+    methods = [model.card.method for model in demo.models]
     assert methods[0] == winner.method
     assert sorted(filter(None, methods)) == ["none", "token-hard"]
     assert f"{100 * winner.top1_mean:.1f} % of the test images right" in demo.models[0].about
@@ -90,7 +90,7 @@ def test_answers_are_those_of_predict(finished: Path, digit: Path) -> None:
 
 def test_every_token_has_its_pictures_and_a_model_without_tokens_none(finished: Path, digit: Path) -> None:
     demo = load_demo(finished)
-    seen = {model.card.get("method"): model for model in demo.models}
+    seen = {model.card.method: model for model in demo.models}
     assert not seen[None].has_attention  # the teacher
     titles = [title for _, title in seen["token-hard"].attention(digit)]
     assert titles == [
@@ -181,10 +181,10 @@ def test_a_student_answers_by_the_readout_that_won_else_by_its_default_one(finis
     assert winner is not None
     expected = {"none": "class", "token-hard": "joint", winner.method: winner.readout}
     for shown in demo.models:
-        if shown.card.get("method") is None:  # the teacher
+        if shown.card.method is None:  # the teacher
             continue
-        home = finished / "seed-0" / shown.card["method"]
-        (predicted,) = load_model(home).predict(digit, top=10, readout=expected[shown.card["method"]])
+        home = finished / "seed-0" / shown.card.method
+        (predicted,) = load_model(home).predict(digit, top=10, readout=expected[shown.card.method])
         assert shown.answer(digit, demo.precision) == dict(predicted["classes"])
 
 
@@ -225,7 +225,7 @@ def test_two_teachers_of_one_name_are_told_apart_and_a_stopped_student_is_left_o
         if row["method"] == other:
             row.update(top1=[None], top1_mean=None, status="seed 0 stopped")
     (tmp_path / "run" / "results.json").write_text(json.dumps(stored), encoding="utf-8")
-    assert [model.card.get("method") for model in load_demo(tmp_path / "run").models].count(other) == 0
+    assert [model.card.method for model in load_demo(tmp_path / "run").models].count(other) == 0
 
 
 @pytest.mark.parametrize("fit", ["crop", "pad", "squash"])

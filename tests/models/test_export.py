@@ -91,7 +91,8 @@ def test_what_is_written_opens_as_printed_and_answers_as_before(
         assert back.class_names == tuple(NAMES)
         assert back.mean == pytest.approx(MEAN[:channels])
     if to == "ours":
-        assert back.card["trained_on"] == "a sketch"
+        assert back.card is not None
+        assert back.card.trained_on == "a sketch"
 
 
 @pytest.mark.parametrize("fit", ["crop", "pad"])
@@ -212,10 +213,12 @@ def test_changes_on_the_way_are_told_and_kept_in_the_card(convert: Run, tmp_path
     for word in ("normalisation", "channels", "patch", "resolution", "tokens"):
         assert f"\n{word}: " in f"\n{output}"
     classifier, card = load_classifier(tmp_path / "b", torch.device("cpu"))
-    assert (card["input_px"], card["channels"], card["class_names"]) == ([48, 48], 1, NAMES)
-    assert card["config"]["tokens"] == ["class", "distillation"]
-    assert "\n".join(card["changes"]) in output
-    assert len(card["changes"]) == 5
+    assert (card.input_px, card.channels, card.class_names) == ((48, 48), 1, tuple(NAMES))
+    assert card.config is not None
+    assert card.config["tokens"] == ["class", "distillation"]
+    changes = card.written()["changes"]
+    assert "\n".join(changes) in output
+    assert len(changes) == 5
     assert "test_top1" not in card  # what it scored as it was is no longer true
     assert classifier(torch.rand(1, 1, 48, 48)).distillation_logits.shape == (1, 5)
 

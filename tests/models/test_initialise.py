@@ -307,7 +307,8 @@ def test_our_own_folders_are_read_with_their_cards(path: str, tmp_path: Path) ->
     assert weights.architecture == Architecture.of(model)  # two heads of 32, which no shape tells
     assert weights.class_names == tuple(f"class {number}" for number in range(CLASSES))
     assert (weights.mean, weights.std) == (pytest.approx((0.5, 0.4, 0.3)), pytest.approx((0.2, 0.2, 0.3)))
-    assert weights.card["method"] == "token-hard"
+    assert weights.card is not None
+    assert weights.card.method == "token-hard"
 
 
 def test_half_precision_becomes_float32_and_is_told(tmp_path: Path) -> None:

@@ -37,7 +37,8 @@ def test_layer_scale_and_stem_come_back_with_their_statistics(tmp_path: Path) ->
     for name, classifier in (("last", trained.eval()), ("ema", average.classifier)):
         save_classifier(tmp_path / name, classifier, CARD)
         again, card = load_classifier(tmp_path / name, CPU)
-        assert (card["config"]["layer_scale"], card["config"]["stem"]) == (0.1, "conv")
+        assert card.config is not None
+        assert (card.config["layer_scale"], card.config["stem"]) == (0.1, "conv")
         answers.append(classifier(view).class_logits)
         assert torch.equal(again(view).class_logits, answers[-1])
     assert not torch.equal(*answers)

@@ -12,7 +12,6 @@ from deitkit.bench.measure import count_flops, machine_limit
 from deitkit.bench.training_speed import SYNTHETIC_PX, without_weights
 from deitkit.distillation.methods import METHODS
 from deitkit.errors import is_out_of_memory
-from deitkit.evaluation.classify import input_px
 from deitkit.models.accelerate import accelerate
 from deitkit.models.catalogue import CATALOGUE, CLASSES
 from deitkit.models.classifier import IMAGENET_NORMALISATION, Classifier
@@ -63,8 +62,8 @@ def bench_saved(path: Path, recipe: Recipe, *, repeats: int, steps: int) -> dict
     precision = Precision.choose("fp32" if is_onnx(path) else recipe.train.precision, device)
     classifier, card = load_classifier(model_folder(path), device)
     accelerate(classifier, recipe.speed, device).eval()
-    side = input_px(card)
-    view = torch.rand(recipe.train.batch_size, int(card["channels"]), side, side, device=device)
+    side = card.side
+    view = torch.rand(recipe.train.batch_size, card.channels, side, side, device=device)
     return {
         "machine": describe_machine(device, precision) | {"threads": torch.get_num_threads()},
         "model": {"name": path.name},

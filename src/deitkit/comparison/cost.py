@@ -70,7 +70,7 @@ def _architecture(home: Path) -> str:
     """Return all of a card that decides its model's speed."""
     card = read_card(home)
     fields = ("kind", "config", "architecture", "image_px", "channels", "only_readout")
-    return json.dumps([card.get(name) for name in fields] + [len(card["class_names"])])
+    return json.dumps([getattr(card, name) for name in fields] + [len(card.class_names)])
 
 
 def _times(

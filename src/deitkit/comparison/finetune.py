@@ -87,8 +87,9 @@ def _named(model: ModelRecipe) -> dict[str, Any]:
 
 def _check_division(data: DataRecipe, weights: Weights) -> None:
     """Raise RecipeError if a card without a sketch of its images names this data set with another split."""
-    known = "trained_on" not in weights.card and weights.card.get("dataset") == data.name
-    division = weights.card.get("split", {}) if known else {}
+    card = weights.card
+    known = card is not None and card.trained_on is None and card.dataset == data.name
+    division = card.split if card is not None and known else {}
     if any(getattr(data, field) != value for field, value in division.items()):
         shown = " ".join(f"data.{field}={value}" for field, value in division.items())
         raise RecipeError(
@@ -134,20 +135,22 @@ def measure_checkpoint(
     obstacle = _obstacle(weights, dataset)
     if obstacle is not None:
         note = f"{name}, from which the students started, has no row of its own: {obstacle}."
-        return StartingPoint(None, "", parameters, card.get("method"), note)
+        return StartingPoint(None, "", parameters, None if card is None else card.method, note)
     px = found.image_px[0]
-    own = {"image_px": px, "channels": found.channels, "eval_crop": card.get("eval_crop", recipe.data.eval_crop)}
-    own["fit"] = card.get("fit", recipe.data.fit)
+    own: dict[str, Any] = {"image_px": px, "channels": found.channels}
+    if card is not None:
+        own |= {"eval_crop": card.eval_crop, "fit": card.fit}
     test, hashes = load_test(recipe.data.model_copy(update=own), watcher.reading)
     assert torch.equal(test.labels, dataset.test.labels.cpu()), "both are the same images in the same order"
-    seen = share_of_tests_seen(hashes, dataset.test_hashes, dataset.train_hashes, weights.card)
+    trained_on = None if card is None else card.trained_on
+    seen = share_of_tests_seen(hashes, dataset.test_hashes, dataset.train_hashes, trained_on)
     if seen > MOST_SEEN:
         raise RecipeError(
             f"about {100 * seen:.0f} % of the test images of {dataset.name} are training images of {name}: "
-            f"{how_to_divide(card)}"
+            f"{how_to_divide({} if card is None else card.split)}"
         )
     scores = readout_scores(predict(_build(weights).to(precision.device), test, precision))
-    readout = card.get("readout") or default_readout(list(scores))
+    readout = (None if card is None else card.readout) or default_readout(list(scores))
     note = f"{BEFORE}: {name} as it was before fine-tuning, at {px} px"
     if seen > 0:
         note += f"; about {100 * seen:.1f} % of the test images are its training images"
@@ -155,7 +158,7 @@ def measure_checkpoint(
         note += "; nothing names its classes, which are taken to be those of the data"
     top1 = top_k_accuracy(scores[readout], dataset.test.labels.cpu())
     watcher.say(f"before fine-tuning: {100 * top1:.2f} % on the test images at {px} px ({readout})")
-    return StartingPoint(scores[readout], readout, parameters, card.get("method"), f"{note}.")
+    return StartingPoint(scores[readout], readout, parameters, None if card is None else card.method, f"{note}.")
 
 
 def _obstacle(weights: Weights, dataset: Dataset) -> str | None:

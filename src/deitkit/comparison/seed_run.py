@@ -385,12 +385,11 @@ def _student_card(recipe: Recipe, dataset: Dataset, student: Student, seed: int)
         "recipe": recipe.name,
         **card_of_data(recipe.data, dataset),
     }
-    before = []
+    start = None
     if student.name == BASELINE:
         card["architecture"] = baseline_architecture(recipe)
     else:
-        card["initial"] = initial_weights(recipe)
-        if (start := starting_weights(recipe.model)) is not None:
-            before.append(card_of(weights_file(start)))
+        card["initial"], start = initial_weights(recipe), starting_weights(recipe.model)
+    before = None if start is None else card_of(weights_file(start))
     own = torch.cat([dataset.train_hashes, dataset.unlabelled_hashes])
-    return card | {"trained_on": images_seen(card, own, before)}
+    return card | {"trained_on": images_seen(dataset, own, [] if before is None else [before])}

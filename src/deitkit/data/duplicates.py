@@ -137,7 +137,7 @@ def share_of_tests_seen(
     hashes: Int64[Tensor, " test"],
     test: Int64[Tensor, " test"],
     train: Int64[Tensor, " train"],
-    card: Mapping[str, Any],
+    trained_on: str | None,
 ) -> float:
     """Estimate which share of a run's test images a given model was trained on; training images do not count.
 
@@ -145,15 +145,15 @@ def share_of_tests_seen(
         hashes: Of the test images as the model takes them.
         test: Of the same images as the run takes them.
         train: Of the run's training images.
-        card: Of the model; 0 if it does not tell.
+        trained_on: Sketch of the model's training images; the share is 0 if these are unknown.
     """
-    return share_in_sketch(hashes[~torch.isin(test, train)], str(card.get("trained_on", "")))
+    return share_in_sketch(hashes[~torch.isin(test, train)], trained_on or "")
 
 
-def how_to_divide(card: Mapping[str, Any]) -> str:
-    """Return the remedy where a model has seen test images, from its card."""
-    split = " ".join(f"data.{field}={value}" for field, value in card.get("split", {}).items())
-    return f"divide the data as for its training ({split}), or test on other images"
+def how_to_divide(split: Mapping[str, Any]) -> str:
+    """Return the remedy where a model has seen test images, from the fields of ``data`` that divided those."""
+    fields = " ".join(f"data.{field}={value}" for field, value in split.items())
+    return f"divide the data as for its training ({fields}), or test on other images"
 
 
 def _sketched(text: str) -> Int64[Tensor, " sketched"]:

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,10 +13,11 @@ from deitkit.analyze.pictures import tinted
 from deitkit.analyze.tokens import attention_maps, student_of
 from deitkit.comparison.finished_run import students_of
 from deitkit.data.dataset import load_test_examples
-from deitkit.data.decode import SUFFIXES, decode_image
+from deitkit.data.decode import SUFFIXES
 from deitkit.errors import CheckpointError, DataError, DeitkitError, HasTestSplit
 from deitkit.evaluation.apply import data_recipe_of
-from deitkit.evaluation.classify import classify_pixels, eval_crop, input_px
+from deitkit.evaluation.classify import classify_pixels, decode_for
+from deitkit.models.card import ModelCard
 from deitkit.models.classifier import Classifier
 from deitkit.models.saved import load_classifier
 from deitkit.models.vit import DeiT
@@ -46,7 +46,7 @@ class ShownModel:
     name: str
     about: str
     classifier: Classifier
-    card: dict[str, Any]
+    card: ModelCard
     readout: str | None = None
 
     @property
@@ -61,9 +61,8 @@ class ShownModel:
         Raises:
             DataError: It cannot be decoded.
         """
-        card = self.card
         try:
-            return decode_image(file, card["channels"], input_px(card), eval_crop(card), card.get("fit", "crop"))
+            return decode_for(self.card, file)
         except Exception:  # Pillow raises many types, with the name of a temporary file
             kinds = ", ".join(sorted(suffix.removeprefix(".") for suffix in SUFFIXES))
             raise DataError(
@@ -77,7 +76,7 @@ class ShownModel:
             DataError: The image cannot be decoded.
         """
         pixels = [torch.from_numpy(self.view(file).copy())]
-        every = len(self.card["class_names"])
+        every = len(self.card.class_names)
         (found,) = classify_pixels(self.classifier, self.card, precision, pixels, self.readout, every)
         return dict(found["classes"])
 
@@ -154,9 +153,9 @@ def load_demo(path: Path, data: str | None = None, root: Path | None = None) -> 
     precision = Precision.choose("auto", device)
     if not (path / "results.json").exists():
         classifier, card = load_classifier(path, device)
-        shown = ShownModel(path.name or str(path), f"{card['parameters']:,} parameters", classifier, card)
-        named = data or card.get("dataset")
-        recipe = None if named is None else data_recipe_of(card, str(named), root)
+        shown = ShownModel(path.name or str(path), f"{card.parameters:,} parameters", classifier, card)
+        named = data or card.dataset
+        recipe = None if named is None else data_recipe_of(card, named, root)
         recipe = None if recipe is None else recipe.model_copy(update={"download": False})
         return Demo(shown.name, "", [shown], precision, recipe)
     results = read_results(path)

@@ -10,10 +10,10 @@ from torch import Tensor
 from deitkit.data.dataset import Dataset, load_dataset
 from deitkit.data.duplicates import merge_sketches, share_in_sketch, sketch
 from deitkit.errors import DataError, HasTestSplit
-from deitkit.evaluation.classify import eval_crop, input_px
 from deitkit.evaluation.predict import predict
 from deitkit.evaluation.readouts import named_scores, top_k_accuracy, top_k_hits
 from deitkit.evaluation.statistics import wilson_interval
+from deitkit.models.card import ModelCard
 from deitkit.models.saved import load_classifier
 from deitkit.recipe.schema import DataRecipe
 from deitkit.system.device import Precision, choose_device
@@ -40,11 +40,11 @@ def evaluate_model(folder: Path, data: str, root: Path | None = None) -> dict[st
         hits = int(top_k_hits(values, labels).sum())
         top5 = top_k_accuracy(values, labels, 5) if dataset.classes > 5 else None
         rows.append({"readout": readout, "top1": hits / n, "top1_ci95": wilson_interval(hits, n), "top5": top5})
-    seen = share_in_sketch(dataset.test_hashes, str(card["trained_on"])) if "trained_on" in card else None
+    seen = None if card.trained_on is None else share_in_sketch(dataset.test_hashes, card.trained_on)
     return {"model": str(folder), "dataset": dataset.name, "n": n, "trained_on": seen, "readouts": rows}
 
 
-def load_data_of(card: dict[str, Any], data: str, root: Path | None) -> Dataset:
+def load_data_of(card: ModelCard, data: str, root: Path | None) -> Dataset:
     """Load a data set as a model takes it, under the split of its training: no training image is a test image.
 
     Args:
@@ -59,11 +59,11 @@ def load_data_of(card: dict[str, Any], data: str, root: Path | None) -> Dataset:
     try:
         dataset = load_dataset(recipe)
     except HasTestSplit:  # of other data, which the folds of the training do not divide
-        dataset = load_dataset(data_recipe_of(card | {"split": {}}, data, root))
-    if list(dataset.class_names) != card["class_names"]:
+        dataset = load_dataset(data_recipe_of(card.model_copy(update={"split": {}}), data, root))
+    if dataset.class_names != card.class_names:
         raise DataError(
-            f"data {data} has the classes {first_of(list(dataset.class_names))}, "
-            f"but the model has {first_of(card['class_names'])}: evaluate it on data with the model's classes"
+            f"data {data} has the classes {first_of(dataset.class_names)}, "
+            f"but the model has {first_of(card.class_names)}: evaluate it on data with the model's classes"
         )
     return dataset
 
@@ -82,33 +82,31 @@ def card_of_data(recipe: DataRecipe, dataset: Dataset) -> dict[str, Any]:
     }
 
 
-def images_seen(card: dict[str, Any], own: Int64[Tensor, " train"], origins: Sequence[dict[str, Any]]) -> str | None:
+def images_seen(dataset: Dataset, own: Int64[Tensor, " train"], origins: Sequence[ModelCard]) -> str | None:
     """Return the sketch of the images that a model has learned from; None if nothing is known.
 
     Args:
-        card: Of the model, with the fields of ``card_of_data``.
-        own: Hashes of the images that it was trained on; empty if it was not trained.
+        dataset: The data set on which it is used.
+        own: Hashes of the images of it that the model was trained on; empty if it was not trained.
         origins: Cards of the models that it started from. The images of one that takes them in another size, number of
             channels or shape are left out, since other pixels have other hashes.
     """
-    known = [origin["trained_on"] for origin in origins if origin.get("trained_on") and _view(origin) == _view(card)]
+    known = [origin.trained_on for origin in origins if origin.trained_on and origin.view == view_of(dataset)]
     sketches = [*known, *([sketch(own)] if len(own) else [])]
     return merge_sketches(sketches) if sketches else None
 
 
-def _view(card: dict[str, Any]) -> tuple[int, int, str]:
-    """Return how a model takes its images."""
-    return input_px(card), card["channels"], card.get("fit", "crop")
+def view_of(dataset: Dataset) -> dict[str, Any]:
+    """Return how a data set's images are taken, as ``ModelCard.view``."""
+    return {"image_px": min(dataset.image_px), "channels": dataset.channels, "fit": dataset.fit}
 
 
-def data_recipe_of(card: dict[str, Any], data: str, root: Path | None) -> DataRecipe:
+def data_recipe_of(card: ModelCard, data: str, root: Path | None) -> DataRecipe:
     """Return a data set as a model takes it, divided as for its training."""
     return DataRecipe(
         name=data,
         root=root,
-        channels=card["channels"],
-        image_px=input_px(card),
-        eval_crop=eval_crop(card),
-        fit=card.get("fit", "crop"),
-        **card.get("split", {}),
+        eval_crop=card.eval_crop,
+        **card.view,
+        **card.split,
     )

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from jaxtyping import UInt8
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from deitkit.errors import DataError, RecipeError
 from deitkit.evaluation.readouts import named_scores
 from deitkit.models.accelerate import uncompiled
 from deitkit.models.built import head_name
+from deitkit.models.card import ModelCard
 from deitkit.models.classifier import Classifier
 from deitkit.models.onnx_file import OnnxGraph
 from deitkit.models.saved import load_classifier
@@ -34,10 +36,8 @@ Prediction: TypeAlias = dict[str, Any]
 class ImageFiles(torch.utils.data.Dataset[tuple[int, Tensor | str]]):
     """Image files as a model takes them; a file that cannot be decoded is its error, as text."""
 
-    def __init__(self, files: Sequence[Path], card: dict[str, Any]) -> None:
-        self.files = files
-        self.channels, self.image_px = card["channels"], input_px(card)
-        self.eval_crop, self.fit = eval_crop(card), card.get("fit", "crop")
+    def __init__(self, files: Sequence[Path], card: ModelCard) -> None:
+        self.files, self.card = files, card
 
     def __len__(self) -> int:
         return len(self.files)
@@ -46,20 +46,15 @@ class ImageFiles(torch.utils.data.Dataset[tuple[int, Tensor | str]]):
         """Return a file's place, and its pixels or its error."""
         try:
             with strict_pillow():
-                pixels = decode_image(self.files[place], self.channels, self.image_px, self.eval_crop, self.fit)
+                pixels = decode_for(self.card, self.files[place])
         except Exception as error:  # Pillow raises many types
             return place, str(error)
         return place, torch.from_numpy(pixels.copy())
 
 
-def input_px(card: dict[str, Any]) -> int:
-    """Return the side of a model's training images."""
-    return int(min(card["input_px"]))
-
-
-def eval_crop(card: dict[str, Any]) -> float:
-    """Return the divisor of an image's side before its centre is cropped."""
-    return float(card.get("eval_crop", 1.0))
+def decode_for(card: ModelCard, file: Path) -> UInt8[np.ndarray, "channels height width"]:
+    """Decode an image file as a model takes it; Pillow raises many types if it cannot be decoded."""
+    return decode_image(file, card.channels, card.side, card.eval_crop, card.fit)
 
 
 def image_files(paths: Sequence[Path]) -> list[Path]:
@@ -150,7 +145,7 @@ class Classification(Iterable[Prediction]):
             answered += len(answers)
             for place, _ in batch:
                 image = {"image": writable(str(self.files[place]))}
-                nothing: Prediction = {"readout": self.readout or self.card.get("readout"), "classes": []}
+                nothing: Prediction = {"readout": self.readout or self.card.readout, "classes": []}
                 yield image | (nothing | {"error": errors[place]} if place in errors else answers[place])
         if not answered:
             raise DataError(f"none of {counted(len(self), 'image')} can be decoded, first {first_error}: convert them")
@@ -168,7 +163,7 @@ class Classification(Iterable[Prediction]):
 @torch.inference_mode()
 def classify_pixels(
     classifier: Classifier,
-    card: dict[str, Any],
+    card: ModelCard,
     precision: Precision,
     pixels: list[UInt8[Tensor, "channels height width"]],
     readout: str | None = None,
@@ -190,10 +185,10 @@ def classify_pixels(
         RecipeError: The model does not have the readout.
     """
     view = torch.stack(pixels).to(precision.device).float() / 255
-    with uncompiled(), precision.autocast(), _HeadInputs(classifier.model, len(card["class_names"]), embed) as inputs:
+    with uncompiled(), precision.autocast(), _HeadInputs(classifier.model, len(card.class_names), embed) as inputs:
         output = classifier.eval()(view)
     scores = named_scores(output, card)
-    chosen = readout or card.get("readout") or default_readout(list(scores))
+    chosen = readout or card.readout or default_readout(list(scores))
     if chosen not in scores:
         raise RecipeError(f"readout {chosen}: this model has {', '.join(scores)}")
     probabilities = scores[chosen].float().softmax(dim=-1).cpu()
@@ -202,7 +197,7 @@ def classify_pixels(
     return [
         {
             "readout": chosen,
-            "classes": [(card["class_names"][index], share) for index, share in zip(indices, shares, strict=True)],
+            "classes": [(card.class_names[index], share) for index, share in zip(indices, shares, strict=True)],
         }
         | ({} if embeddings is None else {"embedding": embeddings[place]})
         for place, (indices, shares) in enumerate(zip(best.indices.tolist(), best.values.tolist(), strict=True))

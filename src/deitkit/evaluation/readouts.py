@@ -1,11 +1,9 @@
 """Readouts: scores from one or both heads of a student, and their accuracy."""
 
-from collections.abc import Mapping
-from typing import Any
-
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
+from deitkit.models.card import ModelCard
 from deitkit.models.classifier import READOUT_LOGITS
 from deitkit.models.vit import Output
 
@@ -18,10 +16,10 @@ def readout_scores(output: Output) -> dict[str, Float[Tensor, "n classes"]]:
     return {name: logits(classes, distillation) for name, logits in READOUT_LOGITS.items()}
 
 
-def named_scores(output: Output, card: Mapping[str, Any]) -> dict[str, Float[Tensor, "n classes"]]:
+def named_scores(output: Output, card: ModelCard) -> dict[str, Float[Tensor, "n classes"]]:
     """Return the logits of every readout of a saved model; an ONNX file has only the one that it was exported with."""
-    scores, exported = readout_scores(output), card.get("exported_readout")
-    return scores if exported is None else {str(exported): scores["class"]}
+    scores, exported = readout_scores(output), card.exported_readout
+    return scores if exported is None else {exported: scores["class"]}
 
 
 def top_k_hits(scores: Float[Tensor, "n classes"], labels: Int64[Tensor, " n"], k: int = 1) -> Bool[Tensor, " n"]:

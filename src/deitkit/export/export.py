@@ -21,6 +21,7 @@ from deitkit.export.graph import Deployed, build_onnx, import_onnx, load_for_exp
 from deitkit.export.int8 import quantise
 from deitkit.export.record import ExportRecord, ExportRow
 from deitkit.models.accelerate import uncompiled
+from deitkit.models.card import ModelCard
 from deitkit.models.classifier import Classifier
 from deitkit.models.onnx_file import OnnxGraph, import_onnxruntime, open_session
 from deitkit.run.provenance import envelope
@@ -85,7 +86,7 @@ def export_onnx(
     classifier, card, readout = load_for_export(folder, options.readout)
     dataset = _images_to_check_on(card, options)
     if options.public:
-        card = without_folders(card)
+        card = ModelCard.model_validate(without_folders(card.written()))
     say("building the graph")
     deployed = Deployed(classifier, readout, options.takes_bytes)
     contents = {"ONNX": build_onnx(deployed, card, folder)}
@@ -104,7 +105,7 @@ def export_onnx(
         **envelope(FORMAT),
         source=folder.name,
         readout=readout,
-        dataset=str(card.get("dataset")) if options.public else dataset.name,
+        dataset=str(card.dataset) if options.public else dataset.name,
         n=len(dataset.test),
         calibration_images=min(options.calibration_images, len(dataset.validation)) if options.int8 else None,
         batch_size=BATCH_SIZE,
@@ -117,14 +118,14 @@ def export_onnx(
     return record
 
 
-def _images_to_check_on(card: dict[str, Any], options: ExportOptions) -> Dataset:
+def _images_to_check_on(card: ModelCard, options: ExportOptions) -> Dataset:
     """Load the data set of the options, or that of the training if it is the same here."""
-    name = options.data or card.get("dataset")
+    name = options.data or card.dataset
     if name is None:
         raise RecipeError("the model's card names no data set to check the file on: give one with --data")
-    dataset = load_data_of(card, str(name), options.root)
+    dataset = load_data_of(card, name, options.root)
     known = torch.cat([dataset.train_hashes, dataset.validation_hashes])
-    if options.data is None and share_of_sketch(known, str(card.get("trained_on", ""))) < LEAST_KNOWN:
+    if options.data is None and share_of_sketch(known, card.trained_on or "") < LEAST_KNOWN:
         raise DataError(
             f"data {name} has other images here than the model was trained on: run this where its run began, or name "
             "the images to check it on with --data"

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from deitkit import __version__
 from deitkit.errors import CheckpointError, RecipeError
-from deitkit.evaluation.classify import eval_crop, input_px
 from deitkit.evaluation.readouts import readout_scores
+from deitkit.models.card import ModelCard
 from deitkit.models.classifier import Classifier
 from deitkit.models.onnx_file import CARD_KEY, FORMAT, INPUT, INSTALL, OUTPUT, SEAL_KEY, seal
 from deitkit.models.saved import load_classifier
@@ -49,7 +49,7 @@ class Deployed(nn.Module):
         return readout_scores(self.classifier(view))[self.readout].softmax(dim=-1)
 
 
-def load_for_export(folder: Path, readout: str | None) -> tuple[Classifier, dict[str, Any], str]:
+def load_for_export(folder: Path, readout: str | None) -> tuple[Classifier, ModelCard, str]:
     """Return a saved classifier on the CPU, its card, and the readout to export.
 
     Raises:
@@ -59,13 +59,13 @@ def load_for_export(folder: Path, readout: str | None) -> tuple[Classifier, dict
     classifier, card = load_classifier(folder, torch.device("cpu"))
     with torch.inference_mode():
         names = list(readout_scores(classifier(_example(card, takes_bytes=True) / 255)))
-    chosen = readout or card.get("readout") or default_readout(names)
+    chosen = readout or card.readout or default_readout(names)
     if chosen not in names:
         raise RecipeError(f"--readout {chosen}: this model has {', '.join(names)}")
     return classifier, card, chosen
 
 
-def build_onnx(deployed: Deployed, card: dict[str, Any], source: Path) -> bytes:
+def build_onnx(deployed: Deployed, card: ModelCard, source: Path) -> bytes:
     """Return the content of an ONNX file whose metadata are the model's card.
 
     Args:
@@ -99,7 +99,7 @@ def build_onnx(deployed: Deployed, card: dict[str, Any], source: Path) -> bytes:
     return finish(program.model_proto, onnx_card(deployed, card, source))
 
 
-def onnx_card(deployed: Deployed, card: dict[str, Any], source: Path) -> dict[str, Any]:
+def onnx_card(deployed: Deployed, card: ModelCard, source: Path) -> dict[str, Any]:
     """Return the card of an ONNX file."""
     origin = {
         "onnx_format": FORMAT,
@@ -109,10 +109,10 @@ def onnx_card(deployed: Deployed, card: dict[str, Any], source: Path) -> dict[st
         "input": "uint8, 0 to 255" if deployed.takes_bytes else "float32, 0 to 1",
         "mean": deployed.classifier.mean.flatten().tolist(),
         "std": deployed.classifier.std.flatten().tolist(),
-        "eval_crop": eval_crop(card),
-        "fit": card.get("fit", "crop"),
+        "eval_crop": card.eval_crop,
+        "fit": card.fit,
     }
-    return {name: value for name, value in card.items() if name not in _DROPPED} | origin
+    return {name: value for name, value in card.written().items() if name not in _DROPPED} | origin
 
 
 def finish(model: Any, card: dict[str, Any]) -> bytes:
@@ -146,9 +146,9 @@ def import_onnx() -> Any:
     return onnx
 
 
-def _example(card: dict[str, Any], takes_bytes: bool) -> Tensor:
-    side = input_px(card)
-    images = torch.randint(256, (2, int(card["channels"]), side, side), generator=torch.Generator().manual_seed(0))
+def _example(card: ModelCard, takes_bytes: bool) -> Tensor:
+    shape = (2, card.channels, card.side, card.side)
+    images = torch.randint(256, shape, generator=torch.Generator().manual_seed(0))
     return images.to(torch.uint8) if takes_bytes else images / 255
 
 

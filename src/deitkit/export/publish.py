@@ -15,10 +15,10 @@ import yaml
 from deitkit import __version__
 from deitkit.distillation.methods import METHODS
 from deitkit.errors import CheckpointError, RecipeError
-from deitkit.evaluation.classify import eval_crop, input_px
 from deitkit.export.export import ExportOptions, export_onnx
 from deitkit.export.graph import load_for_export
 from deitkit.export.record import ExportRecord
+from deitkit.models.card import ModelCard
 from deitkit.models.onnx_file import is_onnx
 from deitkit.models.saved import model_folder, read_card
 from deitkit.models.weights.export import Changes, Plan, plan
@@ -138,7 +138,7 @@ def _results_of(model: Path, folder: Path) -> Results | None:
 
 def _facts(
     planned: Plan,
-    card: dict[str, Any],
+    card: ModelCard,
     readout: str,
     onnx: ExportRecord | None,
     results: Results | None,
@@ -146,21 +146,21 @@ def _facts(
     folder: Path,
     out: Path,
 ) -> dict[str, Any]:
-    px, names = input_px(card), list(planned.class_names)
+    px, names = card.side, list(planned.class_names)
     has_both = len(planned.architecture.tokens) == 2
     name = options.name or out.name
     shown = None if results is None else type(results).model_validate(without_folders(results.model_dump()))
     is_winner = folder.name == "winner"
-    learned = METHODS.get(str(card.get("method")))
+    learned = METHODS.get(str(card.method))
     return {
         "title": PurePath(name).name,
         "name": name,
         "where": f"hf-hub:{name}" if options.name else f"local-dir:{name}",
         "licence": options.licence,
         "version": __version__,
-        "parameters": f"{card['parameters']:,}",
-        "channels": "grey images" if card["channels"] == 1 else "colour images",
-        "channel_count": card["channels"],
+        "parameters": f"{card.parameters:,}",
+        "channels": "grey images" if card.channels == 1 else "colour images",
+        "channel_count": card.channels,
         "px": px,
         "classes": len(names),
         "names": names[:MOST_NAMES],
@@ -170,7 +170,7 @@ def _facts(
         "difference": "; answers near a boundary can differ" if has_both and readout != "joint-logits" else "",
         "has_card": (out / "model.json").exists(),
         "onnx": onnx,
-        "preparation": _FIT[planned.fit].format(side=int(px / eval_crop(card)), px=px),
+        "preparation": _FIT[planned.fit].format(side=int(px / card.eval_crop), px=px),
         "mean": ", ".join(f"{value:.4f}" for value in planned.mean),
         "std": ", ".join(f"{value:.4f}" for value in planned.std),
         "results": shown,
@@ -178,9 +178,9 @@ def _facts(
         "data": "" if shown is None else _data(shown),
         "limits": "" if shown is None else _limits(shown, card, is_winner),
         "is_winner": is_winner,
-        "method": str(card.get("method")),
+        "method": str(card.method),
         "has_teacher": learned is not None and learned.teacher_signal is not None,
-        "is_grey": card["channels"] == 1,
+        "is_grey": card.channels == 1,
         "pads": planned.fit == "pad",
         "origin": f"It was made from {planned.about['source']}.",
     }
@@ -199,12 +199,12 @@ def _data(results: Results) -> str:
     return text
 
 
-def _limits(results: Results, card: dict[str, Any], is_winner: bool) -> str:
+def _limits(results: Results, card: ModelCard, is_winner: bool) -> str:
     if isinstance(results, FoldResults):
         return f"The table is of {len(results.folds)} models, one for each fold; this is one of them."
     if len(results.seeds) == 1:
         return "One seed was trained: the tests compare these students, not their methods."
-    this = "the one with the best validation accuracy" if is_winner else f"seed {card.get('seed')}"
+    this = "the one with the best validation accuracy" if is_winner else f"seed {card.seed}"
     return f"{len(results.seeds)} seeds were trained; this is {this}."
 
 

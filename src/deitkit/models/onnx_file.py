@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from deitkit.errors import CheckpointError, RecipeError
+from deitkit.models.card import ModelCard
 from deitkit.models.classifier import Classifier
 
 FORMAT = 1
@@ -93,7 +95,7 @@ class OnnxGraph(nn.Module):
         return torch.from_numpy(probabilities).clamp(min=_LEAST).log().to(view.device)
 
 
-def read_onnx(path: Path) -> tuple[Classifier, dict[str, Any]]:
+def read_onnx(path: Path) -> tuple[Classifier, ModelCard]:
     """Return the classifier of an ONNX file, in evaluation mode, and its card.
 
     Raises:
@@ -103,8 +105,8 @@ def read_onnx(path: Path) -> tuple[Classifier, dict[str, Any]]:
     content = read_sealed(path)
     try:
         session = open_session(content)
-        card = json.loads(session.get_modelmeta().custom_metadata_map[CARD_KEY])
-        found = card.get("onnx_format")
+        content = json.loads(session.get_modelmeta().custom_metadata_map[CARD_KEY])
+        found = content.get("onnx_format")
     except RecipeError:
         raise
     except Exception as error:  # ONNX Runtime's own types
@@ -112,9 +114,12 @@ def read_onnx(path: Path) -> tuple[Classifier, dict[str, Any]]:
         raise CheckpointError(f"{path} cannot be opened ({reason}): update onnxruntime, or export it again") from None
     if found != FORMAT:
         raise CheckpointError(f"{path} has format {found}; this deitkit reads format {FORMAT}")
-    missing = [name for name in ("channels", "class_names", "input_px", "exported_readout") if name not in card]
-    if missing:
-        raise CheckpointError(f"{path} has an incomplete card (see {', '.join(missing)}): export it again")
-    channels = int(card["channels"])
-    classifier = Classifier(OnnxGraph(session), mean=(0.0,) * channels, std=(1.0,) * channels)
+    wrong = [name for name in ("channels", "class_names", "input_px", "exported_readout") if name not in content]
+    try:
+        card = None if wrong else ModelCard.model_validate(content)
+    except ValidationError as error:
+        card, wrong = None, sorted({str(one["loc"][0]) for one in error.errors()})
+    if card is None:
+        raise CheckpointError(f"{path} has an incomplete card (see {', '.join(wrong)}): export it again")
+    classifier = Classifier(OnnxGraph(session), mean=(0.0,) * card.channels, std=(1.0,) * card.channels)
     return classifier.eval(), card

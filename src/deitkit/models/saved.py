@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from types import UnionType
 from typing import Any
 
 import torch
@@ -10,9 +9,9 @@ from safetensors.torch import save
 from torch import Tensor
 
 from deitkit import __version__
-from deitkit.data.listing import writable
 from deitkit.errors import CheckpointError
 from deitkit.models.built import BuiltClassifier
+from deitkit.models.card import FORMAT, ModelCard, card_from, wrong_card
 from deitkit.models.classifier import Classifier
 from deitkit.models.onnx_file import is_onnx, read_onnx
 from deitkit.models.vit import DeiT
@@ -20,11 +19,6 @@ from deitkit.models.weights.read import load_into, read_state
 from deitkit.models.zoo import create_classifier
 from deitkit.system.files import write_bytes, write_text
 
-FORMAT = 1
-# Required fields of a card.
-CARD: dict[str, type | UnionType] = {
-    "kind": str, "config": dict | None, "mean": list, "std": list, "image_px": int | None, "class_names": list,
-}  # fmt: skip
 # Limits for an untrusted card of a CNN, whose weights do not bound these values.
 MOST_PX, MOST_CHANNELS = 2**13, 3
 
@@ -57,23 +51,18 @@ def save_classifier(folder: Path, classifier: Classifier, card: dict[str, Any]) 
     write_text(folder / "model.json", json.dumps(described | card, indent=2, ensure_ascii=False) + "\n")
 
 
-def read_card(folder: Path) -> dict[str, Any]:
+def read_card(folder: Path) -> ModelCard:
     """Return ``model.json`` of a folder, or the card of an ONNX file; raise CheckpointError if it is not of deitkit."""
     if is_onnx(folder):
         return read_onnx(folder)[1]
     path = folder / "model.json"
     try:
-        card = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         raise CheckpointError(
             f"{folder} contains no model.json: give a model folder of deitkit, such as {model_below(folder)}"
         ) from None
-    if not isinstance(card, dict) or card.get("format") != FORMAT:
-        raise CheckpointError(f"{path} has format {_format_of(card)}; this deitkit reads format {FORMAT}")
-    wrong = [name for name, kind in CARD.items() if name not in card or not isinstance(card[name], kind)]
-    if wrong:
-        raise _wrong_card(folder, f"see {', '.join(wrong)}")
-    return card | {"class_names": [writable(str(name)) for name in card["class_names"]]}
+    return card_from(content, path)
 
 
 def model_below(folder: Path) -> str:
@@ -83,20 +72,16 @@ def model_below(folder: Path) -> str:
     return "RUN/winner or RUN/seed-0/none" if found is None else str(found)
 
 
-def _format_of(card: Any) -> Any:
-    return card.get("format") if isinstance(card, dict) else "unknown"
-
-
 def model_folder(path: Path) -> Path:
     """Return the folder of a saved model: the winner of a run folder, else the path itself."""
     return path / "winner" if (path / "winner" / "model.json").exists() else path
 
 
-def build_model(card: dict[str, Any], state: dict[str, Tensor], folder: Path) -> BuiltClassifier:
+def build_model(card: ModelCard, state: dict[str, Tensor], folder: Path) -> BuiltClassifier:
     """Build the model of a card, with new weights.
 
     Args:
-        card: The content of a ``model.json``.
+        card: Of the model.
         state: The weights in the same folder; the model may not need more memory than they take.
         folder: The folder of both, for the error message.
 
@@ -105,60 +90,52 @@ def build_model(card: dict[str, Any], state: dict[str, Tensor], folder: Path) ->
     """
     try:
         _check_size(card, state)
-        if card["kind"] == "deit":
-            student = _student(card)
+        if card.kind == "deit":
+            student = _student(card.config or {})
             head = "head" if student.head is not None else "head_dist"
-            return BuiltClassifier(student, head, None, None, card["config"]["image_px"], f"deitkit {card['deitkit']}")
+            return BuiltClassifier(student, head, None, None, student.config["image_px"], f"deitkit {card.deitkit}")
         return create_classifier(
-            card["architecture"], classes=len(card["class_names"]), channels=card["channels"], image_px=card["image_px"]
+            card.architecture or "", classes=len(card.class_names), channels=card.channels, image_px=card.image_px
         )
     except Exception as error:  # values of a wrong type or size raise many types
-        raise _wrong_card(folder, error) from None
+        raise wrong_card(folder / "model.json", error) from None
 
 
-def _student(card: dict[str, Any]) -> DeiT:
-    return DeiT(**{**card["config"], "tokens": tuple(card["config"]["tokens"])})
+def _student(config: dict[str, Any]) -> DeiT:
+    return DeiT(**{**config, "tokens": tuple(config["tokens"])})
 
 
-def _check_size(card: dict[str, Any], state: dict[str, Tensor]) -> None:
+def _check_size(card: ModelCard, state: dict[str, Tensor]) -> None:
     """Raise ValueError if the model of a card is larger than its weights, before memory is allocated for it."""
-    if card["image_px"] is not None and card["image_px"] > MOST_PX:
-        raise ValueError(f"image_px is {card['image_px']}, more than {MOST_PX}")
-    if card["kind"] == "deit":
-        fits = card["config"]["depth"] <= len(state)
+    if card.image_px is not None and card.image_px > MOST_PX:
+        raise ValueError(f"image_px is {card.image_px}, more than {MOST_PX}")
+    if card.kind == "deit":
+        config = card.config or {}
+        fits = config["depth"] <= len(state)
         if fits:
             with torch.device("meta"):
-                needed = sum(value.numel() for value in _student(card).state_dict().values())
+                needed = sum(value.numel() for value in _student(config).state_dict().values())
             fits = needed <= sum(value.numel() for value in state.values())
     else:
-        fits = card["channels"] <= MOST_CHANNELS and any(
-            len(card["class_names"]) in value.shape for value in state.values()
-        )
+        fits = card.channels <= MOST_CHANNELS and any(len(card.class_names) in value.shape for value in state.values())
     if not fits:
         raise ValueError("it describes a larger model than model.safetensors contains")
 
 
-def load_classifier(folder: Path, device: torch.device) -> tuple[Classifier, dict[str, Any]]:
+def load_classifier(folder: Path, device: torch.device) -> tuple[Classifier, ModelCard]:
     """Return the classifier of a folder or an ONNX file, in evaluation mode, and its card."""
     if is_onnx(folder):
         classifier, card = read_onnx(folder)
         return classifier.to(device), card
     card, state = read_card(folder), read_state(folder / "model.safetensors")
     built = build_model(card, state, folder)
-    only = card.get("only_readout")
     try:
         classifier = Classifier(
-            built.model, mean=tuple(card["mean"]), std=tuple(card["std"]), image_px=card["image_px"], readout=only
+            built.model, mean=card.mean, std=card.std, image_px=card.image_px, readout=card.only_readout
         )
     except Exception as error:
-        raise _wrong_card(folder, error) from None
+        raise wrong_card(folder / "model.json", error) from None
     report = load_into(built.model, state, head=built.head, source=str(folder))
     if report.missing or report.mismatched:
         raise CheckpointError(f"{folder}: model.safetensors does not belong to model.json: copy both from one run")
     return classifier.to(device).eval(), card
-
-
-def _wrong_card(folder: Path, reason: object) -> CheckpointError:
-    first_line = str(reason).partition("\n")[0] or type(reason).__name__
-    path = folder / "model.json"
-    return CheckpointError(f"{path} is incomplete or wrong ({first_line}): copy the folder again from its run")

@@ -134,8 +134,8 @@ def _model_card(card: TeacherCard, dataset: Dataset, recipe: Recipe, train_data:
     before = [origin for _, origin in origins(recipe.teacher)]
     own = train_data.train_hashes if card.fit != "none" else train_data.train_hashes[:0]
     if card.fit == "none" and before:  # its training was that of another run
-        described["split"] = before[-1].get("split", {})
-    seen = images_seen(described, own, before)
+        described["split"] = before[-1].split
+    seen = images_seen(dataset, own, before)
     return described if seen is None else described | {"trained_on": seen}
 
 

@@ -10,8 +10,9 @@ from typing import Any
 from deitkit.data.dataset import Dataset, load_test
 from deitkit.data.duplicates import MOST_SEEN, how_to_divide, share_of_tests_seen
 from deitkit.errors import CheckpointError, TeacherError
-from deitkit.evaluation.classify import input_px
+from deitkit.evaluation.apply import view_of
 from deitkit.models.built import BuiltClassifier
+from deitkit.models.card import ModelCard
 from deitkit.models.saved import build_model, model_below, model_folder, read_card
 from deitkit.models.weights.read import read_state
 from deitkit.recipe.schema import DataRecipe, TeacherRecipe
@@ -46,30 +47,30 @@ def build_saved(recipe: TeacherRecipe, dataset: Dataset) -> tuple[TeacherRecipe,
             f"teacher.checkpoint={recipe.checkpoint} has no effect beside teacher.name={recipe.name}, a model with "
             "weights of its own: drop one of them, or name an architecture"
         )
-    if card["class_names"] != list(dataset.class_names):
+    if card.class_names != dataset.class_names:
         raise TeacherError(
-            f"teacher.name={recipe.name} has the classes {first_of(card['class_names'])}, but the data has "
+            f"teacher.name={recipe.name} has the classes {first_of(card.class_names)}, but the data has "
             f"{first_of(dataset.class_names)}: train it on this data, or give its weights as teacher.checkpoint"
         )
     own = {
-        "name": card.get("architecture", recipe.name),
+        "name": card.architecture or recipe.name,
         "checkpoint": folder / "model.safetensors",
-        "mean": recipe.mean or tuple(card["mean"]),
-        "std": recipe.std or tuple(card["std"]),
-        "image_px": recipe.image_px or card["image_px"],
+        "mean": recipe.mean or card.mean,
+        "std": recipe.std or card.std,
+        "image_px": recipe.image_px or card.image_px,
     }
     state = read_state(folder / "model.safetensors")
-    built = build_model(card | {"image_px": own["image_px"]}, state, folder)
-    if card["kind"] == "deit":
-        _check_student(recipe, card["config"])
+    built = build_model(card.model_copy(update={"image_px": own["image_px"]}), state, folder)
+    if card.kind == "deit":
+        _check_student(recipe, card.config or {})
     return (
         recipe.model_copy(update=own),
         built,
-        card.get("readout") or card.get("only_readout") or _readout(card["config"]),
+        card.readout or card.only_readout or _readout(card.config),
     )
 
 
-def origins(recipe: TeacherRecipe) -> list[tuple[Path, dict[str, Any]]]:
+def origins(recipe: TeacherRecipe) -> list[tuple[Path, ModelCard]]:
     """Return the model or the weights of deitkit that a teacher starts from, with their cards; none of strangers."""
     found = []
     for given in (Path(recipe.name), recipe.checkpoint):
@@ -91,16 +92,15 @@ def require_unseen(recipe: TeacherRecipe, data: DataRecipe, dataset: Dataset) ->
         TeacherError: It was.
     """
     for given, card in origins(recipe):
-        if not card.get("trained_on"):
+        if not card.trained_on:
             continue
-        own = {"image_px": input_px(card), "channels": card["channels"], "fit": card.get("fit", "crop")}
-        here = {"image_px": dataset.image_px[1], "channels": dataset.channels, "fit": dataset.fit}
-        hashes = dataset.test_hashes if own == here else load_test(data.model_copy(update=own))[1]
-        seen = share_of_tests_seen(hashes, dataset.test_hashes, dataset.train_hashes, card)
+        same = card.view == view_of(dataset)
+        hashes = dataset.test_hashes if same else load_test(data.model_copy(update=card.view))[1]
+        seen = share_of_tests_seen(hashes, dataset.test_hashes, dataset.train_hashes, card.trained_on)
         if seen > MOST_SEEN:
             raise TeacherError(
                 f"about {100 * seen:.0f} % of the test images of {dataset.name} are training images of the teacher "
-                f"{given}: {how_to_divide(card)}"
+                f"{given}: {how_to_divide(card.split)}"
             )
 
 

@@ -137,17 +137,17 @@ def plan(
         names = tuple(f"class {number}" for number in range(target.classes))
         lines.append(f"class names: missing in the source; {names[0]} to {names[-1]} are written")
     about = _about(weights, source, changes)
-    eval_crop = float(weights.card.get("eval_crop", 1.0))
+    eval_crop, fit = (1.0, "crop") if weights.card is None else (weights.card.eval_crop, weights.card.fit)
     only = weights.only_readout if len(target.tokens) == 2 else None
-    fit = str(weights.card.get("fit", "crop"))
     return Plan(state, target, names, mean, std, eval_crop, fit, about, (*lines, *changes), weights.assumes_heads, only)
 
 
 def _about(weights: Weights, source: Path, changes: list[str]) -> dict[str, Any]:
     """Describe the origin of the weights, and their training if they are unchanged."""
-    kept = () if changes else (name for name in _ABOUT_TRAINING if name in weights.card)
+    known = {} if changes or weights.card is None else weights.card.written()
     origin = f"{source.name} (sha256 {file_sha256(weights.file)[:8]})"
-    return {name: weights.card[name] for name in kept} | {"source": origin, "changes": changes}
+    kept = {name: known[name] for name in _ABOUT_TRAINING if name in known}
+    return kept | {"source": origin, "changes": changes}
 
 
 def _parse_tokens(text: str) -> tuple[str, ...]:

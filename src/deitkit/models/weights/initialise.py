@@ -13,6 +13,7 @@ import torch
 
 from deitkit.data.listing import writable
 from deitkit.errors import CheckpointError
+from deitkit.models.card import ModelCard, card_from
 from deitkit.models.classifier import IMAGENET_NORMALISATION
 from deitkit.models.vit import NORM_EPS, DeiT
 from deitkit.models.weights.adapt import Normalisation, Values, adapt, renormalise
@@ -41,7 +42,7 @@ class Weights:
         class_names: From the card or config in the folder of the file; None without them.
         mean: Normalisation of the images, per channel, of values in [0, 1]; None if unknown.
         std: As ``mean``.
-        card: The ``model.json`` in the folder of the file; empty if there is none.
+        card: The ``model.json`` in the folder of the file; None if there is none.
         remarks: Changes while reading, one line each.
         assumes_heads: Whether nothing tells the number of attention heads.
         only_readout: ``class`` if only that head was trained, though there are both tokens; None if every head was.
@@ -53,7 +54,7 @@ class Weights:
     class_names: tuple[str, ...] | None
     mean: Values | None
     std: Values | None
-    card: dict[str, Any]
+    card: ModelCard | None
     remarks: tuple[str, ...]
     assumes_heads: bool = False
     only_readout: str | None = None
@@ -86,7 +87,7 @@ def read_weights(path: Path, heads: int | None = None) -> Weights:
     lines = [*checkpoint.remarks, *lines]
     card = card_of(file)
     found = _from_facts(checkpoint.facts, str(path))
-    if card:
+    if card is not None:
         found = _from_card(card, folder)
     elif file.name in _WEIGHTS_FILES and (folder / "config.json").is_file():
         found = _from_config(folder)
@@ -110,7 +111,7 @@ def read_weights(path: Path, heads: int | None = None) -> Weights:
     mean, std = (tuple(map(float, found[key])) if found.get(key) else None for key in ("mean", "std"))
     state = {name: value.float() for name, value in state.items()}
     remarks = (*lines, *found.get("lines", ()))
-    only = "class" if copied else card.get("only_readout")
+    only = "class" if copied else None if card is None else card.only_readout
     return Weights(file, state, architecture, names, mean, std, card, remarks, assumes_heads, only)
 
 
@@ -128,14 +129,14 @@ def weights_file(path: Path) -> Path:
     return found
 
 
-def card_of(file: Path) -> dict[str, Any]:
-    """Return the ``model.json`` beside a file of weights; empty without one, or beside a file of another name.
+def card_of(file: Path) -> ModelCard | None:
+    """Return the card beside a file of weights; None without one, or beside a file of another name.
 
     Raises:
         CheckpointError: It is damaged.
     """
     card = file.parent / "model.json"
-    return _read_json(card) if file.name in _WEIGHTS_FILES and card.is_file() else {}
+    return card_from(_read_json(card), card) if file.name in _WEIGHTS_FILES and card.is_file() else None
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -161,15 +162,14 @@ def _from_facts(facts: dict[str, Any], source: str) -> dict[str, Any]:
         raise CheckpointError(f"{source} is damaged: copy it again from the source of the weights") from None
 
 
-def _from_card(card: dict[str, Any], folder: Path) -> dict[str, Any]:
-    config = card.get("config")
-    if not isinstance(config, dict):
+def _from_card(card: ModelCard, folder: Path) -> dict[str, Any]:
+    if card.config is None:
         raise CheckpointError(
-            f"{folder} contains a model of kind '{card.get('kind')}', not a vision transformer: give a student's folder"
+            f"{folder} contains a model of kind '{card.kind}', not a vision transformer: give a student's folder"
         )
-    side = config.get("image_px")
-    more = {name: card.get(name) for name in ("class_names", "mean", "std")}
-    return {"heads": config.get("heads"), "image_px": (side, side) if side else None, **more}
+    side = card.config.get("image_px")
+    more = {name: getattr(card, name) for name in ("class_names", "mean", "std")}
+    return {"heads": card.config.get("heads"), "image_px": (side, side) if side else None, **more}
 
 
 def _from_config(folder: Path) -> dict[str, Any]:

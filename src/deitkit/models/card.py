@@ -1,0 +1,120 @@
+"""The card of a saved model: what `model.json`, or the metadata of an ONNX file, records of it."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
+
+from deitkit.data.listing import writable
+from deitkit.errors import CheckpointError
+
+FORMAT = 1
+REQUIRED = ("kind", "config", "mean", "std", "image_px", "class_names")  # of a model.json
+
+Names = Annotated[
+    tuple[str, ...],
+    BeforeValidator(lambda given: [writable(str(name)) for name in given] if isinstance(given, list) else given),
+]
+
+
+class ModelCard(BaseModel):
+    """What a saved model is, how it takes images, and what it has learned from; further fields are kept.
+
+    Attributes:
+        kind: ``deit`` for a student, ``cnn``, or ``onnx`` for a file.
+        deitkit: The version that wrote it.
+        config: Of a student: the arguments of ``DeiT``.
+        architecture: Of a CNN: its name.
+        parameters: Their number.
+        mean: Normalisation of the images, per channel, of values in [0, 1].
+        std: As ``mean``.
+        image_px: Side to which the model resizes its images; None if it takes them as they are.
+        input_px: Height and width of the images that it was trained on.
+        channels: 1 or 3; by default as many as ``mean`` has.
+        eval_crop: As ``data.eval_crop``.
+        fit: As ``data.fit``.
+        class_names: One for each output.
+        dataset: Name of the data that it was trained on.
+        split: Fields of ``data`` that divided these.
+        trained_on: Sketch of the images that it has learned from; see ``duplicates.sketch``.
+        method: Of a student.
+        seed: Of its training.
+        readout: By which it won its comparison.
+        only_readout: ``class`` if only that head was trained, though there are both.
+        test_top1: Of a winner.
+        onnx_format: Of an ONNX file.
+        exported_readout: By which an ONNX file answers.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    kind: str = "onnx"
+    deitkit: str | None = None
+    config: dict[str, Any] | None = None
+    architecture: str | None = None
+    parameters: int = 0
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    image_px: int | None = None
+    input_px: tuple[int, int] | None = None
+    channels: int
+    eval_crop: float = 1.0
+    fit: str = "crop"
+    class_names: Names
+    dataset: str | None = None
+    split: dict[str, Any] = {}
+    trained_on: str | None = None
+    method: str | None = None
+    seed: int | None = None
+    readout: str | None = None
+    only_readout: str | None = None
+    test_top1: float | None = None
+    onnx_format: int | None = None
+    exported_readout: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_channels(cls, given: dict[str, Any]) -> dict[str, Any]:
+        mean = given.get("mean")
+        return {"channels": len(mean)} | given if isinstance(mean, list | tuple) else given
+
+    @property
+    def side(self) -> int:
+        """Side of the square images that it takes, in pixels."""
+        if self.input_px is None:
+            raise CheckpointError("model.json does not say of which size its images are: add input_px, [HEIGHT, WIDTH]")
+        return min(self.input_px)
+
+    @property
+    def view(self) -> dict[str, Any]:
+        """How it takes images, as fields of ``data``: equal views of one file have equal pixels."""
+        return {"image_px": self.side, "channels": self.channels, "fit": self.fit}
+
+    def written(self) -> dict[str, Any]:
+        """Return it as it was read, for a file."""
+        return self.model_dump(mode="json", exclude_unset=True)
+
+
+def card_from(content: Any, path: Path) -> ModelCard:
+    """Return the card that a ``model.json`` contains.
+
+    Raises:
+        CheckpointError: It is not of deitkit, or incomplete or wrong.
+    """
+    found = content.get("format") if isinstance(content, dict) else "unknown"
+    if found != FORMAT:
+        raise CheckpointError(f"{path} has format {found}; this deitkit reads format {FORMAT}")
+    wrong = [name for name in REQUIRED if name not in content]
+    try:
+        card = None if wrong else ModelCard.model_validate(content)
+    except ValidationError as error:
+        card, wrong = None, sorted({str(one["loc"][0]) for one in error.errors()})
+    if card is None:
+        raise wrong_card(path, f"see {', '.join(wrong)}")
+    return card
+
+
+def wrong_card(path: Path, reason: object) -> CheckpointError:
+    """Return the error on a card whose values do not describe a model."""
+    first_line = str(reason).partition("\n")[0] or type(reason).__name__
+    return CheckpointError(f"{path} is incomplete or wrong ({first_line}): copy the folder again from its run")
