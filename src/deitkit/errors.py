@@ -6,6 +6,11 @@ The command line prints them as one line and exits with code 2. Our own invarian
 import unicodedata
 
 
+def reason_of(error: object) -> str:
+    """Return the first line of a library's error without its full stop, or its type if it has no text."""
+    return str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
+
+
 class DeitkitError(Exception):
     """An error that the user can correct; its message is one line, whatever names it contains."""
 

@@ -48,7 +48,7 @@ from deitkit.run.results import (
     write_results,
 )
 from deitkit.system.device import Precision, choose_device, describe_machine
-from deitkit.system.files import write_text
+from deitkit.system.files import write_json
 from deitkit.system.ranks import current_ranks
 from deitkit.teachers.frozen import Teachers, mean_teacher_logits
 from deitkit.teachers.logit_cache import kept_logits
@@ -141,7 +141,7 @@ def begin(
         "streamed": streamed,
         "images": images_sha256(dataset),
     }
-    write_text(folder / "environment.json", json.dumps(environment, indent=2) + "\n")
+    write_json(folder / "environment.json", environment)
     draw_views(dataset, recipe.augment, recipe.train.label_smoothing, folder / "views.png")
 
     estimate = estimate_training(recipe, dataset, folder, precision)
@@ -317,4 +317,4 @@ def copy_winner(results: Results, folder: Path, homes: Sequence[Path]) -> None:
         shutil.copy2(source / name, target / name)
     card = json.loads((target / "model.json").read_text(encoding="utf-8"))
     card |= {"readout": row.readout, "test_top1": row.top1[place]}
-    write_text(target / "model.json", json.dumps(card, indent=2, ensure_ascii=False) + "\n")
+    write_json(target / "model.json", card)

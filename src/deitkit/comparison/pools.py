@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from deitkit.errors import RecipeError
+from deitkit.errors import RecipeError, reason_of
 from deitkit.system.process import ENDS_WITH_PARENT, TORCHRUN_VARIABLES, UNITS_HERE, usable_cores, were_started
 
 LOST = -1  # the exit code of a process whose machine or supervisor is gone
@@ -155,7 +155,7 @@ class RayPool:
             _require_answer(address)
             ray.init(address=address, log_to_driver=False, configure_logging=False, **settings)
         except (OSError, RuntimeError, ValueError) as error:
-            reason = str(error).partition("\n")[0].rstrip(".")
+            reason = reason_of(error)
             raise RecipeError(
                 f"--on ray: no cluster answers at {address} ({reason}): start one there, or use --on local"
             ) from None

@@ -1,6 +1,5 @@
 """`deitkit export`: write a model as ONNX, and measure every file beside the model on the same images and cores."""
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -26,7 +25,7 @@ from deitkit.models.classifier import Classifier
 from deitkit.models.onnx_file import OnnxGraph, import_onnxruntime, open_session
 from deitkit.run.provenance import envelope
 from deitkit.system.device import Precision, describe_machine
-from deitkit.system.files import write_bytes, write_text
+from deitkit.system.files import write_bytes, write_json
 from deitkit.system.timer import time_in_turn
 from deitkit.system.words import without_folders
 
@@ -114,7 +113,7 @@ def export_onnx(
     )
     for kind, content in contents.items():
         write_bytes(files[kind], content)
-    write_text(record_file(out), json.dumps(record.model_dump(mode="json"), indent=2, ensure_ascii=False) + "\n")
+    write_json(record_file(out), record.model_dump(mode="json"))
     return record
 
 

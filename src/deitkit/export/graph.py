@@ -13,7 +13,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from deitkit import __version__
-from deitkit.errors import CheckpointError, RecipeError
+from deitkit.errors import CheckpointError, RecipeError, reason_of
 from deitkit.evaluation.readouts import readout_scores
 from deitkit.models.card import ModelCard
 from deitkit.models.classifier import Classifier
@@ -93,7 +93,7 @@ def build_onnx(deployed: Deployed, card: ModelCard, source: Path) -> bytes:
                 verbose=False,
             )
     except Exception as error:  # the exporter's own types
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        reason = reason_of(error)
         raise CheckpointError(f"torch cannot write {source} as ONNX ({reason}): another version of torch may") from None
     assert program is not None
     return finish(program.model_proto, onnx_card(deployed, card, source))

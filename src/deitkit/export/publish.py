@@ -14,7 +14,7 @@ import yaml
 
 from deitkit import __version__
 from deitkit.distillation.methods import METHODS
-from deitkit.errors import CheckpointError, RecipeError
+from deitkit.errors import CheckpointError, RecipeError, reason_of
 from deitkit.export.export import ExportOptions, export_onnx
 from deitkit.export.graph import load_for_export
 from deitkit.export.record import ExportRecord
@@ -26,7 +26,7 @@ from deitkit.models.weights.export_layouts import LAYOUTS, largest_difference
 from deitkit.models.weights.formats import to_timm
 from deitkit.report.table import escape_markdown, markdown_table
 from deitkit.run.results import FoldResults, Results, read_results
-from deitkit.system.files import write_text
+from deitkit.system.files import write_json, write_text
 from deitkit.system.words import counted, without_folders
 
 TOLERANCE = 1e-3  # of logits, as for `deitkit convert`
@@ -109,7 +109,7 @@ def push(folder: Path, name: str, *, private: bool) -> str:
             raise PermissionError("this name is a public repository already")
         api.upload_folder(repo_id=name, folder_path=folder, commit_message="Published with deitkit")
     except Exception as error:  # of the network, of HTTP, of the token, of the name
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        reason = reason_of(error)
         raise RecipeError(
             f"--push {name} failed ({reason}): check the network, the name USER/NAME and the login (hf auth login); "
             f"{folder} is complete and can be uploaded later"
@@ -125,7 +125,7 @@ def _write_timm(planned: Plan, folder: Path, out: Path) -> None:
         raise CheckpointError(f"timm would not answer as {folder} does: logits differ by {difference:.2g}")
     if to_timm(planned.state).keys() == planned.state.keys():  # so that deitkit reads the same weights
         card = without_folders(json.loads((folder / "model.json").read_text(encoding="utf-8")))
-        write_text(out / "model.json", json.dumps(card, indent=2, ensure_ascii=False) + "\n")
+        write_json(out / "model.json", card)
 
 
 def _results_of(model: Path, folder: Path) -> Results | None:

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
 
 from deitkit.data.listing import writable
-from deitkit.errors import CheckpointError
+from deitkit.errors import CheckpointError, reason_of
 
 FORMAT = 1
 REQUIRED = ("kind", "config", "mean", "std", "image_px", "class_names")  # of a model.json
@@ -116,5 +116,4 @@ def card_from(content: Any, path: Path) -> ModelCard:
 
 def wrong_card(path: Path, reason: object) -> CheckpointError:
     """Return the error on a card whose values do not describe a model."""
-    first_line = str(reason).partition("\n")[0] or type(reason).__name__
-    return CheckpointError(f"{path} is incomplete or wrong ({first_line}): copy the folder again from its run")
+    return CheckpointError(f"{path} is incomplete or wrong ({reason_of(reason)}): copy the folder again from its run")

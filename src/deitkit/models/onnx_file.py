@@ -14,7 +14,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from deitkit.errors import CheckpointError, RecipeError
+from deitkit.errors import CheckpointError, RecipeError, reason_of
 from deitkit.models.card import ModelCard
 from deitkit.models.classifier import Classifier
 
@@ -110,7 +110,7 @@ def read_onnx(path: Path) -> tuple[Classifier, ModelCard]:
     except RecipeError:
         raise
     except Exception as error:  # ONNX Runtime's own types
-        reason = str(error).partition("\n")[0] or type(error).__name__
+        reason = reason_of(error)
         raise CheckpointError(f"{path} cannot be opened ({reason}): update onnxruntime, or export it again") from None
     if found != FORMAT:
         raise CheckpointError(f"{path} has format {found}; this deitkit reads format {FORMAT}")

@@ -17,7 +17,7 @@ from deitkit.models.onnx_file import is_onnx, read_onnx
 from deitkit.models.vit import DeiT
 from deitkit.models.weights.read import load_into, read_state
 from deitkit.models.zoo import create_classifier
-from deitkit.system.files import write_bytes, write_text
+from deitkit.system.files import write_bytes, write_json
 
 # Limits for an untrusted card of a CNN, whose weights do not bound these values.
 MOST_PX, MOST_CHANNELS = 2**13, 3
@@ -48,7 +48,7 @@ def save_classifier(folder: Path, classifier: Classifier, card: dict[str, Any]) 
         "image_px": classifier.image_px,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
     }
-    write_text(folder / "model.json", json.dumps(described | card, indent=2, ensure_ascii=False) + "\n")
+    write_json(folder / "model.json", described | card)
 
 
 def read_card(folder: Path) -> ModelCard:

@@ -7,7 +7,7 @@ import difflib
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from deitkit.errors import TeacherError
+from deitkit.errors import TeacherError, reason_of
 from deitkit.models.built import BuiltClassifier
 from deitkit.models.cnn import CIFAR_DEPTHS, CifarResNet
 from deitkit.system.network import no_endless_wait
@@ -87,7 +87,7 @@ def _one_sentence(name: str, pretrained: bool, image_px: int | None) -> Iterator
     except TeacherError:
         raise
     except Exception as error:  # from downloads to assertions, the libraries raise many types
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        reason = reason_of(error)
         if pretrained:
             raise TeacherError(
                 f"the pretrained weights of '{name}' cannot be loaded ({reason}): connect to the internet, "

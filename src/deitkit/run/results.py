@@ -3,7 +3,6 @@
 The format is described in docs/design.md. A file of an older version is completed while it is read, nowhere else.
 """
 
-import json
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +12,7 @@ from deitkit.errors import CheckpointError
 from deitkit.run.difference import DIFFERENCE_FIELDS, Difference, Interval, Reference
 from deitkit.run.older import completed
 from deitkit.run.record import Document, Record, parse_json
-from deitkit.system.files import write_text
+from deitkit.system.files import write_json
 
 FORMAT = 1
 
@@ -349,7 +348,7 @@ def fold_folder(folder: Path, fold: int) -> Path:
 
 def write_results(results: Results, folder: Path) -> None:
     """Write ``results.json``; raise CheckpointError if it cannot be written."""
-    write_text(folder / "results.json", json.dumps(results.to_json(), indent=2, ensure_ascii=False) + "\n")
+    write_json(folder / "results.json", results.to_json())
 
 
 def read_results(folder: Path) -> Results:

@@ -1,6 +1,7 @@
 """Atomic writes: a reader never sees a partly written file. The formats belong to other modules."""
 
 import io
+import json
 import logging
 import os
 import warnings
@@ -26,6 +27,11 @@ CJK_FONTS = (
 def write_text(path: Path, text: str) -> None:
     """Write UTF-8 text atomically; see `write_bytes`."""
     write_bytes(path, text.encode("utf-8"))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON value as indented text; see `write_bytes`."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_bytes(path: Path, data: bytes) -> None:

@@ -3,7 +3,6 @@
 A teacher is built from a name, gets weights from a file, a library or training here, passes the gate, and is frozen.
 """
 
-import json
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -29,7 +28,7 @@ from deitkit.run.observer import Watcher
 from deitkit.run.results import TESTED, TeacherCard
 from deitkit.run.state import drop_state
 from deitkit.system.device import Precision
-from deitkit.system.files import write_text
+from deitkit.system.files import write_json
 from deitkit.system.ranks import Ranks
 from deitkit.system.seeding import seeded
 from deitkit.system.words import counted
@@ -91,7 +90,7 @@ def prepare_teacher(
         watcher.say(cost)
     save_classifier(folder, classifier, _model_card(card, dataset, recipe, train_data))
     card = card.model_copy(update={"sha256": file_sha256(folder / "model.safetensors")})
-    write_text(card_path, json.dumps(card.model_dump(exclude=TESTED), indent=2) + "\n")
+    write_json(card_path, card.model_dump(exclude=TESTED))
     (folder / TRAINED).unlink(missing_ok=True)
     watcher.say(
         f"teacher {card.name}: {100 * card.top1:.2f} % on {counted(card.n, 'validation image')}, {card.verdict}"

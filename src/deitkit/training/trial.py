@@ -8,7 +8,7 @@ from copy import deepcopy
 import torch
 
 from deitkit.data.dataset import Dataset
-from deitkit.errors import is_out_of_memory
+from deitkit.errors import is_out_of_memory, reason_of
 from deitkit.models.classifier import Classifier
 from deitkit.system.device import Precision
 from deitkit.system.words import counted
@@ -52,5 +52,5 @@ def _reason(
     except Exception as error:  # libraries raise many types
         if is_out_of_memory(error):
             raise
-        return str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
+        return reason_of(error)
     return None

@@ -4,7 +4,6 @@ Of these libraries, writing needs only timm; ``--check`` opens the files with th
 """
 
 import io
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -24,7 +23,7 @@ from deitkit.models.vit import INIT_STD, MLP_RATIO, NORM_EPS, SIZES
 from deitkit.models.weights.export import Plan
 from deitkit.models.weights.formats import to_timm, to_transformers
 from deitkit.models.weights.read import FACTS
-from deitkit.system.files import write_bytes, write_text
+from deitkit.system.files import write_bytes, write_json
 
 Logits = Callable[[Float[Tensor, "batch channels height width"]], Float[Tensor, "batch classes"]]
 
@@ -157,7 +156,7 @@ def _write_timm(plan: Plan, out: Path) -> list[str]:
         },
     }
     save_tensors(out / "model.safetensors", to_timm(plan.state))
-    _write_json(out / "config.json", card)
+    write_json(out / "config.json", card)
     return [
         "import timm",
         _timm_line(plan, out / "model.safetensors"),
@@ -240,8 +239,8 @@ def _write_transformers(plan: Plan, out: Path) -> list[str]:
         "image_std": list(plan.std),
     }
     save_tensors(out / "model.safetensors", tensors)
-    _write_json(out / "config.json", card)
-    _write_json(out / "preprocessor_config.json", processor)
+    write_json(out / "config.json", card)
+    write_json(out / "preprocessor_config.json", processor)
     return [
         "from PIL import Image" + ", ImageOps" * (plan.fit == "pad"),
         "from transformers import AutoImageProcessor, AutoModelForImageClassification",
@@ -260,10 +259,6 @@ def _open_transformers(plan: Plan, out: Path) -> Logits:
     disable_progress_bar()
     model = AutoModelForImageClassification.from_pretrained(out).eval()
     return lambda images: model(images).logits
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 LAYOUTS: dict[str, Layout] = {

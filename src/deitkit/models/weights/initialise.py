@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from deitkit.data.listing import writable
-from deitkit.errors import CheckpointError
+from deitkit.errors import CheckpointError, reason_of
 from deitkit.models.card import ModelCard, card_from
 from deitkit.models.classifier import IMAGENET_NORMALISATION
 from deitkit.models.vit import NORM_EPS, DeiT
@@ -219,7 +219,7 @@ def _timm_facts(config: dict[str, Any], folder: Path) -> dict[str, Any]:
         with torch.device("meta"):
             model: Any = timm.create_model(name, num_classes=config.get("num_classes") or 0, **arguments)
     except Exception as error:  # timm raises many types for arguments that it does not know
-        reason = str(error).partition("\n")[0]
+        reason = reason_of(error)
         raise CheckpointError(
             f"{folder / 'config.json'} does not describe a model of timm's ({reason}): get the folder again"
         ) from None

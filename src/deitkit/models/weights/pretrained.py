@@ -9,11 +9,11 @@ from typing import Any
 import torch
 
 from deitkit.data.cache import cache_folder
-from deitkit.errors import CheckpointError
+from deitkit.errors import CheckpointError, reason_of
 from deitkit.models.saved import save_tensors
 from deitkit.models.vit import SIZES
 from deitkit.recipe.schema import ModelRecipe, Recipe
-from deitkit.system.files import write_text
+from deitkit.system.files import write_json
 from deitkit.system.network import no_endless_wait
 
 PREFIX = "timm/"
@@ -86,7 +86,7 @@ def fetch(name: str) -> Path:
         with no_endless_wait():
             model = timm.create_model(name.removeprefix(PREFIX), pretrained=True, pretrained_cfg_overlay=found)
     except Exception as error:  # downloads raise many types
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        reason = reason_of(error)
         raise CheckpointError(
             f"model.pretrained={name} cannot be loaded ({reason}): connect to the internet, or give its file as "
             "model.checkpoint"
@@ -98,7 +98,7 @@ def fetch(name: str) -> Path:
         "num_classes": model.num_classes,
         "pretrained_cfg": {key: model.pretrained_cfg.get(key) for key in kept},
     }
-    write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")  # last: it marks a whole folder
+    write_json(folder / "config.json", config)  # last: it marks a whole folder
     return folder
 
 
