@@ -14,7 +14,7 @@ def line(name: str, result: dict[str, Any]) -> tuple[str, str]:
     if "ratio" in result:
         peaks = ", ".join(f"{peak:.2f}" for peak in result["peak_memory_gib"])
         return name, (
-            f"cohort/alone {result['ratio']:.3f}, with cached logits {result['ratio_recorded']:.3f}; a teacher of "
+            f"cohort/alone {result['ratio']:.3f}, with cached logits {result['ratio_cached']:.3f}; a teacher of "
             f"{result['teacher_per_student_step']:.2f} student steps; peak memory {peaks} GiB"
         )
     text = f"{result['images_per_second']:,.0f} images/s"

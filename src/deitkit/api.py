@@ -36,7 +36,7 @@ from deitkit.models.weights.pretrained import resolved
 from deitkit.recipe.load import load_recipe as read_recipe
 from deitkit.recipe.schema import Recipe
 from deitkit.report.table import rich_table
-from deitkit.run.folder import choose_run_folder, occupied
+from deitkit.run.folder import choose_run_folder, locked
 from deitkit.run.observer import Silent, Watcher
 from deitkit.run.results import Results, Row
 
@@ -317,7 +317,7 @@ def _run(recipe: Recipe, out: str | Path | None, resume: bool, progress: bool) -
     # they would have.
     with _TRAINING, torch.random.fork_rng(devices=[]), _watching(progress) as watcher:
         folder = choose_run_folder(None if out is None else _path("out", out), recipe, resume)
-        with occupied(folder):
+        with locked(folder):
             return Comparison(folder, run_recipe(recipe, folder, watcher=watcher, resume=resume))
 
 

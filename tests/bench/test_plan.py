@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from deitkit.bench.plan import Given, decode_rate, plan
+from deitkit.bench.plan import Cluster, decode_rate, plan
 from deitkit.bench.training_speed import Bench
 from deitkit.errors import RecipeError
 from deitkit.recipe.load import load_recipe
@@ -20,7 +20,7 @@ SHARE_LEFT = 0.99  # of the training images, beside the validation images of the
 
 
 def test_figures_of_imagenet_follow_from_each_other() -> None:
-    found = plan(IMAGENET, Given(**EIGHT, price=3.0))
+    found = plan(IMAGENET, Cluster(**EIGHT, price=3.0))
     assert found["images"] == round(1_281_167 * SHARE_LEFT)
     assert found["views"] == found["images"] // 1024 * 1024 * 300
     assert found["hours"] == pytest.approx(found["views"] / 17_600 / 3600)
@@ -33,11 +33,11 @@ def test_figures_of_imagenet_follow_from_each_other() -> None:
 
 
 DIGITS = ["model.width=16", "model.depth=1", "model.heads=2", "train.batch_size=16", "train.epochs=5"]
-SPEED = Given(images_per_second=1000.0, images=640, decoded_per_second=300.0, price=1.0)
+SPEED = Cluster(images_per_second=1000.0, images=640, decoded_per_second=300.0, price=1.0)
 
 
 def test_folds_variants_and_seeds_take_their_times_together() -> None:
-    def planned(*overrides: str, given: Given = SPEED) -> dict[str, Any]:
+    def planned(*overrides: str, given: Cluster = SPEED) -> dict[str, Any]:
         return plan(load_recipe("digits", [*DIGITS, *overrides]), given)
 
     alone = planned()
@@ -63,7 +63,7 @@ def test_folds_variants_and_seeds_take_their_times_together() -> None:
     baseline = planned("baseline.name=teacher")
     assert baseline["gradient_mb"] > alone["gradient_mb"], "it is one more student"
     assert "with the baseline" in baseline["notes"][0]
-    at_hand = planned("data.folds=5", "data.train_images=null", given=Given(images_per_second=1000.0))
+    at_hand = planned("data.folds=5", "data.train_images=null", given=Cluster(images_per_second=1000.0))
     assert 0.7 * 5 < at_hand["views"] / (1797 * 5) < 0.75 * 5, "a fold is tested on, a tenth of the rest validates"
 
 
@@ -76,7 +76,7 @@ def test_the_speed_of_equal_steps_is_measured_once(monkeypatch: pytest.MonkeyPat
         return {"images_per_second": 1000.0 / len(students)}
 
     monkeypatch.setattr("deitkit.bench.plan.bench_train", bench_train)
-    given = Given(images=640, decoded_per_second=300.0)
+    given = Cluster(images=640, decoded_per_second=300.0)
     fields = [*DIGITS, "methods=[none]", "variants={a: {train.epochs: 10}, b: {baseline.name: teacher}}"]
     found = plan(load_recipe("digits", fields), given)
     assert measured == [["none"], ["none", "cnn-baseline"]]
@@ -88,24 +88,24 @@ def test_the_speed_of_equal_steps_is_measured_once(monkeypatch: pytest.MonkeyPat
 
 
 def test_what_limits_it_is_named() -> None:
-    decoding = plan(IMAGENET, Given(**EIGHT | {"cores": 4}))
+    decoding = plan(IMAGENET, Cluster(**EIGHT | {"cores": 4}))
     assert decoding["bottleneck"].startswith("decoding: 20 cores would keep the devices busy, and 4 are there")
-    link = plan(IMAGENET, Given(**EIGHT, link_gb_per_second=1.0))
+    link = plan(IMAGENET, Cluster(**EIGHT, link_gb_per_second=1.0))
     assert link["bottleneck"].startswith("the link: gradients of 87 MB take 152 ms of a step of 58 ms")
 
 
 def test_a_set_at_hand_is_counted_and_a_speed_that_is_not_given_is_measured() -> None:
     digits = load_recipe("digits", ["model.width=16", "model.depth=1", "model.heads=2", "train.batch_size=16"])
-    found = plan(digits, Given(devices=2))
+    found = plan(digits, Cluster(devices=2))
     assert found["speed"] == "measured here"
     assert found["images_per_second"] > 1
     assert found["images"] == digits.data.train_images
     with pytest.raises(RecipeError, match=r"--images 8 is less than train\.batch_size=16"):
-        plan(digits, Given(images=8))
+        plan(digits, Cluster(images=8))
     with pytest.raises(RecipeError, match="--speed inf is not a finite number"):
-        plan(digits, Given(images_per_second=float("inf")))
+        plan(digits, Cluster(images_per_second=float("inf")))
     with pytest.raises(RecipeError, match="or say how many training images there are with --images"):
-        plan(load_recipe("digits", ["data.name=folder:nowhere"]), Given())
+        plan(load_recipe("digits", ["data.name=folder:nowhere"]), Cluster())
     assert decode_rate(64, seconds=0.1) > 10
 
 

@@ -29,7 +29,7 @@ from deitkit.models.saved import load_classifier
 from deitkit.recipe.load import load_recipe, shipped_recipes
 from deitkit.recipe.schema import Recipe
 from deitkit.report.write import write_report
-from deitkit.run.folder import occupied
+from deitkit.run.folder import locked
 from deitkit.run.observer import Silent
 from deitkit.training.build import build_students
 from deitkit.training.cohort import Cohort
@@ -273,7 +273,7 @@ def test_a_finished_model_that_cannot_be_read_is_named_with_what_to_do(tiny_reci
 
 
 def test_a_run_folder_may_be_moved_while_it_is_locked(tmp_path: Path) -> None:
-    with occupied(tmp_path / "run"):
+    with locked(tmp_path / "run"):
         (tmp_path / "run" / "kept").touch()
         (tmp_path / "run").rename(tmp_path / "moved")
     assert (tmp_path / "moved" / "kept").exists()

@@ -20,7 +20,7 @@ from deitkit.recipe.schema import Recipe
 from deitkit.run.folder import begin_run
 from deitkit.run.observer import Silent
 from deitkit.run.state import load_tree, save_tree
-from deitkit.teachers.prepare import rehearse_teachers
+from deitkit.teachers.prepare import dry_run_teachers
 from run_helpers import Listener, assert_same_run, timeless
 
 TinyRecipe = Callable[..., Recipe]
@@ -287,7 +287,7 @@ def test_a_teacher_that_was_trained_on_test_images_is_refused(tmp_path: Path) ->
     with pytest.raises(TeacherError, match=r"divide the data as for its training \(data\.split_seed=0"):
         compare(handed_on, tmp_path / "other", watcher=Silent())
     again = load_recipe("digits", [*fields, *given, "data.image_px=16"])  # the same division, at another size
-    rehearse_teachers(again, load_dataset(again.data), tmp_path / "new", CPU_FP32)
+    dry_run_teachers(again, load_dataset(again.data), tmp_path / "new", CPU_FP32)
     other = again.model_copy(update={"data": again.data.model_copy(update={"split_seed": 3})})
     with pytest.raises(TeacherError, match=r"divide the data as for its training \(data\.split_seed=0 data\.test_f"):
-        rehearse_teachers(other, load_dataset(other.data), tmp_path / "new", CPU_FP32)
+        dry_run_teachers(other, load_dataset(other.data), tmp_path / "new", CPU_FP32)

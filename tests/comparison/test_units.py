@@ -23,7 +23,7 @@ from deitkit.comparison.side_by_side import run_side_by_side
 from deitkit.comparison.units import PREPARE, divide, run_unit
 from deitkit.errors import CheckpointError, DeitkitError, Interrupted, RecipeError
 from deitkit.recipe.schema import Recipe
-from deitkit.run.folder import begin_run, occupied
+from deitkit.run.folder import begin_run, locked
 from deitkit.run.observer import Silent
 from deitkit.run.results import Results, read_results
 from deitkit.run.state import load_tree
@@ -137,7 +137,7 @@ def test_a_unit_waits_for_a_lock_that_is_still_held(
     recipe, heard = tiny_recipe("methods=[none]"), Listener()
     run_unit(recipe, tmp_path / "run", PREPARE, watcher=Silent())
     held = ExitStack()
-    held.enter_context(occupied(tmp_path / "run" / "seed-0" / "none"))
+    held.enter_context(locked(tmp_path / "run" / "seed-0" / "none"))
     monkeypatch.setattr(seed_run, "LOCK_SECONDS", 0.2)
     with pytest.raises(CheckpointError, match=r"another deitkit process is using .*none: wait for it to end"):
         run_unit(recipe, tmp_path / "run", "seed-0", watcher=heard)

@@ -26,7 +26,7 @@ from deitkit.models.classifier import Classifier
 from deitkit.models.vit import DeiT
 from deitkit.recipe.load import load_recipe
 from deitkit.recipe.schema import TrainRecipe
-from deitkit.run.folder import begin_run, check_run, choose_run_folder, occupied
+from deitkit.run.folder import begin_run, check_run, choose_run_folder, locked
 from deitkit.run.observer import Progress
 from deitkit.run.state import drop_state, load_state, load_tree, save_state, save_tree
 from deitkit.system.process import SPIN_COUNT, WAIT_SETTINGS, configure_process
@@ -112,21 +112,21 @@ def test_a_state_that_could_not_be_written_leaves_the_one_before(
 
 def test_a_folder_has_one_run_at_a_time(tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    hold = "import sys, time; from deitkit.run.folder import occupied; from pathlib import Path\n"
-    hold += "with occupied(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
+    hold = "import sys, time; from deitkit.run.folder import locked; from pathlib import Path\n"
+    hold += "with locked(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
     with subprocess.Popen([sys.executable, "-c", hold, str(folder)], stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout is not None
         assert other.stdout.readline() == "held\n"
-        with pytest.raises(CheckpointError, match="another deitkit process is using"), occupied(folder):
+        with pytest.raises(CheckpointError, match="another deitkit process is using"), locked(folder):
             pass
         other.kill()
-    with occupied(folder):  # a process that was killed holds nothing
+    with locked(folder):  # a process that was killed holds nothing
         pass
     assert not any(folder.iterdir())
 
 
 def test_a_run_that_wrote_nothing_leaves_nothing(tmp_path: Path) -> None:
-    with occupied(tmp_path / "run"):
+    with locked(tmp_path / "run"):
         assert (tmp_path / "run").exists()
     assert not (tmp_path / "run").exists()
 
@@ -225,7 +225,7 @@ def test_a_place_that_cannot_be_written_is_told_before_anything_is_done(tmp_path
     (tmp_path / "file").write_text("no folder")
     with (
         pytest.raises(CheckpointError, match="cannot write into"),
-        occupied(tmp_path / "file"),
+        locked(tmp_path / "file"),
     ):
         pass
 

@@ -34,7 +34,7 @@ NOTHING = "the devices: decoding and traffic keep up"  # but the devices limits 
 
 
 @dataclass(frozen=True)
-class Given:
+class Cluster:
     """What is known beforehand of the machines; None is measured here, or assumed as said.
 
     Args:
@@ -56,7 +56,7 @@ class Given:
     link_gb_per_second: float = 25.0
 
 
-def plan(recipe: Recipe, given: Given) -> dict[str, Any]:
+def plan(recipe: Recipe, given: Cluster) -> dict[str, Any]:
     """Return what a recipe's training will take, its teachers being trained already.
 
     Of folds and variants, views, hours and cost are those of all, one after the other; what they need is that of the
@@ -103,7 +103,7 @@ def plan(recipe: Recipe, given: Given) -> dict[str, Any]:
     )
 
 
-def _notes(parts: dict[str, Recipe], given: Given) -> Iterator[str]:
+def _notes(parts: dict[str, Recipe], given: Cluster) -> Iterator[str]:
     """Yield what a given speed is taken to be."""
     if given.images_per_second is None:
         return
@@ -116,7 +116,7 @@ def _notes(parts: dict[str, Recipe], given: Given) -> Iterator[str]:
 class Measured:
     """What is measured or counted once, for all parts of a plan that share it; what is given is not measured."""
 
-    def __init__(self, given: Given) -> None:
+    def __init__(self, given: Cluster) -> None:
         self.given = given
         self.images = cache(_training_images)
         self.decode_rate = cache(decode_rate)
@@ -135,7 +135,7 @@ class Measured:
         return self._speeds[key]
 
 
-def _plan_part(recipe: Recipe, given: Given, measured: Measured) -> dict[str, Any]:
+def _plan_part(recipe: Recipe, given: Cluster, measured: Measured) -> dict[str, Any]:
     """Return the plan of one comparison."""
     train = recipe.train
     share = -(-train.batch_size // given.devices)

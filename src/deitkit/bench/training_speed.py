@@ -193,7 +193,7 @@ def bench_cohort(recipe: Recipe, *, synthetic: bool, repeats: int, steps: int) -
     with tempfile.TemporaryDirectory(prefix="deitkit-bench-") as folder:
         functions = {"cohort": Stepper(bench.cohort(bench.students(methods)))}
         functions |= {name: Stepper(bench.cohort(bench.students((name,)))) for name in methods}
-        functions["cohort, cached logits"] = _recorded(bench, Path(folder))
+        functions["cohort, cached logits"] = _with_cached_logits(bench, Path(folder))
         warm_up = WARM_UP + 2 if bench.device.type == "cuda" else 1
         taken = time_in_turn(functions, device=bench.device, repeats=repeats, calls=steps, warm_up=warm_up)
     shares = functions["cohort"].cohort.shares()
@@ -203,7 +203,7 @@ def bench_cohort(recipe: Recipe, *, synthetic: bool, repeats: int, steps: int) -
         "seconds_per_step": {name: asdict(timing) for name, timing in taken.items()},
         "alone_seconds": alone,
         "ratio": taken["cohort"].median / alone,
-        "ratio_recorded": taken["cohort, cached logits"].median / alone,
+        "ratio_cached": taken["cohort, cached logits"].median / alone,
         "teacher_per_student_step": shares["teacher"] / per_student,
         "shares": shares,
         "peak_memory_gib": memory,
@@ -212,7 +212,7 @@ def bench_cohort(recipe: Recipe, *, synthetic: bool, repeats: int, steps: int) -
     }
 
 
-def _recorded(bench: Bench, folder: Path) -> Stepper:
+def _with_cached_logits(bench: Bench, folder: Path) -> Stepper:
     """Return the steps of the cohort on an epoch with cached teacher logits."""
     recipe = bench.recipe
     cache = open_logit_cache(recipe, bench.dataset, bench.teachers, recipe.seeds[0], bench.precision, folder)

@@ -61,7 +61,7 @@ def predict(
     For example `deitkit predict runs/mine photos --out answers.csv`. Images are decoded ahead by several processes and
     never all in memory. One in a folder that cannot be decoded is named, counted and left out.
     """
-    from deitkit.cli.prediction_files import PredictionFiles, told
+    from deitkit.cli.prediction_files import PredictionFiles, with_progress
     from deitkit.evaluation.classify import Classification
     from deitkit.models.saved import model_folder
 
@@ -72,7 +72,7 @@ def predict(
     reasons: list[dict[str, Any]] = []
     try:
         with PredictionFiles(out, embeddings, top) as files:
-            for prediction in told(classification, total):
+            for prediction in with_progress(classification, total):
                 files.add(prediction)
                 done += 1
                 if "error" in prediction:

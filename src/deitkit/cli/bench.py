@@ -136,7 +136,7 @@ def cohort(
         table.add_row(f"step of {name}", f"{1000 * seconds['median']:.1f} ms")
     table.add_row("teacher, in student's steps", f"{result['teacher_per_student_step']:.2f}")
     table.add_row("cohort / alone", f"{result['ratio']:.3f}")
-    table.add_row("cohort with cached logits / alone", f"{result['ratio_recorded']:.3f}")
+    table.add_row("cohort with cached logits / alone", f"{result['ratio_cached']:.3f}")
     peaks = ", ".join(f"{peak:.2f}" for peak in result["peak_memory_gib"])
     table.add_row("peak memory of 1, 2, ... students", f"{peaks} GiB")
     console.print(table)
@@ -168,12 +168,12 @@ def plan(
     training of a teacher is not part of it. For example
     `deitkit bench plan imagenet-deit-small-distilled --devices 8 --speed 2200 --cores 128 --price 3`.
     """
-    from deitkit.bench.plan import Given
+    from deitkit.bench.plan import Cluster
     from deitkit.bench.plan import plan as compute
 
     result = compute(
         load_recipe(recipe, overrides or []),
-        Given(
+        Cluster(
             devices=devices, images_per_second=speed, images=images, decoded_per_second=decode, cores=cores,
             price=price, link_gb_per_second=link,
         ),

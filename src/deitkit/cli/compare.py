@@ -126,9 +126,9 @@ def teacher(
     """
     from deitkit.cli.progress import Terminal
     from deitkit.data.dataset import load_dataset
-    from deitkit.run.folder import begin_run, check_run, choose_run_folder, occupied
+    from deitkit.run.folder import begin_run, check_run, choose_run_folder, locked
     from deitkit.system.device import Precision, choose_device
-    from deitkit.teachers.prepare import common_card, prepare_teachers, rehearse_teachers
+    from deitkit.teachers.prepare import common_card, dry_run_teachers, prepare_teachers
 
     loaded = _load(recipe, overrides, None)
     restarted = was_restarted()
@@ -140,10 +140,10 @@ def teacher(
         )
     resume = resume or restarted
     precision = Precision.choose(loaded.train.precision, choose_device(loaded.device))
-    with Terminal(errors if as_json else console) as terminal, occupied(folder):
+    with Terminal(errors if as_json else console) as terminal, locked(folder):
         check_run(folder, loaded, resume)
         dataset = load_dataset(loaded.data, terminal.reading, random_crops=loaded.has_random_crops)
-        rehearse_teachers(loaded, dataset, folder / "teacher", precision)
+        dry_run_teachers(loaded, dataset, folder / "teacher", precision)
         begin_run(folder, loaded)
         teachers, cards = prepare_teachers(
             loaded, dataset, folder=folder / "teacher", precision=precision, watcher=terminal
@@ -194,7 +194,7 @@ def _compare(
     from deitkit.comparison.side_by_side import run_side_by_side
     from deitkit.models.weights.pretrained import resolved
     from deitkit.report.table import rich_table
-    from deitkit.run.folder import choose_run_folder, occupied
+    from deitkit.run.folder import choose_run_folder, locked
     from deitkit.run.results import AblationResults, FoldResults, fold_folder
 
     # --resume looks for a run of the recipe as it was stored
@@ -206,7 +206,7 @@ def _compare(
         pool = None if on is None else open_pool(on, devices)
         terminal.say(f"run folder {folder}")
         if pool is None:
-            stack.enter_context(occupied(folder))
+            stack.enter_context(locked(folder))
             results = run_recipe(recipe, folder, watcher=terminal, resume=resume)
         else:
             stack.callback(pool.close)

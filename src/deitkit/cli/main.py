@@ -97,12 +97,12 @@ def main() -> None:
 
 def _run_in_all_processes() -> None:
     """Run the command in the first of the processes that torchrun started; the others help it to train."""
-    from deitkit.comparison.helper import help_until_the_end
+    from deitkit.comparison.worker import run_worker
     from deitkit.system.ranks import join_ranks, leave_ranks
 
     ranks = join_ranks()
     if ranks.rank > 0:
-        help_until_the_end(ranks)
+        run_worker(ranks)
     else:
         try:
             app()
@@ -111,5 +111,5 @@ def _run_in_all_processes() -> None:
                 raise
         finally:
             with suppress(RuntimeError):  # torchrun, which keeps the messages, may be gone
-                ranks.tell(None)
+                ranks.broadcast(None)
     leave_ranks()

@@ -141,7 +141,7 @@ def _new(path: Path) -> IO[str]:
         raise DataError(f"{path} cannot be written ({reason}): name another file") from None
 
 
-def told(predictions: Iterable[dict[str, Any]], total: int) -> Iterator[dict[str, Any]]:
+def with_progress(predictions: Iterable[dict[str, Any]], total: int) -> Iterator[dict[str, Any]]:
     """Yield predictions with a bar on a terminal, else with a line each minute, on standard error."""
     if errors.is_terminal:
         yield from track(predictions, "classifying", total=total, console=errors, transient=True)

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from deitkit.comparison.compare import compare, has_finished, rehearse
+from deitkit.comparison.compare import compare, dry_run, has_finished
 from deitkit.comparison.images import as_begun, keeping_last
 from deitkit.comparison.rows import Hits, RowKey, corrected, paired_over_seeds
 from deitkit.comparison.seed_run import load_predictions
@@ -43,7 +43,7 @@ from deitkit.run.results import (
     write_results,
 )
 from deitkit.system.device import Precision, choose_device
-from deitkit.teachers.prepare import prepare_teachers, rehearse_teachers
+from deitkit.teachers.prepare import dry_run_teachers, prepare_teachers
 from deitkit.training.build import needs_teacher
 
 
@@ -116,7 +116,7 @@ def begin_variants(recipe: Recipe, folder: Path, *, watcher: Watcher, resume: bo
     # Variants that share a data set follow each other in most recipes.
     random_crops = any(variant.has_random_crops for variant in recipes.values())
     load = keeping_last(lambda data: load_dataset(data, watcher.reading, random_crops=random_crops))
-    begun = BegunVariants(recipes, homes, _rehearse_all(recipes, homes, load), load)
+    begun = BegunVariants(recipes, homes, _dry_run_all(recipes, homes, load), load)
     begin_run(folder, recipe)
     for name in begun.unfinished:
         begin_run(homes[name], recipes[name])
@@ -126,7 +126,7 @@ def begin_variants(recipe: Recipe, folder: Path, *, watcher: Watcher, resume: bo
     return begun
 
 
-def _rehearse_all(
+def _dry_run_all(
     recipes: dict[str, Recipe], homes: dict[str, Path], load: Callable[[DataRecipe], Dataset]
 ) -> Int64[Tensor, " n"]:
     """Build every variant once and throw it away; return the labels of the test images, the same for all."""
@@ -140,9 +140,9 @@ def _rehearse_all(
                     f"its {len(dataset.test)} test images are not the base's {len(labels)}: change no field of data "
                     "that divides them"
                 )
-            rehearse(variant, dataset, _precision(variant))
+            dry_run(variant, dataset, _precision(variant))
             if needs_teacher(variant) and _teacher_key(variant) not in tried:
-                rehearse_teachers(variant, dataset, homes[name] / "teacher", _precision(variant))
+                dry_run_teachers(variant, dataset, homes[name] / "teacher", _precision(variant))
                 tried.append(_teacher_key(variant))
             del dataset  # before the next is loaded
     return labels

@@ -52,7 +52,7 @@ from deitkit.system.files import write_json
 from deitkit.system.ranks import current_ranks
 from deitkit.teachers.frozen import Teachers, mean_teacher_logits
 from deitkit.teachers.logit_cache import kept_logits
-from deitkit.teachers.prepare import common_card, prepare_teachers, rehearse_teachers, teacher_folders
+from deitkit.teachers.prepare import common_card, dry_run_teachers, prepare_teachers, teacher_folders
 from deitkit.training.build import (
     BASELINE,
     baseline_architecture,
@@ -125,11 +125,11 @@ def begin(
     dataset = load_images(recipe, folder, watcher, dataset)
     for line in describe_data(dataset):
         watcher.say(line)
-    start, parameters = rehearse(recipe, dataset, precision)
+    start, parameters = dry_run(recipe, dataset, precision)
     for line in (*start, *describe_students(recipe, dataset, parameters)):
         watcher.say(line)
     if needs_teacher(recipe):
-        rehearse_teachers(recipe, dataset, folder / "teacher", precision)
+        dry_run_teachers(recipe, dataset, folder / "teacher", precision)
     checkpoint = measure_checkpoint(recipe, dataset, precision, watcher)
     begin_run(folder, recipe)
     adopt_older_layout(folder)
@@ -194,7 +194,7 @@ def has_finished(folder: Path, recipe: Recipe) -> bool:
     return results.recipe["methods"] == list(recipe.methods) and results.seeds == recipe.seeds
 
 
-def rehearse(recipe: Recipe, dataset: Dataset, precision: Precision) -> tuple[list[str], dict[str, int]]:
+def dry_run(recipe: Recipe, dataset: Dataset, precision: Precision) -> tuple[list[str], dict[str, int]]:
     """Build the students once, to fail before the teacher trains.
 
     Returns:

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from deitkit.comparison.advice import advice
-from deitkit.comparison.compare import compare, copy_winner, has_finished, rehearse
+from deitkit.comparison.compare import compare, copy_winner, dry_run, has_finished
 from deitkit.comparison.finetune import measure_checkpoint
 from deitkit.comparison.images import as_begun, keeping_last
 from deitkit.comparison.rows import best_row, corrected, corrected_differences, finished
@@ -40,7 +40,7 @@ from deitkit.run.results import (
     write_results,
 )
 from deitkit.system.device import Precision, choose_device
-from deitkit.teachers.prepare import rehearse_teachers
+from deitkit.teachers.prepare import dry_run_teachers
 from deitkit.teachers.saved import origins, require_unseen
 from deitkit.training.build import needs_teacher
 
@@ -96,10 +96,10 @@ def begin_folds(
     load = keeping_last(lambda data: load_dataset(data, watcher.reading, random_crops=recipe.has_random_crops))
     precision = Precision.choose(recipe.train.precision, choose_device(recipe.device))
     dataset = load(as_begun(recipes[1].data, fold_folder(folder, 1)))
-    rehearse(recipes[1], dataset, precision)
+    dry_run(recipes[1], dataset, precision)
     teachers = recipe.all_teachers if needs_teacher(recipe) else ()
     if teachers:
-        rehearse_teachers(recipes[1], dataset, fold_folder(folder, 1) / "teacher", precision)
+        dry_run_teachers(recipes[1], dataset, fold_folder(folder, 1) / "teacher", precision)
     # Without its damaged files a class may have no images in a split of another fold, and the images that a checkpoint
     # or a teacher was trained on may be another fold's test images.
     has_seen = starting_weights(recipe.model) is not None or any(origins(teacher) for teacher in teachers)

@@ -26,7 +26,7 @@ from deitkit.models.weights.initialise import card_of, weights_file
 from deitkit.models.weights.pretrained import starting_weights
 from deitkit.models.weights.read import require_whole
 from deitkit.recipe.schema import Recipe
-from deitkit.run.folder import occupied, unreadable
+from deitkit.run.folder import locked, unreadable
 from deitkit.run.metrics import EpochMetrics, read_metrics, write_metrics
 from deitkit.run.observer import Watcher
 from deitkit.run.state import drop_state, has_state, load_state, load_tree, outline, replace_state, save_tree
@@ -84,12 +84,12 @@ def run_seed(
     names = everyone if part is None else part
     _report_finished(home, names, everyone, watcher)
     patience = 0.0 if part is None else LOCK_SECONDS
-    with occupied(home, patience, watcher.say):
+    with locked(home, patience, watcher.say):
         cohorts = plan_cohorts(home, names, everyone, watcher.say, patience, apart=part is not None)
     for planned in cohorts:
         with ExitStack() as stack:
             for name in planned.names:
-                stack.enter_context(occupied(home / name, patience, watcher.say))
+                stack.enter_context(locked(home / name, patience, watcher.say))
             if part is None and planned.state.parent.name in everyone:
                 _return_metrics(planned.state.parent, folder)
             metrics_home = folder if part is None else planned.state.parent
@@ -117,8 +117,10 @@ def _train_cohort(
         else:
             logit_cache = open_logit_cache(recipe, dataset, teachers, seed, precision)
     names = [student.name for student in students]
-    told = recipe.model_copy(update={"data": as_read(recipe.data, dataset)})
-    ranks.tell(SharedTraining(recipe=told, folder=folder.resolve(), seed=seed, names=names).model_dump(mode="json"))
+    shared = recipe.model_copy(update={"data": as_read(recipe.data, dataset)})
+    ranks.broadcast(
+        SharedTraining(recipe=shared, folder=folder.resolve(), seed=seed, names=names).model_dump(mode="json")
+    )
     cohort = seed_cohort(students, recipe, dataset, teachers, seed, precision, ranks, logit_cache)
     train_to_end(
         cohort,
@@ -278,7 +280,7 @@ def _divide_state(place: Path, names: Sequence[str], say: Callable[[str], None],
     there = {*unfinished(outline(place))}
     if there.isdisjoint(names) or {*there, owner} <= {*names}:
         return
-    with occupied(place.parent, patience, say):
+    with locked(place.parent, patience, say):
         state, metrics = load_state(place, say), read_metrics(place.parent)
         for name in sorted(unfinished(state), key=lambda name: name == owner):  # the one in whose folder it lies last
             _set_aside(name, state, home, metrics)

@@ -16,7 +16,7 @@ from deitkit.comparison.units import PREPARE, divide
 from deitkit.errors import CheckpointError, DeitkitError, Interrupted
 from deitkit.recipe.load import dump_recipe
 from deitkit.recipe.schema import Recipe
-from deitkit.run.folder import UNITS, check_run, folder_name, occupied
+from deitkit.run.folder import UNITS, check_run, folder_name, locked
 from deitkit.run.observer import Watcher
 from deitkit.run.results import Results, read_results
 from deitkit.system.files import write_text
@@ -77,7 +77,7 @@ def run_side_by_side(
     """
     check_run(folder, recipe, resume)
     home = folder / UNITS
-    with occupied(home):
+    with locked(home):
         write_text(home / "recipe.yaml", dump_recipe(recipe))
         runner = _Runner(folder, pool, watcher, devices)
         runner.run([PREPARE])

@@ -16,7 +16,7 @@ from deitkit.comparison.seed_run import LOCK_SECONDS, missing_students
 from deitkit.errors import RecipeError
 from deitkit.models.weights.pretrained import resolved
 from deitkit.recipe.schema import Recipe
-from deitkit.run.folder import check_run, occupied
+from deitkit.run.folder import check_run, locked
 from deitkit.run.observer import Watcher
 from deitkit.run.results import fold_folder
 from deitkit.training.build import student_names
@@ -84,7 +84,7 @@ def run_unit(recipe: Recipe, folder: Path, unit: str, *, watcher: Watcher) -> No
     """
     recipe = resolved(recipe)
     if unit == PREPARE:
-        with occupied(folder, LOCK_SECONDS, watcher.say):
+        with locked(folder, LOCK_SECONDS, watcher.say):
             _prepare(recipe, folder, watcher)
         return
     check_run(folder, recipe, resume=True)
@@ -100,7 +100,7 @@ def run_unit(recipe: Recipe, folder: Path, unit: str, *, watcher: Watcher) -> No
             continue
         home, own = _parts(recipe, folder)[name]
         assert home is not None
-        with occupied(home, LOCK_SECONDS, watcher.say), named_in_errors(which) if kind == "variant" else nullcontext():
+        with locked(home, LOCK_SECONDS, watcher.say), named_in_errors(which) if kind == "variant" else nullcontext():
             compare(own, home, watcher=watcher, resume=True)
 
 

@@ -47,14 +47,14 @@ def sentences(error: ValidationError, fields: Mapping[str, str]) -> Iterator[str
     problems = error.errors()
     places = [problem["loc"] for problem in problems]
     alternatives = {place[:-1] for place in places if place and str(place[-1]).startswith("literal[")}
-    told: dict[tuple[int | str, ...], list[Any]] = {}
+    by_place: dict[tuple[int | str, ...], list[Any]] = {}
     for problem in problems:
         place = problem["loc"]
         inside = any(len(other) > len(place) and other[: len(place)] == place for other in places)
         if problem["type"] == "too_short" and inside:
             continue  # pydantic counts the valid entries only
-        told.setdefault(place[:-1] if place[:-1] in alternatives else place, []).append(problem)
-    for place, found in told.items():
+        by_place.setdefault(place[:-1] if place[:-1] in alternatives else place, []).append(problem)
+    for place, found in by_place.items():
         yield _sentence(".".join(map(str, place)), found, fields)
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from deitkit.report.charts import Chart, chart_layout
-from deitkit.report.figures import COLOURS, write_figure
+from deitkit.report.figures import COLOURS, write_png_and_svg
 from deitkit.report.table_layout import (
     NOTHING,
     ONE_SEED,
@@ -145,7 +145,7 @@ def write_differences(results: AblationResults, folder: Path) -> list[Path]:
     Raises:
         CheckpointError: The folder cannot be written.
     """
-    return write_figure(lambda: _draw(results), folder, "differences") if _compared(results) else []
+    return write_png_and_svg(lambda: _draw(results), folder, "differences") if _compared(results) else []
 
 
 def _draw(results: AblationResults) -> "Figure":

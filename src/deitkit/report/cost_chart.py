@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from deitkit.report.charts import INK, Chart, chart_layout
-from deitkit.report.figures import COLOURS, MARKERS, colours_of, write_figure
+from deitkit.report.figures import COLOURS, MARKERS, colours_of, write_png_and_svg
 from deitkit.report.table_layout import milliseconds, percent
 from deitkit.run.difference import Interval
 from deitkit.run.metrics import EpochMetrics
@@ -126,7 +126,7 @@ def write_costs(results: Results, metrics: Sequence[EpochMetrics], folder: Path)
         CheckpointError: The folder cannot be written.
     """
     points = cost_points(results, metrics)
-    return write_figure(lambda: _draw(results, points), folder, "cost") if points else []
+    return write_png_and_svg(lambda: _draw(results, points), folder, "cost") if points else []
 
 
 def _draw(results: Results, points: Sequence[CostPoint]) -> "Figure":

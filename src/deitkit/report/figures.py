@@ -98,10 +98,10 @@ def write_curves(results: Results, metrics: Sequence[EpochMetrics], folder: Path
     curves = curves_of(metrics, lambda line: line.main_accuracy)
     if not curves:
         return []
-    return write_figure(lambda: _draw(results, curves), folder, "curves")
+    return write_png_and_svg(lambda: _draw(results, curves), folder, "curves")
 
 
-def write_figure(draw: Callable[[], "Figure"], folder: Path, name: str) -> list[Path]:
+def write_png_and_svg(draw: Callable[[], "Figure"], folder: Path, name: str) -> list[Path]:
     """Write a figure as PNG and SVG; the same run gives the same files.
 
     Raises:

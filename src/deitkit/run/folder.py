@@ -95,7 +95,7 @@ def unreadable(folder: Path, error: Exception) -> CheckpointError:
 
 
 @contextmanager
-def occupied(folder: Path, patience: float = 0.0, say: Callable[[str], None] = lambda line: None) -> Iterator[None]:
+def locked(folder: Path, patience: float = 0.0, say: Callable[[str], None] = lambda line: None) -> Iterator[None]:
     """Lock a run folder for this process; if nothing was written, remove what locking created.
 
     The operating system releases the lock when the process ends, however it ends; on a disk of the network, a while

@@ -64,7 +64,7 @@ class Row(Record):
         parameters: Of the model.
         status: ``ok``, or which seed stopped and why.
         images_per_second: Of training, without the work that all students share.
-        train_seconds: Of training, by the same count, for each seed.
+        train_seconds: Of training, by the same count: the mean over the seeds.
         cost: Of using the model; None for a checkpoint, and for a student that finished under no seed.
     """
 

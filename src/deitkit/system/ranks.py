@@ -1,6 +1,6 @@
 """The processes of a run that ``torchrun`` starts: each trains on its part of every batch, with the same weights.
 
-The first process runs the comparison; the others only help it to train (``comparison/helper.py``). What they compute
+The first process runs the comparison; the others only help it to train (``comparison/worker.py``). What they compute
 together goes through collectives of torch.distributed, what the first tells the others through its store.
 """
 
@@ -36,7 +36,7 @@ class Ranks:
         self.rank = rank
         self.count = count
         self.store = store
-        self._messages = 0  # heard or told so far
+        self._messages = 0  # sent or received so far
 
     def places(self, batch: int, rank: int | None = None) -> Int64[Tensor, " part"]:
         """Return the places of a batch that a process (by default this one) trains on.
@@ -82,12 +82,12 @@ class Ranks:
         dist.all_reduce(together, op=dist.ReduceOp.MAX)
         return bool(together)
 
-    def tell(self, message: Any) -> None:
+    def broadcast(self, message: Any) -> None:
         """Send a JSON value from the first process to all others; never waits for them."""
         if self.count > 1:
             self.store.set(f"message {self._next()}", json.dumps(message))
 
-    def hear(self) -> Any:
+    def receive(self) -> Any:
         """Return the next message of the first process, however long it takes."""
         key = f"message {self._next()}"
         while not self.store.check([key]):

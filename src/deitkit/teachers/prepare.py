@@ -236,8 +236,8 @@ def _train(
         watcher.say(few)
     student = teacher_student(folder.name, classifier, recipe.teacher, precision)
     ranks = ranks_that_share([student], recipe.teacher.train.batch_size, precision.device, watcher.say)
-    told = recipe.model_copy(update={"data": as_read(recipe.data, dataset)})
-    ranks.tell(SharedTraining(recipe=told, folder=folder.resolve(), seed=None).model_dump(mode="json"))
+    shared = recipe.model_copy(update={"data": as_read(recipe.data, dataset)})
+    ranks.broadcast(SharedTraining(recipe=shared, folder=folder.resolve(), seed=None).model_dump(mode="json"))
     cohort = teacher_cohort(student, recipe, dataset, precision, ranks)
     train_to_end(
         cohort,
@@ -293,7 +293,7 @@ def prepare_teachers(
     return Teachers(teachers), cards
 
 
-def rehearse_teachers(recipe: Recipe, dataset: Dataset, folder: Path, precision: Precision) -> None:
+def dry_run_teachers(recipe: Recipe, dataset: Dataset, folder: Path, precision: Precision) -> None:
     """Build every teacher that is not ready and try it on a batch of views, to fail before anything is written.
 
     Raises:

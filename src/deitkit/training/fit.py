@@ -111,7 +111,7 @@ def train_to_end(
 def _resume(cohort: Cohort, title: str, checkpoint: Path, watcher: Watcher) -> None:
     """Restore a cohort, here and in the processes that share its steps, from its checkpoint if there is one."""
     state = load_state(checkpoint, watcher.say)
-    cohort.ranks.tell(None if state is None else str(checkpoint.resolve()))
+    cohort.ranks.broadcast(None if state is None else str(checkpoint.resolve()))
     if state is not None:
         cohort.load_state_dict(state)
         at_end = cohort.step == cohort.batches.steps_per_epoch
@@ -126,7 +126,7 @@ def help_to_the_end(cohort: Cohort, should_stop: Callable[[], bool]) -> None:
     Raises:
         Interrupted: A process was asked to stop.
     """
-    state = cohort.ranks.hear()
+    state = cohort.ranks.receive()
     if state is not None:
         cohort.load_state_dict(load_tree(Path(state)))
     cohort.ranks.any(False)

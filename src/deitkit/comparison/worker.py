@@ -42,14 +42,14 @@ class Stop:
         return self.requested
 
 
-def help_until_the_end(ranks: Ranks) -> None:
+def run_worker(ranks: Ranks) -> None:
     """Help with every training that the first process announces, until it says that the run has ended.
 
     A request to stop ends the training; this process then waits until the first one has saved it, since torchrun ends
     all processes as soon as one has failed.
     """
     stop = Stop()
-    while (message := ranks.hear()) is not None:
+    while (message := ranks.receive()) is not None:
         with suppress(Interrupted):
             _help(message, ranks, stop)
 
