@@ -13,13 +13,15 @@ import json
 import threading
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from os import PathLike
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from PIL import Image, ImageOps
+from jaxtyping import UInt8
+from PIL import Image
+from torch import Tensor
 
 from deitkit.cli.console import as_text, console
 from deitkit.cli.progress import Terminal
@@ -28,10 +30,12 @@ from deitkit.comparison.run import run_recipe
 from deitkit.data.dataset import Dataset
 from deitkit.data.dataset import load_dataset as read_dataset
 from deitkit.distillation.methods import METHODS, Method, find_method
-from deitkit.errors import DataError, RecipeError
+from deitkit.errors import DataError, RecipeError, reason_of
 from deitkit.evaluation.apply import evaluate_model
-from deitkit.evaluation.classify import Classification
-from deitkit.models.saved import model_folder, read_card
+from deitkit.evaluation.classify import BATCH_SIZE, Classification, classify_pixels, decode_for
+from deitkit.models.card import ModelCard
+from deitkit.models.classifier import Classifier
+from deitkit.models.saved import load_classifier, model_folder, read_card
 from deitkit.models.weights.pretrained import resolved
 from deitkit.recipe.load import load_recipe as read_recipe
 from deitkit.recipe.schema import Recipe
@@ -39,6 +43,7 @@ from deitkit.report.table import rich_table
 from deitkit.run.folder import choose_run_folder, locked
 from deitkit.run.observer import Silent, Watcher
 from deitkit.run.results import Results, Row
+from deitkit.system.device import choose_device
 
 __all__ = [
     "METHODS", "Comparison", "Model", "compare", "finetune", "load_dataset", "load_model", "load_recipe", "train",
@@ -90,17 +95,32 @@ class Model:
         several = list(images) if isinstance(images, Iterable) and not isinstance(images, str) else [images]
         if not several:
             raise DataError("images is empty: give at least one file, folder or image of Pillow")
-        with TemporaryDirectory() as folder:
-            paths = [_image_path(image, Path(folder) / f"{place}.png") for place, image in enumerate(several)]
-            classification = Classification(self.folder, paths, readout=readout, top=top)
-            found = dict(zip(classification.files, classification, strict=True))
-            saved = {
-                path: {"image": f"images[{place}]"} for place, path in enumerate(paths) if path.parent == Path(folder)
-            }
-        below = {
-            path: [path] if path in found else sorted(file for file in found if path in file.parents) for path in paths
-        }
-        return [found[file] | saved.get(file, {}) for path in paths for file in below[path]]
+        images = [_image(image, self.card) for image in several]
+        classification = Classification(
+            self._loaded, [image for image in images if isinstance(image, Path)], readout=readout, top=top
+        )
+        found = dict(zip(classification.files, classification, strict=True)) if classification.files else {}
+        opened = [image for image in images if not isinstance(image, Path)]
+        of_opened = iter(
+            answer
+            for start in range(0, len(opened), BATCH_SIZE)
+            for answer in classify_pixels(
+                *self._loaded, classification.precision, opened[start : start + BATCH_SIZE], readout, top
+            )
+        )
+        answers: list[dict[str, Any]] = []
+        for place, image in enumerate(images):
+            if isinstance(image, Path):
+                files = [image] if image in found else sorted(file for file in found if image in file.parents)
+                answers += [found[file] for file in files]
+            else:
+                answers.append({"image": f"images[{place}]"} | next(of_opened))
+        return answers
+
+    @cached_property
+    def _loaded(self) -> tuple[Classifier, ModelCard]:
+        """The classifier, which stays in memory for the next call."""
+        return load_classifier(self.folder, choose_device("auto"))
 
     def evaluate(self, data: str, *, root: str | Path | None = None) -> dict[str, Any]:
         """Measure it on the test images of a data set (a name, ``folder:PATH`` or ``parquet:PATH``), by readout."""
@@ -198,11 +218,11 @@ def _path(argument: str, value: Any) -> Path:
     raise RecipeError(f"{argument}: {type(value).__name__} is not a path: name a file or folder, as text or a Path")
 
 
-def _image_path(image: Any, new: Path) -> Path:
-    """Return the path of an image; one of Pillow becomes a new file.
+def _image(image: Any, card: ModelCard) -> Path | UInt8[Tensor, "channels height width"]:
+    """Return the path of an image, or the pixels of one of Pillow as a model takes them.
 
     Raises:
-        DataError: It is neither, or has pixels that no file holds.
+        DataError: It is neither, or has pixels that no model takes.
     """
     if isinstance(image, str | PathLike):
         return Path(image)
@@ -211,12 +231,11 @@ def _image_path(image: Any, new: Path) -> Path:
             f"images: {type(image).__name__} is neither a path nor an image of Pillow: give one of these, or several"
         )
     try:
-        ImageOps.exif_transpose(image).save(new)
-    except (OSError, ValueError) as error:  # of another mode, empty, or closed
+        return torch.from_numpy(decode_for(card, image).copy())
+    except Exception as error:  # Pillow raises many types for one of another mode, empty, or closed
         raise DataError(
-            f"images: an image of Pillow cannot be read ({error}): convert it to RGB, or leave it out"
+            f"images: an image of Pillow cannot be read ({reason_of(error)}): convert it to RGB, or leave it out"
         ) from None
-    return new
 
 
 def load_dataset(name: str, **fields: Any) -> Dataset:

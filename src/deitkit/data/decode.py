@@ -7,7 +7,7 @@ pixels in ``pixels.py``.
 import io
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,7 +50,7 @@ class OpenedImage:
 
 
 def decode_image(
-    encoded: Path | bytes,
+    encoded: Path | bytes | Image.Image,
     channels: int,
     image_px: int | None = None,
     eval_crop: float = 1.0,
@@ -61,7 +61,7 @@ def decode_image(
     EXIF orientation is applied, transparency composited on white, and 16 bits are scaled to 8.
 
     Args:
-        encoded: A file, or its content.
+        encoded: A file, its content, or an image that Pillow has opened.
         channels: 1 for grey (ITU-R 601 luma), 3 for RGB.
         image_px: If given, the side of the square result (bicubic, antialiased).
         eval_crop: The image is resized to ``image_px`` divided by this, and the centre is kept.
@@ -74,11 +74,13 @@ def decode_image(
     return as_array(opened.image if image_px is None else resize_and_crop(opened, image_px, eval_crop, fit))
 
 
-def open_image(encoded: Path | bytes, channels: int, needed_px: int | None = None) -> OpenedImage:
+def open_image(encoded: Path | bytes | Image.Image, channels: int, needed_px: int | None = None) -> OpenedImage:
     """Decode an image in full, or a JPEG at the smallest fraction that has ``needed_px`` on each side."""
     drafted = None
-    with Image.open(io.BytesIO(encoded) if isinstance(encoded, bytes) else encoded, formats=_FORMATS) as image:
+    with _opened(encoded) as image:
         width, height = image.size
+        if 0 in image.size:
+            raise ValueError("it has no pixels")
         if needed_px is not None:
             drafted = image.draft(image.mode, (needed_px, needed_px))
         image.load()
@@ -87,6 +89,12 @@ def open_image(encoded: Path | bytes, channels: int, needed_px: int | None = Non
         extent = _extent(image, drafted)
         ImageOps.exif_transpose(image, in_place=True)
         return OpenedImage(_to_mode(image, "L" if channels == 1 else "RGB"), extent, (height, width))
+
+
+def _opened(encoded: Path | bytes | Image.Image) -> AbstractContextManager[Image.Image]:
+    if isinstance(encoded, Image.Image):
+        return nullcontext(ImageOps.exif_transpose(encoded))  # a copy
+    return Image.open(io.BytesIO(encoded) if isinstance(encoded, bytes) else encoded, formats=_FORMATS)
 
 
 def decode_crops(

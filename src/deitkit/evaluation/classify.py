@@ -7,6 +7,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 from jaxtyping import UInt8
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -52,9 +53,9 @@ class ImageFiles(torch.utils.data.Dataset[tuple[int, Tensor | str]]):
         return place, torch.from_numpy(pixels.copy())
 
 
-def decode_for(card: ModelCard, file: Path) -> UInt8[np.ndarray, "channels height width"]:
-    """Decode an image file as a model takes it; Pillow raises many types if it cannot be decoded."""
-    return decode_image(file, card.channels, card.side, card.eval_crop, card.fit)
+def decode_for(card: ModelCard, image: Path | Image.Image) -> UInt8[np.ndarray, "channels height width"]:
+    """Decode an image as a model takes it; Pillow raises many types if it cannot be decoded."""
+    return decode_image(image, card.channels, card.side, card.eval_crop, card.fit)
 
 
 def image_files(paths: Sequence[Path]) -> list[Path]:
@@ -86,7 +87,7 @@ class Classification(Iterable[Prediction]):
     """What a model says of each image, in order; the next images are decoded meanwhile. Its length is their number.
 
     Args:
-        folder: Of the model.
+        model: Its folder, or what ``load_classifier`` returned for it.
         paths: Image files, or folders of them, with their subfolders.
         readout: The readout to use; by default that of the model's card, else the default one.
         top: Number of classes for each image, with their probabilities.
@@ -98,12 +99,12 @@ class Classification(Iterable[Prediction]):
 
     Raises:
         DataError: A named file does not exist or cannot be decoded, or none of the images can.
-        RecipeError: The model does not have the readout, or ``top`` is not a positive number.
+        RecipeError: As ``classify_pixels``.
     """
 
     def __init__(
         self,
-        folder: Path,
+        model: Path | tuple[Classifier, ModelCard],
         paths: Sequence[Path],
         *,
         readout: str | None = None,
@@ -111,11 +112,9 @@ class Classification(Iterable[Prediction]):
         embed: bool = False,
         workers: int | None = None,
     ) -> None:
-        if not isinstance(top, int) or isinstance(top, bool) or top < 1:
-            raise RecipeError(f"top is {top!r}: give the number of classes to return, at least 1")
         device = choose_device("auto")
         self.precision = Precision.choose("auto", device)
-        self.classifier, self.card = load_classifier(folder, device)
+        self.classifier, self.card = load_classifier(model, device) if isinstance(model, Path) else model
         self.files, self.named = image_files(paths), {*paths}
         self.readout, self.top, self.embed = readout, top, embed
         if workers is None:
@@ -182,8 +181,10 @@ def classify_pixels(
         embed: Add ``embedding``.
 
     Raises:
-        RecipeError: The model does not have the readout.
+        RecipeError: The model does not have the readout, or ``top`` is not a positive number.
     """
+    if not isinstance(top, int) or isinstance(top, bool) or top < 1:
+        raise RecipeError(f"top is {top!r}: give the number of classes to return, at least 1")
     view = torch.stack(pixels).to(precision.device).float() / 255
     with uncompiled(), precision.autocast(), _HeadInputs(classifier.model, len(card.class_names), embed) as inputs:
         output = classifier.eval()(view)
