@@ -22,8 +22,9 @@ from deitkit.report.charts import accuracy_chart, curve_charts
 from deitkit.report.figures import curves_of, validation_peaks
 from deitkit.report.published import published_figures
 from deitkit.report.table import rich_table, write_tables
-from deitkit.report.table_layout import Layout, lay_out
+from deitkit.report.table_layout import Layout, lay_out, p_value
 from deitkit.report.write import write_report
+from deitkit.run.difference import Difference
 from deitkit.run.metrics import EpochMetrics, read_metrics
 from deitkit.run.results import parse_results, read_results, write_results
 from deitkit.system.files import write_bytes, write_text
@@ -692,6 +693,13 @@ def test_files_are_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyt
     assert path.read_text(encoding="utf-8") == "first ⚗"
     with pytest.raises(CheckpointError, match="directory"):
         write_text(path / "below" / "deeper", "a file is no folder")
+
+
+def test_the_p_of_the_table_is_corrected_where_it_can_be() -> None:
+    assert p_value(Difference(0.01, (0.0, 0.02), 0.03, "McNemar", 0.09)) == "0.090"
+    assert p_value(Difference(0.01, (0.0, 0.02), 0.03, "McNemar")) == "0.030"
+    assert p_value(Difference(0.01, (0.0, 0.02), 0.0009, "McNemar", 0.0009)) == "<0.001"
+    assert p_value(None) == "–"
 
 
 def test_report_imports_no_training_code() -> None:

@@ -1,5 +1,6 @@
 """Recorded answers: they teach the same as the teacher, make it unnecessary, and are refused when they are stale."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,15 +10,16 @@ from safetensors.torch import load_file, save_file
 
 from conftest import CPU_FP32, striped_dataset
 from deitkit.comparison.compare import compare
+from deitkit.data.dataset import Dataset, load_dataset
 from deitkit.errors import RecipeError, TeacherError
 from deitkit.models.classifier import Classifier
 from deitkit.models.cnn import CifarResNet
 from deitkit.recipe.load import load_recipe
-from deitkit.recipe.schema import AugmentRecipe, Recipe
+from deitkit.recipe.schema import Recipe
 from deitkit.run.observer import Silent
 from deitkit.system.device import Precision
-from deitkit.teachers.frozen import FrozenTeacher
-from deitkit.teachers.logit_cache import LogitCache, kept_logits
+from deitkit.teachers.frozen import FrozenTeacher, Teachers
+from deitkit.teachers.logit_cache import LogitCache, _fingerprint, kept_logits, open_logit_cache
 
 
 @pytest.fixture(autouse=True)
@@ -33,11 +35,8 @@ def teacher(seed: int = 0) -> Classifier:
 
 
 def answers(classifier: Classifier, **changes: Any) -> LogitCache:
-    settings: dict[str, Any] = {
-        "fingerprint": "data", "augment": AugmentRecipe(), "batch_size": 4, "repeats": 1, "steps": 2, "classes": 3,
-        "seed": 0, "precision": CPU_FP32,
-    }  # fmt: skip
-    return LogitCache([classifier], **(settings | changes))
+    settings: dict[str, Any] = {"steps": 2, "batch": 4, "classes": 3, "device": CPU_FP32.device}
+    return LogitCache({"teacher": _fingerprint(classifier)}, **(settings | changes))
 
 
 def results(recipe: Recipe, folder: Path) -> list[Any]:
@@ -136,24 +135,31 @@ def test_an_epoch_that_was_not_recorded_to_its_end_is_not_written() -> None:
     assert answers(teacher()).find(0, 0) is None
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"seed": 1},
-        {"fingerprint": "other"},
-        {"batch_size": 8},
-        {"repeats": 3},
-        {"epoch_repeats": 2},
-        {"augment": AugmentRecipe(flip=0.0)},
-        {"balanced": True},
-        {"unlabelled": (2, "hash")},
-        {"crops": "files"},
-        {"top": 2},
-        {"precision": Precision(torch.device("cpu"), torch.bfloat16)},
-    ],
-)
-def test_other_views_have_a_folder_of_their_own(change: dict[str, Any]) -> None:
-    assert answers(teacher(), **change).folder != answers(teacher()).folder
+def test_other_views_have_a_folder_of_their_own(tiny_recipe: Any) -> None:
+    data, classifier = load_dataset(tiny_recipe().data), teacher()
+
+    def folder(*overrides: str, dataset: Dataset = data, seed: int = 0, precision: Precision = CPU_FP32) -> Path:
+        recipe = tiny_recipe(*overrides)
+        return open_logit_cache(recipe, dataset, Teachers([FrozenTeacher(classifier)]), seed, precision).folder
+
+    unlabelled = replace(data, unlabelled=data.test, unlabelled_hashes=data.test_hashes)
+    rest = "data.unlabelled=rest"
+    others = [
+        folder("augment.flip=0.1"),
+        folder("train.batch_size=8"),
+        folder("train.repeats=2"),
+        folder("train.epoch_repeats=2"),
+        folder("data.sampling=balanced"),
+        folder("teacher.cache=true", "teacher.cache_top=2"),
+        folder(seed=1),
+        folder(precision=Precision(CPU_FP32.device, torch.bfloat16)),
+        folder(dataset=replace(data, fingerprint="other")),
+        folder(rest, dataset=unlabelled),
+        folder(rest, "train.unlabelled_batch_size=3", dataset=unlabelled),
+        folder(rest, dataset=replace(unlabelled, unlabelled_hashes=data.train_hashes)),
+    ]
+    assert len({folder(), *others}) == 13
+    assert folder() == folder("methods=[hard]", "train.epochs=9", "model.depth=1"), "students do not matter"
 
 
 def test_another_teacher_has_a_folder_of_its_own() -> None:

@@ -8,8 +8,9 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -21,7 +22,7 @@ from deitkit.data.cache import cache_folder, sha256
 from deitkit.data.dataset import Dataset
 from deitkit.errors import RecipeError, TeacherError
 from deitkit.models.classifier import Classifier
-from deitkit.recipe.schema import AugmentRecipe, Recipe
+from deitkit.recipe.schema import Recipe
 from deitkit.system.device import Precision
 from deitkit.system.files import write_bytes
 from deitkit.teachers.frozen import Teachers
@@ -39,68 +40,30 @@ class LogitCache:
     With ``top`` only the largest are kept, with the share of the probability that they leave to all others.
 
     Args:
-        teachers: The classifiers of the logits; their weights are part of the key.
-        fingerprint: Of the data set.
-        augment: Augmentation of the views.
-        batch_size: Images in a step.
-        repeats: Copies of an image in it.
-        crops: What random crops are cut from: "files", or the height and width of kept images; None for resized ones.
-        epoch_repeats: Passes over the images that make an epoch.
-        balanced: Whether an epoch has as many images of every class.
-        unlabelled: Number of images without labels that follow them, and a hash of all such images; None for none.
+        described: All that decides the logits, as JSON: the key of their folder.
         steps: Steps of an epoch.
+        batch: Images in a step, those without labels too.
         classes: Of the data set.
-        seed: Of the views.
-        precision: Of the teachers' forward pass.
+        device: Of the logits.
         top: Number of logits to keep of each view; None for all.
         root: Folder of all caches; by default deitkit's cache folder.
     """
 
     def __init__(
         self,
-        teachers: Sequence[Classifier],
+        described: dict[str, Any],
         *,
-        fingerprint: str,
-        augment: AugmentRecipe,
-        batch_size: int,
-        repeats: int,
-        crops: str | None = None,
-        epoch_repeats: int = 1,
-        balanced: bool = False,
-        unlabelled: tuple[int, str] | None = None,
         steps: int,
+        batch: int,
         classes: int,
-        seed: int,
-        precision: Precision,
+        device: torch.device,
         top: int | None = None,
         root: Path | None = None,
     ) -> None:
-        described = {
-            "format": FORMAT,
-            "teacher": " and ".join(_fingerprint(teacher) for teacher in teachers),
-            "data": fingerprint,
-            "augment": augment.model_dump(mode="json"),
-            "batch_size": batch_size,
-            "repeats": repeats,
-            "seed": seed,
-            "precision": precision.name,
-            "device": precision.device.type,  # which draws the noise of erasing
-        }
-        if crops is not None:
-            described["crops"] = crops
-        if epoch_repeats > 1:
-            described["epoch_repeats"] = epoch_repeats
-        if balanced:
-            described["sampling"] = "balanced"
-        if unlabelled is not None:
-            described["unlabelled"] = list(unlabelled)
-        if top is not None:
-            described["top"] = top
+        described = described | {"format": FORMAT} | ({} if top is None else {"top": top})
         key = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:32]
         self.folder = (root or cache_folder()) / "answers" / key
-        self.steps, self.classes, self.top = steps, classes, top
-        self.batch = batch_size + (unlabelled[0] if unlabelled is not None else 0)
-        self.device = precision.device
+        self.steps, self.batch, self.classes, self.device, self.top = steps, batch, classes, device, top
         self._epoch = -1
         self._recorded: dict[str, Tensor] | None = None
         self._new: dict[str, Tensor] | None = None
@@ -234,27 +197,34 @@ def open_logit_cache(
     recipe: Recipe, dataset: Dataset, teachers: Teachers, seed: int, precision: Precision, root: Path | None = None
 ) -> LogitCache:
     """Open the cache of the teachers' logits for the views of one seed; by default in deitkit's cache folder."""
-    unlabelled = None
+    described = {
+        "teacher": " and ".join(_fingerprint(teacher) for teacher in teachers.classifiers),
+        "data": dataset.fingerprint,
+        "augment": recipe.augment.model_dump(mode="json"),
+        "batch_size": recipe.train.batch_size,
+        "repeats": recipe.train.repeats,
+        "seed": seed,
+        "precision": precision.name,
+        "device": precision.device.type,  # which draws the noise of erasing
+    }
+    if (source := dataset.train.crop_source) is not None and dataset.train.scale_of_crops(recipe.augment) is not None:
+        height_width = None if source.images is None else source.images.shape[2:]
+        described["crops"] = "files" if height_width is None else "{} x {}".format(*height_width)
+    if recipe.train.epoch_repeats > 1:
+        described["epoch_repeats"] = recipe.train.epoch_repeats
+    if recipe.data.sampling == "balanced":
+        described["sampling"] = "balanced"
+    batch = recipe.train.batch_size
     if recipe.unlabelled_in_step and dataset.unlabelled is not None:
         count = min(recipe.unlabelled_in_step, len(dataset.unlabelled))
-        unlabelled = count, sha256(dataset.unlabelled_hashes)
-    crops = None
-    if (source := dataset.train.crop_source) is not None and dataset.train.scale_of_crops(recipe.augment) is not None:
-        crops = "files" if source.images is None else f"{source.images.shape[2]} x {source.images.shape[3]}"
+        described["unlabelled"] = [count, sha256(dataset.unlabelled_hashes)]
+        batch += count
     return LogitCache(
-        teachers.classifiers,
-        fingerprint=dataset.fingerprint,
-        augment=recipe.augment,
-        batch_size=recipe.train.batch_size,
-        repeats=recipe.train.repeats,
-        crops=crops,
-        epoch_repeats=recipe.train.epoch_repeats,
-        balanced=recipe.data.sampling == "balanced",
-        unlabelled=unlabelled,
+        described,
         steps=recipe.train.steps_per_epoch(len(dataset.train)),
+        batch=batch,
         classes=dataset.classes,
-        seed=seed,
-        precision=precision,
+        device=precision.device,
         top=kept_logits(recipe, dataset.classes),
         root=root,
     )
