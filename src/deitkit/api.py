@@ -95,12 +95,11 @@ class Model:
         several = list(images) if isinstance(images, Iterable) and not isinstance(images, str) else [images]
         if not several:
             raise DataError("images is empty: give at least one file, folder or image of Pillow")
-        images = [_image(image, self.card) for image in several]
-        classification = Classification(
-            self._loaded, [image for image in images if isinstance(image, Path)], readout=readout, top=top
-        )
-        found = dict(zip(classification.files, classification, strict=True)) if classification.files else {}
-        opened = [image for image in images if not isinstance(image, Path)]
+        given = [_image(image, self.card) for image in several]
+        paths = [image for image in given if isinstance(image, Path)]
+        opened = [image for image in given if isinstance(image, Tensor)]
+        classification = Classification(self._loaded, paths, readout=readout, top=top)
+        found = dict(zip(classification.files, classification, strict=True)) if paths else {}
         of_opened = iter(
             answer
             for start in range(0, len(opened), BATCH_SIZE)
@@ -109,7 +108,7 @@ class Model:
             )
         )
         answers: list[dict[str, Any]] = []
-        for place, image in enumerate(images):
+        for place, image in enumerate(given):
             if isinstance(image, Path):
                 files = [image] if image in found else sorted(file for file in found if image in file.parents)
                 answers += [found[file] for file in files]
