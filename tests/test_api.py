@@ -85,6 +85,13 @@ def check_images_and_arguments(model: Model, photo: Path) -> None:
     other = photo.with_name("1.png")
     twice = model.predict([photo, other, photo])
     assert [each["image"] for each in twice] == [str(photo), str(other), str(photo)]
+    nested = photo.parent / "more" / "scan"  # without a suffix it is no image of its folder
+    nested.parent.mkdir()
+    shutil.copy(photo, nested)
+    shutil.copy(photo, nested.with_name("2.png"))
+    several = [each["image"] for each in model.predict([nested.parent, nested, nested.with_name("2.png")])]
+    assert several == [str(nested.with_name("2.png")), str(nested), str(nested.with_name("2.png"))]
+    shutil.rmtree(nested.parent)
     answer, of_file, again = model.predict([Image.open(photo), photo, Image.open(photo)])
     assert answer == of_file | {"image": "images[0]"}
     assert again["image"] == "images[2]"

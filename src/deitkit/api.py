@@ -110,8 +110,7 @@ class Model:
         answers: list[dict[str, Any]] = []
         for place, image in enumerate(given):
             if isinstance(image, Path):
-                files = [image] if image in found else sorted(file for file in found if image in file.parents)
-                answers += [found[file] for file in files]
+                answers += [found[file] for file in classification.named[image]]
             else:
                 answers.append({"image": f"images[{place}]"} | next(of_opened))
         return answers

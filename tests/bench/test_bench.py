@@ -1,6 +1,7 @@
 """The bench commands: what they print can be read by a program, and adds up."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +12,9 @@ from deitkit.bench.measure import count_flops, machine_limit
 from deitkit.bench.training_speed import Bench
 from deitkit.cli.main import app
 from deitkit.models.catalogue import CatalogueModel
+from deitkit.models.classifier import Classifier
 from deitkit.models.cnn import CifarResNet
+from deitkit.models.saved import save_classifier
 from deitkit.models.vit import DeiT
 from deitkit.system.timer import time_in_turn
 from deitkit.training.student import Student
@@ -104,6 +107,18 @@ def test_a_student_of_pretrained_weights_is_timed_at_their_size_without_them(mon
     timed = json.loads(run("infer", "model.pretrained=timm/vit_tiny_patch16_224", "data.image_px=32", *FEW, "--json"))
     assert (timed["model"]["width"], timed["model"]["depth"], timed["model"]["heads"]) == (192, 12, 3)
     assert timed["model"]["pretrained"] is None
+
+
+def test_a_saved_model_is_a_teacher_of_synthetic_images_too(tmp_path: Path) -> None:
+    names = list("abcde")
+    model = Classifier(CifarResNet(20, classes=5), mean=(0.5,) * 3, std=(0.5,) * 3)
+    card = {"architecture": "cifar/resnet20", "class_names": names, "channels": 3, "input_px": [16, 16]}
+    save_classifier(tmp_path / "teacher", model, card)
+    tiny = [field for field in TINY if not field.startswith("teacher")]
+    given = (f"teacher.name={tmp_path / 'teacher'}", "methods=[hard]")
+    timed = json.loads(run("train", *tiny, *given, "--synthetic", *FEW, "--json"))
+    assert timed["teacher"] == str(tmp_path / "teacher")
+    assert timed["shares"]["teacher"] > 0
 
 
 def test_infer_times_a_student() -> None:

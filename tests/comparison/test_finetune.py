@@ -22,7 +22,7 @@ from deitkit.comparison.finetune import _obstacle, start_from
 from deitkit.data.dataset import load_dataset
 from deitkit.data.duplicates import share_in_sketch, sketch
 from deitkit.errors import CheckpointError, RecipeError
-from deitkit.evaluation.apply import evaluate_model, images_seen
+from deitkit.evaluation.apply import evaluate_model, images_before
 from deitkit.models.card import ModelCard
 from deitkit.models.classifier import Classifier
 from deitkit.models.saved import read_card, save_classifier
@@ -273,18 +273,21 @@ def test_a_model_has_seen_the_images_of_those_that_it_started_from() -> None:
     card = ModelCard(mean=(0.5,), std=(0.5,), class_names=NAMES, input_px=(8, 8))
     first = card.model_copy(update={"trained_on": sketch(hashes[:10])})
     other_size = card.model_copy(update={"input_px": (16, 16), "trained_on": sketch(hashes[10:20])})
-    assert images_seen(digits, hashes[:0], []) is None
-    assert images_seen(digits, hashes[20:], []) == sketch(hashes[20:])
-    assert images_seen(digits, hashes[:0], [first]) == first.trained_on
-    both = images_seen(digits, hashes[20:], [first, other_size, card])
-    assert both == sketch(torch.cat([hashes[:10], hashes[20:]]))
-    assert share_in_sketch(hashes, both) == pytest.approx(20 / 30)
+    assert images_before(digits, [card]) == {}
+    before = images_before(digits, [first, other_size, card])
+    second = card.model_copy(update={"trained_on": sketch(hashes[20:])} | before)
+    assert second.trained_before_on == first.trained_on
+    assert second.seen == sketch(torch.cat([hashes[:10], hashes[20:]]))
+    assert share_in_sketch(hashes, second.seen) == pytest.approx(20 / 30)
+    assert images_before(digits, [second]) == {"trained_before_on": second.seen}, "through two models"
 
 
 def test_a_fine_tuned_student_records_the_images_of_its_checkpoint_too(plain: Path, tmp_path: Path) -> None:
     finetune(plain, tmp_path, "methods=[none]", "data.train_images=20", "train.epochs=1")
     tuned, first = read_card(tmp_path / "tuned" / "winner"), read_card(plain / "winner")
-    assert tuned.trained_on == first.trained_on, "twenty of the same images, and those of its checkpoint"
+    assert tuned.trained_before_on == first.trained_on
+    assert tuned.trained_on not in (None, first.trained_on), "twenty of the same images"
+    assert tuned.seen == first.trained_on
 
 
 def test_a_sketch_estimates_the_share_of_trained_images() -> None:

@@ -216,6 +216,10 @@ def test_cohorts_are_planned_from_what_lies_in_the_folder(tmp_path: Path) -> Non
     assert plan("none", "soft") == [("none",), ("soft",)], "the third has left, and keeps its state"
     assert plan("none", "soft", "hard") == [("none",), ("soft",), ("hard",)]
     assert not list(home.glob("*/checkpoint.before.safetensors")), "which would still hold three"
+    shutil.rmtree(home)
+    save_tree(home / "none" / "checkpoint.safetensors", state | {"students": {"soft": {}}})  # without its owner
+    assert plan("none", "soft") == [("soft",), ("none",)]
+    assert not (home / "none" / "checkpoint.safetensors").exists()
 
 
 def test_a_run_goes_on_only_with_the_images_and_labels_that_it_was_begun_with(

@@ -226,6 +226,6 @@ def test_files_that_cannot_be_written(
 def test_only_regular_files_are_images(tmp_path: Path) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     os.mkfifo(tmp_path / "b.png")
-    assert image_files([tmp_path]) == [tmp_path / "a.png"]
+    assert image_files(tmp_path) == [tmp_path / "a.png"]
     with pytest.raises(DataError, match=r"b\.png is neither a file nor a folder: name image files"):
-        image_files([tmp_path / "b.png"])
+        image_files(tmp_path / "b.png")

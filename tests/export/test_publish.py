@@ -14,6 +14,7 @@ import yaml
 from PIL import Image
 
 from deitkit.comparison.compare import compare
+from deitkit.data.duplicates import sketch
 from deitkit.errors import CheckpointError, DataError, RecipeError
 from deitkit.evaluation.readouts import readout_scores
 from deitkit.export import publish as module
@@ -216,3 +217,6 @@ def test_a_file_is_not_checked_on_other_images_of_the_same_relative_name(
     export_onnx(model, tmp_path / "out.onnx", ExportOptions(data="folder:photos"))
     monkeypatch.chdir(finished.parent)
     assert export_onnx(model, tmp_path / "here.onnx", ExportOptions()).n == 16
+    more = {"dataset": "folder:photos", "trained_before_on": sketch(torch.arange(-500, 500) * 2**50)}
+    (model / "model.json").write_text(json.dumps(card | more))  # of a checkpoint of other images
+    assert export_onnx(model, tmp_path / "tuned.onnx", ExportOptions()).n == 16

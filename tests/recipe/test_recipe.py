@@ -69,8 +69,6 @@ def test_overrides_reach_nested_fields() -> None:
         (["teachers=[{}, {train: {epochs: 1, warmup_epochs: 2}}]"], ["teachers.1.train.warmup_epochs=2"]),
         (["teachers=[{nmae: cifar/resnet20}]"], ["unknown key 'teachers.0.nmae'", "teacher.name"]),
         (["teachers=[{}, {}]", "teacher.name=cifar/resnet56"], ["teacher and teachers exclude each other"]),
-        (["teacher.cache_top=5"], ["teacher.cache_top=5 has no effect without teacher.cache=true"]),
-        (["teachers=[{cache: true, cache_top: 5}, {cache: true}]"], ["teachers: cache_top must be the same for all"]),
         (["teacher.train.ema_decay=0.9"], ["unknown key 'teacher.train.ema_decay'", "did you mean train.ema_decay"]),
         (["teacher.train.precision=fp32"], ["unknown key 'teacher.train.precision'", "did you mean train.precision"]),
         (["train.warmup_epochs=1000"], ["warmup_epochs"]),

@@ -374,9 +374,7 @@ def test_resume_without_a_folder_finds_the_newest_run_of_this_recipe(
     damaged.mkdir()
     (damaged / "recipe.yaml").write_text("unknown: 1\n")
     assert choose_run_folder(None, short, resume=True) == Path("runs/digits-3")
-    with pytest.raises(
-        CheckpointError, match=r"digits-5 was started with .*its recipe\.yaml cannot be read: .*unknown"
-    ):
+    with pytest.raises(CheckpointError, match=r"digits-5.recipe\.yaml cannot be read \(.*unknown.*\): correct it"):
         check_run(damaged, short, resume=True)
     shutil.rmtree(damaged)
     assert choose_run_folder(None, long, resume=True) == Path("runs/digits-4")

@@ -14,6 +14,7 @@ from deitkit.comparison.seed_run import seed_cohort
 from deitkit.data.dataset import Dataset, Split, add_unlabelled, load_dataset
 from deitkit.models.accelerate import accelerate
 from deitkit.models.classifier import Classifier
+from deitkit.models.saved import model_folder, read_card
 from deitkit.models.weights.pretrained import resolved
 from deitkit.models.zoo import create_classifier
 from deitkit.recipe.schema import Recipe, TeacherRecipe
@@ -263,17 +264,20 @@ def step_flops(bench: Bench) -> int:
 def synthetic_dataset(recipe: Recipe) -> Dataset:
     """Return random images, some without labels if the recipe has such; speed does not depend on their content."""
     side = recipe.data.image_px or SYNTHETIC_PX
-    count = max(4 * recipe.train.batch_size, SYNTHETIC_CLASSES)
+    places = [Path(teacher.name) for teacher in recipe.all_teachers]
+    saved = [read_card(model_folder(place)).class_names for place in places if place.is_dir()]
+    names = saved[0] if saved else tuple(f"class {number}" for number in range(SYNTHETIC_CLASSES))
+    classes = len(names)
+    count = max(4 * recipe.train.batch_size, classes)
     generator = torch.Generator().manual_seed(0)
     channels = recipe.data.channels or 3
 
     def split(size: int) -> Split:
         images = torch.randint(0, 256, (size, channels, side, side), dtype=torch.uint8, generator=generator)
-        return Split(images, torch.arange(size) % SYNTHETIC_CLASSES)
+        return Split(images, torch.arange(size) % classes)
 
-    names = tuple(f"class {number}" for number in range(SYNTHETIC_CLASSES))
     half = (0.5,) * channels
-    small = split(SYNTHETIC_CLASSES)
+    small = split(classes)
     unlabelled = None
     if recipe.unlabelled_in_step:
         unlabelled = replace(split(recipe.unlabelled_in_step), labels=torch.full((recipe.unlabelled_in_step,), -1))

@@ -198,7 +198,7 @@ def dry_run(recipe: Recipe, dataset: Dataset, precision: Precision) -> tuple[lis
     """Build the students once, to fail before the teacher trains.
 
     Returns:
-        The initial checkpoint and its adaptations, line by line (empty without a checkpoint), and the number of
+        Remarks, and the initial checkpoint and its adaptations, line by line (empty without both), and the number of
         parameters of each student.
     """
     _require_whole_batches(recipe, len(dataset.train))
@@ -209,7 +209,8 @@ def dry_run(recipe: Recipe, dataset: Dataset, precision: Precision) -> tuple[lis
             "it, or start one process"
         )
     require_parts(step_images(recipe, dataset))
-    start: list[str] = []
+    idle = [teacher for teacher in recipe.all_teachers if teacher.cache_top is not None and not teacher.cache]
+    start = [f"teacher.cache_top={teacher.cache_top} has no effect without teacher.cache=true" for teacher in idle]
     students = build_students(recipe, dataset, recipe.seeds[0], precision, start.append)
     for cnn in (student.classifier for student in students if student.name == BASELINE):
         failure = failure_of(cnn, dataset, recipe.train.batch_size, precision, trained=True)

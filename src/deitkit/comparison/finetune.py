@@ -88,7 +88,7 @@ def _named(model: ModelRecipe) -> dict[str, Any]:
 def _check_division(data: DataRecipe, weights: Weights) -> None:
     """Raise RecipeError if a card without a sketch of its images names this data set with another split."""
     card = weights.card
-    known = card is not None and card.trained_on is None and card.dataset == data.name
+    known = card is not None and card.seen is None and card.dataset == data.name
     division = card.split if card is not None and known else {}
     if any(getattr(data, field) != value for field, value in division.items()):
         shown = " ".join(f"data.{field}={value}" for field, value in division.items())
@@ -142,8 +142,8 @@ def measure_checkpoint(
         own |= {"eval_crop": card.eval_crop, "fit": card.fit}
     test, hashes = load_test(recipe.data.model_copy(update=own), watcher.reading)
     assert torch.equal(test.labels, dataset.test.labels.cpu()), "both are the same images in the same order"
-    trained_on = None if card is None else card.trained_on
-    seen = share_of_tests_seen(hashes, dataset.test_hashes, dataset.train_hashes, trained_on)
+    sketch = None if card is None else card.seen
+    seen = share_of_tests_seen(hashes, dataset.test_hashes, dataset.train_hashes, sketch)
     if seen > MOST_SEEN:
         raise RecipeError(
             f"about {100 * seen:.0f} % of the test images of {dataset.name} are training images of {name}: "

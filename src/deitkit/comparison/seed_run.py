@@ -15,8 +15,9 @@ from torch import Tensor
 
 from deitkit.comparison.rows import StudentPredictions
 from deitkit.data.dataset import Dataset, as_read
+from deitkit.data.duplicates import sketch
 from deitkit.errors import CheckpointError
-from deitkit.evaluation.apply import card_of_data, images_seen
+from deitkit.evaluation.apply import card_of_data, images_before
 from deitkit.evaluation.predict import predict_all
 from deitkit.evaluation.readouts import readout_scores
 from deitkit.models.accelerate import release
@@ -278,10 +279,13 @@ def _divide_state(place: Path, names: Sequence[str], say: Callable[[str], None],
         return [name for name in (state or {"students": ()})["students"] if not (home / name / PREDICTIONS).exists()]
 
     there = {*unfinished(outline(place))}
-    if there.isdisjoint(names) or {*there, owner} <= {*names}:
+    goes_on = {owner} <= there <= {*names}
+    is_needed = not there.isdisjoint(names) or (owner in names and not (home / owner / PREDICTIONS).exists())
+    if goes_on or not is_needed:
         return
     with locked(place.parent, patience, say):
-        state, metrics = load_state(place, say), read_metrics(place.parent)
+        # The run's own metrics have what students trained in a seed's cohort, those of a unit's first student the rest.
+        state, metrics = load_state(place, say), read_metrics(home.parent) + read_metrics(place.parent)
         for name in sorted(unfinished(state), key=lambda name: name == owner):  # the one in whose folder it lies last
             _set_aside(name, state, home, metrics)
         if owner not in unfinished(state):
@@ -386,6 +390,7 @@ def _student_card(recipe: Recipe, dataset: Dataset, student: Student, seed: int)
         "seed": seed,
         "recipe": recipe.name,
         **card_of_data(recipe.data, dataset),
+        "trained_on": sketch(torch.cat([dataset.train_hashes, dataset.unlabelled_hashes])),
     }
     start = None
     if student.name == BASELINE:
@@ -393,5 +398,4 @@ def _student_card(recipe: Recipe, dataset: Dataset, student: Student, seed: int)
     else:
         card["initial"], start = initial_weights(recipe), starting_weights(recipe.model)
     before = None if start is None else card_of(weights_file(start))
-    own = torch.cat([dataset.train_hashes, dataset.unlabelled_hashes])
-    return card | {"trained_on": images_seen(dataset, own, [] if before is None else [before])}
+    return card | images_before(dataset, [] if before is None else [before])

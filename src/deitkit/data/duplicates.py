@@ -137,7 +137,7 @@ def share_of_tests_seen(
     hashes: Int64[Tensor, " test"],
     test: Int64[Tensor, " test"],
     train: Int64[Tensor, " train"],
-    trained_on: str | None,
+    seen: str | None,
 ) -> float:
     """Estimate which share of a run's test images a given model was trained on; training images do not count.
 
@@ -145,9 +145,9 @@ def share_of_tests_seen(
         hashes: Of the test images as the model takes them.
         test: Of the same images as the run takes them.
         train: Of the run's training images.
-        trained_on: Sketch of the model's training images; the share is 0 if these are unknown.
+        seen: Sketch of the images that the model has learned from; the share is 0 if these are unknown.
     """
-    return share_in_sketch(hashes[~torch.isin(test, train)], trained_on or "")
+    return share_in_sketch(hashes[~torch.isin(test, train)], seen or "")
 
 
 def how_to_divide(split: Mapping[str, Any]) -> str:

@@ -61,6 +61,7 @@ class ShownModel:
         Raises:
             DataError: It cannot be decoded.
         """
+        assert self.card.side  # a card without it is refused, and not the image
         try:
             return decode_for(self.card, file)
         except Exception:  # Pillow raises many types, with the name of a temporary file

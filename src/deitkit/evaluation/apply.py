@@ -4,11 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxtyping import Int64
-from torch import Tensor
-
 from deitkit.data.dataset import Dataset, load_dataset
-from deitkit.data.duplicates import merge_sketches, share_in_sketch, sketch
+from deitkit.data.duplicates import merge_sketches, share_in_sketch
 from deitkit.errors import DataError, HasTestSplit
 from deitkit.evaluation.predict import predict
 from deitkit.evaluation.readouts import named_scores, top_k_accuracy, top_k_hits
@@ -40,7 +37,7 @@ def evaluate_model(folder: Path, data: str, root: Path | None = None) -> dict[st
         hits = int(top_k_hits(values, labels).sum())
         top5 = top_k_accuracy(values, labels, 5) if dataset.classes > 5 else None
         rows.append({"readout": readout, "top1": hits / n, "top1_ci95": wilson_interval(hits, n), "top5": top5})
-    seen = None if card.trained_on is None else share_in_sketch(dataset.test_hashes, card.trained_on)
+    seen = None if card.seen is None else share_in_sketch(dataset.test_hashes, card.seen)
     return {"model": str(folder), "dataset": dataset.name, "n": n, "trained_on": seen, "readouts": rows}
 
 
@@ -82,18 +79,18 @@ def card_of_data(recipe: DataRecipe, dataset: Dataset) -> dict[str, Any]:
     }
 
 
-def images_seen(dataset: Dataset, own: Int64[Tensor, " train"], origins: Sequence[ModelCard]) -> str | None:
-    """Return the sketch of the images that a model has learned from; None if nothing is known.
+def images_before(dataset: Dataset, origins: Sequence[ModelCard]) -> dict[str, str]:
+    """Return what the card of a model tells about the images that it saw before it was used on a data set.
+
+    Those of a model that takes them in another size, number of channels or shape are left out, since other pixels have
+    other hashes.
 
     Args:
         dataset: The data set on which it is used.
-        own: Hashes of the images of it that the model was trained on; empty if it was not trained.
-        origins: Cards of the models that it started from. The images of one that takes them in another size, number of
-            channels or shape are left out, since other pixels have other hashes.
+        origins: Cards of the models that it started from.
     """
-    known = [origin.trained_on for origin in origins if origin.trained_on and origin.view == view_of(dataset)]
-    sketches = [*known, *([sketch(own)] if len(own) else [])]
-    return merge_sketches(sketches) if sketches else None
+    known = [origin.seen for origin in origins if origin.seen is not None and origin.view == view_of(dataset)]
+    return {"trained_before_on": merge_sketches(filter(None, known))} if known else {}
 
 
 def view_of(dataset: Dataset) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Classifying any number of image files: decoded ahead by worker processes, in batches, in bounded memory."""
 
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -58,25 +59,22 @@ def decode_for(card: ModelCard, image: Path | Image.Image) -> UInt8[np.ndarray, 
     return decode_image(image, card.channels, card.side, card.eval_crop, card.fit)
 
 
-def image_files(paths: Sequence[Path]) -> list[Path]:
-    """Return the named files, and the images in named folders and their subfolders, each once.
+def image_files(path: Path) -> list[Path]:
+    """Return a named file, or the images in a named folder and its subfolders.
 
     Raises:
-        DataError: A path does not exist, or a folder has no image.
+        DataError: It does not exist, or is a folder without an image.
     """
-    found: dict[Path, None] = {}
-    for path in paths:
-        if not path.exists():
-            raise DataError(f"image {path} does not exist: check its name")
-        if not (path.is_file() or path.is_dir()):
-            raise DataError(f"image {path} is neither a file nor a folder: name image files, or folders of them")
-        files = [path] if not path.is_dir() else sorted(_images_below(path))
-        if not files:
-            raise DataError(
-                f"{path} contains no image ({', '.join(sorted(SUFFIXES))}): name image files, or folders of them"
-            )
-        found |= dict.fromkeys(files)
-    return list(found)
+    if not path.exists():
+        raise DataError(f"image {path} does not exist: check its name")
+    if not (path.is_file() or path.is_dir()):
+        raise DataError(f"image {path} is neither a file nor a folder: name image files, or folders of them")
+    files = [path] if not path.is_dir() else sorted(_images_below(path))
+    if not files:
+        raise DataError(
+            f"{path} contains no image ({', '.join(sorted(SUFFIXES))}): name image files, or folders of them"
+        )
+    return files
 
 
 def _images_below(folder: Path) -> Iterator[Path]:
@@ -84,7 +82,9 @@ def _images_below(folder: Path) -> Iterator[Path]:
 
 
 class Classification(Iterable[Prediction]):
-    """What a model says of each image, in order; the next images are decoded meanwhile. Its length is their number.
+    """What a model says of each image, in order and each once; the next images are decoded meanwhile.
+
+    Its length is the number of images, ``files`` their paths, and ``named`` those that each path stands for.
 
     Args:
         model: Its folder, or what ``load_classifier`` returned for it.
@@ -115,7 +115,9 @@ class Classification(Iterable[Prediction]):
         device = choose_device("auto")
         self.precision = Precision.choose("auto", device)
         self.classifier, self.card = load_classifier(model, device) if isinstance(model, Path) else model
-        self.files, self.named = image_files(paths), {*paths}
+        self.named = {path: image_files(path) for path in paths}
+        self.files = list(dict.fromkeys(itertools.chain.from_iterable(self.named.values())))
+        assert self.card.side  # without it a card is refused here, and not with each image
         self.readout, self.top, self.embed = readout, top, embed
         if workers is None:
             workers = usable_cores() if len(self.files) >= FEWEST_FOR_WORKERS else 0

@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
 
+from deitkit.data.duplicates import merge_sketches
 from deitkit.data.listing import writable
 from deitkit.errors import CheckpointError, reason_of
 
@@ -36,7 +37,8 @@ class ModelCard(BaseModel):
         class_names: One for each output.
         dataset: Name of the data that it was trained on.
         split: Fields of ``data`` that divided these.
-        trained_on: Sketch of the images that it has learned from; see ``duplicates.sketch``.
+        trained_on: Sketch of the images that it was trained on; see ``duplicates.sketch``.
+        trained_before_on: Sketch of those of the models that it started from.
         method: Of a student.
         seed: Of its training.
         readout: By which it won its comparison.
@@ -64,6 +66,7 @@ class ModelCard(BaseModel):
     dataset: str | None = None
     split: dict[str, Any] = {}
     trained_on: str | None = None
+    trained_before_on: str | None = None
     method: str | None = None
     seed: int | None = None
     readout: str | None = None
@@ -89,6 +92,12 @@ class ModelCard(BaseModel):
     def view(self) -> dict[str, Any]:
         """How it takes images, as fields of ``data``: equal views of one file have equal pixels."""
         return {"image_px": self.side, "channels": self.channels, "fit": self.fit}
+
+    @property
+    def seen(self) -> str | None:
+        """Sketch of all images that it has learned from; None if none are known."""
+        known = [text for text in (self.trained_on, self.trained_before_on) if text is not None]
+        return merge_sketches(known) if known else None
 
     def written(self) -> dict[str, Any]:
         """Return it as it was read, for a file."""

@@ -51,11 +51,6 @@ def contradictions(recipe: "Recipe") -> Iterator[str]:
             yield f"{name}.mean and {name}.std belong together: give both or neither"
         if any(std <= 0 for std in teacher.std or ()):
             yield f"{name}.std={list(teacher.std or ())} must be positive"
-        if teacher.cache_top is not None and not teacher.cache:
-            yield f"{name}.cache_top={teacher.cache_top} has no effect without {name}.cache=true: set that, or drop it"
-    tops = {teacher.cache_top for teacher in teachers.values() if teacher.cache}
-    if len(tops) > 1:
-        yield "teachers: cache_top must be the same for all, since the mean of their answers is cached: repeat it"
     augments = {"augment": recipe.augment} | {f"{name}.augment": one.augment for name, one in teachers.items()}
     for name, augment in augments.items():
         policies = ("randaugment", "autoaugment", "three_augment")

@@ -72,12 +72,12 @@ def choose_run_folder(
         return new
     existing = [path for path in numbered if (path / "recipe.yaml").exists()]
     existing.sort(key=lambda path: (path / "recipe.yaml").stat().st_mtime, reverse=True)
-    found = next((path for path in existing if not _changes_since(path, recipe)), None)
+    found = next((path for path in existing if not _differs(path, recipe)), None)
     if found is None and not resume:
         return new
     if found is None:
         newest = existing[:1]
-        differs = [f"; the newest, {run}, differs ({'; '.join(_changes_since(run, recipe))})" for run in newest]
+        differs = [f"; the newest, {run}, differs ({_differs(run, recipe)})" for run in newest]
         raise RecipeError(
             f"--resume found no run of this recipe named '{recipe.name}' under runs/{''.join(differs)}: name its "
             "folder with --out, or repeat the options that it was started with"
@@ -181,11 +181,20 @@ def begin_run(folder: Path, recipe: Recipe) -> None:
 
 def _changes_since(folder: Path, recipe: Recipe) -> list[str]:
     """Return the changes to the recipe of a run folder under which the run cannot go on."""
+    path = folder / "recipe.yaml"
     try:
-        begun = load_recipe(str(folder / "recipe.yaml"))
+        begun = load_recipe(str(path))
     except RecipeError as error:
-        return [f"its recipe.yaml cannot be read: {error}"]
+        raise CheckpointError(f"{path} cannot be read ({error}): correct it, or name a new folder with --out") from None
     return _changes(begun.model_dump(mode="json"), recipe.model_dump(mode="json"))
+
+
+def _differs(folder: Path, recipe: Recipe) -> str:
+    """Return why a run cannot go on under a recipe, in words; empty if it can."""
+    try:
+        return "; ".join(_changes_since(folder, recipe))
+    except CheckpointError as error:
+        return str(error)
 
 
 def _changes(old: Any, new: Any) -> list[str]:

@@ -96,7 +96,7 @@ def outline(path: Path) -> Any:
             with signals_held(), safe_open(file, framework="pt") as opened:
                 entry = json.loads((opened.metadata() or {})["deitkit"])
             return _decode(json.loads(entry["tree"]), defaultdict(lambda: torch.empty(0)))
-        except (SafetensorError, OSError, ValueError, LookupError, TypeError):
+        except (SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
             continue
     return None
 

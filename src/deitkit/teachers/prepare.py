@@ -12,9 +12,10 @@ from typing import Any
 from torch import nn
 
 from deitkit.data.dataset import Dataset, as_read, load_dataset
+from deitkit.data.duplicates import sketch
 from deitkit.distillation.methods import METHODS
 from deitkit.errors import CheckpointError, TeacherError
-from deitkit.evaluation.apply import card_of_data, images_seen
+from deitkit.evaluation.apply import card_of_data, images_before
 from deitkit.evaluation.readouts import top_k_accuracy
 from deitkit.models.accelerate import accelerate
 from deitkit.models.built import BuiltClassifier, reset_head, reverse_channels
@@ -131,11 +132,11 @@ def _model_card(card: TeacherCard, dataset: Dataset, recipe: Recipe, train_data:
         "validation_top1": card.top1,
     }
     before = [origin for _, origin in origins(recipe.teacher)]
-    own = train_data.train_hashes if card.fit != "none" else train_data.train_hashes[:0]
-    if card.fit == "none" and before:  # its training was that of another run
+    if card.fit != "none":
+        described["trained_on"] = sketch(train_data.train_hashes)
+    elif before:  # its training was that of another run
         described["split"] = before[-1].split
-    seen = images_seen(dataset, own, before)
-    return described if seen is None else described | {"trained_on": seen}
+    return described | images_before(dataset, before)
 
 
 def draft_teacher(recipe: TeacherRecipe, dataset: Dataset) -> tuple[Classifier, TeacherCard]:

@@ -92,11 +92,11 @@ def require_unseen(recipe: TeacherRecipe, data: DataRecipe, dataset: Dataset) ->
         TeacherError: It was.
     """
     for given, card in origins(recipe):
-        if not card.trained_on:
+        if not card.seen:
             continue
         same = card.view == view_of(dataset)
         hashes = dataset.test_hashes if same else load_test(data.model_copy(update=card.view))[1]
-        seen = share_of_tests_seen(hashes, dataset.test_hashes, dataset.train_hashes, card.trained_on)
+        seen = share_of_tests_seen(hashes, dataset.test_hashes, dataset.train_hashes, card.seen)
         if seen > MOST_SEEN:
             raise TeacherError(
                 f"about {100 * seen:.0f} % of the test images of {dataset.name} are training images of the teacher "

@@ -17,7 +17,10 @@ from deitkit.models.weights.initialise import Weights, read_weights
 from deitkit.models.weights.read import file_sha256
 
 # Fields of a student's card about its training, which apply only while the weights are unchanged.
-_ABOUT_TRAINING = ("method", "seed", "recipe", "dataset", "split", "trained_on", "readout", "test_top1", "initial")
+_ABOUT_TRAINING = (
+    "method", "seed", "recipe", "dataset", "split", "trained_on", "trained_before_on", "readout", "test_top1",
+    "initial",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
