@@ -111,8 +111,8 @@ def sketch(train: Int64[Tensor, " train"]) -> str:
 
 
 def merge_sketches(texts: Iterable[str]) -> str:
-    """Return the sketch of the images of several sketches; of images that were hashed at one size."""
-    return sketch(torch.cat([_sketched(text) for text in texts]))
+    """Return the sketch of the images of several sketches, which were hashed at one size."""
+    return sketch(torch.cat([torch.zeros(0, dtype=torch.int64), *(_sketched(text) for text in texts)]))
 
 
 def share_of_sketch(train: Int64[Tensor, " train"], text: str) -> float:

@@ -89,8 +89,8 @@ def images_before(dataset: Dataset, origins: Sequence[ModelCard]) -> dict[str, s
         dataset: The data set on which it is used.
         origins: Cards of the models that it started from.
     """
-    known = [origin.seen for origin in origins if origin.seen is not None and origin.view == view_of(dataset)]
-    return {"trained_before_on": merge_sketches(filter(None, known))} if known else {}
+    known = [seen for origin in origins if (seen := origin.seen) and origin.view == view_of(dataset)]
+    return {"trained_before_on": merge_sketches(known)} if known else {}
 
 
 def view_of(dataset: Dataset) -> dict[str, Any]:
