@@ -172,7 +172,7 @@ def test_a_run_is_compared_evaluated_reported_and_used(run: Run, tmp_path: Path,
     card = json.loads((untold / "model.json").read_text())
     (untold / "model.json").write_text(json.dumps({key: card[key] for key in card if key != "trained_on"}))
     for model, note in ((out, False), (untold, True)):
-        assert ("nothing tells which images" in run("evaluate", model, "--data", f"folder:{photos}")[1]) == note
+        assert ("nothing records which images" in run("evaluate", model, "--data", f"folder:{photos}")[1]) == note
     (out / "table.md").unlink()
     code, text, _ = run("report", out)
     assert code == 0
