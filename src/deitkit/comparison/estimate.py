@@ -5,7 +5,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from deitkit.comparison.seed_run import missing_students, seed_cohort, training_has_begun
+from deitkit.comparison.cohort_states import missing_students, training_has_begun
+from deitkit.comparison.seed_run import seed_cohort
 from deitkit.data.dataset import Dataset
 from deitkit.models.accelerate import accelerate
 from deitkit.recipe.schema import Recipe

@@ -4,15 +4,15 @@ A student learns the same alone as in a cohort, so a comparison may grow: only m
 are in its own folder, `seed-N/STUDENT/`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
+from deitkit.comparison.cohort_states import PREDICTIONS, STATE, PlannedCohort, plan_cohorts, write_own_metrics
 from deitkit.comparison.rows import StudentPredictions
 from deitkit.data.dataset import Dataset, as_read
 from deitkit.data.duplicates import sketch
@@ -30,7 +30,7 @@ from deitkit.recipe.schema import Recipe
 from deitkit.run.folder import locked, unreadable
 from deitkit.run.metrics import EpochMetrics, read_metrics, write_metrics
 from deitkit.run.observer import Watcher
-from deitkit.run.state import drop_state, has_state, load_state, load_tree, outline, replace_state, save_tree
+from deitkit.run.state import drop_state, load_tree, save_tree
 from deitkit.system.device import Precision
 from deitkit.system.ranks import Ranks
 from deitkit.teachers.frozen import Teachers
@@ -42,16 +42,7 @@ from deitkit.training.shared import SharedTraining, ranks_that_share
 from deitkit.training.student import Student
 
 LOCK_SECONDS = 180.0  # until a machine that was lost has lost its locks, too
-PREDICTIONS, STATE = "predictions.safetensors", "checkpoint.safetensors"
 Scores: TypeAlias = dict[str, dict[str, dict[str, dict[str, Tensor]]]]  # student, weights, split, readout
-
-
-@dataclass(frozen=True)
-class PlannedCohort:
-    """Students that train in lock-step, and the file of their state."""
-
-    names: tuple[str, ...]
-    state: Path
 
 
 def run_seed(
@@ -199,105 +190,6 @@ def _report_finished(home: Path, names: Sequence[str], everyone: Sequence[str], 
         )
 
 
-def plan_cohorts(
-    home: Path,
-    names: Sequence[str],
-    everyone: Sequence[str],
-    say: Callable[[str], None],
-    patience: float,
-    *,
-    apart: bool,
-) -> list[PlannedCohort]:
-    """Divide the unfinished students of a seed into cohorts: those of one state continue together, new ones start so.
-
-    A student that shares a state with others, and does not continue with them here, is set aside with a state of its
-    own: it has left the comparison, or another process trains it.
-
-    Args:
-        home: The seed's folder.
-        names: Of the students to train.
-        everyone: All students in the comparison.
-        say: Receives a line for each student that is set aside since it left the comparison.
-        patience: Seconds to wait for a process that trains a student of the same state.
-        apart: Whether other processes may train other students of the seed: the state of new ones is in the folder of
-            the first of them, instead of the seed's.
-
-    Raises:
-        CheckpointError: Another process still trains a student of the same state.
-    """
-    missing = missing_students(home.parent, int(home.name.removeprefix("seed-")), names)
-    shared = home / STATE
-    if has_state(shared):
-        _set_aside_all(home, [] if apart else everyone, say)
-    for place in sorted({path.with_name(STATE) for path in home.glob("*/checkpoint*.safetensors")}):
-        _divide_state(place, names, say, patience)
-    own = [home / name / STATE for name in names if has_state(home / name / STATE)]
-    cohorts: list[PlannedCohort] = []
-    for place in (shared, *own):
-        state = (load_state(place, say) if has_state(place) else None) or {"students": {}}
-        planned = {name for cohort in cohorts for name in cohort.names}
-        together = tuple(name for name in missing if name in state["students"] and name not in planned)
-        if together:
-            cohorts.append(PlannedCohort(together, place))
-        elif place == shared:
-            drop_state(shared)
-    rest = tuple(name for name in missing if not any(name in cohort.names for cohort in cohorts))
-    if rest:
-        cohorts.append(PlannedCohort(rest, home / rest[0] / STATE if apart else shared))
-    return cohorts
-
-
-def _set_aside_all(home: Path, stay: Sequence[str], say: Callable[[str], None]) -> None:
-    """Give each unfinished student in the shared state of a seed, other than those that stay, a state of its own."""
-    shared = home / STATE
-    state = load_state(shared, say) or {"students": {}}
-    leaving = [name for name in state["students"] if name not in stay]
-    for name in leaving:
-        if not (home / name / PREDICTIONS).exists():
-            _set_aside(name, state, home, read_metrics(home.parent))
-            if stay:
-                say(f"{name} is not in the comparison any more: its training so far stays in {home / name}")
-    if not stay:
-        drop_state(shared)
-
-
-def missing_students(folder: Path, seed: int, names: Sequence[str]) -> list[str]:
-    """Return those of some students of a seed that are not finished."""
-    return [name for name in names if not (folder / f"seed-{seed}" / name / PREDICTIONS).exists()]
-
-
-def training_has_begun(home: Path) -> bool:
-    """Return whether the folder of a seed or a teacher contains the state of a training."""
-    return has_state(home / STATE)
-
-
-def _divide_state(place: Path, names: Sequence[str], say: Callable[[str], None], patience: float) -> None:
-    """Give each student in the state of a cohort one of its own, if some, but not all, of them are to be trained."""
-    home, owner = place.parent.parent, place.parent.name
-
-    def unfinished(state: dict[str, Any] | None) -> list[str]:
-        return [name for name in (state or {"students": ()})["students"] if not (home / name / PREDICTIONS).exists()]
-
-    there = {*unfinished(outline(place))}
-    goes_on = {owner} <= there <= {*names}
-    is_needed = not there.isdisjoint(names) or (owner in names and not (home / owner / PREDICTIONS).exists())
-    if goes_on or not is_needed:
-        return
-    with locked(place.parent, patience, say):
-        # The run's own metrics have what students trained in a seed's cohort, those of a unit's first student the rest.
-        state, metrics = load_state(place, say), read_metrics(home.parent) + read_metrics(place.parent)
-        for name in sorted(unfinished(state), key=lambda name: name == owner):  # the one in whose folder it lies last
-            _set_aside(name, state, home, metrics)
-        if owner not in unfinished(state):
-            drop_state(place)
-
-
-def _set_aside(name: str, state: dict[str, Any], home: Path, metrics: Sequence[EpochMetrics]) -> None:
-    """Write what a cohort's state and metrics hold of one student as those of a cohort of its own."""
-    _write_own_metrics(home / name, metrics, int(home.name.removeprefix("seed-")))
-    replace_state(home / name / STATE, state | {"students": {name: state["students"][name]}})
-
-
 def predict_students(students: Sequence[Student], dataset: Dataset, precision: Precision, ranks: Ranks) -> Scores:
     """Return the scores of each student's last and averaged weights for the validation and the test images.
 
@@ -331,18 +223,13 @@ def _keep(
         save_classifier(home, student.classifier, card)
         if student.average is not None:
             save_classifier(home.with_name(f"{student.name}+ema"), student.average.classifier, card)
-        _write_own_metrics(home, metrics, seed)
+        write_own_metrics(home, metrics, seed)
         predictions = StudentPredictions(
             status=student.stopped,
             parameters=sum(parameter.numel() for parameter in student.classifier.model.parameters()),
             scores=scores[student.name],
         )
         save_tree(home / PREDICTIONS, vars(predictions))
-
-
-def _write_own_metrics(home: Path, metrics: Sequence[EpochMetrics], seed: int) -> None:
-    """Write the metrics of one student among those of a run into its folder."""
-    write_metrics((line for line in metrics if (line.seed, line.student) == (seed, home.name)), home)
 
 
 def _return_metrics(home: Path, folder: Path) -> None:
@@ -373,7 +260,7 @@ def adopt_older_layout(folder: Path) -> None:
     for path in sorted(folder.glob(f"seed-*/{PREDICTIONS}")):
         seed, metrics = int(path.parent.name.removeprefix("seed-")), read_metrics(folder)
         for name, prediction in load_tree(path).items():
-            _write_own_metrics(path.parent / name, metrics, seed)
+            write_own_metrics(path.parent / name, metrics, seed)
             save_tree(path.parent / name / PREDICTIONS, prediction)
         path.unlink()
 

@@ -10,9 +10,10 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from deitkit.comparison.ablation import begin_variants, named_in_errors, variant_folder, variant_recipes
+from deitkit.comparison.cohort_states import missing_students
 from deitkit.comparison.compare import begin, compare, has_finished, train_part
 from deitkit.comparison.folds import begin_folds, fold_recipes
-from deitkit.comparison.seed_run import LOCK_SECONDS, missing_students
+from deitkit.comparison.seed_run import LOCK_SECONDS
 from deitkit.errors import RecipeError
 from deitkit.models.weights.pretrained import resolved
 from deitkit.recipe.schema import Recipe
