@@ -75,7 +75,7 @@ def test_processes_train_as_one_and_see_the_views_of_one(processes: int) -> None
     assert len(steps) == 3
     assert all(difference < 1e-4 for each in steps.values() for difference in each.values()), steps
     views = {name: value for name, value in found.items() if name not in steps}
-    assert len(views) == 8
+    assert len(views) == 9
     assert all(value is True for value in views.values()), views
 
 

@@ -13,6 +13,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
+# Its functions keep the group of the time when they are imported as a default. Optimizers import it later, and a group
+# that is kept outlives its end: its threads then abort the process now and then when Python ends.
+import torch.distributed.nn.functional
 from jaxtyping import Int64
 from torch import Tensor
 
