@@ -62,8 +62,10 @@ def one_line(text: str) -> str:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether an exception means that memory ran out, on any device."""
-    signs = ("out of memory", "can't allocate memory")
-    return isinstance(error, MemoryError) or any(sign in str(error) for sign in signs)
+    signs = ("out of memory", "can't allocate memory", "STATUS_ALLOC_FAILED", "unable to find an engine")
+    before = error.__cause__ or error.__context__  # an error that was raised while a GPU's recording was given up
+    found = isinstance(error, MemoryError) or any(sign in str(error) for sign in signs)
+    return found or (isinstance(error, RuntimeError) and before is not None and is_out_of_memory(before))
 
 
 def is_dead_worker(error: BaseException) -> bool:
@@ -73,7 +75,10 @@ def is_dead_worker(error: BaseException) -> bool:
 
 def is_lost_process(error: BaseException) -> bool:
     """Return whether an exception means that another process of the run has ended before this one."""
-    signs = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL communicator was aborted")
+    signs = (
+        *("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL communicator was aborted"),
+        *("ncclRemoteError", "ncclSystemError", "Watchdog caught collective operation timeout"),
+    )
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
 
 

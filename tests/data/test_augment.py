@@ -1,3 +1,5 @@
+import warnings
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -196,8 +198,10 @@ def test_a_gpu_gives_the_same_view_without_waiting(crop, policy):
     expected = augment(images, generator())
     on_device = images.cuda()
     augment(on_device, generator())  # the first call may set libraries up
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # that the mode is a prototype
+            torch.cuda.set_sync_debug_mode("error")
         view = augment(on_device, generator())
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from conftest import CPU_FP32, striped_dataset
-from deitkit.errors import OutOfMemory
+from deitkit.errors import OutOfMemory, is_lost_process, is_out_of_memory
 from deitkit.models.accelerate import accelerate
 from deitkit.models.classifier import Classifier
 from deitkit.models.cnn import CifarResNet
@@ -99,6 +99,30 @@ def test_running_out_of_memory_names_a_batch_size(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(Cohort, "train_step", fail)
     with pytest.raises(OutOfMemory, match=r"batches of 24 images: set speed\.micro_batch_size=12"):
         losses(recipe(), SpeedRecipe())
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "CUDA out of memory. Tried to allocate 2.00 GiB",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "GET was unable to find an engine to execute this computation",
+    ],
+)
+def test_a_full_gpu_is_known_by_any_of_its_words(text: str) -> None:
+    assert is_out_of_memory(RuntimeError(text))
+    later = RuntimeError("CUDA error: operation failed due to a previous error during capture")
+    later.__context__ = RuntimeError(text)
+    assert is_out_of_memory(later), "while a recording is given up"
+    assert not is_out_of_memory(RuntimeError("CUDA error: an illegal memory access was encountered"))
+
+
+@pytest.mark.parametrize(
+    "text", ["ncclRemoteError: A call failed", "[Rank 0] Watchdog caught collective operation timeout"]
+)
+def test_a_lost_process_is_known_by_ncclss_words_too(text: str) -> None:
+    assert is_lost_process(RuntimeError(text))
+    assert not is_lost_process(RuntimeError("ncclInvalidUsage"))
 
 
 def test_other_errors_of_a_step_stay_what_they_are(monkeypatch: pytest.MonkeyPatch) -> None:

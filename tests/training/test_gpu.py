@@ -74,10 +74,10 @@ def test_a_step_waits_for_nothing() -> None:
     for _ in range(WARM_UP + 1):
         trained.next_step(batches)
     torch.cuda.synchronize()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # that the mode is a prototype
-        torch.cuda.set_sync_debug_mode("error")
     try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # that the mode is a prototype
+            torch.cuda.set_sync_debug_mode("error")
         trained.next_step(batches)
     finally:
         torch.cuda.set_sync_debug_mode("default")

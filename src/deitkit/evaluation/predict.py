@@ -44,14 +44,12 @@ def predict_all(
     """
     modes = [classifier.training for classifier in classifiers]
     outputs: list[list[Output]] = [[] for _ in classifiers]
-    height, width = split.images.shape[-2:]
     spans = ranks.spans(len(split))
     part = split if ranks.count == 1 else split[spans[ranks.rank]]
     for classifier in classifiers:
         classifier.eval()
     with uncompiled(), precision.autocast():
-        pixels = CPU_PIXELS if precision.device.type == "cpu" else GPU_PIXELS
-        for images in part.batches(max(1, pixels // (height * width))):
+        for images in part.batches(_batch_size(split, classifiers, precision.device)):
             view = images.to(precision.device, non_blocking=True).float() / 255
             for classifier, gathered in zip(classifiers, outputs, strict=True):
                 gathered.append(classifier(view))
@@ -61,6 +59,13 @@ def predict_all(
         classifier.train(training)
     heads = ("class_logits", "distillation_logits")
     return [Output(*(_gather(parts, head, spans, ranks) for head in heads)) for parts in outputs]
+
+
+def _batch_size(split: Split, classifiers: Sequence[Classifier], device: torch.device) -> int:
+    """Return how many images to predict at once, at the largest resolution to which a classifier enlarges them."""
+    height, width = split.images.shape[-2:]
+    largest = max(height * width, *(classifier.image_px**2 for classifier in classifiers if classifier.image_px), 0)
+    return max(1, (CPU_PIXELS if device.type == "cpu" else GPU_PIXELS) // largest)
 
 
 def _gather(outputs: list[Output], head: str, spans: list[slice], ranks: Ranks) -> Tensor | None:

@@ -55,6 +55,12 @@ def release(classifier: Classifier) -> None:
         module._compiled_call_impl = None
 
 
+def forget_compiled() -> None:
+    """Drop all compiled code: it is kept for each shape, and a process that runs many comparisons reaches the limit."""
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
+
+
 def uncompiled() -> AbstractContextManager[object]:
     """Return a context without compiled code, since recompiling for few batches of another size does not pay off."""
     compiler_is_loaded = "torch._dynamo" in sys.modules

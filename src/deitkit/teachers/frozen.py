@@ -19,6 +19,7 @@ class FrozenTeacher(nn.Module):
     def __init__(self, classifier: Classifier) -> None:
         super().__init__()
         self.classifier = classifier.requires_grad_(False).eval()
+        self.classifier.zero_grad(set_to_none=True)  # of its training
 
     def forward(self, view: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch classes"]:
         """Return logits for views in [0, 1], through the teacher's own normalisation and resolution."""

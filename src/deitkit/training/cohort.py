@@ -118,26 +118,26 @@ class Cohort:
         if train.class_weight == "balanced":
             self.class_weights = balanced_weights(dataset.train.labels, dataset.classes).to(self.device)
         self.logit_cache = logit_cache
-        synchronises = self._share_students() if ranks.count > 1 else False
-        recorded = speed.cuda_graphs and not speed.checkpoint_activations and not synchronises
-        self.recorder = Recorder(self.device, recorded)
+        waits = ranks.count > 1 and self._share_students()
+        self.recorder = Recorder(self.device, speed.cuda_graphs and not speed.checkpoint_activations and not waits)
         self.epoch, self.step = 0, 0  # the next ones to train, from 0
         self._pace: deque[tuple[int, float]] = deque(maxlen=PACE_MARKS)
         self.reset_watches()
 
     def _share_students(self) -> bool:
-        """Let students compute this process's part of a step; return whether any has BatchNorm over all processes."""
+        """Let students compute this process's part of a step; return whether any waits for the others within it."""
         assert can_be_shared(self.students, self.device)
         from timm.layers import convert_sync_batchnorm  # here, since it takes a second to import
 
-        synchronises = False
+        waits = False
         for student in self.students:
             unlabelled = 0 if self.unlabelled is None else self.unlabelled.batch_size
             student.share(self.ranks, self.batches.batch_size, unlabelled)
+            waits |= student.method.needs_whole_batch
             if has_batch_norm(student.classifier.model):
                 student.classifier.model = convert_sync_batchnorm(student.classifier.model)
-                synchronises = True
-        return synchronises
+                waits = True
+        return waits
 
     def reset_watches(self, seconds: dict[str, float] | None = None) -> None:
         """Reset the stopwatches of an epoch: whole steps, waiting for images, making views, and the teacher."""
@@ -321,7 +321,7 @@ class Cohort:
             epochs=self.train_recipe.epochs,
             step=self.step,
             steps_per_epoch=self.batches.steps_per_epoch,
-            images_per_second=self.images_in_step / seconds_per_step,
+            images_per_second=self.batches.batch_size / seconds_per_step,
             seconds_left=left * seconds_per_step,
             losses={student.name: float(sum(student.term_sums.values())) / self.step for student in self.active},
         )
@@ -353,7 +353,7 @@ class Cohort:
                     learning_rate=self.rate(student, last_step),
                     images_per_second=steps * self.batches.batch_size / student.watch.seconds,
                     seconds=student.watch.seconds,
-                    cohort_images_per_second=steps * self.images_in_step / self.watches["step"].seconds,
+                    cohort_images_per_second=steps * self.batches.batch_size / self.watches["step"].seconds,
                     shares=shares,
                 )
             )

@@ -60,7 +60,9 @@ def build_optimizers(model: nn.Module, recipe: OptimizerRecipe) -> list[Optimize
 
 
 def _adamw(groups: list[dict[str, object]], rate: float | Tensor, device: torch.device) -> AdamW:
-    return AdamW(groups, lr=rate, betas=(0.9, 0.999), fused=True, capturable=device.type == "cuda")
+    adamw = AdamW(groups, lr=rate, betas=(0.9, 0.999), fused=True, capturable=device.type == "cuda")
+    adamw._warned_capturable_if_run_uncaptured = True  # the steps before a recording are meant to be uncaptured
+    return adamw
 
 
 def set_rate(optimizer: Optimizer, rate: float) -> None:
