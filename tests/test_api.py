@@ -7,8 +7,8 @@ import sys
 import threading
 import time
 import unicodedata
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -196,6 +196,9 @@ def test_a_data_set_is_loaded_by_name() -> None:
     assert len(data.train) == 50
     assert data.train.images.dtype == torch.uint8
     assert "token-hard" in deitkit.METHODS
+    more = deitkit.load_dataset("digits", train_images=50, unlabelled="rest").unlabelled
+    assert more is not None
+    assert len(more) == 1294 - 50
 
 
 def test_importing_it_loads_nothing_and_lists_the_public_names() -> None:
@@ -238,6 +241,21 @@ def test_threads_train_in_turn(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
         thread.join()
     assert most == 1
     assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["digits", "digits-2", "digits-3"]
+
+
+def test_the_callers_random_numbers_go_on_on_every_device(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    kept: list[list[int]] = []
+
+    def fork_rng(devices: Sequence[int]) -> Any:
+        kept.append([*devices])
+        return nullcontext()
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.random, "fork_rng", fork_rng)
+    with pytest.raises(DataError):
+        deitkit.compare("digits", **{"data.name": f"folder:{tmp_path / 'absent'}"})
+    assert kept == [[0, 1]]
 
 
 def test_what_is_no_recipe_or_value_of_one_is_a_sentence() -> None:

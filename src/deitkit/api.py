@@ -27,8 +27,7 @@ from deitkit.cli.console import as_text, console
 from deitkit.cli.progress import Terminal
 from deitkit.comparison.finetune import start_from
 from deitkit.comparison.run import run_recipe
-from deitkit.data.dataset import Dataset
-from deitkit.data.dataset import load_dataset as read_dataset
+from deitkit.data.dataset import Dataset, load_all_images
 from deitkit.distillation.methods import METHODS, Method, find_method
 from deitkit.errors import DataError, RecipeError, reason_of
 from deitkit.evaluation.apply import evaluate_model
@@ -240,10 +239,14 @@ def load_dataset(name: str, **fields: Any) -> Dataset:
     """Return a data set, divided and decoded: ``load_dataset("folder:photos", image_px=64)``.
 
     Args:
-        name: A named data set, ``folder:PATH`` or ``parquet:PATH``.
+        name: A named data set, ``folder:PATH``, ``csv:FILE`` or ``parquet:PATH``.
         fields: Of the recipe's section ``data``.
+
+    Raises:
+        DataError: The data set is missing or malformed.
+        RecipeError: A field is unknown or has a wrong value.
     """
-    return read_dataset(load_recipe(data={"name": name, **fields}).data)
+    return load_all_images(load_recipe(data={"name": name, **fields}).data)
 
 
 def load_model(path: str | Path) -> Model:
@@ -332,7 +335,7 @@ def _run(recipe: Recipe, out: str | Path | None, resume: bool, progress: bool) -
     recipe = resolved(recipe)
     # torch's global generator, which belongs to all threads, draws weights and dropout; the caller's own draws go on as
     # they would have.
-    with _TRAINING, torch.random.fork_rng(devices=[]), _watching(progress) as watcher:
+    with _TRAINING, torch.random.fork_rng(range(torch.cuda.device_count())), _watching(progress) as watcher:
         folder = choose_run_folder(None if out is None else _path("out", out), recipe, resume)
         with locked(folder):
             return Comparison(folder, run_recipe(recipe, folder, watcher=watcher, resume=resume))

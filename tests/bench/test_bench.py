@@ -8,6 +8,7 @@ import torch
 from typer.testing import CliRunner
 
 from conftest import CPU_FP32
+from deitkit.bench import training_speed
 from deitkit.bench.measure import count_flops, machine_limit
 from deitkit.bench.training_speed import Bench
 from deitkit.cli.main import app
@@ -16,6 +17,7 @@ from deitkit.models.classifier import Classifier
 from deitkit.models.cnn import CifarResNet
 from deitkit.models.saved import save_classifier
 from deitkit.models.vit import DeiT
+from deitkit.recipe.load import load_recipe
 from deitkit.system.timer import time_in_turn
 from deitkit.training.student import Student
 
@@ -119,6 +121,34 @@ def test_a_saved_model_is_a_teacher_of_synthetic_images_too(tmp_path: Path) -> N
     timed = json.loads(run("train", *tiny, *given, "--synthetic", *FEW, "--json"))
     assert timed["teacher"] == str(tmp_path / "teacher")
     assert timed["shares"]["teacher"] > 0
+
+
+@pytest.mark.parametrize("name", ["timm/resnet18", "torchvision/resnet18"])
+def test_a_pretrained_teacher_is_timed_at_its_resolution_without_its_weights(name: str) -> None:
+    given = [*TINY, f"teacher.name={name}", "teacher.pretrained=true", "data.channels=3"]
+    (teacher,) = Bench(load_recipe("digits", given), synthetic=True).teachers.classifiers
+    assert teacher.image_px == 224
+
+
+def test_a_student_with_one_head_is_a_teacher_to_time(tmp_path: Path) -> None:
+    names = list("abcde")
+    size = {"image_px": 16, "patch_px": 4, "channels": 3, "classes": 5, "width": 16, "depth": 1, "heads": 2}
+    model = Classifier(DeiT(tokens=("distillation",), **size), mean=(0.5,) * 3, std=(0.5,) * 3)
+    save_classifier(tmp_path / "teacher", model, {"class_names": names, "channels": 3, "input_px": [16, 16]})
+    tiny = [field for field in TINY if not field.startswith("teacher")]
+    bench = Bench(load_recipe("digits", [*tiny, f"teacher.name={tmp_path / 'teacher'}"]), synthetic=True)
+    assert bench.teachers(torch.rand(2, 3, 16, 16)).shape == (2, 5)
+
+
+def test_the_memory_of_a_training_is_read_before_anything_else_uses_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+    for name in ("peak_memory_gib", "step_flops", "machine_limit"):
+        real = getattr(training_speed, name)
+        monkeypatch.setattr(
+            training_speed, name, lambda *given, name=name, real=real: (order.append(name), real(*given))[1]
+        )
+    run("train", *TINY, "methods=[none]", "--synthetic", *FEW)
+    assert order[0] == "peak_memory_gib"
 
 
 def test_infer_times_a_student() -> None:

@@ -146,6 +146,18 @@ def test_a_run_takes_more_variants_and_no_other_ones(tiny_recipe: TinyRecipe, tm
         compare_variants(other, tmp_path / "run", watcher=Silent(), resume=True)
 
 
+def test_a_new_variant_trains_only_on_the_images_of_the_others(
+    tiny_recipe: TinyRecipe, write_images: Callable[..., Path], tmp_path: Path
+) -> None:
+    photos = write_images(tmp_path / "photos")
+    own = ("data.train_images=null", "data.test_images=null", "data.image_px=8", f"data.name=folder:{photos}")
+    compare_variants(tiny_recipe(*ONE_EPOCH, *own, TWO[0]), tmp_path / "run", watcher=Silent())
+    one, other = sorted((photos / "train" / "cat").iterdir())[0], sorted((photos / "train" / "dog").iterdir())[0]
+    one.write_bytes(other.read_bytes())
+    with pytest.raises(CheckpointError, match=r"variant base: .* was begun with other images or labels"):
+        compare_variants(tiny_recipe(*ONE_EPOCH, *own, *TWO), tmp_path / "run", watcher=Silent(), resume=True)
+
+
 def test_a_teacher_is_trained_once_and_shared_where_it_is_the_same(tiny_recipe: TinyRecipe, tmp_path: Path) -> None:
     recipe = tiny_recipe(
         *ONE_EPOCH, "methods=[none, token-hard]", "variants.sgd.train.optimizer=sgd",

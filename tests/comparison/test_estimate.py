@@ -6,11 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import CPU_FP32
+from conftest import CPU_FP32, StopAfter
 from deitkit.comparison import estimate
 from deitkit.comparison.compare import compare
 from deitkit.comparison.estimate import estimate_training
+from deitkit.comparison.units import PREPARE, run_unit
 from deitkit.data.dataset import load_dataset
+from deitkit.errors import Interrupted
 from deitkit.recipe.schema import Recipe
 from deitkit.run.observer import Silent
 from deitkit.system.device import Precision
@@ -57,6 +59,34 @@ def test_an_estimate_grows_with_the_run_and_shrinks_as_it_is_done(
     assert found.teachers == 0.0, "it is there"
     assert "teacher" not in str(found)
     assert estimate_training(recipe.model_copy(update={"seeds": (0,)}), data, folder, CPU_FP32) is None
+
+
+def test_a_training_that_units_have_begun_is_not_estimated(
+    tiny_recipe: TinyRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(estimate, "LEAST_VIEWS", 0)
+    recipe = tiny_recipe("methods=[none]", "train.epochs=6")
+    run_unit(recipe, tmp_path, PREPARE, watcher=Silent())
+    data = load_dataset(recipe.data)
+    assert estimate_training(recipe, data, tmp_path, CPU_FP32) is not None
+    with pytest.raises(Interrupted):
+        run_unit(recipe, tmp_path, "seed-0/none", watcher=StopAfter(5))
+    assert estimate_training(recipe, data, tmp_path, CPU_FP32) is None
+
+
+def test_a_teacher_of_all_images_is_estimated_on_all(
+    tiny_recipe: TinyRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(estimate, "LEAST_VIEWS", 0)
+    ticks = iter(range(10**6))
+    monkeypatch.setattr(estimate.time, "perf_counter", lambda: float(next(ticks)))
+    times = []
+    for every in ("false", "true"):
+        recipe = tiny_recipe("methods=[soft]", f"teacher.all_images={every}")
+        found = estimate_training(recipe, load_dataset(recipe.data), tmp_path, CPU_FP32)
+        assert found is not None
+        times.append(found.teachers)
+    assert times[1] / times[0] == pytest.approx((1294 // 16) / (64 // 16), rel=0.3)
 
 
 def test_an_estimate_changes_nothing(tiny_recipe: TinyRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

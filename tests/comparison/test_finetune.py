@@ -36,6 +36,7 @@ from deitkit.report.table_layout import lay_out
 from deitkit.run.observer import Silent
 from deitkit.run.state import load_tree
 from deitkit.training.build import build_students
+from source_helpers import write_classes
 
 # The size is the checkpoint's, and all test images are asked.
 OPEN = [field for field in TINY if not field.startswith(("model.", "data.test_images"))]
@@ -290,6 +291,19 @@ def test_a_fine_tuned_student_records_the_images_of_its_checkpoint_too(plain: Pa
     assert tuned.seen == first.trained_on
 
 
+def test_training_images_of_other_classes_are_no_test_images(tmp_path: Path) -> None:
+    fine = write_classes(tmp_path / "fine", {"a": 30, "b": 30, "c": 30, "d": 30})
+    for name, parts in {"first": "ab", "second": "cd"}.items():
+        (tmp_path / "coarse" / name).mkdir(parents=True)
+        for file in (file for part in parts for file in sorted((fine / part).iterdir())):
+            shutil.copy2(file, tmp_path / "coarse" / name / f"{file.parent.name}{file.name}")
+    fields = ("methods=[none]", "data.train_images=null", "data.test_images=null", "data.image_px=8")
+    compare(load_recipe("digits", [*TINY, *fields, f"data.name=folder:{fine}"]), tmp_path / "run", watcher=Silent())
+    coarse = f"data.name=folder:{tmp_path / 'coarse'}"
+    with pytest.raises(RecipeError, match=r"of the test images of folder:.*coarse are training images of"):
+        finetune(tmp_path / "run", tmp_path, *fields, coarse, "data.split_seed=3")
+
+
 def test_a_sketch_estimates_the_share_of_trained_images() -> None:
     generator = torch.Generator().manual_seed(0)
     hashes = torch.randint(-(2**63), 2**63 - 1, (20_000,), generator=generator)
@@ -302,8 +316,10 @@ def test_a_sketch_estimates_the_share_of_trained_images() -> None:
     assert share_in_sketch(half, text) == pytest.approx(0.5, abs=0.15)
     assert share_in_sketch(new, sketch(train[:100])) == 0
     assert share_in_sketch(torch.cat([train[:3], new[:1]]), sketch(train[:100])) == 0.75
-    for damaged in ("", "no base64!", "AAAA"):
-        assert share_in_sketch(new, damaged) == 0
+    assert share_in_sketch(new, "") == 0
+    for damaged in ("no base64!", "AAAA"):
+        with pytest.raises(ValueError, match=r"base64|buffer size"):
+            share_in_sketch(new, damaged)
 
 
 def test_an_ablation_of_a_fine_tuning_compares_its_students(plain: Path, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from scipy import stats
 from sklearn.model_selection import StratifiedKFold
 from typer.testing import CliRunner
@@ -22,6 +23,7 @@ from deitkit.comparison.compare import compare
 from deitkit.comparison.finetune import start_from
 from deitkit.comparison.folds import begin_folds, combine
 from deitkit.comparison.run import run_recipe
+from deitkit.comparison.units import PREPARE, run_unit
 from deitkit.comparison.verify import verify_run
 from deitkit.data.dataset import Dataset, load_dataset
 from deitkit.data.split import plan_splits
@@ -132,6 +134,23 @@ def test_a_fold_that_damaged_files_leave_without_a_class_is_found_before_the_fir
     with pytest.raises(DataError, match="class 'dog'"):
         begin_folds(recipe, tmp_path / "run", watcher=Silent())
     assert not (tmp_path / "run").exists()
+
+
+def test_a_fold_trains_only_on_the_images_of_the_others(tmp_path: Path) -> None:
+    photos = write_classes(tmp_path / "photos", {"cat": 12, "dog": 12})
+    fields = [
+        *TINY, f"data.name=folder:{photos}", "data.folds=3", "data.train_images=null", "data.test_images=null",
+        "data.image_px=8", "train.batch_size=8", "train.epochs=1", "methods=[none]",
+    ]  # fmt: skip
+    recipe = load_recipe("digits", fields)
+    run_unit(recipe, tmp_path / "run", PREPARE, watcher=Silent())
+    run_unit(recipe, tmp_path / "run", "fold-1", watcher=Silent())
+    run_unit(recipe, tmp_path / "run", "fold-2", watcher=Silent())
+    Image.new("RGB", (6, 6), (1, 2, 3)).save(photos / "cat" / "new.png")
+    with pytest.raises(CheckpointError, match=r"folds/1 was begun with other images or labels than"):
+        run_unit(recipe, tmp_path / "run", "fold-3", watcher=Silent())
+    (photos / "cat" / "new.png").unlink()
+    run_unit(recipe, tmp_path / "run", "fold-3", watcher=Silent())
 
 
 def test_a_data_set_with_a_test_split_is_refused() -> None:

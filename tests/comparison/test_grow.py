@@ -282,6 +282,12 @@ def test_a_teacher_that_was_trained_on_test_images_is_refused(tmp_path: Path) ->
     for one in (given, checkpoint):
         with pytest.raises(TeacherError, match=r"of the test images of digits are training images of the teacher"):
             compare(load_recipe("digits", [*fields, *one, "data.split_seed=3"]), tmp_path / "other", watcher=Silent())
+    cut = tmp_path / "cut"
+    shutil.copytree(teacher, cut)
+    (cut / "model.json").write_text((teacher / "model.json").read_text()[:-9])
+    damaged = load_recipe("digits", [*fields, f"teacher.checkpoint={cut / 'model.safetensors'}", "teacher.fit=none"])
+    with pytest.raises(CheckpointError, match=r"model\.json is damaged"):
+        compare(damaged, tmp_path / "other", watcher=Silent())
     variants = load_recipe("digits", [*fields, *given, "data.split_seed=3", "variants={sgd: {train.optimizer: sgd}}"])
     with pytest.raises(TeacherError, match=r"variant base: about .* of the test images of digits are training images"):
         compare_variants(variants, tmp_path / "other", watcher=Silent())

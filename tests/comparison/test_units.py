@@ -16,7 +16,8 @@ import psutil
 import pytest
 
 from conftest import TINY, StopAfter
-from deitkit.comparison import seed_run, side_by_side
+from deitkit.comparison import pools, seed_run, side_by_side
+from deitkit.comparison.cohort_states import PREDICTIONS, STATE, PlannedCohort, holds
 from deitkit.comparison.pools import LOST, LocalPool, open_pool
 from deitkit.comparison.run import run_recipe
 from deitkit.comparison.side_by_side import run_side_by_side
@@ -24,9 +25,10 @@ from deitkit.comparison.units import PREPARE, divide, run_unit
 from deitkit.errors import CheckpointError, DeitkitError, Interrupted, RecipeError
 from deitkit.recipe.schema import Recipe
 from deitkit.run.folder import begin_run, locked
+from deitkit.run.metrics import read_metrics
 from deitkit.run.observer import Silent
 from deitkit.run.results import Results, read_results
-from deitkit.run.state import load_tree
+from deitkit.run.state import load_tree, save_state
 from run_helpers import Listener, timeless
 
 LONGER = (
@@ -121,6 +123,54 @@ def test_students_that_shared_a_state_go_on_in_units_of_their_own(
     assert len((folder / "metrics.jsonl").read_text().splitlines()) == 3 * 6
 
 
+def test_metrics_go_along_from_a_unit_to_a_run_and_back(tiny_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    recipe = tiny_recipe("methods=[none]", "train.epochs=8")
+    run_unit(recipe, tmp_path, PREPARE, watcher=Silent())
+    with pytest.raises(Interrupted):
+        run_unit(recipe, tmp_path, "seed-0/none", watcher=StopAfter(10))
+    with pytest.raises(Interrupted):
+        run_recipe(recipe, tmp_path, watcher=StopAfter(10), resume=True)
+    run_unit(recipe, tmp_path, "seed-0/none", watcher=Silent())
+    run_recipe(recipe, tmp_path, watcher=Silent(), resume=True)
+    assert [line.epoch for line in read_metrics(tmp_path)] == [*range(1, 9)]
+
+
+def test_a_plan_holds_until_another_process_has_trained_one_of_its_students(tmp_path: Path) -> None:
+    home = tmp_path / "seed-0"
+    new = PlannedCohort(("none", "soft"), home / "none" / STATE)
+    for name in new.names:
+        (home / name).mkdir(parents=True)
+    assert holds(new, home)
+    save_state(home / "soft" / STATE, {"students": {"soft": {}}})
+    assert not holds(new, home), "another process has begun one of them"
+    save_state(new.state, {"students": {"none": {}}})
+    assert not holds(new, home)
+    alone = PlannedCohort(("none",), home / "none" / STATE)
+    assert holds(alone, home)
+    (home / "none" / PREDICTIONS).touch()
+    assert not holds(alone, home), "it is finished"
+
+
+def test_a_student_that_another_process_finishes_meanwhile_is_not_trained_again(
+    tiny_recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = tiny_recipe("methods=[none, hard]")
+    run_unit(recipe, tmp_path, PREPARE, watcher=Silent())
+    planned = seed_run.plan_cohorts
+
+    def finish_one_meanwhile(*args: Any, **options: Any) -> Any:
+        monkeypatch.undo()
+        cohorts = planned(*args, **options)
+        (tmp_path / "seed-0" / "none").mkdir(parents=True)
+        (tmp_path / "seed-0" / "none" / PREDICTIONS).touch()
+        return cohorts
+
+    monkeypatch.setattr(seed_run, "plan_cohorts", finish_one_meanwhile)
+    watcher = Listener()
+    run_unit(recipe, tmp_path, "seed-0", watcher=watcher)
+    assert watcher.trained == {(0, "hard")}
+
+
 @pytest.mark.parametrize("unit", ["seed-0/hard", "seed-0/none,none", "seed-0/", "seed-0/none,"])
 def test_students_of_a_unit_are_those_of_the_recipe_each_once(
     unit: str, tiny_recipe: Callable[..., Recipe], tmp_path: Path
@@ -168,6 +218,11 @@ def test_a_unit_that_does_not_exist_is_refused(unit: str, tiny_recipe: Callable[
     begin_run(tmp_path / "run", recipe)
     with pytest.raises(RecipeError, match=f"--unit {unit} is not a unit of this recipe: name prepare, a share such as"):
         run_unit(recipe, tmp_path / "run", unit, watcher=Silent())
+
+
+def test_units_of_several_processes_are_as_many_as_fit_on_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pools, "usable_cores", lambda: 8)
+    assert [LocalPool(None, devices).size for devices in (1, 4, 16)] == [8, 2, 1]
 
 
 def test_places_that_do_not_exist_are_refused() -> None:

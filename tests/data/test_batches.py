@@ -13,7 +13,7 @@ from conftest import CPU_FP32
 from deitkit.comparison.compare import compare
 from deitkit.data.batches import Batches
 from deitkit.data.dataset import load_dataset
-from deitkit.data.split import Split
+from deitkit.data.split import Split, _has_room
 from deitkit.errors import RecipeError
 from deitkit.recipe.load import load_recipe
 from deitkit.run.metrics import read_metrics
@@ -129,3 +129,11 @@ def test_copies_become_different_views_that_the_seed_decides() -> None:
 def test_more_copies_than_a_batch_holds_are_refused() -> None:
     with pytest.raises(RecipeError, match=r"train\.repeats=40 exceeds train\.batch_size=32"):
         load_recipe("digits", ["train.repeats=40"])
+
+
+def test_memory_that_torch_keeps_for_itself_is_room_for_images(monkeypatch):
+    gib = 2**30
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2 * gib, 16 * gib))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 10 * gib)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 2 * gib)
+    assert [_has_room(torch.device("cuda"), size * gib) for size in (1, 4, 6)] == [True, True, False]

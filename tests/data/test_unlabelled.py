@@ -34,8 +34,8 @@ def test_the_rest_are_the_training_images_that_are_left_out() -> None:
     assert data.unlabelled is not None
     assert len(data.train) + len(data.unlabelled) == len(whole.train) == 1294
     assert data.unlabelled.labels.unique().tolist() == [-1]
-    ours = torch.cat([data.train_hashes, data.unlabelled_hashes]).sort().values
-    assert torch.equal(ours, whole.train_hashes.sort().values)
+    ours = torch.cat([data.train.hashes, data.unlabelled.hashes]).sort().values
+    assert torch.equal(ours, whole.train.hashes.sort().values)
     assert torch.equal(data.test.images, whole.test.images)
 
 
@@ -86,7 +86,7 @@ def test_grey_copies_of_test_images_are_left_out_whatever_the_channels(
     assert len(found.unlabelled) == 1
     card = ModelCard(mean=(0.5,), std=(0.5,), class_names=("a", "b"), channels=found.channels, input_px=(8, 8))
     again = load_dataset(data_recipe_of(card, f"folder:{tmp_path / 'grey'}", None))
-    assert share_in_sketch(again.train_hashes, sketch(found.train_hashes)) == 1, "as the model's card says"
+    assert share_in_sketch(again.train.hashes, sketch(found.train.hashes)) == 1, "as the model's card says"
 
 
 def test_validation_and_test_images_are_left_out(write_images: WriteImages, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import json
 import textwrap
 from collections.abc import Callable
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,14 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
+from deitkit.data.duplicates import sketch
 from deitkit.evaluation.classify import Classification
+from deitkit.models.card import ModelCard
 from deitkit.models.classifier import Classifier
 from deitkit.models.saved import load_classifier, save_classifier
 from deitkit.models.vit import DeiT
 from deitkit.models.weights.initialise import read_weights
+from deitkit.system.words import without_folders
 
 BOTH = ("class", "distillation")
 NAMES = ["cat", "dog", "Blaumeise", "two words", "ünï"]
@@ -65,6 +69,23 @@ def opened(output: str, line: str = "model = ") -> Any:
     return scope["model"] if "model" in scope else scope["classifier"]
 
 
+SKETCHES = (sketch(torch.randint(2**62, (300,), generator=torch.Generator().manual_seed(seed))) for seed in count())
+SKETCH = next(text for text in SKETCHES if text != without_folders(text))
+
+
+def test_a_published_card_hides_folders_and_keeps_sketches() -> None:
+    card = ModelCard(
+        kind="deit",
+        mean=(0.5,),
+        std=(0.5,),
+        class_names=("a",),
+        trained_on=SKETCH,
+        dataset="folder:/home/someone/photos",
+    )
+    assert (card.published().trained_on, card.published().dataset) == (SKETCH, "folder:photos")
+    assert card.published().trained_before_on is None
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("tokens", [("class",), BOTH, ("distillation",), ()])
 @pytest.mark.parametrize("to", ["timm", "released", "transformers", "ours"])
@@ -72,7 +93,7 @@ def test_what_is_written_opens_as_printed_and_answers_as_before(
     to: str, tokens: tuple[str, ...], channels: int, convert: Run, tmp_path: Path
 ) -> None:
     source, out = tmp_path / "model", tmp_path / ("out.pth" if to == "released" else "out")
-    classifier = saved(source, tokens, channels, trained_on="a sketch", trained_before_on="another")
+    classifier = saved(source, tokens, channels, trained_on=SKETCH, trained_before_on="")
     code, output, errors = convert(source, "--to", to, "--out", out, "--check")
     if to == "transformers" and not tokens:
         assert code == 2
@@ -92,7 +113,7 @@ def test_what_is_written_opens_as_printed_and_answers_as_before(
         assert back.mean == pytest.approx(MEAN[:channels])
     if to == "ours":
         assert back.card is not None
-        assert (back.card.trained_on, back.card.trained_before_on) == ("a sketch", "another")
+        assert (back.card.trained_on, back.card.trained_before_on) == (SKETCH, "")
 
 
 @pytest.mark.parametrize("fit", ["crop", "pad"])

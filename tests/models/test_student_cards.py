@@ -79,6 +79,26 @@ def test_nor_may_that_of_a_cnn(tmp_path: Path, field: str, value: object) -> Non
         load_classifier(tmp_path, CPU)
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("fit", "stretch"),
+        ("eval_crop", 0.0),
+        ("eval_crop", 1.5),
+        ("channels", 2),
+        ("split", {"split_seeds": 1}),
+        ("trained_on", "no sketch"),
+        ("trained_before_on", "AAAA"),
+    ],
+)
+def test_a_card_with_a_wrong_value_is_one_sentence(tmp_path: Path, field: str, value: object) -> None:
+    save_classifier(tmp_path, student(), CARD)
+    path = tmp_path / "model.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
+    with pytest.raises(CheckpointError, match=rf"model.json is incomplete or wrong \(see {field}\)"):
+        load_classifier(tmp_path, CPU)
+
+
 @pytest.mark.parametrize("field", ["kind", "config", "mean", "std", "image_px", "class_names"])
 def test_a_card_without_a_field_is_one_sentence(tmp_path: Path, field: str) -> None:
     save_classifier(tmp_path, student(), CARD)

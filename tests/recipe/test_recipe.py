@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 import deitkit.recipe.load
 from deitkit.errors import RecipeError
 from deitkit.models.vit import size_in_words
+from deitkit.models.weights.pretrained import resolved
 from deitkit.recipe.load import (
     describe_fields,
     dump_recipe,
@@ -215,6 +216,12 @@ def test_a_recipe_and_a_variant_that_name_a_model_have_its_size_too(tmp_path: Pa
     tiny = "variants={tiny: {model.name: deit_tiny}}"
     variant = expand_variants(load_recipe("own-images", [tiny]))["tiny"].model
     assert (variant.name, variant.width, variant.depth, variant.heads) == ("deit_tiny", None, None, None)
+
+
+def test_a_variant_of_a_student_from_pretrained_weights_has_their_size_too() -> None:
+    small = ["model.pretrained=timm/deit_small_patch16_224", "data.image_px=224", "variants.short.train.epochs=5"]
+    variant = expand_variants(load_recipe("own-images", small))["short"]
+    assert resolved(variant).model.name == "deit_small"
 
 
 def test_a_mixture_of_a_name_and_other_dimensions_is_named_as_such() -> None:

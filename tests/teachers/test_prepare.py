@@ -11,7 +11,7 @@ from torch import nn
 
 from conftest import CPU_FP32, poisoned_gradient, striped_dataset
 from deitkit.comparison.compare import compare
-from deitkit.data.dataset import Dataset, Split
+from deitkit.data.dataset import Dataset, Split, load_dataset
 from deitkit.errors import CheckpointError, TeacherError
 from deitkit.models.classifier import Classifier
 from deitkit.models.saved import load_classifier, save_classifier, save_tensors
@@ -24,7 +24,7 @@ from deitkit.run.observer import Silent
 from deitkit.run.results import TeacherCard
 from deitkit.teachers.frozen import FrozenTeacher
 from deitkit.teachers.gate import gate
-from deitkit.teachers.prepare import prepare_teacher
+from deitkit.teachers.prepare import load_teacher_images, prepare_teacher
 from deitkit.training.student import Student
 
 CARD = TeacherCard(
@@ -121,6 +121,7 @@ def test_a_teacher_trained_here_teaches_again_from_its_folder(stripes: Dataset, 
     teacher, card = prepare(recipe(), stripes, tmp_path / "first")
     assert card.fit == "full"
     assert card.top1 > 0.6
+    assert all(parameter.grad is None for parameter in teacher.parameters()), "no memory of its training"
     folder = tmp_path / "first" / "teacher"
     again, second = prepare(recipe(name=str(folder)), stripes, tmp_path / "second")
     assert (second.fit, second.name) == ("none", "cifar/resnet20")
@@ -135,6 +136,15 @@ def test_a_teacher_trained_here_teaches_again_from_its_folder(stripes: Dataset, 
     resumed, same = prepare(recipe(), stripes, tmp_path / "first")
     assert torch.equal(teacher(view), resumed(view))
     assert same == card
+
+
+def test_a_teacher_of_all_images_takes_a_batch_of_them_and_no_more(tiny_recipe: Callable[..., Recipe]) -> None:
+    fits = tiny_recipe("teacher.all_images=true", "teacher.train.batch_size=970")
+    data = load_dataset(fits.data)
+    assert len(load_teacher_images(fits, data).train) == 970
+    with pytest.raises(TeacherError, match=r"teacher\.train\.batch_size=971 exceeds the 970 training images"):
+        load_teacher_images(tiny_recipe("teacher.all_images=true", "teacher.train.batch_size=971"), data)
+    assert load_teacher_images(tiny_recipe("teacher.all_images=false"), data) is data
 
 
 def saved_backbone(folder: Path, dataset: Dataset, classes: int) -> Path:

@@ -14,9 +14,12 @@ from torch import Tensor
 
 from conftest import striped_dataset
 from deitkit.data.dataset import Dataset
+from deitkit.recipe.schema import AugmentRecipe, StudentTrainRecipe
+from deitkit.system.ranks import Ranks
 from deitkit.training import cuda_graph
 from deitkit.training.cohort import Cohort
 from training.test_cohort import Teacher, cohort
+from training.train_together import build
 
 
 class Recorder(cuda_graph.Recorder):
@@ -44,6 +47,14 @@ class Recording(cuda_graph._Recording):
     def _record(self, method: Any, inputs: tuple[Tensor | None, ...]) -> None:
         self.inputs, self.graph = inputs, SimpleNamespace(replay=lambda: None)
         self.outputs = method(*inputs)
+
+
+def test_a_step_in_which_processes_wait_for_each_other_is_not_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr("deitkit.training.cohort.Recorder", lambda device, enabled: asked.append(enabled))
+    for name in ("token-hard", "dist"):
+        build(Ranks(0, 2), [name], StudentTrainRecipe(batch_size=32), AugmentRecipe(), 0)
+    assert asked == [True, False]
 
 
 @pytest.fixture
@@ -107,7 +118,7 @@ COMPILED = """
 import gc, weakref
 import torch
 from torch._dynamo.testing import CompileCounter
-from deitkit.models.accelerate import accelerate, release
+from deitkit.models.accelerate import accelerate, forget_compiled, release
 from deitkit.models.classifier import Classifier
 from deitkit.models.vit import DeiT
 from deitkit.recipe.schema import SpeedRecipe
@@ -133,7 +144,14 @@ block = weakref.ref(classifier.model.blocks[0])
 release(classifier)
 del classifier
 assert block() is None, "a released student stays in memory"
-print("compiled", counter.frame_count)
+found = counter.frame_count
+torch._dynamo.config.recompile_limit = 4
+from deitkit.models import accelerate as module
+module.RECOMPILATIONS = 4
+for width in (72, 80, 88, 96, 104, 112):  # comparisons of one process
+    forget_compiled()
+    compiled(width, ("class",))(torch.rand(2, 3, 8, 8))
+print("compiled", found)
 """
 
 

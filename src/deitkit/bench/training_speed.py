@@ -4,6 +4,7 @@ import itertools
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,11 @@ import torch
 
 from deitkit.bench.measure import count_flops, machine_limit, peak_memory_gib, reset_peak_memory
 from deitkit.comparison.seed_run import seed_cohort
-from deitkit.data.dataset import Dataset, Split, add_unlabelled, load_dataset
+from deitkit.data.dataset import Dataset, Split, load_all_images
 from deitkit.models.accelerate import accelerate
-from deitkit.models.classifier import Classifier
 from deitkit.models.saved import model_folder, read_card
 from deitkit.models.weights.pretrained import resolved
-from deitkit.models.zoo import create_classifier
+from deitkit.models.zoo import pretrained_px
 from deitkit.recipe.schema import Recipe, TeacherRecipe
 from deitkit.system.device import Precision, choose_device, describe_machine
 from deitkit.system.ranks import ALONE
@@ -24,7 +24,7 @@ from deitkit.system.seeding import seeded
 from deitkit.system.timer import Timing, time_in_turn, wait
 from deitkit.teachers.frozen import FrozenTeacher, Teachers
 from deitkit.teachers.logit_cache import LogitCache, open_logit_cache
-from deitkit.teachers.saved import build_saved
+from deitkit.teachers.prepare import draft_teacher
 from deitkit.training.build import build_students
 from deitkit.training.cohort import Cohort
 from deitkit.training.cuda_graph import WARM_UP
@@ -46,24 +46,16 @@ class Bench:
         self.recipe = recipe = without_weights(recipe)
         self.device = choose_device(recipe.device)
         self.precision = Precision.choose(recipe.train.precision, self.device)
-        random_crops = recipe.has_random_crops
-        self.dataset = synthetic_dataset(recipe) if synthetic else load_dataset(recipe.data, random_crops=random_crops)
-        if recipe.data.unlabelled is not None and not synthetic:
-            self.dataset = add_unlabelled(self.dataset, recipe.data)
+        load = partial(load_all_images, recipe.data, random_crops=recipe.has_random_crops)
+        self.dataset = synthetic_dataset(recipe) if synthetic else load()
         self.synthetic = synthetic
         self.teachers = Teachers([self._build_teacher(teacher) for teacher in recipe.all_teachers])
 
     def _build_teacher(self, recipe: TeacherRecipe) -> FrozenTeacher:
-        dataset = self.dataset
+        image_px = recipe.image_px or (pretrained_px(recipe.name) if recipe.pretrained else None)
+        blank = recipe.model_copy(update={"pretrained": False, "checkpoint": None, "image_px": image_px})
         with seeded(0, "teacher"):
-            if Path(recipe.name).exists():
-                recipe, built, _ = build_saved(recipe, dataset)
-            else:
-                built = create_classifier(
-                    recipe.name, classes=dataset.classes, channels=dataset.channels, image_px=recipe.image_px
-                )
-        mean, std = built.mean or dataset.mean, built.std or dataset.std
-        classifier = Classifier(built.model, mean=mean, std=std, image_px=recipe.image_px or built.image_px)
+            classifier, _ = draft_teacher(blank, self.dataset)
         return FrozenTeacher(accelerate(classifier, self.recipe.speed, self.device))
 
     def students(self, methods: tuple[str, ...]) -> list[Student]:
@@ -141,6 +133,7 @@ def bench_train(recipe: Recipe, *, synthetic: bool, repeats: int, steps: int) ->
     for student in cohort.students:
         student.reset_meters()
     taken = time_in_turn({"step": stepper}, device=bench.device, repeats=repeats, calls=steps)["step"]
+    memory = peak_memory_gib(bench.device)  # before anything else uses the device
     flops = step_flops(bench)
     flops_per_second = flops * cohort.images_in_step / taken.median
     limit = machine_limit(bench.precision)
@@ -152,7 +145,7 @@ def bench_train(recipe: Recipe, *, synthetic: bool, repeats: int, steps: int) ->
         "gflop_per_second": flops_per_second / 1e9,
         "limit_gflop_per_second": limit / 1e9,
         "share_of_limit": flops_per_second / limit,
-        "peak_memory_gib": peak_memory_gib(bench.device),
+        "peak_memory_gib": memory,
         "repeats": repeats,
         "steps": steps,
     }

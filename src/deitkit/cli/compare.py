@@ -126,11 +126,12 @@ def teacher(
     """
     from deitkit.cli.progress import Terminal
     from deitkit.data.dataset import load_dataset
+    from deitkit.models.weights.pretrained import resolved
     from deitkit.run.folder import begin_run, check_run, choose_run_folder, locked
     from deitkit.system.device import Precision, choose_device
     from deitkit.teachers.prepare import common_card, dry_run_teachers, prepare_teachers
 
-    loaded = _load(recipe, overrides, None)
+    loaded = resolved(_load(recipe, overrides, None))
     restarted = was_restarted()
     folder = choose_run_folder(out, loaded, resume, "-teacher", restarted=restarted)
     if (folder / "results.json").exists():

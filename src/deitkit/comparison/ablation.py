@@ -17,10 +17,10 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from deitkit.comparison.compare import compare, dry_run, has_finished
-from deitkit.comparison.images import as_begun, keeping_last
+from deitkit.comparison.images import as_begun, keeping_last, require_same_images
 from deitkit.comparison.rows import Hits, RowKey, corrected, paired_over_seeds
 from deitkit.comparison.seed_run import load_predictions
-from deitkit.data.dataset import Dataset, load_dataset
+from deitkit.data.dataset import Dataset, load_all_images
 from deitkit.errors import DataError, DeitkitError
 from deitkit.models.weights.pretrained import resolved
 from deitkit.recipe.contradictions import BASE
@@ -115,7 +115,7 @@ def begin_variants(recipe: Recipe, folder: Path, *, watcher: Watcher, resume: bo
         check_run(homes[name], variant, resume=True)
     # Variants that share a data set follow each other in most recipes.
     random_crops = any(variant.has_random_crops for variant in recipes.values())
-    load = keeping_last(lambda data: load_dataset(data, watcher.reading, random_crops=random_crops))
+    load = keeping_last(lambda data: load_all_images(data, watcher.reading, random_crops=random_crops))
     begun = BegunVariants(recipes, homes, _dry_run_all(recipes, homes, load), load)
     begin_run(folder, recipe)
     for name in begun.unfinished:
@@ -135,6 +135,7 @@ def _dry_run_all(
     for name, variant in recipes.items():
         with named_in_errors(name):
             dataset = load(as_begun(variant.data, homes[name]))
+            require_same_images(dataset, homes[name])
             if not torch.equal(dataset.test.labels, labels):
                 raise DataError(
                     f"its {len(dataset.test)} test images are not the base's {len(labels)}: change no field of data "

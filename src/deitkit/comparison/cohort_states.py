@@ -88,8 +88,18 @@ def missing_students(folder: Path, seed: int, names: Sequence[str]) -> list[str]
 
 
 def training_has_begun(home: Path) -> bool:
-    """Return whether the folder of a seed or a teacher contains the state of a training."""
-    return has_state(home / STATE)
+    """Return whether the folder of a seed or a teacher, or of a student in it, contains the state of a training."""
+    return has_state(home / STATE) or any(home.glob("*/checkpoint*.safetensors"))
+
+
+def holds(planned: PlannedCohort, home: Path) -> bool:
+    """Return whether a plan is still right: none of its students was finished or continued by another process since."""
+    names = {*planned.names}
+    if any((home / name / PREDICTIONS).exists() for name in names):
+        return False
+    if has_state(planned.state):
+        return names <= {*(outline(planned.state) or {"students": ()})["students"]}
+    return not any(has_state(home / name / STATE) for name in names)
 
 
 def _divide_state(place: Path, names: Sequence[str], say: Callable[[str], None], patience: float) -> None:

@@ -20,7 +20,7 @@ from deitkit.comparison.cost import add_costs
 from deitkit.comparison.describe import describe_data, describe_students
 from deitkit.comparison.estimate import estimate_training
 from deitkit.comparison.finetune import StartingPoint, add_checkpoint_row, measure_checkpoint
-from deitkit.comparison.images import images_sha256, load_images
+from deitkit.comparison.images import describe_images, load_images
 from deitkit.comparison.rows import summarise, validation_scores
 from deitkit.comparison.seed_run import adopt_older_layout, gather_metrics, load_predictions, run_seed, step_images
 from deitkit.data.augment.preview import draw_views
@@ -29,7 +29,7 @@ from deitkit.data.duplicates import Duplicates
 from deitkit.distillation.methods import find_method
 from deitkit.errors import RecipeError
 from deitkit.evaluation.readouts import balanced_accuracy, macro_f1, top_k_accuracy
-from deitkit.models.accelerate import release
+from deitkit.models.accelerate import forget_compiled, release
 from deitkit.models.weights.pretrained import resolved
 from deitkit.recipe.schema import Recipe
 from deitkit.report.published import published_figures
@@ -116,6 +116,7 @@ def begin(
     The arguments are those of ``compare``.
     """
     recipe = resolved(recipe)
+    forget_compiled()
     device = choose_device(recipe.device)
     precision = Precision.choose(recipe.train.precision, device)
     for name in recipe.methods:
@@ -134,13 +135,18 @@ def begin(
     begin_run(folder, recipe)
     adopt_older_layout(folder)
     machine = describe_machine(device, precision)
+    if current_ranks().count > 1:  # which predict other parts of the images at once than one process, and so may round
+        machine["processes"] = current_ranks().count
     streamed = not isinstance(dataset.train.images, Tensor)
-    environment = machine | {
-        "deitkit": __version__,
-        "code": code_sha256(),
-        "streamed": streamed,
-        "images": images_sha256(dataset),
-    }
+    environment = (
+        machine
+        | {
+            "deitkit": __version__,
+            "code": code_sha256(),
+            "streamed": streamed,
+        }
+        | describe_images(dataset)
+    )
     write_json(folder / "environment.json", environment)
     draw_views(dataset, recipe.augment, recipe.train.label_smoothing, folder / "views.png")
 

@@ -14,7 +14,14 @@ from deitkit.system.device import Precision
 from deitkit.system.ranks import ALONE
 from deitkit.system.timer import duration_text
 from deitkit.teachers.frozen import FrozenTeacher, Teachers
-from deitkit.teachers.prepare import draft_teacher, is_trained, teacher_cohort, teacher_folders, teacher_student
+from deitkit.teachers.prepare import (
+    draft_teacher,
+    is_trained,
+    load_teacher_images,
+    teacher_cohort,
+    teacher_folders,
+    teacher_student,
+)
 from deitkit.training.build import build_students, needs_teacher, student_names
 from deitkit.training.cohort import Cohort
 
@@ -65,7 +72,9 @@ def estimate_training(recipe: Recipe, dataset: Dataset, folder: Path, precision:
         if card.fit != "none" and not is_trained(home):
             student = teacher_student("teacher", classifier, one, precision)
             alone = recipe.model_copy(update={"teacher": one, "teachers": ()})
-            seconds_of_teachers += _seconds(teacher_cohort(student, alone, dataset, precision, ALONE), one.train.epochs)
+            images = load_teacher_images(alone, dataset)
+            seconds_of_teachers += _seconds(teacher_cohort(student, alone, images, precision, ALONE), one.train.epochs)
+            del images
         teachers.append(FrozenTeacher(classifier))
     students = build_students(recipe, dataset, recipe.seeds[0], precision, names=max(missing.values(), key=len))
     together = Teachers(teachers) if teachers else None

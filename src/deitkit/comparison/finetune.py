@@ -14,9 +14,10 @@ from torch import Tensor
 from deitkit.comparison.rows import Predictions, RowKey, Summary, corrected, paired_over_seeds
 from deitkit.comparison.verdict import p_in_words
 from deitkit.data.dataset import Dataset, load_test
-from deitkit.data.duplicates import MOST_SEEN, how_to_divide, share_of_tests_seen
+from deitkit.data.duplicates import MOST_SEEN, how_to_divide
 from deitkit.distillation.methods import METHODS
 from deitkit.errors import RecipeError
+from deitkit.evaluation.apply import share_seen
 from deitkit.evaluation.predict import predict
 from deitkit.evaluation.readouts import readout_scores, top_k_accuracy, top_k_hits
 from deitkit.evaluation.statistics import wilson_interval
@@ -132,6 +133,12 @@ def measure_checkpoint(
     name = recipe.model.pretrained or start
     found, card = weights.architecture, weights.card
     parameters = sum(value.numel() for value in weights.state.values())
+    seen = 0.0 if card is None else share_seen(card, recipe.data, dataset, watcher.reading)
+    if seen > MOST_SEEN:
+        raise RecipeError(
+            f"about {100 * seen:.0f} % of the test images of {dataset.name} are training images of {name}: "
+            f"{how_to_divide({} if card is None else card.split)}"
+        )
     obstacle = _obstacle(weights, dataset)
     if obstacle is not None:
         note = f"{name}, from which the students started, has no row of its own: {obstacle}."
@@ -140,15 +147,8 @@ def measure_checkpoint(
     own: dict[str, Any] = {"image_px": px, "channels": found.channels}
     if card is not None:
         own |= {"eval_crop": card.eval_crop, "fit": card.fit}
-    test, hashes = load_test(recipe.data.model_copy(update=own), watcher.reading)
+    test = load_test(recipe.data.model_copy(update=own), watcher.reading)
     assert torch.equal(test.labels, dataset.test.labels.cpu()), "both are the same images in the same order"
-    sketch = None if card is None else card.seen
-    seen = share_of_tests_seen(hashes, dataset.test_hashes, dataset.train_hashes, sketch)
-    if seen > MOST_SEEN:
-        raise RecipeError(
-            f"about {100 * seen:.0f} % of the test images of {dataset.name} are training images of {name}: "
-            f"{how_to_divide({} if card is None else card.split)}"
-        )
     scores = readout_scores(predict(_build(weights).to(precision.device), test, precision))
     readout = (None if card is None else card.readout) or default_readout(list(scores))
     note = f"{BEFORE}: {name} as it was before fine-tuning, at {px} px"

@@ -17,7 +17,7 @@ from deitkit.comparison.finetune import measure_checkpoint
 from deitkit.comparison.images import as_begun, keeping_last
 from deitkit.comparison.rows import best_row, corrected, corrected_differences, finished
 from deitkit.comparison.verdict import Standing, verdict
-from deitkit.data.dataset import Dataset, load_dataset
+from deitkit.data.dataset import Dataset, load_all_images
 from deitkit.evaluation.statistics import are_equal, resampled_difference, resampled_interval
 from deitkit.models.weights.pretrained import resolved, starting_weights
 from deitkit.recipe.schema import DataRecipe, Recipe
@@ -93,7 +93,7 @@ def begin_folds(
     check_run(folder, recipe, resume)
     for fold, own in recipes.items():
         check_run(fold_folder(folder, fold), own, resume=True)
-    load = keeping_last(lambda data: load_dataset(data, watcher.reading, random_crops=recipe.has_random_crops))
+    load = keeping_last(lambda data: load_all_images(data, watcher.reading, random_crops=recipe.has_random_crops))
     precision = Precision.choose(recipe.train.precision, choose_device(recipe.device))
     dataset = load(as_begun(recipes[1].data, fold_folder(folder, 1)))
     dry_run(recipes[1], dataset, precision)

@@ -4,27 +4,28 @@ import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ParamSpec
+from typing import Any, Literal, ParamSpec
 
 import torch
 
 from deitkit.data.cache import sha256
-from deitkit.data.dataset import Dataset, add_unlabelled, load_dataset
+from deitkit.data.dataset import Dataset, load_all_images
 from deitkit.errors import CheckpointError
 from deitkit.recipe.schema import DataRecipe, Recipe
 from deitkit.run.observer import Watcher
+from deitkit.run.results import fold_folder
 
 Arguments = ParamSpec("Arguments")
 
 
 def load_images(recipe: Recipe, folder: Path, watcher: Watcher, dataset: Dataset | None = None) -> Dataset:
-    """Load the images of a recipe, with labels (unless these are loaded already) and without.
+    """Load the images of a recipe, with labels and without, and check that they are those with which the run began.
 
     Args:
         recipe: Its ``data``.
         folder: Of the run, which may have begun.
         watcher: Receives progress.
-        dataset: The images with labels.
+        dataset: All of them, if they are loaded already.
 
     Raises:
         CheckpointError: The run was begun with other images.
@@ -32,16 +33,35 @@ def load_images(recipe: Recipe, folder: Path, watcher: Watcher, dataset: Dataset
     """
     data = as_begun(recipe.data, folder)
     if dataset is None:
-        dataset = load_dataset(data, watcher.reading, random_crops=recipe.has_random_crops)
-    if data.unlabelled is not None and dataset.unlabelled is None:
-        dataset = add_unlabelled(dataset, data, watcher.reading)
-    if _environment(folder).get("images") not in (None, images_sha256(dataset)):
+        dataset = load_all_images(data, watcher.reading, random_crops=recipe.has_random_crops)
+    require_same_images(dataset, folder)
+    for other in _other_folds(data, folder):
+        require_same_images(dataset, other, "all_images")
+    return dataset
+
+
+def _other_folds(data: DataRecipe, folder: Path) -> list[Path]:
+    """Return the run folders of all folds of a cross-validation that uses all images, of which one is in a folder."""
+    whole, limits = folder.parent.parent, (data.train_images, data.test_images)
+    if data.fold is None or folder != fold_folder(whole, data.fold) or limits != (None, None):
+        return []
+    return [fold_folder(whole, fold) for fold in range(1, (data.folds or 0) + 1)]
+
+
+def require_same_images(dataset: Dataset, folder: Path, which: Literal["images", "all_images"] = "images") -> None:
+    """Raise CheckpointError if a run folder was begun with other images or labels.
+
+    Args:
+        dataset: The images of now.
+        folder: Of the run, which may have begun.
+        which: ``all_images`` for the folder of another fold, which divides the same images in another way.
+    """
+    if _environment(folder).get(which) not in (None, describe_images(dataset)[which]):
         raise CheckpointError(
             f"{folder} was begun with other images or labels than data.name={dataset.name} has now, and rows are "
             "compared on the same images: restore them, or name a new folder (if only Pillow has another version "
             f"here, delete {folder / 'environment.json'})"
         )
-    return dataset
 
 
 def as_begun(data: DataRecipe, folder: Path) -> DataRecipe:
@@ -52,11 +72,25 @@ def as_begun(data: DataRecipe, folder: Path) -> DataRecipe:
     return data.model_copy(update={"streaming": streamed})
 
 
-def images_sha256(dataset: Dataset) -> str:
-    """Return a SHA-256 over the pixels and labels of all splits and the class names, the same however they are read."""
-    labels = torch.cat([split.labels.cpu() for split in (dataset.train, dataset.validation, dataset.test)])
-    hashes = dataset.train_hashes, dataset.validation_hashes, dataset.test_hashes, dataset.unlabelled_hashes
-    return hashlib.sha256(json.dumps([sha256(*hashes, labels), dataset.class_names]).encode()).hexdigest()
+def describe_images(dataset: Dataset) -> dict[str, str]:
+    """Return a SHA-256 over the pixels and labels of all splits and the class names, the same however they are read.
+
+    Returns:
+        ``images``: of the splits; ``all_images``: of the images with labels in whatever split and order.
+    """
+    labelled = [dataset.train, dataset.validation, dataset.test]
+    labels = torch.cat([split.labels.cpu() for split in labelled])
+    unlabelled = torch.zeros(0, dtype=torch.int64) if dataset.unlabelled is None else dataset.unlabelled.hashes
+    hashes = [*(split.hashes for split in labelled), unlabelled]
+    together = torch.stack([torch.cat([split.hashes for split in labelled]), labels])
+    return {
+        "images": _sha256([sha256(*hashes, labels), dataset.class_names]),
+        "all_images": _sha256([sha256(*together[:, together[0].sort().indices]), dataset.class_names]),
+    }
+
+
+def _sha256(values: list[Any]) -> str:
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()
 
 
 def keeping_last(load: Callable[Arguments, Dataset]) -> Callable[Arguments, Dataset]:

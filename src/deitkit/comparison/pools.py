@@ -80,7 +80,7 @@ class LocalPool:
 
         self.gpus = torch.cuda.device_count()
         self.devices = devices
-        most = max(1, self.gpus // devices) if self.gpus else usable_cores()
+        most = max(1, (self.gpus or usable_cores()) // devices)
         self.size = most if size is None else size
         if self.gpus and self.size * devices > self.gpus:
             raise RecipeError(

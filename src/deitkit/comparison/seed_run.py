@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from deitkit.comparison.cohort_states import PREDICTIONS, STATE, PlannedCohort, plan_cohorts, write_own_metrics
+from deitkit.comparison.cohort_states import PREDICTIONS, STATE, PlannedCohort, holds, plan_cohorts, write_own_metrics
 from deitkit.comparison.rows import StudentPredictions
 from deitkit.data.dataset import Dataset, as_read
 from deitkit.data.duplicates import sketch
@@ -76,16 +76,22 @@ def run_seed(
     names = everyone if part is None else part
     _report_finished(home, names, everyone, watcher)
     patience = 0.0 if part is None else LOCK_SECONDS
-    with locked(home, patience, watcher.say):
-        cohorts = plan_cohorts(home, names, everyone, watcher.say, patience, apart=part is not None)
-    for planned in cohorts:
+
+    def plan() -> list[PlannedCohort]:
+        with locked(home, patience, watcher.say):
+            return plan_cohorts(home, names, everyone, watcher.say, patience, apart=part is not None)
+
+    cohorts = plan()
+    while cohorts:
+        planned = cohorts.pop(0)
         with ExitStack() as stack:
             for name in planned.names:
                 stack.enter_context(locked(home / name, patience, watcher.say))
-            if part is None and planned.state.parent.name in everyone:
-                _return_metrics(planned.state.parent, folder)
-            metrics_home = folder if part is None else planned.state.parent
-            _train_cohort(recipe, dataset, teachers, seed, planned, folder, metrics_home, precision, watcher)
+            if holds(planned, home):
+                metrics_home = _move_metrics(planned, seed, folder, apart=part is not None)
+                _train_cohort(recipe, dataset, teachers, seed, planned, folder, metrics_home, precision, watcher)
+                continue
+        cohorts = plan()  # another process trained one of them while this one waited for it
 
 
 def _train_cohort(
@@ -232,9 +238,20 @@ def _keep(
         save_tree(home / PREDICTIONS, vars(predictions))
 
 
-def _return_metrics(home: Path, folder: Path) -> None:
-    """Put the metrics of a student that was set aside back among those of the run."""
-    write_metrics(read_metrics(folder) + read_metrics(home), folder)
+def _move_metrics(planned: PlannedCohort, seed: int, folder: Path, *, apart: bool) -> Path:
+    """Put the metrics of students that continue where this training adds its own; return that folder.
+
+    They may be among those of the run, or in the folder in which the state is.
+    """
+    run, own = read_metrics(folder), planned.state.parent
+    if not apart:
+        if own.name in planned.names:
+            write_metrics(run + read_metrics(own), folder)
+        return folder
+    earlier = [line for line in run if line.seed == seed and line.student in planned.names]
+    if earlier:
+        write_metrics(earlier + read_metrics(own), own)
+    return own
 
 
 def load_predictions(
@@ -277,8 +294,10 @@ def _student_card(recipe: Recipe, dataset: Dataset, student: Student, seed: int)
         "seed": seed,
         "recipe": recipe.name,
         **card_of_data(recipe.data, dataset),
-        "trained_on": sketch(torch.cat([dataset.train_hashes, dataset.unlabelled_hashes])),
+        "trained_on": sketch(torch.cat([split.hashes for split in (dataset.train, dataset.unlabelled) if split])),
     }
+    if dataset.unlabelled is not None:
+        card["labelled_share"] = len(dataset.train) / (len(dataset.train) + len(dataset.unlabelled))
     start = None
     if student.name == BASELINE:
         card["architecture"] = baseline_architecture(recipe)

@@ -60,7 +60,7 @@ def _outcome(standing: Standing, rows: Sequence[Row]) -> str:
     text = f"{winner.row} {best} on the validation images and {scores}"
     if difference is not None:
         return f"{text}, {_points(difference)} against labels alone ({p_in_words(difference)})"
-    if any(row.difference_to("none") is not None for row in rows):
+    if any(row.teacher is not None and row.difference_to("none") is not None for row in rows):
         return f"{text}: no teaching beat labels alone there"
     return text
 

@@ -3,13 +3,12 @@
 import signal
 from contextlib import suppress
 from types import FrameType
-from typing import Any
 
 from deitkit.comparison.images import keeping_last
 from deitkit.comparison.seed_run import predict_students, seed_cohort
-from deitkit.data.dataset import Dataset, add_unlabelled, load_dataset
+from deitkit.data.dataset import Dataset, load_all_images
 from deitkit.errors import Interrupted
-from deitkit.models.accelerate import accelerate, release
+from deitkit.models.accelerate import accelerate, forget_compiled, release
 from deitkit.recipe.schema import DataRecipe
 from deitkit.run.observer import Silent
 from deitkit.system.device import Precision, choose_device
@@ -17,7 +16,7 @@ from deitkit.system.ranks import Ranks
 from deitkit.system.seeding import seeded
 from deitkit.teachers.prepare import (
     draft_teacher,
-    images_of_teacher,
+    load_teacher_images,
     prepare_teachers,
     teacher_cohort,
     teacher_student,
@@ -48,14 +47,17 @@ def run_worker(ranks: Ranks) -> None:
     A request to stop ends the training; this process then waits until the first one has saved it, since torchrun ends
     all processes as soon as one has failed.
     """
-    stop = Stop()
+    stop, model = Stop(), None
     while (message := ranks.receive()) is not None:
+        training = SharedTraining.model_validate(message)
+        if training.recipe.model != model:  # of another variant
+            forget_compiled()
+            model = training.recipe.model
         with suppress(Interrupted):
-            _help(message, ranks, stop)
+            _help(training, ranks, stop)
 
 
-def _help(message: Any, ranks: Ranks, stop: Stop) -> None:
-    training = SharedTraining.model_validate(message)
+def _help(training: SharedTraining, ranks: Ranks, stop: Stop) -> None:
     precision = Precision.choose(training.recipe.train.precision, choose_device(training.recipe.device))
     if training.seed is None:
         _help_with_teacher(training, precision, ranks, stop)
@@ -70,8 +72,8 @@ def _help_with_teacher(training: SharedTraining, precision: Precision, ranks: Ra
         classifier, _ = draft_teacher(recipe.teacher, images)
     accelerate(classifier, recipe.speed, precision.device)
     student = teacher_student(training.folder.name, classifier, recipe.teacher, precision)
-    dataset = _load(images_of_teacher(recipe), recipe.has_random_crops)
-    help_to_the_end(teacher_cohort(student, recipe, dataset, precision, ranks), stop)
+    images = load_teacher_images(recipe, images)
+    help_to_the_end(teacher_cohort(student, recipe, images, precision, ranks), stop)
 
 
 def _help_with_students(training: SharedTraining, seed: int, precision: Precision, ranks: Ranks, stop: Stop) -> None:
@@ -91,5 +93,4 @@ def _help_with_students(training: SharedTraining, seed: int, precision: Precisio
 @keeping_last
 def _load(recipe: DataRecipe, random_crops: bool) -> Dataset:
     """Load the images of a recipe, which the first process has read, and so cached, before."""
-    dataset = load_dataset(recipe, random_crops=random_crops)
-    return dataset if recipe.unlabelled is None else add_unlabelled(dataset, recipe)
+    return load_all_images(recipe, random_crops=random_crops)

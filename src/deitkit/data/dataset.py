@@ -58,12 +58,8 @@ class Dataset:
             the names, sizes and times of their files instead.
         duplicates: Test images that are also training images.
         remarks: What was assumed or left out while the data set was listed, as sentences without a full stop.
-        train_hashes: Pixel hash of each training image.
-        test_hashes: Pixel hash of each test image.
-        validation_hashes: Pixel hash of each validation image.
         fit: How images became square, as ``data.fit``.
         unlabelled: Images to train on without labels, all labelled -1; None without any.
-        unlabelled_hashes: Pixel hash of each of them.
         names: Returns the name of an image by its split and place, for messages.
         divided: Whether the test images were drawn from all, since the data set has no test split of its own.
         originals: Returns training images by their positions as they were before they were resized to a square; None if
@@ -81,13 +77,9 @@ class Dataset:
     fingerprint: str
     duplicates: Duplicates = field(default_factory=Duplicates)
     remarks: tuple[str, ...] = ()
-    train_hashes: Int64[Tensor, " train"] = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
-    test_hashes: Int64[Tensor, " test"] = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
     originals: Callable[[Int64[Tensor, " m"]], list[np.ndarray]] | None = None
-    validation_hashes: Int64[Tensor, " validation"] = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
     fit: str = "crop"
     unlabelled: Split | None = None
-    unlabelled_hashes: Int64[Tensor, " unlabelled"] = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
     names: Callable[[str, int], str] | None = None
     divided: bool = False
 
@@ -99,7 +91,7 @@ class Dataset:
             return Duplicates()
         if min(self.image_px) < LEAST_NEAR_PX or len(train) * len(test) > MOST_PAIRS:
             return Duplicates()
-        fresh = (~torch.isin(self.test_hashes, self.train_hashes)).nonzero().flatten()
+        fresh = (~torch.isin(self.test.hashes, self.train.hashes)).nonzero().flatten()
         pairs = find_near_duplicates(train, test[fresh]).tolist()
         few = [
             (self.names("test", int(fresh[one])), self.names("train", other)) for one, other in pairs[:MOST_EXAMPLES]
@@ -145,7 +137,7 @@ def load_dataset(recipe: DataRecipe, progress: Progress | None = None, *, random
     places, hashes = selection[found.kept].split(sizes), found.hashes[found.kept].split(sizes)
     labels = [listing.labels[some] for some in places]
     images = found.images.split(sizes)
-    splits = [Split(*both) for both in zip(images, labels, strict=True)]
+    splits = [Split(*each[:2], hashes=each[2]) for each in zip(images, labels, hashes, strict=True)]
     _require_all_classes(dict(zip(("train", "validation", "test"), splits, strict=True)), listing, recipe)
     train, validation, test = splits
     train = replace(train, crop_source=_crop_source(found, len(indices.train), train_px))
@@ -163,16 +155,19 @@ def load_dataset(recipe: DataRecipe, progress: Progress | None = None, *, random
         std=std,
         skipped=listing.skipped + found.skipped,
         fingerprint=_fingerprint(splits, listing.class_names, found.key if isinstance(found, Survey) else None),
-        duplicates=_duplicates(names, find_duplicates(hashes[0], hashes[2])),
+        duplicates=_duplicates(names, find_duplicates(train.hashes, test.hashes)),
         remarks=listing.remarks,
-        train_hashes=hashes[0],
-        validation_hashes=hashes[1],
-        test_hashes=hashes[2],
         originals=partial(original_images, listing, places[0]) if recipe.image_px is not None else None,
         fit=recipe.fit,
         names=names,
         divided=listing.official_test is None,
     )
+
+
+def load_all_images(recipe: DataRecipe, progress: Progress | None = None, *, random_crops: bool = False) -> Dataset:
+    """Load the data set of a recipe, see ``load_dataset``, and its images without labels if it names some."""
+    dataset = load_dataset(recipe, progress, random_crops=random_crops)
+    return dataset if recipe.unlabelled is None else add_unlabelled(dataset, recipe, progress)
 
 
 def as_read(recipe: DataRecipe, dataset: Dataset) -> DataRecipe:
@@ -204,8 +199,9 @@ def add_unlabelled(dataset: Dataset, recipe: DataRecipe, progress: Progress | No
     sized = recipe.model_copy(update={"image_px": recipe.image_px or width, "channels": dataset.channels})
     train_px = None if dataset.train.crop_source is None else crop_source_px(sized)
     found = _read(listing, selection, len(selection), sized, progress, train_px)
-    held_out = torch.cat([dataset.validation_hashes, dataset.test_hashes])
-    fresh = ~torch.isin(found.hashes[found.kept], held_out)
+    held_out = torch.cat([dataset.validation.hashes, dataset.test.hashes])
+    hashes = found.hashes[found.kept]
+    fresh = ~torch.isin(hashes, held_out)
     if not bool(fresh.any()):
         raise DataError(
             f"data.unlabelled={source} has no image that can be read and is not a validation or test image: add some"
@@ -221,14 +217,10 @@ def add_unlabelled(dataset: Dataset, recipe: DataRecipe, progress: Progress | No
     unlabelled = Split(
         found.images[fresh],
         torch.full((int(fresh.sum()),), -1),
+        hashes=hashes[fresh],
         crop_source=None if source_of_crops is None else source_of_crops[fresh],
     )
-    return replace(
-        dataset,
-        unlabelled=unlabelled,
-        unlabelled_hashes=found.hashes[found.kept][fresh],
-        remarks=(*dataset.remarks, *remarks),
-    )
+    return replace(dataset, unlabelled=unlabelled, remarks=(*dataset.remarks, *remarks))
 
 
 def _list_unlabelled(source: str) -> Listing:
@@ -238,13 +230,13 @@ def _list_unlabelled(source: str) -> Listing:
     return list_images(Path(path).expanduser())
 
 
-def load_test(recipe: DataRecipe, progress: Progress | None = None) -> tuple[Split, Int64[Tensor, " n"]]:
-    """Load only the test images of ``load_dataset``, and their pixel hashes."""
+def load_test(recipe: DataRecipe, progress: Progress | None = None) -> Split:
+    """Load only the test images of ``load_dataset``."""
     listing, indices = _plan(recipe, progress)
     found = _read(listing, indices.test, 0, recipe, progress)
-    split = Split(found.images, listing.labels[indices.test[found.kept]])
+    split = Split(found.images, listing.labels[indices.test[found.kept]], hashes=found.hashes[found.kept])
     _require_all_classes({"test": split}, listing, recipe)
-    return split, found.hashes[found.kept]
+    return split
 
 
 def load_validation_at(recipe: DataRecipe, sizes: Sequence[int], count: int) -> list[Split]:

@@ -5,7 +5,6 @@ its training images, so that the same can be found for data that it meets later,
 """
 
 import base64
-import binascii
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -112,22 +111,21 @@ def sketch(train: Int64[Tensor, " train"]) -> str:
 
 def merge_sketches(texts: Iterable[str]) -> str:
     """Return the sketch of the images of several sketches, which were hashed at one size."""
-    return sketch(torch.cat([torch.zeros(0, dtype=torch.int64), *(_sketched(text) for text in texts)]))
+    return sketch(torch.cat([torch.zeros(0, dtype=torch.int64), *(hashes_of(text) for text in texts)]))
 
 
 def share_of_sketch(train: Int64[Tensor, " train"], text: str) -> float:
-    """Return which share of the images of a sketch are among these; 1 for a text that is not a sketch, or empty."""
-    sketched = _sketched(text)
+    """Return which share of the images of a sketch are among these; 1 for an empty one."""
+    sketched = hashes_of(text)
     return torch.isin(sketched, train).double().mean().item() if len(sketched) else 1.0
 
 
 def share_in_sketch(test: Int64[Tensor, " test"], text: str) -> float:
     """Estimate which share of test images are among the training images of a sketch; exact for fewer than 256 of those.
 
-    Only test images whose hash would be in the sketch, if they were training images, are counted. A text that is not a
-    sketch gives 0.
+    Only test images whose hash would be in the sketch, if they were training images, are counted.
     """
-    sketched = _sketched(text)
+    sketched = hashes_of(text)
     if len(sketched) >= SKETCHED:
         test = test[test <= sketched[-1]]
     return torch.isin(test, sketched).double().mean().item() if len(test) else 0.0
@@ -137,7 +135,7 @@ def share_of_tests_seen(
     hashes: Int64[Tensor, " test"],
     test: Int64[Tensor, " test"],
     train: Int64[Tensor, " train"],
-    seen: str | None,
+    seen: str,
 ) -> float:
     """Estimate which share of a run's test images a given model was trained on; training images do not count.
 
@@ -145,20 +143,17 @@ def share_of_tests_seen(
         hashes: Of the test images as the model takes them.
         test: Of the same images as the run takes them.
         train: Of the run's training images.
-        seen: Sketch of the images that the model has learned from; the share is 0 if these are unknown.
+        seen: Sketch of the images that the model has learned from.
     """
-    return share_in_sketch(hashes[~torch.isin(test, train)], seen or "")
+    return share_in_sketch(hashes[~torch.isin(test, train)], seen)
 
 
-def how_to_divide(split: Mapping[str, Any]) -> str:
+def how_to_divide(split: Mapping[Any, Any]) -> str:
     """Return the remedy where a model has seen test images, from the fields of ``data`` that divided those."""
     fields = " ".join(f"data.{field}={value}" for field, value in split.items())
     return f"divide the data as for its training ({fields}), or test on other images"
 
 
-def _sketched(text: str) -> Int64[Tensor, " sketched"]:
-    """Return the hashes of a sketch; none for a text that is not a sketch."""
-    try:
-        return torch.from_numpy(np.frombuffer(base64.b64decode(text, validate=True), np.int64).copy())
-    except (binascii.Error, ValueError):
-        return torch.zeros(0, dtype=torch.int64)
+def hashes_of(text: str) -> Int64[Tensor, " sketched"]:
+    """Return the hashes of a sketch, in order; raises ValueError for a text that is not a sketch."""
+    return torch.from_numpy(np.frombuffer(base64.b64decode(text, validate=True), np.int64).copy())

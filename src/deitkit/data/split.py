@@ -5,7 +5,7 @@ Pure functions of labels and the recipe: nothing here reads a file or decodes an
 
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Any
 
@@ -50,10 +50,18 @@ class CropSource:
 
 @dataclass(frozen=True)
 class Split:
-    """Images (values 0 to 255) with the index of their class, and what random crops are cut from, if not from these."""
+    """Images of a data set, to train on or to measure with.
+
+    Attributes:
+        images: Values 0 to 255.
+        labels: Index of the class of each.
+        hashes: Pixel hash of each; empty for images that no data set holds.
+        crop_source: What random crops are cut from, if not from the images.
+    """
 
     images: UInt8[Tensor, "n channels height width"] | StreamedImages
     labels: Int64[Tensor, " n"]
+    hashes: Int64[Tensor, " hashed"] = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64), kw_only=True)
     crop_source: CropSource | None = field(default=None, kw_only=True)
 
     def __len__(self) -> int:
@@ -72,7 +80,7 @@ class Split:
         if isinstance(images, Tensor) and _has_room(device, images.nbytes):
             images = images.to(device)
         crop_source = None if self.crop_source is None else self.crop_source.to(device)
-        return Split(images, self.labels.to(device), crop_source=crop_source)
+        return replace(self, images=images, labels=self.labels.to(device), crop_source=crop_source)
 
     def pixels(self, indices: Int64[Tensor, " m"]) -> UInt8[Tensor, "m channels height width"]:
         """Return the images at these positions, in this order."""
@@ -123,7 +131,10 @@ class Split:
 
 
 def _has_room(device: torch.device, size: int) -> bool:
-    return device.type != "cuda" or size < MOST_GPU_MEMORY * torch.cuda.mem_get_info(device)[0]
+    if device.type != "cuda":
+        return True
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # what torch keeps for itself
+    return size < MOST_GPU_MEMORY * (torch.cuda.mem_get_info(device)[0] + unused)
 
 
 @dataclass(frozen=True)

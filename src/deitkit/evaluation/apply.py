@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from deitkit.data.dataset import Dataset, load_dataset
-from deitkit.data.duplicates import merge_sketches, share_in_sketch
+from deitkit.data.dataset import Dataset, load_dataset, load_test
+from deitkit.data.duplicates import merge_sketches, share_in_sketch, share_of_tests_seen
+from deitkit.data.listing import Progress
 from deitkit.errors import DataError, HasTestSplit
 from deitkit.evaluation.predict import predict
 from deitkit.evaluation.readouts import named_scores, top_k_accuracy, top_k_hits
@@ -37,7 +38,7 @@ def evaluate_model(folder: Path, data: str, root: Path | None = None) -> dict[st
         hits = int(top_k_hits(values, labels).sum())
         top5 = top_k_accuracy(values, labels, 5) if dataset.classes > 5 else None
         rows.append({"readout": readout, "top1": hits / n, "top1_ci95": wilson_interval(hits, n), "top5": top5})
-    seen = None if card.seen is None else share_in_sketch(dataset.test_hashes, card.seen)
+    seen = None if card.seen is None else share_in_sketch(dataset.test.hashes, card.seen)
     return {"model": str(folder), "dataset": dataset.name, "n": n, "trained_on": seen, "readouts": rows}
 
 
@@ -91,6 +92,22 @@ def images_before(dataset: Dataset, origins: Sequence[ModelCard]) -> dict[str, s
     """
     known = [seen for origin in origins if (seen := origin.seen) and origin.view == view_of(dataset)]
     return {"trained_before_on": merge_sketches(known)} if known else {}
+
+
+def share_seen(card: ModelCard, data: DataRecipe, dataset: Dataset, progress: Progress | None = None) -> float:
+    """Estimate which share of a run's test images a given model has learned from; 0 if its card does not tell.
+
+    Args:
+        card: Of the model.
+        data: Of the run.
+        dataset: The same, loaded.
+        progress: Called while the test images are read as the model takes them, if the run takes them otherwise.
+    """
+    if card.seen is None:
+        return 0.0
+    same = card.view == view_of(dataset)
+    test = dataset.test if same else load_test(data.model_copy(update=card.view), progress)
+    return share_of_tests_seen(test.hashes, dataset.test.hashes, dataset.train.hashes, card.seen)
 
 
 def view_of(dataset: Dataset) -> dict[str, Any]:

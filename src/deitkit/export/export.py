@@ -27,7 +27,6 @@ from deitkit.run.provenance import envelope
 from deitkit.system.device import Precision, describe_machine
 from deitkit.system.files import write_bytes, write_json
 from deitkit.system.timer import time_in_turn
-from deitkit.system.words import without_folders
 
 CPU = torch.device("cpu")
 FORMAT = 1
@@ -85,7 +84,7 @@ def export_onnx(
     classifier, card, readout = load_for_export(folder, options.readout)
     dataset = _images_to_check_on(card, options)
     if options.public:
-        card = ModelCard.model_validate(without_folders(card.written()))
+        card = card.published()
     say("building the graph")
     deployed = Deployed(classifier, readout, options.takes_bytes)
     contents = {"ONNX": build_onnx(deployed, card, folder)}
@@ -123,8 +122,8 @@ def _images_to_check_on(card: ModelCard, options: ExportOptions) -> Dataset:
     if name is None:
         raise RecipeError("the model's card names no data set to check the file on: give one with --data")
     dataset = load_data_of(card, name, options.root)
-    known = torch.cat([dataset.train_hashes, dataset.validation_hashes])
-    if options.data is None and share_of_sketch(known, card.trained_on or "") < LEAST_KNOWN:
+    known = torch.cat([dataset.train.hashes, dataset.validation.hashes])
+    if options.data is None and share_of_sketch(known, card.trained_on or "") < LEAST_KNOWN * card.labelled_share:
         raise DataError(
             f"data {name} has other images here than the model was trained on: run this where its run began, or name "
             "the images to check it on with --data"

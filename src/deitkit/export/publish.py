@@ -124,8 +124,7 @@ def _write_timm(planned: Plan, folder: Path, out: Path) -> None:
     if difference is not None and not difference <= TOLERANCE:
         raise CheckpointError(f"timm would not answer as {folder} does: logits differ by {difference:.2g}")
     if to_timm(planned.state).keys() == planned.state.keys():  # so that deitkit reads the same weights
-        card = without_folders(json.loads((folder / "model.json").read_text(encoding="utf-8")))
-        write_json(out / "model.json", card)
+        write_json(out / "model.json", read_card(folder).published().written())
 
 
 def _results_of(model: Path, folder: Path) -> Results | None:

@@ -1,13 +1,15 @@
 """The card of a saved model: what `model.json`, or the metadata of an ONNX file, records of it."""
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from deitkit.data.duplicates import merge_sketches
+from deitkit.data.duplicates import hashes_of, merge_sketches
 from deitkit.data.listing import writable
 from deitkit.errors import CheckpointError, reason_of
+from deitkit.system.words import without_folders
 
 FORMAT = 1
 REQUIRED = ("kind", "config", "mean", "std", "image_px", "class_names")  # of a model.json
@@ -16,6 +18,14 @@ Names = Annotated[
     tuple[str, ...],
     BeforeValidator(lambda given: [writable(str(name)) for name in given] if isinstance(given, list) else given),
 ]
+
+
+def _sketch(text: str) -> str:
+    hashes_of(text)  # raises ValueError
+    return text
+
+
+Sketch = Annotated[str, AfterValidator(_sketch)]
 
 
 class ModelCard(BaseModel):
@@ -38,6 +48,7 @@ class ModelCard(BaseModel):
         dataset: Name of the data that it was trained on.
         split: Fields of ``data`` that divided these.
         trained_on: Sketch of the images that it was trained on; see ``duplicates.sketch``.
+        labelled_share: Which share of those had labels.
         trained_before_on: Sketch of those of the models that it started from.
         method: Of a student.
         seed: Of its training.
@@ -59,14 +70,15 @@ class ModelCard(BaseModel):
     std: tuple[float, ...]
     image_px: int | None = None
     input_px: tuple[int, int] | None = None
-    channels: int
-    eval_crop: float = 1.0
-    fit: str = "crop"
+    channels: Literal[1, 3]
+    eval_crop: Annotated[float, Field(gt=0, le=1)] = 1.0
+    fit: Literal["crop", "pad", "squash"] = "crop"
     class_names: Names
     dataset: str | None = None
-    split: dict[str, Any] = {}
-    trained_on: str | None = None
-    trained_before_on: str | None = None
+    split: dict[Literal["split_seed", "test_fraction", "folds", "fold"], int | float | None] = {}
+    trained_on: Sketch | None = None
+    labelled_share: Annotated[float, Field(gt=0, le=1)] = 1.0
+    trained_before_on: Sketch | None = None
     method: str | None = None
     seed: int | None = None
     readout: str | None = None
@@ -103,6 +115,13 @@ class ModelCard(BaseModel):
         """Return it as it was read, for a file."""
         return self.model_dump(mode="json", exclude_unset=True)
 
+    def published(self) -> "ModelCard":
+        """Return it without the names of folders; a sketch, which may look like a path, stays as it is."""
+        kept = {"trained_on": self.trained_on, "trained_before_on": self.trained_before_on}
+        return ModelCard.model_validate(
+            without_folders(self.written()) | {name: text for name, text in kept.items() if text is not None}
+        )
+
 
 def card_from(content: Any, path: Path) -> ModelCard:
     """Return the card that a ``model.json`` contains.
@@ -113,14 +132,20 @@ def card_from(content: Any, path: Path) -> ModelCard:
     found = content.get("format") if isinstance(content, dict) else "unknown"
     if found != FORMAT:
         raise CheckpointError(f"{path} has format {found}; this deitkit reads format {FORMAT}")
-    wrong = [name for name in REQUIRED if name not in content]
+    return checked_card(content, REQUIRED, lambda wrong: wrong_card(path, f"see {', '.join(wrong)}"))
+
+
+def checked_card(
+    content: dict[str, Any], required: Sequence[str], refuse: Callable[[list[str]], CheckpointError]
+) -> ModelCard:
+    """Return the card with these fields; raise what ``refuse`` returns for those that are missing or wrong."""
+    wrong = [name for name in required if name not in content]
     try:
-        card = None if wrong else ModelCard.model_validate(content)
+        if not wrong:
+            return ModelCard.model_validate(content)
     except ValidationError as error:
-        card, wrong = None, sorted({str(one["loc"][0]) for one in error.errors()})
-    if card is None:
-        raise wrong_card(path, f"see {', '.join(wrong)}")
-    return card
+        wrong = sorted({str(one["loc"][0]) for one in error.errors()})
+    raise refuse(wrong)
 
 
 def wrong_card(path: Path, reason: object) -> CheckpointError:

@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 from torch import Tensor, nn
 
 from deitkit.errors import CheckpointError, RecipeError, reason_of
-from deitkit.models.card import ModelCard
+from deitkit.models.card import ModelCard, checked_card
 from deitkit.models.classifier import Classifier
 
 FORMAT = 1
@@ -114,12 +113,11 @@ def read_onnx(path: Path) -> tuple[Classifier, ModelCard]:
         raise CheckpointError(f"{path} cannot be opened ({reason}): update onnxruntime, or export it again") from None
     if found != FORMAT:
         raise CheckpointError(f"{path} has format {found}; this deitkit reads format {FORMAT}")
-    wrong = [name for name in ("channels", "class_names", "input_px", "exported_readout") if name not in content]
-    try:
-        card = None if wrong else ModelCard.model_validate(content)
-    except ValidationError as error:
-        card, wrong = None, sorted({str(one["loc"][0]) for one in error.errors()})
-    if card is None:
-        raise CheckpointError(f"{path} has an incomplete card (see {', '.join(wrong)}): export it again")
+    required = ("channels", "class_names", "input_px", "exported_readout")
+    card = checked_card(
+        content,
+        required,
+        lambda wrong: CheckpointError(f"{path} has an incomplete card (see {', '.join(wrong)}): export it again"),
+    )
     classifier = Classifier(OnnxGraph(session), mean=(0.0,) * card.channels, std=(1.0,) * card.channels)
     return classifier.eval(), card

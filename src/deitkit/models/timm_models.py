@@ -16,6 +16,12 @@ def names() -> list[str]:
     return list(timm.list_models())
 
 
+def pretrained_px(architecture: str) -> int | None:
+    """Return the resolution of timm's weights of a model; None without any."""
+    card = timm.get_pretrained_cfg(architecture)
+    return card.input_size[-1] if card is not None and card.has_weights else None
+
+
 def build(architecture: str, *, classes: int, channels: int, pretrained: bool, image_px: int | None) -> BuiltClassifier:
     """Build a model, see ``zoo.create_classifier``; raises TeacherError, and whatever timm raises."""
     card = timm.get_pretrained_cfg(architecture)

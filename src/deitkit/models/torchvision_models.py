@@ -21,6 +21,11 @@ def names() -> list[str]:
     return torchvision.models.list_models(module=torchvision.models)
 
 
+def pretrained_px(architecture: str) -> int:
+    """Return the resolution of torchvision's weights of a model."""
+    return torchvision.models.get_model_weights(architecture).DEFAULT.transforms().crop_size[0]
+
+
 def build(architecture: str, *, classes: int, channels: int, pretrained: bool, image_px: int | None) -> BuiltClassifier:
     """Build a model, see ``zoo.create_classifier``; raises TeacherError, and whatever torchvision raises."""
     weights = torchvision.models.get_model_weights(architecture).DEFAULT

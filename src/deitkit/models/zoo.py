@@ -60,6 +60,18 @@ def create_classifier(
         return build(architecture, classes=classes, channels=channels, pretrained=pretrained, image_px=image_px)
 
 
+def pretrained_px(name: str) -> int | None:
+    """Return the resolution of a library's pretrained weights, without fetching them; None if it has none."""
+    library, _, architecture = name.partition("/")
+    if library == "timm":
+        from deitkit.models.timm_models import pretrained_px
+    elif library == "torchvision":
+        from deitkit.models.torchvision_models import pretrained_px
+    else:
+        return None
+    return pretrained_px(architecture)
+
+
 def names() -> list[str]:
     """Return every name that ``create_classifier`` accepts, without timm's tags of weights."""
     return [name for library in LIBRARIES for name in _names_in(library)]

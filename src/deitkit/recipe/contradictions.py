@@ -57,9 +57,8 @@ def contradictions(recipe: "Recipe") -> Iterator[str]:
         chosen = [f"{name}.{policy}={getattr(augment, policy)}" for policy in policies if getattr(augment, policy)]
         if len(chosen) > 1:
             yield f"{' and '.join(chosen)} exclude each other: keep one"
-    for name, section in (
-        {"train": recipe.train} | {f"{name}.train": one.train for name, one in teachers.items()}
-    ).items():
+    trainings = {"train": recipe.train} | {f"{name}.train": one.train for name, one in teachers.items()}
+    for name, section in trainings.items():
         if section.warmup_epochs > section.epochs:
             yield f"{name}.warmup_epochs={section.warmup_epochs:g} exceeds {name}.epochs={section.epochs}: lower it"
         if section.repeats > section.batch_size:

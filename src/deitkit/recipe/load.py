@@ -91,7 +91,7 @@ def expand_variants(recipe: Recipe) -> dict[str, Recipe]:
     base = recipe.model_copy(update={"variants": {}})
     expanded, problems = {BASE: base}, []
     for name, changes in recipe.variants.items():
-        tree = base.model_dump() | {"name": f"{recipe.name}-{name}"}
+        tree = base.model_dump(exclude_unset=True) | {"name": f"{recipe.name}-{name}"}
         try:
             for key, value in changes.items():
                 _set(tree, _path(RENAMED.get(key, key), value), value)

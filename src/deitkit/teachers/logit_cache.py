@@ -217,7 +217,7 @@ def open_logit_cache(
     batch = recipe.train.batch_size
     if recipe.unlabelled_in_step and dataset.unlabelled is not None:
         count = min(recipe.unlabelled_in_step, len(dataset.unlabelled))
-        described["unlabelled"] = [count, sha256(dataset.unlabelled_hashes)]
+        described["unlabelled"] = [count, sha256(dataset.unlabelled.hashes)]
         batch += count
     return LogitCache(
         described,

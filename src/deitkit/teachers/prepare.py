@@ -13,6 +13,7 @@ from torch import nn
 
 from deitkit.data.dataset import Dataset, as_read, load_dataset
 from deitkit.data.duplicates import sketch
+from deitkit.data.listing import Progress
 from deitkit.distillation.methods import METHODS
 from deitkit.errors import CheckpointError, TeacherError
 from deitkit.evaluation.apply import card_of_data, images_before
@@ -23,7 +24,7 @@ from deitkit.models.classifier import Classifier
 from deitkit.models.saved import load_classifier, save_classifier, save_tensors
 from deitkit.models.weights.read import file_sha256, load_into, read_checkpoint, read_state
 from deitkit.models.zoo import create_classifier
-from deitkit.recipe.schema import DataRecipe, Recipe, TeacherRecipe
+from deitkit.recipe.schema import Recipe, TeacherRecipe
 from deitkit.run.folder import unreadable
 from deitkit.run.observer import Watcher
 from deitkit.run.results import TESTED, TeacherCard
@@ -73,9 +74,7 @@ def prepare_teacher(
     accelerate(classifier, recipe.speed, precision.device)
     train_data = dataset
     if card.fit != "none":
-        if recipe.teacher.all_images:
-            every_image = images_of_teacher(recipe)
-            train_data = load_dataset(every_image, watcher.reading, random_crops=recipe.has_random_crops)
+        train_data = load_teacher_images(recipe, dataset, watcher.reading)
         trained = folder / TRAINED
         if trained.exists():
             classifier.model.load_state_dict(read_state(trained))
@@ -102,9 +101,23 @@ def prepare_teacher(
     return FrozenTeacher(classifier), card
 
 
-def images_of_teacher(recipe: Recipe) -> DataRecipe:
-    """Return the images on which a recipe's teacher trains."""
-    return recipe.data.model_copy(update={"train_images": None}) if recipe.teacher.all_images else recipe.data
+def load_teacher_images(recipe: Recipe, dataset: Dataset, progress: Progress | None = None) -> Dataset:
+    """Return the images on which a recipe's teacher trains: those of the run, or more.
+
+    Raises:
+        TeacherError: They are fewer than a batch.
+    """
+    if recipe.teacher.all_images and recipe.data.train_images is not None:
+        every_image = recipe.data.model_copy(update={"train_images": None})
+        dataset = load_dataset(every_image, progress, random_crops=recipe.has_random_crops)
+    _require_batch(recipe.teacher, len(dataset.train))
+    return dataset
+
+
+def _require_batch(recipe: TeacherRecipe, count: int) -> None:
+    size = recipe.train.batch_size
+    if size > count:
+        raise TeacherError(f"teacher.train.batch_size={size} exceeds the {count} training images: use at most {count}")
 
 
 def _try(
@@ -114,9 +127,8 @@ def _try(
     trained = card.fit != "none"
     if trained and precision.device.type == "cuda":  # elsewhere one process trains a CNN
         require_parts({"teacher.train.batch_size": recipe.train.batch_size})
-    size, count = recipe.train.batch_size, len(dataset.train)
-    if trained and not recipe.all_images and size > count:
-        raise TeacherError(f"teacher.train.batch_size={size} exceeds the {count} training images: use at most {count}")
+    if trained and not recipe.all_images:
+        _require_batch(recipe, len(dataset.train))
     failure = failure_of(classifier, dataset, recipe.train.batch_size if trained else 1, precision, trained=trained)
     if failure is not None:
         way = "teacher.image_px, teacher.train.batch_size" if trained else "teacher.image_px"
@@ -133,7 +145,7 @@ def _model_card(card: TeacherCard, dataset: Dataset, recipe: Recipe, train_data:
     }
     before = [origin for _, origin in origins(recipe.teacher)]
     if card.fit != "none":
-        described["trained_on"] = sketch(train_data.train_hashes)
+        described["trained_on"] = sketch(train_data.train.hashes)
     elif before:  # its training was that of another run
         described["split"] = before[-1].split
     return described | images_before(dataset, before)

@@ -7,13 +7,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from deitkit.data.dataset import Dataset, load_test
-from deitkit.data.duplicates import MOST_SEEN, how_to_divide, share_of_tests_seen
+from deitkit.data.dataset import Dataset
+from deitkit.data.duplicates import MOST_SEEN, how_to_divide
 from deitkit.errors import CheckpointError, TeacherError
-from deitkit.evaluation.apply import view_of
+from deitkit.evaluation.apply import share_seen
 from deitkit.models.built import BuiltClassifier
 from deitkit.models.card import ModelCard
 from deitkit.models.saved import build_model, model_below, model_folder, read_card
+from deitkit.models.weights.initialise import card_of
 from deitkit.models.weights.read import read_state
 from deitkit.recipe.schema import DataRecipe, TeacherRecipe
 from deitkit.system.words import first_of
@@ -71,12 +72,18 @@ def build_saved(recipe: TeacherRecipe, dataset: Dataset) -> tuple[TeacherRecipe,
 
 
 def origins(recipe: TeacherRecipe) -> list[tuple[Path, ModelCard]]:
-    """Return the model or the weights of deitkit that a teacher starts from, with their cards; none of strangers."""
-    found = []
-    for given in (Path(recipe.name), recipe.checkpoint):
-        if given is not None and given.exists():
-            with suppress(CheckpointError):  # a stranger's weights
-                found.append((given, read_card(model_folder(given if given.is_dir() else given.parent))))
+    """Return the model or the weights of deitkit that a teacher starts from, with their cards; none of strangers.
+
+    Raises:
+        CheckpointError: The card beside the weights is damaged.
+    """
+    found, named = [], Path(recipe.name)
+    if named.exists():
+        with suppress(CheckpointError):  # ``build_saved`` says what is wrong
+            found.append((named, read_card(model_folder(named if named.is_dir() else named.parent))))
+    beside = None if recipe.checkpoint is None else card_of(recipe.checkpoint)
+    if recipe.checkpoint is not None and beside is not None:
+        found.append((recipe.checkpoint, beside))
     return found
 
 
@@ -92,11 +99,7 @@ def require_unseen(recipe: TeacherRecipe, data: DataRecipe, dataset: Dataset) ->
         TeacherError: It was.
     """
     for given, card in origins(recipe):
-        if not card.seen:
-            continue
-        same = card.view == view_of(dataset)
-        hashes = dataset.test_hashes if same else load_test(data.model_copy(update=card.view))[1]
-        seen = share_of_tests_seen(hashes, dataset.test_hashes, dataset.train_hashes, card.seen)
+        seen = share_seen(card, data, dataset)
         if seen > MOST_SEEN:
             raise TeacherError(
                 f"about {100 * seen:.0f} % of the test images of {dataset.name} are training images of the teacher "

@@ -65,7 +65,7 @@ class Student:
         self.optimizers = build_optimizers(classifier.model, recipe)
         self.average = ExponentialMovingAverage(classifier, ema_decay) if ema_decay is not None else None
         self.stopped: str | None = None
-        self.ranks, self.images_in_step = ALONE, (0, 0)
+        self.ranks, self.step_sizes = ALONE, (0, 0)
         self.good = self._snapshot()
         self.reset_meters()
 
@@ -84,7 +84,7 @@ class Student:
             labelled: Images with labels of a step, of all processes.
             unlabelled: Images without labels, likewise.
         """
-        self.ranks, self.images_in_step = ranks, (labelled, unlabelled)
+        self.ranks, self.step_sizes = ranks, (labelled, unlabelled)
 
     def backward(
         self,
@@ -110,7 +110,7 @@ class Student:
             optimizer.zero_grad()
         mine, weight = len(targets), self.distillation.unlabelled_weight
         seen = len(view) if teacher_logits is not None else mine
-        labelled, unlabelled = (mine, seen - mine) if self.ranks.count == 1 else self.images_in_step
+        labelled, unlabelled = (mine, seen - mine) if self.ranks.count == 1 else self.step_sizes
         answered = labelled + weight * unlabelled
         sums: dict[str, Tensor] = {}
         for part in micro_batches(self.micro_batch_size, (0, mine), (mine, seen)):
