@@ -19,6 +19,7 @@ from hypothesis import settings
 
 from deitkit.cli.main import main
 from deitkit.data.dataset import Dataset, Split
+from deitkit.data.duplicates import pixel_hashes
 from deitkit.recipe.load import load_recipe
 from deitkit.recipe.schema import Recipe
 from deitkit.run.observer import Silent
@@ -107,7 +108,7 @@ def striped_dataset(classes: int = 3, per_class: int = 24, image_px: int = 8, ch
         labels = torch.arange(classes).repeat(count)
         noise = torch.randint(0, 30, (len(labels), channels, image_px, image_px), generator=generator)
         images = (noise + (200 // classes * labels)[:, None, None, None]).to(torch.uint8)
-        return Split(images, labels)
+        return Split(images, labels, hashes=torch.from_numpy(pixel_hashes(images.numpy()).copy()))
 
     train = split(per_class)
     values = train.images.double() / 255

@@ -1,6 +1,7 @@
 """The answer for someone who has to decide, and what it rests on: measured costs."""
 
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from deitkit.comparison.advice import advice
 from deitkit.comparison.compare import compare
 from deitkit.recipe.schema import Recipe
 from deitkit.report.cost_chart import cost_chart, cost_points
-from deitkit.run.difference import Difference, difference_fields
+from deitkit.run.difference import Difference
 from deitkit.run.observer import Silent
 from deitkit.run.results import Cost, Results, parse_results
 
@@ -26,7 +27,8 @@ def results_with(
         "row": "hard/class", "label": "hard", "method": "hard", "readout": "class", "weights": "last",
         "kind": "student", "reference": False, "labels": True, "teacher": "hard", "top1": [0.8], "n": 1000,
         "top1_mean": 0.8, "balanced_accuracy": 0.8, "status": "ok", "cost": own.model_dump(), "validation_top1": [0.8],
-    } | difference_fields("teacher", difference) | fields  # fmt: skip
+        "differences": {"teacher": asdict(difference)},
+    } | fields  # fmt: skip
     card = {
         "name": "timm/resnet18", "source": "here", "fit": "full", "top1": 0.85, "n": 100, "chance": 0.1,
         "verdict": "fit to teach", "weak": False, "parameters": 1, "image_px": None, "mean": [0.5], "std": [0.5],

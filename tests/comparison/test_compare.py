@@ -60,8 +60,8 @@ def test_a_run_folder_holds_all_that_the_design_promises(tiny_recipe: TinyRecipe
             "cnn-baseline/class",
         )
     }  # fmt: skip
-    assert rows["none/class"].difference_vs_none is None
-    assert rows["token-hard/joint"].p_test == "McNemar"
+    assert "labels" not in rows["none/class"].differences
+    assert rows["token-hard/joint"].differences["labels"].test == "McNemar"
     assert results.dataset.train == 64
     assert load_recipe(str(tmp_path / "run" / "recipe.yaml")) == recipe
 
@@ -82,7 +82,7 @@ def test_rows_over_seeds_have_spread_and_a_paired_test(tiny_recipe: TinyRecipe, 
     mean = sum(soft.top1) / 3
     assert soft.top1_mean == pytest.approx(mean)
     assert soft.top1_std == pytest.approx(math.sqrt(sum((value - mean) ** 2 for value in soft.top1) / 2))
-    assert soft.p_test == "paired t"
+    assert soft.differences["labels"].test == "paired t"
     assert len(set(soft.top1)) > 1, "three seeds gave one figure"
 
 
@@ -194,9 +194,9 @@ def test_every_shipped_recipe_trains_two_steps(name: str, tmp_path: Path, monkey
     px = 8 if recipe.data.name == "digits" else 32
     channels = 1 if recipe.data.name in ("digits", "fashion_mnist") else 3
     data = striped_dataset(classes=10, per_class=4, image_px=px, channels=channels)
-    monkeypatch.setattr("deitkit.comparison.images.load_dataset", lambda *_, **settings: data)
+    monkeypatch.setattr("deitkit.comparison.images.load_all_images", lambda *_, **settings: data)
     if recipe.variants:
-        monkeypatch.setattr("deitkit.comparison.ablation.load_dataset", lambda *_, **settings: data)
+        monkeypatch.setattr("deitkit.comparison.ablation.load_all_images", lambda *_, **settings: data)
         results = compare_variants(recipe, tmp_path / "run", watcher=Silent())
         assert {row.variant for row in results.rows} == {"base", *recipe.variants}
     else:

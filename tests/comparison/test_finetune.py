@@ -89,10 +89,11 @@ def test_the_row_before_is_what_evaluate_says_and_gains_are_paired_with_it(plain
     predictions = load_tree(tmp_path / "tuned" / "seed-0" / "token-hard" / "predictions.safetensors")
     after = predictions["scores"]["last"]["test"]["joint"].argmax(-1) == test.labels
     row = rows["token-hard/joint"]
-    assert row.difference_vs_before == pytest.approx(after.double().mean().item() - expected["top1"])
-    assert row.p_vs_before_test == "McNemar"
-    low, high = row.difference_vs_before_ci95
-    assert low < row.difference_vs_before < high
+    gain = row.differences["before"]
+    assert gain.mean == pytest.approx(after.double().mean().item() - expected["top1"])
+    assert gain.test == "McNemar"
+    low, high = gain.ci95
+    assert low < gain.mean < high
 
     layout = lay_out(results)
     assert layout.lines[0].name == "before/class"
@@ -109,7 +110,8 @@ def test_students_start_from_the_checkpoint(plain: Path, tmp_path: Path) -> None
     before = rows["before/class"].top1_mean
     for name in ("none/class", "hard/class"):
         assert rows[name].top1_mean == before, name
-        assert (rows[name].difference_vs_before, rows[name].p_vs_before) == (0, 1)
+        gain = rows[name].differences["before"]
+        assert (gain.mean, gain.p) == (0, 1)
     for name in ("token-hard/class", "token-hard/distillation"):  # one token more for all to attend to
         assert rows[name].top1_mean == pytest.approx(before, abs=0.1), name
 
@@ -119,9 +121,10 @@ def test_two_seeds_are_compared_with_one_model(plain: Path, tmp_path: Path) -> N
     before, after = rows["before/class"], rows["none/class"]
     assert len(before.top1) == 1
     differences = [value - before.top1[0] for value in after.top1]
-    assert after.difference_vs_before == pytest.approx(sum(differences) / 2)
-    assert after.p_vs_before == pytest.approx(stats.ttest_1samp(differences, 0).pvalue)
-    assert after.p_vs_before_test == "paired t"
+    gain = after.differences["before"]
+    assert gain.mean == pytest.approx(sum(differences) / 2)
+    assert gain.p == pytest.approx(stats.ttest_1samp(differences, 0).pvalue)
+    assert gain.test == "paired t"
     assert lay_out(results).lines[0].cells["top1"].endswith("]")
 
 
@@ -132,7 +135,7 @@ def test_other_classes_get_a_new_head_and_a_sentence(
     fields = (f"data.name=folder:{photos}", "data.train_images=null", "train.batch_size=4", "methods=[none]")
     rows, results = finetune(plain, tmp_path, *fields)
     assert set(rows) == {"none/class"}
-    assert "difference_vs_before" not in results.to_json()["rows"][0]
+    assert "before" not in results.to_json()["rows"][0]["differences"]
     (note,) = [note for note in results.notes if "no row of its own" in note]
     assert "its 10 classes (0, 1, 2, 3 and 6 more) are not the 2 of folder:" in note
     assert note in lay_out(results).footnotes
@@ -326,5 +329,5 @@ def test_an_ablation_of_a_fine_tuning_compares_its_students(plain: Path, tmp_pat
     open_recipe = recipe_of(tmp_path, "methods=[none]", "train.epochs=1", "variants.slow.train.learning_rate=1e-5")
     results = compare_variants(start_from(open_recipe, plain), tmp_path / "tuned", watcher=Silent())
     assert [row.row for row in results.rows] == ["base: none/class", "slow: none/class"]
-    assert results.rows[1].difference_to("base") is not None
-    assert all(row.difference_to("before") is not None for row in results.rows)
+    assert results.rows[1].differences.get("base") is not None
+    assert all(row.differences.get("before") is not None for row in results.rows)

@@ -242,13 +242,13 @@ def test_a_table_of_folds_is_that_of_comparisons_of_each(tiny_recipe: TinyRecipe
     assert hard is not None
     gains = [a - b for a, b in zip(hard.top1, none.top1, strict=True) if a is not None and b is not None]
     teachers = [one.teacher.test_top1 for one in each if one.teacher is not None]
-    found, lag = hard.difference_to("none"), hard.difference_to("teacher")
+    found, lag = hard.differences.get("labels"), hard.differences.get("teacher")
     assert found is not None
     assert lag is not None
     assert found.p == pytest.approx(resampled_difference(gains, 3).p)
     assert lag.mean == pytest.approx(np.mean([a - b for a, b in zip(hard.top1, teachers, strict=True)]))  # type: ignore[operator]
-    lags = [row.p_vs_teacher for row in results.rows if row.p_vs_teacher is not None]
-    assert [row.p_vs_teacher_holm for row in results.rows if row.p_vs_teacher is not None] == holm(lags)
+    lags = [row.differences["teacher"] for row in results.rows if "teacher" in row.differences]
+    assert [each.p_holm for each in lags] == holm([each.p for each in lags])
     assert results.dataset.test == 300
     assert results.teacher is not None
     assert results.teacher.test_top1 == pytest.approx(np.mean(teachers))
@@ -328,7 +328,7 @@ def test_a_student_that_stops_in_a_fold_leaves_its_statistics(
     assert hard.top1[0] is None
     assert None not in hard.top1[1:]
     assert hard.status.startswith("fold 1: ")
-    assert hard.difference_to("none") is not None
+    assert hard.differences.get("labels") is not None
     assert "† hard/class: fold 1: seed 0 stopped" in (tmp_path / "table.md").read_text()
 
 
@@ -370,7 +370,7 @@ def test_a_row_without_a_fold_to_compare_has_no_difference(tiny_recipe: TinyReci
     folds[1] = folds[1].model_copy(update={"rows": tuple(stopped)})
     combined = combine(tiny_recipe("data.folds=2", "methods=[none, hard]"), folds)
     assert combined.winner is None
-    assert all(row.difference_to("none") is None for row in combined.rows)
+    assert all(row.differences.get("labels") is None for row in combined.rows)
     assert len(results.rows) == len(combined.rows)
 
 
@@ -417,7 +417,7 @@ def test_one_fold_at_a_time_is_in_memory(
         loaded.append(weakref.ref(dataset))
         return dataset
 
-    monkeypatch.setattr("deitkit.comparison.folds.load_dataset", load)
-    monkeypatch.setattr("deitkit.comparison.images.load_dataset", load)
+    monkeypatch.setattr("deitkit.comparison.folds.load_all_images", load)
+    monkeypatch.setattr("deitkit.comparison.images.load_all_images", load)
     run_recipe(tiny_recipe("data.folds=3", "methods=[none]"), tmp_path / "run", watcher=Silent())
     assert len(loaded) == 3

@@ -43,7 +43,7 @@ def test_a_method_added_at_run_time_is_trained_titled_and_reported(
     assert rows["token-regression/joint"].label == "DeiT, logit regression: class + distillation"
     assert (rows["regression/class"].teacher, rows["regression/class"].labels) == ("soft", True)
     assert all(row.kind == "student" and row.status == "ok" for row in results.rows)
-    assert all((row.difference_to("none") is None) == (row.method == "none") for row in results.rows)
+    assert all((row.differences.get("labels") is None) == (row.method == "none") for row in results.rows)
     for name in ("table.md", "report.html", "table.tex"):
         text = (tmp_path / "run" / name).read_text(encoding="utf-8")
         assert "logit regression (regression, class)" in text, name

@@ -40,7 +40,7 @@ def test_an_accuracy_of_zero_is_a_value_and_not_an_absence(tiny_recipe: Callable
     assert none.top1 == none.validation_top1 == (right,)
     assert none.top1_mean == right
     assert none.teacher_agreement == 1 - right
-    difference = soft.difference_to("none")
+    difference = soft.differences.get("labels")
     assert difference is not None
     assert (difference.mean, difference.p) == (0, 1)
     assert summary.winner == none
@@ -98,7 +98,7 @@ def test_a_seed_in_which_a_student_stopped_leaves_its_statistics(tiny_recipe: Ca
     assert hard.top1_std == pytest.approx(np.std(left, ddof=1))
     assert hard.top1_ci95 == pytest.approx(stats.t.interval(0.95, 1, np.mean(left), stats.sem(left)))
     assert hard.status == "seed 1 stopped at step 3: the loss is not finite"
-    difference = hard.difference_to("none")
+    difference = hard.differences.get("labels")
     assert difference is not None
     both = [accuracies["none"][0], accuracies["none"][2]]
     assert difference.mean == pytest.approx(np.mean(left) - np.mean(both))
@@ -133,11 +133,11 @@ def test_p_values_are_corrected_for_the_rows_that_are_compared(tiny_recipe: Call
     teacher_logits = drawn(dataset, 99, 1.5).scores["last"]["test"]["class"]
     rows = summarise(recipe, dataset, {0: students}, teacher_logits, []).rows
     compared = {}
-    for reference, other in (("none", students["none"]), ("baseline", students[BASELINE]), ("teacher", None)):
+    for reference, other in (("labels", students["none"]), ("baseline", students[BASELINE]), ("teacher", None)):
         right = (
             (teacher_logits.argmax(dim=1) == dataset.test.labels).double() if other is None else hits_of(other, dataset)
         )
-        found = {row.method: row.difference_to(reference) for row in rows}
+        found = {row.method: row.differences.get(reference) for row in rows}
         compared[reference] = [name for name, difference in found.items() if difference is not None]
         expected = []
         for name in compared[reference]:
@@ -147,7 +147,7 @@ def test_p_values_are_corrected_for_the_rows_that_are_compared(tiny_recipe: Call
             assert found[name].p == pytest.approx(expected[-1])
         assert [found[name].p_holm for name in compared[reference]] == pytest.approx(holm(expected))
     assert compared == {
-        "none": ["soft", "hard", BASELINE],
+        "labels": ["soft", "hard", BASELINE],
         "baseline": ["none", "soft", "hard"],
         "teacher": ["none", "soft", "hard", BASELINE],
     }

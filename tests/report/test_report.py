@@ -49,7 +49,10 @@ def make_row(
     finished = [value for value in top1 if value is not None]
     mean = sum(finished) / len(finished) if finished else None
     std = math.dist(finished, [mean] * len(finished)) / math.sqrt(len(finished) - 1) if len(finished) > 1 else None
-    compared = mean is not None and method != "none"
+    vs_labels: dict[str, Any] = {}
+    if mean is not None and method != "none":
+        interval = [mean - 0.609, mean - 0.593]
+        vs_labels = {"mean": mean - 0.601, "ci95": interval, "p": 0.0003, "test": "paired t", "p_holm": None}
     row = {
         "row": f"{method}/{readout}" + ("+ema" if weights == "ema" else ""),
         "label": f"{LABELS[method]} ({method}, {readout})" + (", EMA" if weights == "ema" else ""),
@@ -65,10 +68,7 @@ def make_row(
         "top1_mean": mean,
         "top1_std": std,
         "top1_ci95": [mean - 0.0094, mean + 0.0094] if mean is not None else None,
-        "difference_vs_none": mean - 0.601 if compared else None,
-        "difference_ci95": [mean - 0.609, mean - 0.593] if compared else None,
-        "p_vs_none": 0.0003 if compared else None,
-        "p_test": "paired t" if compared else None,
+        "differences": {"labels": vs_labels} if vs_labels else {},
         "teacher_agreement": 0.687 if method in TEACHERS else None,
         "parameters": 1_213_456,
         "images_per_second": 155.2,
@@ -291,7 +291,7 @@ def test_table_gives_difference_interval_and_p() -> None:
         "<0.001",
     ]
     worse = make_results()
-    worse["rows"][2] |= {"difference_vs_none": -0.02, "p_vs_none": 0.0421}
+    worse["rows"][2]["differences"]["labels"] |= {"mean": -0.02, "p": 0.0421}
     assert [cells_of(worse)["soft/class"][key] for key in ("difference", "p")] == ["−2.00", "0.042"]
 
 
@@ -463,8 +463,13 @@ def test_csv_keeps_raw_fractions_and_every_field(reported: Path) -> None:
         assert record["status"] == row["status"]
         assert float(record["top1_mean"]) == row["top1_mean"]
         assert float(record["top1_ci95_low"]) == row["top1_ci95"][0]
-        spread = {"top1", "top5", "top1_ci95", "difference_ci95"}
+        spread = {"top1", "top5", "top1_ci95", "differences"}
         assert row.keys() - spread <= record.keys()
+        found = row["differences"].get("labels")
+        shown = [record[f"difference_vs_labels{end}"] for end in ("", "_ci95_low", "_ci95_high")]
+        assert shown == (["", "", ""] if found is None else [str(each) for each in (found["mean"], *found["ci95"])])
+        tests = [record[f"p_vs_labels{end}"] for end in ("", "_test", "_holm")]
+        assert tests == (["", "", ""] if found is None else ["0.0003", "paired t", ""])
     assert [record["published_paper"] for record in records][:2] == ["0.722", ""]
 
 
@@ -700,6 +705,21 @@ def test_the_p_of_the_table_is_corrected_where_it_can_be() -> None:
     assert p_value(Difference(0.01, (0.0, 0.02), 0.03, "McNemar")) == "0.030"
     assert p_value(Difference(0.01, (0.0, 0.02), 0.0009, "McNemar", 0.0009)) == "<0.001"
     assert p_value(None) == "–"
+
+
+def test_an_older_row_has_its_differences_too() -> None:
+    older = make_results()
+    for row in older["rows"]:
+        found = row.pop("differences").get("labels", {})
+        names = {"mean": "difference_vs_none", "ci95": "difference_ci95", "p": "p_vs_none", "test": "p_test"}
+        row |= {name: found.get(key) for key, name in names.items()} | {"difference_vs_teacher": None}
+    rows = parse_results(older).rows
+    assert rows == parse_results(make_results()).rows
+    assert any(row.differences for row in rows)
+    older["rows"][0] |= {"difference_vs_before": 0.02, "difference_vs_before_ci95": [0.01, 0.03], "p_vs_before": 0.04}
+    older["rows"][0] |= {"p_vs_before_test": "McNemar", "p_vs_before_holm": 0.08}
+    expected = Difference(0.02, (0.01, 0.03), 0.04, "McNemar", 0.08)
+    assert parse_results(older).rows[0].differences == {"before": expected}
 
 
 def test_report_imports_no_training_code() -> None:

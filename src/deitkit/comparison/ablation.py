@@ -27,7 +27,6 @@ from deitkit.recipe.contradictions import BASE
 from deitkit.recipe.load import changed_fields, expand_variants
 from deitkit.recipe.schema import DataRecipe, Recipe
 from deitkit.report.write import write_report
-from deitkit.run.difference import difference_fields
 from deitkit.run.folder import begin_run, check_run
 from deitkit.run.observer import Watcher
 from deitkit.run.provenance import envelope
@@ -40,6 +39,7 @@ from deitkit.run.results import (
     TeacherCard,
     VariantRow,
     read_results,
+    with_difference,
     write_results,
 )
 from deitkit.system.device import Precision, choose_device
@@ -258,7 +258,7 @@ def _row(
         "teacher_sha256": None if teacher is None else teacher.sha256,
         "teacher_test_top1": None if teacher is None else teacher.test_top1,
     }
-    return VariantRow(**row.model_dump(exclude_unset=True) | fields | difference_fields("base", difference))
+    return with_difference(VariantRow(**row.model_dump(exclude_unset=True) | fields), "base", difference)
 
 
 def _changes(name: str, recipes: dict[str, Recipe], mode: str) -> dict[str, tuple[Any, Any]]:
@@ -280,7 +280,7 @@ def _in_words(name: str, recipes: dict[str, Recipe]) -> str:
 
 def _verdict(rows: Sequence[VariantRow]) -> str:
     """Return the largest loss and the largest gain, of those that chance does not explain."""
-    differences = {row.row: row.difference_to("base") for row in rows}
+    differences = {row.row: row.differences.get("base") for row in rows}
     sure = {name: found.mean for name, found in differences.items() if found is not None and found.is_significant}
     compared = [row for row in rows if row.variant != BASE]
     text = f"{len(sure)} of {len(compared)} rows differ from the base by more than chance explains (p < 0.05)"

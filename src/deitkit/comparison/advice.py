@@ -61,7 +61,7 @@ def advice(results: Results) -> str:
 
 
 def _rival(winner: Row, results: Results) -> Rival | None:
-    difference, teacher = winner.difference_to("teacher"), results.teacher
+    difference, teacher = winner.differences.get("teacher"), results.teacher
     if difference is not None and teacher is not None and teacher.cost is not None:
         several = len(results.teachers) > 1
         return Rival(
@@ -70,7 +70,7 @@ def _rival(winner: Row, results: Results) -> Rival | None:
             teacher.cost,
             teacher.test_balanced,
         )
-    difference = winner.difference_to("baseline")
+    difference = winner.differences.get("baseline")
     baseline = next((row for row in results.rows if row.kind == "baseline"), None)
     if difference is not None and baseline is not None and baseline.cost is not None:
         return Rival("the CNN baseline", difference, baseline.cost, baseline.balanced_accuracy)

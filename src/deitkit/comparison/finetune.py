@@ -26,10 +26,10 @@ from deitkit.models.vit import SIZES
 from deitkit.models.weights.initialise import Weights, read_weights
 from deitkit.models.weights.pretrained import starting_weights
 from deitkit.recipe.schema import DataRecipe, ModelRecipe, Recipe
-from deitkit.run.difference import Difference, difference_fields
+from deitkit.run.difference import Difference
 from deitkit.run.observer import Watcher
 from deitkit.run.reported import default_readout
-from deitkit.run.results import Row
+from deitkit.run.results import Row, with_difference
 from deitkit.system.device import Precision
 from deitkit.system.words import first_of
 
@@ -203,10 +203,7 @@ def add_checkpoint_row(
     labels = dataset.test.labels.cpu()
     hits = top_k_hits(start.scores, labels)
     rows = corrected(
-        [
-            row.model_copy(update=difference_fields("before", _gain(row, predictions, hits, labels)))
-            for row in summary.rows
-        ],
+        [with_difference(row, "before", _gain(row, predictions, hits, labels)) for row in summary.rows],
         "before",
     )
     winner = next((row for row in rows if summary.winner is not None and row.row == summary.winner.row), None)
@@ -256,7 +253,7 @@ def _checkpoint_row(start: StartingPoint, dataset: Dataset, teacher_logits: Floa
 
 
 def _verdict(winner: Row | None) -> str:
-    gain = None if winner is None else winner.difference_to("before")
+    gain = None if winner is None else winner.differences.get("before")
     if winner is None or gain is None:
         return ""
     return (

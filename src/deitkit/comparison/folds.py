@@ -22,7 +22,7 @@ from deitkit.evaluation.statistics import are_equal, resampled_difference, resam
 from deitkit.models.weights.pretrained import resolved, starting_weights
 from deitkit.recipe.schema import DataRecipe, Recipe
 from deitkit.report.write import write_report
-from deitkit.run.difference import Difference, Reference, difference_fields
+from deitkit.run.difference import Difference, Reference
 from deitkit.run.folder import begin_run, check_run
 from deitkit.run.observer import Silent, Watcher
 from deitkit.run.provenance import envelope
@@ -37,6 +37,7 @@ from deitkit.run.results import (
     TeacherCard,
     fold_folder,
     read_results,
+    with_difference,
     write_results,
 )
 from deitkit.system.device import Precision, choose_device
@@ -174,15 +175,15 @@ def _compared(rows: Sequence[Row], each: Sequence[Results], teacher: Sequence[fl
     """Return the rows with their differences over the folds, to the references that any fold has."""
     before = next((row.top1 for row in rows if row.kind == "checkpoint"), None)
     baseline = next((row.top1 for row in rows if row.kind == "baseline" and row.weights == "last"), None)
-    none = next((row.top1 for row in rows if row.reference), None)
+    labels = next((row.top1 for row in rows if row.reference), None)
     references: dict[Reference, Sequence[float | None] | None] = {
-        "none": none, "before": before, "teacher": teacher, "baseline": baseline,
+        "labels": labels, "before": before, "teacher": teacher, "baseline": baseline,
     }  # fmt: skip
     compared = list(rows)
     for reference, values in references.items():
-        wanted = {row.row for one in each for row in one.rows if row.difference_to(reference) is not None}
+        wanted = {row.row for one in each for row in one.rows if row.differences.get(reference) is not None}
         compared = [
-            row.model_copy(update=difference_fields(reference, _difference(row.top1, values)))
+            with_difference(row, reference, _difference(row.top1, values))
             if row.row in wanted and values is not None
             else row
             for row in compared

@@ -17,16 +17,16 @@ from deitkit.distillation.methods import METHODS, reference_method
 from deitkit.evaluation.readouts import balanced_accuracy, macro_f1, top_k_accuracy, top_k_hits
 from deitkit.evaluation.statistics import are_equal, holm, mean_interval, paired_difference, wilson_interval
 from deitkit.recipe.schema import Recipe
-from deitkit.run.difference import Difference, Reference, difference_fields
+from deitkit.run.difference import Difference, Reference
 from deitkit.run.metrics import EpochMetrics
-from deitkit.run.reported import SomeRow, default_readout, reported_rows
-from deitkit.run.results import Row
+from deitkit.run.reported import default_readout, reported_rows
+from deitkit.run.results import Row, SomeRow, with_difference
 from deitkit.system.words import counted
 from deitkit.training.build import BASELINE, baseline_architecture
 
 Hits = dict[int, Bool[Tensor, " n"]]  # by seed, which test images are classified correctly
 Key = TypeVar("Key")
-_REFERENCES: tuple[Reference, ...] = ("none", "teacher", "baseline")
+_REFERENCES: tuple[Reference, ...] = ("labels", "teacher", "baseline")
 
 FREQUENT = 1.5  # times the images of a class on average, from which on answering it alone is no chance
 
@@ -91,13 +91,10 @@ def summarise(
 
 def corrected(rows: Sequence[SomeRow], reference: Reference) -> list[SomeRow]:
     """Return the rows with p values corrected for the number of rows that differ from a reference."""
-    found = {place: row.difference_to(reference) for place, row in enumerate(rows)}
+    found = {place: row.differences.get(reference) for place, row in enumerate(rows)}
     differences = {place: difference for place, difference in found.items() if difference is not None}
     holms = corrected_differences(differences)
-    return [
-        row.model_copy(update=difference_fields(reference, holms[place])) if place in holms else row
-        for place, row in enumerate(rows)
-    ]
+    return [with_difference(row, reference, holms.get(place)) for place, row in enumerate(rows)]
 
 
 def corrected_differences(differences: Mapping[Key, Difference]) -> dict[Key, Difference]:
@@ -167,6 +164,11 @@ def _row(
     stopped = {seed: predictions[seed][key.student].status for seed in seeds if seed not in scores}
     values = list(top1.values())
     reference = _reference(predictions)
+    differences: dict[Reference, Difference | None] = {
+        "labels": _difference_to_reference(key, hits, reference, predictions, labels),
+        "teacher": _difference_to_teacher(hits, teacher_decisions, labels),
+        "baseline": _difference_to_baseline(key, hits, predictions, labels),
+    }
     return Row(
         row=key.name,
         **_method_fields(key, recipe),
@@ -183,9 +185,7 @@ def _row(
         validation_balanced=tuple(validation_balanced.get(seed) for seed in seeds),
         balanced_accuracy=_mean(balanced_accuracy(some, labels) for some in scores.values()),
         macro_f1=_mean(macro_f1(some, labels) for some in scores.values()),
-        **difference_fields("none", _difference_to_reference(key, hits, reference, predictions, labels)),
-        **difference_fields("teacher", _difference_to_teacher(hits, teacher_decisions, labels)),
-        **difference_fields("baseline", _difference_to_baseline(key, hits, predictions, labels)),
+        differences={name: difference for name, difference in differences.items() if difference is not None},
         teacher_agreement=agreement,
         parameters=predictions[seeds[0]][key.student].parameters,
         status="; ".join(f"seed {seed} {status}" for seed, status in stopped.items()) or "ok",

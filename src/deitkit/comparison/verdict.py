@@ -51,7 +51,7 @@ def verdict(standing: Standing | None, rows: Sequence[Row]) -> str:
 
 def _outcome(standing: Standing, rows: Sequence[Row]) -> str:
     """Say what the winner scores, and whether that is more than labels alone by more than chance."""
-    winner, difference = standing.winner, standing.winner.difference_to("none")
+    winner, difference = standing.winner, standing.winner.differences.get("labels")
     assert winner.top1_mean is not None
     scores = f"scores {_percent(winner.top1_mean)} on the test images ({standing.over}, n = {winner.n:,})"
     if not standing.leads:
@@ -60,7 +60,7 @@ def _outcome(standing: Standing, rows: Sequence[Row]) -> str:
     text = f"{winner.row} {best} on the validation images and {scores}"
     if difference is not None:
         return f"{text}, {_points(difference)} against labels alone ({p_in_words(difference)})"
-    if any(row.teacher is not None and row.difference_to("none") is not None for row in rows):
+    if any(row.teacher is not None and row.differences.get("labels") is not None for row in rows):
         return f"{text}: no teaching beat labels alone there"
     return text
 
@@ -108,7 +108,7 @@ def _only_answer(standing: Standing) -> str:
 
 
 def _teacher(standing: Standing) -> str:
-    difference = standing.winner.difference_to("teacher")
+    difference = standing.winner.differences.get("teacher")
     if difference is None or standing.teacher_top1 is None:
         return ""
     return _other("The teacher", standing.teacher_top1, difference)
@@ -117,7 +117,7 @@ def _teacher(standing: Standing) -> str:
 def _baselines(winner: Row, rows: Sequence[Row]) -> list[str]:
     """Compare with the CNN on labels alone, by what both differ from the same reference."""
     found = [row for row in rows if row.kind == "baseline" and row.weights == "last" and row.top1_mean is not None]
-    difference = winner.difference_to("baseline")
+    difference = winner.differences.get("baseline")
     return [] if difference is None else [_other("The CNN baseline", row.top1_mean or 0.0, difference) for row in found]
 
 

@@ -69,7 +69,7 @@ def lay_out_variants(results: AblationResults) -> Layout:
 
 
 def _line(row: VariantRow, results: AblationResults) -> Line:
-    images, difference = row.n, row.difference_to("base")
+    images, difference = row.n, row.differences.get("base")
     cells = {
         "changed": row.changed or NOTHING,
         "teacher": row.teacher_name or NOTHING,
@@ -96,7 +96,7 @@ def _footnotes(results: AblationResults) -> list[str]:
     rows = results.rows
     students = ", ".join(dict.fromkeys(f"{row.method}/{row.readout}" for row in rows))
     notes = [f"top-1 of {students}: {spread_note(results)}, on {rows[0].n:,} test images; weights of the last epoch."]
-    tests = test_names(row.difference_to("base") for row in rows)
+    tests = test_names(row.differences.get("base") for row in rows)
     if tests:
         notes.append(
             "vs base: points of top-1 more than the base's same row on the same test images, with their 95 % interval; "
@@ -171,7 +171,7 @@ def _draw(results: AblationResults) -> "Figure":
 
 
 def _compared(results: AblationResults) -> dict[VariantRow, Difference]:
-    differences = {row: row.difference_to("base") for row in results.rows}
+    differences = {row: row.differences.get("base") for row in results.rows}
     return {row: difference for row, difference in differences.items() if difference is not None}
 
 

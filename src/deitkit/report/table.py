@@ -203,7 +203,18 @@ def _spread(key: str, value: Any, results: Results) -> dict[str, Any]:
         return dict(zip(names, value or [None] * len(names), strict=False))
     if key == "cost":
         return {name: (value or {}).get(name) for name in Cost.model_fields}
-    if key.endswith("_ci95"):
-        low, high = value or (None, None)
-        return {f"{key}_low": low, f"{key}_high": high}
+    if key == "top1_ci95":
+        return _bounds(key, value)
+    if key == "differences":
+        return dict(pair for reference, found in value.items() for pair in _difference(reference, found).items())
     return {key: value}
+
+
+def _difference(reference: str, found: dict[str, Any]) -> dict[str, Any]:
+    name, p = f"difference_vs_{reference}", f"p_vs_{reference}"
+    interval = _bounds(f"{name}_ci95", found["ci95"])
+    return {name: found["mean"], **interval, p: found["p"], f"{p}_test": found["test"], f"{p}_holm": found["p_holm"]}
+
+
+def _bounds(name: str, interval: Any) -> dict[str, Any]:
+    return dict(zip((f"{name}_low", f"{name}_high"), interval or (None, None), strict=True))

@@ -182,7 +182,7 @@ def _columns(results: Results) -> tuple[Column, ...]:
 
 def _line(row: Row, results: Results, published: dict[str, dict[str, PublishedFigure]]) -> Line:
     images = row.n
-    difference, gain, lag = (row.difference_to(reference) for reference in ("none", "before", "teacher"))
+    difference, gain, lag = (row.differences.get(name) for name in ("labels", "before", "teacher"))
     labels = NOTHING if row.labels is None else "yes" if row.labels else "no"
     cells = {
         "labels": labels + LABELS_MARK if results.published and is_printed_without_labels(row) else labels,
@@ -283,17 +283,17 @@ def _footnotes(results: Results) -> list[str]:
     rows, alone = results.rows, len(results.repetitions) == 1
     counts = " or ".join(f"{count:,}" for count in sorted({row.n for row in rows}))
     notes = [f"top-1: {spread_note(results)}, on {counts} test images; weights of the last epoch, never of the best."]
-    tests = test_names(row.difference_to("none") for row in rows)
+    tests = test_names(row.differences.get("labels") for row in rows)
     if tests and results.reference is not None:
         notes.append(
             f"vs none: points of top-1 more than '{results.reference.row}', with their 95 % interval; p: {tests}."
         )
     if tests and alone:
         notes.append(ONE_SEED)
-    tests = test_names(row.difference_to("before") for row in rows)
+    tests = test_names(row.differences.get("before") for row in rows)
     if tests:
         notes.append(f"vs before: points of top-1 more than the model before fine-tuning; p: {tests}.")
-    tests = test_names(row.difference_to("teacher") for row in rows)
+    tests = test_names(row.differences.get("teacher") for row in rows)
     if tests:
         notes.append(
             f"vs teacher: points of top-1 more than the teacher{'s' * (len(results.teachers) > 1)}; p: {tests}."

@@ -1,26 +1,11 @@
-"""A difference of two accuracies, and the fields of a row that hold it."""
+"""A difference of two accuracies, and what it is relative to."""
 
-from dataclasses import astuple, dataclass
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 Interval = tuple[float, float]
-Reference = Literal["none", "before", "base", "teacher", "baseline"]  # what a difference is relative to
-
-
-# The fields of a row that hold its difference to each reference, in the order of ``Difference``.
-DIFFERENCE_FIELDS: dict[Reference, tuple[str, ...]] = {
-    "none": ("difference_vs_none", "difference_ci95", "p_vs_none", "p_test", "p_vs_none_holm"),
-    **{
-        reference: (
-            f"difference_vs_{reference}",
-            f"difference_vs_{reference}_ci95",
-            f"p_vs_{reference}",
-            f"p_vs_{reference}_test",
-            f"p_vs_{reference}_holm",
-        )
-        for reference in ("before", "base", "teacher", "baseline")
-    },
-}
+# Labels alone, the checkpoint before fine-tuning, the base of an ablation, the teacher, the CNN baseline.
+Reference = Literal["labels", "before", "base", "teacher", "baseline"]
 
 
 @dataclass(frozen=True)
@@ -50,9 +35,3 @@ class Difference:
     def is_significant(self) -> bool:
         """Whether chance explains the difference in fewer than 5 of 100 cases, after the correction."""
         return self.corrected_p < 0.05
-
-
-def difference_fields(reference: Reference, difference: Difference | None) -> dict[str, Any]:
-    """Return a difference as fields of a row; all None where there is none."""
-    names = DIFFERENCE_FIELDS[reference]
-    return dict(zip(names, (None,) * len(names) if difference is None else astuple(difference), strict=True))

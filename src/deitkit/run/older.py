@@ -16,7 +16,7 @@ def completed(stored: dict[str, Any]) -> dict[str, Any]:
             "kind": kinds.get(str(row.get("method")), "student"),
             "reference": row.get("weights") == "last" and row.get("method") == reference,
         }
-        | row
+        | _with_differences(row)
         for row in rows
     ]
     published = [
@@ -27,3 +27,16 @@ def completed(stored: dict[str, Any]) -> dict[str, Any]:
     if not stored.get("teachers") and stored.get("teacher"):
         stored["teachers"] = [stored["teacher"]]
     return stored
+
+
+def _with_differences(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a row with its differences in one field, which were five fields for each reference."""
+    differences = {}
+    for reference, name in (("labels", "none"), *((name, name) for name in ("before", "base", "teacher", "baseline"))):
+        regular = (f"difference_vs_{name}_ci95", f"p_vs_{name}", f"p_vs_{name}_test", f"p_vs_{name}_holm")
+        fields = ("difference_ci95", "p_vs_none", "p_test", "p_vs_none_holm") if name == "none" else regular
+        if row.get(f"difference_vs_{name}") is not None:
+            ci95, p, test, p_holm = (row.get(field) for field in fields)
+            mean = row[f"difference_vs_{name}"]
+            differences[reference] = {"mean": mean, "ci95": ci95, "p": p, "test": test, "p_holm": p_holm}
+    return {"differences": differences} | row

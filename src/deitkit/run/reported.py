@@ -1,11 +1,8 @@
 """Which rows of a table speak for their models: of a student with two heads the paper's joint readout."""
 
 from collections.abc import Iterable, Sequence
-from typing import TypeVar
 
-from deitkit.run.results import Row
-
-SomeRow = TypeVar("SomeRow", bound=Row)
+from deitkit.run.results import SomeRow
 
 
 def default_readout(names: Sequence[str]) -> str:

@@ -4,12 +4,12 @@ The format is described in docs/design.md. A file of an older version is complet
 """
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import Field, ValidationError
 
 from deitkit.errors import CheckpointError
-from deitkit.run.difference import DIFFERENCE_FIELDS, Difference, Interval, Reference
+from deitkit.run.difference import Difference, Interval, Reference
 from deitkit.run.older import completed
 from deitkit.run.record import Document, Record, parse_json
 from deitkit.system.files import write_json
@@ -43,7 +43,7 @@ class Row(Record):
         readout: ``class``, ``distillation``, ``joint`` or ``joint-logits``.
         weights: ``last`` or ``ema``.
         kind: ``student``, ``baseline``, or ``checkpoint`` for the model before fine-tuning.
-        reference: Whether differences "vs none" are relative to this row.
+        reference: Whether differences to ``labels`` are relative to this row.
         labels: Whether true labels were part of its loss; None if unknown.
         teacher: The part of the teacher's output that was used: ``soft``, ``hard`` or None.
         tokens: The student's tokens, ``-`` for a CNN.
@@ -57,9 +57,8 @@ class Row(Record):
         top1_ci95: Of several seeds Student's t interval, of one seed Wilson's.
         validation_top1: Accuracy on the validation images by seed.
         validation_balanced: Balanced accuracy on them.
-        difference_vs_none: Of ``top1_mean`` to the reference row's, with a 95 % interval (``difference_ci95``), p, the
-            test that gave it, and p corrected for the number of rows (``_holm``); likewise to ``before``, the
-            checkpoint that was fine-tuned, to the teacher and to the baseline.
+        differences: Of ``top1_mean`` to that of ``labels`` (the reference row), ``teacher``, ``baseline``, ``before``
+            (the checkpoint that was fine-tuned) and ``base`` (of an ablation), as far as there are such.
         teacher_agreement: Share of test images with the teacher's decision.
         parameters: Of the model.
         status: ``ok``, or which seed stopped and why.
@@ -85,31 +84,12 @@ class Row(Record):
     top1_std: float | None = None
     top1_ci95: Interval | None = None
     validation_top1: tuple[float | None, ...] = ()
-    difference_vs_none: float | None = None
-    difference_ci95: Interval | None = None
-    p_vs_none: float | None = None
-    p_test: str | None = None
-    p_vs_none_holm: float | None = None
+    differences: dict[Reference, Difference] = Field(default_factory=dict)
     teacher_agreement: float | None = None
     parameters: int | None = None
     status: str
     images_per_second: float | None = None
     train_seconds: float | None = None
-    difference_vs_before: float | None = None
-    difference_vs_before_ci95: Interval | None = None
-    p_vs_before: float | None = None
-    p_vs_before_test: str | None = None
-    p_vs_before_holm: float | None = None
-    difference_vs_teacher: float | None = None
-    difference_vs_teacher_ci95: Interval | None = None
-    p_vs_teacher: float | None = None
-    p_vs_teacher_test: str | None = None
-    p_vs_teacher_holm: float | None = None
-    difference_vs_baseline: float | None = None
-    difference_vs_baseline_ci95: Interval | None = None
-    p_vs_baseline: float | None = None
-    p_vs_baseline_test: str | None = None
-    p_vs_baseline_holm: float | None = None
     balanced_accuracy: float | None = None
     macro_f1: float | None = None
     validation_balanced: tuple[float | None, ...] = ()
@@ -120,10 +100,15 @@ class Row(Record):
         """The name of the student's folder in the run folder."""
         return f"{self.method}+ema" if self.weights == "ema" else self.method
 
-    def difference_to(self, reference: Reference) -> Difference | None:
-        """Return the row's difference to a reference; None where it was not compared."""
-        mean, *others = (getattr(self, name) for name in DIFFERENCE_FIELDS[reference])
-        return None if mean is None else Difference(mean, *others)
+
+SomeRow = TypeVar("SomeRow", bound=Row)
+
+
+def with_difference(row: SomeRow, reference: Reference, difference: Difference | None) -> SomeRow:
+    """Return a row with its difference to a reference; the row itself if there is none."""
+    if difference is None:
+        return row
+    return row.model_copy(update={"differences": row.differences | {reference: difference}})
 
 
 class VariantRow(Row):
@@ -142,11 +127,6 @@ class VariantRow(Row):
     teacher_name: str | None
     teacher_sha256: str | None = None
     teacher_test_top1: float | None
-    difference_vs_base: float | None
-    difference_vs_base_ci95: Interval | None
-    p_vs_base: float | None
-    p_vs_base_test: str | None
-    p_vs_base_holm: float | None = None
 
 
 TESTED = {"test_top1", "test_balanced", "test_macro_f1", "cost"}  # fields of a teacher's card after its comparison
@@ -285,7 +265,7 @@ class Results(Document):
     machine: dict[str, Any] = Field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """Return all as JSON values, without the fields that no row has, such as ``difference_vs_before``."""
+        """Return all as JSON values, without the fields that no row has."""
         used = set().union(*(row.model_fields_set for row in self.rows))
         rows = [row.model_dump(mode="json", include=used) for row in self.rows]
         return self.model_dump(mode="json", exclude={"rows"}, exclude_unset=True) | {"rows": rows}
@@ -306,7 +286,7 @@ class Results(Document):
 
     @property
     def reference(self) -> Row | None:
-        """The row that differences "vs none" are relative to; None without a student that has no teacher."""
+        """The row that differences to ``labels`` are relative to; None without a student that has no teacher."""
         return next((row for row in self.rows if row.reference), None)
 
 
