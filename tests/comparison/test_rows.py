@@ -14,8 +14,8 @@ from deitkit.comparison.rows import StudentPredictions, _speed, summarise
 from deitkit.data.dataset import Dataset, load_dataset
 from deitkit.evaluation.statistics import holm
 from deitkit.recipe.schema import Recipe
+from deitkit.run.layout import BASELINE
 from deitkit.run.metrics import EpochMetrics
-from deitkit.training.build import BASELINE
 
 
 def scores_of(labels: Tensor, right: float) -> Tensor:

@@ -68,6 +68,8 @@ def test_the_size_is_that_of_the_weights() -> None:
     sized = with_pretrained_size(recipe)
     assert (sized.name, sized.width, sized.depth, sized.heads) == ("deit_tiny", 192, 12, 3)
     assert sized.patch_px == 8, "the recipe's patches stay: the embedding is resized"
+    base = ModelRecipe(name="vit_base", pretrained="timm/vit_base_patch16_224")
+    assert with_pretrained_size(base).name == "vit_base", "two names have this size"
     assert with_pretrained_size(sized) == sized
     free = with_pretrained_size(ModelRecipe(pretrained="timm/vit_small_patch32_224"))
     assert (free.name, free.patch_px) == ("deit_small", 32)

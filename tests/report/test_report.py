@@ -730,6 +730,7 @@ def test_report_imports_no_training_code() -> None:
         "system.files",
         "system.words",
         "run.older",
+        "run.layout",
         "run.difference",
         "run.results",
         "run.analysis",

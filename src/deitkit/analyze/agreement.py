@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
+from deitkit.evaluation.statistics import mean_of_finished
 from deitkit.run.analysis import Confusion
 
 Decisions: TypeAlias = Int64[Tensor, " n"]
@@ -32,7 +33,7 @@ def disagreement(rows: Mapping[str, Mapping[int, Decisions]]) -> list[list[float
 
 def _differing(first: Mapping[int, Decisions], second: Mapping[int, Decisions]) -> float | None:
     shares = [share_of(first[seed] != second[seed]) for seed in first if seed in second]
-    return mean([share for share in shares if share is not None])
+    return mean_of_finished(shares)
 
 
 def confusion_matrix(decisions: Decisions, labels: Int64[Tensor, " n"], classes: int) -> Int64[Tensor, "true decided"]:
@@ -94,11 +95,6 @@ def log_probabilities(probabilities: Float[Tensor, "n classes"]) -> Float[Tensor
 def share_of(chosen: Bool[Tensor, " m"]) -> float | None:
     """Return the share of images that are chosen; None of no image."""
     return chosen.double().mean().item() if len(chosen) else None
-
-
-def mean(values: list[float]) -> float | None:
-    """Return the mean over seeds; None of no seed."""
-    return sum(values) / len(values) if values else None
 
 
 def precision_and_f1(

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from deitkit.analyze.agreement import disagreement, mean
+from deitkit.analyze.agreement import disagreement
 from deitkit.analyze.collect import has_both_tokens, predict_with_similarity
 from deitkit.analyze.pictures import Example, draw_attention
 from deitkit.analyze.row_statistics import RowStatistics
@@ -21,6 +21,7 @@ from deitkit.comparison.images import as_begun
 from deitkit.data.dataset import Dataset, load_dataset
 from deitkit.errors import CheckpointError, DataError, Interrupted, RecipeError
 from deitkit.evaluation.readouts import readout_scores
+from deitkit.evaluation.statistics import mean_of_finished
 from deitkit.models.classifier import Classifier
 from deitkit.models.vit import DeiT
 from deitkit.recipe.load import load_recipe
@@ -199,7 +200,7 @@ class RunStatistics:
         cosines = torch.cat(list(values), dim=1).double()
         return TokenSimilarity(
             student=name,
-            learned=mean(self._learned[name]),
+            learned=mean_of_finished(self._learned[name]),
             cosine=tuple(cosines.mean(dim=1).tolist()),
             deviation=tuple(cosines.std(dim=1).tolist()),
         )

@@ -14,13 +14,13 @@ from deitkit.analyze.agreement import (
     agreement,
     confusion_matrix,
     divergence,
-    mean,
     most_confused,
     per_class_accuracy,
     precision_and_f1,
     share_of,
 )
 from deitkit.analyze.calibration import Reliability, brier_score, negative_log_likelihood, reliability
+from deitkit.evaluation.statistics import mean_of_finished
 from deitkit.run.analysis import ClassSummary, RowSummary
 
 CONFUSED_PAIRS = 20  # written down; the page shows fewer
@@ -70,10 +70,7 @@ class RowStatistics:
     def summary(self) -> RowSummary:
         """Return the means over the seeds, and the reliability curve of the images of all seeds."""
         assert self.pooled is not None
-        means = {
-            key: mean([value for figures in self.figures if (value := figures[key]) is not None])
-            for key in self.figures[0]
-        }
+        means = {key: mean_of_finished(figures[key] for figures in self.figures) for key in self.figures[0]}
         return RowSummary(row=self.name, seeds=tuple(self.decisions), reliability=self.pooled.curve(), **means)
 
     def class_summary(self, labels: Int64[Tensor, " n"], classes: int) -> ClassSummary:

@@ -196,7 +196,8 @@ def _compare(
     from deitkit.models.weights.pretrained import resolved
     from deitkit.report.table import rich_table
     from deitkit.run.folder import choose_run_folder, locked
-    from deitkit.run.results import AblationResults, FoldResults, fold_folder
+    from deitkit.run.layout import fold_folder
+    from deitkit.run.results import AblationResults, FoldResults
 
     # --resume looks for a run of the recipe as it was stored
     recipe = resolved(recipe)

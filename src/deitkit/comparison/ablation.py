@@ -28,6 +28,7 @@ from deitkit.recipe.load import changed_fields, expand_variants
 from deitkit.recipe.schema import DataRecipe, Recipe
 from deitkit.report.write import write_report
 from deitkit.run.folder import begin_run, check_run
+from deitkit.run.layout import variant_folder
 from deitkit.run.observer import Watcher
 from deitkit.run.provenance import envelope
 from deitkit.run.reported import reported_rows
@@ -96,11 +97,6 @@ class BegunVariants:
 def variant_recipes(recipe: Recipe) -> dict[str, Recipe]:
     """Return the recipe of the base and of each variant, by name."""
     return {name: resolved(variant) for name, variant in expand_variants(recipe).items()}
-
-
-def variant_folder(folder: Path, name: str) -> Path:
-    """Return the run folder of a variant."""
-    return folder / "variants" / name
 
 
 def begin_variants(recipe: Recipe, folder: Path, *, watcher: Watcher, resume: bool = False) -> BegunVariants:

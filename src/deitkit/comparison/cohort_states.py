@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from deitkit.run.folder import locked
+from deitkit.run.layout import seed_folder, seed_of
 from deitkit.run.metrics import EpochMetrics, read_metrics, write_metrics
 from deitkit.run.state import drop_state, has_state, load_state, outline, replace_state
 
@@ -46,7 +47,7 @@ def plan_cohorts(
     Raises:
         CheckpointError: Another process still trains a student of the same state.
     """
-    missing = missing_students(home.parent, int(home.name.removeprefix("seed-")), names)
+    missing = missing_students(home.parent, seed_of(home), names)
     shared = home / STATE
     if has_state(shared):
         _set_aside_all(home, [] if apart else everyone, say)
@@ -84,7 +85,7 @@ def _set_aside_all(home: Path, stay: Sequence[str], say: Callable[[str], None]) 
 
 def missing_students(folder: Path, seed: int, names: Sequence[str]) -> list[str]:
     """Return those of some students of a seed that are not finished."""
-    return [name for name in names if not (folder / f"seed-{seed}" / name / PREDICTIONS).exists()]
+    return [name for name in names if not (seed_folder(folder, seed) / name / PREDICTIONS).exists()]
 
 
 def training_has_begun(home: Path) -> bool:
@@ -125,7 +126,7 @@ def _divide_state(place: Path, names: Sequence[str], say: Callable[[str], None],
 
 def _set_aside(name: str, state: dict[str, Any], home: Path, metrics: Sequence[EpochMetrics]) -> None:
     """Write what a cohort's state and metrics hold of one student as those of a cohort of its own."""
-    write_own_metrics(home / name, metrics, int(home.name.removeprefix("seed-")))
+    write_own_metrics(home / name, metrics, seed_of(home))
     replace_state(home / name / STATE, state | {"students": {name: state["students"][name]}})
 
 

@@ -35,6 +35,7 @@ from deitkit.recipe.schema import Recipe
 from deitkit.report.published import published_figures
 from deitkit.report.write import write_report
 from deitkit.run.folder import begin_run, check_run
+from deitkit.run.layout import BASELINE, seed_folder
 from deitkit.run.metrics import read_metrics
 from deitkit.run.observer import Watcher
 from deitkit.run.provenance import code_sha256, envelope
@@ -54,7 +55,6 @@ from deitkit.teachers.frozen import Teachers, mean_teacher_logits
 from deitkit.teachers.logit_cache import kept_logits
 from deitkit.teachers.prepare import common_card, dry_run_teachers, prepare_teachers, teacher_folders
 from deitkit.training.build import (
-    BASELINE,
     baseline_architecture,
     build_students,
     initial_weights,
@@ -186,7 +186,7 @@ def train_part(recipe: Recipe, folder: Path, seed: int, names: Sequence[str], *,
 def _conclude(results: Results, folder: Path) -> Results:
     """Add the advice, and write the winner, the results and the reports."""
     results = results.model_copy(update={"advice": advice(results)})
-    copy_winner(results, folder, [folder / f"seed-{seed}" for seed in results.seeds])
+    copy_winner(results, folder, [seed_folder(folder, seed) for seed in results.seeds])
     write_results(results, folder)
     write_report(folder)
     return results

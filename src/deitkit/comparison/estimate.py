@@ -10,6 +10,7 @@ from deitkit.comparison.seed_run import seed_cohort
 from deitkit.data.dataset import Dataset
 from deitkit.models.accelerate import accelerate
 from deitkit.recipe.schema import Recipe
+from deitkit.run.layout import seed_folder
 from deitkit.system.device import Precision
 from deitkit.system.ranks import ALONE
 from deitkit.system.timer import duration_text
@@ -61,7 +62,7 @@ def estimate_training(recipe: Recipe, dataset: Dataset, folder: Path, precision:
     count = sum(len(names) for names in missing.values())
     views = count * recipe.train.epochs * len(dataset.train)
     homes = teacher_folders(recipe, folder / "teacher")
-    begun = any(training_has_begun(home) for home in (*homes, *(folder / f"seed-{seed}" for seed in recipe.seeds)))
+    begun = any(training_has_begun(home) for home in (*homes, *(seed_folder(folder, seed) for seed in recipe.seeds)))
     if precision.device.type != "cpu" or count == 0 or views < LEAST_VIEWS or begun:
         return None
     teachers = []

@@ -10,6 +10,7 @@ from deitkit.models.accelerate import accelerate
 from deitkit.models.classifier import Classifier
 from deitkit.models.saved import load_classifier
 from deitkit.recipe.schema import Recipe, SpeedRecipe
+from deitkit.run.layout import seed_folder
 from deitkit.run.observer import Watcher
 from deitkit.run.results import Results
 from deitkit.system.device import Precision
@@ -42,7 +43,7 @@ def students_of(folder: Path, results: Results, seed: int) -> dict[str, Path]:
         seed: Of the run.
     """
     place = results.seeds.index(seed)
-    homes = {row.student: folder / f"seed-{seed}" / row.student for row in results.rows}
+    homes = {row.student: seed_folder(folder, seed) / row.student for row in results.rows}
     stopped = {row.student for row in results.rows if row.top1[place:] and row.top1[place] is None}
     return {name: home for name, home in homes.items() if name not in stopped and (home / "model.json").exists()}
 

@@ -6,7 +6,7 @@ have seen the test images. This module orders them and combines their results; i
 
 import hashlib
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,15 +15,22 @@ from deitkit.comparison.advice import advice
 from deitkit.comparison.compare import compare, copy_winner, dry_run, has_finished
 from deitkit.comparison.finetune import measure_checkpoint
 from deitkit.comparison.images import as_begun, keeping_last
-from deitkit.comparison.rows import best_row, corrected, corrected_differences, finished
+from deitkit.comparison.rows import best_row, corrected, corrected_differences
 from deitkit.comparison.verdict import Standing, verdict
 from deitkit.data.dataset import Dataset, load_all_images
-from deitkit.evaluation.statistics import are_equal, resampled_difference, resampled_interval
+from deitkit.evaluation.statistics import (
+    are_equal,
+    finished,
+    mean_of_finished,
+    resampled_difference,
+    resampled_interval,
+)
 from deitkit.models.weights.pretrained import resolved, starting_weights
 from deitkit.recipe.schema import DataRecipe, Recipe
 from deitkit.report.write import write_report
 from deitkit.run.difference import Difference, Reference
 from deitkit.run.folder import begin_run, check_run
+from deitkit.run.layout import fold_folder, seed_folder
 from deitkit.run.observer import Silent, Watcher
 from deitkit.run.provenance import envelope
 from deitkit.run.reported import reported_rows
@@ -35,7 +42,6 @@ from deitkit.run.results import (
     Results,
     Row,
     TeacherCard,
-    fold_folder,
     read_results,
     with_difference,
     write_results,
@@ -69,7 +75,7 @@ def compare_folds(recipe: Recipe, folder: Path, *, watcher: Watcher, resume: boo
             watcher.say(f"fold {fold} of {len(recipes)}")
             compare(own, homes[fold], watcher=watcher, resume=True, dataset=load(as_begun(own.data, homes[fold])))
     results = combine(recipe, {fold: read_results(home) for fold, home in homes.items()})
-    copy_winner(results, folder, [home / f"seed-{recipe.seeds[0]}" for home in homes.values()])
+    copy_winner(results, folder, [seed_folder(home, recipe.seeds[0]) for home in homes.values()])
     if (homes[1] / "views.png").is_file():
         shutil.copy2(homes[1] / "views.png", folder / "views.png")
     write_results(results, folder)
@@ -159,14 +165,15 @@ def _combined(rows: Sequence[Row], folds: Sequence[int]) -> Row:
             "top1": top1,
             "top5": None if rows[0].top5 is None else tuple((row.top5 or (None,))[0] for row in rows),
             "n": sum(row.n for row in rows),
-            "top1_mean": _mean(values),
+            "top1_mean": mean_of_finished(values),
             "top1_std": float(np.std(values, ddof=1)) if len(values) > 1 else None,
             "top1_ci95": resampled_interval(values, len(folds)) if spread else None,
             "validation_top1": tuple(row.validation_top1[0] for row in rows),
             "validation_balanced": tuple((row.validation_balanced or (None,))[0] for row in rows),
+            "differences": {},  # those of the first fold alone
             "status": "; ".join(stopped) or "ok",
             "cost": next((row.cost for row in rows if row.cost is not None), None),
-            **{name: _mean(finished(getattr(row, name) for row in rows)) for name in _MEANS},
+            **{name: mean_of_finished(getattr(row, name) for row in rows) for name in _MEANS},
         }
     )
 
@@ -225,7 +232,7 @@ def _teacher(cards: Sequence[TeacherCard | None]) -> TeacherCard:
     """Combine a teacher's cards: the mean of its accuracies; no hash where each fold trained another."""
     found = [card for card in cards if card is not None]
     shares = ("top1", "chance", "test_top1", "test_balanced", "test_macro_f1", "own_px_top1", "view_px_top1")
-    means = {name: _mean(finished(getattr(card, name) for card in found)) for name in shares}
+    means = {name: mean_of_finished(getattr(card, name) for card in found) for name in shares}
     refused = [card.verdict for card in found if card.verdict != FIT_TO_TEACH]
     return found[0].model_copy(
         update=means
@@ -250,8 +257,3 @@ def _notes(each: Sequence[Results]) -> tuple[str, ...]:
         "intervals and p are those of the corrected resampled t test (Nadeau and Bengio 2003)."
     )
     return (about, *dict.fromkeys(note for one in each for note in one.notes))
-
-
-def _mean(values: Iterable[float]) -> float | None:
-    found = list(values)
-    return float(np.mean(found)) if found else None

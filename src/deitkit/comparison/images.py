@@ -12,8 +12,8 @@ from deitkit.data.cache import sha256
 from deitkit.data.dataset import Dataset, load_all_images
 from deitkit.errors import CheckpointError
 from deitkit.recipe.schema import DataRecipe, Recipe
+from deitkit.run.layout import fold_folder
 from deitkit.run.observer import Watcher
-from deitkit.run.results import fold_folder
 
 Arguments = ParamSpec("Arguments")
 

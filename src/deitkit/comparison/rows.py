@@ -15,14 +15,22 @@ from deitkit.comparison.verdict import Standing, verdict
 from deitkit.data.dataset import Dataset
 from deitkit.distillation.methods import METHODS, reference_method
 from deitkit.evaluation.readouts import balanced_accuracy, macro_f1, top_k_accuracy, top_k_hits
-from deitkit.evaluation.statistics import are_equal, holm, mean_interval, paired_difference, wilson_interval
+from deitkit.evaluation.statistics import (
+    are_equal,
+    holm,
+    mean_interval,
+    mean_of_finished,
+    paired_difference,
+    wilson_interval,
+)
 from deitkit.recipe.schema import Recipe
 from deitkit.run.difference import Difference, Reference
+from deitkit.run.layout import BASELINE
 from deitkit.run.metrics import EpochMetrics
 from deitkit.run.reported import default_readout, reported_rows
 from deitkit.run.results import Row, SomeRow, with_difference
 from deitkit.system.words import counted
-from deitkit.training.build import BASELINE, baseline_architecture
+from deitkit.training.build import baseline_architecture
 
 Hits = dict[int, Bool[Tensor, " n"]]  # by seed, which test images are classified correctly
 Key = TypeVar("Key")
@@ -183,8 +191,8 @@ def _row(
         top1_ci95=_interval(values, len(labels)),
         validation_top1=tuple(validation_top1.get(seed) for seed in seeds),
         validation_balanced=tuple(validation_balanced.get(seed) for seed in seeds),
-        balanced_accuracy=_mean(balanced_accuracy(some, labels) for some in scores.values()),
-        macro_f1=_mean(macro_f1(some, labels) for some in scores.values()),
+        balanced_accuracy=mean_of_finished(balanced_accuracy(some, labels) for some in scores.values()),
+        macro_f1=mean_of_finished(macro_f1(some, labels) for some in scores.values()),
         differences={name: difference for name, difference in differences.items() if difference is not None},
         teacher_agreement=agreement,
         parameters=predictions[seeds[0]][key.student].parameters,
@@ -241,12 +249,6 @@ def _difference_to_baseline(
     return paired_over_seeds(hits, RowKey(BASELINE, "last", "class").hits(predictions, labels))
 
 
-def _mean(values: Iterable[float]) -> float | None:
-    """Return the mean over the finished seeds; None without any."""
-    found = list(values)
-    return float(np.mean(found)) if found else None
-
-
 def paired_over_seeds(hits: Hits, other: Hits) -> Difference | None:
     """Return the difference of two rows over the seeds that both finished; None where there is no such seed."""
     seeds = [seed for seed in hits if seed in other]
@@ -278,17 +280,12 @@ def best_row(rows: Sequence[Row], by: str) -> Row | None:
     Of a student with two heads only the joint readout of the paper may win; of equals the first.
     """
     candidates = [row for row in reported_rows(rows) if row.kind == "student" and row.status == "ok"]
-    return max(candidates, key=lambda row: _mean(finished(validation_scores(row, by))) or 0.0, default=None)
+    return max(candidates, key=lambda row: mean_of_finished(validation_scores(row, by)) or 0.0, default=None)
 
 
 def validation_scores(row: Row, by: str) -> tuple[float | None, ...]:
     """Return by seed what the winner is chosen by; ``by`` is ``accuracy`` or ``balanced``."""
     return row.validation_balanced if by == "balanced" else row.validation_top1
-
-
-def finished(values: Iterable[float | None]) -> list[float]:
-    """Return the values of the seeds that finished."""
-    return [value for value in values if value is not None]
 
 
 def _standing(

@@ -28,6 +28,7 @@ from deitkit.models.weights.pretrained import starting_weights
 from deitkit.models.weights.read import require_whole
 from deitkit.recipe.schema import Recipe
 from deitkit.run.folder import locked, unreadable
+from deitkit.run.layout import BASELINE, seed_folder, seed_of
 from deitkit.run.metrics import EpochMetrics, read_metrics, write_metrics
 from deitkit.run.observer import Watcher
 from deitkit.run.state import drop_state, load_tree, save_tree
@@ -35,7 +36,7 @@ from deitkit.system.device import Precision
 from deitkit.system.ranks import Ranks
 from deitkit.teachers.frozen import Teachers
 from deitkit.teachers.logit_cache import open_logit_cache
-from deitkit.training.build import BASELINE, baseline_architecture, build_students, initial_weights, student_names
+from deitkit.training.build import baseline_architecture, build_students, initial_weights, student_names
 from deitkit.training.cohort import Cohort, LogitLookup
 from deitkit.training.fit import train_to_end
 from deitkit.training.shared import SharedTraining, ranks_that_share
@@ -72,7 +73,7 @@ def run_seed(
         CheckpointError: Another process trains one of them.
         Interrupted: The watcher requested a stop; the run can be resumed.
     """
-    home, everyone = folder / f"seed-{seed}", student_names(recipe)
+    home, everyone = seed_folder(folder, seed), student_names(recipe)
     names = everyone if part is None else part
     _report_finished(home, names, everyone, watcher)
     patience = 0.0 if part is None else LOCK_SECONDS
@@ -126,14 +127,14 @@ def _train_cohort(
         checkpoint=planned.state,
         folder=metrics_home,
         watcher=watcher,
-        log_folder=folder / "tensorboard" / f"seed-{seed}",
+        log_folder=seed_folder(folder / "tensorboard", seed),
         save_seconds=recipe.speed.save_seconds,
     )
     scores = predict_students(students, dataset, precision, ranks)
     _keep(students, scores, recipe, dataset, seed, folder=folder, metrics=read_metrics(metrics_home))
     for student in students:
         release(student.classifier)
-    for state in (planned.state, *(folder / f"seed-{seed}" / name / STATE for name in planned.names)):
+    for state in (planned.state, *(seed_folder(folder, seed) / name / STATE for name in planned.names)):
         drop_state(state)
 
 
@@ -224,7 +225,7 @@ def _keep(
 ) -> None:
     """Write each student's weights, metrics and predictions; the predictions mark it as finished."""
     for student in students:
-        home = folder / f"seed-{seed}" / student.name
+        home = seed_folder(folder, seed) / student.name
         card = _student_card(recipe, dataset, student, seed)
         save_classifier(home, student.classifier, card)
         if student.average is not None:
@@ -260,14 +261,14 @@ def load_predictions(
     """Return the predictions of finished students by seed and name."""
     adopt_older_layout(folder)
     return {
-        seed: {name: StudentPredictions(**load_tree(folder / f"seed-{seed}" / name / PREDICTIONS)) for name in names}
+        seed: {name: StudentPredictions(**load_tree(seed_folder(folder, seed) / name / PREDICTIONS)) for name in names}
         for seed in seeds
     }
 
 
 def gather_metrics(folder: Path, seeds: Sequence[int], names: Sequence[str]) -> None:
     """Write the metrics of finished students as those of the run, in the order of one cohort a seed."""
-    lines = [line for seed in seeds for name in names for line in read_metrics(folder / f"seed-{seed}" / name)]
+    lines = [line for seed in seeds for name in names for line in read_metrics(seed_folder(folder, seed) / name)]
     lines.sort(key=lambda line: (seeds.index(line.seed), line.epoch, names.index(line.student)))
     write_metrics(lines, folder)
 
@@ -275,7 +276,7 @@ def gather_metrics(folder: Path, seeds: Sequence[int], names: Sequence[str]) -> 
 def adopt_older_layout(folder: Path) -> None:
     """Move predictions that version 0.1 kept in one file for all students of a seed into the students' folders."""
     for path in sorted(folder.glob(f"seed-*/{PREDICTIONS}")):
-        seed, metrics = int(path.parent.name.removeprefix("seed-")), read_metrics(folder)
+        seed, metrics = seed_of(path.parent), read_metrics(folder)
         for name, prediction in load_tree(path).items():
             write_own_metrics(path.parent / name, metrics, seed)
             save_tree(path.parent / name / PREDICTIONS, prediction)

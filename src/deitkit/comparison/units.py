@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
-from deitkit.comparison.ablation import begin_variants, named_in_errors, variant_folder, variant_recipes
+from deitkit.comparison.ablation import begin_variants, named_in_errors, variant_recipes
 from deitkit.comparison.cohort_states import missing_students
 from deitkit.comparison.compare import begin, compare, has_finished, train_part
 from deitkit.comparison.folds import begin_folds, fold_recipes
@@ -18,8 +18,8 @@ from deitkit.errors import RecipeError
 from deitkit.models.weights.pretrained import resolved
 from deitkit.recipe.schema import Recipe
 from deitkit.run.folder import check_run, locked
+from deitkit.run.layout import fold_folder, variant_folder
 from deitkit.run.observer import Watcher
-from deitkit.run.results import fold_folder
 from deitkit.training.build import student_names
 
 PREPARE = "prepare"

@@ -15,8 +15,9 @@ from deitkit.evaluation.readouts import readout_scores, top_k_accuracy
 from deitkit.models.weights.read import file_sha256
 from deitkit.recipe.load import load_recipe
 from deitkit.recipe.schema import DataRecipe
+from deitkit.run.layout import fold_folder, seed_folder, variant_folder
 from deitkit.run.observer import Watcher
-from deitkit.run.results import AblationResults, FoldResults, Row, fold_folder, read_results
+from deitkit.run.results import AblationResults, FoldResults, Row, read_results
 from deitkit.system.device import Precision, choose_device, describe_machine
 from deitkit.system.words import counted
 from deitkit.teachers.prepare import teacher_folders
@@ -76,7 +77,7 @@ def verify_run(folder: Path, watcher: Watcher) -> Verification:
         for name in results.variants:
             watcher.say(f"variant {name}")
             rows = [row for row in results.rows if row.variant == name]
-            found.append(_verify(folder / "variants" / name, rows, load, watcher))
+            found.append(_verify(variant_folder(folder, name), rows, load, watcher))
     elif isinstance(results, FoldResults):
         for place, fold in enumerate(results.folds):
             watcher.say(f"fold {fold}")
@@ -127,7 +128,7 @@ def _verify(
             holds: bool | None = None
             if recorded is not None and row.kind != "checkpoint":
                 if measured is None:
-                    home = folder / f"seed-{seed}" / row.student
+                    home = seed_folder(folder, seed) / row.student
                     problems.append(f"{home / 'model.json'} is missing: copy the student's folder back into its run")
                 holds = measured is not None and abs(recorded - measured) <= tolerance + 1e-9
             rows.append(VerifiedRow(row.row, seed, recorded, measured, holds))

@@ -179,7 +179,7 @@ def plan_splits(
     draws = _Draws(labels, class_names, recipe) if groups is None else _GroupDraws(labels, class_names, recipe, groups)
     if official_test is None:
         everything = torch.arange(len(labels))
-        draws.require(everything, 3, "train, validation and test")
+        draws.require(everything, 3, "for train, validation and test")
         if recipe.folds is not None:
             pool, test = draws.fold(everything)
         else:
@@ -191,8 +191,8 @@ def plan_splits(
         )
     else:
         pool, test = (~official_test).nonzero().flatten(), official_test.nonzero().flatten()
-        draws.require(test, 1, "test")
-        draws.require(pool, 2, "train and validation")
+        draws.require(test, 1, "for test")
+        draws.require(pool, 2, "for train and validation")
     train, validation = draws.carve(pool, recipe.validation_fraction, leave=1)
     rest = train[:0]
     if recipe.train_images is not None:
@@ -209,15 +209,14 @@ class _Draws:
         self.labels, self.class_names, self.recipe = labels, class_names, recipe
         self.generator = torch.Generator().manual_seed(recipe.split_seed)
 
-    def require(self, pool: Tensor, least: int, splits: str) -> None:
+    def require(self, pool: Tensor, least: int, where: str, remedy: str = "add images or remove the class") -> None:
         """Raise DataError if a class has fewer than ``least`` images in the pool."""
         counts = self._counts(pool)
         if int(counts.min()) < least:
             rare = int(counts.argmin())
             raise DataError(
                 f"class '{self.class_names[rare]}' of data.name={self.recipe.name} has "
-                f"{counted(int(counts[rare]), 'image')} for {splits}, but needs at least {least}: "
-                "add images or remove the class"
+                f"{counted(int(counts[rare]), 'image')} {where}, but needs at least {least}: {remedy}"
             )
 
     def carve(self, pool: Tensor, fraction: float, leave: int) -> tuple[Tensor, Tensor]:
@@ -237,18 +236,11 @@ class _Draws:
         divided = self._folds(pool, folds)
         for number, (rest, drawn) in enumerate(divided, start=1):
             for part, least, name in ((drawn, 1, f"fold {number}"), (rest, 2, f"the folds beside fold {number}")):
-                counts = self._counts(part)
-                if int(counts.min()) < least:
-                    rare = int(counts.argmin())
-                    raise DataError(
-                        f"class '{self.class_names[rare]}' of data.name={self.recipe.name} has "
-                        f"{counted(int(counts[rare]), 'image')} in {name} of {folds}, but needs at least {least}: "
-                        f"lower data.folds, or add images"
-                    )
+                self.require(part, least, f"in {name} of {folds}", "lower data.folds, or add images")
         return divided[(self.recipe.fold or 1) - 1]
 
     def _folds(self, pool: Tensor, folds: int) -> list[tuple[Tensor, Tensor]]:
-        self.require(pool, folds, counted(folds, "fold"))
+        self.require(pool, folds, f"for {counted(folds, 'fold')}")
         from sklearn.model_selection import StratifiedKFold  # here, since it takes a second to import
 
         return self._divide(StratifiedKFold, pool, folds)

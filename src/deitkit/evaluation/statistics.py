@@ -4,7 +4,7 @@ Nothing here selects a model by its test accuracy.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from jaxtyping import Bool, Float64
@@ -18,6 +18,17 @@ def wilson_interval(hits: int, n: int) -> tuple[float, float]:
     """Return the 95 % Wilson score interval of a proportion (Wilson 1927)."""
     interval = stats.binomtest(hits, n).proportion_ci(0.95, method="wilson")
     return float(interval.low), float(interval.high)
+
+
+def finished(values: Iterable[float | None]) -> list[float]:
+    """Return the values of the seeds that finished."""
+    return [value for value in values if value is not None]
+
+
+def mean_of_finished(values: Iterable[float | None]) -> float | None:
+    """Return the mean of the values there are, of seeds or folds that finished; None without any."""
+    found = finished(values)
+    return float(np.mean(found)) if found else None
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float]:

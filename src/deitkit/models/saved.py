@@ -135,7 +135,6 @@ def load_classifier(folder: Path, device: torch.device) -> tuple[Classifier, Mod
         )
     except Exception as error:
         raise wrong_card(folder / "model.json", error) from None
-    report = load_into(built.model, state, head=built.head, source=str(folder))
-    if report.missing or report.mismatched:
+    if load_into(built.model, state, head=built.head, source=str(folder)):
         raise CheckpointError(f"{folder}: model.safetensors does not belong to model.json: copy both from one run")
     return classifier.to(device).eval(), card

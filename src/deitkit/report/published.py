@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 
+from deitkit.run.layout import BASELINE
 from deitkit.run.results import PublishedFigure, Results, Row
 
 REPRODUCTION, PAPER = "reproduction", "paper"
-CNN = "cnn-baseline"
 
 # method, readout, teacher, row as printed, top-1 in per cent.
 # A reproduction of the paper's table: DeiT-Ti, CIFAR-10, 20 epochs. Its readout of two tokens is taken to be joint.
@@ -17,7 +17,7 @@ _REPRODUCTION = (
     ("class-only", "class", "hard", "class embedding", 61.69),
     ("token-soft", "joint", "soft", "class + distillation", 69.19),
     ("token-hard", "joint", "hard", "class + distillation", 46.11),
-    (CNN, "class", None, "ResNet-18 (CNN baseline)", 88.46),
+    (BASELINE, "class", None, "ResNet-18 (CNN baseline)", 88.46),
 )
 
 # Touvron et al., arXiv 2012.12877, Table 3: ImageNet, 300 epochs; the last column was fine-tuned at 384 px.
@@ -65,7 +65,7 @@ def published_by_row(results: Results) -> dict[str, dict[str, PublishedFigure]]:
                 by_row.setdefault(entry.table, {})[row.row] = entry
                 break
         else:
-            if entry.method == CNN and _has_cnn_trained_here(results):
+            if entry.method == BASELINE and _has_cnn_trained_here(results):
                 by_row.setdefault(entry.table, {})["teacher"] = entry
     return by_row
 
@@ -104,7 +104,7 @@ def _fits(row: Row, method: str, readout: str) -> bool:
 def _reproduction_figures() -> list[PublishedFigure]:
     figures = []
     for method, readout, teacher, row, per_cent in _REPRODUCTION:
-        model = "ResNet-18" if method == CNN else "DeiT-Ti"
+        model = "ResNet-18" if method == BASELINE else "DeiT-Ti"
         figures.append(_entry(REPRODUCTION, model, "CIFAR-10", method, readout, teacher, row, per_cent))
     return figures
 

@@ -7,8 +7,9 @@ from deitkit.report.cost_chart import write_costs
 from deitkit.report.figures import write_curves
 from deitkit.report.page import write_page
 from deitkit.report.table import write_tables
+from deitkit.run.layout import fold_folder, variant_folder
 from deitkit.run.metrics import EpochMetrics, read_metrics
-from deitkit.run.results import AblationResults, FoldResults, Results, fold_folder, read_results
+from deitkit.run.results import AblationResults, FoldResults, Results, read_results
 
 
 def write_report(folder: Path) -> list[Path]:
@@ -44,5 +45,5 @@ def _metrics_of(results: Results, folder: Path) -> list[EpochMetrics]:
     return read_metrics(folder) + [
         line.model_copy(update={"student": f"{name}: {line.student}"})
         for name in variants
-        for line in read_metrics(folder / "variants" / name)
+        for line in read_metrics(variant_folder(folder, name))
     ]

@@ -321,11 +321,6 @@ class FoldResults(Results):
         return "fold"
 
 
-def fold_folder(folder: Path, fold: int) -> Path:
-    """Return the run folder of a fold, counted from 1."""
-    return folder / "folds" / str(fold)
-
-
 def write_results(results: Results, folder: Path) -> None:
     """Write ``results.json``; raise CheckpointError if it cannot be written."""
     write_json(folder / "results.json", results.to_json())

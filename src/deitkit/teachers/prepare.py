@@ -157,10 +157,10 @@ def draft_teacher(recipe: TeacherRecipe, dataset: Dataset) -> tuple[Classifier, 
     source, new_head, new_body = built.source, built.new_head, not recipe.pretrained
     if recipe.checkpoint is not None:
         checkpoint = read_checkpoint(recipe.checkpoint)
-        report = load_into(built.model, checkpoint.state, head=built.head, source=str(recipe.checkpoint))
+        new_head = load_into(built.model, checkpoint.state, head=built.head, source=str(recipe.checkpoint))
         source = f"{recipe.checkpoint.name} (sha256 {file_sha256(recipe.checkpoint)[:8]})"
         source = "; ".join((source, *checkpoint.remarks))
-        new_head, new_body = bool(report.mismatched or report.missing), False
+        new_body = False
     if recipe.channel_order == "bgr":
         if not reverse_channels(built.model):
             raise TeacherError(f"teacher.channel_order=bgr does not suit {recipe.name}: it has no layer of 3 channels")

@@ -14,11 +14,10 @@ from deitkit.models.weights.pretrained import licence_of, starting_weights
 from deitkit.models.weights.read import file_sha256
 from deitkit.models.zoo import create_classifier
 from deitkit.recipe.schema import OptimizerRecipe, Recipe
+from deitkit.run.layout import BASELINE
 from deitkit.system.device import Precision
 from deitkit.system.seeding import derived_seed, seeded
 from deitkit.training.student import Student
-
-BASELINE = "cnn-baseline"
 
 
 def student_names(recipe: Recipe) -> list[str]:

@@ -49,7 +49,7 @@ def with_pretrained_size(model: ModelRecipe) -> ModelRecipe:
         shown = " ".join(f"model.{key}={value}" for key, value in sizes.items())
         raise CheckpointError(f"{' and '.join(wrong)}, but model.pretrained={model.pretrained} has {shown}: drop them")
     patch_px = model.patch_px if "patch_px" in model.model_fields_set else built.patch_embed.patch_size[0]
-    name = next((name for name, size in SIZES.items() if asdict(size) == sizes), model.name)
+    name = next((name for name in (model.name, *SIZES) if asdict(SIZES[name]) == sizes), model.name)
     return model.model_copy(update={"name": name, **sizes, "patch_px": patch_px})
 
 

@@ -36,16 +36,6 @@ class Checkpoint:
     facts: dict[str, Any] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class LoadReport:
-    """The result of loading a checkpoint: tensors loaded; names missing, unexpected, or of another shape."""
-
-    loaded: int
-    missing: tuple[str, ...]
-    unexpected: tuple[str, ...]
-    mismatched: tuple[str, ...]
-
-
 def read_state(path: Path) -> dict[str, Tensor]:
     """Return the tensors of ``read_checkpoint``."""
     return read_checkpoint(path).state
@@ -127,14 +117,19 @@ def _damaged(path: Path) -> CheckpointError:
     return CheckpointError(f"checkpoint {path} is damaged or not a weights file: copy or download it again")
 
 
-def load_into(model: nn.Module, state: Mapping[str, Tensor], *, head: str, source: str) -> LoadReport:
+def load_into(model: nn.Module, state: Mapping[str, Tensor], *, head: str, source: str) -> bool:
     """Load a checkpoint into a model completely, except a classifier of another class count, which stays new.
+
+    A classifier that fits only in part, such as its bias, stays new as a whole.
 
     Args:
         model: Changed in place, only if the checkpoint fits.
         state: Tensors by name.
         head: Dotted name of the classifier layer, the only one that may differ or be missing.
         source: Name of the checkpoint in errors.
+
+    Returns:
+        Whether the classifier stays new.
 
     Raises:
         CheckpointError: Other layers are missing, unknown or of another shape.
@@ -151,14 +146,12 @@ def load_into(model: nn.Module, state: Mapping[str, Tensor], *, head: str, sourc
             f"checkpoint {source} is not a {type(model).__name__} of this shape: {len(bad)} of {len(layers)} layers do "
             f"not fit (first: {_difference(wrong[0], own, state)}); {_remedy(wrong, own, state)}"
         )
-    # A head that fits only in part, such as its bias, stays new as a whole.
     new_head = any(name.startswith(f"{head}.") for name in (*mismatched, *missing))
     fitting = {
         name: value for name, value in state.items() if name in own and not (new_head and name.startswith(f"{head}."))
     }
     model.load_state_dict(fitting, strict=False)
-    described = tuple(_difference(name, own, state) for name in mismatched)
-    return LoadReport(len(fitting), tuple(missing), tuple(unexpected), described)
+    return new_head
 
 
 def _remedy(wrong: Sequence[str], own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:
