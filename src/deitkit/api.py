@@ -120,7 +120,20 @@ class Model:
         return load_classifier(self.folder, choose_device("auto"))
 
     def evaluate(self, data: str, *, root: str | Path | None = None) -> dict[str, Any]:
-        """Measure it on the test images of a data set (a name, ``folder:PATH`` or ``parquet:PATH``), by readout."""
+        """Measure it on the test images of a data set, divided as for its training.
+
+        Args:
+            data: A named data set, ``folder:PATH``, ``csv:FILE`` or ``parquet:PATH``.
+            root: Folder of named data sets.
+
+        Returns:
+            ``model``, ``dataset``, ``n`` (test images), ``trained_on`` (the estimated share of these that it has learned
+            from, 0 to 1; None if its card does not tell) and ``readouts``, each with ``readout``, ``top1``,
+            ``top1_ci95`` (Wilson's 95 % interval) and ``top5`` (None for at most five classes), as fractions.
+
+        Raises:
+            DataError: The data set is missing or malformed, or has other classes.
+        """
         if not isinstance(data, str):
             raise DataError(
                 f"data is of the type {type(data).__name__}: name a data set, as 'cifar10' or 'folder:PATH'"
@@ -287,7 +300,20 @@ def train(
     progress: bool = True,
     **fields: Any,
 ) -> Comparison:
-    """Train one student under one method of a recipe: a comparison of one row."""
+    """Train one student under one method of a recipe: a comparison of one row.
+
+    Args:
+        recipe: As for ``compare``, without its methods and its baseline.
+        method: A name (see ``deitkit methods``), or a method of one's own that is in ``METHODS``.
+        out: As for ``compare``.
+        resume: As for ``compare``.
+        progress: As for ``compare``.
+        fields: As for ``compare``, but ``methods`` and ``baseline``.
+
+    Raises:
+        DeitkitError: As for ``compare``; or a field that only a comparison has.
+        Interrupted: Ctrl-C; ``resume=True`` continues.
+    """
     name = find_method(method.name if isinstance(method, Method) else str(method)).name
     several = sorted({"methods", "baseline"} & {*fields})
     if several:
@@ -314,6 +340,10 @@ def finetune(
         resume: As for ``compare``.
         progress: As for ``compare``.
         fields: As for ``compare``.
+
+    Raises:
+        DeitkitError: As for ``compare``; or the checkpoint does not fit the recipe, or has seen the test images.
+        Interrupted: Ctrl-C; ``resume=True`` continues.
     """
     chosen = _named_recipe(recipe, fields)
     return _run(start_from(chosen, _path("checkpoint", checkpoint)), out, resume, progress)

@@ -89,7 +89,7 @@ def test_images_are_read_as_when_the_run_began_however_much_memory_is_free(
 
     run("none", resume=False)
     (tmp_path / "run" / "analysis").mkdir()
-    monkeypatch.setattr("deitkit.data.stream._MOST_MEMORY", 0.0)  # everything that may be streamed now is
+    monkeypatch.setattr("deitkit.data.survey._MOST_MEMORY", 0.0)  # everything that may be streamed now is
     assert verify_run(tmp_path / "run", Silent()).holds
     analyze_run(tmp_path / "run", images=0, watcher=Silent())
     run("none", "distillation-only", resume=True)

@@ -135,7 +135,7 @@ def test_an_image_that_is_repeated_is_decoded_and_sent_once(photos: Path, monkey
 
 def test_what_a_pass_found_is_kept(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = load(f"parquet:{shards}", streaming=True, workers=0)
-    monkeypatch.setattr("deitkit.data.stream.decode_all", lambda *_: pytest.fail("decoded again"))
+    monkeypatch.setattr("deitkit.data.survey.decode_all", lambda *_: pytest.fail("decoded again"))
     again = load(f"parquet:{shards}", streaming=True, workers=0)
     assert again.fingerprint == first.fingerprint
     assert torch.equal(again.train.pixels(torch.arange(3)), first.train.pixels(torch.arange(3)))

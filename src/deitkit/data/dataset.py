@@ -33,7 +33,7 @@ from deitkit.data.pixels import mean_and_std, mean_and_std_of_counts, require_me
 from deitkit.data.sources.choose import list_images_of
 from deitkit.data.sources.folders import list_images
 from deitkit.data.split import CropSource, Split, SplitIndices, plan_splits
-from deitkit.data.stream import Survey, survey, wants_streaming
+from deitkit.data.survey import Survey, survey, wants_streaming
 from deitkit.errors import DataError
 from deitkit.recipe.schema import DataRecipe
 from deitkit.system.words import counted
