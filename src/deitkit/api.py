@@ -127,7 +127,7 @@ class Model:
             root: Folder of named data sets.
 
         Returns:
-            ``model``, ``dataset``, ``n`` (test images), ``trained_on`` (the estimated share of these that it has learned
+            ``model``, ``dataset``, ``n`` (test images), ``trained_on`` (the estimated share of these that it learned
             from, 0 to 1; None if its card does not tell) and ``readouts``, each with ``readout``, ``top1``,
             ``top1_ci95`` (Wilson's 95 % interval) and ``top5`` (None for at most five classes), as fractions.
 
