@@ -62,10 +62,12 @@ def one_line(text: str) -> str:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether an exception means that memory ran out, on any device."""
-    signs = ("out of memory", "can't allocate memory", "STATUS_ALLOC_FAILED", "unable to find an engine")
-    before = error.__cause__ or error.__context__  # an error that was raised while a GPU's recording was given up
-    found = isinstance(error, MemoryError) or any(sign in str(error) for sign in signs)
-    return found or (isinstance(error, RuntimeError) and before is not None and is_out_of_memory(before))
+    signs = ("out of memory", "can't allocate memory", "STATUS_ALLOC_FAILED")
+    if isinstance(error, MemoryError) or any(sign in str(error) for sign in signs):
+        return True
+    # Or of one that was raised while the recording of a GPU was given up.
+    before = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    return isinstance(error, RuntimeError) and before is not None and is_out_of_memory(before)
 
 
 def is_dead_worker(error: BaseException) -> bool:

@@ -12,6 +12,7 @@ from deitkit.bench import training_speed
 from deitkit.bench.measure import count_flops, machine_limit
 from deitkit.bench.training_speed import Bench
 from deitkit.cli.main import app
+from deitkit.errors import TeacherError
 from deitkit.models.catalogue import CatalogueModel
 from deitkit.models.classifier import Classifier
 from deitkit.models.cnn import CifarResNet
@@ -128,6 +129,12 @@ def test_a_pretrained_teacher_is_timed_at_its_resolution_without_its_weights(nam
     given = [*TINY, f"teacher.name={name}", "teacher.pretrained=true", "data.channels=3"]
     (teacher,) = Bench(load_recipe("digits", given), synthetic=True).teachers.classifiers
     assert teacher.image_px == 224
+
+
+@pytest.mark.parametrize("name", ["torchvision/resnet1", "timm/resnet18.nope", "timm/resnet1"])
+def test_a_mistyped_pretrained_teacher_is_one_sentence(name: str) -> None:
+    with pytest.raises(TeacherError, match=name):
+        Bench(load_recipe("digits", [*TINY, f"teacher.name={name}", "teacher.pretrained=true"]), synthetic=True)
 
 
 def test_a_student_with_one_head_is_a_teacher_to_time(tmp_path: Path) -> None:

@@ -138,6 +138,8 @@ def test_a_fold_that_damaged_files_leave_without_a_class_is_found_before_the_fir
 
 def test_a_fold_trains_only_on_the_images_of_the_others(tmp_path: Path) -> None:
     photos = write_classes(tmp_path / "photos", {"cat": 12, "dog": 12})
+    for number in range(6):  # equal images of both classes
+        shutil.copy2(photos / "cat" / f"{number:03}.png", photos / "dog" / f"{20 + number}.png")
     fields = [
         *TINY, f"data.name=folder:{photos}", "data.folds=3", "data.train_images=null", "data.test_images=null",
         "data.image_px=8", "train.batch_size=8", "train.epochs=1", "methods=[none]",

@@ -21,6 +21,7 @@ from deitkit.run.folder import begin_run
 from deitkit.run.observer import Silent
 from deitkit.run.state import load_tree, save_tree
 from deitkit.teachers.prepare import dry_run_teachers
+from deitkit.teachers.saved import origins
 from run_helpers import Listener, assert_same_run, timeless
 
 TinyRecipe = Callable[..., Recipe]
@@ -288,6 +289,8 @@ def test_a_teacher_that_was_trained_on_test_images_is_refused(tmp_path: Path) ->
     damaged = load_recipe("digits", [*fields, f"teacher.checkpoint={cut / 'model.safetensors'}", "teacher.fit=none"])
     with pytest.raises(CheckpointError, match=r"model\.json is damaged"):
         compare(damaged, tmp_path / "other", watcher=Silent())
+    (cut / "model.json").write_text('{"format": "graph-model"}')  # of another program
+    assert origins(damaged.teacher) == []
     variants = load_recipe("digits", [*fields, *given, "data.split_seed=3", "variants={sgd: {train.optimizer: sgd}}"])
     with pytest.raises(TeacherError, match=r"variant base: about .* of the test images of digits are training images"):
         compare_variants(variants, tmp_path / "other", watcher=Silent())

@@ -147,6 +147,9 @@ def test_a_plan_holds_until_another_process_has_trained_one_of_its_students(tmp_
     assert not holds(new, home)
     alone = PlannedCohort(("none",), home / "none" / STATE)
     assert holds(alone, home)
+    save_state(home / STATE, {"students": {"none": {}, "hard": {}}})
+    assert not holds(alone, home), "a run has trained it further"
+    (home / STATE).unlink()
     (home / "none" / PREDICTIONS).touch()
     assert not holds(alone, home), "it is finished"
 

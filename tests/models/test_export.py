@@ -70,7 +70,7 @@ def opened(output: str, line: str = "model = ") -> Any:
 
 
 SKETCHES = (sketch(torch.randint(2**62, (300,), generator=torch.Generator().manual_seed(seed))) for seed in count())
-SKETCH = next(text for text in SKETCHES if text != without_folders(text))
+SKETCH, BEFORE = (next(text for text in SKETCHES if text != without_folders(text)) for _ in range(2))
 
 
 def test_a_published_card_hides_folders_and_keeps_sketches() -> None:
@@ -93,7 +93,7 @@ def test_what_is_written_opens_as_printed_and_answers_as_before(
     to: str, tokens: tuple[str, ...], channels: int, convert: Run, tmp_path: Path
 ) -> None:
     source, out = tmp_path / "model", tmp_path / ("out.pth" if to == "released" else "out")
-    classifier = saved(source, tokens, channels, trained_on=SKETCH, trained_before_on="")
+    classifier = saved(source, tokens, channels, trained_on=SKETCH, trained_before_on=BEFORE)
     code, output, errors = convert(source, "--to", to, "--out", out, "--check")
     if to == "transformers" and not tokens:
         assert code == 2
@@ -113,7 +113,7 @@ def test_what_is_written_opens_as_printed_and_answers_as_before(
         assert back.mean == pytest.approx(MEAN[:channels])
     if to == "ours":
         assert back.card is not None
-        assert (back.card.trained_on, back.card.trained_before_on) == (SKETCH, "")
+        assert (back.card.trained_on, back.card.trained_before_on) == (SKETCH, BEFORE)
 
 
 @pytest.mark.parametrize("fit", ["crop", "pad"])

@@ -98,9 +98,9 @@ def holds(planned: PlannedCohort, home: Path) -> bool:
     names = {*planned.names}
     if any((home / name / PREDICTIONS).exists() for name in names):
         return False
-    if has_state(planned.state):
-        return names <= {*(outline(planned.state) or {"students": ()})["students"]}
-    return not any(has_state(home / name / STATE) for name in names)
+    states = {path.with_name(STATE) for path in (*home.glob("checkpoint*"), *home.glob("*/checkpoint*"))}
+    held = {path: names & {*(outline(path) or {"students": ()})["students"]} for path in states}
+    return all(some == (names if path == planned.state else set()) for path, some in held.items())
 
 
 def _divide_state(place: Path, names: Sequence[str], say: Callable[[str], None], patience: float) -> None:

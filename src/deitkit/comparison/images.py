@@ -82,10 +82,12 @@ def describe_images(dataset: Dataset) -> dict[str, str]:
     labels = torch.cat([split.labels.cpu() for split in labelled])
     unlabelled = torch.zeros(0, dtype=torch.int64) if dataset.unlabelled is None else dataset.unlabelled.hashes
     hashes = [*(split.hashes for split in labelled), unlabelled]
-    together = torch.stack([torch.cat([split.hashes for split in labelled]), labels])
+    together = torch.cat([split.hashes for split in labelled])
+    order = labels.argsort(stable=True)
+    order = order[together[order].argsort(stable=True)]  # by hash, and equal images by label
     return {
         "images": _sha256([sha256(*hashes, labels), dataset.class_names]),
-        "all_images": _sha256([sha256(*together[:, together[0].sort().indices]), dataset.class_names]),
+        "all_images": _sha256([sha256(together[order], labels[order]), dataset.class_names]),
     }
 
 

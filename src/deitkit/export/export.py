@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from deitkit.data.dataset import Dataset
-from deitkit.data.duplicates import share_of_sketch
+from deitkit.data.duplicates import SKETCHED, share_of_sketch
 from deitkit.errors import CheckpointError, DataError, RecipeError
 from deitkit.evaluation.apply import load_data_of
 from deitkit.evaluation.predict import predict
@@ -34,6 +34,7 @@ TOLERANCE = 1e-3  # of probabilities in float32; other kernels give about 1e-6
 BATCH_SIZE = 32
 REPEATS = 5
 LEAST_KNOWN = 0.5  # share of the images that a model was trained on that must be among those of its data set
+FEWEST_KNOWN = 16  # images of a sketch that must be expected among those of the data set, for that share to tell
 LOST_POINTS = 0.01  # accuracy that int8 may cost without a word
 
 
@@ -122,8 +123,10 @@ def _images_to_check_on(card: ModelCard, options: ExportOptions) -> Dataset:
     if name is None:
         raise RecipeError("the model's card names no data set to check the file on: give one with --data")
     dataset = load_data_of(card, name, options.root)
-    known = torch.cat([dataset.train.hashes, dataset.validation.hashes])
-    if options.data is None and share_of_sketch(known, card.trained_on or "") < LEAST_KNOWN * card.labelled_share:
+    known, least = torch.cat([dataset.train.hashes, dataset.validation.hashes]), LEAST_KNOWN * card.labelled_share
+    # Of few labels among many images a sketch may hold none.
+    can_tell = options.data is None and SKETCHED * card.labelled_share >= FEWEST_KNOWN
+    if can_tell and share_of_sketch(known, card.trained_on or "") < least:
         raise DataError(
             f"data {name} has other images here than the model was trained on: run this where its run began, or name "
             "the images to check it on with --data"

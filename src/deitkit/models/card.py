@@ -20,12 +20,15 @@ Names = Annotated[
 ]
 
 
-def _sketch(text: str) -> str:
-    hashes_of(text)  # raises ValueError
-    return text
+def _readable(text: str | None) -> str | None:
+    """Return a sketch; None for one that was damaged, as a folder's name in it was taken out of published cards."""
+    try:
+        return text if text is None or len(hashes_of(text)) else None
+    except ValueError:
+        return None
 
 
-Sketch = Annotated[str, AfterValidator(_sketch)]
+Sketch = Annotated[str | None, AfterValidator(_readable)]
 
 
 class ModelCard(BaseModel):
@@ -76,9 +79,9 @@ class ModelCard(BaseModel):
     class_names: Names
     dataset: str | None = None
     split: dict[Literal["split_seed", "test_fraction", "folds", "fold"], int | float | None] = {}
-    trained_on: Sketch | None = None
+    trained_on: Sketch = None
     labelled_share: Annotated[float, Field(gt=0, le=1)] = 1.0
-    trained_before_on: Sketch | None = None
+    trained_before_on: Sketch = None
     method: str | None = None
     seed: int | None = None
     readout: str | None = None

@@ -30,10 +30,7 @@ def create_classifier(
     Raises:
         TeacherError: The name is unknown, or the weights do not exist, do not fit or cannot be downloaded.
     """
-    library, _, architecture = name.partition("/")
-    untagged = name.partition(".")[0] if library == "timm" else name
-    if library not in LIBRARIES or untagged not in _names_in(library):
-        raise TeacherError(f"teacher.name='{name}' is unknown: {_nearest(untagged)}")
+    library, architecture = _known(name)
     if pretrained and library in ("cifar", "small"):
         raise TeacherError(
             f"teacher.pretrained=true has no weights for '{name}': give a file as teacher.checkpoint, or train it here"
@@ -61,15 +58,29 @@ def create_classifier(
 
 
 def pretrained_px(name: str) -> int | None:
-    """Return the resolution of a library's pretrained weights, without fetching them; None if it has none."""
-    library, _, architecture = name.partition("/")
+    """Return the resolution of a library's pretrained weights, without fetching them; None if it has none.
+
+    Raises:
+        TeacherError: The name is unknown.
+    """
+    library, architecture = _known(name)
     if library == "timm":
         from deitkit.models.timm_models import pretrained_px
     elif library == "torchvision":
         from deitkit.models.torchvision_models import pretrained_px
     else:
         return None
-    return pretrained_px(architecture)
+    with _one_sentence(name, pretrained=True, image_px=None):
+        return pretrained_px(architecture)
+
+
+def _known(name: str) -> tuple[str, str]:
+    """Return library and architecture of a name; raise TeacherError for an unknown one."""
+    library, _, architecture = name.partition("/")
+    untagged = name.partition(".")[0] if library == "timm" else name
+    if library not in LIBRARIES or untagged not in _names_in(library):
+        raise TeacherError(f"teacher.name='{name}' is unknown: {_nearest(untagged)}")
+    return library, architecture
 
 
 def names() -> list[str]:

@@ -111,7 +111,7 @@ def difference_chart(results: AblationResults) -> Chart:
     """Return the differences to the base, in points of top-1, with their 95 % intervals."""
     rows = _compared(results)
     data: list[Chart] = []
-    for index, (row, difference) in enumerate(rows.items()):
+    for index, (row, difference) in enumerate(rows):
         shared = {"type": "scatter", "showlegend": False, "name": escape(row.row), "y": [index]}
         low, middle, high = _in_points(difference)
         colour = _colour(row, results)
@@ -129,7 +129,7 @@ def difference_chart(results: AblationResults) -> Chart:
     layout = chart_layout(height=36 * len(rows) + 80, margin={"l": 4, "r": 12, "t": 12, "b": 48})
     layout["yaxis"] |= {
         "tickvals": list(range(len(rows))),
-        "ticktext": [escape(_short(row, results)) for row in rows],
+        "ticktext": [escape(_short(row, results)) for row, _ in rows],
         "range": [len(rows) - 0.4, -0.6],
         "fixedrange": True,
     }
@@ -154,13 +154,13 @@ def _draw(results: AblationResults) -> "Figure":
     rows = _compared(results)
     figure = Figure(figsize=(9.6, 1.3 + 0.36 * len(rows)), layout="constrained")
     axes = figure.add_subplot()
-    for index, (row, difference) in enumerate(rows.items()):
+    for index, (row, difference) in enumerate(rows):
         low, middle, high = _in_points(difference)
         colour = _colour(row, results)
         axes.plot([low, high], [index, index], color=colour, linewidth=3.5, alpha=0.4)
         axes.plot(middle, index, "o", color=colour, markersize=7)
     axes.axvline(0, color="#444444", linestyle=":", linewidth=1.1, zorder=1)
-    axes.set_yticks(range(len(rows)), [_short(row, results) for row in rows], parse_math=False)
+    axes.set_yticks(range(len(rows)), [_short(row, results) for row, _ in rows], parse_math=False)
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set_xlabel("points of top-1 more than the base, with 95 % interval")
     axes.set_title(title_of(results), loc="left", fontweight="bold", parse_math=False)
@@ -170,9 +170,8 @@ def _draw(results: AblationResults) -> "Figure":
     return figure
 
 
-def _compared(results: AblationResults) -> dict[VariantRow, Difference]:
-    differences = {row: row.differences.get("base") for row in results.rows}
-    return {row: difference for row, difference in differences.items() if difference is not None}
+def _compared(results: AblationResults) -> list[tuple[VariantRow, Difference]]:
+    return [(row, row.differences["base"]) for row in results.rows if "base" in row.differences]
 
 
 def _in_points(difference: Difference) -> tuple[float, float, float]:

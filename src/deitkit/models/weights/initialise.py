@@ -130,13 +130,16 @@ def weights_file(path: Path) -> Path:
 
 
 def card_of(file: Path) -> ModelCard | None:
-    """Return the card beside a file of weights; None without one, or beside a file of another name.
+    """Return the card beside a file of weights; None without one, or for that of another program.
 
     Raises:
         CheckpointError: It is damaged.
     """
-    card = file.parent / "model.json"
-    return card_from(_read_json(card), card) if file.name in _WEIGHTS_FILES and card.is_file() else None
+    path = file.parent / "model.json"
+    if not path.is_file():
+        return None
+    content = _read_json(path)
+    return card_from(content, path) if isinstance(content.get("format"), int) else None
 
 
 def _read_json(path: Path) -> dict[str, Any]:
