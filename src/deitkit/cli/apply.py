@@ -7,7 +7,7 @@ import typer
 from rich.table import Table
 
 from deitkit.cli.console import console, plain, print_json, say
-from deitkit.cli.options import Json, ModelArgument
+from deitkit.cli.options import Json, ModelArgument, Readout, Root
 from deitkit.errors import Interrupted
 from deitkit.system.words import counted
 
@@ -17,7 +17,7 @@ MOST_REASONS = 5  # files that are named because they cannot be decoded
 def evaluate(
     model: ModelArgument,
     data: Annotated[str, typer.Option("--data", help="A named data set, folder:PATH, parquet:PATH or csv:FILE.")],
-    root: Annotated[Path | None, typer.Option("--root", help="The folder of the named data sets.")] = None,
+    root: Root = None,
     as_json: Json = False,
 ) -> None:
     """Measure a saved model on the test images of a data set, for every readout."""
@@ -43,9 +43,7 @@ def evaluate(
 def predict(
     model: ModelArgument,
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Image files, or folders of them.")],
-    readout: Annotated[
-        str | None, typer.Option("--readout", help="class, distillation, joint or joint-logits.")
-    ] = None,
+    readout: Readout = None,
     top: Annotated[int, typer.Option("--top", min=1, help="Show this many classes for each image.")] = 3,
     out: Annotated[
         Path | None, typer.Option("--out", help="Write a line for each image to this new .csv or .jsonl file.")

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from deitkit.cli.console import errors, say
+from deitkit.cli.options import Root
 
 
 def demo(
@@ -23,7 +24,7 @@ def demo(
     data: Annotated[
         str | None, typer.Option("--data", help="Data set of the examples; by default that of the training.")
     ] = None,
-    root: Annotated[Path | None, typer.Option("--root", help="The folder of the named data sets.")] = None,
+    root: Root = None,
     share: Annotated[
         bool, typer.Option("--share", help="Also ask Gradio for a public address: whoever has it can use the page.")
     ] = False,

@@ -7,7 +7,7 @@ import typer
 from rich.table import Table
 
 from deitkit.cli.console import console, errors, print_json, say
-from deitkit.cli.options import Json, ModelArgument
+from deitkit.cli.options import Json, ModelArgument, Readout, Root
 from deitkit.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -20,9 +20,7 @@ def export(
     out: Annotated[
         Path | None, typer.Option("--out", help="A new .onnx file; by default model.onnx in the model's folder.")
     ] = None,
-    readout: Annotated[
-        str | None, typer.Option("--readout", help="class, distillation, joint or joint-logits.")
-    ] = None,
+    readout: Readout = None,
     images: Annotated[
         Literal["uint8", "float"], typer.Option("--input", help="uint8 from 0 to 255, or float from 0 to 1.")
     ] = "uint8",
@@ -35,7 +33,7 @@ def export(
     data: Annotated[
         str | None, typer.Option("--data", help="Data set of the check; by default that of the training.")
     ] = None,
-    root: Annotated[Path | None, typer.Option("--root", help="The folder of the named data sets.")] = None,
+    root: Root = None,
     as_json: Json = False,
 ) -> None:
     """Write a model as an ONNX file, and compare both on the test images: answers, size and speed.

@@ -29,3 +29,5 @@ ModelArgument = Annotated[
     Path, typer.Argument(metavar="MODEL", help="A model folder, a run folder (its winner), or an .onnx file.")
 ]
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder with results.json.")]
+Root = Annotated[Path | None, typer.Option("--root", help="The folder of the named data sets.")]
+Readout = Annotated[str | None, typer.Option("--readout", help="class, distillation, joint or joint-logits.")]

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from deitkit.cli.console import errors, print_json, say
-from deitkit.cli.options import Json, ModelArgument
+from deitkit.cli.options import Json, ModelArgument, Root
 
 
 def publish(
@@ -17,7 +17,7 @@ def publish(
     data: Annotated[
         str | None, typer.Option("--data", help="Data set to check them on; by default that of the training.")
     ] = None,
-    root: Annotated[Path | None, typer.Option("--root", help="The folder of the named data sets.")] = None,
+    root: Root = None,
     push: Annotated[
         str | None, typer.Option("--push", metavar="USER/NAME", help="Upload the folder to the Hugging Face Hub.")
     ] = None,

@@ -22,7 +22,14 @@ from deitkit.comparison.estimate import estimate_training
 from deitkit.comparison.finetune import StartingPoint, add_checkpoint_row, measure_checkpoint
 from deitkit.comparison.images import describe_images, load_images
 from deitkit.comparison.rows import summarise, validation_scores
-from deitkit.comparison.seed_run import adopt_older_layout, gather_metrics, load_predictions, run_seed, step_images
+from deitkit.comparison.seed_run import (
+    SeedRun,
+    adopt_older_layout,
+    gather_metrics,
+    load_predictions,
+    run_seed,
+    step_images,
+)
 from deitkit.data.augment.preview import draw_views
 from deitkit.data.dataset import Dataset
 from deitkit.data.duplicates import Duplicates
@@ -100,10 +107,8 @@ def compare(
     begun = begin(recipe, folder, watcher=watcher, resume=resume, dataset=dataset)
     recipe, precision = begun.recipe, begun.precision
     for seed in recipe.seeds:
-        run_seed(recipe, begun.dataset, begun.teachers, seed, folder=folder, precision=precision, watcher=watcher)
+        run_seed(SeedRun(recipe, begun.dataset, begun.teachers, precision, seed, folder, watcher))
     results = _results(begun, folder)
-    notes = (*results.notes, *(f"{line[0].upper()}{line[1:]}." for line in begun.remarks))
-    results = results.model_copy(update={"machine": begun.machine, "notes": notes})
     watcher.say("measuring what each model costs to use")
     return _conclude(add_costs(results, recipe, folder, precision), folder)
 
@@ -180,7 +185,7 @@ def train_part(recipe: Recipe, folder: Path, seed: int, names: Sequence[str], *,
     teachers = None
     if homes:
         teachers, _ = prepare_teachers(recipe, dataset, folder=folder / "teacher", precision=precision, watcher=watcher)
-    run_seed(recipe, dataset, teachers, seed, folder=folder, precision=precision, watcher=watcher, part=names)
+    run_seed(SeedRun(recipe, dataset, teachers, precision, seed, folder, watcher), part=names)
 
 
 def _conclude(results: Results, folder: Path) -> Results:
@@ -268,7 +273,8 @@ def _results(begun: Begun, folder: Path) -> Results:
         winner=None if summary.winner is None else summary.winner.row,
         verdict=summary.verdict,
         published=published_figures(recipe.published),
-        notes=summary.notes,
+        notes=(*summary.notes, *(f"{line[0].upper()}{line[1:]}." for line in begun.remarks)),
+        machine=begun.machine,
     )
 
 

@@ -4,8 +4,9 @@ A student learns the same alone as in a cohort, so a comparison may grow: only m
 are in its own folder, `seed-N/STUDENT/`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -46,79 +47,81 @@ LOCK_SECONDS = 180.0  # until a machine that was lost has lost its locks, too
 Scores: TypeAlias = dict[str, dict[str, dict[str, dict[str, Tensor]]]]  # student, weights, split, readout
 
 
-def run_seed(
-    recipe: Recipe,
-    dataset: Dataset,
-    teachers: Teachers | None,
-    seed: int,
-    *,
-    folder: Path,
-    precision: Precision,
-    watcher: Watcher,
-    part: Sequence[str] | None = None,
-) -> None:
-    """Train the students of a seed that are not finished, save them, and predict the test images once.
+@dataclass(frozen=True)
+class SeedRun:
+    """One seed of a comparison.
 
-    Args:
+    Attributes:
         recipe: Of the comparison.
         dataset: Its images.
         teachers: None if no student needs one.
+        precision: Of the forward passes, and the device.
         seed: One of the recipe's.
         folder: The run folder.
-        precision: Of the forward passes, and the device.
         watcher: Receives progress, and may request a stop.
+    """
+
+    recipe: Recipe
+    dataset: Dataset
+    teachers: Teachers | None
+    precision: Precision
+    seed: int
+    folder: Path
+    watcher: Watcher
+
+    @property
+    def home(self) -> Path:
+        """The folder of its students."""
+        return seed_folder(self.folder, self.seed)
+
+
+def run_seed(run: SeedRun, part: Sequence[str] | None = None) -> None:
+    """Train the students of a seed that are not finished, save them, and predict the test images once.
+
+    Args:
+        run: The seed.
         part: Only these students, while other processes may train others: states and metrics stay in their folders.
 
     Raises:
         CheckpointError: Another process trains one of them.
         Interrupted: The watcher requested a stop; the run can be resumed.
     """
-    home, everyone = seed_folder(folder, seed), student_names(recipe)
+    home, everyone, say = run.home, student_names(run.recipe), run.watcher.say
     names = everyone if part is None else part
-    _report_finished(home, names, everyone, watcher)
+    _report_finished(home, names, everyone, say)
     patience = 0.0 if part is None else LOCK_SECONDS
 
     def plan() -> list[PlannedCohort]:
-        with locked(home, patience, watcher.say):
-            return plan_cohorts(home, names, everyone, watcher.say, patience, apart=part is not None)
+        with locked(home, patience, say):
+            return plan_cohorts(home, names, everyone, say, patience, apart=part is not None)
 
     cohorts = plan()
     while cohorts:
         planned = cohorts.pop(0)
         with ExitStack() as stack:
             for name in planned.names:
-                stack.enter_context(locked(home / name, patience, watcher.say))
+                stack.enter_context(locked(home / name, patience, say))
             if holds(planned, home):
-                metrics_home = _move_metrics(planned, seed, folder, apart=part is not None)
-                _train_cohort(recipe, dataset, teachers, seed, planned, folder, metrics_home, precision, watcher)
+                _train_cohort(run, planned, _move_metrics(run, planned, apart=part is not None))
                 continue
         cohorts = plan()  # another process trained one of them while this one waited for it
 
 
-def _train_cohort(
-    recipe: Recipe,
-    dataset: Dataset,
-    teachers: Teachers | None,
-    seed: int,
-    planned: PlannedCohort,
-    folder: Path,
-    metrics_home: Path,
-    precision: Precision,
-    watcher: Watcher,
-) -> None:
+def _train_cohort(run: SeedRun, planned: PlannedCohort, metrics_home: Path) -> None:
     """Train some students of a seed together, and keep what they learnt."""
+    recipe, dataset, teachers, precision, seed = run.recipe, run.dataset, run.teachers, run.precision, run.seed
     students = build_students(recipe, dataset, seed, precision, names=planned.names)
-    ranks = ranks_that_share(students, sum(step_images(recipe, dataset).values()), precision.device, watcher.say)
+    ranks = ranks_that_share(students, sum(step_images(recipe, dataset).values()), precision.device, run.watcher.say)
     logit_cache = None
     if teachers is not None and any(teacher.cache for teacher in recipe.all_teachers):
         if ranks.count > 1:
-            watcher.say("teacher.cache is not used by several processes: the teacher answers at every step")
+            run.watcher.say("teacher.cache is not used by several processes: the teacher answers at every step")
         else:
             logit_cache = open_logit_cache(recipe, dataset, teachers, seed, precision)
     names = [student.name for student in students]
     shared = recipe.model_copy(update={"data": as_read(recipe.data, dataset)})
     ranks.broadcast(
-        SharedTraining(recipe=shared, folder=folder.resolve(), seed=seed, names=names).model_dump(mode="json")
+        SharedTraining(recipe=shared, folder=run.folder.resolve(), seed=seed, names=names).model_dump(mode="json")
     )
     cohort = seed_cohort(students, recipe, dataset, teachers, seed, precision, ranks, logit_cache)
     train_to_end(
@@ -126,15 +129,15 @@ def _train_cohort(
         title=f"seed {seed}",
         checkpoint=planned.state,
         folder=metrics_home,
-        watcher=watcher,
-        log_folder=seed_folder(folder / "tensorboard", seed),
+        watcher=run.watcher,
+        log_folder=seed_folder(run.folder / "tensorboard", seed),
         save_seconds=recipe.speed.save_seconds,
     )
     scores = predict_students(students, dataset, precision, ranks)
-    _keep(students, scores, recipe, dataset, seed, folder=folder, metrics=read_metrics(metrics_home))
+    _keep(run, students, scores, read_metrics(metrics_home))
     for student in students:
         release(student.classifier)
-    for state in (planned.state, *(seed_folder(folder, seed) / name / STATE for name in planned.names)):
+    for state in (planned.state, *(run.home / name / STATE for name in planned.names)):
         drop_state(state)
 
 
@@ -173,7 +176,7 @@ def step_images(recipe: Recipe, dataset: Dataset) -> dict[str, int]:
     return sizes
 
 
-def _report_finished(home: Path, names: Sequence[str], everyone: Sequence[str], watcher: Watcher) -> None:
+def _report_finished(home: Path, names: Sequence[str], everyone: Sequence[str], say: Callable[[str], None]) -> None:
     """Report which students are finished before others train, and which are left out of the table.
 
     Raises:
@@ -190,11 +193,9 @@ def _report_finished(home: Path, names: Sequence[str], everyone: Sequence[str], 
     missing = [name for name in names if name not in finished]
     left_out = [name for name in finished if name not in everyone]
     if there and missing:
-        watcher.say(f"{home.name}: {', '.join(there)} finished before; training {', '.join(missing)}")
+        say(f"{home.name}: {', '.join(there)} finished before; training {', '.join(missing)}")
     if left_out:
-        watcher.say(
-            f"{home.name}: {', '.join(left_out)} not a method of the recipe: left out of the table, its folder stays"
-        )
+        say(f"{home.name}: {', '.join(left_out)} not a method of the recipe: left out of the table, its folder stays")
 
 
 def predict_students(students: Sequence[Student], dataset: Dataset, precision: Precision, ranks: Ranks) -> Scores:
@@ -213,24 +214,15 @@ def predict_students(students: Sequence[Student], dataset: Dataset, precision: P
     return scores
 
 
-def _keep(
-    students: Sequence[Student],
-    scores: Scores,
-    recipe: Recipe,
-    dataset: Dataset,
-    seed: int,
-    *,
-    folder: Path,
-    metrics: Sequence[EpochMetrics],
-) -> None:
+def _keep(run: SeedRun, students: Sequence[Student], scores: Scores, metrics: Sequence[EpochMetrics]) -> None:
     """Write each student's weights, metrics and predictions; the predictions mark it as finished."""
     for student in students:
-        home = seed_folder(folder, seed) / student.name
-        card = _student_card(recipe, dataset, student, seed)
+        home = run.home / student.name
+        card = _student_card(run.recipe, run.dataset, student, run.seed)
         save_classifier(home, student.classifier, card)
         if student.average is not None:
             save_classifier(home.with_name(f"{student.name}+ema"), student.average.classifier, card)
-        write_own_metrics(home, metrics, seed)
+        write_own_metrics(home, metrics, run.seed)
         predictions = StudentPredictions(
             status=student.stopped,
             parameters=sum(parameter.numel() for parameter in student.classifier.model.parameters()),
@@ -239,17 +231,17 @@ def _keep(
         save_tree(home / PREDICTIONS, vars(predictions))
 
 
-def _move_metrics(planned: PlannedCohort, seed: int, folder: Path, *, apart: bool) -> Path:
+def _move_metrics(run: SeedRun, planned: PlannedCohort, *, apart: bool) -> Path:
     """Put the metrics of students that continue where this training adds its own; return that folder.
 
     They may be among those of the run, or in the folder in which the state is.
     """
-    run, own = read_metrics(folder), planned.state.parent
+    of_run, own = read_metrics(run.folder), planned.state.parent
     if not apart:
         if own.name in planned.names:
-            write_metrics(run + read_metrics(own), folder)
-        return folder
-    earlier = [line for line in run if line.seed == seed and line.student in planned.names]
+            write_metrics(of_run + read_metrics(own), run.folder)
+        return run.folder
+    earlier = [line for line in of_run if line.seed == run.seed and line.student in planned.names]
     if earlier:
         write_metrics(earlier + read_metrics(own), own)
     return own
