@@ -138,7 +138,7 @@ def test_a_signal_before_training_ends_the_command_at_once(number: int, code: in
     script += "def load(*_, **settings):\n    print('loading', flush=True)\n"
     # Sixty seconds in short sleeps: a signal that arrives just before a sleep is handled only after it.
     script += "    for _ in range(600): time.sleep(0.1)\n"
-    script += "deitkit.comparison.images.load_dataset = load\nmain()"
+    script += "deitkit.comparison.images.load_all_images = load\nmain()"
     command = [sys.executable, "-c", script, "compare", "digits", "--json", "--out", str(tmp_path / "run")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
