@@ -142,7 +142,7 @@ def test_only_training_views_differ(photos: Path) -> None:
     assert (larger.mean, larger.std, larger.skipped) == (plain.mean, plain.std, plain.skipped)
     for part in ("train", "validation", "test"):
         assert torch.equal(getattr(larger, part).images, getattr(plain, part).images)
-        assert torch.equal(getattr(larger, f"{part}_hashes"), getattr(plain, f"{part}_hashes"))
+        assert torch.equal(getattr(larger, part).hashes, getattr(plain, part).hashes)
 
 
 @pytest.mark.parametrize("streaming", [False, True])
