@@ -9,14 +9,11 @@ import os
 import time
 from collections.abc import Sequence
 from datetime import timedelta
+from importlib import import_module
 from typing import Any
 
 import torch
 import torch.distributed as dist
-
-# Its functions keep the group of the time when they are imported as a default. Optimizers import it later, and a group
-# that is kept outlives its end: its threads then abort the process now and then when Python ends.
-import torch.distributed.nn.functional
 from jaxtyping import Int64
 from torch import Tensor
 
@@ -149,6 +146,9 @@ def join_ranks() -> Ranks:
                 "with CUDA_VISIBLE_DEVICES= to train on the CPU"
             )
         torch.cuda.set_device(local)
+    # Its functions keep the group of the time when they are imported as a default. Optimizers import it later, and a
+    # group that is kept outlives its end: its threads then abort the process now and then when Python ends.
+    import_module("torch.distributed.nn.functional")
     store, rank, count = next(dist.rendezvous("env://"))
     # The store outlives processes that are started again, which must not read what those before them wrote.
     attempt = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
