@@ -93,7 +93,7 @@ def test_what_is_written_opens_as_printed_and_answers_as_before(
     to: str, tokens: tuple[str, ...], channels: int, convert: Run, tmp_path: Path
 ) -> None:
     source, out = tmp_path / "model", tmp_path / ("out.pth" if to == "released" else "out")
-    classifier = saved(source, tokens, channels, trained_on=SKETCH, trained_before_on=BEFORE)
+    classifier = saved(source, tokens, channels, trained_on=SKETCH, trained_before_on=BEFORE, labelled_share=0.25)
     code, output, errors = convert(source, "--to", to, "--out", out, "--check")
     if to == "transformers" and not tokens:
         assert code == 2
@@ -114,6 +114,7 @@ def test_what_is_written_opens_as_printed_and_answers_as_before(
     if to == "ours":
         assert back.card is not None
         assert (back.card.trained_on, back.card.trained_before_on) == (SKETCH, BEFORE)
+        assert back.card.labelled_share == 0.25
 
 
 @pytest.mark.parametrize("fit", ["crop", "pad"])

@@ -17,7 +17,7 @@ from deitkit.errors import CheckpointError
 from deitkit.models.classifier import Classifier
 from deitkit.models.saved import load_classifier, save_classifier
 from deitkit.models.vit import SIZES, DeiT, Output
-from deitkit.models.weights.export import Changes, plan
+from deitkit.models.weights.export import Changes, prepare_export
 from deitkit.models.weights.export_layouts import LAYOUTS as LAYOUTS_OF_FILES
 from deitkit.models.weights.export_layouts import largest_difference
 from deitkit.models.weights.formats import (
@@ -147,9 +147,9 @@ def test_a_deit_of_transformers_without_a_distillation_head_starts_from_a_copy()
 def test_only_the_trained_head_of_a_deit_of_transformers_answers(to: str, tmp_path: Path) -> None:
     theirs = transformers_model(transformers.DeiTForImageClassification)
     theirs.save_pretrained(tmp_path / "theirs")
-    planned = plan(tmp_path / "theirs", Changes(), mean=(0.5,) * 3, std=(0.5,) * 3)
-    LAYOUTS_OF_FILES[to].write(planned, tmp_path / "out")
-    assert largest_difference(planned, LAYOUTS_OF_FILES[to], tmp_path / "out") <= 1e-4
+    exported = prepare_export(tmp_path / "theirs", Changes(), mean=(0.5,) * 3, std=(0.5,) * 3)
+    LAYOUTS_OF_FILES[to].write(exported, tmp_path / "out")
+    assert largest_difference(exported, LAYOUTS_OF_FILES[to], tmp_path / "out") <= 1e-4
     images = torch.rand(2, 3, PX, PX)
     if to == "ours":
         classifier, _ = load_classifier(tmp_path / "out", torch.device("cpu"))
@@ -164,7 +164,7 @@ def test_only_the_trained_head_of_a_deit_of_transformers_answers(to: str, tmp_pa
         equal(again(images).logits, theirs(images).logits)
     for layout in ("timm", "released"):
         with pytest.raises(CheckpointError, match="only the class head of this one was trained"):
-            LAYOUTS_OF_FILES[layout].write(planned, tmp_path / f"{layout}.pth")
+            LAYOUTS_OF_FILES[layout].write(exported, tmp_path / f"{layout}.pth")
 
 
 def test_our_own_file_in_the_released_layout_says_what_a_card_would(tmp_path: Path) -> None:
@@ -172,7 +172,7 @@ def test_our_own_file_in_the_released_layout_says_what_a_card_would(tmp_path: Pa
     sizes = {"width": 48, "depth": 1, "heads": 3, "channels": 3, "classes": 3}
     model = scrambled(DeiT(image_px=PX, patch_px=8, tokens=("class", "distillation"), **sizes))
     save_classifier(tmp_path / "mine", Classifier(model, mean=(0.1,) * 3, std=(0.2,) * 3), card)
-    LAYOUTS_OF_FILES["released"].write(plan(tmp_path / "mine", Changes()), tmp_path / "mine.pth")
+    LAYOUTS_OF_FILES["released"].write(prepare_export(tmp_path / "mine", Changes()), tmp_path / "mine.pth")
     weights = read_weights(tmp_path / "mine.pth")
     assert weights.architecture.heads == 3
     assert weights.class_names == ("a", "b", "c")

@@ -47,7 +47,7 @@ def convert(
     For example `deitkit convert runs/digits --to timm --out digits-timm --check`, or
     `deitkit convert deit_tiny_distilled_patch16_224-b40b3cf7.pth --to ours --out deit-tiny --image-px 384`.
     """
-    from deitkit.models.weights.export import Changes, plan
+    from deitkit.models.weights.export import Changes, prepare_export
     from deitkit.models.weights.export_layouts import largest_difference
 
     layout = _layout(to, out)
@@ -55,20 +55,22 @@ def convert(
         layout.require_package()
     wanted = Changes(image_px, patch_px, channels, classes, tokens)
     with _own_advice_on_memory():
-        planned = plan(source, wanted, heads=heads, mean=_numbers("--mean", mean), std=_numbers("--std", std))
-        opening = layout.write(planned, out)
-        difference = largest_difference(planned, layout, out) if check else None
+        exported = prepare_export(
+            source, wanted, heads=heads, mean=_numbers("--mean", mean), std=_numbers("--std", std)
+        )
+        opening = layout.write(exported, out)
+        difference = largest_difference(exported, layout, out) if check else None
     _require_same_logits(difference, source, out)
     if as_json:
         result = {
-            "source": str(source), "to": to, "out": str(out), "architecture": asdict(planned.architecture),
-            "changes": list(planned.lines), "open": opening, "largest_difference": difference,
+            "source": str(source), "to": to, "out": str(out), "architecture": asdict(exported.architecture),
+            "changes": list(exported.lines), "open": opening, "largest_difference": difference,
         }  # fmt: skip
         print_json(result)
         return
-    checked = [_checked(difference, planned.assumes_heads)] if check else []
+    checked = [_checked(difference, exported.assumes_heads)] if check else []
     how = ("open it with", *(f"  {line}" for line in opening))
-    for line in (*planned.lines, f"wrote {out}: {layout.holds}", *checked, *how):
+    for line in (*exported.lines, f"wrote {out}: {layout.holds}", *checked, *how):
         say(line)
 
 

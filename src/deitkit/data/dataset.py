@@ -27,7 +27,7 @@ from deitkit.data.duplicates import (
     find_near_duplicates,
     pixel_hashes,
 )
-from deitkit.data.listing import EncodedImages, Listing, Progress, writable
+from deitkit.data.listing import EncodedImages, Listing, ProgressCallback, writable
 from deitkit.data.originals import decodable_images, original_images
 from deitkit.data.pixels import mean_and_std, mean_and_std_of_counts, require_memory, resize, to_channels
 from deitkit.data.sources.choose import list_images_of
@@ -114,7 +114,9 @@ class Dataset:
         return self.train.images.shape[2], self.train.images.shape[3]
 
 
-def load_dataset(recipe: DataRecipe, progress: Progress | None = None, *, random_crops: bool = False) -> Dataset:
+def load_dataset(
+    recipe: DataRecipe, progress: ProgressCallback | None = None, *, random_crops: bool = False
+) -> Dataset:
     """Load the data set of a recipe, as uint8 images in memory or as streamed files.
 
     Labels are read and split first (see ``plan_splits``); only images that belong to a split are decoded. An image
@@ -164,7 +166,9 @@ def load_dataset(recipe: DataRecipe, progress: Progress | None = None, *, random
     )
 
 
-def load_all_images(recipe: DataRecipe, progress: Progress | None = None, *, random_crops: bool = False) -> Dataset:
+def load_all_images(
+    recipe: DataRecipe, progress: ProgressCallback | None = None, *, random_crops: bool = False
+) -> Dataset:
     """Load the data set of a recipe, see ``load_dataset``, and its images without labels if it names some."""
     dataset = load_dataset(recipe, progress, random_crops=random_crops)
     return dataset if recipe.unlabelled is None else add_unlabelled(dataset, recipe, progress)
@@ -175,7 +179,7 @@ def as_read(recipe: DataRecipe, dataset: Dataset) -> DataRecipe:
     return recipe.model_copy(update={"streaming": not isinstance(dataset.train.images, Tensor)})
 
 
-def add_unlabelled(dataset: Dataset, recipe: DataRecipe, progress: Progress | None = None) -> Dataset:
+def add_unlabelled(dataset: Dataset, recipe: DataRecipe, progress: ProgressCallback | None = None) -> Dataset:
     """Add the images of ``recipe.unlabelled``, in the size and channels of the labelled ones, without their labels.
 
     Images that are also validation or test images are left out, by their pixels.
@@ -230,7 +234,7 @@ def _list_unlabelled(source: str) -> Listing:
     return list_images(Path(path).expanduser())
 
 
-def load_test(recipe: DataRecipe, progress: Progress | None = None) -> Split:
+def load_test(recipe: DataRecipe, progress: ProgressCallback | None = None) -> Split:
     """Load only the test images of ``load_dataset``."""
     listing, indices = _plan(recipe, progress)
     found = _read(listing, indices.test, 0, recipe, progress)
@@ -276,7 +280,7 @@ def load_test_examples(recipe: DataRecipe, count: int) -> list[tuple[UInt8[np.nd
     return list(islice(in_turn, count))
 
 
-def _plan(recipe: DataRecipe, progress: Progress | None) -> tuple[Listing, SplitIndices]:
+def _plan(recipe: DataRecipe, progress: ProgressCallback | None) -> tuple[Listing, SplitIndices]:
     """List the data set and assign its images to splits."""
     try:
         listing = list_images_of(recipe, progress)
@@ -293,7 +297,7 @@ def _read(
     selection: Int64[Tensor, " selected"],
     train_count: int,
     recipe: DataRecipe,
-    progress: Progress | None,
+    progress: ProgressCallback | None,
     train_px: int | None = None,
 ) -> DecodedImages | Survey:
     """Decode the selected images, or survey them if they are streamed; the first ones are training images."""
@@ -324,7 +328,7 @@ def _pixels(
     selection: Int64[Tensor, " selected"],
     train_count: int,
     recipe: DataRecipe,
-    progress: Progress | None,
+    progress: ProgressCallback | None,
     train_px: int | None,
 ) -> DecodedImages:
     """Return the selected images in the size and channels of the recipe; the first ones are training images."""

@@ -17,7 +17,7 @@ from torch import Tensor
 from deitkit.data import cache
 from deitkit.data.decode import as_array, decode_image, open_image, resize_and_crop, size_for_crops, strict_pillow
 from deitkit.data.duplicates import pixel_hashes
-from deitkit.data.listing import EncodedImages, Progress
+from deitkit.data.listing import EncodedImages, ProgressCallback
 from deitkit.data.pixels import evaluation_frame, is_grey, require_memory
 from deitkit.errors import DataError
 from deitkit.recipe.schema import DataRecipe
@@ -68,7 +68,7 @@ def decode_images(
     encoded: EncodedImages,
     selection: Int64[Tensor, " selected"],
     recipe: DataRecipe,
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
     *,
     train_count: int | None = None,
     train_px: int | None = None,
@@ -115,7 +115,7 @@ def decode_all(
     selection: Int64[Tensor, " selected"],
     recipe: DataRecipe,
     target: "ImageSink",
-    progress: Progress | None,
+    progress: ProgressCallback | None,
     what: str,
 ) -> None:
     """Decode the selected images on all cores, in ascending order of their positions, and put them into the target.

@@ -8,7 +8,7 @@ from pathlib import Path
 from jaxtyping import Bool, Int64, UInt8
 from torch import Tensor
 
-Progress = Callable[[str, int, int], None]
+ProgressCallback = Callable[[str, int, int], None]
 
 
 def writable(name: str) -> str:

@@ -19,7 +19,7 @@ from torch import Tensor
 from deitkit.data import cache
 from deitkit.data.decode import decode_image
 from deitkit.data.decode_many import DecodedImage, ImageSink, decode_all
-from deitkit.data.listing import EncodedImages, Progress
+from deitkit.data.listing import EncodedImages, ProgressCallback
 from deitkit.data.stream import FlatFile, StreamedImages
 from deitkit.errors import DataError
 from deitkit.recipe.schema import DataRecipe
@@ -90,7 +90,7 @@ def survey(
     selection: Int64[Tensor, " selected"],
     train_count: int,
     recipe: DataRecipe,
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
 ) -> Survey:
     """Decode the selected images once, keeping none, or read the result of an earlier survey from the cache.
 
@@ -146,7 +146,7 @@ def _lay_out(
     selection: Tensor,
     recipe: DataRecipe,
     tally: "_Tally",
-    progress: Progress | None,
+    progress: ProgressCallback | None,
     path: Path,
 ) -> Tensor:
     """Survey images that are not files, and write them into a flat file; return the ends."""

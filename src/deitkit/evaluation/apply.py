@@ -6,7 +6,7 @@ from typing import Any
 
 from deitkit.data.dataset import Dataset, load_dataset, load_test
 from deitkit.data.duplicates import merge_sketches, share_in_sketch, share_of_tests_seen
-from deitkit.data.listing import Progress
+from deitkit.data.listing import ProgressCallback
 from deitkit.errors import DataError, HasTestSplit
 from deitkit.evaluation.predict import predict
 from deitkit.evaluation.readouts import named_scores, top_k_accuracy, top_k_hits
@@ -94,7 +94,7 @@ def images_before(dataset: Dataset, origins: Sequence[ModelCard]) -> dict[str, s
     return {"trained_before_on": merge_sketches(known)} if known else {}
 
 
-def share_seen(card: ModelCard, data: DataRecipe, dataset: Dataset, progress: Progress | None = None) -> float:
+def share_seen(card: ModelCard, data: DataRecipe, dataset: Dataset, progress: ProgressCallback | None = None) -> float:
     """Estimate which share of a run's test images a given model has learned from; 0 if its card does not tell.
 
     Args:

@@ -21,7 +21,7 @@ from deitkit.export.record import ExportRecord
 from deitkit.models.card import ModelCard
 from deitkit.models.onnx_file import is_onnx
 from deitkit.models.saved import model_folder, read_card
-from deitkit.models.weights.export import Changes, Plan, plan
+from deitkit.models.weights.export import Changes, ExportedModel, prepare_export
 from deitkit.models.weights.export_layouts import LAYOUTS, largest_difference
 from deitkit.models.weights.formats import to_timm
 from deitkit.report.table import escape_markdown, markdown_table
@@ -72,20 +72,20 @@ def publish(model: Path, out: Path, options: PublishOptions, say: Callable[[str]
     if is_onnx(folder):
         raise RecipeError(f"{folder} is an ONNX file: give the folder of the model that it was made from")
     card = read_card(folder)
-    planned = plan(folder, Changes())
-    if planned.only_readout:
+    exported = prepare_export(folder, Changes())
+    if exported.only_readout:
         raise CheckpointError(
             f"{folder} has two heads of which only the class head was trained, but timm answers by both: export it "
             "with deitkit convert --to transformers"
         )
     _, _, readout = load_for_export(folder, options.onnx.readout if options.onnx else None)
     try:
-        _write_timm(planned, folder, out)
+        _write_timm(exported, folder, out)
         onnx = export_onnx(folder, out / "model.onnx", options.onnx, say) if options.onnx is not None else None
         results = _results_of(model, folder)
         if results is not None:
             write_text(out / "recipe.yaml", yaml.safe_dump(without_folders(results.recipe), sort_keys=False))
-        facts = _facts(planned, card, readout, onnx, results, options, folder, out)
+        facts = _facts(exported, card, readout, onnx, results, options, folder, out)
         write_text(out / "README.md", _rendered(facts))
     except BaseException:  # Ctrl-C too
         shutil.rmtree(out, ignore_errors=True)  # it was new or empty
@@ -117,13 +117,13 @@ def push(folder: Path, name: str, *, private: bool) -> str:
     return str(address)
 
 
-def _write_timm(planned: Plan, folder: Path, out: Path) -> None:
+def _write_timm(exported: ExportedModel, folder: Path, out: Path) -> None:
     layout = LAYOUTS["timm"]
-    layout.write(planned, out)
-    difference = largest_difference(planned, layout, out)
+    layout.write(exported, out)
+    difference = largest_difference(exported, layout, out)
     if difference is not None and not difference <= TOLERANCE:
         raise CheckpointError(f"timm would not answer as {folder} does: logits differ by {difference:.2g}")
-    if to_timm(planned.state).keys() == planned.state.keys():  # so that deitkit reads the same weights
+    if to_timm(exported.state).keys() == exported.state.keys():  # so that deitkit reads the same weights
         write_json(out / "model.json", read_card(folder).published().written())
 
 
@@ -136,7 +136,7 @@ def _results_of(model: Path, folder: Path) -> Results | None:
 
 
 def _facts(
-    planned: Plan,
+    exported: ExportedModel,
     card: ModelCard,
     readout: str,
     onnx: ExportRecord | None,
@@ -145,8 +145,8 @@ def _facts(
     folder: Path,
     out: Path,
 ) -> dict[str, Any]:
-    px, names = card.side, list(planned.class_names)
-    has_both = len(planned.architecture.tokens) == 2
+    px, names = card.side, list(exported.class_names)
+    has_both = len(exported.architecture.tokens) == 2
     name = options.name or out.name
     shown = None if results is None else type(results).model_validate(without_folders(results.model_dump()))
     is_winner = folder.name == "winner"
@@ -169,9 +169,9 @@ def _facts(
         "difference": "; answers near a boundary can differ" if has_both and readout != "joint-logits" else "",
         "has_card": (out / "model.json").exists(),
         "onnx": onnx,
-        "preparation": _FIT[planned.fit].format(side=int(px / card.eval_crop), px=px),
-        "mean": ", ".join(f"{value:.4f}" for value in planned.mean),
-        "std": ", ".join(f"{value:.4f}" for value in planned.std),
+        "preparation": _FIT[exported.fit].format(side=int(px / card.eval_crop), px=px),
+        "mean": ", ".join(f"{value:.4f}" for value in exported.mean),
+        "std": ", ".join(f"{value:.4f}" for value in exported.std),
         "results": shown,
         "table": "" if shown is None else markdown_table(shown),
         "data": "" if shown is None else _data(shown),
@@ -180,8 +180,8 @@ def _facts(
         "method": str(card.method),
         "has_teacher": learned is not None and learned.teacher_signal is not None,
         "is_grey": card.channels == 1,
-        "pads": planned.fit == "pad",
-        "origin": f"It was made from {planned.about['source']}.",
+        "pads": exported.fit == "pad",
+        "origin": f"It was made from {exported.about['source']}.",
     }
 
 

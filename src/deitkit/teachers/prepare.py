@@ -13,7 +13,7 @@ from torch import nn
 
 from deitkit.data.dataset import Dataset, as_read, load_dataset
 from deitkit.data.duplicates import sketch
-from deitkit.data.listing import Progress
+from deitkit.data.listing import ProgressCallback
 from deitkit.distillation.methods import METHODS
 from deitkit.errors import CheckpointError, TeacherError
 from deitkit.evaluation.apply import card_of_data, images_before
@@ -101,7 +101,7 @@ def prepare_teacher(
     return FrozenTeacher(classifier), card
 
 
-def load_teacher_images(recipe: Recipe, dataset: Dataset, progress: Progress | None = None) -> Dataset:
+def load_teacher_images(recipe: Recipe, dataset: Dataset, progress: ProgressCallback | None = None) -> Dataset:
     """Return the images on which a recipe's teacher trains: those of the run, or more.
 
     Raises:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from deitkit.data.listing import Listing, Progress
+from deitkit.data.listing import Listing, ProgressCallback
 from deitkit.data.sources.folders import list_folder
 from deitkit.data.sources.named import NAMED_SETS, list_named
 from deitkit.data.sources.parquet import list_parquet
@@ -18,7 +18,7 @@ DATASETS = ("digits", *NAMED_SETS)
 SOURCES: dict[str, Callable[[Path], Listing]] = {"folder": list_folder, "parquet": list_parquet, "csv": list_csv}
 
 
-def list_images_of(recipe: DataRecipe, progress: Progress | None) -> Listing:
+def list_images_of(recipe: DataRecipe, progress: ProgressCallback | None) -> Listing:
     """Return the images of ``recipe.name``, not yet divided or decoded; raise DataError if it names no data set."""
     kind, colon, path = recipe.name.partition(":")
     if colon and kind in SOURCES:

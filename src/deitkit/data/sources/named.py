@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from deitkit.data.decode_many import decode_images
-from deitkit.data.listing import EncodedImages, Listing, Progress
+from deitkit.data.listing import EncodedImages, Listing, ProgressCallback
 from deitkit.data.sources.archives import (
     IMAGENET_TEST,
     imagenet_names,
@@ -62,7 +62,7 @@ class NamedSet:
     spellings: Callable[[], Sequence[Sequence[str]]] = tuple
 
 
-def list_named(recipe: DataRecipe, progress: Progress | None = None) -> Listing:
+def list_named(recipe: DataRecipe, progress: ProgressCallback | None = None) -> Listing:
     """Find a data set of ``NAMED_SETS`` on the disk, or download it; images of one size are decoded.
 
     Search ``recipe.root``, else ``$DEITKIT_DATA``, else ``~/.cache/deitkit``: a folder with the name of the data set,
@@ -105,7 +105,7 @@ def list_named(recipe: DataRecipe, progress: Progress | None = None) -> Listing:
     return listing
 
 
-def _find(named: NamedSet, places: list[Path], recipe: DataRecipe, progress: Progress | None) -> Listing | None:
+def _find(named: NamedSet, places: list[Path], recipe: DataRecipe, progress: ProgressCallback | None) -> Listing | None:
     for place in places:
         listing = _list_at(named, place, recipe.name)
         if listing is None:
@@ -150,7 +150,7 @@ def _in_official_order(listing: Listing, spellings: Sequence[Sequence[str]]) -> 
 
 
 def _decoded(
-    listing: Listing, shape: tuple[int, int, int], place: Path, recipe: DataRecipe, progress: Progress | None
+    listing: Listing, shape: tuple[int, int, int], place: Path, recipe: DataRecipe, progress: ProgressCallback | None
 ) -> Listing:
     """Decode images of one size at that size, unless they are pixels already."""
     if isinstance(listing.images, EncodedImages):

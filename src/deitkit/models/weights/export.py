@@ -18,14 +18,14 @@ from deitkit.models.weights.read import file_sha256
 
 # Fields of a student's card about its training, which apply only while the weights are unchanged.
 _ABOUT_TRAINING = (
-    "method", "seed", "recipe", "dataset", "split", "trained_on", "trained_before_on", "readout", "test_top1",
-    "initial",
+    "method", "seed", "recipe", "dataset", "split", "trained_on", "labelled_share", "trained_before_on", "readout",
+    "test_top1", "initial",
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Plan:
-    """A vision transformer to export.
+class ExportedModel:
+    """A vision transformer to export, with all that other libraries need to know of it.
 
     Attributes:
         state: By the names of ``vit``.
@@ -96,14 +96,14 @@ class Changes:
         )
 
 
-def plan(
+def prepare_export(
     source: Path,
     wanted: Changes,
     *,
     heads: int | None = None,
     mean: Values | None = None,
     std: Values | None = None,
-) -> Plan:
+) -> ExportedModel:
     """Read weights and adapt them.
 
     Args:
@@ -142,7 +142,9 @@ def plan(
     about = _about(weights, source, changes)
     eval_crop, fit = (1.0, "crop") if weights.card is None else (weights.card.eval_crop, weights.card.fit)
     only = weights.only_readout if len(target.tokens) == 2 else None
-    return Plan(state, target, names, mean, std, eval_crop, fit, about, (*lines, *changes), weights.assumes_heads, only)
+    return ExportedModel(
+        state, target, names, mean, std, eval_crop, fit, about, (*lines, *changes), weights.assumes_heads, only
+    )
 
 
 def _about(weights: Weights, source: Path, changes: list[str]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from deitkit.errors import CheckpointError, RecipeError
 from deitkit.models.classifier import Classifier
 from deitkit.models.saved import load_classifier, save_classifier, save_tensors
 from deitkit.models.vit import INIT_STD, MLP_RATIO, NORM_EPS, SIZES
-from deitkit.models.weights.export import Plan
+from deitkit.models.weights.export import ExportedModel
 from deitkit.models.weights.formats import to_timm, to_transformers
 from deitkit.models.weights.read import FACTS
 from deitkit.system.files import write_bytes, write_json
@@ -35,15 +35,15 @@ class Layout:
     Attributes:
         holds: Description of the content of --out.
         suffix: Required suffix of --out; empty for a folder.
-        write: Writes a plan to a path; returns lines of Python that open the files.
+        write: Writes a exported to a path; returns lines of Python that open the files.
         open: Returns the function from normalised images to logits, by the library's own implementation.
         package: The one that ``open`` needs and deitkit does not.
     """
 
     holds: str
     suffix: str
-    write: Callable[[Plan, Path], list[str]]
-    open: Callable[[Plan, Path], Logits]
+    write: Callable[[ExportedModel, Path], list[str]]
+    open: Callable[[ExportedModel, Path], Logits]
     package: str | None = None
 
     def require_package(self) -> None:
@@ -54,31 +54,31 @@ class Layout:
             )
 
 
-def largest_difference(plan: Plan, layout: Layout, out: Path) -> float | None:
+def largest_difference(exported: ExportedModel, layout: Layout, out: Path) -> float | None:
     """Return the largest difference between the student's logits and those of the written files, opened by the library.
 
     The eight images are drawn from a normal distribution under a fixed seed. Return None if the classifier is new: its
     logits are all zero, so equality would prove nothing.
     """
-    config = plan.architecture
+    config = exported.architecture
     shape = (8, config.channels, *config.image_px)
     images = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        theirs, ours = layout.open(plan, out)(images), plan.logits(plan.build()(images))
+        theirs, ours = layout.open(exported, out)(images), exported.logits(exported.build()(images))
     return float((theirs - ours).abs().max()) if ours.any() else None
 
 
-def _write_ours(plan: Plan, out: Path) -> list[str]:
+def _write_ours(exported: ExportedModel, out: Path) -> list[str]:
     card = {
-        "channels": plan.architecture.channels,
-        "class_names": list(plan.class_names),
-        "input_px": list(plan.architecture.image_px),
-        "eval_crop": plan.eval_crop,
-        "fit": plan.fit,
-        **({"only_readout": plan.only_readout} if plan.only_readout else {}),
-        **plan.about,
+        "channels": exported.architecture.channels,
+        "class_names": list(exported.class_names),
+        "input_px": list(exported.architecture.image_px),
+        "eval_crop": exported.eval_crop,
+        "fit": exported.fit,
+        **({"only_readout": exported.only_readout} if exported.only_readout else {}),
+        **exported.about,
     }
-    save_classifier(out, Classifier(plan.build(), mean=plan.mean, std=plan.std), card)
+    save_classifier(out, Classifier(exported.build(), mean=exported.mean, std=exported.std), card)
     return [
         "from pathlib import Path",
         "import torch",
@@ -87,14 +87,14 @@ def _write_ours(plan: Plan, out: Path) -> list[str]:
     ]
 
 
-def _open_ours(plan: Plan, out: Path) -> Logits:
+def _open_ours(exported: ExportedModel, out: Path) -> Logits:
     classifier, _ = load_classifier(out, torch.device("cpu"))
-    return lambda images: plan.logits(classifier.model(images))
+    return lambda images: exported.logits(classifier.model(images))
 
 
-def timm_arguments(plan: Plan) -> tuple[str, dict[str, Any]]:
+def timm_arguments(exported: ExportedModel) -> tuple[str, dict[str, Any]]:
     """Return timm's name of a model, and the arguments of ``timm.create_model`` that differ from its defaults."""
-    config = plan.architecture
+    config = exported.architecture
     distilled = "_distilled" if len(config.tokens) == 2 else ""
     names = {f"{size}{distilled}_patch16_224": value for size, value in SIZES.items()}
     named = {name: value for name, value in names.items() if timm.is_model(name)}
@@ -118,21 +118,21 @@ def timm_arguments(plan: Plan) -> tuple[str, dict[str, Any]]:
     return name, {"num_classes": config.classes, **arguments}
 
 
-def _timm_line(plan: Plan, file: Path) -> str:
-    name, arguments = timm_arguments(plan)
+def _timm_line(exported: ExportedModel, file: Path) -> str:
+    name, arguments = timm_arguments(exported)
     keywords = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
     return f"model = timm.create_model({name!r}, checkpoint_path={str(file)!r}, {keywords}).eval()"
 
 
-def _normalisation_line(plan: Plan) -> str:
-    mean, std = (", ".join(f"{value:.6g}" for value in values) for values in (plan.mean, plan.std))
+def _normalisation_line(exported: ExportedModel) -> str:
+    mean, std = (", ".join(f"{value:.6g}" for value in values) for values in (exported.mean, exported.std))
     return f"# takes values in [0, 1] less mean ({mean}), divided by std ({std})"
 
 
-def _write_timm(plan: Plan, out: Path) -> list[str]:
-    _require_all_heads(plan)
-    name, arguments = timm_arguments(plan)
-    config = plan.architecture
+def _write_timm(exported: ExportedModel, out: Path) -> list[str]:
+    _require_all_heads(exported)
+    name, arguments = timm_arguments(exported)
+    config = exported.architecture
     heads = ["head", "head_dist"] if len(config.tokens) == 2 else ["head"]
     card = {
         "architecture": name,
@@ -140,69 +140,69 @@ def _write_timm(plan: Plan, out: Path) -> list[str]:
         "num_features": config.width,
         "global_pool": "token" if config.tokens else "avg",
         "model_args": {key: value for key, value in arguments.items() if key != "num_classes"},
-        "label_names": list(plan.class_names),
+        "label_names": list(exported.class_names),
         "pretrained_cfg": {
             "tag": "deitkit",
             "input_size": [config.channels, *config.image_px],
             "fixed_input_size": True,
             "interpolation": "bicubic",
-            "crop_pct": plan.eval_crop,
-            "crop_mode": {"crop": "center", "pad": "border", "squash": "squash"}[plan.fit],
-            "mean": list(plan.mean),
-            "std": list(plan.std),
+            "crop_pct": exported.eval_crop,
+            "crop_mode": {"crop": "center", "pad": "border", "squash": "squash"}[exported.fit],
+            "mean": list(exported.mean),
+            "std": list(exported.std),
             "num_classes": config.classes,
             "first_conv": "patch_embed.proj",
             "classifier": heads if len(heads) > 1 else heads[0],
         },
     }
-    save_tensors(out / "model.safetensors", to_timm(plan.state))
+    save_tensors(out / "model.safetensors", to_timm(exported.state))
     write_json(out / "config.json", card)
     return [
         "import timm",
-        _timm_line(plan, out / "model.safetensors"),
+        _timm_line(exported, out / "model.safetensors"),
         f"model = timm.create_model({f'local-dir:{out}'!r}, pretrained=True).eval()  # the same, by its config.json",
-        _normalisation_line(plan),
-        *(["# its transforms pad with the mean colour, deitkit with black"] * (plan.fit == "pad")),
+        _normalisation_line(exported),
+        *(["# its transforms pad with the mean colour, deitkit with black"] * (exported.fit == "pad")),
     ]
 
 
-def _require_all_heads(plan: Plan) -> None:
-    if plan.only_readout:
+def _require_all_heads(exported: ExportedModel) -> None:
+    if exported.only_readout:
         raise CheckpointError(
             "timm's distilled models answer by the mean of two heads, but only the class head of this one was trained: "
             "use --to transformers or ours"
         )
 
 
-def _open_timm(plan: Plan, out: Path) -> Logits:
-    name, arguments = timm_arguments(plan)
+def _open_timm(exported: ExportedModel, out: Path) -> Logits:
+    name, arguments = timm_arguments(exported)
     file = out / "model.safetensors" if out.is_dir() else out
     model: Logits = timm.create_model(name, checkpoint_path=str(file), **arguments).eval()
     return model
 
 
-def _write_released(plan: Plan, out: Path) -> list[str]:
-    _require_all_heads(plan)
+def _write_released(exported: ExportedModel, out: Path) -> list[str]:
+    _require_all_heads(exported)
     facts = {
-        "heads": plan.architecture.heads,
-        "image_px": list(plan.architecture.image_px),
-        "class_names": list(plan.class_names),
-        "mean": list(plan.mean),
-        "std": list(plan.std),
+        "heads": exported.architecture.heads,
+        "image_px": list(exported.architecture.image_px),
+        "class_names": list(exported.class_names),
+        "mean": list(exported.mean),
+        "std": list(exported.std),
     }
     buffer = io.BytesIO()
-    torch.save({"model": to_timm(plan.state), FACTS: facts}, buffer)
+    torch.save({"model": to_timm(exported.state), FACTS: facts}, buffer)
     write_bytes(out, buffer.getvalue())
-    return ["import timm", _timm_line(plan, out), _normalisation_line(plan)]
+    return ["import timm", _timm_line(exported, out), _normalisation_line(exported)]
 
 
-def _write_transformers(plan: Plan, out: Path) -> list[str]:
-    tensors = to_transformers(plan.state, class_head_only=plan.only_readout is not None)
-    config = plan.architecture
+def _write_transformers(exported: ExportedModel, out: Path) -> list[str]:
+    tensors = to_transformers(exported.state, class_head_only=exported.only_readout is not None)
+    config = exported.architecture
     distilled = len(config.tokens) == 2
     kind = "DeiTForImageClassification" if distilled else "ViTForImageClassification"
     card = {
-        "architectures": [f"{kind}WithTeacher" if distilled and not plan.only_readout else kind],
+        "architectures": [f"{kind}WithTeacher" if distilled and not exported.only_readout else kind],
         "model_type": "deit" if distilled else "vit",
         "hidden_size": config.width,
         "num_hidden_layers": config.depth,
@@ -217,42 +217,45 @@ def _write_transformers(plan: Plan, out: Path) -> list[str]:
         "patch_size": config.patch_px,
         "num_channels": config.channels,
         "qkv_bias": True,
-        "id2label": {str(number): name for number, name in enumerate(plan.class_names)},
-        "label2id": {name: number for number, name in enumerate(plan.class_names)},
+        "id2label": {str(number): name for number, name in enumerate(exported.class_names)},
+        "label2id": {name: number for number, name in enumerate(exported.class_names)},
         "torch_dtype": "float32",
     }
     side = config.image_px[0]
     # As deitkit reads files: resize the shorter side (bicubic), then crop the centre; ViT's processor would distort.
-    resized = evaluation_frame(side, plan.eval_crop)[0]
+    resized = evaluation_frame(side, exported.eval_crop)[0]
     processor = {
         "image_processor_type": "CLIPImageProcessor",
         "do_convert_rgb": config.channels == 3,
         "do_resize": True,
-        "size": {"shortest_edge": resized} if plan.fit != "squash" else {"height": resized, "width": resized},
+        "size": {"shortest_edge": resized} if exported.fit != "squash" else {"height": resized, "width": resized},
         "resample": 3,
         "do_center_crop": True,
         "crop_size": {"height": side, "width": side},
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
-        "image_mean": list(plan.mean),
-        "image_std": list(plan.std),
+        "image_mean": list(exported.mean),
+        "image_std": list(exported.std),
     }
     save_tensors(out / "model.safetensors", tensors)
     write_json(out / "config.json", card)
     write_json(out / "preprocessor_config.json", processor)
     return [
-        "from PIL import Image" + ", ImageOps" * (plan.fit == "pad"),
+        "from PIL import Image" + ", ImageOps" * (exported.fit == "pad"),
         "from transformers import AutoImageProcessor, AutoModelForImageClassification",
         f"processor = AutoImageProcessor.from_pretrained({str(out)!r})  # normalises, and resizes if necessary",
         f"model = AutoModelForImageClassification.from_pretrained({str(out)!r}).eval()",
         f"image = Image.open('photo.jpg').convert({'L' if config.channels == 1 else 'RGB'!r})",
-        *(["image = ImageOps.pad(image, (max(image.size),) * 2)  # on black; no processor pads"] * (plan.fit == "pad")),
+        *(
+            ["image = ImageOps.pad(image, (max(image.size),) * 2)  # on black; no processor pads"]
+            * (exported.fit == "pad")
+        ),
         "logits = model(**processor(image, return_tensors='pt')).logits",
     ]
 
 
-def _open_transformers(plan: Plan, out: Path) -> Logits:
+def _open_transformers(exported: ExportedModel, out: Path) -> Logits:
     from transformers import AutoModelForImageClassification
     from transformers.utils.logging import disable_progress_bar
 
