@@ -29,12 +29,18 @@ def test_durations_read_as_a_person_says_them(seconds: float, text: str) -> None
     assert duration_text(seconds) == text
 
 
-def test_an_estimate_grows_with_the_run_and_shrinks_as_it_is_done(
-    tiny_recipe: TinyRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def _ticking(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything is estimated, by a clock that ticks at each look."""
     monkeypatch.setattr(estimate, "LEAST_VIEWS", 0)
     ticks = iter(range(10**6))
     monkeypatch.setattr(estimate.time, "perf_counter", lambda: float(next(ticks)))
+
+
+@pytest.mark.usefixtures("_ticking")
+def test_an_estimate_grows_with_the_run_and_shrinks_as_it_is_done(
+    tiny_recipe: TinyRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     recipe = tiny_recipe("methods=[none, soft]", "train.epochs=3", "seeds=[0, 1]")
     data, folder = load_dataset(recipe.data), tmp_path / "run"
 
@@ -74,12 +80,8 @@ def test_a_training_that_units_have_begun_is_not_estimated(
     assert estimate_training(recipe, data, tmp_path, CPU_FP32) is None
 
 
-def test_a_teacher_of_all_images_is_estimated_on_all(
-    tiny_recipe: TinyRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(estimate, "LEAST_VIEWS", 0)
-    ticks = iter(range(10**6))
-    monkeypatch.setattr(estimate.time, "perf_counter", lambda: float(next(ticks)))
+@pytest.mark.usefixtures("_ticking")
+def test_a_teacher_of_all_images_is_estimated_on_all(tiny_recipe: TinyRecipe, tmp_path: Path) -> None:
     times = []
     for every in ("false", "true"):
         recipe = tiny_recipe("methods=[soft]", f"teacher.all_images={every}")

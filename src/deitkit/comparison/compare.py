@@ -143,15 +143,9 @@ def begin(
     if current_ranks().count > 1:  # which predict other parts of the images at once than one process, and so may round
         machine["processes"] = current_ranks().count
     streamed = not isinstance(dataset.train.images, Tensor)
-    environment = (
-        machine
-        | {
-            "deitkit": __version__,
-            "code": code_sha256(),
-            "streamed": streamed,
-        }
-        | describe_images(dataset)
-    )
+    environment = machine | {
+        "deitkit": __version__, "code": code_sha256(), "streamed": streamed, **describe_images(dataset),
+    }  # fmt: skip
     write_json(folder / "environment.json", environment)
     draw_views(dataset, recipe.augment, recipe.train.label_smoothing, folder / "views.png")
 

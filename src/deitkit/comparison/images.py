@@ -56,7 +56,8 @@ def require_same_images(dataset: Dataset, folder: Path, which: Literal["images",
         folder: Of the run, which may have begun.
         which: ``all_images`` for the folder of another fold, which divides the same images in another way.
     """
-    if _environment(folder).get(which) not in (None, describe_images(dataset)[which]):
+    recorded = _environment(folder).get(which)
+    if recorded is not None and recorded != describe_images(dataset)[which]:
         raise CheckpointError(
             f"{folder} was begun with other images or labels than data.name={dataset.name} has now, and rows are "
             "compared on the same images: restore them, or name a new folder (if only Pillow has another version "
