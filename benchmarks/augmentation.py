@@ -155,7 +155,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     ]
     cpu = torch.device("cpu")
     result = {
-        "machine": describe_machine(cpu, Precision(cpu, torch.float32)) | {"threads": torch.get_num_threads()},
+        "machine": describe_machine(Precision(cpu, torch.float32)) | {"threads": torch.get_num_threads()},
         "torchvision": torchvision.__version__,
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "rows": rows,

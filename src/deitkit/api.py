@@ -32,12 +32,14 @@ from deitkit.distillation.methods import METHODS, Method, find_method
 from deitkit.errors import DataError, RecipeError, reason_of
 from deitkit.evaluation.apply import evaluate_model
 from deitkit.evaluation.classify import BATCH_SIZE, Classification, classify_pixels, decode_for
+from deitkit.models.accelerate import compiler_settings_kept
 from deitkit.models.card import ModelCard
 from deitkit.models.classifier import Classifier
 from deitkit.models.saved import load_classifier, model_folder, read_card
 from deitkit.models.weights.pretrained import resolved
 from deitkit.recipe.load import load_recipe as read_recipe
 from deitkit.recipe.schema import Recipe
+from deitkit.recipe.section import from_home
 from deitkit.report.table import rich_table
 from deitkit.run.folder import choose_run_folder, locked
 from deitkit.run.observer import Silent, Watcher
@@ -201,7 +203,7 @@ def load_recipe(source: str | Path | Recipe | None = None, **fields: Any) -> Rec
 def _overrides(fields: dict[str, Any]) -> Iterator[str]:
     """Yield fields as the command line takes them, ``key=value``; JSON is YAML."""
     for key, value in fields.items():
-        if isinstance(value, dict) and key != "variants":
+        if isinstance(value, dict) and key != "variants" and (value or key != "baseline"):  # one with all its defaults
             yield from _overrides({f"{key}.{name}": inner for name, inner in value.items()})
         else:
             yield f"{key}={json.dumps(value, default=_plain)}"
@@ -224,7 +226,7 @@ def _plain(value: Any) -> Any:
 def _path(argument: str, value: Any) -> Path:
     """Return a path as the user gave it; raise RecipeError if it is something else."""
     if isinstance(value, str | PathLike):
-        return Path(value)
+        return from_home(Path(value))
     raise RecipeError(f"{argument}: {type(value).__name__} is not a path: name a file or folder, as text or a Path")
 
 
@@ -235,7 +237,7 @@ def _image(image: Any, card: ModelCard) -> Path | UInt8[Tensor, "channels height
         DataError: It is neither, or has pixels that no model takes.
     """
     if isinstance(image, str | PathLike):
-        return Path(image)
+        return from_home(Path(image))
     if not isinstance(image, Image.Image):
         raise DataError(
             f"images: {type(image).__name__} is neither a path nor an image of Pillow: give one of these, or several"
@@ -315,7 +317,7 @@ def train(
         Interrupted: Ctrl-C; ``resume=True`` continues.
     """
     name = find_method(method.name if isinstance(method, Method) else str(method)).name
-    several = sorted({"methods", "baseline"} & {*fields})
+    several = [key for key in fields if key.partition(".")[0] in ("methods", "baseline")]
     if several:
         raise RecipeError(f"{several[0]}: train has one student, under its method; use compare for more")
     chosen = _named_recipe(recipe, fields | {"methods": [name], "baseline": None})
@@ -365,7 +367,12 @@ def _run(recipe: Recipe, out: str | Path | None, resume: bool, progress: bool) -
     recipe = resolved(recipe)
     # torch's global generator, which belongs to all threads, draws weights and dropout; the caller's own draws go on as
     # they would have.
-    with _TRAINING, torch.random.fork_rng(range(torch.cuda.device_count())), _watching(progress) as watcher:
+    with (
+        _TRAINING,
+        torch.random.fork_rng(range(torch.cuda.device_count())),
+        compiler_settings_kept(),
+        _watching(progress) as watcher,
+    ):
         folder = choose_run_folder(None if out is None else _path("out", out), recipe, resume)
         with locked(folder):
             return Comparison(folder, run_recipe(recipe, folder, watcher=watcher, resume=resume))

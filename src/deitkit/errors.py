@@ -11,6 +11,11 @@ def reason_of(error: object) -> str:
     return str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
 
 
+def os_reason(error: OSError) -> str:
+    """Return what the operating system says of an error, in lower case, such as ``permission denied``."""
+    return (error.strerror or str(error)).lower()
+
+
 class DeitkitError(Exception):
     """An error that the user can correct; its message is one line, whatever names it contains."""
 

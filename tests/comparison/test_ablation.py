@@ -4,6 +4,7 @@ import csv
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ import torch
 from safetensors.torch import load_file
 from scipy.stats import binomtest, ttest_rel
 
-from conftest import poisoned_gradient
+from conftest import poisoned_gradient, write_empty_report
+from deitkit.comparison import ablation
 from deitkit.comparison.ablation import compare_variants
 from deitkit.comparison.verify import verify_run
 from deitkit.data.dataset import load_dataset
@@ -57,7 +59,7 @@ def _no_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
     """Drawing takes longer than training here: each variant's own pictures are left out where nothing looks at them."""
     monkeypatch.setattr("deitkit.comparison.compare.draw_views", lambda *_: None)
     if "report" not in request.node.name:
-        monkeypatch.setattr("deitkit.comparison.compare.write_report", lambda folder: [])
+        monkeypatch.setattr("deitkit.comparison.compare.write_report", write_empty_report)
         monkeypatch.setattr("deitkit.report.write.write_curves", lambda *_: [])
         monkeypatch.setattr("deitkit.report.write.write_differences", lambda *_: [])
         monkeypatch.setattr("deitkit.report.write.write_page", lambda *_: [])
@@ -289,3 +291,31 @@ def test_other_test_images_are_refused(
     recipe = tiny_recipe(*ONE_EPOCH, "variants.larger.data.image_px=12")
     rows = compare_variants(recipe, tmp_path, watcher=Silent()).rows
     assert "base" in rows[1].differences
+
+
+def test_rows_of_the_base_do_not_differ_from_it(tiny_recipe: TinyRecipe, tmp_path: Path) -> None:
+    fields = ("train.ema_decay=0.99", "variants.none.train.momentum=0.5")
+    results = compare_variants(tiny_recipe(*ONE_EPOCH, *fields), tmp_path, watcher=Silent())
+    averaged = next(row for row in results.rows if row.row == "base: none/class+ema")
+    sure = replace(averaged.differences["base"], p=1e-9, p_holm=1e-9)
+    rows = [row.model_copy(update={"differences": {"base": sure}}) if row is averaged else row for row in results.rows]
+    assert ablation._verdict(rows).startswith("0 of 2 rows differ from the base"), "its average is one of its own rows"
+
+
+def test_a_variant_whose_report_was_interrupted_gets_one(
+    tiny_recipe: TinyRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(folder: Path) -> list[Path]:
+        if folder.name == "shallow":
+            raise CheckpointError("the disk is full")
+        return write_report(folder)
+
+    recipe = tiny_recipe(*ONE_EPOCH, *TWO)
+    monkeypatch.setattr("deitkit.comparison.compare.write_report", full)
+    with pytest.raises(CheckpointError, match="the disk is full"):
+        compare_variants(recipe, tmp_path, watcher=Silent())
+    monkeypatch.setattr("deitkit.comparison.compare.write_report", write_report)
+    watcher = Counting()
+    compare_variants(recipe, tmp_path, watcher=watcher, resume=True)
+    assert watcher.titles == []
+    assert (tmp_path / "variants" / "shallow" / "report.html").exists()

@@ -1,5 +1,6 @@
 """How long a comparison says that it will take, and that saying it changes nothing."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -128,3 +129,17 @@ def test_short_runs_and_gpus_are_not_estimated(tiny_recipe: TinyRecipe, tmp_path
     assert estimate_training(recipe, data, tmp_path, CPU_FP32) is None
     long = tiny_recipe("methods=[none]", "train.epochs=100000")
     assert estimate_training(long, data, tmp_path, Precision(torch.device("cuda"), torch.float32)) is None
+
+
+def test_a_grown_run_is_estimated_with_its_own_teacher(
+    tiny_recipe: TinyRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compare(tiny_recipe("methods=[hard]"), tmp_path / "first", watcher=Silent())
+    given = f"teacher.name={tmp_path / 'first' / 'teacher'}"
+    compare(tiny_recipe("methods=[hard]", given), tmp_path / "run", watcher=Silent())
+    shutil.rmtree(tmp_path / "first")
+    monkeypatch.setattr(estimate, "LEAST_VIEWS", 0)
+    watcher = Listener()
+    compare(tiny_recipe("methods=[hard, soft]", given), tmp_path / "run", watcher=watcher, resume=True)
+    assert any(line.startswith("training will take about") for line in watcher.heard)
+    assert watcher.trained == {(0, "soft")}

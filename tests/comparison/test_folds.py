@@ -252,6 +252,8 @@ def test_a_table_of_folds_is_that_of_comparisons_of_each(tiny_recipe: TinyRecipe
     lags = [row.differences["teacher"] for row in results.rows if "teacher" in row.differences]
     assert [each.p_holm for each in lags] == holm([each.p for each in lags])
     assert results.dataset.test == 300
+    assert results.notes[0].startswith("The test images are drawn from each of 3 folds, which share"), "100 of each"
+    assert " on the validation images of 3 folds" in results.verdict or " wins on the validation" in results.verdict
     assert results.teacher is not None
     assert results.teacher.test_top1 == pytest.approx(np.mean(teachers))
     assert results.teacher.sha256 is None

@@ -11,14 +11,16 @@ import torch
 
 from conftest import CPU_FP32, TINY, StopAfter
 from deitkit.comparison.ablation import compare_variants
-from deitkit.comparison.cohort_states import PREDICTIONS, plan_cohorts
+from deitkit.comparison.cohort_states import PREDICTIONS, holds, plan_cohorts
 from deitkit.comparison.compare import compare, copy_winner
 from deitkit.data.dataset import load_dataset
 from deitkit.errors import CheckpointError, Interrupted, TeacherError
 from deitkit.recipe.load import load_recipe
 from deitkit.recipe.schema import Recipe
 from deitkit.run.folder import begin_run
+from deitkit.run.metrics import read_metrics
 from deitkit.run.observer import Silent
+from deitkit.run.results import read_results
 from deitkit.run.state import load_tree, save_tree
 from deitkit.teachers.prepare import dry_run_teachers
 from deitkit.teachers.saved import origins
@@ -191,7 +193,9 @@ def test_cohorts_are_planned_from_what_lies_in_the_folder(tmp_path: Path) -> Non
     home, heard = tmp_path / "seed-0", []
 
     def plan(*names: str) -> list[tuple[str, ...]]:
-        return [cohort.names for cohort in plan_cohorts(home, names, names, heard.append, 0.0, apart=False)]
+        cohorts = plan_cohorts(home, names, names, heard.append, 0.0, apart=False)
+        assert not cohorts or holds(cohorts[0], home), "or it would be planned for ever"
+        return [cohort.names for cohort in cohorts]
 
     assert plan("none", "soft") == [("none", "soft")]
     save_tree(home / "none" / PREDICTIONS, {})
@@ -221,6 +225,11 @@ def test_cohorts_are_planned_from_what_lies_in_the_folder(tmp_path: Path) -> Non
     save_tree(home / "none" / "checkpoint.safetensors", state | {"students": {"soft": {}}})  # without its owner
     assert plan("none", "soft") == [("soft",), ("none",)]
     assert not (home / "none" / "checkpoint.safetensors").exists()
+    shutil.rmtree(home)
+    save_tree(home / "none" / "checkpoint.safetensors", state)
+    save_tree(home / "hard" / "checkpoint.safetensors", state | {"students": {"hard": {}}})  # killed while dividing it
+    assert plan("none", "soft", "hard") == [("none", "soft", "hard")]
+    assert not (home / "hard" / "checkpoint.safetensors").exists()
 
 
 def test_a_run_goes_on_only_with_the_images_and_labels_that_it_was_begun_with(
@@ -304,3 +313,35 @@ def test_a_teacher_that_was_trained_on_test_images_is_refused(tmp_path: Path) ->
     other = again.model_copy(update={"data": again.data.model_copy(update={"split_seed": 3})})
     with pytest.raises(TeacherError, match=r"divide the data as for its training \(data\.split_seed=0 data\.test_f"):
         dry_run_teachers(other, load_dataset(other.data), tmp_path / "new", CPU_FP32)
+
+
+def test_a_seed_taken_out_in_the_middle_of_its_training_keeps_its_metrics(
+    tiny_recipe: TinyRecipe, tmp_path: Path
+) -> None:
+    both = tiny_recipe("methods=[none, soft]", "seeds=[0, 1]", *FIELDS)
+    compare(both, tmp_path / "once", watcher=Silent())
+    with pytest.raises(Interrupted):
+        compare(both, tmp_path / "run", watcher=StopAfter(42))
+    assert any(line.seed == 1 for line in read_metrics(tmp_path / "run"))
+    grow(tiny_recipe("methods=[none, soft]", "seeds=[0]", *FIELDS), tmp_path / "run")
+    assert not any(line.seed == 1 for line in read_metrics(tmp_path / "run"))
+    grow(both, tmp_path / "run")
+    assert_same_run(tmp_path / "once", tmp_path / "run")
+
+
+def test_a_full_disk_is_told_when_the_winner_is_copied(
+    once: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = shutil.copytree(once, tmp_path / "run")
+    shutil.rmtree(folder / "winner")
+    monkeypatch.setattr("deitkit.system.files.os.fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left")))
+    with pytest.raises(CheckpointError, match=r"cannot write '.*winner.*': no space left"):
+        copy_winner(read_results(folder), folder, [folder / "seed-0"])
+
+
+def test_a_resumed_run_may_ask_more_of_its_teacher(tiny_recipe: TinyRecipe, tmp_path: Path) -> None:
+    fields = ("methods=[hard]", "teacher.allow_weak=false", "data.train_images=640", "teacher.train.epochs=6")
+    grow(tiny_recipe(*fields), tmp_path / "run")
+    with pytest.raises(TeacherError, match=r"^teacher .* scores .*, which is below teacher\.min_top1=1: lower that"):
+        grow(tiny_recipe(*fields, "teacher.min_top1=1.0"), tmp_path / "run")
+    grow(tiny_recipe(*fields, "teacher.min_top1=1.0", "teacher.allow_weak=true"), tmp_path / "run")

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -28,7 +29,7 @@ from deitkit.run.folder import begin_run, locked
 from deitkit.run.metrics import read_metrics
 from deitkit.run.observer import Silent
 from deitkit.run.results import Results, read_results
-from deitkit.run.state import load_tree, save_state
+from deitkit.run.state import load_tree, save_state, save_tree
 from run_helpers import Listener, timeless
 
 LONGER = (
@@ -174,6 +175,28 @@ def test_a_student_that_another_process_finishes_meanwhile_is_not_trained_again(
     assert watcher.trained == {(0, "hard")}
 
 
+def test_a_unit_that_is_killed_between_two_students_keeps_the_metrics_of_both(
+    tiny_recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = tiny_recipe("methods=[none, soft]")
+    run_unit(recipe, tmp_path, PREPARE, watcher=Silent())
+
+    def killed(path: Path, tree: Any) -> None:
+        if path.parent.name == last:
+            raise KeyboardInterrupt
+        save_tree(path, tree)
+
+    last = "none"  # in whose folder the metrics of both are
+    monkeypatch.setattr(seed_run, "save_tree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run_unit(recipe, tmp_path, "seed-0/none,soft", watcher=Silent())
+    assert (tmp_path / "seed-0" / "soft" / PREDICTIONS).exists()
+    monkeypatch.undo()
+    run_unit(recipe, tmp_path, "seed-0/none,soft", watcher=Silent())
+    for name in ("none", "soft"):
+        assert [line.epoch for line in read_metrics(tmp_path / "seed-0" / name)] == [1, 2]
+
+
 @pytest.mark.parametrize("unit", ["seed-0/hard", "seed-0/none,none", "seed-0/", "seed-0/none,"])
 def test_students_of_a_unit_are_those_of_the_recipe_each_once(
     unit: str, tiny_recipe: Callable[..., Recipe], tmp_path: Path
@@ -243,6 +266,53 @@ def test_a_cluster_that_does_not_answer_is_said_at_once() -> None:
     assert time.monotonic() - started < 30
 
 
+class FakeRay:
+    """A Ray cluster of two machines of 4 GPUs and 8 cores, which cannot run anything."""
+
+    class exceptions:  # noqa: N801 - as in Ray
+        """Its errors."""
+
+        RayError = RuntimeError
+
+    def init(self, **settings: Any) -> None:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(15))
+
+    def nodes(self) -> list[dict[str, Any]]:
+        return [{"Alive": True, "Resources": {"CPU": 8.0, "GPU": 4.0}}] * 2
+
+    def wait(self, handles: list[Any], timeout: float) -> tuple[list[Any], list[Any]]:
+        return handles, []
+
+    def get(self, handle: Any) -> int:
+        raise RuntimeError("[Errno 2] No such file or directory: '/home/me'")
+
+    def remote(self, function: Any) -> Any:
+        self.function = function
+        return self
+
+    def options(self, **resources: Any) -> Any:
+        self.resources = resources
+        return SimpleNamespace(remote=lambda *arguments: arguments[1])
+
+
+def test_a_cluster_is_divided_by_machines_and_says_why_a_unit_cannot_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", FakeRay())
+    monkeypatch.setattr(pools, "_require_answer", lambda address: None)
+    on_sigterm = signal.getsignal(signal.SIGTERM)
+    sizes = [open_pool("ray:here", devices).size for devices in (1, 3, 4)]
+    assert sizes == [8, 2, 2], "a unit is on one machine"
+    assert signal.getsignal(signal.SIGTERM) is on_sigterm, "Ray would end this process without a word"
+    with pytest.raises(RecipeError, match=r"^--devices 6 exceeds the 4 GPUs of the cluster's largest machine: use 4"):
+        open_pool("ray:here", 6)
+    assert open_pool("ray:here", 6, "cpu").size == 16 // 6
+    pool = open_pool("ray:here", 1)
+    handle = pool.start(["-m", "deitkit"], tmp_path / "unit.log", 2)
+    assert pool.exit_code(handle) == LOST
+    assert (tmp_path / "unit.log").read_text() == "[Errno 2] No such file or directory: '/home/me'\n"
+
+
 class Scripted:
     """A pool whose units end with the codes of a script, and write what it says."""
 
@@ -297,8 +367,17 @@ def test_a_lost_unit_starts_again_until_it_is_hopeless(tiny_recipe: Callable[...
     assert sorted(pool.started) == ["gather", *[PREPARE] * 2, *["seed-0"] * 2, *["seed-1"] * 3]
     assert pool.started[-1] == "gather"
     assert sum("starting it again from its last state" in line for line in heard.heard) == 4
-    with pytest.raises(CheckpointError, match="prepare was lost 5 times: see the end of"):
+    with pytest.raises(CheckpointError, match=r"prepare was lost 5 times: see the end of .*prepare\.log$"):
         run_side_by_side(recipe, tmp_path / "other", pool=Scripted(prepare=[1] * 9), watcher=heard)
+    log = tmp_path / "third" / "units" / "prepare.log"
+    log.parent.mkdir(parents=True)
+    log.write_text("[Errno 2] No such file or directory: '/home/me'\n")  # where a machine lacks a folder, say
+    with pytest.raises(CheckpointError, match=r"prepare\.log; its last line: \[Errno 2\] No such .*: '/home/me'"):
+        run_side_by_side(recipe, tmp_path / "third", pool=Scripted(prepare=[LOST] * 9), watcher=heard)
+    assert any(
+        line.endswith("its last state; its last line: [Errno 2] No such file or directory: '/home/me'")
+        for line in heard.heard
+    )
 
 
 @pytest.mark.usefixtures("quick")
@@ -352,6 +431,9 @@ def test_units_get_the_devices_that_are_visible_and_not_the_ranks_of_torchrun(
     assert sorted((tmp_path / "log").read_text().splitlines()) == ["4,5 None 2", "6,GPU-7 None 2"]
     with pytest.raises(RecipeError, match=r"--on local:3 with 2 GPUs each exceeds the 4 of this machine: use local:2"):
         open_pool("local:3", 2)
+    assert open_pool("local:8", 1, "cpu").size == 8, "which use none of the GPUs"
+    with pytest.raises(RecipeError, match=r"^--devices 8 exceeds the 4 GPUs of this machine: use 4 at most$"):
+        open_pool("local", 8)
     for name, value in {"WORLD_SIZE": "2", "MASTER_ADDR": "here", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(RecipeError, match="run it without torchrun"):

@@ -222,3 +222,14 @@ def test_an_analysis_of_version_0_1_is_still_read(tmp_path: Path) -> None:
     assert (made[0] / "analysis.json").read_text() != (made[1] / "analysis.json").read_text()
     pages = [write_report(folder)[-1].read_text(encoding="utf-8") for folder in made]
     assert pages[0] == pages[1]
+
+
+def test_a_row_that_stopped_under_the_analyzed_seed_is_not_missing(tmp_path: Path) -> None:
+    results, analysis = make_results(), make_analysis()
+    analysis |= {"seeds": results["seeds"][-1:]}
+    rows = [row["row"] for row in results["rows"] if row["top1"][-1] is not None]
+    assert len(rows) < len(results["rows"])
+    analysis["rows"] = [{**analysis["rows"][1], "row": name} for name in ["teacher", *rows]]
+    folder = make_analyzed(tmp_path, analysis, results)
+    write_report(folder)
+    assert "This is the analysis of an earlier table" not in (folder / "report.html").read_text(encoding="utf-8")

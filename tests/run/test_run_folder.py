@@ -384,3 +384,17 @@ def test_resume_without_a_folder_finds_the_newest_run_of_this_recipe(
     with pytest.raises(RecipeError, match=r"the newest, runs/digits-4, differs \(train.epochs was 3, now 4\)"):
         choose_run_folder(None, other, resume=True)
     assert choose_run_folder(None, short, resume=False, suffix="-teacher") == Path("runs/digits-teacher")
+
+
+def test_a_folder_is_of_an_ablation_or_of_a_comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, several = load_recipe("digits"), load_recipe("digits", ["variants.sgd.train.optimizer=sgd"])
+    more = load_recipe("digits", ["variants.sgd.train.optimizer=sgd", "variants.deep.model.depth=8"])
+    monkeypatch.chdir(tmp_path)
+    begin_run(Path("runs/digits"), plain)
+    begin_run(Path("runs/digits-2"), several)
+    for folder, other in (("runs/digits", several), ("runs/digits-2", plain)):
+        with pytest.raises(CheckpointError, match=r"was started with another recipe \(variants was"):
+            check_run(Path(folder), other, resume=True)
+    check_run(Path("runs/digits-2"), more, resume=True)
+    assert choose_run_folder(None, plain, resume=True) == Path("runs/digits"), "which is older, but one of its kind"
+    assert choose_run_folder(None, more, resume=True) == Path("runs/digits-2")

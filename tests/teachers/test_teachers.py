@@ -98,9 +98,7 @@ def test_accuracies_are_those_of_the_mean_answer(tiny_recipe: Any, tmp_path: Pat
     recipe = tiny_recipe("methods=[hard]", "train.precision=fp32", TWO)
     results = compare(recipe, tmp_path, watcher=Silent())
     dataset = load_dataset(recipe.data)
-    teachers, cards = prepare_teachers(
-        recipe, dataset, folder=tmp_path / "teacher", precision=CPU_FP32, watcher=Silent()
-    )
+    teachers, cards = prepare_teachers(recipe, dataset, folder=tmp_path, precision=CPU_FP32, watcher=Silent())
     for split, accuracy in (("validation", results.teacher.top1), ("test", results.teacher.test_top1)):
         images = getattr(dataset, split)
         view = images.images.float() / 255

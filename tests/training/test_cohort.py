@@ -229,5 +229,9 @@ def test_a_loss_that_is_not_finite_stops_that_student_alone(stripes: Dataset, mo
 def test_a_cohort_whose_students_have_all_stopped_ends(stripes: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Student, "backward", poisoned_gradient("none", 0))
     sick = cohort(["none"], stripes)
+    views: list[int] = []
+    made = sick.make_view
+    monkeypatch.setattr(sick, "make_view", lambda *given: views.append(given[2]) or made(*given))
     assert sum(len(records) for records in sick.fit()) == 0
     assert sick.students[0].stopped
+    assert views == [0], "no image is read any more"

@@ -31,7 +31,7 @@ from deitkit.run.observer import Watcher
 from deitkit.run.provenance import envelope
 from deitkit.run.reported import default_readout, reported_rows
 from deitkit.run.results import AblationResults, FoldResults, Results, read_results
-from deitkit.system.device import Precision, choose_device
+from deitkit.system.device import Precision
 from deitkit.system.seeding import derived_generator
 from deitkit.teachers.frozen import mean_teacher_logits
 
@@ -63,12 +63,11 @@ def analyze_run(folder: Path, *, images: int = 8, seed: int | None = None, watch
         known = ", ".join(map(str, results.seeds))
         raise RecipeError(f"--seed {seed} is not a seed of {folder}: choose from {known}")
     recipe = load_recipe(str(folder / "recipe.yaml"))
-    device = choose_device("auto")
-    precision = Precision.choose(recipe.train.precision, device)
+    precision = Precision.here(recipe)
     dataset = load_dataset(as_begun(recipe.data, folder), watcher.reading)
     _require_same_data(dataset, results)
     statistics = RunStatistics(dataset, results)
-    load = partial(load_as_trained, speed=recipe.speed, device=device)
+    load = partial(load_as_trained, speed=recipe.speed, device=precision.device)
     seeds = results.seeds if seed is None else (seed,)
     homes = {number: students_of(folder, results, number) for number in seeds}
     if not any(homes.values()):

@@ -1,11 +1,10 @@
 """Predictions of several classifiers on the test images, with the similarity of their tokens."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float
 from torch import Tensor
 
 from deitkit.analyze.tokens import recorded_similarity
@@ -14,21 +13,6 @@ from deitkit.evaluation.predict import predict_all
 from deitkit.models.classifier import Classifier
 from deitkit.models.vit import TOKENS, DeiT, Output
 from deitkit.system.device import Precision
-
-
-@dataclass(frozen=True)
-class ProgressSplit(Split):
-    """A split that reports how many of its images were processed."""
-
-    on_progress: Callable[[int], None]
-
-    def batches(self, size: int) -> Iterator[UInt8[Tensor, "batch channels height width"]]:
-        """Yield all images in order, in batches."""
-        done = 0
-        for images in super().batches(size):
-            yield images
-            done += len(images)
-            self.on_progress(done)
 
 
 def has_both_tokens(classifier: Classifier) -> bool:
@@ -56,9 +40,7 @@ def predict_with_similarity(
             for name, classifier in classifiers.items()
             if has_both_tokens(classifier)
         }
-        outputs = predict_all(
-            list(classifiers.values()), ProgressSplit(split.images, split.labels, on_progress), precision
-        )
+        outputs = predict_all(list(classifiers.values()), split, precision, on_progress)
     similarities = {
         name: torch.stack([torch.cat(batches).cpu() for batches in layers]) for name, layers in meters.items()
     }

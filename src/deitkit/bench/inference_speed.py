@@ -26,8 +26,7 @@ from deitkit.system.timer import time_in_turn
 def bench_infer(recipe: Recipe, *, repeats: int, steps: int) -> dict[str, Any]:
     """Measure the inference speed of the student of the recipe's first method, on random images and weights."""
     recipe = without_weights(recipe)
-    device = choose_device(recipe.device)
-    precision = Precision.choose(recipe.train.precision, device)
+    precision = Precision.of(recipe)
     side, channels = recipe.data.image_px or SYNTHETIC_PX, recipe.data.channels or 3
     method = METHODS[recipe.methods[0]]
     student = create_student(
@@ -35,11 +34,11 @@ def bench_infer(recipe: Recipe, *, repeats: int, steps: int) -> dict[str, Any]:
     )
     mean, std = IMAGENET_NORMALISATION
     classifier = Classifier(student, mean=mean[:channels], std=std[:channels])
-    accelerate(classifier, recipe.speed, device).eval()
+    accelerate(classifier, recipe.speed, precision.device).eval()
     result = _time_model(classifier, side, recipe.train.batch_size, precision, repeats, steps)
     limit = machine_limit(precision)
     return {
-        "machine": describe_machine(device, precision) | {"threads": torch.get_num_threads()},
+        "machine": describe_machine(precision) | {"threads": torch.get_num_threads()},
         "model": recipe.model.model_dump(mode="json"),
         "method": method.name,
         "image_px": side,
@@ -65,7 +64,7 @@ def bench_saved(path: Path, recipe: Recipe, *, repeats: int, steps: int) -> dict
     side = card.side
     view = torch.rand(recipe.train.batch_size, card.channels, side, side, device=device)
     return {
-        "machine": describe_machine(device, precision) | {"threads": torch.get_num_threads()},
+        "machine": describe_machine(precision) | {"threads": torch.get_num_threads()},
         "model": {"name": path.name},
         "image_px": side,
         **_speed(classifier, view, precision, repeats, steps),
@@ -81,8 +80,7 @@ def bench_catalogue(recipe: Recipe, *, table: str, repeats: int, steps: int) -> 
         repeats: Number of measurements; the median is reported.
         steps: Steps in each measurement.
     """
-    device = choose_device(recipe.device)
-    precision = Precision.choose(recipe.train.precision, device)
+    precision = Precision.of(recipe)
     mean, std = IMAGENET_NORMALISATION
     for model in CATALOGUE:
         if table == "paper" and model.images_per_second is None:
@@ -92,7 +90,7 @@ def bench_catalogue(recipe: Recipe, *, table: str, repeats: int, steps: int) -> 
         }  # fmt: skip
         try:
             classifier = Classifier(model.build(), mean=mean, std=std)
-            accelerate(classifier, recipe.speed, device).eval()
+            accelerate(classifier, recipe.speed, precision.device).eval()
             measured = _time_model(classifier, model.image_px, recipe.train.batch_size, precision, repeats, steps)
             yield entry | measured
         except (MemoryError, RuntimeError) as error:
@@ -100,7 +98,7 @@ def bench_catalogue(recipe: Recipe, *, table: str, repeats: int, steps: int) -> 
                 raise
             yield entry | {"problem": f"does not fit in memory at batch {recipe.train.batch_size}"}
         gc.collect()
-        if device.type == "cuda":
+        if precision.device.type == "cuda":
             torch.cuda.empty_cache()
 
 

@@ -13,8 +13,8 @@ from PIL import Image
 
 from deitkit.bench.training_speed import Bench, bench_train
 from deitkit.comparison.folds import fold_recipes
-from deitkit.data.dataset import crop_source_px
 from deitkit.data.decode import decode_image
+from deitkit.data.selection import crop_source_px
 from deitkit.data.sources.choose import list_images_of
 from deitkit.data.split import plan_splits
 from deitkit.errors import DataError, RecipeError

@@ -18,7 +18,7 @@ from deitkit.models.saved import model_folder, read_card
 from deitkit.models.weights.pretrained import resolved
 from deitkit.models.zoo import pretrained_px
 from deitkit.recipe.schema import Recipe, TeacherRecipe
-from deitkit.system.device import Precision, choose_device, describe_machine
+from deitkit.system.device import Precision, describe_machine
 from deitkit.system.ranks import ALONE
 from deitkit.system.seeding import seeded
 from deitkit.system.timer import Timing, time_in_turn, wait
@@ -44,8 +44,8 @@ class Bench:
 
     def __init__(self, recipe: Recipe, synthetic: bool) -> None:
         self.recipe = recipe = without_weights(recipe)
-        self.device = choose_device(recipe.device)
-        self.precision = Precision.choose(recipe.train.precision, self.device)
+        self.precision = Precision.of(recipe)
+        self.device = self.precision.device
         load = partial(load_all_images, recipe.data, random_crops=recipe.has_random_crops)
         self.dataset = synthetic_dataset(recipe) if synthetic else load()
         self.synthetic = synthetic
@@ -75,7 +75,7 @@ class Bench:
         """Return the machine, data and models of the figures."""
         recipe, (height, width) = self.recipe, self.dataset.image_px
         return {
-            "machine": describe_machine(self.device, self.precision) | {"threads": torch.get_num_threads()},
+            "machine": describe_machine(self.precision) | {"threads": torch.get_num_threads()},
             "data": "synthetic" if self.synthetic else self.dataset.name,
             "image_px": [height, width],
             "model": recipe.model.model_dump(mode="json"),
@@ -210,9 +210,10 @@ def _with_cached_logits(bench: Bench, folder: Path) -> Stepper:
     """Return the steps of the cohort on an epoch with cached teacher logits."""
     recipe = bench.recipe
     cache = open_logit_cache(recipe, bench.dataset, bench.teachers, recipe.seeds[0], bench.precision, folder)
-    writer = bench.cohort(bench.students(("none",)), cache)
+    writer = bench.cohort(bench.students(recipe.methods), cache)
     for step, (images, labels) in enumerate(writer.batches.epoch(0)):
-        view, _ = writer.make_view(images, labels, step)
+        writer.step = step
+        view, _ = writer.make_view(images, labels, step, writer.unlabelled_images())
         cache.keep(0, step, writer.recorder.run(writer.teacher_forward, view))
     again = open_logit_cache(recipe, bench.dataset, bench.teachers, recipe.seeds[0], bench.precision, folder)
     cohort = bench.cohort(bench.students(bench.recipe.methods), again)

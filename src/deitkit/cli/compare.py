@@ -128,7 +128,7 @@ def teacher(
     from deitkit.data.dataset import load_dataset
     from deitkit.models.weights.pretrained import resolved
     from deitkit.run.folder import begin_run, check_run, choose_run_folder, locked
-    from deitkit.system.device import Precision, choose_device
+    from deitkit.system.device import Precision
     from deitkit.teachers.prepare import common_card, dry_run_teachers, prepare_teachers
 
     loaded = resolved(_load(recipe, overrides, None))
@@ -140,15 +140,13 @@ def teacher(
             "--out"
         )
     resume = resume or restarted
-    precision = Precision.choose(loaded.train.precision, choose_device(loaded.device))
+    precision = Precision.of(loaded)
     with Terminal(errors if as_json else console) as terminal, locked(folder):
         check_run(folder, loaded, resume)
         dataset = load_dataset(loaded.data, terminal.reading, random_crops=loaded.has_random_crops)
-        dry_run_teachers(loaded, dataset, folder / "teacher", precision)
+        dry_run_teachers(loaded, dataset, folder, precision)
         begin_run(folder, loaded)
-        teachers, cards = prepare_teachers(
-            loaded, dataset, folder=folder / "teacher", precision=precision, watcher=terminal
-        )
+        teachers, cards = prepare_teachers(loaded, dataset, folder=folder, precision=precision, watcher=terminal)
         together = common_card(teachers, cards, dataset, precision)
     if as_json:
         print_json(_facts(together) | {"teachers": [_facts(card) for card in cards]})
@@ -165,14 +163,15 @@ def _facts(card: "TeacherCard") -> dict[str, Any]:
 
 
 def _print_cards(cards: list["TeacherCard"], folder: Path) -> None:
-    for number, card in enumerate(cards, start=1):
+    from deitkit.run.layout import teacher_folders
+
+    for home, card in zip(teacher_folders(folder, len(cards)), cards, strict=True):
         table = Table(box=None, show_header=False)
         for key, value in _facts(card).items():
             if value is not None:
                 shares = ("top1", "chance", "own_px_top1", "view_px_top1")
                 table.add_row(key, f"{100 * value:.2f} %" if key in shares else str(value))
         console.print(table)
-        home = folder / ("teacher" if number == 1 else f"teacher-{number}")
         say(f"teacher in {home}: use it with teacher.name={home}")
 
 
@@ -205,7 +204,7 @@ def _compare(
     folder = choose_run_folder(out, recipe, resume, restarted=restarted)
     resume = resume or restarted
     with Terminal(errors if as_json else console) as terminal, ExitStack() as stack:
-        pool = None if on is None else open_pool(on, devices)
+        pool = None if on is None else open_pool(on, devices, recipe.device)
         terminal.say(f"run folder {folder}")
         if pool is None:
             stack.enter_context(locked(folder))

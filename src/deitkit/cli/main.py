@@ -20,7 +20,7 @@ from deitkit.cli.models import models
 from deitkit.cli.publish import publish
 from deitkit.cli.recipes import methods, recipes
 from deitkit.cli.report import report, verify
-from deitkit.errors import DeitkitError, Interrupted, is_dead_worker, is_lost_process, is_out_of_memory
+from deitkit.errors import DeitkitError, Interrupted, is_dead_worker, is_lost_process, is_out_of_memory, os_reason
 from deitkit.system.process import configure_process, were_started
 
 TEMPORARY_FAILURE = 75  # of sysexits.h: the same command may succeed
@@ -76,6 +76,9 @@ def main() -> None:
     except KeyboardInterrupt:  # before a command began
         say("stopped", errors)
         sys.exit(Interrupted.exit_code)
+    except OSError as error:  # of a file that a user named, or a disk that is full
+        say(f"error: {error.filename or 'a file'}: {os_reason(error)}", errors, style="red")
+        sys.exit(2)
     except (MemoryError, RuntimeError) as error:
         code = 2
         if is_lost_process(error):

@@ -12,7 +12,7 @@ from typing import IO, Any
 from rich.progress import track
 
 from deitkit.cli.console import errors, say
-from deitkit.errors import DataError, DeitkitError
+from deitkit.errors import DataError, DeitkitError, os_reason
 
 ROWS = 1024  # of a group in the parquet file
 EVERY_SECONDS = 60.0  # a line where no terminal draws a bar
@@ -137,8 +137,7 @@ def _new(path: Path) -> IO[str]:
     except FileExistsError:
         raise DataError(f"{path} exists: name a new file, or remove it") from None
     except OSError as error:
-        reason = (error.strerror or str(error)).lower()
-        raise DataError(f"{path} cannot be written ({reason}): name another file") from None
+        raise DataError(f"{path} cannot be written ({os_reason(error)}): name another file") from None
 
 
 def with_progress(predictions: Iterable[dict[str, Any]], total: int) -> Iterator[dict[str, Any]]:

@@ -108,7 +108,11 @@ class Terminal:
 
     def _line(self, text: str) -> None:
         self._drawn = time.monotonic()
-        say(text, self.console)
+        try:
+            say(text, self.console)
+        except SystemExit:  # rich's answer to a closed pipe
+            gone = "what read the output has ended; the same command with --resume continues"
+            raise Interrupted(gone) from None
 
     def reading(self, what: str, done: int, total: int) -> None:
         """Show on a terminal how much of the data has been read."""

@@ -5,7 +5,6 @@ compares each with the base on the same test images.
 """
 
 import json
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -43,8 +42,9 @@ from deitkit.run.results import (
     with_difference,
     write_results,
 )
-from deitkit.system.device import Precision, choose_device
-from deitkit.teachers.prepare import dry_run_teachers, prepare_teachers
+from deitkit.system.device import Precision
+from deitkit.system.files import copy_file
+from deitkit.teachers.prepare import CARD, dry_run_teachers, is_prepared, prepare_teachers
 from deitkit.training.build import needs_teacher
 
 
@@ -126,27 +126,25 @@ def _dry_run_all(
     recipes: dict[str, Recipe], homes: dict[str, Path], load: Callable[[DataRecipe], Dataset]
 ) -> Int64[Tensor, " n"]:
     """Build every variant once and throw it away; return the labels of the test images, the same for all."""
-    labels = load(as_begun(recipes[BASE].data, homes[BASE])).test.labels
+    base = load(as_begun(recipes[BASE].data, homes[BASE]))
+    labels, places = base.test.labels, base.test_places
+    del base  # before another is loaded
     tried: list[tuple[Any, ...]] = []
     for name, variant in recipes.items():
         with named_in_errors(name):
             dataset = load(as_begun(variant.data, homes[name]))
             require_same_images(dataset, homes[name])
-            if not torch.equal(dataset.test.labels, labels):
+            if not torch.equal(dataset.test_places, places):
                 raise DataError(
                     f"its {len(dataset.test)} test images are not the base's {len(labels)}: change no field of data "
                     "that divides them"
                 )
-            dry_run(variant, dataset, _precision(variant))
+            dry_run(variant, dataset, Precision.of(variant))
             if needs_teacher(variant) and _teacher_key(variant) not in tried:
-                dry_run_teachers(variant, dataset, homes[name] / "teacher", _precision(variant))
+                dry_run_teachers(variant, dataset, homes[name], Precision.of(variant))
                 tried.append(_teacher_key(variant))
             del dataset  # before the next is loaded
     return labels
-
-
-def _precision(recipe: Recipe) -> Precision:
-    return Precision.choose(recipe.train.precision, choose_device(recipe.device))
 
 
 @contextmanager
@@ -165,18 +163,17 @@ def _provide_teacher(
     """Provide a variant's teacher: a copy of one that was trained in the same way, or a new one."""
     recipe, home = recipes[name], homes[name]
     same = [homes[other] for other in recipes if _teacher_key(recipes[other]) == _teacher_key(recipe)]
-    ready = next((other for other in same if (other / "teacher" / "card.json").exists()), None)
-    if ready is not None and not (home / "teacher" / "card.json").exists():
+    ready = next((other for other in same if is_prepared(other / "teacher")), None)
+    if ready is not None and not is_prepared(home / "teacher"):
         for teacher in sorted(ready.glob("teacher*"), reverse=True):  # the first one last
             _copy_teacher(teacher, home / teacher.name)
-    prepare_teachers(recipe, dataset, folder=home / "teacher", precision=_precision(recipe), watcher=watcher)
+    prepare_teachers(recipe, dataset, folder=home, precision=Precision.of(recipe), watcher=watcher)
 
 
 def _copy_teacher(source: Path, home: Path) -> None:
     """Copy a teacher, its card last: a folder with a card is complete."""
-    home.mkdir(parents=True, exist_ok=True)
-    for path in sorted(source.iterdir(), key=lambda path: path.name == "card.json"):
-        shutil.copy2(path, home / path.name)
+    for path in sorted(source.iterdir(), key=lambda path: path.name == CARD):
+        copy_file(path, home / path.name)
 
 
 def _teacher_key(recipe: Recipe) -> tuple[Any, ...]:
@@ -276,9 +273,8 @@ def _in_words(name: str, recipes: dict[str, Recipe]) -> str:
 
 def _verdict(rows: Sequence[VariantRow]) -> str:
     """Return the largest loss and the largest gain, of those that chance does not explain."""
-    differences = {row.row: row.differences.get("base") for row in rows}
-    sure = {name: found.mean for name, found in differences.items() if found is not None and found.is_significant}
-    compared = [row for row in rows if row.variant != BASE]
+    compared = {row.row: row.differences.get("base") for row in rows if row.variant != BASE}
+    sure = {name: found.mean for name, found in compared.items() if found is not None and found.is_significant}
     text = f"{len(sure)} of {len(compared)} rows differ from the base by more than chance explains (p < 0.05)"
     for words, sign in (("lowest", -1), ("highest", 1)):
         name = max(sure, key=lambda name: sign * sure[name], default=None)

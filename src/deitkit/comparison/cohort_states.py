@@ -56,16 +56,17 @@ def plan_cohorts(
     own = [home / name / STATE for name in names if has_state(home / name / STATE)]
     cohorts: list[PlannedCohort] = []
     for place in (shared, *own):
-        state = (load_state(place, say) if has_state(place) else None) or {"students": {}}
-        planned = {name for cohort in cohorts for name in cohort.names}
-        together = tuple(name for name in missing if name in state["students"] and name not in planned)
+        state = load_state(place, say) or {"students": {}}
+        together = tuple(name for name in missing if name in state["students"])
+        missing = [name for name in missing if name not in together]
         if together:
             cohorts.append(PlannedCohort(together, place))
-        elif place == shared:
-            drop_state(shared)
-    rest = tuple(name for name in missing if not any(name in cohort.names for cohort in cohorts))
-    if rest:
-        cohorts.append(PlannedCohort(rest, home / rest[0] / STATE if apart else shared))
+        elif place == shared or {*state["students"]} <= {*names}:
+            # All in it are finished, or continue from the state of which this is a copy: a process ended between two
+            # writes, or before it saved what it trained.
+            drop_state(place)
+    if missing:
+        cohorts.append(PlannedCohort(tuple(missing), home / missing[0] / STATE if apart else shared))
     return cohorts
 
 
@@ -126,7 +127,7 @@ def _divide_state(place: Path, names: Sequence[str], say: Callable[[str], None],
 
 def _set_aside(name: str, state: dict[str, Any], home: Path, metrics: Sequence[EpochMetrics]) -> None:
     """Write what a cohort's state and metrics hold of one student as those of a cohort of its own."""
-    write_own_metrics(home / name, metrics, seed_of(home))
+    write_own_metrics(home / name, [*read_metrics(home / name), *metrics], seed_of(home))
     replace_state(home / name / STATE, state | {"students": {name: state["students"][name]}})
 
 

@@ -42,7 +42,7 @@ from deitkit.recipe.schema import Recipe
 from deitkit.report.published import published_figures
 from deitkit.report.write import write_report
 from deitkit.run.folder import begin_run, check_run
-from deitkit.run.layout import BASELINE, seed_folder
+from deitkit.run.layout import BASELINE, REPORT, seed_folder, teacher_folders
 from deitkit.run.metrics import read_metrics
 from deitkit.run.observer import Watcher
 from deitkit.run.provenance import code_sha256, envelope
@@ -55,12 +55,12 @@ from deitkit.run.results import (
     read_results,
     write_results,
 )
-from deitkit.system.device import Precision, choose_device, describe_machine
-from deitkit.system.files import write_json
+from deitkit.system.device import Precision, describe_machine
+from deitkit.system.files import copy_file, write_json
 from deitkit.system.ranks import current_ranks
 from deitkit.teachers.frozen import Teachers, mean_teacher_logits
 from deitkit.teachers.logit_cache import kept_logits
-from deitkit.teachers.prepare import common_card, dry_run_teachers, prepare_teachers, teacher_folders
+from deitkit.teachers.prepare import common_card, dry_run_teachers, is_prepared, prepare_teachers
 from deitkit.training.build import (
     baseline_architecture,
     build_students,
@@ -122,12 +122,11 @@ def begin(
     """
     recipe = resolved(recipe)
     forget_compiled()
-    device = choose_device(recipe.device)
-    precision = Precision.choose(recipe.train.precision, device)
+    precision = Precision.of(recipe)
     for name in recipe.methods:
         find_method(name)
     check_run(folder, recipe, resume)
-    watcher.say(f"device {device}, precision {precision.name}")
+    watcher.say(f"device {precision.device}, precision {precision.name}")
     dataset = load_images(recipe, folder, watcher, dataset)
     for line in describe_data(dataset):
         watcher.say(line)
@@ -135,16 +134,15 @@ def begin(
     for line in (*start, *describe_students(recipe, dataset, parameters)):
         watcher.say(line)
     if needs_teacher(recipe):
-        dry_run_teachers(recipe, dataset, folder / "teacher", precision)
+        dry_run_teachers(recipe, dataset, folder, precision)
     checkpoint = measure_checkpoint(recipe, dataset, precision, watcher)
     begin_run(folder, recipe)
     adopt_older_layout(folder)
-    machine = describe_machine(device, precision)
+    machine = describe_machine(precision)
     if current_ranks().count > 1:  # which predict other parts of the images at once than one process, and so may round
         machine["processes"] = current_ranks().count
-    streamed = not isinstance(dataset.train.images, Tensor)
     environment = machine | {
-        "deitkit": __version__, "code": code_sha256(), "streamed": streamed, **describe_images(dataset),
+        "deitkit": __version__, "code": code_sha256(), "streamed": dataset.streamed, **describe_images(dataset),
     }  # fmt: skip
     write_json(folder / "environment.json", environment)
     draw_views(dataset, recipe.augment, recipe.train.label_smoothing, folder / "views.png")
@@ -155,9 +153,7 @@ def begin(
     teachers: Teachers | None = None
     cards: list[TeacherCard] = []
     if needs_teacher(recipe):
-        teachers, cards = prepare_teachers(
-            recipe, dataset, folder=folder / "teacher", precision=precision, watcher=watcher
-        )
+        teachers, cards = prepare_teachers(recipe, dataset, folder=folder, precision=precision, watcher=watcher)
     return Begun(recipe, dataset, precision, teachers, cards, checkpoint, start, machine)
 
 
@@ -169,16 +165,16 @@ def train_part(recipe: Recipe, folder: Path, seed: int, names: Sequence[str], *,
         Interrupted: The watcher requested a stop; the run can be resumed.
     """
     recipe = resolved(recipe)
-    precision = Precision.choose(recipe.train.precision, choose_device(recipe.device))
+    precision = Precision.of(recipe)
     watcher.say(f"device {precision.device}, precision {precision.name}")
-    homes = teacher_folders(recipe, folder / "teacher") if needs_teacher(recipe) else []
+    homes = teacher_folders(folder, len(recipe.all_teachers) if needs_teacher(recipe) else 0)
     check_run(folder, recipe, resume=True)
-    if not (folder / "recipe.yaml").exists() or not all((home / "card.json").exists() for home in homes):
+    if not (folder / "recipe.yaml").exists() or not all(map(is_prepared, homes)):
         raise RecipeError(f"{folder} is not prepared, or its teacher is not: run --unit prepare first")
     dataset = load_images(recipe, folder, watcher)
     teachers = None
     if homes:
-        teachers, _ = prepare_teachers(recipe, dataset, folder=folder / "teacher", precision=precision, watcher=watcher)
+        teachers, _ = prepare_teachers(recipe, dataset, folder=folder, precision=precision, watcher=watcher)
     run_seed(SeedRun(recipe, dataset, teachers, precision, seed, folder, watcher), part=names)
 
 
@@ -186,14 +182,15 @@ def _conclude(results: Results, folder: Path) -> Results:
     """Add the advice, and write the winner, the results and the reports."""
     results = results.model_copy(update={"advice": advice(results)})
     copy_winner(results, folder, [seed_folder(folder, seed) for seed in results.seeds])
+    (folder / REPORT).unlink(missing_ok=True)  # which is written last, so that its absence tells of a kill before
     write_results(results, folder)
     write_report(folder)
     return results
 
 
 def has_finished(folder: Path, recipe: Recipe) -> bool:
-    """Return whether a run folder holds the results of all methods and seeds of a recipe, and of no others."""
-    if not (folder / "results.json").exists():
+    """Return whether a run folder holds results of all methods and seeds of a recipe and of no others, and a report."""
+    if not (folder / "results.json").exists() or not (folder / REPORT).exists():
         return False
     results = read_results(folder)
     return results.recipe["methods"] == list(recipe.methods) and results.seeds == recipe.seeds
@@ -315,13 +312,12 @@ def copy_winner(results: Results, folder: Path, homes: Sequence[Path]) -> None:
     validation = validation_scores(row, results.recipe.get("compare", {}).get("by", "accuracy"))
     place = max(range(len(homes)), key=lambda place: validation[place] or 0.0)
     source = homes[place] / row.student
-    target.mkdir(exist_ok=True)
     weights = target / "model.safetensors"
     if weights.exists() and not filecmp.cmp(source / weights.name, weights, shallow=False):
         for exported in (*target.glob("*.onnx"), *target.glob("*.onnx.json")):
             exported.unlink()
     for name in MODEL_FILES:
-        shutil.copy2(source / name, target / name)
+        copy_file(source / name, target / name)
     card = json.loads((target / "model.json").read_text(encoding="utf-8"))
     card |= {"readout": row.readout, "test_top1": row.top1[place]}
     write_json(target / "model.json", card)

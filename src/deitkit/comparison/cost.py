@@ -14,10 +14,10 @@ from deitkit.models.accelerate import uncompiled
 from deitkit.models.classifier import Classifier
 from deitkit.models.saved import read_card
 from deitkit.recipe.schema import Recipe
+from deitkit.run.layout import teacher_folders
 from deitkit.run.results import Cost, Results
 from deitkit.system.device import Precision
 from deitkit.system.timer import time_in_turn
-from deitkit.teachers.prepare import teacher_folders
 
 BATCH_SIZES = (8, 32, 128)  # beside single images
 LONGEST_SECONDS = 1.0  # of one batch, by the time for single images
@@ -40,7 +40,7 @@ def add_costs(results: Results, recipe: Recipe, folder: Path, precision: Precisi
     students = {
         name: home for seed in reversed(results.seeds) for name, home in students_of(folder, results, seed).items()
     }
-    teachers = teacher_folders(recipe, folder / "teacher") if results.teachers else []
+    teachers = teacher_folders(folder, len(results.teachers))
     costs = measure_costs([*students.values(), *teachers], recipe, results, precision)
     cards = tuple(
         card.model_copy(update={"cost": costs[home]}) for card, home in zip(results.teachers, teachers, strict=True)

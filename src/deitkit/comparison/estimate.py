@@ -10,17 +10,18 @@ from deitkit.comparison.seed_run import seed_cohort
 from deitkit.data.dataset import Dataset
 from deitkit.models.accelerate import accelerate
 from deitkit.recipe.schema import Recipe
-from deitkit.run.layout import seed_folder
+from deitkit.run.layout import seed_folder, teacher_folders
 from deitkit.system.device import Precision
 from deitkit.system.ranks import ALONE
 from deitkit.system.timer import duration_text
 from deitkit.teachers.frozen import FrozenTeacher, Teachers
 from deitkit.teachers.prepare import (
     draft_teacher,
+    is_prepared,
     is_trained,
     load_teacher_images,
+    read_teacher,
     teacher_cohort,
-    teacher_folders,
     teacher_student,
 )
 from deitkit.training.build import build_students, needs_teacher, student_names
@@ -61,13 +62,16 @@ def estimate_training(recipe: Recipe, dataset: Dataset, folder: Path, precision:
     missing = {seed: missing_students(folder, seed, student_names(recipe)) for seed in recipe.seeds}
     count = sum(len(names) for names in missing.values())
     views = count * recipe.train.epochs * len(dataset.train)
-    homes = teacher_folders(recipe, folder / "teacher")
+    homes = teacher_folders(folder, len(recipe.all_teachers))
     begun = any(training_has_begun(home) for home in (*homes, *(seed_folder(folder, seed) for seed in recipe.seeds)))
     if precision.device.type != "cpu" or count == 0 or views < LEAST_VIEWS or begun:
         return None
     teachers = []
     seconds_of_teachers = 0.0
     for one, home in zip(recipe.all_teachers, homes, strict=True) if needs_teacher(recipe) else ():
+        if is_prepared(home):
+            teachers.append(read_teacher(home, recipe.speed, precision)[0])
+            continue
         classifier, card = draft_teacher(one, dataset)
         accelerate(classifier, recipe.speed, precision.device)
         if card.fit != "none" and not is_trained(home):
@@ -93,10 +97,10 @@ def _seconds(cohort: Cohort, epochs: int) -> float:
         student.classifier.train()
     steps = min(WARM_UP_STEPS + TIMED_STEPS, cohort.batches.steps_per_epoch)
     batches = cohort.batches.epoch(0, 0)
-    started = time.perf_counter()
-    for step in range(steps):
-        if step == min(WARM_UP_STEPS, steps - 1):
-            started = time.perf_counter()
+    warm_up = min(WARM_UP_STEPS, steps - 1)
+    for _ in range(warm_up):
         cohort.next_step(batches)
-    timed = max(1, steps - WARM_UP_STEPS)
-    return (time.perf_counter() - started) / timed * cohort.batches.steps_per_epoch * epochs
+    started = time.perf_counter()
+    for _ in range(steps - warm_up):
+        cohort.next_step(batches)
+    return (time.perf_counter() - started) / (steps - warm_up) * cohort.batches.steps_per_epoch * epochs

@@ -10,11 +10,11 @@ from deitkit.models.accelerate import accelerate
 from deitkit.models.classifier import Classifier
 from deitkit.models.saved import load_classifier
 from deitkit.recipe.schema import Recipe, SpeedRecipe
-from deitkit.run.layout import seed_folder
+from deitkit.run.layout import seed_folder, teacher_folders
 from deitkit.run.observer import Watcher
 from deitkit.run.results import Results
 from deitkit.system.device import Precision
-from deitkit.teachers.prepare import prepare_teachers, teacher_folders
+from deitkit.teachers.prepare import CARD, is_prepared, prepare_teachers
 
 
 def teachers_of(
@@ -25,10 +25,10 @@ def teachers_of(
     Raises:
         CheckpointError: One of them is not in the run folder.
     """
-    for home in teacher_folders(recipe, folder / "teacher"):
-        if not (home / "card.json").exists():
-            raise CheckpointError(f"{home} holds no card.json: copy the teacher's folder back into its run")
-    teachers, _ = prepare_teachers(recipe, dataset, folder=folder / "teacher", precision=precision, watcher=watcher)
+    for home in teacher_folders(folder, len(recipe.all_teachers)):
+        if not is_prepared(home):
+            raise CheckpointError(f"{home} holds no {CARD}: copy the teacher's folder back into its run")
+    teachers, _ = prepare_teachers(recipe, dataset, folder=folder, precision=precision, watcher=watcher)
     return teachers.classifiers
 
 

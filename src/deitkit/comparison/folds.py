@@ -5,7 +5,6 @@ have seen the test images. This module orders them and combines their results; i
 """
 
 import hashlib
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -46,7 +45,8 @@ from deitkit.run.results import (
     with_difference,
     write_results,
 )
-from deitkit.system.device import Precision, choose_device
+from deitkit.system.device import Precision
+from deitkit.system.files import copy_file
 from deitkit.teachers.prepare import dry_run_teachers
 from deitkit.teachers.saved import origins, require_unseen
 from deitkit.training.build import needs_teacher
@@ -77,7 +77,7 @@ def compare_folds(recipe: Recipe, folder: Path, *, watcher: Watcher, resume: boo
     results = combine(recipe, {fold: read_results(home) for fold, home in homes.items()})
     copy_winner(results, folder, [seed_folder(home, recipe.seeds[0]) for home in homes.values()])
     if (homes[1] / "views.png").is_file():
-        shutil.copy2(homes[1] / "views.png", folder / "views.png")
+        copy_file(homes[1] / "views.png", folder / "views.png")
     write_results(results, folder)
     write_report(folder)
     return results
@@ -101,12 +101,12 @@ def begin_folds(
     for fold, own in recipes.items():
         check_run(fold_folder(folder, fold), own, resume=True)
     load = keeping_last(lambda data: load_all_images(data, watcher.reading, random_crops=recipe.has_random_crops))
-    precision = Precision.choose(recipe.train.precision, choose_device(recipe.device))
+    precision = Precision.of(recipe)
     dataset = load(as_begun(recipes[1].data, fold_folder(folder, 1)))
     dry_run(recipes[1], dataset, precision)
     teachers = recipe.all_teachers if needs_teacher(recipe) else ()
     if teachers:
-        dry_run_teachers(recipes[1], dataset, fold_folder(folder, 1) / "teacher", precision)
+        dry_run_teachers(recipes[1], dataset, fold_folder(folder, 1), precision)
     # Without its damaged files a class may have no images in a split of another fold, and the images that a checkpoint
     # or a teacher was trained on may be another fold's test images.
     has_seen = starting_weights(recipe.model) is not None or any(origins(teacher) for teacher in teachers)
@@ -131,10 +131,7 @@ def combine(recipe: Recipe, folds: Mapping[int, Results]) -> FoldResults:
     rows = _compared(rows, each, teacher_top1)
     winner = best_row(rows, recipe.compare.by)
     teacher = None if first.teacher is None else _teacher([one.teacher for one in each])
-    validation_images = sum(one.dataset.validation for one in each)
-    standing = _standing(
-        winner, rows, recipe.compare.by, validation_images, None if teacher is None else teacher.test_top1
-    )
+    standing = _standing(winner, rows, recipe.compare.by, None if teacher is None else teacher.test_top1)
     results = FoldResults(
         **envelope(FORMAT),
         recipe=recipe.model_dump(mode="json"),
@@ -205,9 +202,7 @@ def _difference(values: Sequence[float | None], others: Sequence[float | None]) 
     return resampled_difference([one - other for one, other in pairs], len(values)) if len(pairs) > 1 else None
 
 
-def _standing(
-    winner: Row | None, rows: Sequence[Row], by: str, validation_images: int, teacher_top1: float | None
-) -> Standing | None:
+def _standing(winner: Row | None, rows: Sequence[Row], by: str, teacher_top1: float | None) -> Standing | None:
     if winner is None:
         return None
     rivals = [
@@ -219,7 +214,7 @@ def _standing(
     return Standing(
         winner=winner,
         leads=corrected_differences({name: lead for name, lead in leads.items() if lead is not None}),
-        validation_images=validation_images,
+        chosen_on=f"the validation images of {len(winner.top1)} folds",
         over=f"mean of {len(winner.top1)} folds",
         teacher_top1=teacher_top1,
         only_answer=None,
@@ -252,8 +247,13 @@ def _dataset(each: Sequence[DatasetSummary]) -> DatasetSummary:
 
 
 def _notes(each: Sequence[Results]) -> tuple[str, ...]:
+    tested = (
+        f"Every image is a test image of one of {len(each)} folds"
+        if each[0].recipe["data"]["test_images"] is None
+        else f"The test images are drawn from each of {len(each)} folds"
+    )
     about = (
-        f"Every image is a test image of one of {len(each)} folds, which share most of their training images: "
-        "intervals and p are those of the corrected resampled t test (Nadeau and Bengio 2003)."
+        f"{tested}, which share most of their training images: intervals and p are those of the corrected resampled t "
+        "test (Nadeau and Bengio 2003)."
     )
     return (about, *dict.fromkeys(note for one in each for note in one.notes))

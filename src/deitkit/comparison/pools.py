@@ -1,16 +1,20 @@
 """Where the units of a comparison run, each as a process of its own: on this machine, or on a Ray cluster."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from deitkit.errors import RecipeError, reason_of
 from deitkit.system.process import ENDS_WITH_PARENT, TORCHRUN_VARIABLES, UNITS_HERE, usable_cores, were_started
+from deitkit.system.words import counted
 
+USES_GPUS = ("auto", "cuda")  # devices of a recipe that are GPUs where there are any
 LOST = -1  # the exit code of a process whose machine or supervisor is gone
 PASSED_ON = ("DEITKIT_", "OMP_", "GOMP_", "PYTHON")  # beginnings of the variables that another machine needs
 ANSWER_SECONDS = 10.0  # for a cluster to answer
@@ -37,12 +41,13 @@ class Pool(Protocol):
         """Give the devices back."""
 
 
-def open_pool(place: str, devices: int) -> Pool:
+def open_pool(place: str, devices: int, device: str = "auto") -> Pool:
     """Open the pool of ``--on``: ``local``, ``local:4``, ``ray`` or ``ray:ADDRESS``.
 
     Args:
         place: As on the command line.
         devices: Of each unit.
+        device: Of the recipe; the GPUs are divided among the units if it uses them.
 
     Raises:
         RecipeError: There is no such pool, or Ray is missing or does not answer.
@@ -53,9 +58,9 @@ def open_pool(place: str, devices: int) -> Pool:
         )
     kind, _, where = place.partition(":")
     if kind == "local" and (not where or (where.isdecimal() and int(where) > 0)):
-        return LocalPool(int(where) if where else None, devices)
+        return LocalPool(int(where) if where else None, devices, device)
     if kind == "ray":
-        return RayPool(where or None, devices)
+        return RayPool(where or None, devices, device)
     named = place or "''"
     raise RecipeError(f"--on {named} is not a place to run on: write local, local:4, ray or ray:ADDRESS")
 
@@ -73,13 +78,15 @@ class LocalPool:
     Args:
         size: How many run side by side; by default one on each GPU, or on each core.
         devices: GPUs, or processes on cores, of each.
+        device: Of the recipe.
     """
 
-    def __init__(self, size: int | None, devices: int) -> None:
+    def __init__(self, size: int | None, devices: int, device: str = "auto") -> None:
         import torch  # here, since it takes seconds to import
 
-        self.gpus = torch.cuda.device_count()
+        self.gpus = torch.cuda.device_count() if device in USES_GPUS else 0
         self.devices = devices
+        _require_gpus(self.gpus, devices, "this machine")
         most = max(1, (self.gpus or usable_cores()) // devices)
         self.size = most if size is None else size
         if self.gpus and self.size * devices > self.gpus:
@@ -121,6 +128,12 @@ class LocalPool:
                 process.kill()
 
 
+def _require_gpus(gpus: int, devices: int, machine: str) -> None:
+    """Raise RecipeError if a unit wants more GPUs than a machine that has any."""
+    if 0 < gpus < devices:
+        raise RecipeError(f"--devices {devices} exceeds the {counted(gpus, 'GPU')} of {machine}: use {gpus} at most")
+
+
 def _start(command: Sequence[str], log: Path, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
     """Start a command in a session of its own, which Ctrl-C does not reach."""
     with log.open("ab") as file:
@@ -140,9 +153,10 @@ class RayPool:
     Args:
         address: Of the cluster; None is RAY_ADDRESS, or without it a cluster of this machine alone.
         devices: GPUs of each unit, or processes where the cluster has none.
+        device: Of the recipe.
     """
 
-    def __init__(self, address: str | None, devices: int) -> None:
+    def __init__(self, address: str | None, devices: int, device: str = "auto") -> None:
         try:
             import ray
         except ImportError:
@@ -151,6 +165,7 @@ class RayPool:
         # "local", since Ray would look for a cluster that ran here before, and wait for it for minutes.
         address = address or os.environ.get("RAY_ADDRESS") or "local"
         settings: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
+        on_sigterm = signal.getsignal(signal.SIGTERM)
         try:
             _require_answer(address)
             ray.init(address=address, log_to_driver=False, configure_logging=False, **settings)
@@ -159,11 +174,15 @@ class RayPool:
             raise RecipeError(
                 f"--on ray: no cluster answers at {address} ({reason}): start one there, or use --on local"
             ) from None
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own would end this process at once
         self.ray, self.devices = ray, devices
-        total = ray.cluster_resources()
-        self.gpus = int(total.get("GPU", 0))
-        self.cores = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
-        self.size = max(1, self.gpus // devices if self.gpus else sum(self.cores) // devices)
+        self._logs: dict[Any, Path] = {}
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        gpus = [int(node.get("GPU", 0)) if device in USES_GPUS else 0 for node in nodes]
+        self.gpus, self.cores = sum(gpus), [int(node.get("CPU", 0)) for node in nodes]
+        _require_gpus(max(gpus), devices, "the cluster's largest machine")
+        self.size = max(1, sum(each // devices for each in (gpus if self.gpus else [sum(self.cores)])))
 
     def start(self, command: Sequence[str], log: Path, share: int) -> Any:
         """Start a command as a task, on a machine with free devices."""
@@ -174,16 +193,23 @@ class RayPool:
             num_gpus=self.devices if self.gpus else 0,
             max_retries=0,  # the units are started again here, wherever they were lost
         )
-        return task.remote(list(command), str(log), str(Path.cwd()), passed_on, max(1, cores // self.devices))
+        handle = task.remote(list(command), str(log), str(Path.cwd()), passed_on, cores, self.devices)
+        self._logs[handle] = log
+        return handle
 
     def exit_code(self, handle: Any) -> int | None:
-        """Return the exit code of a command, ``LOST`` if its machine is gone, None while it runs."""
+        """Return the exit code of a command, ``LOST`` if its machine is gone, None while it runs.
+
+        Why the machine could not run it, such as a folder that it does not see, is added to the log.
+        """
         done, _ = self.ray.wait([handle], timeout=0)
         if not done:
             return None
         try:
             return int(self.ray.get(handle))
-        except self.ray.exceptions.RayError:
+        except self.ray.exceptions.RayError as error:
+            with self._logs[handle].open("a", encoding="utf-8") as log:
+                log.write(f"{reason_of(getattr(error, 'cause', None) or error)}\n")
             return LOST
 
     def stop(self, handle: Any) -> None:
@@ -202,11 +228,11 @@ def _require_answer(address: str) -> None:
         socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER_SECONDS).close()
 
 
-def _run_on_node(command: list[str], log: str, folder: str, variables: dict[str, str], cores: int) -> int:
-    """Run a command on a machine of the cluster; when the task is cancelled, let it save its state."""
+def _run_on_node(command: list[str], log: str, folder: str, variables: dict[str, str], cores: int, devices: int) -> int:
+    """Run a unit on some cores of a machine of the cluster; when the task is cancelled, let it save its state."""
     os.chdir(folder)
     inherited = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}  # which Ray sets
-    environment = _environment(inherited | variables, cores)
+    environment = _environment(inherited | variables, max(1, cores // devices))
     environment[UNITS_HERE] = str(max(1, usable_cores() // cores))
     process = _start(command, Path(log), environment)
     while True:

@@ -280,7 +280,8 @@ def best_row(rows: Sequence[Row], by: str) -> Row | None:
     Of a student with two heads only the joint readout of the paper may win; of equals the first.
     """
     candidates = [row for row in reported_rows(rows) if row.kind == "student" and row.status == "ok"]
-    return max(candidates, key=lambda row: mean_of_finished(validation_scores(row, by)) or 0.0, default=None)
+    # The means of equal sums differ by rounding.
+    return max(candidates, key=lambda row: round(mean_of_finished(validation_scores(row, by)) or 0.0, 9), default=None)
 
 
 def validation_scores(row: Row, by: str) -> tuple[float | None, ...]:
@@ -307,7 +308,7 @@ def _standing(
     return Standing(
         winner=winner,
         leads=corrected_differences({name: lead for name, lead in leads.items() if lead is not None}),
-        validation_images=len(labels),
+        chosen_on=counted(len(labels), "validation image"),
         over=f"mean of {len(recipe.seeds)} seeds" if len(recipe.seeds) > 1 else "one seed",
         teacher_top1=None if teacher is None else teacher.double().mean().item(),
         only_answer=None if only is None else dataset.class_names[only],

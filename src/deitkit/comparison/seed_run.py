@@ -134,7 +134,9 @@ def _train_cohort(run: SeedRun, planned: PlannedCohort, metrics_home: Path) -> N
         save_seconds=recipe.speed.save_seconds,
     )
     scores = predict_students(students, dataset, precision, ranks)
-    _keep(run, students, scores, read_metrics(metrics_home))
+    # Where a student's folder has the metrics of all, its own come last, which replace those of the others.
+    in_order = sorted(students, key=lambda student: run.home / student.name == metrics_home)
+    _keep(run, in_order, scores, read_metrics(metrics_home))
     for student in students:
         release(student.classifier)
     for state in (planned.state, *(run.home / name / STATE for name in planned.names)):
@@ -234,12 +236,13 @@ def _keep(run: SeedRun, students: Sequence[Student], scores: Scores, metrics: Se
 def _move_metrics(run: SeedRun, planned: PlannedCohort, *, apart: bool) -> Path:
     """Put the metrics of students that continue where this training adds its own; return that folder.
 
-    They may be among those of the run, or in the folder in which the state is.
+    They may be among those of the run, in the students' folders, or in the folder in which the state is.
     """
     of_run, own = read_metrics(run.folder), planned.state.parent
     if not apart:
-        if own.name in planned.names:
-            write_metrics(of_run + read_metrics(own), run.folder)
+        set_aside = [line for name in planned.names for line in read_metrics(run.home / name)]
+        if set_aside:
+            write_metrics(of_run + set_aside, run.folder)
         return run.folder
     earlier = [line for line in of_run if line.seed == run.seed and line.student in planned.names]
     if earlier:
@@ -259,7 +262,15 @@ def load_predictions(
 
 
 def gather_metrics(folder: Path, seeds: Sequence[int], names: Sequence[str]) -> None:
-    """Write the metrics of finished students as those of the run, in the order of one cohort a seed."""
+    """Write the metrics of finished students as those of the run, in the order of one cohort a seed.
+
+    Those of a seed that left the comparison unfinished move into its students' folders.
+    """
+    of_run = read_metrics(folder)
+    for seed, name in dict.fromkeys((line.seed, line.student) for line in of_run if line.seed not in seeds):
+        home = seed_folder(folder, seed) / name
+        if not (home / PREDICTIONS).exists():
+            write_own_metrics(home, [*read_metrics(home), *of_run], seed)
     lines = [line for seed in seeds for name in names for line in read_metrics(seed_folder(folder, seed) / name)]
     lines.sort(key=lambda line: (seeds.index(line.seed), line.epoch, names.index(line.student)))
     write_metrics(lines, folder)

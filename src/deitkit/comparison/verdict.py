@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 from deitkit.run.difference import Difference
 from deitkit.run.results import Row
-from deitkit.system.words import counted
 
 
 @dataclass(frozen=True)
@@ -15,7 +14,7 @@ class Standing:
     Attributes:
         winner: The row of the student with the best validation accuracy.
         leads: Its lead over each other student, by row, on the validation images.
-        validation_images: Their number.
+        chosen_on: Which these are, in words.
         over: What the accuracies are of: one seed, or the mean of several seeds or folds.
         teacher_top1: The teacher's accuracy on the test images; None without a teacher.
         by: ``accuracy`` or ``balanced``, by which the winner was chosen.
@@ -25,7 +24,7 @@ class Standing:
 
     winner: Row
     leads: Mapping[str, Difference]
-    validation_images: int
+    chosen_on: str
     over: str
     teacher_top1: float | None
     only_answer: str | None
@@ -67,7 +66,7 @@ def _outcome(standing: Standing, rows: Sequence[Row]) -> str:
 
 def _equal(standing: Standing) -> list[str]:
     """Return the other students that are as good as the winner on the validation images."""
-    return [name for name, lead in standing.leads.items() if lead.mean == 0 and standing.by == "accuracy"]
+    return [name for name, lead in standing.leads.items() if lead.is_zero and standing.by == "accuracy"]
 
 
 def _tied(standing: Standing) -> list[str]:
@@ -78,13 +77,12 @@ def _tied(standing: Standing) -> list[str]:
 
 def _lead(standing: Standing) -> str:
     equal, tied = _equal(standing), _tied(standing)
-    images = counted(standing.validation_images, "validation image")
     sentences = []
     if equal:
         are = "is" if len(equal) == 1 else "are"
-        sentences.append(f"{_list(equal)} {are} as good on {images}; the first of the methods is taken")
+        sentences.append(f"{_list(equal)} {are} as good on {standing.chosen_on}; the first of the methods is taken")
     if tied:
-        sentences.append(f"Chance may explain its lead over {_list(tied)} on {images}")
+        sentences.append(f"Chance may explain its lead over {_list(tied)} on {standing.chosen_on}")
     return ". ".join(sentences)
 
 
@@ -124,7 +122,7 @@ def _baselines(winner: Row, rows: Sequence[Row]) -> list[str]:
 def _other(name: str, top1: float, difference: Difference) -> str:
     gap = 100 * abs(difference.mean)
     scores = f"{name} scores {_percent(top1)}"
-    if difference.mean == 0:
+    if difference.is_zero:
         return f"{scores}, as much"
     return f"{scores}, {gap:.2f} points {'less' if difference.mean > 0 else 'more'} ({p_in_words(difference)})"
 

@@ -15,12 +15,11 @@ from deitkit.evaluation.readouts import readout_scores, top_k_accuracy
 from deitkit.models.weights.read import file_sha256
 from deitkit.recipe.load import load_recipe
 from deitkit.recipe.schema import DataRecipe
-from deitkit.run.layout import fold_folder, seed_folder, variant_folder
+from deitkit.run.layout import fold_folder, seed_folder, teacher_folders, variant_folder
 from deitkit.run.observer import Watcher
 from deitkit.run.results import AblationResults, FoldResults, Row, read_results
-from deitkit.system.device import Precision, choose_device, describe_machine
+from deitkit.system.device import Precision, describe_machine
 from deitkit.system.words import counted
-from deitkit.teachers.prepare import teacher_folders
 
 # Tolerance for another processor or version of torch, where rounding decides images near a boundary between two
 # classes. On the machine of the run figures must be identical.
@@ -103,20 +102,19 @@ def _verify(
 ) -> Verification:
     """Measure the students in a folder, and compare them with rows of its own table or of the ablation's."""
     results, recipe = read_results(folder), load_recipe(str(folder / "recipe.yaml"))
-    device = choose_device("auto")
-    precision = Precision.choose(recipe.train.precision, device)
+    precision = Precision.here(recipe)
     dataset = load(as_begun(recipe.data, folder))
     same_data = dataset.fingerprint == results.dataset.fingerprint
-    homes_of_teachers = zip(results.teachers, teacher_folders(recipe, folder / "teacher"), strict=False)
+    homes_of_teachers = zip(results.teachers, teacher_folders(folder, len(results.teachers)), strict=True)
     teachers = [(home / "model.safetensors", card.sha256) for card, home in homes_of_teachers if card.sha256]
     problems = [problem for weights, sha256 in teachers if (problem := _not_the_teachers(weights, sha256))]
     same_teachers = not problems if teachers else None
-    tolerance = 0.0 if results.machine == describe_machine(device, precision) else TOLERANCE_ELSEWHERE
+    tolerance = 0.0 if results.machine == describe_machine(precision) else TOLERANCE_ELSEWHERE
     rows = []
     for place, seed in enumerate(results.seeds):
         watcher.say(f"seed {seed}: measuring its students on {counted(len(dataset.test), 'test image')}")
         homes = students_of(folder, results, seed)
-        students = [load_as_trained(home, recipe.speed, device) for home in homes.values()]
+        students = [load_as_trained(home, recipe.speed, precision.device) for home in homes.values()]
         outputs = dict(zip(homes, predict_all(students, dataset.test, precision), strict=True))
         for row in recorded_rows:
             recorded = row.top1[place] if place < len(row.top1) else None

@@ -11,7 +11,7 @@ from deitkit.errors import Interrupted
 from deitkit.models.accelerate import accelerate, forget_compiled, release
 from deitkit.recipe.schema import DataRecipe
 from deitkit.run.observer import Silent
-from deitkit.system.device import Precision, choose_device
+from deitkit.system.device import Precision
 from deitkit.system.ranks import Ranks
 from deitkit.system.seeding import seeded
 from deitkit.teachers.prepare import (
@@ -58,7 +58,7 @@ def run_worker(ranks: Ranks) -> None:
 
 
 def _help(training: SharedTraining, ranks: Ranks, stop: Stop) -> None:
-    precision = Precision.choose(training.recipe.train.precision, choose_device(training.recipe.device))
+    precision = Precision.of(training.recipe)
     if training.seed is None:
         _help_with_teacher(training, precision, ranks, stop)
     else:
@@ -81,8 +81,7 @@ def _help_with_students(training: SharedTraining, seed: int, precision: Precisio
     dataset = _load(recipe.data, recipe.has_random_crops)
     teachers = None
     if needs_teacher(recipe):
-        home = training.folder / "teacher"
-        teachers, _ = prepare_teachers(recipe, dataset, folder=home, precision=precision, watcher=Silent())
+        teachers, _ = prepare_teachers(recipe, dataset, folder=training.folder, precision=precision, watcher=Silent())
     students = build_students(recipe, dataset, seed, precision, names=training.names)
     help_to_the_end(seed_cohort(students, recipe, dataset, teachers, seed, precision, ranks), stop)
     predict_students(students, dataset, precision, ranks)

@@ -8,7 +8,6 @@ import zlib
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import UInt8
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -45,7 +44,7 @@ def load_cached(key: str) -> tuple[dict[str, Tensor], list[str]] | None:
     return (tensors, names) if intact else None
 
 
-def store(key: str, tensors: dict[str, UInt8[Tensor, "..."]], names: list[str]) -> None:
+def store(key: str, tensors: dict[str, Tensor], names: list[str]) -> None:
     """Store tensors and names under a key; do nothing if the folder cannot be written."""
     metadata = {"names": json.dumps(names), "checksum": _checksum(tensors)}
     temporary: Path | None = None

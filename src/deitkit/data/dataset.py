@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from itertools import islice, zip_longest
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -17,7 +18,6 @@ from jaxtyping import Int64, UInt8
 from torch import Tensor
 
 from deitkit.data.cache import sha256
-from deitkit.data.decode_many import DecodedImages, decode_images
 from deitkit.data.duplicates import (
     LEAST_NEAR_PX,
     MOST_EXAMPLES,
@@ -25,20 +25,18 @@ from deitkit.data.duplicates import (
     Duplicates,
     find_duplicates,
     find_near_duplicates,
-    pixel_hashes,
 )
 from deitkit.data.listing import EncodedImages, Listing, ProgressCallback, writable
 from deitkit.data.originals import decodable_images, original_images
-from deitkit.data.pixels import mean_and_std, mean_and_std_of_counts, require_memory, resize, to_channels
+from deitkit.data.pixels import mean_and_std, mean_and_std_of_counts
+from deitkit.data.selection import crop_source_of, crop_source_px, read_selection
 from deitkit.data.sources.choose import list_images_of
 from deitkit.data.sources.folders import list_images
-from deitkit.data.split import CropSource, Split, SplitIndices, plan_splits
-from deitkit.data.survey import Survey, survey, wants_streaming
+from deitkit.data.split import Split, SplitIndices, plan_splits
+from deitkit.data.survey import Survey
 from deitkit.errors import DataError
 from deitkit.recipe.schema import DataRecipe
 from deitkit.system.words import counted
-
-_CHUNK = 1024  # images copied at a time for hashing
 
 
 @dataclass(frozen=True)
@@ -61,6 +59,8 @@ class Dataset:
         fit: How images became square, as ``data.fit``.
         unlabelled: Images to train on without labels, all labelled -1; None without any.
         names: Returns the name of an image by its split and place, for messages.
+        test_places: Position of each test image among all images of the data set.
+        hashed_as: Channels and side of the pixels that are hashed, of named sets that were resized; None for others.
         divided: Whether the test images were drawn from all, since the data set has no test split of its own.
         originals: Returns training images by their positions as they were before they were resized to a square; None if
             nothing was resized.
@@ -81,6 +81,8 @@ class Dataset:
     fit: str = "crop"
     unlabelled: Split | None = None
     names: Callable[[str, int], str] | None = None
+    test_places: Int64[Tensor, " test"] = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+    hashed_as: tuple[int, int] | None = None
     divided: bool = False
 
     @cached_property
@@ -97,6 +99,13 @@ class Dataset:
             (self.names("test", int(fresh[one])), self.names("train", other)) for one, other in pairs[:MOST_EXAMPLES]
         ]
         return Duplicates(len(pairs), tuple(few), near=True)
+
+    @property
+    def streamed(self) -> bool | Literal["unlabelled"]:
+        """Whether its images are streamed, as ``data.streaming``: all, none, or only those without labels."""
+        if not isinstance(self.train.images, Tensor):
+            return True
+        return "unlabelled" if self.unlabelled and not isinstance(self.unlabelled.images, Tensor) else False
 
     @property
     def classes(self) -> int:
@@ -134,7 +143,7 @@ def load_dataset(
     parts = (indices.train, indices.validation, indices.test)
     selection = torch.cat(parts)
     train_px = crop_source_px(recipe) if random_crops else None
-    found = _read(listing, selection, len(indices.train), recipe, progress, train_px)
+    found = read_selection(listing, selection, len(indices.train), recipe, progress, train_px)
     sizes = [int(kept.sum()) for kept in found.kept.split([len(part) for part in parts])]
     places, hashes = selection[found.kept].split(sizes), found.hashes[found.kept].split(sizes)
     labels = [listing.labels[some] for some in places]
@@ -142,7 +151,7 @@ def load_dataset(
     splits = [Split(*each[:2], hashes=each[2]) for each in zip(images, labels, hashes, strict=True)]
     _require_all_classes(dict(zip(("train", "validation", "test"), splits, strict=True)), listing, recipe)
     train, validation, test = splits
-    train = replace(train, crop_source=_crop_source(found, len(indices.train), train_px))
+    train = replace(train, crop_source=crop_source_of(found, len(indices.train), train_px))
     names = partial(_name_in_split, listing, {"train": places[0], "validation": places[1], "test": places[2]})
     mean, std = (
         mean_and_std_of_counts(found.counts) if isinstance(found, Survey) else mean_and_std(found.images[: sizes[0]])
@@ -162,6 +171,8 @@ def load_dataset(
         originals=partial(original_images, listing, places[0]) if recipe.image_px is not None else None,
         fit=recipe.fit,
         names=names,
+        test_places=places[2],
+        hashed_as=None if isinstance(listing.images, EncodedImages) else (*listing.images.shape[1:3],),
         divided=listing.official_test is None,
     )
 
@@ -176,7 +187,7 @@ def load_all_images(
 
 def as_read(recipe: DataRecipe, dataset: Dataset) -> DataRecipe:
     """Return a recipe that streams its images as this data set does, on machines with other free memory too."""
-    return recipe.model_copy(update={"streaming": not isinstance(dataset.train.images, Tensor)})
+    return recipe.model_copy(update={"streaming": dataset.streamed})
 
 
 def add_unlabelled(dataset: Dataset, recipe: DataRecipe, progress: ProgressCallback | None = None) -> Dataset:
@@ -192,6 +203,11 @@ def add_unlabelled(dataset: Dataset, recipe: DataRecipe, progress: ProgressCallb
     if source == "rest":
         listing, indices = _plan(recipe, None)
         selection = indices.rest
+        if not len(selection):
+            raise DataError(
+                f"data.unlabelled=rest is empty, since data.train_images={recipe.train_images} are all there are: "
+                "lower it, or drop data.unlabelled"
+            )
     else:
         listing = _list_unlabelled(source)
         selection = torch.arange(len(listing.labels))
@@ -200,11 +216,18 @@ def add_unlabelled(dataset: Dataset, recipe: DataRecipe, progress: ProgressCallb
         raise DataError(
             f"data.unlabelled={source} needs square images, but these have {height} x {width} px: set data.image_px"
         )
-    sized = recipe.model_copy(update={"image_px": recipe.image_px or width, "channels": dataset.channels})
+    # Those of a data set that is streamed are streamed too, so that a resumed run cuts its crops from the same pixels.
+    streaming = dataset.streamed or recipe.streaming == "unlabelled" or recipe.streaming
+    sized = recipe.model_copy(
+        update={"image_px": recipe.image_px or width, "channels": dataset.channels, "streaming": streaming}
+    )
     train_px = None if dataset.train.crop_source is None else crop_source_px(sized)
-    found = _read(listing, selection, len(selection), sized, progress, train_px)
+    found = read_selection(listing, selection, len(selection), sized, progress, train_px)
     held_out = torch.cat([dataset.validation.hashes, dataset.test.hashes])
     hashes = found.hashes[found.kept]
+    if dataset.hashed_as is not None and isinstance(listing.images, EncodedImages):
+        native = sized.model_copy(update=dict(zip(("channels", "image_px"), dataset.hashed_as, strict=True)))
+        hashes = read_selection(listing, selection, len(selection), native, progress).hashes[found.kept]
     fresh = ~torch.isin(hashes, held_out)
     if not bool(fresh.any()):
         raise DataError(
@@ -217,7 +240,7 @@ def add_unlabelled(dataset: Dataset, recipe: DataRecipe, progress: ProgressCallb
     if not bool(fresh.all()):
         held = counted(int((~fresh).sum()), "unlabelled image")
         remarks.append(f"left out: {held} that are also validation or test images")
-    source_of_crops = _crop_source(found, len(selection), train_px)
+    source_of_crops = crop_source_of(found, len(selection), train_px)
     unlabelled = Split(
         found.images[fresh],
         torch.full((int(fresh.sum()),), -1),
@@ -237,7 +260,7 @@ def _list_unlabelled(source: str) -> Listing:
 def load_test(recipe: DataRecipe, progress: ProgressCallback | None = None) -> Split:
     """Load only the test images of ``load_dataset``."""
     listing, indices = _plan(recipe, progress)
-    found = _read(listing, indices.test, 0, recipe, progress)
+    found = read_selection(listing, indices.test, 0, recipe, progress)
     split = Split(found.images, listing.labels[indices.test[found.kept]], hashes=found.hashes[found.kept])
     _require_all_classes({"test": split}, listing, recipe)
     return split
@@ -256,7 +279,7 @@ def load_validation_at(recipe: DataRecipe, sizes: Sequence[int], count: int) -> 
     some = indices.validation[shuffled[:count].sort().values]
     splits = []
     for image_px in sizes:
-        found = _read(listing, some, 0, recipe.model_copy(update={"image_px": image_px}), None)
+        found = read_selection(listing, some, 0, recipe.model_copy(update={"image_px": image_px}), None)
         splits.append(Split(found.images, listing.labels[some[found.kept]]))
     return splits
 
@@ -290,63 +313,6 @@ def _plan(recipe: DataRecipe, progress: ProgressCallback | None) -> tuple[Listin
         ) from None
     listing = replace(listing, class_names=tuple(writable(name) for name in listing.class_names))
     return listing, plan_splits(listing.labels, listing.official_test, listing.class_names, recipe, listing.groups)
-
-
-def _read(
-    listing: Listing,
-    selection: Int64[Tensor, " selected"],
-    train_count: int,
-    recipe: DataRecipe,
-    progress: ProgressCallback | None,
-    train_px: int | None = None,
-) -> DecodedImages | Survey:
-    """Decode the selected images, or survey them if they are streamed; the first ones are training images."""
-    # The same decision with and without random crops, so that a finished run is checked on the images that it saw.
-    larger = (train_count, crop_source_px(recipe) or 0)
-    if wants_streaming(listing.images, len(selection), recipe, larger):
-        assert isinstance(listing.images, EncodedImages)
-        return survey(listing.images, selection, train_count, recipe, progress)
-    return _pixels(listing, selection, train_count, recipe, progress, train_px)
-
-
-def crop_source_px(recipe: DataRecipe) -> int | None:
-    """Return the side at which images are kept for random crops; None if these are cut from what was resized."""
-    if recipe.image_px is None or recipe.train_px == recipe.image_px:
-        return None
-    return recipe.train_px or 2 * recipe.image_px
-
-
-def _crop_source(found: DecodedImages | Survey, train_count: int, train_px: int | None) -> CropSource | None:
-    if train_px is None or found.sizes is None:
-        return None
-    sizes = found.sizes[:train_count][found.kept[:train_count]]
-    return CropSource(None if isinstance(found, Survey) else found.larger, sizes)
-
-
-def _pixels(
-    listing: Listing,
-    selection: Int64[Tensor, " selected"],
-    train_count: int,
-    recipe: DataRecipe,
-    progress: ProgressCallback | None,
-    train_px: int | None,
-) -> DecodedImages:
-    """Return the selected images in the size and channels of the recipe; the first ones are training images."""
-    if isinstance(listing.images, EncodedImages):
-        return decode_images(listing.images, selection, recipe, progress, train_count=train_count, train_px=train_px)
-    native = listing.images.shape[1:]
-    image_px, channels = recipe.image_px or native[1], recipe.channels or native[0]
-    require_memory((len(selection), channels, image_px, image_px))
-    eval_crop = recipe.eval_crop if recipe.image_px is not None else 1.0
-    images = resize(listing.images[selection], image_px, train_count=train_count, eval_crop=eval_crop)
-    images = to_channels(images, channels)
-    hashes = [pixel_hashes(listing.images[some].numpy()) for some in selection.split(_CHUNK)]
-    kept = torch.ones(len(selection), dtype=torch.bool)
-    decoded = DecodedImages(images, kept, (), torch.from_numpy(np.concatenate(hashes)))
-    if train_px is None or native[1] == image_px:
-        return decoded
-    whole = to_channels(listing.images[selection[:train_count]], channels)
-    return replace(decoded, larger=whole, sizes=torch.tensor(native[1:]).repeat(len(selection), 1))
 
 
 def _require_all_classes(splits: dict[str, Split], listing: Listing, recipe: DataRecipe) -> None:

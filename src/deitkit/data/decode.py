@@ -84,17 +84,27 @@ def open_image(encoded: Path | bytes | Image.Image, channels: int, needed_px: in
         if needed_px is not None:
             drafted = image.draft(image.mode, (needed_px, needed_px))
         image.load()
-        if image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8):
+        orientation = _orientation(image)
+        if orientation in (5, 6, 7, 8):
             width, height = height, width
-        extent = _extent(image, drafted)
-        ImageOps.exif_transpose(image, in_place=True)
+        extent = _extent(image, drafted, orientation)
+        if orientation != 1:
+            ImageOps.exif_transpose(image, in_place=True)
         return OpenedImage(_to_mode(image, "L" if channels == 1 else "RGB"), extent, (height, width))
 
 
 def _opened(encoded: Path | bytes | Image.Image) -> AbstractContextManager[Image.Image]:
     if isinstance(encoded, Image.Image):
-        return nullcontext(ImageOps.exif_transpose(encoded))  # a copy
+        return nullcontext(ImageOps.exif_transpose(encoded) if _orientation(encoded) != 1 else encoded.copy())
     return Image.open(io.BytesIO(encoded) if isinstance(encoded, bytes) else encoded, formats=_FORMATS)
+
+
+def _orientation(image: Image.Image) -> int:
+    """Return an image's EXIF orientation, 1 to 8; 1 where its metadata are absent or damaged."""
+    try:
+        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # Pillow raises many types, and other programs show such an image as it is
+        return 1
 
 
 def decode_crops(
@@ -158,14 +168,13 @@ def size_for_crops(size: tuple[int, int], fit: str) -> tuple[int, int]:
     return size if fit == "crop" else (max(size), max(size))
 
 
-def _extent(image: Image.Image, drafted: tuple[str, tuple[float | int, ...]] | None) -> Box:
+def _extent(image: Image.Image, drafted: tuple[str, tuple[float | int, ...]] | None, orientation: int) -> Box:
     """Return the part of a decoded image that shows the whole original, after its EXIF orientation is applied.
 
     A JPEG decoded at a fraction of its size has up to one more column and row than that fraction of the original.
     """
     width, height = (float(px) for px in (image.size if drafted is None else drafted[1][2:]))
     right, bottom = image.width - width, image.height - height  # what there is too much of, on these sides
-    orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
     left = right if orientation in (2, 3) else bottom if orientation in (6, 7) else 0.0
     top = bottom if orientation in (3, 4) else right if orientation in (7, 8) else 0.0
     if orientation in (5, 6, 7, 8):

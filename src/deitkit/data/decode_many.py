@@ -1,5 +1,6 @@
 """Decoding a selection of the images of a data set, on all cores, into memory or into a sink of another kind."""
 
+import errno
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +23,9 @@ from deitkit.data.pixels import evaluation_frame, is_grey, require_memory
 from deitkit.errors import DataError
 from deitkit.recipe.schema import DataRecipe
 
-_FORMAT_VERSION = 4  # of cached images: raise it when decoding changes
+_FORMAT_VERSION = 5  # of cached images: raise it when decoding changes
+# Errors of reading that last, or whose mending is noticed: of Pillow itself, a file that is gone, a link to itself.
+LASTING = (None, errno.ENOENT, errno.ELOOP)
 _WINDOW = 256  # encoded images in memory at a time
 
 
@@ -105,7 +108,8 @@ def decode_images(
     tensors = {"images": decoded.images, "kept": decoded.kept.byte(), "hashes": decoded.hashes}
     if decoded.larger is not None and decoded.sizes is not None:
         tensors |= {"larger": decoded.larger, "sizes": decoded.sizes}
-    cache.store(key, tensors, list(decoded.skipped))
+    if not target.may_pass:
+        cache.store(key, tensors, list(decoded.skipped))
     return decoded
 
 
@@ -129,7 +133,11 @@ def decode_all(
             return _decode_one(image, recipe, is_train=slot < target.train_count, train_px=target.train_px)
         except UnidentifiedImageError:
             return "not an image in a supported format"
+        except MemoryError:
+            raise
         except Exception as error:  # Pillow's plug-ins raise many types for damaged files
+            if isinstance(error, OSError) and error.errno not in LASTING:
+                target.may_pass = True
             return str(error) or type(error).__name__
 
     slots = selection.argsort().tolist()
@@ -179,6 +187,7 @@ class ImageSink(ABC):
         self.kept = torch.zeros(count, dtype=torch.bool)
         self.hashes = torch.zeros(count, dtype=torch.int64)
         self.failures: dict[str, str] = {}
+        self.may_pass = False  # whether an image could not be read for a reason that is not the file's, as of a disk
 
     def put(self, slot: int, name: str, decoded: DecodedImage | str) -> None:
         """Receive an image, or the reason why it could not be decoded."""

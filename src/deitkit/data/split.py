@@ -197,6 +197,8 @@ def plan_splits(
     rest = train[:0]
     if recipe.train_images is not None:
         rest, train = draws.subset(train, recipe.train_images, "train")
+    elif recipe.test_images is not None:
+        draws.skip(train)
     if recipe.test_images is not None:
         _, test = draws.subset(test, recipe.test_images, "test")
     return SplitIndices(train, validation, test, rest)
@@ -264,6 +266,10 @@ class _Draws:
         if count < len(self.class_names):
             raise DataError(f"{field} is less than one image for each of {len(self.class_names)} classes: raise it")
         return self._draw(pool, count, leave=0)
+
+    def skip(self, pool: Tensor) -> None:
+        """Use up the random numbers of a subset, so that the next draw is the same with and without one."""
+        torch.randperm(len(pool), generator=self.generator)
 
     def _draw(self, pool: Tensor, count: int, leave: int) -> tuple[Tensor, Tensor]:
         counts = self._counts(pool)

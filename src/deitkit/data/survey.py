@@ -73,7 +73,7 @@ def wants_streaming(
             )
         return False
     if recipe.streaming != "auto":
-        return recipe.streaming
+        return recipe.streaming is True  # those without labels are asked for with True
     if recipe.image_px is not None:
         pixels = recipe.image_px**2
     else:
@@ -108,18 +108,23 @@ def survey(
     cropped: tuple[float | str, ...] = (recipe.eval_crop,) if recipe.eval_crop < 1 else ()
     cropped += (recipe.fit,) if recipe.fit != "crop" else ()
     key = hashlib.sha256(repr((_FORMAT_VERSION, "survey", *chosen, *cropped)).encode()).hexdigest()
-    path = cache.cache_folder() / "encoded" / f"{key}.bin"
+    # What is written of the images is the same for every division, size and order of them.
+    flat = hashlib.sha256(repr((encoded.key, cache.sha256(selection.sort().values))).encode()).hexdigest()
+    path = cache.cache_folder() / "encoded" / f"{flat}.bin"
     cached = cache.load_cached(key)
     if cached is None or (encoded.files is None and not path.exists()):
         tally = _Tally(len(selection), train_count, recipe)
-        if encoded.files is not None:
+        written = cache.load_cached(flat) if path.exists() else None
+        if encoded.files is not None or written is not None:
             decode_all(encoded.read, encoded.names, selection, recipe, tally, progress, "checking images")
-            ends = torch.zeros(0, dtype=torch.int64)
+            ends = torch.zeros(0, dtype=torch.int64) if written is None else written[0]["ends"]
         else:
             ends = _lay_out(encoded, selection, recipe, tally, progress, path)
+            cache.store(flat, {"ends": ends}, [])
         tensors = {"kept": tally.kept.byte(), "counts": tally.counts, "shape": torch.tensor(tally.shape), "ends": ends}
         cached = (tensors | {"hashes": tally.hashes, "sizes": tally.sizes}, list(tally.failures))
-        cache.store(key, *cached)
+        if not tally.may_pass:
+            cache.store(key, *cached)
     tensors, skipped = cached
     kept = tensors["kept"].bool()
     counts, channels = tensors["counts"], recipe.channels or int(tensors["shape"][0])

@@ -167,6 +167,8 @@ def serve(
     gr = import_gradio(folder)
     page = build_page(demo, examples, folder)
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
+    for name in ("NO_PROXY", "no_proxy"):  # the page asks itself at its start whether it answers
+        os.environ[name] = ",".join(filter(None, (os.environ.get(name), "127.0.0.1", "localhost")))
     try:
         _, address, public = page.launch(
             server_name="127.0.0.1",

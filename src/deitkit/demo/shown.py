@@ -23,10 +23,10 @@ from deitkit.models.saved import load_classifier
 from deitkit.models.vit import DeiT
 from deitkit.recipe.load import load_recipe
 from deitkit.recipe.schema import DataRecipe
+from deitkit.run.layout import teacher_folders
 from deitkit.run.reported import default_readout
 from deitkit.run.results import AblationResults, Cost, FoldResults, Results, Row, read_results
 from deitkit.system.device import Precision, choose_device
-from deitkit.teachers.prepare import teacher_folders
 
 MAP_PX = 240  # least side of a picture; a student's image may have 8 px
 
@@ -183,8 +183,8 @@ def _of_run(folder: Path, results: Results, device: torch.device) -> Iterator[Sh
             _about(winner.label, winner.top1_mean, winner.cost),
             winner.readout,
         )
-    teachers = teacher_folders(load_recipe(f"{folder}/recipe.yaml"), folder / "teacher") if results.teachers else []
-    for number, (home, teacher) in enumerate(zip(teachers, results.teachers, strict=False), 1):
+    teachers = teacher_folders(folder, len(results.teachers))
+    for number, (home, teacher) in enumerate(zip(teachers, results.teachers, strict=True), 1):
         title = "teacher" if len(results.teachers) == 1 else f"teacher {number}"
         homes[home] = (f"{title}: {teacher.name}", _about("", teacher.test_top1, teacher.cost), None)
     by_student: dict[str, list[Row]] = {}

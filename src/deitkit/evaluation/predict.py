@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from deitkit.data.dataset import Split
-from deitkit.errors import Interrupted
 from deitkit.models.accelerate import uncompiled
 from deitkit.models.classifier import Classifier
 from deitkit.models.vit import Output
@@ -27,7 +26,7 @@ def predict_all(
     classifiers: Sequence[Classifier],
     split: Split,
     precision: Precision,
-    should_stop: Callable[[], bool] = lambda: False,
+    after_batch: Callable[[int], None] = lambda done: None,
     ranks: Ranks = ALONE,
 ) -> list[Output]:
     """Return the result of ``predict`` for several classifiers, decoding and moving each image once.
@@ -36,25 +35,25 @@ def predict_all(
         classifiers: On the device.
         split: The images.
         precision: Of the forward passes.
-        should_stop: Called after every batch.
+        after_batch: Receives the number of images that are done, of this process's part; may raise, to stop.
         ranks: Processes that share the images, all of which must call this, and get all logits.
-
-    Raises:
-        Interrupted: ``should_stop``, called after every batch, returned True.
     """
+    if not classifiers:
+        return []
     modes = [classifier.training for classifier in classifiers]
     outputs: list[list[Output]] = [[] for _ in classifiers]
     spans = ranks.spans(len(split))
     part = split if ranks.count == 1 else split[spans[ranks.rank]]
     for classifier in classifiers:
         classifier.eval()
+    done = 0
     with uncompiled(), precision.autocast():
         for images in part.batches(_batch_size(split, classifiers, precision.device)):
             view = images.to(precision.device, non_blocking=True).float() / 255
             for classifier, gathered in zip(classifiers, outputs, strict=True):
                 gathered.append(classifier(view))
-            if should_stop():
-                raise Interrupted
+            done += len(images)
+            after_batch(done)
     for classifier, training in zip(classifiers, modes, strict=True):
         classifier.train(training)
     heads = ("class_logits", "distillation_logits")

@@ -108,8 +108,8 @@ def resampled_difference(differences: Sequence[float], folds: int) -> Difference
     Two folds share most of their training images, so their differences vary less than those of independent training
     sets, and the usual t test finds too much. The corrected resampled t test takes for the variance of the mean of n
     values not 1/n of theirs but 1/n + 1/(k - 1), the latter the test images of one of k folds per image outside it; n
-    is k unless students stopped. Where all
-    folds differ by the same number there is nothing to test with but the sign, and no interval.
+    is k unless students stopped. Where all folds differ by the same number there is nothing to test with but the sign,
+    and no interval.
 
     Source: Nadeau and Bengio 2003, Inference for the generalization error.
 

@@ -4,7 +4,9 @@ Nothing here changes results by more than rounding; each choice can be switched 
 """
 
 import sys
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 
@@ -41,12 +43,27 @@ def accelerate(classifier: Classifier, speed: SpeedRecipe, device: torch.device)
     return classifier
 
 
+_settings_before: dict[str, Any] = {}  # of torch's compiler
+
+
 def _allow_recompilations() -> None:
     """Let torch compile for as many shapes as a comparison has, and fail beyond instead of running uncompiled."""
     import torch._dynamo  # here, since it takes seconds to import
 
-    torch._dynamo.config.recompile_limit = RECOMPILATIONS
-    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    for name, value in {"recompile_limit": RECOMPILATIONS, "fail_on_recompile_limit_hit": True}.items():
+        _settings_before.setdefault(name, getattr(torch._dynamo.config, name))
+        setattr(torch._dynamo.config, name, value)
+
+
+@contextmanager
+def compiler_settings_kept() -> Iterator[None]:
+    """Restore the settings of torch's compiler at the end, which are those of the whole process."""
+    try:
+        yield
+    finally:
+        for name, value in _settings_before.items():
+            setattr(torch._dynamo.config, name, value)
+        _settings_before.clear()
 
 
 def release(classifier: Classifier) -> None:

@@ -33,8 +33,11 @@ def build(architecture: str, *, classes: int, channels: int, pretrained: bool, i
     tied = architecture.startswith(("vit_", "maxvit_"))
     native_px = preset.crop_size[0] if pretrained else TIED_PX if tied else None
     options: dict[str, Any] = {}
+    mean, std = tuple(preset.mean), tuple(preset.std)
     if architecture in ("googlenet", "inception_v3"):
-        options = {"aux_logits": False} if pretrained else {"aux_logits": False, "init_weights": True}
+        options = {"aux_logits": False, "init_weights": True}
+        if pretrained:  # with the normalisation of their weights, instead of a conversion to it within the model
+            options, mean, std = {"transform_input": False}, (0.5,) * 3, (0.5,) * 3
     if architecture.startswith("vit_") and not pretrained:
         options["image_size"] = native_px = image_px or native_px
     if pretrained:
@@ -46,13 +49,15 @@ def build(architecture: str, *, classes: int, channels: int, pretrained: bool, i
             raise TeacherError(problem + as_file(preset.crop_size[0]))
     built_classes = len(weights.meta["categories"]) if pretrained else classes
     model = torchvision.models.get_model(architecture, num_classes=built_classes, **options)
+    if pretrained and architecture == "inception_v3":  # whose weights come with a second classifier for training
+        model.aux_logits, model.AuxLogits = False, None
     if channels != 3:
         _set_channels(model, channels)
     built = BuiltClassifier(
         model,
         head_name(model, built_classes),
-        tuple(preset.mean) if channels == 3 else None,
-        tuple(preset.std) if channels == 3 else None,
+        mean if channels == 3 else None,
+        std if channels == 3 else None,
         native_px,
         f"torchvision {torchvision.__version__}" + (f", ImageNet weights {weights.name}" if pretrained else ""),
         new_head=built_classes != classes,

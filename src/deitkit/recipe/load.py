@@ -16,6 +16,7 @@ from deitkit.recipe.contradictions import BASE
 from deitkit.recipe.older import RENAMED, renamed
 from deitkit.recipe.problems import nearest, sentences
 from deitkit.recipe.schema import Recipe
+from deitkit.recipe.section import from_home
 
 # Fields that a variant must not change, and what its rows share with those of the base for that reason.
 PAIRED_BY = {
@@ -66,9 +67,7 @@ def load_recipe(source: str | Recipe | None, overrides: Sequence[str] = ()) -> R
         tree = source.model_dump(mode="json", exclude_unset=True)
     else:
         tree = _read_tree(source) if source is not None else {}
-    given = {_apply(tree, override) for override in overrides}
-    if {"model.name", "model.pretrained"} & given:
-        _forget_sizes(tree["model"], {key.removeprefix("model.") for key in given})
+    _forget_sizes(tree, {_apply(tree, override) for override in overrides})
     return parse_recipe(tree)
 
 
@@ -95,8 +94,7 @@ def expand_variants(recipe: Recipe) -> dict[str, Recipe]:
         try:
             for key, value in changes.items():
                 _set(tree, _path(RENAMED.get(key, key), value), value)
-            if {"model.name", "model.pretrained"} & {*changes}:
-                _forget_sizes(tree["model"], {key.removeprefix("model.") for key in changes})
+            _forget_sizes(tree, changes)
             expanded[name] = Recipe.model_validate(tree)
         except RecipeError as error:
             problems.append(f"variants.{name}: {error}")
@@ -214,19 +212,22 @@ def _merged(base: dict[str, Any], tree: dict[str, Any]) -> dict[str, Any]:
     if tree.get("teachers"):
         base = {key: value for key, value in base.items() if key != "teacher"}
     both = {key for key in base if isinstance(base[key], dict) and isinstance(tree.get(key), dict)}
-    if "model" in both and {"name", "pretrained"} & {*tree["model"]}:
-        _forget_sizes(base["model"], tree["model"])
+    if "model" in both:
+        _forget_sizes(base, {f"model.{field}" for field in tree["model"]})
     return base | tree | {key: _merged(base[key], tree[key]) for key in both}
 
 
-def _forget_sizes(model: dict[str, Any], given: Collection[str]) -> None:
-    """Remove the size of a model that is given another name or pretrained weights, which bring their own.
+def _forget_sizes(tree: dict[str, Any], given: Collection[str]) -> None:
+    """Remove the size of a student that is given another name or pretrained weights, which bring their own.
 
-    What is given too stays.
+    Args:
+        tree: Of a recipe.
+        given: Fields by dotted keys, which stay.
     """
-    for field in ("name", *DIMENSIONS):
-        if field not in given:
-            model.pop(field, None)
+    if {"model.name", "model.pretrained"} & {*given}:
+        for field in ("name", *DIMENSIONS):
+            if f"model.{field}" not in given:
+                tree["model"].pop(field, None)
 
 
 def _parse(source: str) -> dict[str, Any]:
@@ -251,7 +252,8 @@ def _parse(source: str) -> dict[str, Any]:
 def _read_file(source: str) -> str | None:
     """Return the text of a recipe file; None if the file does not exist."""
     try:
-        return Path(source).read_text(encoding="utf-8", errors="replace") if Path(source).is_file() else None
+        path = from_home(Path(source))
+        return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else None
     except (OSError, ValueError) as error:  # a name too long for a file, or a file without read permission
         reason = getattr(error, "strerror", None) or str(error)
         raise RecipeError(f"recipe '{source[:200]}' cannot be read ({reason.lower()}): name another file") from None
@@ -272,6 +274,14 @@ class _Loader(yaml.SafeLoader):
                 raise _RepeatedKey(f"'{key.value}' twice, again in line {key.start_mark.line + 1}")
             names.add(str(key.value))
         return node
+
+
+def _text(loader: _Loader, node: yaml.ScalarNode) -> str:
+    """Join the two halves in which JSON writes a character beyond 16 bits, such as an emoji; refuse a lone half."""
+    return loader.construct_scalar(node).encode("utf-16", "surrogatepass").decode("utf-16")
+
+
+_Loader.add_constructor("tag:yaml.org,2002:str", _text)
 
 
 def _read_yaml(text: str) -> Any:

@@ -7,13 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    Field,
-    PositiveFloat,
-    PositiveInt,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from deitkit.recipe.contradictions import contradictions
 from deitkit.recipe.distillation import DistillationRecipe
@@ -21,11 +15,13 @@ from deitkit.recipe.older import upgraded
 from deitkit.recipe.section import (
     Colour,
     Fraction,
+    NameOrPath,
     NonNegativeFloat,
     NonNegativeInt,
     OptimizerName,
     Probability,
     Section,
+    UserPath,
 )
 
 
@@ -58,8 +54,10 @@ class DataRecipe(Section):
     )
     fold: PositiveInt | None = Field(None, description="Only this fold, from 1; by default all of them, in one table.")
     split_seed: NonNegativeInt = Field(0, lt=2**32, description="Seed of every split, the same for all training seeds.")
-    streaming: Literal["auto"] | bool = Field(
-        "auto", description="Decode images when they are needed instead of once; auto: if they do not fit in memory."
+    streaming: Literal["auto", "unlabelled"] | bool = Field(
+        "auto",
+        description="Decode images when they are needed instead of once; unlabelled: only those; auto: if they do not "
+        "fit in memory.",
     )
     workers: NonNegativeInt | None = Field(
         None, description="Processes that decode streamed images; by default one for each core."
@@ -136,7 +134,7 @@ class ModelRecipe(Section):
     heads: PositiveInt | None = Field(None, description="Overrides the size's number of attention heads.")
     drop_path: Fraction = Field(0.0, description="Stochastic depth of the last block, growing linearly from 0.")
     dropout: Fraction = Field(0.0, description="Dropout on embeddings, attention output and MLP.")
-    checkpoint: Path | None = Field(
+    checkpoint: UserPath | None = Field(
         None, description="Initial weights of every student, from deitkit, timm, a released DeiT or transformers."
     )
     pretrained: str | None = Field(
@@ -262,10 +260,10 @@ class TeacherTrainRecipe(TrainRecipe):
 class TeacherRecipe(Section):
     """A frozen teacher, and its preparation."""
 
-    name: str = Field(
+    name: NameOrPath = Field(
         "cifar/resnet20", description="timm/NAME, torchvision/NAME, cifar/resnetN, small/NAME, or a model's folder."
     )
-    checkpoint: Path | None = Field(None, description="Weights: .safetensors, .pth or .th.")
+    checkpoint: UserPath | None = Field(None, description="Weights: .safetensors, .pth or .th.")
     pretrained: bool = Field(False, description="Download the library's pretrained weights, without a checkpoint.")
     fit: Literal["auto", "none", "head", "full"] = Field(
         "auto", description="Layers to train; auto: the head if only that is new, all if no weights were loaded."

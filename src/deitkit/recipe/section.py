@@ -1,13 +1,23 @@
 """The base of a recipe's sections, and the types of their fields."""
 
+import os
+from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
+
+
+def from_home(path: Path) -> Path:
+    """Return a path with the home folder for ``~``, which a shell leaves as it is after ``=``."""
+    return Path(os.path.expanduser(path))  # noqa: PTH111 - Path.expanduser raises for an unknown user
+
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
+UserPath = Annotated[Path, AfterValidator(from_home)]
+NameOrPath = Annotated[str, AfterValidator(os.path.expanduser)]
 Colour = tuple[float, ...]
 OptimizerName = Literal["adamw", "sgd", "muon", "lamb"]
 

@@ -15,6 +15,7 @@ from deitkit.report.figures import colours_of, validation_peaks
 from deitkit.report.published import PAPER, REPRODUCTION
 from deitkit.report.table_layout import NOTHING, WINNER_MARK, millions, percent
 from deitkit.run.analysis import Analysis, read_analysis
+from deitkit.run.layout import REPORT
 from deitkit.run.metrics import EpochMetrics
 from deitkit.run.results import AblationResults, Results
 from deitkit.system.files import write_text
@@ -42,14 +43,19 @@ def write_page(
         found = found.model_copy(update={"notes": (note, *found.notes)})
     section = None if found is None else lay_out_analysis(found, results, colours_of(metrics), folder)
     page = render_page(results, metrics, teacher_metrics, _picture(folder / "views.png"), section)
-    write_text(folder / "report.html", page)
-    return [folder / "report.html"]
+    write_text(folder / REPORT, page)
+    return [folder / REPORT]
 
 
 def _is_of(analysis: Analysis, results: Results) -> bool:
-    """Return whether an analysis has the rows of a table that have a model, and no others, of some of its seeds."""
-    rows = {row.row for row in results.rows if row.kind != "checkpoint" and row.top1_mean is not None}
-    return {row.row for row in analysis.rows} - {"teacher"} == rows and {*analysis.seeds} <= {*results.seeds}
+    """Return whether an analysis is of some seeds of a table, and of all rows that finished under these."""
+    if not {*analysis.seeds} <= {*results.seeds}:
+        return False
+    places = [results.seeds.index(seed) for seed in analysis.seeds]
+    finished = {
+        row.row for row in results.rows if row.kind != "checkpoint" and any(row.top1[n] is not None for n in places)
+    }
+    return {row.row for row in analysis.rows} - {"teacher"} == finished
 
 
 def render_page(

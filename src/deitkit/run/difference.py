@@ -32,6 +32,11 @@ class Difference:
         return self.p if self.p_holm is None else self.p_holm
 
     @property
+    def is_zero(self) -> bool:
+        """Whether it is none, but for rounding in a mean over seeds."""
+        return abs(self.mean) < 1e-9
+
+    @property
     def is_significant(self) -> bool:
         """Whether chance explains the difference in fewer than 5 of 100 cases, after the correction."""
         return self.corrected_p < 0.05

@@ -12,7 +12,7 @@ from typing import Any
 
 from filelock import BaseFileLock, FileLock, Timeout
 
-from deitkit.errors import CheckpointError, RecipeError
+from deitkit.errors import CheckpointError, RecipeError, os_reason
 from deitkit.recipe.load import changed_fields, dump_recipe, load_recipe
 from deitkit.recipe.schema import Recipe
 from deitkit.system.files import write_text
@@ -109,16 +109,17 @@ def locked(folder: Path, patience: float = 0.0, say: Callable[[str], None] = lam
     Raises:
         CheckpointError: Another process holds the lock, or the folder cannot be written.
     """
-    is_new = not folder.exists()
     try:
+        is_new = not folder.exists()
         lock = _acquired(folder, patience, say)
     except Timeout:
         raise CheckpointError(
             f"another deitkit process is using {folder}: wait for it to end, or name another folder with --out"
         ) from None
     except OSError as error:
-        reason = (error.strerror or str(error)).lower()
-        raise CheckpointError(f"cannot write into {folder}: {reason}; name another folder with --out") from error
+        raise CheckpointError(
+            f"cannot write into {folder}: {os_reason(error)}; name another folder with --out"
+        ) from error
     try:
         yield
     finally:
@@ -211,4 +212,6 @@ def _changes(old: Any, new: Any) -> list[str]:
     changes = [(key, was, now) for key, was, now in changed_fields(old, new) if not free(key)]
     # The first seed also seeds the training of the teachers.
     changes = [change for change in changes if change[0] != "seeds" or list(change[1])[:1] != list(change[2])[:1]]
+    if bool(old["variants"]) != bool(new["variants"]):  # more or fewer may be: but an ablation is no single comparison
+        changes.append(("variants", list(old["variants"]) or "none", list(new["variants"]) or "none"))
     return [f"{key} was {was}, now {now}" for key, was, now in changes]

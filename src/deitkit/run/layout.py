@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+REPORT = "report.html"  # written last
 BASELINE = "cnn-baseline"  # the CNN baseline's folder among those of the methods, and its name in tables
 
 
@@ -13,6 +14,11 @@ def seed_folder(folder: Path, seed: int) -> Path:
 def seed_of(home: Path) -> int:
     """Return the seed whose folder this is."""
     return int(home.name.removeprefix("seed-"))
+
+
+def teacher_folders(folder: Path, count: int) -> list[Path]:
+    """Return the folders of a run's teachers: ``teacher``, ``teacher-2``, ..."""
+    return [folder / ("teacher" if number == 1 else f"teacher-{number}") for number in range(1, count + 1)]
 
 
 def variant_folder(folder: Path, name: str) -> Path:

@@ -10,6 +10,7 @@ import psutil
 import torch
 
 from deitkit.errors import RecipeError
+from deitkit.recipe.schema import Recipe
 from deitkit.system.process import usable_cores
 
 
@@ -44,6 +45,19 @@ class Precision:
         bf16 = name == "bf16" or (name == "auto" and computes_bf16(device))
         return cls(device, torch.bfloat16 if bf16 else torch.float32)
 
+    @classmethod
+    def of(cls, recipe: Recipe) -> "Precision":
+        """Return the precision of a recipe on its device; raise RecipeError if that device is not visible."""
+        return cls.choose(recipe.train.precision, choose_device(recipe.device))
+
+    @classmethod
+    def here(cls, recipe: Recipe) -> "Precision":
+        """Return the precision of a finished run's recipe, on another device if its own is not visible here."""
+        try:
+            return cls.of(recipe)
+        except RecipeError:
+            return cls.choose(recipe.train.precision, choose_device("auto"))
+
     @property
     def name(self) -> str:
         """``bf16`` or ``fp32``."""
@@ -69,13 +83,13 @@ def computes_bf16(device: torch.device) -> bool:
     return "amx_bf16" in flags or "avx512_bf16" in flags
 
 
-def describe_machine(device: torch.device, precision: Precision) -> dict[str, Any]:
+def describe_machine(precision: Precision) -> dict[str, Any]:
     """Return the hardware and software on which a figure was measured."""
     return {
         "processor": _processor(),
         "cores": usable_cores(),
         "memory_gib": round(psutil.virtual_memory().total / 2**30),
-        "device": _device_name(device),
+        "device": _device_name(precision.device),
         "precision": precision.name,
         "torch": torch.__version__,
         "python": platform.python_version(),

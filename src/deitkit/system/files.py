@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
-from deitkit.errors import CheckpointError
+from deitkit.errors import CheckpointError, os_reason
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -55,8 +55,14 @@ def write_bytes(path: Path, data: bytes) -> None:
         finally:
             temporary.unlink(missing_ok=True)
     except OSError as error:
-        reason = (error.strerror or str(error)).lower()
-        raise CheckpointError(f"cannot write '{path}': {reason}; correct this, then start the command again") from error
+        raise CheckpointError(
+            f"cannot write '{path}': {os_reason(error)}; correct this, then start the command again"
+        ) from error
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy a file; see `write_bytes`."""
+    write_bytes(target, source.read_bytes())
 
 
 def write_figure(path: Path, figure: "Figure", **options: Any) -> None:

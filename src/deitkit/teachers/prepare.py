@@ -24,8 +24,9 @@ from deitkit.models.classifier import Classifier
 from deitkit.models.saved import load_classifier, save_classifier, save_tensors
 from deitkit.models.weights.read import file_sha256, load_into, read_checkpoint, read_state
 from deitkit.models.zoo import create_classifier
-from deitkit.recipe.schema import Recipe, TeacherRecipe
+from deitkit.recipe.schema import Recipe, SpeedRecipe, TeacherRecipe
 from deitkit.run.folder import unreadable
+from deitkit.run.layout import teacher_folders
 from deitkit.run.observer import Watcher
 from deitkit.run.results import TESTED, TeacherCard
 from deitkit.run.state import drop_state
@@ -44,12 +45,29 @@ from deitkit.training.shared import SharedTraining, ranks_that_share, require_pa
 from deitkit.training.student import Student
 from deitkit.training.trial import failure_of
 
+CARD = "card.json"  # written last: a folder with it is complete
 TRAINED = "trained.safetensors"  # a teacher's weights until the gate lets it pass: a refused one is not trained again
+
+
+def is_prepared(folder: Path) -> bool:
+    """Return whether the folder of a teacher holds one that may teach."""
+    return (folder / CARD).exists()
 
 
 def is_trained(folder: Path) -> bool:
     """Return whether the folder of a teacher holds all that its training made."""
-    return (folder / "card.json").exists() or (folder / TRAINED).exists()
+    return is_prepared(folder) or (folder / TRAINED).exists()
+
+
+def read_teacher(folder: Path, speed: SpeedRecipe, precision: Precision) -> tuple[FrozenTeacher, TeacherCard]:
+    """Read a prepared teacher and its card; raise CheckpointError if they are damaged."""
+    try:
+        classifier = accelerate(load_classifier(folder, precision.device)[0], speed, precision.device)
+        card = TeacherCard.model_validate_json((folder / CARD).read_text(encoding="utf-8"))
+    except (CheckpointError, ValueError) as error:
+        raise unreadable(folder, error) from None
+    classifier.readout = card.readout
+    return FrozenTeacher(classifier), card
 
 
 def prepare_teacher(
@@ -60,15 +78,15 @@ def prepare_teacher(
     Raises:
         TeacherError: The teacher cannot be built, or the gate refuses it; the message has the likely cause.
     """
-    card_path = folder / "card.json"
-    if card_path.exists():
-        try:
-            classifier = accelerate(load_classifier(folder, precision.device)[0], recipe.speed, precision.device)
-            card = TeacherCard.model_validate_json(card_path.read_text(encoding="utf-8"))
-        except (CheckpointError, ValueError) as error:
-            raise unreadable(folder, error) from None
-        classifier.readout = card.readout
-        return FrozenTeacher(classifier), card
+    if is_prepared(folder):
+        teacher, card = read_teacher(folder, recipe.speed, precision)
+        least = recipe.teacher.min_top1  # which a resumed run may raise
+        if least is not None and card.top1 < least and not recipe.teacher.allow_weak:
+            raise TeacherError(
+                f"teacher {card.name} scores {100 * card.top1:.2f} % on {counted(card.n, 'validation image')}, which "
+                f"is below teacher.min_top1={least:g}: lower that, or set teacher.allow_weak=true to use it anyway"
+            )
+        return teacher, card
     with seeded(recipe.seeds[0], folder.name):
         classifier, card = draft_teacher(recipe.teacher, dataset)
     accelerate(classifier, recipe.speed, precision.device)
@@ -90,7 +108,7 @@ def prepare_teacher(
         watcher.say(cost)
     save_classifier(folder, classifier, _model_card(card, dataset, recipe, train_data))
     card = card.model_copy(update={"sha256": file_sha256(folder / "model.safetensors")})
-    write_json(card_path, card.model_dump(exclude=TESTED))
+    write_json(folder / CARD, card.model_dump(exclude=TESTED))
     (folder / TRAINED).unlink(missing_ok=True)
     watcher.say(
         f"teacher {card.name}: {100 * card.top1:.2f} % on {counted(card.n, 'validation image')}, {card.verdict}"
@@ -290,13 +308,13 @@ def teacher_cohort(student: Student, recipe: Recipe, dataset: Dataset, precision
 def prepare_teachers(
     recipe: Recipe, dataset: Dataset, *, folder: Path, precision: Precision, watcher: Watcher
 ) -> tuple[Teachers, list[TeacherCard]]:
-    """Prepare every teacher of a recipe, in ``folder``, ``folder-2``, ...; read those that exist already.
+    """Prepare every teacher of a recipe in a run folder; read those that exist already.
 
     Raises:
         TeacherError: A teacher cannot be built, or the gate refuses it.
     """
     teachers, cards = [], []
-    homes = teacher_folders(recipe, folder)
+    homes = teacher_folders(folder, len(recipe.all_teachers))
     for number, (chosen, home) in enumerate(zip(recipe.all_teachers, homes, strict=True)):
         alone = recipe.model_copy(update={"teacher": chosen, "teachers": ()})
         with _numbered(recipe, number):
@@ -307,14 +325,14 @@ def prepare_teachers(
 
 
 def dry_run_teachers(recipe: Recipe, dataset: Dataset, folder: Path, precision: Precision) -> None:
-    """Build every teacher that is not ready and try it on a batch of views, to fail before anything is written.
+    """Build every teacher that a run folder lacks, and try it on a batch of views, to fail before anything is written.
 
     Raises:
         TeacherError: A teacher was trained on test images, cannot be built, or cannot process the views.
     """
-    homes = teacher_folders(recipe, folder)
+    homes = teacher_folders(folder, len(recipe.all_teachers))
     for number, (chosen, home) in enumerate(zip(recipe.all_teachers, homes, strict=True)):
-        if not (home / "card.json").exists():
+        if not is_prepared(home):
             with seeded(recipe.seeds[0], home.name), _numbered(recipe, number):
                 require_unseen(chosen, recipe.data, dataset)
                 classifier, card = draft_teacher(chosen, dataset)
@@ -331,12 +349,6 @@ def _numbered(recipe: Recipe, number: int) -> Iterator[None]:
             raise
         text = re.sub(r"\bteacher\.(?=[a-z])", f"teachers.{number}.", str(error))
         raise TeacherError(f"teachers.{number}: {text}") from error
-
-
-def teacher_folders(recipe: Recipe, folder: Path) -> list[Path]:
-    """Return the folder of every teacher of a recipe: ``folder``, ``folder-2``, ..."""
-    more = range(2, len(recipe.all_teachers) + 1)
-    return [folder, *(folder.with_name(f"{folder.name}-{number}") for number in more)]
 
 
 def common_card(

@@ -5,7 +5,7 @@ alone (a teacher, the baseline) is a cohort of one student with the method ``non
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
@@ -46,11 +46,6 @@ class LogitLookup(Protocol):
         """Return the logits for the view of a step (epoch and step from 0), computing them if they are not stored."""
 
 
-def can_be_shared(students: Sequence[Student], device: torch.device) -> bool:
-    """Return whether processes can share the steps of students: BatchNorm needs a GPU to be taken over all of them."""
-    return device.type == "cuda" or not any(has_batch_norm(student.classifier.model) for student in students)
-
-
 class Cohort:
     """Students that train in lock-step under one seed.
 
@@ -66,7 +61,7 @@ class Cohort:
         logit_cache: Store of the teacher's logits; None computes them at every step.
         unlabelled_in_step: Images without labels in a step, at most as many as there are; 0 for none.
         balanced: Whether an epoch has as many images of every class.
-        ranks: Processes that share every step, each of which has built the same cohort; see ``can_be_shared``.
+        ranks: Processes that share every step, each of which has built the same cohort; see ``ranks_that_share``.
     """
 
     def __init__(
@@ -118,26 +113,25 @@ class Cohort:
         if train.class_weight == "balanced":
             self.class_weights = balanced_weights(dataset.train.labels, dataset.classes).to(self.device)
         self.logit_cache = logit_cache
-        waits = ranks.count > 1 and self._share_students()
+        waits = ranks.count > 1 and any(
+            student.method.needs_whole_batch or has_batch_norm(student.classifier.model) for student in students
+        )
+        if ranks.count > 1:
+            self._share_students()
         self.recorder = Recorder(self.device, speed.cuda_graphs and not speed.checkpoint_activations and not waits)
         self.epoch, self.step = 0, 0  # the next ones to train, from 0
         self._pace: deque[tuple[int, float]] = deque(maxlen=PACE_MARKS)
         self.reset_watches()
 
-    def _share_students(self) -> bool:
-        """Let students compute this process's part of a step; return whether any waits for the others within it."""
-        assert can_be_shared(self.students, self.device)
+    def _share_students(self) -> None:
+        """Let students compute this process's part of a step."""
         from timm.layers import convert_sync_batchnorm  # here, since it takes a second to import
 
-        waits = False
         for student in self.students:
             unlabelled = 0 if self.unlabelled is None else self.unlabelled.batch_size
             student.share(self.ranks, self.batches.batch_size, unlabelled)
-            waits |= student.method.needs_whole_batch
             if has_batch_norm(student.classifier.model):
                 student.classifier.model = convert_sync_batchnorm(student.classifier.model)
-                waits = True
-        return waits
 
     def reset_watches(self, seconds: dict[str, float] | None = None) -> None:
         """Reset the stopwatches of an epoch: whole steps, waiting for images, making views, and the teacher."""
@@ -168,12 +162,12 @@ class Cohort:
         with self.watches["teacher"]:
             teacher_logits = self._teacher_logits(view)
         for student in self.active:
-            # Each process has images of its own, and drops for them what no other does; the first, what one alone does.
+            # Processes have different images, and so draw different masks; rank 0 draws those of a single process.
             names = ("dropout", step) if self.ranks.rank == 0 else ("dropout", step, self.ranks.rank)
             torch.manual_seed(derived_seed(self.seed, *names))
             with student.watch:
-                # A recording reads the same tensors at every step, so no student may get logits that it does not use:
-                # they are no longer made when all students that use them have stopped.
+                # A recording must read the same tensors at every step, and logits are no longer computed once no active
+                # student needs them.
                 logits = teacher_logits if student.method.teacher_signal else None
                 terms = self.recorder.run(student.backward, view, targets, logits, self.class_weights)
                 student.sum_over_ranks(terms)
@@ -257,7 +251,7 @@ class Cohort:
             student.classifier.train()
         while self.epoch < self.train_recipe.epochs and self.active:
             batches = self.batches.epoch(self.epoch, self.step)
-            while self.step < self.batches.steps_per_epoch:
+            while self.step < self.batches.steps_per_epoch and self.active:
                 self.next_step(batches)
                 if self._is_log_step():
                     self._stop_diverged()
@@ -282,7 +276,7 @@ class Cohort:
             with self.watches["step"]:
                 with self.watches["waiting"]:
                     images, labels = next(batches)
-                    unlabelled = self._unlabelled_images()
+                    unlabelled = self.unlabelled_images()
                 self.train_step(images, labels, unlabelled)
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
@@ -295,7 +289,7 @@ class Cohort:
         """The next step of the run, from 0."""
         return self.epoch * self.batches.steps_per_epoch + self.step
 
-    def _unlabelled_images(self) -> UInt8[Tensor, "unlabelled channels height width"] | None:
+    def unlabelled_images(self) -> UInt8[Tensor, "unlabelled channels height width"] | None:
         """Return the images without labels of the next step; their epochs are independent of those with labels."""
         if self.unlabelled is None:
             return None
@@ -373,10 +367,12 @@ class Cohort:
     def _validate(self, should_stop: Callable[[], bool]) -> list[dict[str, float]]:
         """Return each active student's accuracy by every readout."""
         classifiers = [student.classifier for student in self.active]
-        if self.ranks.count > 1:
-            outputs = predict_all(classifiers, self.validation, self.precision, ranks=self.ranks)
-        else:
-            outputs = predict_all(classifiers, self.validation, self.precision, should_stop)
+
+        def stop(done: int) -> None:
+            if self.ranks.count == 1 and should_stop():
+                raise Interrupted
+
+        outputs = predict_all(classifiers, self.validation, self.precision, stop, self.ranks)
         labels = self.validation.labels.cpu()
         return [
             {readout: top_k_accuracy(scores, labels) for readout, scores in readout_scores(output).items()}

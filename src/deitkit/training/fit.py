@@ -1,8 +1,8 @@
 """Training a cohort to its end in a run folder: timed states, metrics, TensorBoard, interrupts."""
 
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
@@ -88,9 +88,7 @@ def train_to_end(
         saver.save_if_due()
 
     with watcher.defer_interrupts(), ExitStack() as stack:
-        boards = {
-            name: stack.enter_context(SummaryWriter(log_folder / name, purge_step=cohort.epoch + 1)) for name in names
-        }
+        boards = {name: stack.enter_context(_board(log_folder / name, cohort.epoch + 1)) for name in names}
         try:
             for metrics in cohort.fit(on_step, watcher.should_stop):
                 lines += metrics
@@ -133,6 +131,17 @@ def help_to_the_end(cohort: Cohort, should_stop: Callable[[], bool]) -> None:
     for _ in cohort.fit(should_stop=should_stop):
         if cohort.ranks.any(should_stop()):
             raise Interrupted
+
+
+@contextmanager
+def _board(folder: Path, first_epoch: int) -> Iterator[SummaryWriter]:
+    """Write TensorBoard's files of a student; a full disk is reported by what is saved, and not by them."""
+    board = SummaryWriter(folder, purge_step=first_epoch)
+    try:
+        yield board
+    finally:
+        with suppress(OSError):
+            board.close()
 
 
 def _write_to_board(board: SummaryWriter, metrics: EpochMetrics) -> None:

@@ -9,7 +9,7 @@ from pydantic import BaseModel
 from deitkit.errors import RecipeError
 from deitkit.recipe.schema import Recipe
 from deitkit.system.ranks import ALONE, Ranks, current_ranks
-from deitkit.training.cohort import can_be_shared
+from deitkit.training.micro_batches import has_batch_norm
 from deitkit.training.student import Student
 
 
@@ -42,6 +42,11 @@ def require_parts(sizes: Mapping[str, int]) -> None:
                 f"{field}={size} is too small for {count} processes, each of which takes two images or more: set at "
                 f"least {2 * count}, or start fewer"
             )
+
+
+def can_be_shared(students: Sequence[Student], device: torch.device) -> bool:
+    """Return whether processes can share the steps of students: BatchNorm needs a GPU to be taken over all of them."""
+    return device.type == "cuda" or not any(has_batch_norm(student.classifier.model) for student in students)
 
 
 def ranks_that_share(

@@ -178,7 +178,7 @@ def _images(folder: Path, left_out: Counter[str]) -> list[Path]:
         if path.suffix.lower() in SUFFIXES and (path.is_file() or _is_broken_link(path)):
             images.append(path)
         else:
-            left_out[path.suffix.lower() or "no ending"] += 1
+            left_out["linked folder" if path.is_dir() else path.suffix.lower() or "no ending"] += 1
     return sorted(images)
 
 
@@ -204,7 +204,16 @@ def _other_source(folder: Path) -> str:
 
 
 def files_below(folder: Path) -> Iterator[Path]:
-    """Yield everything in a folder and its subfolders that is not a folder; hidden files and folders are left out."""
-    for place, folders, files in os.walk(folder):
+    """Yield everything in a folder and its subfolders that is not a folder, and links to folders; nothing hidden.
+
+    Raises:
+        OSError: A folder cannot be listed.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    for place, folders, files in os.walk(folder, onerror=refuse):
         folders[:] = [name for name in folders if not _is_hidden(Path(name))]
-        yield from (Path(place, name) for name in files if not _is_hidden(Path(name)))
+        links = [name for name in folders if Path(place, name).is_symlink()]  # which are not entered
+        yield from (Path(place, name) for name in (*links, *files) if not _is_hidden(Path(name)))

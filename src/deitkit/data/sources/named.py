@@ -24,7 +24,7 @@ from deitkit.data.sources.archives import (
     read_inaturalist,
 )
 from deitkit.data.sources.folders import TEST_NAMES, class_folders, list_folder
-from deitkit.data.sources.parquet import has_shards, list_parquet
+from deitkit.data.sources.parquet import configurations, has_shards, list_parquet
 from deitkit.errors import DataError
 from deitkit.recipe.schema import DataRecipe
 from deitkit.system.network import no_endless_wait, unreachable
@@ -107,32 +107,48 @@ def list_named(recipe: DataRecipe, progress: ProgressCallback | None = None) -> 
 
 def _find(named: NamedSet, places: list[Path], recipe: DataRecipe, progress: ProgressCallback | None) -> Listing | None:
     for place in places:
-        listing = _list_at(named, place, recipe.name)
+        listing, may_be_another = _list_at(named, place, recipe.name), False
+        if listing is None and (inner := configurations(place)):
+            may_be_another = place == places[-1]  # a folder in the root may be of another data set
+            if not may_be_another or len(inner) == 1 or "default" in inner:
+                listing = _of_classes(named, _list_shards(named, place))
         if listing is None:
             continue
-        if listing.official_test is None:
-            raise DataError(f"'{place}' contains no test split of {recipe.name}: add it, or set another data.root")
-        if named.shape is not None:
-            listing = _decoded(listing, named.shape, place, recipe, progress)
+        try:
+            if listing.official_test is None:
+                raise DataError(f"'{place}' contains no test split of {recipe.name}: add it, or set another data.root")
+            if named.shape is not None:
+                listing = _decoded(listing, named.shape, place, recipe, progress)
+        except DataError:
+            if may_be_another:
+                continue
+            raise
         return _in_official_order(listing, named.spellings())
     return None
+
+
+def _list_shards(named: NamedSet, place: Path) -> Listing:
+    return list_parquet(place, test_names=named.test_names, more_training=named.more_training)
+
+
+def _of_classes(named: NamedSet, listing: Listing) -> Listing | None:
+    """Return a listing if it has as many classes as the data set."""
+    return listing if len(listing.class_names) == named.classes else None
 
 
 def _list_at(named: NamedSet, place: Path, name: str) -> Listing | None:
     """List the data set if it is in this folder, in any layout; return None if the folder has something else."""
     if has_shards(place):
-        listing = list_parquet(place, test_names=named.test_names, more_training=named.more_training)
-    elif (found := named.read(place)) is not None:
+        return _of_classes(named, _list_shards(named, place))
+    if (found := named.read(place)) is not None:
         if len(found.class_names) != named.classes:
             raise DataError(
                 f"'{place}' has {len(found.class_names)} of the {named.classes} classes of {name}: unpack it again"
             )
         return found
-    elif len(class_folders(place / "train")) == named.classes:
-        listing = list_folder(place, test_names=named.test_names, more_training=named.more_training)
-    else:
-        return None
-    return listing if len(listing.class_names) == named.classes else None
+    if len(class_folders(place / "train")) == named.classes:
+        return _of_classes(named, list_folder(place, test_names=named.test_names, more_training=named.more_training))
+    return None
 
 
 def _in_official_order(listing: Listing, spellings: Sequence[Sequence[str]]) -> Listing:

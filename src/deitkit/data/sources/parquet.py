@@ -26,8 +26,13 @@ _BATCH_ROWS = 256
 
 
 def has_shards(folder: Path) -> bool:
-    """Return whether a folder contains shards of a training split, in itself or in a configuration."""
-    return "train" in _shards(folder) or any("train" in shards for shards in _configurations(folder).values())
+    """Return whether a folder contains shards of a training split, in itself or in ``data``."""
+    return "train" in _shards(folder)
+
+
+def configurations(folder: Path) -> list[str]:
+    """Return the subfolders with shards of a training split: configurations of a data set, or data sets."""
+    return list(_configurations(folder))
 
 
 def list_parquet(path: Path, *, test_names: Sequence[str] = TEST_NAMES, more_training: Sequence[str] = ()) -> Listing:
@@ -111,7 +116,10 @@ def _choose_files(
     test = shards[test_name] if test_name is not None else []
     for part in (*splits.values(), test):
         _require_every_shard(part)
-    return [file for part in splits.values() for file in part], test, remarks
+    train = [file for part in splits.values() for file in part]
+    partial_folders = sorted({file.parent.name for file in train + test if file.parent.name.startswith("partial-")})
+    remarks += [f"the folder '{name}' has only the first part of its images" for name in partial_folders]
+    return train, test, remarks
 
 
 def _configurations(folder: Path) -> dict[str, dict[str, list[Path]]]:
@@ -139,12 +147,17 @@ def _shards(folder: Path) -> dict[str, list[Path]]:
         inside = file.parent != folder
         name = re.sub(r"(?<=\w)[-_.]\d+(-of-\d+)?([-_.][0-9a-f]+)?$|(?<=[a-z])\d+$", "", file.stem)
         name = split_name(name)
-        if inside and split_name(file.parent.name) in splits:
-            name = split_name(file.parent.name)
+        if inside and _folder_split(file) in splits:
+            name = _folder_split(file)
         elif inside and name in splits:
             continue  # of a configuration
         shards.setdefault(name, []).append(file)
     return shards
+
+
+def _folder_split(file: Path) -> str:
+    """Return the split that a shard's folder names; ``partial-train`` has the first part of a large one."""
+    return split_name(file.parent.name).removeprefix("partial-")
 
 
 def _require_every_shard(files: list[Path]) -> None:

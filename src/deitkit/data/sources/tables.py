@@ -1,6 +1,8 @@
 """Images listed in a CSV file: a path and a label in each row, and optionally a split and a group."""
 
 import csv
+import os
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -54,6 +56,7 @@ def list_csv(path: Path) -> Listing:
     if others:
         remarks.append(f"left out: {counted(len(others), 'column')} of '{path.name}' ({', '.join(others[:5])})")
     numbers = {name: number for number, name in enumerate(class_names)}
+    files = [row[spelled["path"] or ""].strip() for row in rows]
     groups = None
     if "group" in values:
         numbered = {name: number for number, name in enumerate(dict.fromkeys(values["group"]))}
@@ -61,7 +64,7 @@ def list_csv(path: Path) -> Listing:
     return Listing(
         encoded_files(
             path.parent,
-            [path.parent / values["path"][place] for place in kept],
+            [_as_spelled(path.parent / files[place]) for place in kept],
             f"correct the paths in '{path.name}', which start from its folder unless they are absolute",
         ),
         torch.tensor([numbers[values["label"][place]] for place in kept]),
@@ -70,6 +73,14 @@ def list_csv(path: Path) -> Listing:
         remarks=tuple(remarks),
         groups=groups,
     )
+
+
+def _as_spelled(path: Path) -> Path:
+    """Return a path as its file spells it: an accent is a character of its own on one system, and not on another."""
+    if str(path).isascii() or os.path.lexists(path):
+        return path
+    others = (Path(unicodedata.normalize(form, str(path))) for form in ("NFC", "NFD"))
+    return next((other for other in others if os.path.lexists(other)), path)
 
 
 def _read(path: Path) -> tuple[list[dict[str, str]], list[str]]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from deitkit.errors import CheckpointError, RecipeError
@@ -183,12 +184,18 @@ def _check(target: Architecture, source: Path) -> None:
 def _normalisation(weights: Weights, mean: Values | None, std: Values | None) -> tuple[Values, Values, list[str]]:
     """Return the normalisation of the weights: the given one, else the source's, else ImageNet's."""
     count = weights.architecture.channels
+    found = weights.mean is not None and weights.std is not None
     if (mean is None) != (std is None):
         raise RecipeError("--mean and --std belong together: give both or neither")
     if mean is not None and std is not None:
         if len(mean) != count or len(std) != count or min(std) <= 0:
             raise RecipeError(f"--mean and --std need {count} values each, and --std must be positive")
+        known_mean, known_std = weights.normalisation
+        if found and not torch.allclose(torch.tensor((mean, std)), torch.tensor((known_mean, known_std))):
+            raise RecipeError(
+                f"--mean and --std: {weights.file} was trained with a mean of {[*known_mean]} and an std of "
+                f"{[*known_std]}: leave both out"
+            )
         return mean, std, []
-    found = weights.mean is not None and weights.std is not None
     line = "normalisation: missing in the source; ImageNet's is written (set another with --mean and --std)"
     return *weights.normalisation, [] if found else [line]
