@@ -1,5 +1,6 @@
 """The public Python API, as a user writes it."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -15,11 +16,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch._dynamo
 from PIL import Image
 
 import deitkit
 from deitkit.api import Model
 from deitkit.errors import DataError, RecipeError
+from deitkit.models.accelerate import RECOMPILATIONS, accelerate
+from deitkit.models.classifier import Classifier
 from deitkit.recipe.schema import Recipe
 from deitkit.run.folder import begin_run
 
@@ -264,3 +268,45 @@ def test_what_is_no_recipe_or_value_of_one_is_a_sentence() -> None:
     )
     assert told[0].startswith("recipe is of the type dict: name a shipped recipe or a YAML file")
     assert told[1].startswith("a Flatten of torch is not a value of a recipe: save its state_dict() with safetensors")
+
+
+def test_characters_beyond_16_bits_and_the_home_folder_are_what_they_say(
+    tmp_path: Path, write_images: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert deitkit.load_recipe("digits", name="run \U0001f680").name == "run \U0001f680"
+    (tmp_path / "recipe.yaml").write_text(json.dumps({"name": "\U0001f680", "methods": ["none"]}))
+    assert deitkit.load_recipe("~/recipe.yaml").name == "\U0001f680"
+    with pytest.raises(RecipeError, match="is not valid YAML"):
+        deitkit.load_recipe("digits", name="\ud83d")
+    photos = write_images(tmp_path / "\U0001f600")
+    assert len(deitkit.load_dataset(f"folder:{photos}", image_px=8).test) == 24
+    recipe = deitkit.load_recipe("digits", **{"teacher.checkpoint": "~/w.pth", "teacher.name": "~/teacher"})
+    assert recipe.teacher.checkpoint == tmp_path / "w.pth"
+    assert recipe.teacher.name == str(tmp_path / "teacher")
+    monkeypatch.setattr("deitkit.api.run_recipe", lambda recipe, folder, **_: pytest.fail(f"in {folder}"))
+    with pytest.raises(pytest.fail.Exception, match=f"in {tmp_path / 'out'}"):
+        deitkit.compare("digits", out="~/out")
+
+
+def test_no_field_is_dropped_without_a_word() -> None:
+    with pytest.raises(RecipeError, match=r"baseline\.name: train has one student"):
+        deitkit.train("digits", "none", **{"baseline.name": "cifar/resnet20"})
+    assert deitkit.load_recipe("digits", baseline={}).baseline is not None
+    assert deitkit.load_recipe("digits", train={}) == deitkit.load_recipe("digits")
+
+
+def test_the_callers_compiler_keeps_its_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    settings = torch._dynamo.config
+    before = settings.recompile_limit, settings.fail_on_recompile_limit_hit
+
+    def compiled(recipe: Recipe, folder: Path, **_: Any) -> Any:
+        student = torch.nn.Identity()
+        accelerate(Classifier(student, mean=(0.5,), std=(0.5,)), recipe.speed, torch.device("cpu"))
+        assert (settings.recompile_limit, settings.fail_on_recompile_limit_hit) == (RECOMPILATIONS, True)
+        raise RecipeError("seen")
+
+    monkeypatch.setattr("deitkit.api.run_recipe", compiled)
+    with pytest.raises(RecipeError, match="seen"):
+        deitkit.compare("digits", speed={"compile": True}, out=tmp_path / "run", progress=False)
+    assert (settings.recompile_limit, settings.fail_on_recompile_limit_hit) == before

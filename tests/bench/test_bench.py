@@ -83,6 +83,12 @@ def test_cohort_compares_with_the_same_students_alone() -> None:
     assert result["peak_memory_gib"] == sorted(result["peak_memory_gib"])
 
 
+def test_cohort_caches_logits_of_images_without_labels_too() -> None:
+    unlabelled = ("data.unlabelled=folder:x", "train.unlabelled_batch_size=8")
+    result = json.loads(run("cohort", *TINY, "methods=[none, hard]", *unlabelled, "--synthetic", *FEW, "--json"))
+    assert result["ratio_cached"] > 0
+
+
 def test_a_baseline_is_no_part_of_the_students_that_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
     built: list[list[str]] = []
 

@@ -122,6 +122,11 @@ def test_folders_that_cannot_be_written(run: Run, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     refused(run("compare", "digits", *FAST, "--out", tmp_path / "file" / "run"), "cannot write", "--out")
     refused(run("compare", "digits", *FAST, "--out", tmp_path / "file"), "--out")
+    too_long = tmp_path / ("a" * 300)
+    refused(run("compare", "digits", *FAST, "--out", too_long), "cannot write into", "file name too long")
+    refused(run("predict", too_long, "x.png"), "file name too long")
+    refused(run("evaluate", too_long, "--data", "digits"), "file name too long")
+    refused(run("convert", too_long, "--to", "ours", "--out", tmp_path / "out"), "file name too long")
     if os.geteuid() != 0:  # root may write anywhere
         locked = tmp_path / "locked"
         locked.mkdir()

@@ -279,17 +279,28 @@ def test_mistakes_that_data_and_models_show_are_told_before_anything_trains(
 
 
 def test_other_test_images_are_refused(
-    tiny_recipe: TinyRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_recipe: TinyRecipe, write_images: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    photos = write_images(
+        tmp_path / "photos", parts=("",), count=24
+    )  # listed by class: every division has the same labels
+
     def load(recipe: Any, progress: Any = None, **settings: Any) -> Any:
         return load_dataset(recipe.model_copy(update={"split_seed": recipe.image_px or 0}), progress, **settings)
 
     monkeypatch.setattr("deitkit.comparison.ablation.load_all_images", load)
     with pytest.raises(DataError, match=r"variant larger: .*test images"):
-        compare_variants(tiny_recipe(*ONE_EPOCH, "variants.larger.data.image_px=12"), tmp_path, watcher=Silent())
+        compare_variants(
+            tiny_recipe(*ONE_EPOCH, "variants.larger.data.image_px=12"), tmp_path / "one", watcher=Silent()
+        )
+    own = (f"data.name=folder:{photos}", "data.image_px=8", "data.train_images=null", "data.test_images=null")
+    with pytest.raises(DataError, match=r"variant larger: its \d+ test images are not the base's"):
+        compare_variants(
+            tiny_recipe(*ONE_EPOCH, *own, "variants.larger.data.image_px=12"), tmp_path / "other", watcher=Silent()
+        )
     monkeypatch.undo()
     recipe = tiny_recipe(*ONE_EPOCH, "variants.larger.data.image_px=12")
-    rows = compare_variants(recipe, tmp_path, watcher=Silent()).rows
+    rows = compare_variants(recipe, tmp_path / "run", watcher=Silent()).rows
     assert "base" in rows[1].differences
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from conftest import TINY
@@ -17,10 +18,13 @@ from deitkit.recipe.load import load_recipe
 from deitkit.run.observer import Silent
 
 
-def test_a_table_holds_until_a_student_or_the_data_change(tmp_path: Path) -> None:
+def test_a_table_holds_until_a_student_or_the_data_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = tmp_path / "run"
-    overrides = [*TINY, "methods=[none, token-hard]", "train.epochs=1", "train.precision=fp32"]
+    overrides = [*TINY, "methods=[none, token-hard]", "train.epochs=1", "train.precision=fp32", "device=cpu"]
     results = compare(load_recipe("digits", overrides), run, watcher=Silent())
+    # It measures on the run's device, whatever else there is.
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: True)
+    monkeypatch.setattr("torch.accelerator.current_accelerator", lambda: torch.device("cuda"))
 
     def verified() -> tuple[int, dict]:
         outcome = CliRunner().invoke(app, ["verify", str(run), "--json"])

@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import re
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -18,6 +19,7 @@ from torchvision.io import decode_image
 from deitkit.cli.apply import predict
 from deitkit.comparison.compare import compare
 from deitkit.comparison.describe import describe_data
+from deitkit.data import decode
 from deitkit.data.dataset import load_dataset
 from deitkit.data.duplicates import find_duplicates, pixel_hashes
 from deitkit.data.listing import Listing
@@ -80,6 +82,14 @@ KINDS = {
     "pages of a tiff": (encode(RGB, "TIFF", **FRAMES), RGB, 0),
     "damaged metadata": (encode(RGB, exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff\0"), RGB, 0),
 }
+for damage in (b"Exif\0\0" + b"\0" * 32, b"Exif\0\0II*\0", b"Exif\0\0not a TIFF at all"):
+    KINDS |= {
+        f"metadata {damage!r}": (encode(RGB, exif=damage), RGB, 0),
+        f"metadata {damage!r}, webp": (encode(RGB, "WEBP", lossless=True, exif=damage), RGB, 0),
+        f"metadata {damage!r}, jpeg": (
+            encode(Image.new("RGB", (8, 8), "red"), "JPEG", quality=100, dpi=(72, 72), exif=damage), (254, 0, 0), 2
+        ),
+    }  # fmt: skip
 
 
 def one_of_many(root, content):
@@ -364,3 +374,26 @@ def test_a_relative_folder_that_is_not_there_is_looked_for_here(tmp_path, monkey
     for name in (f"folder:{tmp_path}/x", f"csv:{tmp_path}/x.csv", f"parquet:{tmp_path}/x"):
         with pytest.raises(DataError, match=r"x[^ ]*' does not exist: "):
             load(name)
+
+
+@STREAMED
+def test_what_cannot_be_read_for_a_while_is_not_left_out_for_ever(tmp_path, fields, monkeypatch):
+    name = one_of_many(tmp_path / "photos", encode(RGB))
+    opened = decode._opened
+
+    def flaky(encoded):
+        if isinstance(encoded, Path) and encoded.name == "odd.png":
+            raise OSError(5, "Input/output error")
+        return opened(encoded)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(decode, "_opened", flaky)
+        assert load(name, **fields).skipped == ("train/a/odd.png",)
+    assert load(name, **fields).skipped == (), "the disk is well again"
+
+    def full(encoded):
+        raise MemoryError
+
+    monkeypatch.setattr(decode, "_opened", full)
+    with pytest.raises(MemoryError):  # which the command line tells, and which is no fault of a file
+        load(name, corrupt="error", **fields)

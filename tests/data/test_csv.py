@@ -1,7 +1,9 @@
 """Images listed in a CSV file: its columns, its splits, its groups, and every mistake in a sentence."""
 
+import unicodedata
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -161,3 +163,11 @@ def test_a_path_without_its_kind_is_understood(table: Callable[..., Path], run: 
     code, _, errors = run("compare", "own-images", f"data.name={path}")
     assert code == 2
     assert f"did you mean csv:{path}?" in errors
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+def test_names_of_files_are_found_however_they_spell_an_accent(table: Callable[..., Path], form: Any) -> None:
+    rows = [unicodedata.normalize("NFD", row.replace("cat", "caf\u00e9")) for row in many()]
+    path = table("path,label", rows)
+    path.write_text(unicodedata.normalize(form, path.read_text(encoding="utf-8")), encoding="utf-8")
+    assert load(path).class_names == ("caf\u00e9", "dog")

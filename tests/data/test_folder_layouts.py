@@ -1,8 +1,10 @@
 """Folders of images as people have them: spellings of splits, subfolders, other endings, and what is left out."""
 
 import itertools
+import os
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image, features
@@ -11,6 +13,7 @@ from deitkit.data.dataset import load_dataset
 from deitkit.data.sources.folders import list_folder
 from deitkit.errors import DataError
 from deitkit.recipe.schema import DataRecipe
+from source_helpers import all_values, load, refused, write_classes
 
 
 def draw(path: Path, colour: int = 0) -> None:
@@ -107,6 +110,25 @@ def test_a_folder_of_another_kind_is_named_as_what_it_is(tmp_path: Path, file: s
     (tmp_path / file).write_bytes(b"")
     with pytest.raises(DataError, match=re.escape(advice.format(folder=tmp_path))):
         list_folder(tmp_path)
+
+
+def test_a_linked_folder_is_counted_and_one_that_cannot_be_listed_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_classes(tmp_path / "photos", {"a": 6, "b": 6})
+    write_classes(tmp_path / "elsewhere", {"more": 5})
+    (tmp_path / "photos" / "a" / "more").symlink_to(tmp_path / "elsewhere" / "more")
+    data = load(f"folder:{tmp_path / 'photos'}")
+    assert len(all_values(data)) == 12
+    assert data.remarks == ("left out, as no image of a class: 1 file (1 linked folder)",)
+    walk = os.walk
+
+    def refused_walk(top: Path, onerror: Any) -> Any:
+        onerror(PermissionError(13, "Permission denied", str(top)))
+        return walk(top)
+
+    monkeypatch.setattr("deitkit.data.sources.folders.os.walk", refused_walk)
+    refused(f"folder:{tmp_path / 'photos'}", "cannot be read", "Permission denied")
 
 
 def test_a_class_without_images_is_not_taken_for_a_parquet_repository(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from torchvision import datasets
 
 from deitkit.data.pixels import resize, to_channels
 from deitkit.data.sources.named import FASHION_FILES, NAMED_SETS
-from source_helpers import load, refused, write_classes
+from source_helpers import load, refused, write_classes, write_parquet
 
 
 @pytest.fixture(autouse=True)
@@ -131,6 +131,16 @@ def test_what_only_looks_like_a_named_set_is_not_taken_for_it(tmp_path):
     refused("cifar10", "no test split", root=tmp_path)
     write_classes(tmp_path / "cifar10" / "test", {str(label): 4 for label in range(10)})
     refused("cifar10", "is not cifar10", "(3, 32, 32)", root=tmp_path)
+
+
+def test_other_parquet_sets_in_the_root_are_not_taken_for_it(tmp_path):
+    tens = [label for label in range(10) for _ in range(3)]
+    for split in ("train", "test"):
+        write_parquet(tmp_path / "other" / f"{split}-0.parquet", tens, [str(label) for label in range(10)])
+    refused("fashion_mnist", "neither", root=tmp_path, download=False)  # as many classes, of another size
+    for split in ("train", "test"):
+        write_parquet(tmp_path / "cars" / "data" / f"{split}-0.parquet", [0, 1, 1, 0], ["a", "b"])
+    refused("cifar10", "neither", root=tmp_path, download=False)
 
 
 def test_hosts_and_files_are_those_of_torchvision():

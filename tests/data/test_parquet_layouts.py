@@ -90,6 +90,7 @@ def test_named_numbers_that_start_at_one_are_refused_with_the_cause(tmp_path: Pa
         (["train-0.parquet", "train_unlabelled-0.parquet"], (3, None)),
         (["images-0.parquet", "images-1.parquet"], (6, None)),
         (["part1/images.parquet", "part2/images.parquet"], (6, None)),
+        (["partial-train/0000.parquet", "partial-test/0000.parquet"], (6, 3)),
     ],
 )
 def test_splits_are_found_by_their_whole_name(tmp_path: Path, files: list[str], expected: tuple[int, int]) -> None:
@@ -132,3 +133,10 @@ def test_of_several_columns_of_images_that_called_image_is_read(tmp_path: Path) 
     listing = list_parquet(tmp_path)
     assert list(listing.images.read([0, 1])) == [b"large"] * 2
     assert listing.remarks == ("of the columns of images thumbnail, image, 'image' is read",)
+
+
+def test_a_part_of_a_large_set_is_said(tmp_path: Path) -> None:
+    for split in ("partial-train", "test"):
+        write(tmp_path / "default" / split / "0000.parquet", [0, 1, 2], NAMES)
+    remarks = list_parquet(tmp_path / "default").remarks
+    assert remarks == ("the folder 'partial-train' has only the first part of its images",)

@@ -66,7 +66,9 @@ def test_fewer_training_images_leave_the_other_splits_as_they_are():
     assert torch.bincount(few.train.labels).tolist() == [5] * 10
     whole = {image.numpy().tobytes() for image in some.train.images}
     assert {image.numpy().tobytes() for image in few.train.images} <= whole
-    assert torch.bincount(load("digits", test_images=20).test.labels).tolist() == [2] * 10
+    fewest = [load("digits", test_images=20, train_images=count).test for count in (None, 500, 50)]
+    assert torch.bincount(fewest[0].labels).tolist() == [2] * 10
+    assert all(torch.equal(fewest[0].images, other.images) for other in fewest), "those of every training split"
 
 
 def test_a_seed_moves_the_splits_and_the_fingerprint_tells():

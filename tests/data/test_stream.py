@@ -202,3 +202,13 @@ def test_flat_files_hold_what_the_shards_held(shards: Path) -> None:
         [torch.cat(list(getattr(data, part).batches(9))) for part in ("train", "validation", "test")]
     )
     assert (everything == pixels).flatten(1).all(dim=1).sum() == 1
+
+
+def test_shards_are_written_once_for_all_sizes_and_divisions(shards: Path) -> None:
+    folder = cache_folder() / "encoded"
+    before = {*folder.glob("*.bin")}
+    for px, fields in ((16, {}), (12, {}), (16, {"split_seed": 3}), (16, {"fit": "pad"})):
+        recipe = DataRecipe(name=f"parquet:{shards}", image_px=px, workers=0, streaming=True, **fields)
+        data, plain = load_dataset(recipe), load_dataset(recipe.model_copy(update={"streaming": False}))
+        assert torch.equal(data.train.pixels(torch.arange(9)), plain.train.images[:9])
+    assert len({*folder.glob("*.bin")} - before) == 1

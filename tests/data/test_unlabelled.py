@@ -1,19 +1,27 @@
 """Images without labels: where they come from, what is left out, and that they never meet a label."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image
 
-from deitkit.data.dataset import Dataset, add_unlabelled, load_dataset
+from conftest import TINY
+from deitkit.comparison.compare import compare
+from deitkit.comparison.images import load_images
+from deitkit.data import survey
+from deitkit.data.dataset import Dataset, add_unlabelled, as_read, load_dataset
 from deitkit.data.duplicates import share_in_sketch, sketch
+from deitkit.data.stream import StreamedImages
 from deitkit.errors import DataError
 from deitkit.evaluation.apply import data_recipe_of
 from deitkit.models.card import ModelCard
 from deitkit.recipe.load import load_recipe
 from deitkit.recipe.schema import DataRecipe
+from deitkit.run.observer import Silent
 
 WriteImages = Callable[..., Path]
 
@@ -133,3 +141,44 @@ def test_fields_that_contradict_are_refused() -> None:
     ):
         with pytest.raises(Exception, match=words):
             load_recipe("digits", overrides)
+
+
+@pytest.mark.parametrize("image_px", [None, 16])
+def test_test_images_of_a_named_set_are_left_out_at_any_size(tmp_path: Path, image_px: int | None) -> None:
+    tests = load_dataset(DataRecipe(name="digits")).test.images
+    tmp_path.joinpath("more").mkdir()
+    for place in range(5):
+        Image.fromarray(tests[place, 0].numpy()).save(tmp_path / "more" / f"{place}.png")
+    Image.new("L", (8, 8), 77).save(tmp_path / "more" / "new.png")
+    data = with_unlabelled(name="digits", image_px=image_px, unlabelled=f"folder:{tmp_path / 'more'}")
+    assert data.unlabelled is not None
+    assert len(data.unlabelled) == 1
+    assert "left out: 5 unlabelled images that are also validation or test images" in data.remarks
+
+
+@pytest.mark.parametrize("name", ["digits", "folder", "streamed"])
+def test_no_rest_is_one_sentence(write_images: WriteImages, tmp_path: Path, name: str) -> None:
+    own: dict[str, object] = {"name": "digits"}
+    if name != "digits":
+        own = {"name": f"folder:{write_images(tmp_path)}", "streaming": name == "streamed", "workers": 0}
+    count = len(load_dataset(DataRecipe(**own)).train)  # type: ignore[arg-type]
+    with pytest.raises(DataError, match=rf"data\.unlabelled=rest is empty, since data\.train_images={count} are all"):
+        with_unlabelled(**own, train_images=count, unlabelled="rest")
+
+
+def test_images_without_labels_alone_may_be_streamed_and_are_so_again(
+    write_images: WriteImages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few, many = write_images(tmp_path / "few"), write_images(tmp_path / "many", count=90, parts=("more",))
+    own = ["data.train_images=null", "data.test_images=null", "data.image_px=8", f"data.name=folder:{few}"]
+    fields = [*TINY, *own, f"data.unlabelled=folder:{many}", "data.workers=0", "methods=[consistent]", "train.epochs=1"]
+    recipe, need = load_recipe("digits", fields), 3 * 8 * 8 / survey._MOST_MEMORY
+    for free in (450 * need, 10**12):  # room for the 48 with labels alone, then for all
+        monkeypatch.setattr(survey.psutil, "virtual_memory", lambda: SimpleNamespace(available=free))  # noqa: B023
+        data = load_images(recipe, tmp_path / "run", Silent())
+        assert data.unlabelled is not None
+        assert (type(data.train.images), type(data.unlabelled.images)) == (torch.Tensor, StreamedImages)
+        monkeypatch.undo()
+        compare(recipe, tmp_path / "run", watcher=Silent(), dataset=data, resume=(tmp_path / "run").exists())
+        assert json.loads((tmp_path / "run" / "environment.json").read_text())["streamed"] == "unlabelled"
+    assert as_read(recipe.data, data).streaming == "unlabelled", "in the other processes of a run too"

@@ -55,7 +55,7 @@ def served(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tu
     """The address of a running demo and its process."""
     log = tmp_path_factory.mktemp("log") / "log"
     temporary = tmp_path_factory.mktemp("temporary")
-    settings = {**os.environ, "TMPDIR": str(temporary), "PYTHONUNBUFFERED": "1"}
+    settings = {**os.environ, "TMPDIR": str(temporary), "PYTHONUNBUFFERED": "1", "HTTP_PROXY": "http://127.0.0.1:9"}
     with log.open("w") as out:
         command = [sys.executable, "-c", WATCHED, "demo", str(model)]
         process = subprocess.Popen(command, stdout=out, stderr=out, text=True, env=settings)

@@ -142,6 +142,10 @@ def test_other_heads_and_too_little_memory_are_said_in_its_own_words(convert: Ru
     code, _, errors = convert(*to_ours, "--heads", 4)
     assert code == 2
     assert errors == f"error: --heads 4: {tmp_path / 'model'} has 2, which its files say: drop --heads\n"
+    code, _, errors = convert(*to_ours, "--mean", "0,0,0", "--std", "1,1,1")
+    assert code == 2
+    assert f"--mean and --std: {tmp_path / 'model'}/model.safetensors was trained with a mean of [" in errors
+    assert not (tmp_path / "out").exists()
     code, _, errors = convert(*to_ours, "--image-px", 10_000_000, "--patch-px", 1)
     assert code == 2
     assert errors == "error: out of memory: choose a smaller --image-px, a larger --patch-px or fewer --classes\n"

@@ -10,6 +10,7 @@ import torchvision
 
 from deitkit.errors import TeacherError
 from deitkit.models.built import reset_head
+from deitkit.models.classifier import Classifier
 from deitkit.models.zoo import create_classifier, names
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -164,3 +165,25 @@ def test_heads_of_torchvision_are_found(architecture: str) -> None:
         built = create_classifier(f"torchvision/{architecture}", classes=7, channels=1)
         reset_head(built, 3)
         assert built.model.eval()(torch.empty(2, 1, 224, 224)).shape == (2, 3)
+
+
+@pytest.mark.usefixtures("online")
+@pytest.mark.parametrize("architecture", ["googlenet", "inception_v3"])
+def test_pretrained_models_of_several_classifiers_are_saved_as_they_teach(
+    architecture: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    theirs = torchvision.models.get_model(architecture, aux_logits=True, transform_input=True, init_weights=False)
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", lambda *_, **__: theirs.state_dict())
+    built = create_classifier(f"torchvision/{architecture}", classes=1000, channels=3, pretrained=True)
+    assert built.mean is not None
+    assert built.std is not None
+    ours = Classifier(built.model, mean=built.mean, std=built.std).eval()
+    view = torch.rand(2, 3, 96, 96)
+    normalised = (view - torch.tensor(IMAGENET_MEAN)[:, None, None]) / torch.tensor(IMAGENET_STD)[:, None, None]
+    with torch.no_grad():
+        torch.testing.assert_close(ours(view).class_logits, theirs.eval()(normalised), rtol=1e-4, atol=1e-4)
+    again = create_classifier(f"torchvision/{architecture}", classes=1000, channels=3, pretrained=False)
+    again.model.load_state_dict(built.model.state_dict())
+    with torch.no_grad():
+        other = Classifier(again.model, mean=built.mean, std=built.std).eval()(view).class_logits
+    torch.testing.assert_close(other, ours(view).class_logits.detach())

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from deitkit.errors import RecipeError
+from deitkit.recipe.load import load_recipe
 from deitkit.system import process
-from deitkit.system.device import choose_device
+from deitkit.system.device import Precision, choose_device
 from deitkit.system.process import configure_process, usable_cores
 
 
@@ -65,3 +66,10 @@ def test_another_accelerator_is_taken_where_it_is_asked_for_and_cuda_always(
     other = "mps" if there == "cuda" else "cuda"
     with pytest.raises(RecipeError, match=rf"device={other}, but no .* is visible \({there} is\)"):
         choose_device(other)
+
+
+def test_a_finished_run_is_measured_on_its_device_or_on_what_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
+    with pytest.raises(RecipeError, match="device=cuda"):
+        Precision.of(load_recipe("digits", ["device=cuda"]))
+    assert Precision.here(load_recipe("digits", ["device=cuda"])).device == torch.device("cpu")

@@ -5,6 +5,7 @@ import html
 import io
 import os
 from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from deitkit.demo.shown import Demo, ShownModel
-from deitkit.errors import DataError, RecipeError
+from deitkit.errors import DataError, RecipeError, reason_of
 
 INSTALL = "pip install 'deitkit[demo]'"
 FIRST_PORT, PORTS = 7860, 100
@@ -40,15 +41,17 @@ def import_gradio(folder: Path) -> Any:
     """Return the module, told to report nothing and to keep uploaded images in a folder.
 
     Raises:
-        RecipeError: It is not installed.
+        RecipeError: It is not installed, or cannot be loaded.
     """
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     os.environ["GRADIO_TEMP_DIR"] = str(folder)  # by default images would stay in the machine's temporary folder
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     try:
         import gradio  # an extra
-    except ImportError:
-        raise RecipeError(f"the page needs Gradio: {INSTALL}") from None
+    except ImportError as error:  # or of a library that it needs, as for a SOCKS proxy
+        if find_spec("gradio") is None:
+            raise RecipeError(f"the page needs Gradio: {INSTALL}") from None
+        raise RecipeError(f"Gradio cannot be loaded: {reason_of(error)}") from None
     return gradio
 
 
