@@ -205,7 +205,7 @@ def test_a_run_is_compared_evaluated_reported_and_used(run: Run, tmp_path: Path,
     assert all(len(answer["classes"]) > 1 for path, answer in answers.items() if path != broken)
     code, text, _ = run("predict", out, everything)
     assert code == 0
-    assert f"{len(answers) - 1} of {len(answers)} images answered" in text
+    assert f"{len(answers) - 1} of {len(answers)} images classified" in text
     refused(run("predict", out, broken), "broken.jpg cannot be decoded")
     for path in list(answers):
         path.write_bytes(b"no image")

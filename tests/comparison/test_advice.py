@@ -54,7 +54,7 @@ def difference(mean: float, half: float, p: float) -> Difference:
         (difference(-0.05, 0.01, 1e-6), SMALL, LARGE,
          "Keep the teacher timm/resnet18 unless speed and size count more than 5.0 points of accuracy."),
         (difference(-0.05, 0.01, 1e-6), LARGE, SMALL,
-         "Keep the teacher timm/resnet18: hard/class is 5.0 points less accurate, and not much faster or smaller."),
+         "Keep the teacher timm/resnet18: hard/class is 5.0 points less accurate, slower and larger."),
         (difference(0.03, 0.01, 1e-6), LARGE, SMALL,
          "Use hard/class instead of the teacher timm/resnet18: it is 3.0 points more accurate."),
         (difference(-0.002, 0.01, 0.7), SMALL, LARGE,

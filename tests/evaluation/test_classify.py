@@ -135,7 +135,7 @@ def test_mistakes_are_one_sentence(model: Path, photos: Path, tmp_path: Path) ->
 def test_files_of_answers(model: Path, photos: Path, tmp_path: Path, run: Run) -> None:
     code, text, _ = run("predict", model, photos, "--out", tmp_path / "a.csv", "--embeddings", tmp_path / "e.parquet")
     assert code == 0
-    assert "150 of 152 images answered, in " in text
+    assert "150 of 152 images classified, in " in text
     assert text.count("left out: ") == 2
     with (tmp_path / "a.csv").open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
@@ -149,7 +149,7 @@ def test_files_of_answers(model: Path, photos: Path, tmp_path: Path, run: Run) -
     assert run("predict", model, photos, "--out", tmp_path / "a.jsonl")[0] == 0
     lines = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
     assert [line["image"] for line in lines] == [one["image"] for one in expected]
-    assert json.loads(run("predict", model, photos, "--out", tmp_path / "b.csv", "--json")[1])["answered"] == 150
+    assert json.loads(run("predict", model, photos, "--out", tmp_path / "b.csv", "--json")[1])["classified"] == 150
 
 
 def test_ctrl_c_tells_what_is_in_the_files(

@@ -84,14 +84,14 @@ def predict(
             f"stopped after {done:,} of {counted(total, 'image')}" + (f", which are in {kept}" if kept else "")
         ) from None
     if as_json:
-        print_json(shown if out is None else {"images": total, "answered": total - failed, "file": str(out)})
+        print_json(shown if out is None else {"images": total, "classified": total - failed, "file": str(out)})
         return
     if out is None:
         _print_answers(shown)
     for prediction in reasons:
         say(f"left out: {prediction['image']} cannot be decoded ({prediction['error']})")
     if failed or out is not None:
-        say(f"{total - failed:,} of {counted(total, 'image')} answered" + (f", in {out}" if out is not None else ""))
+        say(f"{total - failed:,} of {counted(total, 'image')} classified" + (f", in {out}" if out is not None else ""))
 
 
 def _print_answers(predictions: list[dict[str, Any]]) -> None:

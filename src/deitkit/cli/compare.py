@@ -43,8 +43,8 @@ def compare(
 ) -> None:
     """Train students under every method of a recipe, side by side, and print which wins and by how much.
 
-    For example `deitkit compare digits`, or `deitkit compare cifar10-cpu train.epochs=40 --seeds 3 --out runs/mine`,
-    or with your own images `deitkit compare own-images data.name=folder:photos`.
+    For example `deitkit compare digits`, or `deitkit compare digits train.epochs=40 --seeds 3 --out runs/mine`, or with
+    your own images `deitkit compare own-images data.name=folder:photos`.
 
     A recipe with `variants` is an ablation, such as `deitkit compare ablation-cifar10-cpu`: it runs the recipe
     unchanged, then each variant in its own folder under variants/, and prints one table of the differences from the
@@ -109,8 +109,8 @@ def finetune(
 ) -> None:
     """Fine-tune a trained student at a higher resolution or on other data, with and without a teacher.
 
-    For example `deitkit finetune runs/cifar10-cpu finetune-cpu`. The student of each method starts from the checkpoint
-    and has its architecture; the table compares the students with the checkpoint before fine-tuning.
+    For example `deitkit finetune runs/digits digits data.image_px=12`. The student of each method starts from the
+    checkpoint and has its architecture; the table compares the students with the checkpoint before fine-tuning.
     """
     from deitkit.comparison.finetune import start_from
 

@@ -31,8 +31,8 @@ def demo(
 ) -> None:
     """Try models on images of your own, on a page in your browser.
 
-    For example `deitkit demo runs/mine`. Drop, paste or photograph an image, and see what the winner, the teacher and
-    the other students say of it, and where in it the tokens of a student look. The page is served on 127.0.0.1, to
+    For example `deitkit demo runs/mine`. Drop, paste or photograph an image, and see the predictions of the winner, the
+    teacher and the other students, and the attention of a student's tokens. The page is served on 127.0.0.1, to
     this machine only, and sends nothing anywhere. Needs `pip install 'deitkit[demo]'`.
     """
     from deitkit.data.decode import strict_pillow

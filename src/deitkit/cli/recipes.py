@@ -1,5 +1,6 @@
 """The commands ``recipes`` and ``methods``: what a comparison can name."""
 
+import re
 import sys
 from typing import Annotated
 
@@ -40,10 +41,18 @@ def recipes(
             raise RecipeError(f"'{name}' is not a shipped recipe; shipped are {', '.join(shipped)}")
         sys.stdout.write(shipped[name])
     else:
-        table = Table("recipe", "what it does", box=None)
+        table = Table("recipe", "what it does", "cost", box=None)
         for shipped_name, text in shipped.items():
-            table.add_row(shipped_name, plain(text.splitlines()[0].removeprefix("# ")))
+            first, *head = text.splitlines()
+            cost = next(line.removeprefix("# Cost: ") for line in head if line.startswith("# Cost: "))
+            table.add_row(shipped_name, plain(first.removeprefix("# ")), plain(_short(cost)))
         console.print(table)
+        say("deitkit recipes NAME prints a recipe, whose head has its command, cost and result")
+
+
+def _short(cost: str) -> str:
+    """Return the first clause of what a recipe costs."""
+    return re.split(r"[,;.:]( |$)| \(", cost.replace("not measured yet: it needs", "needs"))[0]
 
 
 def methods() -> None:

@@ -97,7 +97,7 @@ def _decision(winner: Row, rival: Rival, savings: Mapping[str, float], results: 
         if worth:
             counts = "count" if len(worth) > 1 else "counts"
             return f"Keep {rival.name} unless {' and '.join(worth)} {counts} more than {loss:.1f} points of accuracy"
-        return f"Keep {rival.name}: {winner.row} is {loss:.1f} points less accurate, and not much faster or smaller"
+        return f"Keep {rival.name}: {winner.row} is {loss:.1f} points less accurate, {_small_savings(savings)}"
     if difference.is_significant:
         return f"Use {winner.row} instead of {rival.name}: it is {loss:.1f} points more accurate"
     if not _is_close(difference):
@@ -121,6 +121,17 @@ def _decision(winner: Row, rival: Rival, savings: Mapping[str, float], results: 
         where = " and ".join(notable)
         return f"Use {winner.row} instead of {rival.name} for its {where}: it is as accurate within chance"
     return f"Keep {rival.name}: {winner.row} is as accurate within chance, and neither faster nor smaller"
+
+
+def _small_savings(savings: Mapping[str, float]) -> str:
+    """Say that speed and size are no reason to give up accuracy."""
+    words = []
+    for name, worse, no_better, better in (
+        ("speed", "slower", "no faster", "times as fast"), ("size", "larger", "no smaller", "times smaller")
+    ):  # fmt: skip
+        ratio = savings[name]
+        words.append(worse if ratio <= 1 / NOTABLE else no_better if ratio < NOTABLE else f"only {ratio:.1f} {better}")
+    return " and ".join(words)
 
 
 def _could_be_cross_validated(results: Results) -> bool:

@@ -28,7 +28,7 @@ def describe_data(dataset: Dataset) -> Iterator[str]:
         f"{len(dataset.test):,} test images of {dataset.image_px[0]} x {dataset.image_px[1]} px; {classes}"
     )
     if dataset.unlabelled is not None:
-        yield f"{counted(len(dataset.unlabelled), 'image')} without labels, for the teacher to answer"
+        yield f"{counted(len(dataset.unlabelled), 'image')} without labels, for the teacher to label"
     yield from dataset.remarks
     if dataset.skipped:
         files = counted(len(dataset.skipped), "file")
