@@ -22,7 +22,8 @@ from deitkit.comparison.finetune import _obstacle, start_from
 from deitkit.data.dataset import load_dataset
 from deitkit.data.duplicates import share_in_sketch, sketch
 from deitkit.errors import CheckpointError, RecipeError
-from deitkit.evaluation.apply import evaluate_model, images_before
+from deitkit.evaluation.apply import evaluate_model
+from deitkit.evaluation.seen_images import images_before
 from deitkit.models.card import ModelCard
 from deitkit.models.classifier import Classifier
 from deitkit.models.saved import read_card, save_classifier

@@ -17,7 +17,7 @@ from deitkit.data.dataset import Dataset, add_unlabelled, as_read, load_dataset
 from deitkit.data.duplicates import share_in_sketch, sketch
 from deitkit.data.stream import StreamedImages
 from deitkit.errors import DataError
-from deitkit.evaluation.apply import data_recipe_of
+from deitkit.evaluation.seen_images import data_recipe_of
 from deitkit.models.card import ModelCard
 from deitkit.recipe.load import load_recipe
 from deitkit.recipe.schema import DataRecipe

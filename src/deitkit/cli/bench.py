@@ -8,7 +8,7 @@ import typer
 from rich.table import Table
 
 from deitkit.cli.console import console, print_json, say
-from deitkit.cli.options import RecipeArgument
+from deitkit.cli.options import Json, RecipeArgument
 from deitkit.recipe.load import load_recipe
 from deitkit.recipe.schema import Recipe
 
@@ -22,7 +22,6 @@ Base = Annotated[str | None, typer.Option("--recipe", help="Start from this reci
 Synthetic = Annotated[bool, typer.Option("--synthetic", help="Use random images instead of a data set.")]
 Repeats = Annotated[int, typer.Option("--repeats", min=1, help="Number of measurements; their median is reported.")]
 Steps = Annotated[int, typer.Option("--steps", min=1, help="Steps in each measurement.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object (or array), for another program to read.")]
 
 
 @app.command()

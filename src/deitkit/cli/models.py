@@ -1,16 +1,14 @@
 """The command ``models``: the catalogue, with counted parameters and operations and published accuracies."""
 
-from typing import Annotated, Any
+from typing import Any
 
-import typer
 from rich.table import Table
 
 from deitkit.cli.console import console, print_json, say
+from deitkit.cli.options import Json
 
 
-def models(
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON array, for another program to read.")] = False,
-) -> None:
+def models(as_json: Json = False) -> None:
     """List the models of the paper's tables: size, operations, published accuracy, and their names in a recipe."""
     rows = catalogue_rows()
     if as_json:

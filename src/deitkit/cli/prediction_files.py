@@ -53,7 +53,12 @@ class PredictionFiles:
         return self
 
     def _new(self, path: Path) -> IO[str]:
-        file = _new(path)
+        try:
+            file = path.open("x", encoding="utf-8", newline="")
+        except FileExistsError:
+            raise DataError(f"{path} exists: name a new file, or remove it") from None
+        except OSError as error:
+            raise DataError(f"{path} cannot be written ({os_reason(error)}): name another file") from None
         self.made.append(path)
         return file
 
@@ -129,15 +134,6 @@ def _csv_row(prediction: dict[str, Any], top: int) -> list[str]:
     """Return image, then class and probability of the ``top`` best, then the error."""
     cells = [cell for name, share in prediction["classes"] for cell in (name, f"{share:.6f}")]
     return [prediction["image"], *cells, *[""] * (2 * top - len(cells)), prediction.get("error", "")]
-
-
-def _new(path: Path) -> IO[str]:
-    try:
-        return path.open("x", encoding="utf-8", newline="")
-    except FileExistsError:
-        raise DataError(f"{path} exists: name a new file, or remove it") from None
-    except OSError as error:
-        raise DataError(f"{path} cannot be written ({os_reason(error)}): name another file") from None
 
 
 def with_progress(predictions: Iterable[dict[str, Any]], total: int) -> Iterator[dict[str, Any]]:

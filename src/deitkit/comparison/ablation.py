@@ -217,11 +217,7 @@ def _results(
 def _hits(results: Results, home: Path, labels: Int64[Tensor, " n"]) -> dict[RowKey, Hits]:
     rows = [row for row in reported_rows(results.rows) if row.kind != "checkpoint"]
     predictions = load_predictions(home, results.seeds, list(dict.fromkeys(row.method for row in rows)))
-    return {_key(row): _key(row).hits(predictions, labels) for row in rows}
-
-
-def _key(row: Row) -> RowKey:
-    return RowKey(row.method, row.weights, row.readout)
+    return {RowKey.of(row): RowKey.of(row).hits(predictions, labels) for row in rows}
 
 
 def _row(
@@ -237,7 +233,7 @@ def _row(
     Averaged weights are compared with the base's averaged weights; the base's own, and those of a variant where the
     base kept none, with the base's last weights.
     """
-    key, last = _key(row), RowKey(row.method, "last", row.readout)
+    key, last = RowKey.of(row), RowKey(row.method, "last", row.readout)
     other = base_hits.get(last) if name == BASE else base_hits.get(key, base_hits.get(last))
     comparable = other is not None and (name, key) != (BASE, last)
     difference = paired_over_seeds(hits[key], other) if other is not None and comparable else None

@@ -58,6 +58,7 @@ from deitkit.run.results import (
 from deitkit.system.device import Precision, describe_machine
 from deitkit.system.files import copy_file, write_json
 from deitkit.system.ranks import current_ranks
+from deitkit.system.words import as_sentence
 from deitkit.teachers.frozen import Teachers, mean_teacher_logits
 from deitkit.teachers.logit_cache import kept_logits
 from deitkit.teachers.prepare import common_card, dry_run_teachers, is_prepared, prepare_teachers
@@ -130,8 +131,8 @@ def begin(
     dataset = load_images(recipe, folder, watcher, dataset)
     for line in describe_data(dataset):
         watcher.say(line)
-    start, parameters = dry_run(recipe, dataset, precision)
-    for line in (*start, *describe_students(recipe, dataset, parameters)):
+    remarks, parameters = dry_run(recipe, dataset, precision)
+    for line in (*remarks, *describe_students(recipe, dataset, parameters)):
         watcher.say(line)
     if needs_teacher(recipe):
         dry_run_teachers(recipe, dataset, folder, precision)
@@ -154,7 +155,7 @@ def begin(
     cards: list[TeacherCard] = []
     if needs_teacher(recipe):
         teachers, cards = prepare_teachers(recipe, dataset, folder=folder, precision=precision, watcher=watcher)
-    return Begun(recipe, dataset, precision, teachers, cards, checkpoint, start, machine)
+    return Begun(recipe, dataset, precision, teachers, cards, checkpoint, remarks, machine)
 
 
 def train_part(recipe: Recipe, folder: Path, seed: int, names: Sequence[str], *, watcher: Watcher) -> None:
@@ -212,8 +213,8 @@ def dry_run(recipe: Recipe, dataset: Dataset, precision: Precision) -> tuple[lis
         )
     require_parts(step_images(recipe, dataset))
     idle = [teacher for teacher in recipe.all_teachers if teacher.cache_top is not None and not teacher.cache]
-    start = [f"teacher.cache_top={teacher.cache_top} has no effect without teacher.cache=true" for teacher in idle]
-    students = build_students(recipe, dataset, recipe.seeds[0], precision, start.append)
+    remarks = [f"teacher.cache_top={teacher.cache_top} has no effect without teacher.cache=true" for teacher in idle]
+    students = build_students(recipe, dataset, recipe.seeds[0], precision, remarks.append)
     for cnn in (student.classifier for student in students if student.name == BASELINE):
         failure = failure_of(cnn, dataset, recipe.train.batch_size, precision, trained=True)
         if failure is not None:
@@ -221,7 +222,7 @@ def dry_run(recipe: Recipe, dataset: Dataset, precision: Precision) -> tuple[lis
             raise RecipeError(f"baseline.name={name} {failure}; name another CNN, or set another data.image_px")
     for student in students:
         release(student.classifier)
-    return start, {one.name: sum(value.numel() for value in one.classifier.parameters()) for one in students}
+    return remarks, {one.name: sum(value.numel() for value in one.classifier.parameters()) for one in students}
 
 
 def _require_whole_batches(recipe: Recipe, count: int) -> None:
@@ -264,7 +265,7 @@ def _results(begun: Begun, folder: Path) -> Results:
         winner=None if summary.winner is None else summary.winner.row,
         verdict=summary.verdict,
         published=published_figures(recipe.published),
-        notes=(*summary.notes, *(f"{line[0].upper()}{line[1:]}." for line in begun.remarks)),
+        notes=(*summary.notes, *map(as_sentence, begun.remarks)),
         machine=begun.machine,
     )
 

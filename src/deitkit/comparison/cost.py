@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -10,19 +9,17 @@ from torch import Tensor
 
 from deitkit.comparison.finished_run import load_as_trained, students_of
 from deitkit.errors import is_out_of_memory
-from deitkit.models.accelerate import uncompiled
+from deitkit.evaluation.speed import seconds_per_batch
 from deitkit.models.classifier import Classifier
 from deitkit.models.saved import read_card
 from deitkit.recipe.schema import Recipe
 from deitkit.run.layout import teacher_folders
 from deitkit.run.results import Cost, Results
 from deitkit.system.device import Precision
-from deitkit.system.timer import time_in_turn
 
 BATCH_SIZES = (8, 32, 128)  # beside single images
 LONGEST_SECONDS = 1.0  # of one batch, by the time for single images
 REPEATS = 3
-SINGLE_CALLS = 5  # in a measurement of single images, which take a moment
 
 
 def add_costs(results: Results, recipe: Recipe, folder: Path, precision: Precision) -> Results:
@@ -77,12 +74,13 @@ def _times(
     classifiers: Mapping[str, Classifier], shape: tuple[int, ...], precision: Precision
 ) -> dict[str, dict[int, float]]:
     """Return each model's seconds for a batch, by the size of the batch."""
-    single = _time(classifiers, 1, shape, precision)
+    single = seconds_per_batch(classifiers, _grey(1, shape, precision), precision, REPEATS)
     found = {kind: {1: seconds} for kind, seconds in single.items()}
     for size in BATCH_SIZES:
         quick = {kind: one for kind, one in classifiers.items() if size * single[kind] <= LONGEST_SECONDS}
         try:
-            for kind, seconds in _time(quick, size, shape, precision).items():
+            view = _grey(size, shape, precision)
+            for kind, seconds in seconds_per_batch(quick, view, precision, REPEATS).items():
                 found[kind][size] = seconds
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
@@ -91,21 +89,8 @@ def _times(
     return found
 
 
-@torch.inference_mode()
-def _time(
-    classifiers: Mapping[str, Classifier], batch_size: int, shape: tuple[int, ...], precision: Precision
-) -> dict[str, float]:
-    view = torch.full((batch_size, *shape), 0.5, device=precision.device)
-
-    def classify(classifier: Classifier, view: Tensor) -> None:
-        with precision.autocast():
-            classifier(view)
-
-    functions = {kind: partial(classify, classifier, view) for kind, classifier in classifiers.items()}
-    with uncompiled():
-        calls = SINGLE_CALLS if batch_size == 1 else 1
-        taken = time_in_turn(functions, device=precision.device, repeats=REPEATS, calls=calls)
-    return {kind: timing.median for kind, timing in taken.items()}
+def _grey(count: int, shape: tuple[int, ...], precision: Precision) -> Tensor:
+    return torch.full((count, *shape), 0.5, device=precision.device)
 
 
 def _cost(file: Path, seconds: Mapping[int, float]) -> Cost:

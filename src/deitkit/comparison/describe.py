@@ -62,7 +62,7 @@ def describe_students(recipe: Recipe, dataset: Dataset, parameters: Mapping[str,
     if dataset.unlabelled is not None and not (recipe.unlabelled_in_step and needs_teacher(recipe)):
         yield "the images without labels are not used: no method has a teacher, or their weight is 0"
     elif dataset.unlabelled is not None:
-        count = min(recipe.unlabelled_in_step, len(dataset.unlabelled))
+        count = dataset.unlabelled_in_step(recipe.unlabelled_in_step)
         yield f"a step has {train.batch_size} images with labels and {count} without"
     if train.learning_rate_per is not None:
         yield (

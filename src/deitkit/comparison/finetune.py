@@ -17,9 +17,9 @@ from deitkit.data.dataset import Dataset, load_test
 from deitkit.data.duplicates import MOST_SEEN, how_to_divide
 from deitkit.distillation.methods import METHODS
 from deitkit.errors import RecipeError
-from deitkit.evaluation.apply import share_seen
 from deitkit.evaluation.predict import predict
 from deitkit.evaluation.readouts import readout_scores, top_k_accuracy, top_k_hits
+from deitkit.evaluation.seen_images import share_seen
 from deitkit.evaluation.statistics import wilson_interval
 from deitkit.models.classifier import Classifier
 from deitkit.models.vit import SIZES
@@ -217,7 +217,7 @@ def add_checkpoint_row(
 
 def _gain(row: Row, predictions: Predictions, start: Tensor, labels: Tensor) -> Difference | None:
     """Compare a row with the checkpoint on the same images, over the finished seeds."""
-    hits = RowKey(row.method, row.weights, row.readout).hits(predictions, labels)
+    hits = RowKey.of(row).hits(predictions, labels)
     return paired_over_seeds(hits, dict.fromkeys(hits, start))
 
 

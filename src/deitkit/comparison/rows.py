@@ -29,14 +29,14 @@ from deitkit.run.layout import BASELINE
 from deitkit.run.metrics import EpochMetrics
 from deitkit.run.reported import default_readout, reported_rows
 from deitkit.run.results import Row, SomeRow, with_difference
-from deitkit.system.words import counted
+from deitkit.system.words import as_sentence, counted
 from deitkit.training.build import baseline_architecture
 
 Hits = dict[int, Bool[Tensor, " n"]]  # by seed, which test images are classified correctly
 Key = TypeVar("Key")
 _REFERENCES: tuple[Reference, ...] = ("labels", "teacher", "baseline")
 
-FREQUENT = 1.5  # times the images of a class on average, from which on answering it alone is no chance
+FREQUENT = 1.5  # a class with this many times the mean number of images counts as frequent
 
 
 @dataclass(frozen=True)
@@ -121,6 +121,11 @@ class RowKey:
     student: str
     weights: str
     readout: str
+
+    @classmethod
+    def of(cls, row: Row) -> "RowKey":
+        """Return the key of a row."""
+        return cls(row.method, row.weights, row.readout)
 
     @property
     def name(self) -> str:
@@ -327,7 +332,7 @@ def _is_rival(key: RowKey, winner: RowKey, predictions: Predictions) -> bool:
 def _notes(recipe: Recipe, dataset: Dataset) -> Iterator[str]:
     """Yield the remarks for the readers of the table."""
     yield from dict.fromkeys(METHODS[name].note for name in recipe.methods if METHODS[name].note)
-    yield from (f"{remark[0].upper()}{remark[1:]}." for remark in dataset.remarks)
+    yield from map(as_sentence, dataset.remarks)
     if dataset.skipped:
         yield f"Left out: {counted(len(dataset.skipped), 'file')} that cannot be decoded, first {dataset.skipped[0]}."
     for duplicates in (dataset.duplicates, dataset.near_duplicates):

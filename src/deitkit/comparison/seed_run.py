@@ -18,9 +18,9 @@ from deitkit.comparison.rows import StudentPredictions
 from deitkit.data.dataset import Dataset, as_read
 from deitkit.data.duplicates import sketch
 from deitkit.errors import CheckpointError
-from deitkit.evaluation.apply import card_of_data, images_before
 from deitkit.evaluation.predict import predict_all
 from deitkit.evaluation.readouts import readout_scores
+from deitkit.evaluation.seen_images import card_of_data, images_before
 from deitkit.models.accelerate import release
 from deitkit.models.classifier import Classifier
 from deitkit.models.saved import read_card, save_classifier
@@ -173,9 +173,8 @@ def seed_cohort(
 def step_images(recipe: Recipe, dataset: Dataset) -> dict[str, int]:
     """Return the images of a step of the students, by the fields that set their numbers."""
     sizes = {"train.batch_size": recipe.train.batch_size}
-    if recipe.unlabelled_in_step and dataset.unlabelled is not None:
-        sizes["train.unlabelled_batch_size"] = min(recipe.unlabelled_in_step, len(dataset.unlabelled))
-    return sizes
+    unlabelled = dataset.unlabelled_in_step(recipe.unlabelled_in_step)
+    return sizes | ({"train.unlabelled_batch_size": unlabelled} if unlabelled else {})
 
 
 def _report_finished(home: Path, names: Sequence[str], everyone: Sequence[str], say: Callable[[str], None]) -> None:

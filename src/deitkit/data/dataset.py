@@ -36,6 +36,7 @@ from deitkit.data.split import Split, SplitIndices, plan_splits
 from deitkit.data.survey import Survey
 from deitkit.errors import DataError
 from deitkit.recipe.schema import DataRecipe
+from deitkit.system.seeding import fixed_shuffle
 from deitkit.system.words import counted
 
 
@@ -107,6 +108,10 @@ class Dataset:
             return True
         return "unlabelled" if self.unlabelled and not isinstance(self.unlabelled.images, Tensor) else False
 
+    def unlabelled_in_step(self, wanted: int) -> int:
+        """Return how many images without labels a step has: those that are wanted, or all there are."""
+        return 0 if self.unlabelled is None else min(wanted, len(self.unlabelled))
+
     @property
     def classes(self) -> int:
         """Number of classes."""
@@ -148,7 +153,7 @@ def load_dataset(
     places, hashes = selection[found.kept].split(sizes), found.hashes[found.kept].split(sizes)
     labels = [listing.labels[some] for some in places]
     images = found.images.split(sizes)
-    splits = [Split(*each[:2], hashes=each[2]) for each in zip(images, labels, hashes, strict=True)]
+    splits = [Split(pixels, classes, hashes=own) for pixels, classes, own in zip(images, labels, hashes, strict=True)]
     _require_all_classes(dict(zip(("train", "validation", "test"), splits, strict=True)), listing, recipe)
     train, validation, test = splits
     train = replace(train, crop_source=crop_source_of(found, len(indices.train), train_px))
@@ -275,7 +280,7 @@ def load_validation_at(recipe: DataRecipe, sizes: Sequence[int], count: int) -> 
         count: At most this many images.
     """
     listing, indices = _plan(recipe, None)
-    shuffled = torch.randperm(len(indices.validation), generator=torch.Generator().manual_seed(0))
+    shuffled = fixed_shuffle(len(indices.validation))
     some = indices.validation[shuffled[:count].sort().values]
     splits = []
     for image_px in sizes:
@@ -295,7 +300,7 @@ def load_test_examples(recipe: DataRecipe, count: int) -> list[tuple[UInt8[np.nd
         DataError: The data set cannot be listed.
     """
     listing, indices = _plan(recipe, None)
-    shuffled = indices.test[torch.randperm(len(indices.test), generator=torch.Generator().manual_seed(0))]
+    shuffled = indices.test[fixed_shuffle(len(indices.test))]
     classes = [shuffled[listing.labels[shuffled] == label] for label in range(len(listing.class_names))]
     queues = [decodable_images(listing, places) for places in classes]
     rounds = zip_longest(*queues)

@@ -5,7 +5,7 @@ from math import prod
 import psutil
 import torch
 import torch.nn.functional as F
-from jaxtyping import Int64, UInt8
+from jaxtyping import Int32, Int64, UInt8
 from torch import Tensor
 
 from deitkit.errors import DataError
@@ -65,16 +65,21 @@ def resize(
 def to_channels(
     images: UInt8[Tensor, "n old height width"], channels: int
 ) -> UInt8[Tensor, "n {channels} height width"]:
-    """Repeat grey to three channels, or reduce three to the luma (ITU-R 601, in Pillow's integer arithmetic)."""
+    """Repeat grey to three channels, or reduce three to their luma."""
     if images.shape[1] == channels:
         return images
     if channels == 3:
         return images.repeat(1, 3, 1, 1)
     grey = images.new_empty((len(images), 1, *images.shape[2:]))
     for chunk, target in zip(images.split(_CHUNK), grey.split(_CHUNK)):
-        red, green, blue = chunk.int().split(1, dim=1)
-        target.copy_((19595 * red + 38470 * green + 7471 * blue + 32768) >> 16)
+        target.copy_(luma(chunk))
     return grey
+
+
+def luma(pixels: UInt8[Tensor, "n 3 height width"]) -> Int32[Tensor, "n 1 height width"]:
+    """Return the luma of ITU-R 601 in Pillow's integer arithmetic, 0 to 255."""
+    red, green, blue = pixels.int().split(1, dim=1)
+    return (19595 * red + 38470 * green + 7471 * blue + 32768) >> 16
 
 
 def is_grey(images: UInt8[Tensor, "n channels height width"]) -> bool:

@@ -15,8 +15,8 @@ from deitkit.comparison.finished_run import students_of
 from deitkit.data.dataset import load_test_examples
 from deitkit.data.decode import SUFFIXES
 from deitkit.errors import CheckpointError, DataError, DeitkitError, HasTestSplit
-from deitkit.evaluation.apply import data_recipe_of
 from deitkit.evaluation.classify import classify_pixels, decode_for
+from deitkit.evaluation.seen_images import data_recipe_of
 from deitkit.models.card import ModelCard
 from deitkit.models.classifier import Classifier
 from deitkit.models.saved import load_classifier
@@ -61,7 +61,7 @@ class ShownModel:
         Raises:
             DataError: It cannot be decoded.
         """
-        assert self.card.side  # a card without it is refused, and not the image
+        self.card.require_side()  # it is refused, and not the image
         try:
             return decode_for(self.card, file)
         except Exception:  # Pillow raises many types, with the name of a temporary file

@@ -16,7 +16,7 @@ from deitkit.data.decode import SUFFIXES, decode_image, strict_pillow
 from deitkit.data.listing import writable
 from deitkit.data.sources.folders import files_below
 from deitkit.errors import DataError, RecipeError
-from deitkit.evaluation.readouts import named_scores
+from deitkit.evaluation.readouts import choose_readout, named_scores
 from deitkit.models.accelerate import uncompiled
 from deitkit.models.built import head_name
 from deitkit.models.card import ModelCard
@@ -24,7 +24,6 @@ from deitkit.models.classifier import Classifier
 from deitkit.models.onnx_file import OnnxGraph
 from deitkit.models.saved import load_classifier
 from deitkit.models.vit import DeiT
-from deitkit.run.reported import default_readout
 from deitkit.system.device import Precision, choose_device
 from deitkit.system.process import usable_cores
 from deitkit.system.words import counted
@@ -117,7 +116,7 @@ class Classification(Iterable[Prediction]):
         self.classifier, self.card = load_classifier(model, device) if isinstance(model, Path) else model
         self.named = {path: image_files(path) for path in paths}
         self.files = list(dict.fromkeys(itertools.chain.from_iterable(self.named.values())))
-        assert self.card.side  # without it a card is refused here, and not with each image
+        self.card.require_side()  # here, and not with each image
         self.readout, self.top, self.embed = readout, top, embed
         if workers is None:
             workers = usable_cores() if len(self.files) >= FEWEST_FOR_WORKERS else 0
@@ -191,9 +190,7 @@ def classify_pixels(
     with uncompiled(), precision.autocast(), _HeadInputs(classifier.model, len(card.class_names), embed) as inputs:
         output = classifier.eval()(view)
     scores = named_scores(output, card)
-    chosen = readout or card.readout or default_readout(list(scores))
-    if chosen not in scores:
-        raise RecipeError(f"readout {chosen}: this model has {', '.join(scores)}")
+    chosen = choose_readout(readout, card, scores)
     probabilities = scores[chosen].float().softmax(dim=-1).cpu()
     best = probabilities.topk(min(top, probabilities.shape[-1]), dim=-1)
     embeddings = torch.cat(inputs.seen, dim=1).float().cpu().numpy() if embed else None

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from deitkit.data.dataset import Split
@@ -19,6 +20,13 @@ CPU_PIXELS, GPU_PIXELS = 2**19, 2**22
 def predict(classifier: Classifier, split: Split, precision: Precision) -> Output:
     """Return the heads' logits for every image of a split, in float32 on the CPU; restore the mode afterwards."""
     return predict_all([classifier], split, precision)[0]
+
+
+def predict_logits(classifier: Classifier, split: Split, precision: Precision) -> Float[Tensor, "n classes"]:
+    """Return the logits of a classifier that has, or answers by, one head; see ``predict``."""
+    logits = predict(classifier, split, precision).class_logits
+    assert logits is not None
+    return logits
 
 
 @torch.inference_mode()

@@ -1,11 +1,15 @@
 """Readouts: scores from one or both heads of a student, and their accuracy."""
 
+from collections.abc import Collection
+
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
+from deitkit.errors import RecipeError
 from deitkit.models.card import ModelCard
 from deitkit.models.classifier import READOUT_LOGITS
 from deitkit.models.vit import Output
+from deitkit.run.reported import default_readout
 
 
 def readout_scores(output: Output) -> dict[str, Float[Tensor, "n classes"]]:
@@ -20,6 +24,18 @@ def named_scores(output: Output, card: ModelCard) -> dict[str, Float[Tensor, "n 
     """Return the logits of every readout of a saved model; an ONNX file has only the one that it was exported with."""
     scores, exported = readout_scores(output), card.exported_readout
     return scores if exported is None else {exported: scores["class"]}
+
+
+def choose_readout(asked: str | None, card: ModelCard, available: Collection[str]) -> str:
+    """Return the readout to use: the one that was asked for, else that of the card, else the default one.
+
+    Raises:
+        RecipeError: The model does not have it.
+    """
+    chosen = asked or card.readout or default_readout(list(available))
+    if chosen not in available:
+        raise RecipeError(f"readout {chosen}: this model has {', '.join(available)}")
+    return chosen
 
 
 def top_k_hits(scores: Float[Tensor, "n classes"], labels: Int64[Tensor, " n"], k: int = 1) -> Bool[Tensor, " n"]:

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +15,16 @@ from deitkit.errors import CheckpointError, DataError, RecipeError
 from deitkit.evaluation.apply import load_data_of
 from deitkit.evaluation.predict import predict
 from deitkit.evaluation.readouts import balanced_accuracy, readout_scores, top_k_accuracy
+from deitkit.evaluation.speed import seconds_per_batch
 from deitkit.export.graph import Deployed, build_onnx, import_onnx, load_for_export, onnx_card
 from deitkit.export.int8 import quantise
 from deitkit.export.record import ExportRecord, ExportRow
-from deitkit.models.accelerate import uncompiled
 from deitkit.models.card import ModelCard
 from deitkit.models.classifier import Classifier
 from deitkit.models.onnx_file import OnnxGraph, import_onnxruntime, open_session
 from deitkit.run.provenance import envelope
 from deitkit.system.device import Precision, describe_machine
 from deitkit.system.files import write_bytes, write_json
-from deitkit.system.timer import time_in_turn
 
 CPU = torch.device("cpu")
 FORMAT = 1
@@ -220,18 +218,9 @@ def _agreement(
     }
 
 
-@torch.inference_mode()
 def _milliseconds(models: Mapping[str, Classifier], batch_size: int, dataset: Dataset) -> dict[str, float]:
     """Return the milliseconds for an image of each model, in turn; PyTorch in the precision of its use."""
     places = torch.arange(batch_size) % len(dataset.test)
     view = dataset.test.pixels(places).float() / 255
-    precision = Precision.choose("auto", CPU)
-
-    def classify(model: Classifier) -> None:
-        with precision.autocast():
-            model(view)
-
-    functions = {kind: partial(classify, model) for kind, model in models.items()}
-    with uncompiled():
-        taken = time_in_turn(functions, device=CPU, repeats=REPEATS, calls=5 if batch_size == 1 else 1)
-    return {kind: 1000 * timing.median / batch_size for kind, timing in taken.items()}
+    seconds = seconds_per_batch(models, view, Precision.choose("auto", CPU), REPEATS)
+    return {kind: 1000 * taken / batch_size for kind, taken in seconds.items()}

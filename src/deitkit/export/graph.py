@@ -14,13 +14,12 @@ from torch import Tensor, nn
 
 from deitkit import __version__
 from deitkit.errors import CheckpointError, RecipeError, reason_of
-from deitkit.evaluation.readouts import readout_scores
+from deitkit.evaluation.readouts import choose_readout, readout_scores
 from deitkit.models.card import ModelCard
 from deitkit.models.classifier import Classifier
 from deitkit.models.onnx_file import CARD_KEY, FORMAT, INPUT, INSTALL, OUTPUT, SEAL_KEY, seal
 from deitkit.models.saved import load_classifier
 from deitkit.models.weights.read import file_sha256
-from deitkit.run.reported import default_readout
 
 OPSET = 20
 MOST_IMAGES = 2**16  # in a batch
@@ -58,11 +57,8 @@ def load_for_export(folder: Path, readout: str | None) -> tuple[Classifier, Mode
     """
     classifier, card = load_classifier(folder, torch.device("cpu"))
     with torch.inference_mode():
-        names = list(readout_scores(classifier(_example(card, takes_bytes=True) / 255)))
-    chosen = readout or card.readout or default_readout(names)
-    if chosen not in names:
-        raise RecipeError(f"--readout {chosen}: this model has {', '.join(names)}")
-    return classifier, card, chosen
+        scores = readout_scores(classifier(_example(card, takes_bytes=True) / 255))
+    return classifier, card, choose_readout(readout, card, scores)
 
 
 def build_onnx(deployed: Deployed, card: ModelCard, source: Path) -> bytes:

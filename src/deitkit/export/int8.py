@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from deitkit.data.split import Split
 from deitkit.export.graph import finish, import_onnx
 from deitkit.models.onnx_file import INPUT
+from deitkit.system.seeding import fixed_shuffle
 
 CALIBRATION_BATCH = 16
 WITH_WEIGHTS = ("Conv", "Gemm", "MatMul")
@@ -66,7 +66,7 @@ def _products_of_activations(graph: Any) -> list[str]:
 
 
 def _batches(split: Split, count: int, *, takes_bytes: bool) -> Iterator[np.ndarray]:
-    shuffled = torch.randperm(len(split), generator=torch.Generator().manual_seed(0))[:count]
+    shuffled = fixed_shuffle(len(split))[:count]
     for some in shuffled.split(CALIBRATION_BATCH):
         images: Tensor = split.pixels(some)
         yield images.numpy() if takes_bytes else (images / 255).numpy()

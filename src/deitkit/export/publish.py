@@ -22,14 +22,13 @@ from deitkit.models.card import ModelCard
 from deitkit.models.onnx_file import is_onnx
 from deitkit.models.saved import model_folder, read_card
 from deitkit.models.weights.export import Changes, ExportedModel, prepare_export
-from deitkit.models.weights.export_layouts import LAYOUTS, largest_difference
+from deitkit.models.weights.export_layouts import LAYOUTS, largest_difference, require_same_logits
 from deitkit.models.weights.formats import to_timm
 from deitkit.report.table import escape_markdown, markdown_table
 from deitkit.run.results import FoldResults, Results, read_results
 from deitkit.system.files import write_json, write_text
 from deitkit.system.words import counted, without_folders
 
-TOLERANCE = 1e-3  # of logits, as for `deitkit convert`
 MOST_NAMES = 20
 _FIT = {
     "crop": "Resize the shorter side to {side} px (bicubic) and keep the centre of {px} px.",
@@ -120,9 +119,7 @@ def push(folder: Path, name: str, *, private: bool) -> str:
 def _write_timm(exported: ExportedModel, folder: Path, out: Path) -> None:
     layout = LAYOUTS["timm"]
     layout.write(exported, out)
-    difference = largest_difference(exported, layout, out)
-    if difference is not None and not difference <= TOLERANCE:
-        raise CheckpointError(f"timm would not answer as {folder} does: logits differ by {difference:.2g}")
+    require_same_logits(largest_difference(exported, layout, out), folder, out)
     if to_timm(exported.state).keys() == exported.state.keys():  # so that deitkit reads the same weights
         write_json(out / "model.json", read_card(folder).published().written())
 

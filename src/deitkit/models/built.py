@@ -13,19 +13,19 @@ class BuiltClassifier:
     Attributes:
         model: Takes normalised images ``[batch, channels, height, width]``, returns logits ``[batch, classes]``.
         head: Dotted name of the classifier layer.
+        source: Origin of architecture and weights, for reports.
         mean: The library's normalisation of values in [0, 1], per channel; None if any will do.
         std: As ``mean``.
         image_px: Resolution of the pretrained weights, or of an architecture with a fixed one; None if any will do.
-        source: Origin of architecture and weights, for reports.
         new_head: Whether the backbone is pretrained but the head is new, because the classes differ.
     """
 
     model: nn.Module
     head: str
-    mean: tuple[float, ...] | None
-    std: tuple[float, ...] | None
-    image_px: int | None
     source: str
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    image_px: int | None = None
     new_head: bool = False
 
 

@@ -96,11 +96,16 @@ class ModelCard(BaseModel):
         mean = given.get("mean")
         return {"channels": len(mean)} | given if isinstance(mean, list | tuple) else given
 
+    def require_side(self) -> None:
+        """Raise CheckpointError for a card that does not say of which size its images are."""
+        if self.input_px is None:
+            raise CheckpointError("model.json does not say of which size its images are: add input_px, [HEIGHT, WIDTH]")
+
     @property
     def side(self) -> int:
         """Side of the square images that it takes, in pixels."""
-        if self.input_px is None:
-            raise CheckpointError("model.json does not say of which size its images are: add input_px, [HEIGHT, WIDTH]")
+        self.require_side()
+        assert self.input_px is not None
         return min(self.input_px)
 
     @property

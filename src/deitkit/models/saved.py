@@ -93,7 +93,7 @@ def build_model(card: ModelCard, state: dict[str, Tensor], folder: Path) -> Buil
         if card.kind == "deit":
             student = _student(card.config or {})
             head = "head" if student.head is not None else "head_dist"
-            return BuiltClassifier(student, head, None, None, student.config["image_px"], f"deitkit {card.deitkit}")
+            return BuiltClassifier(student, head, f"deitkit {card.deitkit}", image_px=student.config["image_px"])
         return create_classifier(
             card.architecture or "", classes=len(card.class_names), channels=card.channels, image_px=card.image_px
         )

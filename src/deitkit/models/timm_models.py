@@ -47,10 +47,10 @@ def build(architecture: str, *, classes: int, channels: int, pretrained: bool, i
     return BuiltClassifier(
         model,
         head,
+        f"timm {timm.__version__}" + (f", weights {card.get('tag') or 'default'}" if pretrained else ""),
         tuple(card["mean"]) if channels == 3 else None,
         tuple(card["std"]) if channels == 3 else None,
         image_px if sized else native_px,
-        f"timm {timm.__version__}" + (f", weights {card.get('tag') or 'default'}" if pretrained else ""),
         new_head=pretrained and card["num_classes"] != classes,
     )
 

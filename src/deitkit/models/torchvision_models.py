@@ -56,10 +56,10 @@ def build(architecture: str, *, classes: int, channels: int, pretrained: bool, i
     built = BuiltClassifier(
         model,
         head_name(model, built_classes),
+        f"torchvision {torchvision.__version__}" + (f", ImageNet weights {weights.name}" if pretrained else ""),
         mean if channels == 3 else None,
         std if channels == 3 else None,
         native_px,
-        f"torchvision {torchvision.__version__}" + (f", ImageNet weights {weights.name}" if pretrained else ""),
         new_head=built_classes != classes,
     )
     if built.new_head:
@@ -93,7 +93,7 @@ def build_small(name: str, *, classes: int, channels: int) -> BuiltClassifier:
         model.conv1 = _stem(channels, model.conv1.out_channels)
         model.maxpool = nn.Identity()
     source = f"torchvision {torchvision.__version__}, deitkit's stem for small images"
-    return BuiltClassifier(model, head_name(model, classes), None, None, None, source)
+    return BuiltClassifier(model, head_name(model, classes), source)
 
 
 def _stem(channels: int, outputs: int) -> nn.Conv2d:

@@ -41,9 +41,7 @@ def create_classifier(
         )
     if library == "cifar":
         depth = int(architecture.removeprefix("resnet"))
-        return BuiltClassifier(
-            CifarResNet(depth, classes=classes, channels=channels), "linear", None, None, None, "deitkit"
-        )
+        return BuiltClassifier(CifarResNet(depth, classes=classes, channels=channels), "linear", "deitkit")
     # Here, since these libraries take a second to import.
     if library == "small":
         from deitkit.models.torchvision_models import build_small

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from deitkit.recipe.schema import Recipe
+    from deitkit.recipe.schema import AugmentRecipe, Recipe, TeacherRecipe, TrainRecipe
 
 BASE = "base"  # name of the recipe itself among its variants
 VARIANT_NAME = re.compile("[a-z0-9][a-z0-9_-]{0,63}")
@@ -13,30 +13,10 @@ VARIANT_NAME = re.compile("[a-z0-9][a-z0-9_-]{0,63}")
 
 def contradictions(recipe: "Recipe") -> Iterator[str]:
     """Yield contradictions between fields that are each valid."""
-    if len(set(recipe.seeds)) != len(recipe.seeds):
-        yield f"seeds={list(recipe.seeds)} contains a seed twice: give each once"
-    if len(set(recipe.methods)) != len(recipe.methods):
-        yield f"methods={list(recipe.methods)} contains a method twice: give each once"
-    unlabelled, train_images = recipe.data.unlabelled, recipe.data.train_images
-    if unlabelled == "rest" and train_images is None:
-        yield "data.unlabelled=rest is what data.train_images leaves out: set data.train_images too"
-    if unlabelled is None and recipe.train.unlabelled_batch_size is not None:
-        yield "train.unlabelled_batch_size has no effect without data.unlabelled: set that, or drop it"
-    if recipe.data.eval_crop < 1 and recipe.data.image_px is None:
-        crop = recipe.data.eval_crop
-        yield f"data.eval_crop={crop:g} has no effect on images that are not resized: set data.image_px, or drop it"
-    if recipe.data.fit != "crop" and recipe.data.image_px is None:
-        yield f"data.fit={recipe.data.fit} has no effect on images that are not resized: set data.image_px, or drop it"
+    yield from _repetitions(recipe)
+    yield from _data(recipe)
     yield from _train_px(recipe)
-    folds, fold = recipe.data.folds, recipe.data.fold
-    if fold is not None and (folds is None or fold > folds):
-        yield f"data.fold={fold} is none of data.folds={folds}: " + (
-            "set data.folds too" if folds is None else f"choose 1 to {folds}"
-        )
-    if recipe.is_cross_validation and recipe.variants:
-        yield "data.folds and variants exclude each other: run the variants that matter with data.folds, one by one"
-    if recipe.is_cross_validation and len(recipe.seeds) > 1:
-        yield f"data.folds={folds} trains once for each fold, but seeds={list(recipe.seeds)}: give one seed"
+    yield from _folds(recipe)
     if recipe.model.pretrained is not None and recipe.model.checkpoint is not None:
         yield "model.pretrained and model.checkpoint exclude each other: give one"
     schedule = recipe.train.schedule_epochs
@@ -47,25 +27,69 @@ def contradictions(recipe: "Recipe") -> Iterator[str]:
     teachers = {f"teachers.{number}": teacher for number, teacher in enumerate(recipe.teachers)}
     teachers = teachers or {"teacher": recipe.teacher}
     for name, teacher in teachers.items():
-        if (teacher.mean is None) != (teacher.std is None):
-            yield f"{name}.mean and {name}.std belong together: give both or neither"
-        if any(std <= 0 for std in teacher.std or ()):
-            yield f"{name}.std={list(teacher.std or ())} must be positive"
+        yield from _teacher(name, teacher)
     augments = {"augment": recipe.augment} | {f"{name}.augment": one.augment for name, one in teachers.items()}
     for name, augment in augments.items():
-        policies = ("randaugment", "autoaugment", "three_augment")
-        chosen = [f"{name}.{policy}={getattr(augment, policy)}" for policy in policies if getattr(augment, policy)]
-        if len(chosen) > 1:
-            yield f"{' and '.join(chosen)} exclude each other: keep one"
+        yield from _policies(name, augment)
     trainings = {"train": recipe.train} | {f"{name}.train": one.train for name, one in teachers.items()}
-    for name, section in trainings.items():
-        if section.warmup_epochs > section.epochs:
-            yield f"{name}.warmup_epochs={section.warmup_epochs:g} exceeds {name}.epochs={section.epochs}: lower it"
-        if section.repeats > section.batch_size:
-            yield f"{name}.repeats={section.repeats} exceeds {name}.batch_size={section.batch_size}: lower it"
+    for name, training in trainings.items():
+        yield from _training(name, training)
     for name in recipe.variants:
         if not VARIANT_NAME.fullmatch(name) or name == BASE:
             yield (f"variants: '{name}' names a folder: use lower-case letters, digits, - and _, and not '{BASE}'")
+
+
+def _repetitions(recipe: "Recipe") -> Iterator[str]:
+    if len(set(recipe.seeds)) != len(recipe.seeds):
+        yield f"seeds={list(recipe.seeds)} contains a seed twice: give each once"
+    if len(set(recipe.methods)) != len(recipe.methods):
+        yield f"methods={list(recipe.methods)} contains a method twice: give each once"
+
+
+def _data(recipe: "Recipe") -> Iterator[str]:
+    data = recipe.data
+    if data.unlabelled == "rest" and data.train_images is None:
+        yield "data.unlabelled=rest is what data.train_images leaves out: set data.train_images too"
+    if data.unlabelled is None and recipe.train.unlabelled_batch_size is not None:
+        yield "train.unlabelled_batch_size has no effect without data.unlabelled: set that, or drop it"
+    resized = data.image_px is not None
+    without_effect = "has no effect on images that are not resized: set data.image_px, or drop it"
+    if data.eval_crop < 1 and not resized:
+        yield f"data.eval_crop={data.eval_crop:g} {without_effect}"
+    if data.fit != "crop" and not resized:
+        yield f"data.fit={data.fit} {without_effect}"
+
+
+def _folds(recipe: "Recipe") -> Iterator[str]:
+    folds, fold = recipe.data.folds, recipe.data.fold
+    if fold is not None and (folds is None or fold > folds):
+        remedy = "set data.folds too" if folds is None else f"choose 1 to {folds}"
+        yield f"data.fold={fold} is none of data.folds={folds}: {remedy}"
+    if recipe.is_cross_validation and recipe.variants:
+        yield "data.folds and variants exclude each other: run the variants that matter with data.folds, one by one"
+    if recipe.is_cross_validation and len(recipe.seeds) > 1:
+        yield f"data.folds={folds} trains once for each fold, but seeds={list(recipe.seeds)}: give one seed"
+
+
+def _teacher(name: str, teacher: "TeacherRecipe") -> Iterator[str]:
+    if (teacher.mean is None) != (teacher.std is None):
+        yield f"{name}.mean and {name}.std belong together: give both or neither"
+    if any(std <= 0 for std in teacher.std or ()):
+        yield f"{name}.std={list(teacher.std or ())} must be positive"
+
+
+def _policies(name: str, augment: "AugmentRecipe") -> Iterator[str]:
+    policies = ("randaugment", "autoaugment", "three_augment")
+    chosen = [f"{name}.{policy}={getattr(augment, policy)}" for policy in policies if getattr(augment, policy)]
+    if len(chosen) > 1:
+        yield f"{' and '.join(chosen)} exclude each other: keep one"
+
+
+def _training(name: str, training: "TrainRecipe") -> Iterator[str]:
+    if training.warmup_epochs > training.epochs:
+        yield f"{name}.warmup_epochs={training.warmup_epochs:g} exceeds {name}.epochs={training.epochs}: lower it"
+    if training.repeats > training.batch_size:
+        yield f"{name}.repeats={training.repeats} exceeds {name}.batch_size={training.batch_size}: lower it"
 
 
 def _train_px(recipe: "Recipe") -> Iterator[str]:

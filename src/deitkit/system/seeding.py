@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from jaxtyping import Int64
+from torch import Tensor
 
 
 def derived_seed(seed: int, *names: str | int) -> int:
@@ -20,6 +22,11 @@ def derived_seed(seed: int, *names: str | int) -> int:
 def derived_generator(seed: int, *names: str | int) -> torch.Generator:
     """Return a CPU generator for one purpose."""
     return torch.Generator().manual_seed(derived_seed(seed, *names))
+
+
+def fixed_shuffle(count: int) -> Int64[Tensor, " {count}"]:
+    """Return 0 to ``count - 1`` in random order, always the same."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(0))
 
 
 @contextmanager

@@ -12,6 +12,11 @@ def counted(count: int, noun: str) -> str:
     return f"{count:,} {noun if count == 1 else plural}"
 
 
+def as_sentence(remark: str) -> str:
+    """Return a remark with a capital letter and a full stop."""
+    return f"{remark[0].upper()}{remark[1:]}."
+
+
 def without_folders(value: Any) -> Any:
     """Return JSON values in which every absolute path is its last part alone, also behind ``folder:`` and in sentences.
 

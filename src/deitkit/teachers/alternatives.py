@@ -14,12 +14,13 @@ from torch import Tensor
 
 from deitkit.data.dataset import Dataset
 from deitkit.data.split import Split
-from deitkit.evaluation.predict import predict
+from deitkit.evaluation.predict import predict_logits
 from deitkit.evaluation.readouts import top_k_hits
 from deitkit.evaluation.statistics import sign_test_p
 from deitkit.models.built import reverse_channels
 from deitkit.models.classifier import IMAGENET_NORMALISATION, Classifier
 from deitkit.system.device import Precision
+from deitkit.system.seeding import fixed_shuffle
 from deitkit.system.words import first_of
 
 # Level of each test. At most seven are made of a teacher, so together they accuse a right one in under 1 of 100 cases.
@@ -117,7 +118,7 @@ def _best_order(decisions: Tensor, labels: Tensor, classes: int) -> Tensor:
 
 def _alternating(labels: Tensor) -> Tensor:
     """Return 0 or 1 for each image, half of each class, at random."""
-    shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    shuffled = fixed_shuffle(len(labels))
     by_class = shuffled[torch.argsort(labels[shuffled], stable=True)]
     fold = torch.empty_like(labels)
     fold[by_class] = torch.arange(len(labels)) % 2
@@ -137,9 +138,7 @@ def _reordered(order: Tensor, decisions: Tensor, labels: Tensor, dataset: Datase
 
 
 def _hits(classifier: Classifier, sample: Split, precision: Precision) -> Tensor:
-    scores = predict(classifier, sample, precision).class_logits
-    assert scores is not None
-    return top_k_hits(scores, sample.labels.cpu())
+    return top_k_hits(predict_logits(classifier, sample, precision), sample.labels.cpu())
 
 
 def _candidates(classifier: Classifier, dataset: Dataset) -> Iterator[tuple[str, Classifier, str]]:

@@ -11,12 +11,13 @@ from torch import Tensor
 from deitkit.data.dataset import Dataset
 from deitkit.data.split import Split
 from deitkit.errors import TeacherError
-from deitkit.evaluation.predict import predict
+from deitkit.evaluation.predict import predict_logits
 from deitkit.evaluation.readouts import top_k_hits
 from deitkit.models.classifier import Classifier
 from deitkit.recipe.schema import TeacherRecipe
 from deitkit.run.results import FIT_TO_TEACH, TeacherCard
 from deitkit.system.device import Precision
+from deitkit.system.seeding import fixed_shuffle
 from deitkit.system.words import counted
 from deitkit.teachers.alternatives import Alternative, better_alternative
 
@@ -89,8 +90,7 @@ def gate(
     """
     validation = dataset.validation
     labels = validation.labels.cpu()
-    logits = predict(classifier, validation, precision).class_logits
-    assert logits is not None
+    logits = predict_logits(classifier, validation, precision)
     if logits.shape[-1] != dataset.classes:
         raise TeacherError(
             f"teacher {card.name} has {logits.shape[-1]} classes, but the data has {dataset.classes}: "
@@ -141,9 +141,7 @@ def _evidence(
     samples = [_sample(dataset.validation, EVIDENCE)]
     if len(dataset.validation) < EVIDENCE:
         more = _sample(dataset.train, EVIDENCE - len(dataset.validation))
-        logits = predict(classifier, more, precision).class_logits
-        assert logits is not None
-        decisions.append(logits.argmax(dim=-1))
+        decisions.append(predict_logits(classifier, more, precision).argmax(dim=-1))
         labels.append(more.labels.cpu())
         samples.append(more)
     images = torch.cat([some.pixels(torch.arange(len(some))) for some in samples])
@@ -152,7 +150,7 @@ def _evidence(
 
 def _sample(split: Split, count: int) -> Split:
     """Return some images of a split at random, always the same, in random order: splits are sorted by class."""
-    shuffled = torch.randperm(len(split), generator=torch.Generator().manual_seed(0))[:count]
+    shuffled = fixed_shuffle(len(split))[:count]
     return Split(split.pixels(shuffled), split.labels[shuffled.to(split.labels.device)])
 
 

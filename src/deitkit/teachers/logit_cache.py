@@ -215,8 +215,8 @@ def open_logit_cache(
     if recipe.data.sampling == "balanced":
         described["sampling"] = "balanced"
     batch = recipe.train.batch_size
-    if recipe.unlabelled_in_step and dataset.unlabelled is not None:
-        count = min(recipe.unlabelled_in_step, len(dataset.unlabelled))
+    count = dataset.unlabelled_in_step(recipe.unlabelled_in_step)
+    if count and dataset.unlabelled is not None:
         described["unlabelled"] = [count, sha256(dataset.unlabelled.hashes)]
         batch += count
     return LogitCache(

@@ -16,8 +16,8 @@ from deitkit.data.duplicates import sketch
 from deitkit.data.listing import ProgressCallback
 from deitkit.distillation.methods import METHODS
 from deitkit.errors import CheckpointError, TeacherError
-from deitkit.evaluation.apply import card_of_data, images_before
 from deitkit.evaluation.readouts import top_k_accuracy
+from deitkit.evaluation.seen_images import card_of_data, images_before
 from deitkit.models.accelerate import accelerate
 from deitkit.models.built import BuiltClassifier, reset_head, reverse_channels
 from deitkit.models.classifier import Classifier

@@ -1,7 +1,7 @@
 """What views cost a teacher that has a higher resolution: its accuracy on images that were decoded at its own."""
 
 from deitkit.data.dataset import load_validation_at
-from deitkit.evaluation.predict import predict
+from deitkit.evaluation.predict import predict_logits
 from deitkit.evaluation.readouts import top_k_hits
 from deitkit.evaluation.statistics import sign_test_p
 from deitkit.models.classifier import Classifier
@@ -25,7 +25,7 @@ def measure_at_own_resolution(
     if data.image_px is None or card.image_px is None or card.image_px <= data.image_px:
         return card, None
     own, view = (
-        (top_k_hits(predict(classifier, split, precision).class_logits, split.labels))  # type: ignore[arg-type]
+        top_k_hits(predict_logits(classifier, split, precision), split.labels)
         for split in load_validation_at(data, (card.image_px, data.image_px), IMAGES)
     )
     own_top1, view_top1 = own.double().mean().item(), view.double().mean().item()

@@ -10,7 +10,7 @@ from typing import Any
 from deitkit.data.dataset import Dataset
 from deitkit.data.duplicates import MOST_SEEN, how_to_divide
 from deitkit.errors import CheckpointError, TeacherError
-from deitkit.evaluation.apply import share_seen
+from deitkit.evaluation.seen_images import share_seen
 from deitkit.models.built import BuiltClassifier
 from deitkit.models.card import ModelCard
 from deitkit.models.saved import build_model, model_below, model_folder, read_card

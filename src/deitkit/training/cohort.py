@@ -98,8 +98,9 @@ class Cohort:
         )
         self.unlabelled: Batches | None = None
         taught = any(student.method.teacher_signal for student in students)
-        if unlabelled_in_step and dataset.unlabelled is not None and taught:
-            count, order = min(unlabelled_in_step, len(dataset.unlabelled)), derived_seed(seed, "unlabelled")
+        count = dataset.unlabelled_in_step(unlabelled_in_step) if taught else 0
+        if count and dataset.unlabelled is not None:
+            order = derived_seed(seed, "unlabelled")
             self.unlabelled = Batches(
                 dataset.unlabelled, count, order, self.device, scale_min=scale_min, places=ranks.places(count)
             )

@@ -108,24 +108,26 @@ class Student:
         """
         for optimizer in self.optimizers:
             optimizer.zero_grad()
-        mine, weight = len(targets), self.distillation.unlabelled_weight
-        seen = len(view) if teacher_logits is not None else mine
-        labelled, unlabelled = (mine, seen - mine) if self.ranks.count == 1 else self.step_sizes
-        answered = labelled + weight * unlabelled
+        labelled_here, weight = len(targets), self.distillation.unlabelled_weight
+        images_here = len(view) if teacher_logits is not None else labelled_here
+        labelled, unlabelled = labelled_here, images_here - labelled_here
+        if self.ranks.count > 1:
+            labelled, unlabelled = self.step_sizes
+        in_teacher_term = labelled + weight * unlabelled
         sums: dict[str, Tensor] = {}
-        for part in micro_batches(self.micro_batch_size, (0, mine), (mine, seen)):
+        for part in micro_batches(self.micro_batch_size, (0, labelled_here), (labelled_here, images_here)):
             with self.precision.autocast():
                 output = self.classifier(view[part])
-            logits = None if teacher_logits is None else teacher_logits[part]
-            has_labels = part.start < mine
-            known = targets[part] if has_labels else None
+            part_logits = None if teacher_logits is None else teacher_logits[part]
+            has_labels = part.start < labelled_here
+            part_targets = targets[part] if has_labels else None
             images: float = part.stop - part.start  # each term is a mean over the images of the micro-batch
             if self.method.needs_whole_batch and self.ranks.count > 1:
                 whole = labelled if has_labels else unlabelled
-                output, logits, known = self._gathered(output, logits, known, whole)
+                output, part_logits, part_targets = self._gathered(output, part_logits, part_targets, whole)
                 images = whole / self.ranks.count  # every process computes the same term
-            terms = self.method.loss_terms(output, logits, known, self.distillation, class_weights)
-            shares = {"labels": images / labelled, "teacher": (1 if has_labels else weight) * images / answered}
+            terms = self.method.loss_terms(output, part_logits, part_targets, self.distillation, class_weights)
+            shares = {"labels": images / labelled, "teacher": (1 if has_labels else weight) * images / in_teacher_term}
             terms = {name: term * shares[name] for name, term in terms.items()}
             torch.stack(list(terms.values())).sum().backward()
             sums |= {name: sums.get(name, 0) + term.detach() for name, term in terms.items()}

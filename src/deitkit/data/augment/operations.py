@@ -13,6 +13,8 @@ from jaxtyping import Float64, Int64, UInt8
 from torch import Tensor
 from torch.nn import functional as F
 
+from deitkit.data.pixels import luma
+
 BLUR_PASSES = 3  # box blurs in Pillow's GaussianBlur
 WITHOUT_FLOAT64 = ("mps",)
 
@@ -23,11 +25,8 @@ def _blend(degenerate: Tensor | float, image: Tensor, factor: Tensor) -> Tensor:
 
 
 def _grey(pixels: Tensor) -> Tensor:
-    """Return the ITU-R 601 luma in Pillow's 16-bit fixed point: float32, one channel."""
-    if pixels.shape[1] == 1:
-        return pixels.float()
-    red, green, blue = pixels.int().split(1, dim=1)
-    return ((19595 * red + 38470 * green + 7471 * blue + 32768) >> 16).float()
+    """Return the luma as float32, one channel."""
+    return pixels.float() if pixels.shape[1] == 1 else luma(pixels).float()
 
 
 def _smooth(pixels: Tensor) -> Tensor:

@@ -63,47 +63,52 @@ def list_folder(folder: Path, *, test_names: Sequence[str] = TEST_NAMES, more_tr
     if not folder.is_dir():
         needs = "data.name=folder:PATH needs <class>/* or train/<class>/* in PATH"
         raise DataError(f"folder '{folder}' does not exist{below_here(folder)}: {needs}")
-    named = {split_name(name): path for name, path in reversed(class_folders(folder).items())}
-    train, test, remarks = [folder], [], []
-    if "train" in named and class_folders(named["train"]):
-        train, test = (
-            [named[name] for name in names if name in named and class_folders(named[name])]
-            for names in (("train", *more_training), test_names)
-        )
-        others = [name for name, path in class_folders(folder).items() if path not in (*train, *test[:1])]
-        remarks += [f"left out: folder '{name}' of '{writable(folder.name)}'" for name in others]
+    train, test, remarks = _parts(folder, test_names, more_training)
     class_names = tuple(class_folders(train[0]))
     if not class_names:
         advice = _other_source(folder) or "arrange the images as <class>/* or train/<class>/*"
         raise DataError(f"'{folder}' contains no class folders: {advice}")
-    parts = [*train, *test[:1]]
-    for part in parts[1:]:
+    for part in (*train[1:], *test):
         require_same_classes(set(class_names), set(class_folders(part)), f"'{train[0]}'", f"'{part}'")
-    files: list[Path] = []
-    labels: list[int] = []
-    is_test: list[bool] = []
     left_out: Counter[str] = Counter()
-    for part in parts:
-        beside = (path for path in part.iterdir() if path.is_file() and not _is_hidden(path))
-        left_out.update(path.suffix.lower() or "no ending" for path in beside)
-        homes = class_folders(part)
-        for label, name in enumerate(class_names):
-            images = _images(homes[name], left_out)
-            if not images:
-                other = _other_source(folder)
-                raise DataError(f"class folder {_no_images(homes[name], other or 'add some or remove the folder')}")
-            files += images
-            labels += [label] * len(images)
-            is_test += [part in test] * len(images)
+    listed = [(path, label, part in test) for part in (*train, *test) for path, label in _list_part(part, left_out)]
     if left_out:
         remarks.append(_remark(left_out))
+    files, labels, is_test = zip(*listed, strict=True)
     return Listing(
-        encoded_files(folder, files),
+        encoded_files(folder, list(files)),
         torch.tensor(labels),
         torch.tensor(is_test) if test else None,
         class_names,
         remarks=tuple(remarks),
     )
+
+
+def _parts(
+    folder: Path, test_names: Sequence[str], more_training: Sequence[str]
+) -> tuple[list[Path], list[Path], list[str]]:
+    """Return the folders of classes to train on, that to test on, if any, and remarks on those that are left out."""
+    named = {split_name(name): path for name, path in reversed(class_folders(folder).items())}
+    if "train" not in named or not class_folders(named["train"]):
+        return [folder], [], []
+    train, test = (
+        [named[name] for name in names if name in named and class_folders(named[name])]
+        for names in (("train", *more_training), test_names)
+    )
+    others = [name for name, path in class_folders(folder).items() if path not in (*train, *test[:1])]
+    return train, test[:1], [f"left out: folder '{name}' of '{writable(folder.name)}'" for name in others]
+
+
+def _list_part(part: Path, left_out: Counter[str]) -> Iterator[tuple[Path, int]]:
+    """Yield the images in the class folders of a part with their labels, and count what else is there."""
+    beside = (path for path in part.iterdir() if path.is_file() and not _is_hidden(path))
+    left_out.update(path.suffix.lower() or "no ending" for path in beside)
+    for label, home in enumerate(class_folders(part).values()):
+        images = _images(home, left_out)
+        if not images:
+            advice = _other_source(part) or "add some or remove the folder"
+            raise DataError(f"class folder {_no_images(home, advice)}")
+        yield from ((path, label) for path in images)
 
 
 def list_images(folder: Path) -> Listing:

@@ -25,6 +25,7 @@ from deitkit.models.weights.formats import to_timm, to_transformers
 from deitkit.models.weights.read import FACTS
 from deitkit.system.files import write_bytes, write_json
 
+TOLERANCE = 1e-3  # of logits; a hundred times the rounding error of float32 over twelve blocks
 Logits = Callable[[Float[Tensor, "batch channels height width"]], Float[Tensor, "batch classes"]]
 
 
@@ -35,7 +36,7 @@ class Layout:
     Attributes:
         holds: Description of the content of --out.
         suffix: Required suffix of --out; empty for a folder.
-        write: Writes a exported to a path; returns lines of Python that open the files.
+        write: Writes a model to a path; returns lines of Python that open the files.
         open: Returns the function from normalised images to logits, by the library's own implementation.
         package: The one that ``open`` needs and deitkit does not.
     """
@@ -66,6 +67,15 @@ def largest_difference(exported: ExportedModel, layout: Layout, out: Path) -> fl
     with torch.inference_mode():
         theirs, ours = layout.open(exported, out)(images), exported.logits(exported.build()(images))
     return float((theirs - ours).abs().max()) if ours.any() else None
+
+
+def require_same_logits(difference: float | None, source: Path, out: Path) -> None:
+    """Raise CheckpointError if the ``largest_difference`` of written files is more than rounding explains."""
+    if difference is not None and not difference <= TOLERANCE:
+        raise CheckpointError(
+            f"{out} does not reproduce {source}: its logits differ by up to {difference:.2g}; "
+            "another version of the library may read it differently, so do not use it"
+        )
 
 
 def _write_ours(exported: ExportedModel, out: Path) -> list[str]:

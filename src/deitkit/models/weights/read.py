@@ -50,13 +50,27 @@ def read_checkpoint(path: Path) -> Checkpoint:
     Raises:
         CheckpointError: The file does not exist, is not a checkpoint, or could run code when it is read.
     """
+    whole = _load(path)
+    facts = whole.get(FACTS) if isinstance(whole, dict) else None
+    content, remarks = _unwrapped(whole)
+    named = content.items() if isinstance(content, dict) else ()
+    state = {name: value for name, value in named if isinstance(name, str) and isinstance(value, Tensor)}
+    if any(value.nbytes > path.stat().st_size for value in state.values()):
+        raise _damaged(path)  # a small file that claims a tensor larger than memory
+    if not state:
+        raise CheckpointError(f"checkpoint {path} contains no tensors by name: save a model's state_dict")
+    return Checkpoint(_without_additions(state), tuple(remarks), facts if isinstance(facts, dict) else {})
+
+
+def _load(path: Path) -> Any:
+    """Return all that a file contains, as ``read_checkpoint`` reads it."""
     if not path.is_file():
         problem = "is a folder: name a file" if path.is_dir() else "does not exist: check its name"
         raise CheckpointError(f"checkpoint {path} {problem}")
     try:
         _refuse_bomb(path)
         with signals_held():
-            content: Any = load_file(path) if path.suffix == ".safetensors" else _load_torch(path)
+            return load_file(path) if path.suffix == ".safetensors" else _load_torch(path)
     except pickle.UnpicklingError as error:
         if "GLOBAL" in str(error):  # torch's word for an object of a class outside its safe list
             raise CheckpointError(
@@ -66,8 +80,11 @@ def read_checkpoint(path: Path) -> Checkpoint:
         raise _damaged(path) from None
     except Exception:  # torch's reader raises many types for a damaged pickle
         raise _damaged(path) from None
+
+
+def _unwrapped(content: Any) -> tuple[Any, list[str]]:
+    """Return the innermost part of a checkpoint, and remarks on the parts beside it."""
     remarks = []
-    facts = content.get(FACTS) if isinstance(content, dict) else None
     while isinstance(content, dict):
         found = [name for name in _WRAPPERS if isinstance(content.get(name), dict)]
         if not found:
@@ -75,18 +92,17 @@ def read_checkpoint(path: Path) -> Checkpoint:
         if len(found) > 1:
             remarks.append(f"of its parts {', '.join(found)}, '{found[0]}' is read")
         content = content[found[0]]
-    named = content.items() if isinstance(content, dict) else ()
-    state = {name: value for name, value in named if isinstance(name, str) and isinstance(value, Tensor)}
-    if any(value.nbytes > path.stat().st_size for value in state.values()):
-        raise _damaged(path)  # a small file that claims a tensor larger than memory
-    if not state:
-        raise CheckpointError(f"checkpoint {path} contains no tensors by name: save a model's state_dict")
+    return content, remarks
+
+
+def _without_additions(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return a model's tensors without those that tools add to them, and without prefixes that all names have."""
     added = [name for name in state if name.startswith(_ADDED) or name.rpartition(".")[2] in _COUNTERS]
     if len(added) < len(state):
         state = {name: value for name, value in state.items() if name not in added}
     while prefix := next((prefix for prefix in _PREFIXES if all(name.startswith(prefix) for name in state)), None):
         state = {name.removeprefix(prefix): value for name, value in state.items()}
-    return Checkpoint(state, tuple(remarks), facts if isinstance(facts, dict) else {})
+    return state
 
 
 def require_whole(path: Path) -> None:
