@@ -154,11 +154,14 @@ def test_an_argument_of_a_wrong_type_is_a_sentence() -> None:
 
 
 def test_the_code_of_the_docs_runs(
-    tmp_path: Path, write_images: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    write_images: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """``docs/python.md`` as it is written, with a smaller training."""
     page = (Path(__file__).parents[1] / "docs" / "python.md").read_text(encoding="utf-8")
-    first, *_ = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    first, tracker, *_ = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     monkeypatch.chdir(tmp_path)
     photos = write_images(tmp_path / "photos")
     shutil.copy(photos / "test" / "cat" / "0.png", tmp_path / "x.jpg")
@@ -166,6 +169,9 @@ def test_the_code_of_the_docs_runs(
     assert 'train={"epochs": 40}' in first
     exec(first.replace('train={"epochs": 40}', "**FAST"), names)
     assert names["result"].rows[0].method == "none"
+    names["SMALL"] = {key: value for key, value in FAST.items() if key != "progress"} | {"data": f"folder:{photos}"}
+    exec(tracker.replace('"digits",', '"own-images", **SMALL,'), names)
+    assert "seed 0 none 1 {'class': " in capsys.readouterr().out
 
 
 def test_it_runs_in_a_thread_too(tmp_path: Path) -> None:

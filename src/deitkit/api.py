@@ -274,7 +274,7 @@ def compare(
     *,
     out: str | Path | None = None,
     resume: bool = False,
-    progress: bool = True,
+    progress: bool | Watcher = True,
     **fields: Any,
 ) -> Comparison:
     """Train students under every method of a recipe, side by side, and return the table and the winner.
@@ -283,7 +283,8 @@ def compare(
         recipe: A shipped recipe by name, a YAML file, or a recipe.
         out: The run folder; by default a new one under ``runs/``.
         resume: Continue the run in ``out``, or train the methods and seeds that it lacks.
-        progress: Show bars, or lines where the output is a file. Ctrl-C then saves before it stops.
+        progress: Show bars, or lines where the output is a file; Ctrl-C then saves before it stops. Or a watcher, which
+            is told what happens instead, such as a subclass of ``deitkit.run.observer.Silent``.
         fields: Of the recipe to change, as for ``load_recipe``.
 
     Raises:
@@ -299,7 +300,7 @@ def train(
     *,
     out: str | Path | None = None,
     resume: bool = False,
-    progress: bool = True,
+    progress: bool | Watcher = True,
     **fields: Any,
 ) -> Comparison:
     """Train one student under one method of a recipe: a comparison of one row.
@@ -330,7 +331,7 @@ def finetune(
     *,
     out: str | Path | None = None,
     resume: bool = False,
-    progress: bool = True,
+    progress: bool | Watcher = True,
     **fields: Any,
 ) -> Comparison:
     """Fine-tune a trained student at a higher resolution or on other data, with and without a teacher.
@@ -363,7 +364,7 @@ def _named_recipe(recipe: str | Path | Recipe, fields: dict[str, Any]) -> Recipe
     return load_recipe(recipe, **fields)
 
 
-def _run(recipe: Recipe, out: str | Path | None, resume: bool, progress: bool) -> Comparison:
+def _run(recipe: Recipe, out: str | Path | None, resume: bool, progress: bool | Watcher) -> Comparison:
     recipe = resolved(recipe)
     # torch's global generator, which belongs to all threads, draws weights and dropout; the caller's own draws go on as
     # they would have.
@@ -379,9 +380,11 @@ def _run(recipe: Recipe, out: str | Path | None, resume: bool, progress: bool) -
 
 
 @contextmanager
-def _watching(progress: bool) -> Iterator[Watcher]:
-    """Return a terminal, which handles Ctrl-C; only the main thread of a process may handle signals."""
-    if progress and threading.current_thread() is threading.main_thread():
+def _watching(progress: bool | Watcher) -> Iterator[Watcher]:
+    """Return the watcher of a run: the given one, or a terminal, which handles Ctrl-C in a process's main thread."""
+    if not isinstance(progress, bool):
+        yield progress
+    elif progress and threading.current_thread() is threading.main_thread():
         with Terminal(console) as terminal:
             yield terminal
     else:

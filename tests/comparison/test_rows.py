@@ -103,7 +103,9 @@ def test_a_seed_in_which_a_student_stopped_leaves_its_statistics(tiny_recipe: Ca
     both = [accuracies["none"][0], accuracies["none"][2]]
     assert difference.mean == pytest.approx(np.mean(left) - np.mean(both))
     assert difference.p == pytest.approx(stats.ttest_rel(left, both).pvalue)
-    assert summarise(recipe, dataset, predictions, None, []).winner == none, "a stopped student does not win"
+    summary = summarise(recipe, dataset, predictions, None, [])
+    assert summary.winner == none, "a stopped student does not win"
+    assert summary.notes[-1] == "hard stopped: lower train.learning_rate, or set train.precision=fp32."
 
 
 def test_accuracies_and_intervals_are_those_of_other_libraries(tiny_recipe: Callable[..., Recipe]) -> None:

@@ -30,7 +30,7 @@ from deitkit.run.analysis import FORMAT, Analysis, AttentionSheet, Disagreement,
 from deitkit.run.observer import Watcher
 from deitkit.run.provenance import envelope
 from deitkit.run.reported import default_readout, reported_rows
-from deitkit.run.results import AblationResults, FoldResults, Results, read_results
+from deitkit.run.results import Results, read_results, require_single
 from deitkit.system.device import Precision
 from deitkit.system.seeding import derived_generator
 from deitkit.teachers.frozen import mean_teacher_logits
@@ -55,10 +55,7 @@ def analyze_run(folder: Path, *, images: int = 8, seed: int | None = None, watch
         Interrupted: The watcher requested a stop; nothing was written.
     """
     results = read_results(folder)
-    if isinstance(results, AblationResults):
-        raise CheckpointError(f"{folder} is an ablation: analyze one of its variants, such as {folder}/variants/base")
-    if isinstance(results, FoldResults):
-        raise CheckpointError(f"{folder} is a cross-validation: analyze one of its folds, such as {folder}/folds/1")
+    require_single(results, folder, "analyze")
     if seed is not None and seed not in results.seeds:
         known = ", ".join(map(str, results.seeds))
         raise RecipeError(f"--seed {seed} is not a seed of {folder}: choose from {known}")

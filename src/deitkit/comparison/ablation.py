@@ -16,7 +16,7 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from deitkit.comparison.compare import compare, dry_run, has_finished
-from deitkit.comparison.images import as_begun, keeping_last, require_same_images
+from deitkit.comparison.images import as_begun, cache_last, require_same_images
 from deitkit.comparison.rows import Hits, RowKey, corrected, paired_over_seeds
 from deitkit.comparison.seed_run import load_predictions
 from deitkit.data.dataset import Dataset, load_all_images
@@ -111,7 +111,7 @@ def begin_variants(recipe: Recipe, folder: Path, *, watcher: Watcher, resume: bo
         check_run(homes[name], variant, resume=True)
     # Variants that share a data set follow each other in most recipes.
     random_crops = any(variant.has_random_crops for variant in recipes.values())
-    load = keeping_last(lambda data: load_all_images(data, watcher.reading, random_crops=random_crops))
+    load = cache_last(lambda data: load_all_images(data, watcher.reading, random_crops=random_crops))
     begun = BegunVariants(recipes, homes, _dry_run_all(recipes, homes, load), load)
     begin_run(folder, recipe)
     for name in begun.unfinished:

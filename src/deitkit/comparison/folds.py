@@ -13,7 +13,7 @@ import numpy as np
 from deitkit.comparison.advice import advice
 from deitkit.comparison.compare import compare, copy_winner, dry_run, has_finished
 from deitkit.comparison.finetune import measure_checkpoint
-from deitkit.comparison.images import as_begun, keeping_last
+from deitkit.comparison.images import as_begun, cache_last
 from deitkit.comparison.rows import best_row, corrected, corrected_differences
 from deitkit.comparison.verdict import Standing, verdict
 from deitkit.data.dataset import Dataset, load_all_images
@@ -100,7 +100,7 @@ def begin_folds(
     check_run(folder, recipe, resume)
     for fold, own in recipes.items():
         check_run(fold_folder(folder, fold), own, resume=True)
-    load = keeping_last(lambda data: load_all_images(data, watcher.reading, random_crops=recipe.has_random_crops))
+    load = cache_last(lambda data: load_all_images(data, watcher.reading, random_crops=recipe.has_random_crops))
     precision = Precision.of(recipe)
     dataset = load(as_begun(recipes[1].data, fold_folder(folder, 1)))
     dry_run(recipes[1], dataset, precision)

@@ -96,7 +96,7 @@ def _sha256(values: list[Any]) -> str:
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()
 
 
-def keeping_last(load: Callable[Arguments, Dataset]) -> Callable[Arguments, Dataset]:
+def cache_last(load: Callable[Arguments, Dataset]) -> Callable[Arguments, Dataset]:
     """Let a loader keep its last data set, and free it before it loads another, since two may not fit in memory."""
     kept: dict[Any, Dataset] = {}
 

@@ -94,7 +94,16 @@ def summarise(
     winner = best_row(rows, recipe.compare.by)
     teacher_hits = None if decisions is None else decisions == dataset.test.labels
     standing = _standing(winner, recipe, dataset, predictions, teacher_hits)
-    return Summary(tuple(rows), winner, verdict(standing, rows), tuple(_notes(recipe, dataset)))
+    return Summary(tuple(rows), winner, verdict(standing, rows), (*_notes(recipe, dataset), *_note_on_stops(rows)))
+
+
+def _note_on_stops(rows: Sequence[Row]) -> list[str]:
+    """Return what to change where students stopped, which they do when a loss is not finite."""
+    stopped = list(dict.fromkeys(row.method for row in rows if row.status != "ok"))
+    if not stopped:
+        return []
+    rates = [f"{'baseline' if name == BASELINE else 'train'}.learning_rate" for name in stopped]
+    return [f"{', '.join(stopped)} stopped: lower {' and '.join(dict.fromkeys(rates))}, or set train.precision=fp32."]
 
 
 def corrected(rows: Sequence[SomeRow], reference: Reference) -> list[SomeRow]:

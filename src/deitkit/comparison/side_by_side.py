@@ -6,7 +6,7 @@ A unit that is lost with its process or its machine starts again, from its last 
 import re
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,19 +111,23 @@ class _Runner:
                     time.sleep(POLL_SECONDS)
                     if self.watcher.should_stop():
                         raise Interrupted
-                    for one in running:
-                        self._relay(one)
-                    for one in [one for one in running if self.pool.exit_code(one.handle) is not None]:
-                        running.remove(one)
-                        if time.monotonic() - one.started >= SOON_SECONDS:
-                            one.attempt = 0
-                        if not self._has_ended_well(one):
-                            waiting.append((one.unit, one.attempt + 1))
+                    waiting.extend(self._lost(running))
                     lines = {one.unit: one.newest_line for one in running}
                     self.watcher.units(lines, len(units) - len(running) - len(waiting), len(units))
             except BaseException:
                 self._stop(running)
                 raise
+
+    def _lost(self, running: list[_Running]) -> Iterator[tuple[str, int]]:
+        """Remove the units that have ended, and yield those that were lost, with the number of their next attempt."""
+        for one in running:
+            self._relay(one)
+        for one in [one for one in running if self.pool.exit_code(one.handle) is not None]:
+            running.remove(one)
+            if time.monotonic() - one.started >= SOON_SECONDS:
+                one.attempt = 0
+            if not self._has_ended_well(one):
+                yield one.unit, one.attempt + 1
 
     def _start(self, unit: str, attempt: int, share: int) -> _Running:
         log = self.folder / UNITS / f"{folder_name(unit.replace('/', '-'))}.log"

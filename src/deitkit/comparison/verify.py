@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from deitkit.comparison.finished_run import load_as_trained, students_of
-from deitkit.comparison.images import as_begun, keeping_last
+from deitkit.comparison.images import as_begun, cache_last
 from deitkit.data.dataset import Dataset, load_dataset
 from deitkit.evaluation.predict import predict_all
 from deitkit.evaluation.readouts import readout_scores, top_k_accuracy
@@ -70,7 +70,7 @@ def verify_run(folder: Path, watcher: Watcher) -> Verification:
         DataError: The data cannot be loaded.
     """
     results = read_results(folder)
-    load = keeping_last(lambda data: load_dataset(data, watcher.reading))
+    load = cache_last(lambda data: load_dataset(data, watcher.reading))
     found = []
     if isinstance(results, AblationResults):
         for name in results.variants:

@@ -4,7 +4,7 @@ import signal
 from contextlib import suppress
 from types import FrameType
 
-from deitkit.comparison.images import keeping_last
+from deitkit.comparison.images import cache_last
 from deitkit.comparison.seed_run import predict_students, seed_cohort
 from deitkit.data.dataset import Dataset, load_all_images
 from deitkit.errors import Interrupted
@@ -89,7 +89,7 @@ def _help_with_students(training: SharedTraining, seed: int, precision: Precisio
         release(student.classifier)
 
 
-@keeping_last
+@cache_last
 def _load(recipe: DataRecipe, random_crops: bool) -> Dataset:
     """Load the images of a recipe, which the first process has read, and so cached, before."""
     return load_all_images(recipe, random_crops=random_crops)

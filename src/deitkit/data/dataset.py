@@ -26,7 +26,7 @@ from deitkit.data.duplicates import (
     find_duplicates,
     find_near_duplicates,
 )
-from deitkit.data.listing import EncodedImages, Listing, ProgressCallback, writable
+from deitkit.data.listing import EncodedImages, Listing, ProgressCallback
 from deitkit.data.originals import decodable_images, original_images
 from deitkit.data.pixels import mean_and_std, mean_and_std_of_counts
 from deitkit.data.selection import crop_source_of, crop_source_px, read_selection
@@ -37,7 +37,7 @@ from deitkit.data.survey import Survey
 from deitkit.errors import DataError
 from deitkit.recipe.schema import DataRecipe
 from deitkit.system.seeding import fixed_shuffle
-from deitkit.system.words import counted
+from deitkit.system.words import counted, display_name
 
 
 @dataclass(frozen=True)
@@ -316,7 +316,7 @@ def _plan(recipe: DataRecipe, progress: ProgressCallback | None) -> tuple[Listin
         raise DataError(
             f"data.name={recipe.name} cannot be read ({error}): check the path and its permissions"
         ) from None
-    listing = replace(listing, class_names=tuple(writable(name) for name in listing.class_names))
+    listing = replace(listing, class_names=tuple(display_name(name) for name in listing.class_names))
     return listing, plan_splits(listing.labels, listing.official_test, listing.class_names, recipe, listing.groups)
 
 

@@ -1,6 +1,5 @@
 """The result of every kind of source: a data set before it is split and its images are read."""
 
-import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,15 +8,6 @@ from jaxtyping import Bool, Int64, UInt8
 from torch import Tensor
 
 ProgressCallback = Callable[[str, int, int], None]
-
-
-def writable(name: str) -> str:
-    """Return a name as it is shown and compared.
-
-    Unicode is normalised, since macOS writes 'é' as two characters. Bytes that are not valid UTF-8, as in old archives,
-    are escaped.
-    """
-    return unicodedata.normalize("NFC", name.encode("utf-8", "backslashreplace").decode("utf-8"))
 
 
 @dataclass(frozen=True)

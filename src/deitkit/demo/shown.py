@@ -25,7 +25,7 @@ from deitkit.recipe.load import load_recipe
 from deitkit.recipe.schema import DataRecipe
 from deitkit.run.layout import teacher_folders
 from deitkit.run.reported import default_readout
-from deitkit.run.results import AblationResults, Cost, FoldResults, Results, Row, read_results
+from deitkit.run.results import Cost, Results, Row, read_results, require_single
 from deitkit.system.device import Precision, choose_device
 
 MAP_PX = 240  # least side of a picture; a student's image may have 8 px
@@ -160,10 +160,7 @@ def load_demo(path: Path, data: str | None = None, root: Path | None = None) -> 
         recipe = None if recipe is None else recipe.model_copy(update={"download": False})
         return Demo(shown.name, "", [shown], precision, recipe)
     results = read_results(path)
-    if isinstance(results, AblationResults):
-        raise CheckpointError(f"{path} is an ablation: show one of its variants, such as {path}/variants/base")
-    if isinstance(results, FoldResults):
-        raise CheckpointError(f"{path} is a cross-validation: show one of its folds, such as {path}/folds/1")
+    require_single(results, path, "show")
     found = [*_of_run(path, results, device)]
     if not found:
         raise CheckpointError(f"{path} contains no student that finished its training: name another run")

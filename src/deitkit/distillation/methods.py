@@ -195,7 +195,7 @@ class Method:
 _BOTH = ("class", "distillation")
 
 
-def _all(settings: DistillationRecipe) -> float:
+def _unit_weight(settings: DistillationRecipe) -> float:
     return 1.0
 
 
@@ -214,7 +214,7 @@ def _weighted(signal: str, labels: Weight, teacher: Weight) -> tuple[Term, ...]:
     return Term("class", "labels", labels), Term("class", signal, teacher)
 
 
-_LABELS = (Term("class", "labels", _all),)
+_LABELS = (Term("class", "labels", _unit_weight),)
 _SOFT = _shared("soft", lambda settings: settings.soft_weight)
 _HARD = _shared("hard", lambda settings: settings.hard_weight)
 _STANDARDISED = _weighted(
@@ -247,13 +247,13 @@ METHODS: dict[str, Method] = {
                "'hard' without any token, as in the reproduction"),
         Method("class-only", ("class",), _LABELS, "only a class token",
                "'class embedding' of the reproduction: only a class token", _SINGLE_NOTE),
-        Method("distillation-only", ("distillation",), (Term("distillation", "hard", _all),),
+        Method("distillation-only", ("distillation",), (Term("distillation", "hard", _unit_weight),),
                "only a distillation token",
                "'distil embedding' of the reproduction: only a distillation token, only the teacher's decision",
                _SINGLE_NOTE),
-        Method("dkd", ("class",), _weighted("dkd", _all, _all), "decoupled distillation (DKD)",
+        Method("dkd", ("class",), _weighted("dkd", _unit_weight, _unit_weight), "decoupled distillation (DKD)",
                "decoupled: separate terms for target and other classes"),
-        Method("dist", ("class",), _weighted("dist", _all, _all), "distillation of relations (DIST)",
+        Method("dist", ("class",), _weighted("dist", _unit_weight, _unit_weight), "distillation of relations (DIST)",
                "correlations with the teacher, by image and class"),
         Method("standardised", ("class",), _STANDARDISED, "distillation of standardised logits",
                "labels and the teacher's softmax, logits standardised"),
@@ -263,7 +263,7 @@ METHODS: dict[str, Method] = {
                "DeiT with the loss of 'dist'"),
         Method("token-standardised", _BOTH, _with_token("standardised"),
                "DeiT distilled (standardised logits)", "DeiT with the teacher's softmax, logits standardised"),
-        Method("consistent", ("class",), (Term("class", "consistent", _all),),
+        Method("consistent", ("class",), (Term("class", "consistent", _unit_weight),),
                "consistent distillation, without labels", "the teacher's softmax alone, without labels"),
     )
 }

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from deitkit.data.decode import SUFFIXES, decode_image, strict_pillow
-from deitkit.data.listing import writable
 from deitkit.data.sources.folders import files_below
 from deitkit.errors import DataError, RecipeError
 from deitkit.evaluation.readouts import choose_readout, named_scores
@@ -26,7 +25,7 @@ from deitkit.models.saved import load_classifier
 from deitkit.models.vit import DeiT
 from deitkit.system.device import Precision, choose_device
 from deitkit.system.process import usable_cores
-from deitkit.system.words import counted
+from deitkit.system.words import counted, display_name
 
 BATCH_SIZE = 64
 FEWEST_FOR_WORKERS = 256  # files; starting processes takes seconds
@@ -144,7 +143,7 @@ class Classification(Iterable[Prediction]):
             answers = self._answers({place: found for place, found in batch if isinstance(found, Tensor)})
             answered += len(answers)
             for place, _ in batch:
-                image = {"image": writable(str(self.files[place]))}
+                image = {"image": display_name(str(self.files[place]))}
                 nothing: Prediction = {"readout": self.readout or self.card.readout, "classes": []}
                 yield image | (nothing | {"error": errors[place]} if place in errors else answers[place])
         if not answered:

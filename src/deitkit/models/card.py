@@ -7,16 +7,15 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from deitkit.data.duplicates import hashes_of, merge_sketches
-from deitkit.data.listing import writable
 from deitkit.errors import CheckpointError, reason_of
-from deitkit.system.words import without_folders
+from deitkit.system.words import display_name, without_folders
 
 FORMAT = 1
 REQUIRED = ("kind", "config", "mean", "std", "image_px", "class_names")  # of a model.json
 
 Names = Annotated[
     tuple[str, ...],
-    BeforeValidator(lambda given: [writable(str(name)) for name in given] if isinstance(given, list) else given),
+    BeforeValidator(lambda given: [display_name(str(name)) for name in given] if isinstance(given, list) else given),
 ]
 
 

@@ -321,6 +321,14 @@ class FoldResults(Results):
         return "fold"
 
 
+def require_single(results: Results, folder: Path, verb: str) -> None:
+    """Raise CheckpointError for an ablation or a cross-validation, and name a part that ``verb`` takes instead."""
+    if isinstance(results, AblationResults):
+        raise CheckpointError(f"{folder} is an ablation: {verb} one of its variants, such as {folder}/variants/base")
+    if isinstance(results, FoldResults):
+        raise CheckpointError(f"{folder} is a cross-validation: {verb} one of its folds, such as {folder}/folds/1")
+
+
 def write_results(results: Results, folder: Path) -> None:
     """Write ``results.json``; raise CheckpointError if it cannot be written."""
     write_json(folder / "results.json", results.to_json())

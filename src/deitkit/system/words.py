@@ -1,6 +1,7 @@
 """Numbers and names in sentences."""
 
 import re
+import unicodedata
 from collections.abc import Sequence
 from pathlib import PurePath
 from typing import Any
@@ -15,6 +16,15 @@ def counted(count: int, noun: str) -> str:
 def as_sentence(remark: str) -> str:
     """Return a remark with a capital letter and a full stop."""
     return f"{remark[0].upper()}{remark[1:]}."
+
+
+def display_name(name: str) -> str:
+    """Return a name as it is shown and compared.
+
+    Unicode is normalised, since macOS writes 'é' as two characters. Bytes that are not valid UTF-8, as in old archives,
+    are escaped.
+    """
+    return unicodedata.normalize("NFC", name.encode("utf-8", "backslashreplace").decode("utf-8"))
 
 
 def without_folders(value: Any) -> Any:

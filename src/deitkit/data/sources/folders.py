@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 
 from deitkit.data.decode import SUFFIXES
-from deitkit.data.listing import EncodedImages, Listing, below_here, writable
+from deitkit.data.listing import EncodedImages, Listing, below_here
 from deitkit.errors import DataError
-from deitkit.system.words import counted, first_of
+from deitkit.system.words import counted, display_name, first_of
 
 TEST_NAMES = ("test", "val", "valid", "validation")
 _SPELLINGS = {"training": "train", "testing": "test"}
@@ -33,11 +33,11 @@ def class_folders(folder: Path) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for entry in sorted(folder.iterdir()):
         if entry.is_dir() and not _is_hidden(entry):
-            if writable(entry.name) in found:
+            if display_name(entry.name) in found:
                 raise DataError(
-                    f"'{folder}' contains two folders '{writable(entry.name)}', in two Unicode forms: merge them"
+                    f"'{folder}' contains two folders '{display_name(entry.name)}', in two Unicode forms: merge them"
                 )
-            found[writable(entry.name)] = entry
+            found[display_name(entry.name)] = entry
     return dict(sorted(found.items()))
 
 
@@ -96,7 +96,7 @@ def _parts(
         for names in (("train", *more_training), test_names)
     )
     others = [name for name, path in class_folders(folder).items() if path not in (*train, *test[:1])]
-    return train, test[:1], [f"left out: folder '{name}' of '{writable(folder.name)}'" for name in others]
+    return train, test[:1], [f"left out: folder '{name}' of '{display_name(folder.name)}'" for name in others]
 
 
 def _list_part(part: Path, left_out: Counter[str]) -> Iterator[tuple[Path, int]]:
@@ -133,7 +133,7 @@ def _remark(left_out: Counter[str]) -> str:
 def encoded_files(folder: Path, files: list[Path], remedy: str = "unpack the archive there again") -> EncodedImages:
     """Return images that are separate files, named from a folder; raise DataError with a remedy if some are missing."""
     inside = [path.relative_to(folder) if path.is_relative_to(folder) else path for path in files]
-    names, missing = [writable(str(path)) for path in inside], []
+    names, missing = [display_name(str(path)) for path in inside], []
 
     def read(positions: list[int]) -> Iterator[Path | bytes]:
         return (files[position] for position in positions)

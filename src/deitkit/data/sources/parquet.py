@@ -17,10 +17,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 
-from deitkit.data.listing import EncodedImages, Listing, below_here, writable
+from deitkit.data.listing import EncodedImages, Listing, below_here
 from deitkit.data.sources.folders import TEST_NAMES, require_same_classes, split_name
 from deitkit.errors import DataError
-from deitkit.system.words import counted
+from deitkit.system.words import counted, display_name
 
 _BATCH_ROWS = 256
 
@@ -59,7 +59,7 @@ def list_parquet(path: Path, *, test_names: Sequence[str] = TEST_NAMES, more_tra
     train, test = ([_read_labels(file, columns) for file in part] for part in (train_files, test_files))
     places = [file.relative_to(path) if file.is_relative_to(path) and file != path else file.name for file in files]
     names = [
-        f"{writable(str(place))} row {row}"
+        f"{display_name(str(place))} row {row}"
         for place, part in zip(places, train + test, strict=True)
         for row in range(len(part))
     ]
@@ -236,7 +236,7 @@ def _read_labels(file: Path, columns: _Columns) -> _Labels:
     """Return the labels of a file, with its own class names."""
     with _open(file) as opened:
         names = _features(opened.schema_arrow).get(columns.label, {}).get("names")
-        class_names = tuple(writable(str(name)) for name in names) if isinstance(names, list) else None
+        class_names = tuple(display_name(str(name)) for name in names) if isinstance(names, list) else None
         twice = [name for name, count in Counter(class_names or ()).items() if count > 1]
         if twice:
             raise DataError(
@@ -260,7 +260,7 @@ def _read_labels(file: Path, columns: _Columns) -> _Labels:
     if pa.types.is_integer(column.type) or pa.types.is_boolean(column.type):
         return _Labels(file, np.asarray(column.to_numpy(), dtype=np.int64), class_names)
     if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
-        return _Labels(file, np.asarray([writable(name) for name in column.to_pylist()], dtype=str), None)
+        return _Labels(file, np.asarray([display_name(name) for name in column.to_pylist()], dtype=str), None)
     raise DataError(f"column '{columns.label}' of '{file}' holds {column.type}: labels must be integers or strings")
 
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 
-from deitkit.data.listing import Listing, below_here, writable
+from deitkit.data.listing import Listing, below_here
 from deitkit.data.sources.folders import TEST_NAMES, encoded_files, require_same_classes, split_name
 from deitkit.errors import DataError
-from deitkit.system.words import counted
+from deitkit.system.words import counted, display_name
 
 # Spellings of each column, in any case of letters.
 _COLUMNS = {
@@ -40,7 +40,7 @@ def list_csv(path: Path) -> Listing:
             spellings = " or ".join(_COLUMNS[meaning][:3])
             raise DataError(f"'{path}' has no column '{meaning}' (it has {_shown(columns)}): name one {spellings}")
     values = {
-        meaning: [writable((row[column] or "").strip()) for row in rows]
+        meaning: [display_name((row[column] or "").strip()) for row in rows]
         for meaning, column in spelled.items()
         if column is not None
     }

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from deitkit.data.listing import writable
 from deitkit.errors import CheckpointError, reason_of
 from deitkit.models.card import ModelCard, card_from
 from deitkit.models.classifier import IMAGENET_NORMALISATION
@@ -27,6 +26,7 @@ from deitkit.models.weights.formats import (
     with_token_positions,
 )
 from deitkit.models.weights.read import read_checkpoint
+from deitkit.system.words import display_name
 
 _WEIGHTS_FILES = ("model.safetensors", "pytorch_model.bin")
 
@@ -107,7 +107,7 @@ def read_weights(path: Path, heads: int | None = None) -> Weights:
             f"attention heads: absent in the file, {count} assumed, one per {HEAD_WIDTH} of the width (set --heads or "
             "model.heads)"
         )
-    names = tuple(writable(str(name)) for name in found["class_names"]) if found.get("class_names") else None
+    names = tuple(display_name(str(name)) for name in found["class_names"]) if found.get("class_names") else None
     mean, std = (tuple(map(float, found[key])) if found.get(key) else None for key in ("mean", "std"))
     state = {name: value.float() for name, value in state.items()}
     remarks = (*lines, *found.get("lines", ()))
