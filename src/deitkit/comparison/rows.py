@@ -180,9 +180,6 @@ def _row(
     held_out = dataset.validation.labels
     validation_top1 = {seed: top_k_accuracy(some, held_out) for seed, some in validation.items()}
     validation_balanced = {seed: balanced_accuracy(some, held_out) for seed, some in validation.items()}
-    agreement = None
-    if teacher_decisions is not None and scores:
-        agreement = float(np.mean([top_k_accuracy(each, teacher_decisions) for each in scores.values()]))
     stopped = {seed: predictions[seed][key.student].status for seed in seeds if seed not in scores}
     values = list(top1.values())
     reference = _reference(predictions)
@@ -208,7 +205,9 @@ def _row(
         balanced_accuracy=mean_of_finished(balanced_accuracy(some, labels) for some in scores.values()),
         macro_f1=mean_of_finished(macro_f1(some, labels) for some in scores.values()),
         differences={name: difference for name, difference in differences.items() if difference is not None},
-        teacher_agreement=agreement,
+        teacher_agreement=None
+        if teacher_decisions is None
+        else mean_of_finished(top_k_accuracy(each, teacher_decisions) for each in scores.values()),
         parameters=predictions[seeds[0]][key.student].parameters,
         status="; ".join(f"seed {seed} {status}" for seed, status in stopped.items()) or "ok",
         **speed,

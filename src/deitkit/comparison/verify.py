@@ -7,11 +7,15 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from jaxtyping import Int64
+from torch import Tensor
+
 from deitkit.comparison.finished_run import load_as_trained, students_of
 from deitkit.comparison.images import as_begun, cache_last
 from deitkit.data.dataset import Dataset, load_dataset
 from deitkit.evaluation.predict import predict_all
 from deitkit.evaluation.readouts import readout_scores, top_k_accuracy
+from deitkit.models.vit import Output
 from deitkit.models.weights.read import file_sha256
 from deitkit.recipe.load import load_recipe
 from deitkit.recipe.schema import DataRecipe
@@ -117,21 +121,25 @@ def _verify(
         students = [load_as_trained(home, recipe.speed, precision.device) for home in homes.values()]
         outputs = dict(zip(homes, predict_all(students, dataset.test, precision), strict=True))
         for row in recorded_rows:
-            recorded = row.top1[place] if place < len(row.top1) else None
-            output = outputs.get(row.student)
-            measured = None
-            if output is not None:
-                measured = top_k_accuracy(readout_scores(output)[row.readout], dataset.test.labels)
-            # A student that stopped has no figure to verify, and a checkpoint no model; one that is missing fails.
-            holds: bool | None = None
-            if recorded is not None and row.kind != "checkpoint":
-                if measured is None:
-                    home = seed_folder(folder, seed) / row.student
-                    problems.append(f"{home / 'model.json'} is missing: copy the student's folder back into its run")
-                holds = measured is not None and abs(recorded - measured) <= tolerance + 1e-9
-            rows.append(VerifiedRow(row.row, seed, recorded, measured, holds))
+            rows.append(_verified(row, place, seed, outputs.get(row.student), dataset.test.labels, tolerance))
+            if rows[-1].holds is False and rows[-1].measured is None:
+                home = seed_folder(folder, seed) / row.student
+                problems.append(f"{home / 'model.json'} is missing: copy the student's folder back into its run")
     holds_all = same_data and same_teachers is not False and all(row.holds is not False for row in rows)
     return Verification(holds_all, same_data, same_teachers, tolerance, tuple(rows), tuple(dict.fromkeys(problems)))
+
+
+def _verified(
+    row: Row, place: int, seed: int, output: Output | None, labels: Int64[Tensor, " n"], tolerance: float
+) -> VerifiedRow:
+    """Compare a row's figure of one seed, by its place, with what the output of its student gives."""
+    recorded = row.top1[place] if place < len(row.top1) else None
+    measured = None if output is None else top_k_accuracy(readout_scores(output)[row.readout], labels)
+    # A student that stopped has no figure to verify, and a checkpoint no model; one that is missing fails.
+    holds = None
+    if recorded is not None and row.kind != "checkpoint":
+        holds = measured is not None and abs(recorded - measured) <= tolerance + 1e-9
+    return VerifiedRow(row.row, seed, recorded, measured, holds)
 
 
 def _not_the_teachers(weights: Path, sha256: str) -> str:
