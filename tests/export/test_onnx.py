@@ -279,7 +279,7 @@ def test_mistakes_are_told_before_anything_is_built(
         ((exported, "--out", exported / "model.onnx"), "already exists: name a new file"),
         ((exported,), "already exists: name a new file"),
         ((exported, "--out", tmp_path / "out.pt"), "give a name that ends in .onnx"),
-        ((exported, "--out", out, "--readout", "both"), "--readout both: this model has class, distillation, joint"),
+        ((exported, "--out", out, "--readout", "both"), "readout both: this model has class, distillation, joint"),
         ((exported, "--out", out, "--data", "cifa10"), "data.name=cifa10 is not a data set: did you mean cifar10?"),
         ((tmp_path, "--out", out), "contains no model.json"),
         ((exported / "model.onnx", "--out", out), "is an ONNX file already"),

@@ -155,7 +155,7 @@ def test_mistakes_leave_nothing_behind(
     assert "digits has the classes" in errors
     assert not (tmp_path / "out").exists()
     monkeypatch.setattr(module, "largest_difference", lambda *_: 0.5)
-    with pytest.raises(CheckpointError, match=r"timm would not answer as .* does: logits differ by 0\.5"):
+    with pytest.raises(CheckpointError, match=r"out does not reproduce .*: its logits differ by up to 0\.5"):
         publish(finished, tmp_path / "out", PublishOptions(), quiet)
     assert not (tmp_path / "out").exists()
 

@@ -132,7 +132,7 @@ def test_each_image_comes_once_before_any_comes_again() -> None:
     seen = []
     for step in range(5):  # of the run: more than the steps of an epoch with labels
         cohort.epoch, cohort.step = divmod(step, cohort.batches.steps_per_epoch)
-        images = cohort._unlabelled_images()
+        images = cohort.unlabelled_images()
         assert images is not None
         seen += [bytes(image.numpy()) for image in images]
     assert len(set(seen)) == 50
