@@ -382,7 +382,7 @@ def _run(recipe: Recipe, out: str | Path | None, resume: bool, progress: bool | 
 @contextmanager
 def _watching(progress: bool | Watcher) -> Iterator[Watcher]:
     """Return the watcher of a run: the given one, or a terminal, which handles Ctrl-C in a process's main thread."""
-    if not isinstance(progress, bool):
+    if isinstance(progress, Watcher):
         yield progress
     elif progress and threading.current_thread() is threading.main_thread():
         with Terminal(console) as terminal:

@@ -1,5 +1,6 @@
 """The Typer app, its commands in the order of use, and the entry point."""
 
+import errno
 import sys
 from contextlib import suppress
 from typing import Annotated, Any
@@ -24,6 +25,11 @@ from deitkit.errors import DeitkitError, Interrupted, is_dead_worker, is_lost_pr
 from deitkit.system.process import configure_process, were_started
 
 TEMPORARY_FAILURE = 75  # of sysexits.h: the same command may succeed
+# Errors of the system that a user can correct; others, as of a network disk, may pass.
+MISTAKES = (
+    errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.EROFS,
+    errno.ENOSPC, errno.EDQUOT,
+)  # fmt: skip
 
 
 class Commands(TyperGroup):
@@ -76,9 +82,12 @@ def main() -> None:
     except KeyboardInterrupt:  # before a command began
         say("stopped", errors)
         sys.exit(Interrupted.exit_code)
-    except OSError as error:  # of a file that a user named, or a disk that is full
-        say(f"error: {error.filename or 'a file'}: {os_reason(error)}", errors, style="red")
-        sys.exit(2)
+    except OSError as error:
+        if error.errno in MISTAKES:
+            say(f"error: {error.filename or 'a file'}: {os_reason(error)}: check its name, rights and disk", errors)
+            sys.exit(2)
+        say(f"error: {os_reason(error)}: the same command may succeed, and --resume continues a run", errors)
+        sys.exit(TEMPORARY_FAILURE)
     except (MemoryError, RuntimeError) as error:
         code = 2
         if is_lost_process(error):

@@ -3,7 +3,7 @@
 import signal
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
@@ -78,7 +78,8 @@ class Terminal:
         self._stop, self._stopped_at = number, time.monotonic()
         if not self._deferring:
             raise Interrupted(self._stopped)
-        self.console.print("[yellow]stopping after this step, and saving; once more to stop at once[/]")
+        with suppress(SystemExit):  # rich's answer to a closed pipe: `| tee`, which Ctrl-C has ended too
+            self.console.print("[yellow]stopping after this step, and saving; once more to stop at once[/]")
 
     @contextmanager
     def defer_interrupts(self) -> Iterator[None]:
@@ -111,8 +112,8 @@ class Terminal:
         try:
             say(text, self.console)
         except SystemExit:  # rich's answer to a closed pipe
-            gone = "what read the output has ended; the same command with --resume continues"
-            raise Interrupted(gone) from None
+            how = self._stopped.removeprefix("stopped; ") or "the same command with --resume continues"
+            raise Interrupted(f"what read the output has ended; {how}") from None
 
     def reading(self, what: str, done: int, total: int) -> None:
         """Show on a terminal how much of the data has been read."""

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from deitkit.comparison.compare import compare, dry_run, has_finished
 from deitkit.comparison.images import as_begun, cache_last, require_same_images
-from deitkit.comparison.rows import Hits, RowKey, corrected, paired_over_seeds
+from deitkit.comparison.rows import Hits, RowKey, corrected, note_on_stops, paired_over_seeds
 from deitkit.comparison.seed_run import load_predictions
 from deitkit.data.dataset import Dataset, load_all_images
 from deitkit.errors import DataError, DeitkitError
@@ -134,7 +134,7 @@ def _dry_run_all(
         with named_in_errors(name):
             dataset = load(as_begun(variant.data, homes[name]))
             require_same_images(dataset, homes[name])
-            if not torch.equal(dataset.test_places, places):
+            if not (torch.equal(dataset.test_places, places) and torch.equal(dataset.test.labels, labels)):
                 raise DataError(
                     f"its {len(dataset.test)} test images are not the base's {len(labels)}: change no field of data "
                     "that divides them"
@@ -209,7 +209,7 @@ def _results(
         winner=None,
         verdict=_verdict(rows),
         published=(),
-        notes=(),
+        notes=note_on_stops(rows, recipe),
         machine=each[BASE].machine,
     )
 

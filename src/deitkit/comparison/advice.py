@@ -135,9 +135,13 @@ def _small_savings(savings: Mapping[str, float]) -> str:
 
 
 def _could_be_cross_validated(results: Results) -> bool:
-    """Return whether ``--folds`` takes this comparison: without a test split, folds, or a checkpoint of own images."""
+    """Return whether ``--folds`` takes this comparison, and tests it on every image.
+
+    It does not with a test split, folds, a limit to the images, or a checkpoint of one's own images.
+    """
     data, model = results.recipe.get("data", {}), results.recipe.get("model", {})
-    return results.dataset.divided is True and data.get("folds") is None and model.get("checkpoint") is None
+    limited = any(data.get(field) is not None for field in ("folds", "train_images", "test_images"))
+    return results.dataset.divided is True and not limited and model.get("checkpoint") is None
 
 
 def _prices(name: str, own: Cost, rival: Rival) -> str:

@@ -21,7 +21,7 @@ from deitkit.comparison.describe import describe_data, describe_students
 from deitkit.comparison.estimate import estimate_training
 from deitkit.comparison.finetune import StartingPoint, add_checkpoint_row, measure_checkpoint
 from deitkit.comparison.images import describe_images, load_images
-from deitkit.comparison.rows import summarise, validation_scores
+from deitkit.comparison.rows import note_on_stops, summarise, validation_scores
 from deitkit.comparison.seed_run import (
     SeedRun,
     adopt_older_layout,
@@ -265,7 +265,7 @@ def _results(begun: Begun, folder: Path) -> Results:
         winner=None if summary.winner is None else summary.winner.row,
         verdict=summary.verdict,
         published=published_figures(recipe.published),
-        notes=(*summary.notes, *map(as_sentence, begun.remarks)),
+        notes=(*summary.notes, *note_on_stops(summary.rows, recipe), *map(as_sentence, begun.remarks)),
         machine=begun.machine,
     )
 

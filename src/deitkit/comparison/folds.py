@@ -14,7 +14,7 @@ from deitkit.comparison.advice import advice
 from deitkit.comparison.compare import compare, copy_winner, dry_run, has_finished
 from deitkit.comparison.finetune import measure_checkpoint
 from deitkit.comparison.images import as_begun, cache_last
-from deitkit.comparison.rows import best_row, corrected, corrected_differences
+from deitkit.comparison.rows import best_row, corrected, corrected_differences, note_on_stops
 from deitkit.comparison.verdict import Standing, verdict
 from deitkit.data.dataset import Dataset, load_all_images
 from deitkit.evaluation.statistics import (
@@ -47,7 +47,7 @@ from deitkit.run.results import (
 )
 from deitkit.system.device import Precision
 from deitkit.system.files import copy_file
-from deitkit.teachers.prepare import dry_run_teachers
+from deitkit.teachers.prepare import dry_run_teachers, judge_prepared
 from deitkit.teachers.saved import origins, require_unseen
 from deitkit.training.build import needs_teacher
 
@@ -107,6 +107,8 @@ def begin_folds(
     teachers = recipe.all_teachers if needs_teacher(recipe) else ()
     if teachers:
         dry_run_teachers(recipes[1], dataset, fold_folder(folder, 1), precision)
+        for fold in recipes:
+            judge_prepared(recipe, fold_folder(folder, fold))
     # Without its damaged files a class may have no images in a split of another fold, and the images that a checkpoint
     # or a teacher was trained on may be another fold's test images.
     has_seen = starting_weights(recipe.model) is not None or any(origins(teacher) for teacher in teachers)
@@ -145,7 +147,7 @@ def combine(recipe: Recipe, folds: Mapping[int, Results]) -> FoldResults:
         winner=None if winner is None else winner.row,
         verdict=verdict(standing, rows),
         published=first.published,
-        notes=_notes(each),
+        notes=(*_notes(each, recipe), *note_on_stops(rows, recipe)),
         machine=first.machine,
     )
     return results.model_copy(update={"advice": advice(results)})
@@ -246,7 +248,7 @@ def _dataset(each: Sequence[DatasetSummary]) -> DatasetSummary:
     return each[0].model_copy(update={"test": sum(one.test for one in each), "fingerprint": together})
 
 
-def _notes(each: Sequence[Results]) -> tuple[str, ...]:
+def _notes(each: Sequence[Results], recipe: Recipe) -> tuple[str, ...]:
     tested = (
         f"Every image is a test image of one of {len(each)} folds"
         if each[0].recipe["data"]["test_images"] is None
@@ -256,4 +258,5 @@ def _notes(each: Sequence[Results]) -> tuple[str, ...]:
         f"{tested}, which share most of their training images: intervals and p are those of the corrected resampled t "
         "test (Nadeau and Bengio 2003)."
     )
-    return (about, *dict.fromkeys(note for one in each for note in one.notes))
+    of_all = (note for one in each for note in one.notes if note not in note_on_stops(one.rows, recipe))
+    return about, *dict.fromkeys(of_all)

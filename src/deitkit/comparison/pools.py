@@ -208,8 +208,10 @@ class RayPool:
         try:
             return int(self.ray.get(handle))
         except self.ray.exceptions.RayError as error:
-            with self._logs[handle].open("a", encoding="utf-8") as log:
-                log.write(f"{reason_of(getattr(error, 'cause', None) or error)}\n")
+            log = self._logs.pop(handle, None)
+            if log is not None:  # once
+                with log.open("a", encoding="utf-8") as file:
+                    file.write(f"{reason_of(getattr(error, 'cause', None) or error)}\n")
             return LOST
 
     def stop(self, handle: Any) -> None:

@@ -29,6 +29,7 @@ from deitkit.run.layout import BASELINE
 from deitkit.run.metrics import EpochMetrics
 from deitkit.run.reported import default_readout, reported_rows
 from deitkit.run.results import Row, SomeRow, with_difference
+from deitkit.system.device import Precision
 from deitkit.system.words import as_sentence, counted
 from deitkit.training.build import baseline_architecture
 
@@ -94,16 +95,17 @@ def summarise(
     winner = best_row(rows, recipe.compare.by)
     teacher_hits = None if decisions is None else decisions == dataset.test.labels
     standing = _standing(winner, recipe, dataset, predictions, teacher_hits)
-    return Summary(tuple(rows), winner, verdict(standing, rows), (*_notes(recipe, dataset), *_note_on_stops(rows)))
+    return Summary(tuple(rows), winner, verdict(standing, rows), tuple(_notes(recipe, dataset)))
 
 
-def _note_on_stops(rows: Sequence[Row]) -> list[str]:
+def note_on_stops(rows: Sequence[Row], recipe: Recipe) -> tuple[str, ...]:
     """Return what to change where students stopped, which they do when a loss is not finite."""
-    stopped = list(dict.fromkeys(row.method for row in rows if row.status != "ok"))
+    stopped = {row.row.rpartition("/")[0]: row.kind for row in rows if row.status != "ok"}
     if not stopped:
-        return []
-    rates = [f"{'baseline' if name == BASELINE else 'train'}.learning_rate" for name in stopped]
-    return [f"{', '.join(stopped)} stopped: lower {' and '.join(dict.fromkeys(rates))}, or set train.precision=fp32."]
+        return ()
+    rates = {f"{'baseline' if kind == 'baseline' else 'train'}.learning_rate" for kind in stopped.values()}
+    precision = ", or set train.precision=fp32" if Precision.here(recipe).name == "bf16" else ""
+    return (f"{', '.join(stopped)} stopped: lower {' and '.join(sorted(rates))}{precision}.",)
 
 
 def corrected(rows: Sequence[SomeRow], reference: Reference) -> list[SomeRow]:

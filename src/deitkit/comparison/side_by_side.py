@@ -158,7 +158,8 @@ class _Runner:
         if code == MISTAKE:
             said = [line.removeprefix("error: ") for line in _lines(one.log) if line.startswith("error: ")]
             raise DeitkitError(f"{one.unit}: {said[-1]}" if said else f"{one.unit} failed, see {one.log}")
-        last = "".join(f"; its last line: {line}" for line in _lines(one.log)[-1:])
+        said = [line for line in _lines(one.log) if re.search(r"\w", line)]  # torchrun ends with a ruler
+        last = "".join(f"; its last line: {line}" for line in said[-1:])
         if one.attempt >= ATTEMPTS:
             raise CheckpointError(f"{one.unit} was lost {ATTEMPTS} times: see the end of {one.log}{last}")
         self.watcher.say(f"{one.unit}: lost (exit code {code}); starting it again from its last state{last}")

@@ -130,7 +130,7 @@ def _other(name: str, top1: float, difference: Difference) -> str:
 def _best_on_test(winner: Row, rows: Sequence[Row]) -> str:
     tested = {row.row: row.top1_mean for row in rows if row.kind == "student" and row.top1_mean is not None}
     best = max(tested, key=lambda name: tested[name])
-    if winner.top1_mean is None or tested[best] <= winner.top1_mean:
+    if winner.top1_mean is None or tested[best] <= winner.top1_mean + 1e-9:  # but for rounding
         return ""
     return f"On the test images {best} is higher ({_percent(tested[best])}), but nothing is chosen there"
 
@@ -150,7 +150,7 @@ def _percent(top1: float) -> str:
 
 
 def _points(difference: Difference) -> str:
-    return f"{100 * difference.mean:+.2f} points"
+    return f"{0.0 if difference.is_zero else 100 * difference.mean:+.2f} points"
 
 
 def _list(names: Sequence[str]) -> str:

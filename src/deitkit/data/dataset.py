@@ -61,7 +61,8 @@ class Dataset:
         unlabelled: Images to train on without labels, all labelled -1; None without any.
         names: Returns the name of an image by its split and place, for messages.
         test_places: Position of each test image among all images of the data set.
-        hashed_as: Channels and side of the pixels that are hashed, of named sets that were resized; None for others.
+        hashed_as: Channels and side of the pixels that are hashed, of a named set that is kept as pixels; None for
+            files, which are hashed as they are decoded.
         divided: Whether the test images were drawn from all, since the data set has no test split of its own.
         originals: Returns training images by their positions as they were before they were resized to a square; None if
             nothing was resized.
@@ -221,6 +222,10 @@ def add_unlabelled(dataset: Dataset, recipe: DataRecipe, progress: ProgressCallb
         raise DataError(
             f"data.unlabelled={source} needs square images, but these have {height} x {width} px: set data.image_px"
         )
+    if recipe.streaming == "unlabelled" and isinstance(listing.images, Tensor):
+        raise DataError(
+            f"data.streaming=unlabelled, but data.name={recipe.name} fits in memory and is kept there: drop it"
+        )
     # Those of a data set that is streamed are streamed too, so that a resumed run cuts its crops from the same pixels.
     streaming = dataset.streamed or recipe.streaming == "unlabelled" or recipe.streaming
     sized = recipe.model_copy(
@@ -229,11 +234,11 @@ def add_unlabelled(dataset: Dataset, recipe: DataRecipe, progress: ProgressCallb
     train_px = None if dataset.train.crop_source is None else crop_source_px(sized)
     found = read_selection(listing, selection, len(selection), sized, progress, train_px)
     held_out = torch.cat([dataset.validation.hashes, dataset.test.hashes])
-    hashes = found.hashes[found.kept]
+    hashes = comparable = found.hashes[found.kept]
     if dataset.hashed_as is not None and isinstance(listing.images, EncodedImages):
         native = sized.model_copy(update=dict(zip(("channels", "image_px"), dataset.hashed_as, strict=True)))
-        hashes = read_selection(listing, selection, len(selection), native, progress).hashes[found.kept]
-    fresh = ~torch.isin(hashes, held_out)
+        comparable = read_selection(listing, selection, len(selection), native, progress).hashes[found.kept]
+    fresh = ~torch.isin(comparable, held_out)
     if not bool(fresh.any()):
         raise DataError(
             f"data.unlabelled={source} has no image that can be read and is not a validation or test image: add some"

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float64, UInt8
-from PIL import ExifTags, Image, ImageOps, features
+from PIL import ExifTags, Image, features
 
 from deitkit.data.pixels import evaluation_frame
 
@@ -84,19 +84,27 @@ def open_image(encoded: Path | bytes | Image.Image, channels: int, needed_px: in
         if needed_px is not None:
             drafted = image.draft(image.mode, (needed_px, needed_px))
         image.load()
-        orientation = _orientation(image)
+        orientation = _orientation(encoded if isinstance(encoded, Image.Image) else image)
         if orientation in (5, 6, 7, 8):
             width, height = height, width
         extent = _extent(image, drafted, orientation)
-        if orientation != 1:
-            ImageOps.exif_transpose(image, in_place=True)
-        return OpenedImage(_to_mode(image, "L" if channels == 1 else "RGB"), extent, (height, width))
+        turned = image.transpose(_TURNS[orientation]) if orientation in _TURNS else image
+        return OpenedImage(_to_mode(turned, "L" if channels == 1 else "RGB"), extent, (height, width))
 
 
 def _opened(encoded: Path | bytes | Image.Image) -> AbstractContextManager[Image.Image]:
     if isinstance(encoded, Image.Image):
-        return nullcontext(ImageOps.exif_transpose(encoded) if _orientation(encoded) != 1 else encoded.copy())
+        return nullcontext(encoded.copy())
     return Image.open(io.BytesIO(encoded) if isinstance(encoded, bytes) else encoded, formats=_FORMATS)
+
+
+# What makes an image upright, by its EXIF orientation. Pillow's exif_transpose writes the rest of the metadata again,
+# and fails if that is damaged.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # fmt: skip
 
 
 def _orientation(image: Image.Image) -> int:

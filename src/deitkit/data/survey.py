@@ -25,7 +25,8 @@ from deitkit.errors import DataError
 from deitkit.recipe.schema import DataRecipe
 from deitkit.system.process import processes_here, usable_cores
 
-_FORMAT_VERSION = 5  # raise it when decoding changes
+_FORMAT_VERSION = 6  # of cached surveys: raise it when decoding changes
+_KEY_VERSION = 5  # of ``Survey.key``, by which `verify` knows the data of earlier runs
 _MOST_MEMORY = 0.6  # share of the free memory, for decoded images
 
 
@@ -107,14 +108,17 @@ def survey(
     chosen = (encoded.key, cache.sha256(selection), train_count, recipe.image_px, recipe.channels, recipe.corrupt)
     cropped: tuple[float | str, ...] = (recipe.eval_crop,) if recipe.eval_crop < 1 else ()
     cropped += (recipe.fit,) if recipe.fit != "crop" else ()
-    key = hashlib.sha256(repr((_FORMAT_VERSION, "survey", *chosen, *cropped)).encode()).hexdigest()
+    key, stored_as = (
+        hashlib.sha256(repr((version, "survey", *chosen, *cropped)).encode()).hexdigest()
+        for version in (_KEY_VERSION, _FORMAT_VERSION)
+    )
     # What is written of the images is the same for every division, size and order of them.
     flat = hashlib.sha256(repr((encoded.key, cache.sha256(selection.sort().values))).encode()).hexdigest()
     path = cache.cache_folder() / "encoded" / f"{flat}.bin"
-    cached = cache.load_cached(key)
+    cached = cache.load_cached(stored_as)
     if cached is None or (encoded.files is None and not path.exists()):
         tally = _Tally(len(selection), train_count, recipe)
-        written = cache.load_cached(flat) if path.exists() else None
+        written = _written(path, flat, key)
         if encoded.files is not None or written is not None:
             decode_all(encoded.read, encoded.names, selection, recipe, tally, progress, "checking images")
             ends = torch.zeros(0, dtype=torch.int64) if written is None else written[0]["ends"]
@@ -124,7 +128,7 @@ def survey(
         tensors = {"kept": tally.kept.byte(), "counts": tally.counts, "shape": torch.tensor(tally.shape), "ends": ends}
         cached = (tensors | {"hashes": tally.hashes, "sizes": tally.sizes}, list(tally.failures))
         if not tally.may_pass:
-            cache.store(key, *cached)
+            cache.store(stored_as, *cached)
     tensors, skipped = cached
     kept = tensors["kept"].bool()
     counts, channels = tensors["counts"], recipe.channels or int(tensors["shape"][0])
@@ -144,6 +148,18 @@ def survey(
         recipe.fit,
     )
     return Survey(images, kept, tuple(skipped), counts[:channels], key, tensors["hashes"], tensors["sizes"])
+
+
+def _written(path: Path, flat: str, key: str) -> tuple[dict[str, Tensor], list[str]] | None:
+    """Return the ends of the images in a flat file, by its entry in the cache; None if it is not there.
+
+    Version 0.1 wrote one for every survey, under its key, which becomes this one.
+    """
+    earlier, ends = path.with_stem(key), cache.load_cached(key)
+    if not path.exists() and earlier.exists() and ends is not None:
+        cache.store(flat, {"ends": ends[0]["ends"]}, [])
+        earlier.replace(path)
+    return cache.load_cached(flat) if path.exists() else None
 
 
 def _lay_out(

@@ -52,6 +52,8 @@ def _data(recipe: "Recipe") -> Iterator[str]:
         yield "data.unlabelled=rest is what data.train_images leaves out: set data.train_images too"
     if data.unlabelled is None and recipe.train.unlabelled_batch_size is not None:
         yield "train.unlabelled_batch_size has no effect without data.unlabelled: set that, or drop it"
+    if data.unlabelled is None and data.streaming == "unlabelled":
+        yield "data.streaming=unlabelled has no effect without data.unlabelled: set that, or drop it"
     resized = data.image_px is not None
     without_effect = "has no effect on images that are not resized: set data.image_px, or drop it"
     if data.eval_crop < 1 and not resized:

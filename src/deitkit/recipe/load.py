@@ -92,9 +92,10 @@ def expand_variants(recipe: Recipe) -> dict[str, Recipe]:
     for name, changes in recipe.variants.items():
         tree = base.model_dump(exclude_unset=True) | {"name": f"{recipe.name}-{name}"}
         try:
-            for key, value in changes.items():
-                _set(tree, _path(RENAMED.get(key, key), value), value)
-            _forget_sizes(tree, changes)
+            paths = [_path(RENAMED.get(key, key), value) for key, value in changes.items()]
+            for path, value in zip(paths, changes.values(), strict=True):
+                _set(tree, path, value)
+            _forget_sizes(tree, [".".join(path) for path in paths])
             expanded[name] = Recipe.model_validate(tree)
         except RecipeError as error:
             problems.append(f"variants.{name}: {error}")

@@ -378,6 +378,7 @@ def interval(difference: Difference | None, images: int) -> str:
 
 
 def _signed(value: Number, images: int) -> str:
+    value = 0.0 if abs(value) < 1e-9 else value  # of a mean over seeds, but for rounding
     return f"{100 * value:+.{2 if images >= 1000 else 1}f}".replace("-", "−")
 
 

@@ -123,6 +123,25 @@ def gate(
     )
 
 
+def judge_again(card: TeacherCard, recipe: TeacherRecipe) -> TeacherCard:
+    """Return the card of a teacher that passed the gate before, under bounds that a resumed run may change.
+
+    Raises:
+        TeacherError: It does not pass them.
+    """
+    least = recipe.min_top1
+    if least is not None and card.top1 < least and not card.weak:
+        reason = f"is below teacher.min_top1={least:g}"
+        card = card.model_copy(update={"weak": True, "verdict": f"weak, allowed by the recipe: {reason}"})
+    if card.weak and not recipe.allow_weak:
+        raise TeacherError(
+            f"teacher {card.name} scores {100 * card.top1:.2f} % on {counted(card.n, 'validation image')} and is "
+            f"{card.verdict.replace('weak, allowed by the recipe', 'weak')}: lower teacher.min_top1, or set "
+            "teacher.allow_weak=true to use it anyway"
+        )
+    return card
+
+
 def _chance(labels: Tensor, classes: int) -> float:
     """Return the share of the most frequent class."""
     return labels.bincount(minlength=classes).max().item() / len(labels)

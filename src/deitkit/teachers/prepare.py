@@ -36,7 +36,7 @@ from deitkit.system.ranks import Ranks
 from deitkit.system.seeding import seeded
 from deitkit.system.words import counted
 from deitkit.teachers.frozen import FrozenTeacher, Teachers, mean_teacher_logits
-from deitkit.teachers.gate import doubt, gate
+from deitkit.teachers.gate import doubt, gate, judge_again
 from deitkit.teachers.resolution import measure_at_own_resolution
 from deitkit.teachers.saved import build_saved, origins, require_unseen
 from deitkit.training.cohort import Cohort
@@ -63,9 +63,9 @@ def read_teacher(folder: Path, speed: SpeedRecipe, precision: Precision) -> tupl
     """Read a prepared teacher and its card; raise CheckpointError if they are damaged."""
     try:
         classifier = accelerate(load_classifier(folder, precision.device)[0], speed, precision.device)
-        card = TeacherCard.model_validate_json((folder / CARD).read_text(encoding="utf-8"))
     except (CheckpointError, ValueError) as error:
         raise unreadable(folder, error) from None
+    card = _read_card(folder)
     classifier.readout = card.readout
     return FrozenTeacher(classifier), card
 
@@ -80,13 +80,7 @@ def prepare_teacher(
     """
     if is_prepared(folder):
         teacher, card = read_teacher(folder, recipe.speed, precision)
-        least = recipe.teacher.min_top1  # which a resumed run may raise
-        if least is not None and card.top1 < least and not recipe.teacher.allow_weak:
-            raise TeacherError(
-                f"teacher {card.name} scores {100 * card.top1:.2f} % on {counted(card.n, 'validation image')}, which "
-                f"is below teacher.min_top1={least:g}: lower that, or set teacher.allow_weak=true to use it anyway"
-            )
-        return teacher, card
+        return teacher, judge_again(card, recipe.teacher)
     with seeded(recipe.seeds[0], folder.name):
         classifier, card = draft_teacher(recipe.teacher, dataset)
     accelerate(classifier, recipe.speed, precision.device)
@@ -117,6 +111,13 @@ def prepare_teacher(
         # Trained by several processes: read it again as the others do, with BatchNorm of one process.
         return prepare_teacher(recipe, dataset, folder=folder, precision=precision, watcher=watcher)
     return FrozenTeacher(classifier), card
+
+
+def _read_card(folder: Path) -> TeacherCard:
+    try:
+        return TeacherCard.model_validate_json((folder / CARD).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise unreadable(folder, error) from None
 
 
 def load_teacher_images(recipe: Recipe, dataset: Dataset, progress: ProgressCallback | None = None) -> Dataset:
@@ -324,12 +325,23 @@ def prepare_teachers(
     return Teachers(teachers), cards
 
 
+def judge_prepared(recipe: Recipe, folder: Path) -> None:
+    """Raise TeacherError if a teacher in a run folder does not pass the bounds of a recipe, which may have changed."""
+    homes = teacher_folders(folder, len(recipe.all_teachers))
+    for number, (chosen, home) in enumerate(zip(recipe.all_teachers, homes, strict=True)):
+        if is_prepared(home):
+            with _numbered(recipe, number):
+                judge_again(_read_card(home), chosen)
+
+
 def dry_run_teachers(recipe: Recipe, dataset: Dataset, folder: Path, precision: Precision) -> None:
     """Build every teacher that a run folder lacks, and try it on a batch of views, to fail before anything is written.
 
     Raises:
-        TeacherError: A teacher was trained on test images, cannot be built, or cannot process the views.
+        TeacherError: A teacher was trained on test images, cannot be built, or cannot process the views; or one that is
+            ready does not pass the bounds of the recipe.
     """
+    judge_prepared(recipe, folder)
     homes = teacher_folders(folder, len(recipe.all_teachers))
     for number, (chosen, home) in enumerate(zip(recipe.all_teachers, homes, strict=True)):
         if not is_prepared(home):

@@ -94,7 +94,7 @@ def train_to_end(
                 lines += metrics
                 write_metrics(lines, folder)
                 for line in metrics:
-                    _write_to_board(boards[line.student], line)
+                    boards[line.student](line)
                 watcher.epoch(title, metrics)
                 # The iterator has not started the next epoch yet, so this saves the state that it starts from.
                 saver.save_if_due()
@@ -134,14 +134,23 @@ def help_to_the_end(cohort: Cohort, should_stop: Callable[[], bool]) -> None:
 
 
 @contextmanager
-def _board(folder: Path, first_epoch: int) -> Iterator[SummaryWriter]:
-    """Write TensorBoard's files of a student; a full disk is reported by what is saved, and not by them."""
-    board = SummaryWriter(folder, purge_step=first_epoch)
+def _board(folder: Path, first_epoch: int) -> Iterator[Callable[[EpochMetrics], None]]:
+    """Return what adds an epoch to TensorBoard's files of a student; a full disk is reported by what is saved."""
+    board = None
+    with suppress(OSError):
+        board = SummaryWriter(folder, purge_step=first_epoch)
+
+    def add(metrics: EpochMetrics) -> None:
+        if board is not None:
+            with suppress(OSError):  # which a thread may have met before
+                _write_to_board(board, metrics)
+
     try:
-        yield board
+        yield add
     finally:
-        with suppress(OSError):
-            board.close()
+        if board is not None:
+            with suppress(OSError):
+                board.close()
 
 
 def _write_to_board(board: SummaryWriter, metrics: EpochMetrics) -> None:

@@ -71,7 +71,9 @@ def list_folder(folder: Path, *, test_names: Sequence[str] = TEST_NAMES, more_tr
     for part in (*train[1:], *test):
         require_same_classes(set(class_names), set(class_folders(part)), f"'{train[0]}'", f"'{part}'")
     left_out: Counter[str] = Counter()
-    listed = [(path, label, part in test) for part in (*train, *test) for path, label in _list_part(part, left_out)]
+    listed = [
+        (path, label, part in test) for part in (*train, *test) for path, label in _list_part(part, folder, left_out)
+    ]
     if left_out:
         remarks.append(_remark(left_out))
     files, labels, is_test = zip(*listed, strict=True)
@@ -99,14 +101,14 @@ def _parts(
     return train, test[:1], [f"left out: folder '{name}' of '{display_name(folder.name)}'" for name in others]
 
 
-def _list_part(part: Path, left_out: Counter[str]) -> Iterator[tuple[Path, int]]:
-    """Yield the images in the class folders of a part with their labels, and count what else is there."""
+def _list_part(part: Path, folder: Path, left_out: Counter[str]) -> Iterator[tuple[Path, int]]:
+    """Yield the images in the class folders of a part of a folder with their labels, and count what else is there."""
     beside = (path for path in part.iterdir() if path.is_file() and not _is_hidden(path))
     left_out.update(path.suffix.lower() or "no ending" for path in beside)
     for label, home in enumerate(class_folders(part).values()):
         images = _images(home, left_out)
         if not images:
-            advice = _other_source(part) or "add some or remove the folder"
+            advice = _other_source(folder) or "add some or remove the folder"
             raise DataError(f"class folder {_no_images(home, advice)}")
         yield from ((path, label) for path in images)
 

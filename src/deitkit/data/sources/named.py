@@ -4,6 +4,7 @@ import gzip
 import os
 import zlib
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -107,23 +108,33 @@ def list_named(recipe: DataRecipe, progress: ProgressCallback | None = None) -> 
 
 def _find(named: NamedSet, places: list[Path], recipe: DataRecipe, progress: ProgressCallback | None) -> Listing | None:
     for place in places:
-        listing, may_be_another = _list_at(named, place, recipe.name), False
-        if listing is None and (inner := configurations(place)):
-            may_be_another = place == places[-1]  # a folder in the root may be of another data set
-            if not may_be_another or len(inner) == 1 or "default" in inner:
-                listing = _of_classes(named, _list_shards(named, place))
+        listing = _list_at(named, place, recipe.name) or _list_inside(named, place, is_root=place == places[-1])
         if listing is None:
             continue
-        try:
-            if listing.official_test is None:
-                raise DataError(f"'{place}' contains no test split of {recipe.name}: add it, or set another data.root")
-            if named.shape is not None:
-                listing = _decoded(listing, named.shape, place, recipe, progress)
-        except DataError:
-            if may_be_another:
-                continue
-            raise
+        if listing.official_test is None:
+            raise DataError(f"'{place}' contains no test split of {recipe.name}: add it, or set another data.root")
+        if named.shape is not None:
+            listing = _decoded(listing, named.shape, place, recipe, progress)
         return _in_official_order(listing, named.spellings())
+    return None
+
+
+def _list_inside(named: NamedSet, place: Path, *, is_root: bool) -> Listing | None:
+    """List the data set if it is in a configuration of the Hub in this folder.
+
+    In the root, where other data sets may lie, a folder is one of them unless it has the name of the Hub's usual
+    configurations, or classes with the names of this data set.
+    """
+    inner = configurations(place)
+    if not inner:
+        return None
+    if not is_root or {*inner} & {"default", "plain_text"}:
+        return _of_classes(named, _list_shards(named, place))
+    for name in inner:
+        with suppress(DataError):
+            listing = _of_classes(named, _list_shards(named, place / name))
+            if listing is not None and any(_agree(names, listing.class_names) for names in named.spellings()):
+                return listing
     return None
 
 
@@ -159,10 +170,18 @@ def _in_official_order(listing: Listing, spellings: Sequence[Sequence[str]]) -> 
             place = {name: label for label, name in enumerate(names)}
             labels = torch.tensor([place[name] for name in given])[listing.labels]
             return replace(listing, labels=labels, class_names=tuple(spellings[0]))
-        # If nine names in ten agree, each in its place, the rest are spelling variants.
-        if sum(one == other for one, other in zip(names, given, strict=False)) >= 0.9 * max(len(names), len(given)):
+        if _agree(names, given):
             return replace(listing, class_names=tuple(spellings[0]))
     return listing
+
+
+def _agree(names: Sequence[str], given: Sequence[str]) -> bool:
+    """Return whether class names are those of a data set: all in any order, or nine in ten in their places.
+
+    The rest are then other spellings.
+    """
+    same = sum(one == other for one, other in zip(names, given, strict=False))
+    return set(names) == set(given) or same >= 0.9 * max(len(names), len(given))
 
 
 def _decoded(

@@ -64,7 +64,7 @@ def list_csv(path: Path) -> Listing:
     return Listing(
         encoded_files(
             path.parent,
-            [_as_spelled(path.parent / files[place]) for place in kept],
+            [_as_spelled(path.parent, files[place]) for place in kept],
             f"correct the paths in '{path.name}', which start from its folder unless they are absolute",
         ),
         torch.tensor([numbers[values["label"][place]] for place in kept]),
@@ -75,11 +75,12 @@ def list_csv(path: Path) -> Listing:
     )
 
 
-def _as_spelled(path: Path) -> Path:
-    """Return a path as its file spells it: an accent is a character of its own on one system, and not on another."""
-    if str(path).isascii() or os.path.lexists(path):
+def _as_spelled(folder: Path, name: str) -> Path:
+    """Return the path of a file as it is spelled: on one system an accent is a character of its own, on another not."""
+    path = folder / name
+    if name.isascii() or os.path.lexists(path):
         return path
-    others = (Path(unicodedata.normalize(form, str(path))) for form in ("NFC", "NFD"))
+    others = (folder / unicodedata.normalize(form, name) for form in ("NFC", "NFD"))
     return next((other for other in others if os.path.lexists(other)), path)
 
 

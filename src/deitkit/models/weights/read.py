@@ -20,8 +20,9 @@ from deitkit.system.process import signals_held
 
 _WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model", "net", "teacher")
 _PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "network.")
-# What training tools add to a state: losses with weights, counters of averages, and of operations (thop).
-_ADDED = ("criterion.", "loss.", "loss_fn.")
+# What is no part of a classifier: losses with weights, GoogLeNet's and Inception's further classifiers for training;
+# counters of averages, and of operations (thop).
+_ADDED = ("criterion.", "loss.", "loss_fn.", "aux1.", "aux2.", "AuxLogits.")
 _COUNTERS = ("n_averaged", "total_ops", "total_params")
 FACTS = "deitkit"  # where our own export of a single file keeps what a card would tell
 MOST_COMPRESSION = 10  # ratio of an archive; weights hardly compress
