@@ -298,6 +298,17 @@ def test_other_test_images_are_refused(
         compare_variants(
             tiny_recipe(*ONE_EPOCH, *own, "variants.larger.data.image_px=12"), tmp_path / "other", watcher=Silent()
         )
+
+    def with_other_labels(recipe: Any, progress: Any = None, **settings: Any) -> Any:
+        data = load_dataset(recipe, progress, **settings)
+        labels = data.test.labels if recipe.image_px is None else data.test.labels.flip(0)
+        return replace(data, test=replace(data.test, labels=labels))
+
+    monkeypatch.setattr("deitkit.comparison.ablation.load_all_images", with_other_labels)
+    with pytest.raises(DataError, match=r"variant larger: .*test images"):
+        compare_variants(
+            tiny_recipe(*ONE_EPOCH, "variants.larger.data.image_px=12"), tmp_path / "two", watcher=Silent()
+        )
     monkeypatch.undo()
     recipe = tiny_recipe(*ONE_EPOCH, "variants.larger.data.image_px=12")
     rows = compare_variants(recipe, tmp_path / "run", watcher=Silent()).rows

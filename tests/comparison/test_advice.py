@@ -90,7 +90,8 @@ def test_of_a_set_without_a_test_split_folds_would_tell_more() -> None:
     divided = found.model_copy(update={"dataset": found.dataset.model_copy(update={"divided": True})})
     assert "5.8 higher; more test images would tell more; --folds 5 tests on every image once. " in advice(divided)
     assert "--folds" not in advice(found)
-    for recipe in ({"data": {"folds": 2}}, {"model": {"checkpoint": "photos.pth"}}):  # is one, or cannot be
+    others = ({"data": {"folds": 2}}, {"model": {"checkpoint": "photos.pth"}}, {"data": {"test_images": 100}})
+    for recipe in others:  # is one, cannot be, or would not test on every image
         assert "more test images would tell more. " in advice(divided.model_copy(update={"recipe": recipe}))
     empty = {"data": {"folds": None}, "model": {"checkpoint": None}}
     assert "--folds" in advice(divided.model_copy(update={"recipe": empty}))

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -277,3 +278,15 @@ def test_a_run_folder_may_be_moved_while_it_is_locked(tmp_path: Path) -> None:
         (tmp_path / "run" / "kept").touch()
         (tmp_path / "run").rename(tmp_path / "moved")
     assert (tmp_path / "moved" / "kept").exists()
+
+
+def test_a_disk_that_is_full_for_a_moment_costs_only_tensorboards_files(
+    tiny_recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("deitkit.training.fit.SummaryWriter.add_scalar", full)
+    assert compare(tiny_recipe("methods=[none]"), tmp_path / "one", watcher=Silent()).winner is not None
+    monkeypatch.setattr("deitkit.training.fit.SummaryWriter", full)
+    assert compare(tiny_recipe("methods=[none]"), tmp_path / "two", watcher=Silent()).winner is not None

@@ -425,3 +425,12 @@ def test_one_fold_at_a_time_is_in_memory(
     monkeypatch.setattr("deitkit.comparison.images.load_all_images", load)
     run_recipe(tiny_recipe("data.folds=3", "methods=[none]"), tmp_path / "run", watcher=Silent())
     assert len(loaded) == 3
+
+
+def test_finished_folds_are_judged_by_the_bounds_of_now(
+    two_folds: Path, tmp_path: Path, tiny_recipe: TinyRecipe
+) -> None:
+    folder = shutil.copytree(two_folds, tmp_path / "run")
+    fields = ("data.folds=2", "methods=[none, hard]", "teacher.allow_weak=false", "teacher.min_top1=1")
+    with pytest.raises(TeacherError, match=r"scores .* and is weak"):
+        run_recipe(tiny_recipe(*fields), folder, watcher=Silent(), resume=True)

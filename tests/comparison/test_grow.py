@@ -342,6 +342,12 @@ def test_a_full_disk_is_told_when_the_winner_is_copied(
 def test_a_resumed_run_may_ask_more_of_its_teacher(tiny_recipe: TinyRecipe, tmp_path: Path) -> None:
     fields = ("methods=[hard]", "teacher.allow_weak=false", "data.train_images=640", "teacher.train.epochs=6")
     grow(tiny_recipe(*fields), tmp_path / "run")
-    with pytest.raises(TeacherError, match=r"^teacher .* scores .*, which is below teacher\.min_top1=1: lower that"):
+    before = (tmp_path / "run" / "recipe.yaml").read_bytes()
+    refusal = r"^teacher .* scores .* and is weak: is below teacher\.min_top1=1: lower teacher.min_top1, or set"
+    with pytest.raises(TeacherError, match=refusal):
         grow(tiny_recipe(*fields, "teacher.min_top1=1.0"), tmp_path / "run")
+    assert (tmp_path / "run" / "recipe.yaml").read_bytes() == before, "and so it can still be analyzed"
     grow(tiny_recipe(*fields, "teacher.min_top1=1.0", "teacher.allow_weak=true"), tmp_path / "run")
+    teacher = read_results(tmp_path / "run").teacher
+    assert teacher is not None
+    assert (teacher.weak, teacher.verdict) == (True, "weak, allowed by the recipe: is below teacher.min_top1=1")

@@ -10,7 +10,7 @@ from scipy import stats
 from sklearn.metrics import f1_score, top_k_accuracy_score
 from torch import Tensor
 
-from deitkit.comparison.rows import StudentPredictions, _speed, summarise
+from deitkit.comparison.rows import StudentPredictions, _speed, note_on_stops, summarise
 from deitkit.data.dataset import Dataset, load_dataset
 from deitkit.evaluation.statistics import holm
 from deitkit.recipe.schema import Recipe
@@ -105,7 +105,11 @@ def test_a_seed_in_which_a_student_stopped_leaves_its_statistics(tiny_recipe: Ca
     assert difference.p == pytest.approx(stats.ttest_rel(left, both).pvalue)
     summary = summarise(recipe, dataset, predictions, None, [])
     assert summary.winner == none, "a stopped student does not win"
-    assert summary.notes[-1] == "hard stopped: lower train.learning_rate, or set train.precision=fp32."
+    advice = {"fp32": "", "bf16": ", or set train.precision=fp32"}
+    for precision, more in advice.items():
+        notes = note_on_stops(summary.rows, tiny_recipe(f"train.precision={precision}"))
+        assert notes == (f"hard stopped: lower train.learning_rate{more}.",)
+    assert note_on_stops(summary.rows[:1], recipe) == ()
 
 
 def test_accuracies_and_intervals_are_those_of_other_libraries(tiny_recipe: Callable[..., Recipe]) -> None:

@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import re
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -90,6 +91,19 @@ for damage in (b"Exif\0\0" + b"\0" * 32, b"Exif\0\0II*\0", b"Exif\0\0not a TIFF 
             encode(Image.new("RGB", (8, 8), "red"), "JPEG", quality=100, dpi=(72, 72), exif=damage), (254, 0, 0), 2
         ),
     }  # fmt: skip
+
+
+TURNED = Image.new("RGB", (8, 8), "red")
+TURNED.paste("blue", (0, 0, 4, 8))
+for tag, kind, value in ((0x0100, 2, b"no"), (0x011A, 2, b"no"), (0x0102, 2, b"no"), (0x0100, 8, b"\xfd\xff\0\0")):
+    # A little-endian TIFF header and two entries: the orientation, and one of a type that its tag does not have.
+    entries = (
+        struct.pack("<HHHII", 2, 0x0112, 3, 1, 6),
+        struct.pack("<HHI4s", tag, kind, len(value) // kind or 1, value),
+    )
+    broken = b"Exif\0\0II*\0" + struct.pack("<I", 8) + b"".join(entries) + struct.pack("<I", 0)
+    content = encode(TURNED.transpose(Image.Transpose.ROTATE_90), "JPEG", quality=100, subsampling=0, exif=broken)
+    KINDS[f"rotated, damaged metadata {tag:x} {kind}"] = (content, TURNED, 4)
 
 
 def one_of_many(root, content):

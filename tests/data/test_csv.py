@@ -165,9 +165,18 @@ def test_a_path_without_its_kind_is_understood(table: Callable[..., Path], run: 
     assert f"did you mean csv:{path}?" in errors
 
 
-@pytest.mark.parametrize("form", ["NFC", "NFD"])
-def test_names_of_files_are_found_however_they_spell_an_accent(table: Callable[..., Path], form: Any) -> None:
-    rows = [unicodedata.normalize("NFD", row.replace("cat", "caf\u00e9")) for row in many()]
-    path = table("path,label", rows)
-    path.write_text(unicodedata.normalize(form, path.read_text(encoding="utf-8")), encoding="utf-8")
-    assert load(path).class_names == ("caf\u00e9", "dog")
+@pytest.mark.parametrize("of_folder", ["NFC", "NFD"])
+@pytest.mark.parametrize("of_files", ["NFC", "NFD"])
+@pytest.mark.parametrize("of_cells", ["NFC", "NFD"])
+def test_names_of_files_are_found_however_they_spell_an_accent(
+    tmp_path: Path, of_folder: Any, of_files: Any, of_cells: Any
+) -> None:
+    folder = tmp_path / unicodedata.normalize(of_folder, "\u00e9t\u00e9")
+    rows = [row.replace("cat", "caf\u00e9") for row in many()]
+    for index, row in enumerate(rows):
+        path = folder / unicodedata.normalize(of_files, row.partition(",")[0])
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (index, 3 * index, 7)).save(path)
+    text = unicodedata.normalize(of_cells, "\n".join(["path,label", *rows]))
+    (folder / "list.csv").write_text(text + "\n", encoding="utf-8")
+    assert load(folder / "list.csv").class_names == ("caf\u00e9", "dog")

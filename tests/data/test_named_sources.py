@@ -141,6 +141,17 @@ def test_other_parquet_sets_in_the_root_are_not_taken_for_it(tmp_path):
     for split in ("train", "test"):
         write_parquet(tmp_path / "cars" / "data" / f"{split}-0.parquet", [0, 1, 1, 0], ["a", "b"])
     refused("cifar10", "neither", root=tmp_path, download=False)
+    (tmp_path / "captions").mkdir()
+    pq.write_table(pa.table({"image": [b""], "caption": ["a cat"]}), tmp_path / "captions" / "train-0.parquet")
+    refused("cifar10", "neither", root=tmp_path, download=False)
+
+
+def test_a_named_set_in_the_root_itself_keeps_its_own_errors(tmp_path):
+    tens = [label for label in range(10) for _ in range(3)]
+    write_parquet(tmp_path / "plain_text" / "train-0.parquet", tens, [str(label) for label in range(10)])
+    refused("cifar10", "contains no test split of cifar10", root=tmp_path)
+    write_parquet(tmp_path / "plain_text" / "test-0.parquet", tens, [str(label) for label in range(10)])
+    refused("cifar10", "is not cifar10", root=tmp_path)
 
 
 def test_hosts_and_files_are_those_of_torchvision():

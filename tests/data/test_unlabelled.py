@@ -138,6 +138,7 @@ def test_fields_that_contradict_are_refused() -> None:
             "data.unlabelled=rest is what data.train_images leaves out",
         ),
         (["train.unlabelled_batch_size=8"], "train.unlabelled_batch_size has no effect without data.unlabelled"),
+        (["data.streaming=unlabelled"], "data.streaming=unlabelled has no effect without data.unlabelled"),
     ):
         with pytest.raises(Exception, match=words):
             load_recipe("digits", overrides)
@@ -182,3 +183,8 @@ def test_images_without_labels_alone_may_be_streamed_and_are_so_again(
         compare(recipe, tmp_path / "run", watcher=Silent(), dataset=data, resume=(tmp_path / "run").exists())
         assert json.loads((tmp_path / "run" / "environment.json").read_text())["streamed"] == "unlabelled"
     assert as_read(recipe.data, data).streaming == "unlabelled", "in the other processes of a run too"
+
+
+def test_a_set_of_pixels_cannot_be_streamed() -> None:
+    with pytest.raises(DataError, match=r"^data\.streaming=unlabelled, but data\.name=digits fits in memory"):
+        with_unlabelled(name="digits", train_images=100, unlabelled="rest", streaming="unlabelled")

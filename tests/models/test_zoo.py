@@ -1,6 +1,7 @@
 """Classifiers by name: they build, answer with logits, know their head, and refuse in one sentence."""
 
 import urllib.error
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torchvision
 from deitkit.errors import TeacherError
 from deitkit.models.built import reset_head
 from deitkit.models.classifier import Classifier
+from deitkit.models.weights.read import load_into, read_checkpoint
 from deitkit.models.zoo import create_classifier, names
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -170,7 +172,7 @@ def test_heads_of_torchvision_are_found(architecture: str) -> None:
 @pytest.mark.usefixtures("online")
 @pytest.mark.parametrize("architecture", ["googlenet", "inception_v3"])
 def test_pretrained_models_of_several_classifiers_are_saved_as_they_teach(
-    architecture: str, monkeypatch: pytest.MonkeyPatch
+    architecture: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     theirs = torchvision.models.get_model(architecture, aux_logits=True, transform_input=True, init_weights=False)
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", lambda *_, **__: theirs.state_dict())
@@ -182,6 +184,10 @@ def test_pretrained_models_of_several_classifiers_are_saved_as_they_teach(
     normalised = (view - torch.tensor(IMAGENET_MEAN)[:, None, None]) / torch.tensor(IMAGENET_STD)[:, None, None]
     with torch.no_grad():
         torch.testing.assert_close(ours(view).class_logits, theirs.eval()(normalised), rtol=1e-4, atol=1e-4)
+    torch.save(theirs.state_dict(), tmp_path / "weights.pth")  # the file that the sentence on a lack of network names
+    fetched = create_classifier(f"torchvision/{architecture}", classes=1000, channels=3, pretrained=False)
+    load_into(fetched.model, read_checkpoint(tmp_path / "weights.pth").state, head=fetched.head, source="weights.pth")
+    assert torch.equal(fetched.model.state_dict()["fc.weight"], theirs.state_dict()["fc.weight"])
     again = create_classifier(f"torchvision/{architecture}", classes=1000, channels=3, pretrained=False)
     again.model.load_state_dict(built.model.state_dict())
     with torch.no_grad():

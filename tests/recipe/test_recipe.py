@@ -214,6 +214,9 @@ def test_a_recipe_and_a_variant_that_name_a_model_have_its_size_too(tmp_path: Pa
     mine = load_recipe(str(tmp_path / "mine.yaml")).model
     assert (mine.name, mine.width, mine.depth, mine.heads) == ("deit_small", None, None, 3)
     tiny = "variants={tiny: {model.name: deit_tiny}}"
+    for spelled in ("model=deit_small", "model.name=deit_small"):
+        small = load_recipe("digits", ["model.width=48", "model.heads=3", f"variants.small.{spelled}"])
+        assert expand_variants(small)["small"].model.width is None, "its own size, however it is named"
     variant = expand_variants(load_recipe("own-images", [tiny]))["tiny"].model
     assert (variant.name, variant.width, variant.depth, variant.heads) == ("deit_tiny", None, None, None)
 
