@@ -26,7 +26,6 @@ from deitkit.models.accelerate import RECOMPILATIONS, accelerate
 from deitkit.models.classifier import Classifier
 from deitkit.recipe.schema import Recipe
 from deitkit.run.folder import begin_run
-from deitkit.run.observer import Silent
 
 FAST = {
     "data.image_px": 16, "data.train_images": 12,
@@ -294,14 +293,6 @@ def test_characters_beyond_16_bits_and_the_home_folder_are_what_they_say(
     monkeypatch.setattr("deitkit.api.run_recipe", lambda recipe, folder, **_: pytest.fail(f"in {folder}"))
     with pytest.raises(pytest.fail.Exception, match=f"in {tmp_path / 'out'}"):
         deitkit.compare("digits", out="~/out")
-
-
-def test_whatever_is_not_true_is_silent(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    watchers = []
-    monkeypatch.setattr("deitkit.api.run_recipe", lambda *_, watcher, **__: watchers.append(watcher))
-    for number, progress in enumerate((False, None, 0, Silent())):
-        deitkit.compare("digits", progress=progress, out=tmp_path / str(number))  # type: ignore[arg-type]
-    assert all(type(watcher) is Silent for watcher in watchers)
 
 
 def test_no_field_is_dropped_without_a_word() -> None:
