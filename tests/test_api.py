@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -21,11 +22,12 @@ from PIL import Image
 
 import deitkit
 from deitkit.api import Model
-from deitkit.errors import DataError, RecipeError
+from deitkit.errors import DataError, Interrupted, RecipeError
 from deitkit.models.accelerate import RECOMPILATIONS, accelerate
 from deitkit.models.classifier import Classifier
 from deitkit.recipe.schema import Recipe
 from deitkit.run.folder import begin_run
+from deitkit.run.observer import Silent
 
 FAST = {
     "data.image_px": 16, "data.train_images": 12,
@@ -293,6 +295,24 @@ def test_characters_beyond_16_bits_and_the_home_folder_are_what_they_say(
     monkeypatch.setattr("deitkit.api.run_recipe", lambda recipe, folder, **_: pytest.fail(f"in {folder}"))
     with pytest.raises(pytest.fail.Exception, match=f"in {tmp_path / 'out'}"):
         deitkit.compare("digits", out="~/out")
+
+
+def test_an_interrupt_saves_whoever_watches(tmp_path: Path, write_images: Callable[..., Path]) -> None:
+    class Interrupting(Silent):
+        def epoch(self, title: str, metrics: list[Any]) -> None:
+            if title.startswith("seed"):
+                signal.raise_signal(signal.SIGINT)
+
+    before = signal.getsignal(signal.SIGINT)
+    fields = FAST | {
+        "data": f"folder:{write_images(tmp_path / 'photos')}",
+        "methods": ["none"],
+        "progress": Interrupting(),
+    }
+    with pytest.raises(Interrupted):
+        deitkit.compare("own-images", out=tmp_path / "run", **fields | {"train": FAST["train"] | {"epochs": 3}})
+    assert (tmp_path / "run" / "seed-0" / "checkpoint.safetensors").exists()
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_no_field_is_dropped_without_a_word() -> None:

@@ -24,7 +24,7 @@ from PIL import Image
 from torch import Tensor
 
 from deitkit.cli.console import as_text, console
-from deitkit.cli.progress import Terminal
+from deitkit.cli.progress import Terminal, Told
 from deitkit.comparison.finetune import start_from
 from deitkit.comparison.run import run_recipe
 from deitkit.data.dataset import Dataset, load_all_images
@@ -283,8 +283,8 @@ def compare(
         recipe: A shipped recipe by name, a YAML file, or a recipe.
         out: The run folder; by default a new one under ``runs/``.
         resume: Continue the run in ``out``, or train the methods and seeds that it lacks.
-        progress: Show bars, or lines where the output is a file; Ctrl-C then saves before it stops. Or a watcher, which
-            is told what happens instead, such as a subclass of ``deitkit.run.observer.Silent``.
+        progress: Show bars, or lines where the output is a file. Or a watcher, which is told what happens instead, such
+            as a subclass of ``deitkit.run.observer.Silent``. Ctrl-C saves before it stops.
         fields: Of the recipe to change, as for ``load_recipe``.
 
     Raises:
@@ -381,11 +381,10 @@ def _run(recipe: Recipe, out: str | Path | None, resume: bool, progress: bool | 
 
 @contextmanager
 def _watching(progress: bool | Watcher) -> Iterator[Watcher]:
-    """Return the watcher of a run: the given one, or a terminal, which handles Ctrl-C in a process's main thread."""
-    if isinstance(progress, Watcher):
-        yield progress
-    elif progress and threading.current_thread() is threading.main_thread():
-        with Terminal(console) as terminal:
-            yield terminal
-    else:
-        yield Silent()
+    """Return the watcher of a run, which handles Ctrl-C; only the main thread of a process may handle signals."""
+    shown = progress if isinstance(progress, Watcher) else Silent()
+    if threading.current_thread() is not threading.main_thread():
+        yield shown
+        return
+    with Terminal(console) if progress and shown is not progress else Told(shown) as watcher:
+        yield watcher

@@ -16,6 +16,7 @@ from deitkit.cli.console import plain, say
 from deitkit.errors import Interrupted
 from deitkit.run.metrics import EpochMetrics
 from deitkit.run.observer import Progress as TrainingProgress
+from deitkit.run.observer import Watcher
 from deitkit.system.process import were_started
 from deitkit.system.timer import duration_text
 
@@ -209,3 +210,37 @@ class Terminal:
             self._live.stop()
             self._progress.remove_task(self._task)
         self._live, self._title = None, ""
+
+
+class Told(Terminal):
+    """Tell another watcher what happens, instead of a console; Ctrl-C and SIGTERM stop the run as with a terminal."""
+
+    def __init__(self, watcher: Watcher) -> None:
+        super().__init__(Console(quiet=True))
+        self.watcher = watcher
+
+    def say(self, text: str) -> None:
+        """Pass on a line."""
+        self._raise_if_stopped()
+        self.watcher.say(text)
+
+    def reading(self, what: str, done: int, total: int) -> None:
+        """Pass on how much of the data has been read."""
+        self._raise_if_stopped()
+        self.watcher.reading(what, done, total)
+
+    def step(self, title: str, progress: TrainingProgress) -> None:
+        """Pass on a step."""
+        self.watcher.step(title, progress)
+
+    def epoch(self, title: str, metrics: list[EpochMetrics]) -> None:
+        """Pass on the metrics of an epoch."""
+        self.watcher.epoch(title, metrics)
+
+    def units(self, lines: Mapping[str, str], finished: int, total: int) -> None:
+        """Pass on the newest line of each unit."""
+        self.watcher.units(lines, finished, total)
+
+    def should_stop(self) -> bool:
+        """Return whether a signal was received, or the other watcher requests a stop."""
+        return super().should_stop() or self.watcher.should_stop()
