@@ -231,7 +231,8 @@ def test_verify_knows_the_data_of_earlier_runs_when_surveys_change(
     photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = load(f"folder:{photos}", streaming=True, workers=0)
-    monkeypatch.setattr(survey, "_FORMAT_VERSION", survey._FORMAT_VERSION + 1)
+    of_key, of_files = survey._VERSIONS
+    monkeypatch.setattr(survey, "_VERSIONS", (of_key, of_files + 1))
     seen: list[str] = []
     monkeypatch.setattr(survey, "decode_all", lambda *given: seen.append(given[-1]) or decode_all(*given))
     assert load(f"folder:{photos}", streaming=True, workers=0).fingerprint == first.fingerprint

@@ -5,7 +5,7 @@ The layout of each kind of source belongs in ``sources``; batches and augmentati
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from itertools import islice, zip_longest
@@ -234,30 +234,34 @@ def add_unlabelled(dataset: Dataset, recipe: DataRecipe, progress: ProgressCallb
     train_px = None if dataset.train.crop_source is None else crop_source_px(sized)
     found = read_selection(listing, selection, len(selection), sized, progress, train_px)
     held_out = torch.cat([dataset.validation.hashes, dataset.test.hashes])
-    hashes = comparable = found.hashes[found.kept]
-    if dataset.hashed_as is not None and isinstance(listing.images, EncodedImages):
+    hashed = found
+    if dataset.hashed_as is not None and isinstance(listing.images, EncodedImages):  # as the held-out images are
         native = sized.model_copy(update=dict(zip(("channels", "image_px"), dataset.hashed_as, strict=True)))
-        comparable = read_selection(listing, selection, len(selection), native, progress).hashes[found.kept]
-    fresh = ~torch.isin(comparable, held_out)
+        hashed = read_selection(listing, selection, len(selection), native, progress)
+    fresh = ~torch.isin(hashed.hashes[found.kept], held_out)
     if not bool(fresh.any()):
         raise DataError(
             f"data.unlabelled={source} has no image that can be read and is not a validation or test image: add some"
         )
     remarks = [f"{remark} (unlabelled)" for remark in listing.remarks if source != "rest"]
-    if found.skipped:
-        files = counted(len(found.skipped), "unlabelled file")
-        remarks.append(f"left out: {files} that cannot be decoded, first {found.skipped[0]}")
-    if not bool(fresh.all()):
-        held = counted(int((~fresh).sum()), "unlabelled image")
-        remarks.append(f"left out: {held} that are also validation or test images")
+    remarks += _left_out(found.skipped, int((~fresh).sum()))
     source_of_crops = crop_source_of(found, len(selection), train_px)
     unlabelled = Split(
         found.images[fresh],
         torch.full((int(fresh.sum()),), -1),
-        hashes=hashes[fresh],
+        hashes=found.hashes[found.kept][fresh],
         crop_source=None if source_of_crops is None else source_of_crops[fresh],
     )
     return replace(dataset, unlabelled=unlabelled, remarks=(*dataset.remarks, *remarks))
+
+
+def _left_out(skipped: Sequence[str], held_out: int) -> Iterator[str]:
+    """Yield remarks on the images without labels that are not used."""
+    if skipped:
+        files = counted(len(skipped), "unlabelled file")
+        yield f"left out: {files} that cannot be decoded, first {skipped[0]}"
+    if held_out:
+        yield f"left out: {counted(held_out, 'unlabelled image')} that are also validation or test images"
 
 
 def _list_unlabelled(source: str) -> Listing:

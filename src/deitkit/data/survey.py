@@ -25,8 +25,9 @@ from deitkit.errors import DataError
 from deitkit.recipe.schema import DataRecipe
 from deitkit.system.process import processes_here, usable_cores
 
-_FORMAT_VERSION = 6  # of cached surveys: raise it when decoding changes
-_KEY_VERSION = 5  # of ``Survey.key``, by which `verify` knows the data of earlier runs
+# Of ``Survey.key``, by which `verify` knows the data of earlier runs, and of cached surveys: raise the latter when
+# decoding changes.
+_VERSIONS = (5, 6)
 _MOST_MEMORY = 0.6  # share of the free memory, for decoded images
 
 
@@ -105,13 +106,7 @@ def survey(
     Raises:
         DataError: As ``decode_images``; or images are not files and cannot be written to the cache folder.
     """
-    chosen = (encoded.key, cache.sha256(selection), train_count, recipe.image_px, recipe.channels, recipe.corrupt)
-    cropped: tuple[float | str, ...] = (recipe.eval_crop,) if recipe.eval_crop < 1 else ()
-    cropped += (recipe.fit,) if recipe.fit != "crop" else ()
-    key, stored_as = (
-        hashlib.sha256(repr((version, "survey", *chosen, *cropped)).encode()).hexdigest()
-        for version in (_KEY_VERSION, _FORMAT_VERSION)
-    )
+    key, stored_as = (_key(version, encoded, selection, train_count, recipe) for version in _VERSIONS)
     # What is written of the images is the same for every division, size and order of them.
     flat = hashlib.sha256(repr((encoded.key, cache.sha256(selection.sort().values))).encode()).hexdigest()
     path = cache.cache_folder() / "encoded" / f"{flat}.bin"
@@ -148,6 +143,13 @@ def survey(
         recipe.fit,
     )
     return Survey(images, kept, tuple(skipped), counts[:channels], key, tensors["hashes"], tensors["sizes"])
+
+
+def _key(version: int, encoded: EncodedImages, selection: Tensor, train_count: int, recipe: DataRecipe) -> str:
+    chosen = (encoded.key, cache.sha256(selection), train_count, recipe.image_px, recipe.channels, recipe.corrupt)
+    cropped: tuple[float | str, ...] = (recipe.eval_crop,) if recipe.eval_crop < 1 else ()
+    cropped += (recipe.fit,) if recipe.fit != "crop" else ()
+    return hashlib.sha256(repr((version, "survey", *chosen, *cropped)).encode()).hexdigest()
 
 
 def _written(path: Path, flat: str, key: str) -> tuple[dict[str, Tensor], list[str]] | None:
