@@ -265,7 +265,7 @@ def test_a_student_teaches_by_one_readout(
     view = torch.rand(5, 3, 8, 8)
     expected = naive_answers(student, view)[readout].float()
     torch.testing.assert_close(teacher(view).softmax(dim=-1), expected)
-    for again in (recipe(), recipe(name=str(tmp_path / "run" / "teacher"), allow_weak=True)):
+    for again in (recipe(allow_weak=True), recipe(name=str(tmp_path / "run" / "teacher"), allow_weak=True)):
         # On resume, and from its folder in another run.
         home = tmp_path / "run" if again.teacher.name == "cifar/resnet20" else tmp_path / "other"
         same, card_again = prepare(again, stripes, home)
