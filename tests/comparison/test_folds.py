@@ -431,6 +431,9 @@ def test_finished_folds_are_judged_by_the_bounds_of_now(
     two_folds: Path, tmp_path: Path, tiny_recipe: TinyRecipe
 ) -> None:
     folder = shutil.copytree(two_folds, tmp_path / "run")
-    fields = ("data.folds=2", "methods=[none, hard]", "teacher.allow_weak=false", "teacher.min_top1=1")
-    with pytest.raises(TeacherError, match=r"scores .* and is weak"):
+    for fold, top1 in ((1, 1.0), (2, 0.5)):
+        card = folder / "folds" / str(fold) / "teacher" / "card.json"
+        card.write_text(json.dumps(json.loads(card.read_text()) | {"top1": top1, "weak": False}))
+    fields = ("data.folds=2", "methods=[none, hard]", "teacher.allow_weak=false", "teacher.min_top1=0.9")
+    with pytest.raises(TeacherError, match=r"scores 50.00 % .* and is weak: is below teacher\.min_top1=0\.9"):
         run_recipe(tiny_recipe(*fields), folder, watcher=Silent(), resume=True)

@@ -11,7 +11,7 @@ from deitkit.report.published import (
     published_by_row,
     published_only,
 )
-from deitkit.run.difference import Difference, Reference
+from deitkit.run.difference import Difference
 from deitkit.run.results import FIT_TO_TEACH, Cost, PublishedFigure, Results, Row, TeacherCard, VariantRow
 from deitkit.system.words import counted
 
@@ -283,21 +283,21 @@ def _footnotes(results: Results) -> list[str]:
     rows, alone = results.rows, len(results.repetitions) == 1
     counts = " or ".join(f"{count:,}" for count in sorted({row.n for row in rows}))
     notes = [f"top-1: {spread_note(results)}, on {counts} test images; weights of the last epoch, never of the best."]
-    teachers = "teachers" if len(results.teachers) > 1 else "teacher"
-    against_none = "" if results.reference is None else (
-        f"vs none: points of top-1 more than '{results.reference.row}', with their 95 % interval"
-    )  # fmt: skip
-    compared: tuple[tuple[Reference, str], ...] = (
-        ("labels", against_none),
-        ("before", "vs before: points of top-1 more than the model before fine-tuning"),
-        ("teacher", f"vs teacher: points of top-1 more than the {teachers}"),
-    )
-    for name, text in compared:
-        tests = test_names(row.differences.get(name) for row in rows)
-        if tests and text:
-            notes.append(f"{text}; p: {tests}.")
-        if tests and alone and name == "labels":
-            notes.append(ONE_SEED)
+    tests = test_names(row.differences.get("labels") for row in rows)
+    if tests and results.reference is not None:
+        notes.append(
+            f"vs none: points of top-1 more than '{results.reference.row}', with their 95 % interval; p: {tests}."
+        )
+    if tests and alone:
+        notes.append(ONE_SEED)
+    tests = test_names(row.differences.get("before") for row in rows)
+    if tests:
+        notes.append(f"vs before: points of top-1 more than the model before fine-tuning; p: {tests}.")
+    tests = test_names(row.differences.get("teacher") for row in rows)
+    if tests:
+        notes.append(
+            f"vs teacher: points of top-1 more than the teacher{'s' * (len(results.teachers) > 1)}; p: {tests}."
+        )
     if any(row.cost is not None for row in rows):
         notes.append(
             "ms: for a single image on the machine of this run; in batch: for one in the fastest of a few batch sizes; "
