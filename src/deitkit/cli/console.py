@@ -1,4 +1,4 @@
-"""The two consoles, and the helpers through which every command prints."""
+"""The consoles, and the helpers through which every command prints."""
 
 import json
 import sys
@@ -11,6 +11,7 @@ from deitkit.errors import one_line
 
 console = Console()
 errors = Console(stderr=True)
+silent = Console(quiet=True)
 
 
 def say(text: str, to: Console = console, *, style: str | None = None) -> None:

@@ -12,7 +12,7 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
-from deitkit.cli.console import plain, say
+from deitkit.cli.console import plain, say, silent
 from deitkit.errors import Interrupted
 from deitkit.run.metrics import EpochMetrics
 from deitkit.run.observer import Progress as TrainingProgress
@@ -216,7 +216,7 @@ class Told(Terminal):
     """Tell another watcher what happens, instead of a console; Ctrl-C and SIGTERM stop the run as with a terminal."""
 
     def __init__(self, watcher: Watcher) -> None:
-        super().__init__(Console(quiet=True))
+        super().__init__(silent)
         self.watcher = watcher
 
     def say(self, text: str) -> None:
