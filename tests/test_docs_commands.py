@@ -3,15 +3,21 @@
 import re
 import shlex
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 import typer.main
 from PIL import Image
 
 from conftest import TINY
 from deitkit.cli.main import app
+from deitkit.distillation.methods import METHODS, SIGNALS
+from deitkit.models import registered
+from deitkit.run.results import read_results
 
 ROOT = Path(__file__).parents[1]
 PAGES = ("README", "getting-started", "own-data", "recipes", "methods", "teachers", "models", "finetune", "scale",
@@ -164,3 +170,35 @@ def test_speeds_in_the_readme_are_those_of_the_benchmarks() -> None:
     assert len(factors) >= 2
     measured = page_text("benchmarks")
     assert [factor for factor in factors if not re.search(rf"(?<![\d.]){re.escape(factor)}(?!\d)", measured)] == []
+
+
+class MyNet(torch.nn.Module):
+    """What a reader's project contains."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.classifier = torch.nn.Linear(64, num_classes)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.classifier(images.flatten(1))
+        return logits
+
+
+def test_architectures_and_methods_that_the_docs_add_are_trained(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for table in (METHODS, SIGNALS):  # which are as before afterwards
+        monkeypatch.setitem(table, "regression", None)
+    monkeypatch.setattr(registered, "_REGISTERED", {})
+    monkeypatch.setitem(sys.modules, "my_project", SimpleNamespace(MyNet=MyNet))
+    for page, first in (("teachers", "my_net"), ("methods", "SIGNALS")):
+        (block,) = [
+            code for code in re.findall(r"^```python\n(.*?)^```", page_text(page), re.M | re.S) if first in code
+        ]
+        exec(block, {})
+    own = ("teacher.name=own/my-net", "methods=[none, regression]", "--out", tmp_path / "run")
+    code, _, errors = run("compare", "digits", *TINY, *own)
+    assert code == 0, errors
+    results = read_results(tmp_path / "run")
+    assert [(row.label, row.status) for row in results.rows][-1] == ("logit regression", "ok")
+    assert results.teacher.name == "own/my-net"

@@ -7,10 +7,10 @@ quick and changes nothing in the process.
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from deitkit.api import METHODS, compare, finetune, load_dataset, load_model, load_recipe, train
+    from deitkit.api import METHODS, compare, finetune, load_dataset, load_model, load_recipe, register_model, train
 
 __version__ = "0.1.0"
-__all__ = ["METHODS", "compare", "finetune", "load_dataset", "load_model", "load_recipe", "train"]
+__all__ = ["METHODS", "compare", "finetune", "load_dataset", "load_model", "load_recipe", "register_model", "train"]
 
 
 def __getattr__(name: str) -> Any:

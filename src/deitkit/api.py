@@ -35,6 +35,7 @@ from deitkit.evaluation.classify import BATCH_SIZE, Classification, classify_pix
 from deitkit.models.accelerate import compiler_settings_kept
 from deitkit.models.card import ModelCard
 from deitkit.models.classifier import Classifier
+from deitkit.models.registered import register_model
 from deitkit.models.saved import load_classifier, model_folder, read_card
 from deitkit.models.weights.pretrained import resolved
 from deitkit.recipe.load import load_recipe as read_recipe
@@ -47,7 +48,8 @@ from deitkit.run.results import Results, Row
 from deitkit.system.device import choose_device
 
 __all__ = [
-    "METHODS", "Comparison", "Model", "compare", "finetune", "load_dataset", "load_model", "load_recipe", "train",
+    "METHODS", "Comparison", "Model", "compare", "finetune", "load_dataset", "load_model", "load_recipe",
+    "register_model", "train",
 ]  # fmt: skip
 
 

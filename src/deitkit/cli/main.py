@@ -23,6 +23,7 @@ from deitkit.cli.recipes import methods, recipes
 from deitkit.cli.report import report, verify
 from deitkit.errors import DeitkitError, Interrupted, is_dead_worker, is_lost_process, is_out_of_memory, os_reason
 from deitkit.system.process import configure_process, were_started
+from deitkit.system.user_code import import_user_code
 
 TEMPORARY_FAILURE = 75  # of sysexits.h: the same command may succeed
 # Errors of the system that a user can correct; others, as of a network disk, may pass.
@@ -72,6 +73,7 @@ def main() -> None:
     """Run the command line; print a user's mistake as one line and exit with code 2."""
     configure_process()
     try:
+        import_user_code()
         _run_in_all_processes() if were_started() else app()
     except DeitkitError as error:
         say(f"error: {error}", errors, style="red")

@@ -54,7 +54,7 @@ def reverse_channels(model: nn.Module) -> bool:
 
 
 def head_name(model: nn.Module, classes: int) -> str:
-    """Return the name of the last layer with ``classes`` outputs."""
+    """Return the name of the last layer with ``classes`` outputs; raise IndexError if there is none."""
     widths = {
         name: layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
         for name, layer in model.named_modules()

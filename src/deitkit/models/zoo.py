@@ -1,4 +1,4 @@
-"""Classifiers by name: timm's and torchvision's unchanged, and the CNNs for small images.
+"""Classifiers by name: timm's and torchvision's unchanged, the CNNs for small images, and those that users register.
 
 Preparing a classifier as a teacher is in ``teachers``.
 """
@@ -10,9 +10,11 @@ from contextlib import contextmanager
 from deitkit.errors import TeacherError, reason_of
 from deitkit.models.built import BuiltClassifier
 from deitkit.models.cnn import CIFAR_DEPTHS, CifarResNet
+from deitkit.models.registered import build_registered
+from deitkit.models.registered import names as registered_names
 from deitkit.system.network import no_endless_wait
 
-LIBRARIES = ("cifar", "small", "torchvision", "timm")
+LIBRARIES = ("cifar", "small", "torchvision", "timm", "own")
 
 
 def create_classifier(
@@ -21,7 +23,7 @@ def create_classifier(
     """Build a classifier by its name, from torch's global random state.
 
     Args:
-        name: ``timm/NAME``, ``torchvision/NAME``, ``cifar/resnet20|32|44|56`` or ``small/NAME``.
+        name: ``timm/NAME``, ``torchvision/NAME``, ``cifar/resnet20|32|44|56``, ``small/NAME`` or ``own/NAME``.
         classes: Number of classes.
         channels: Channels of the images, 1 or 3.
         pretrained: Load the library's weights; if their number of classes differs, the head stays new.
@@ -31,7 +33,7 @@ def create_classifier(
         TeacherError: The name is unknown, or the weights do not exist, do not fit or cannot be downloaded.
     """
     library, architecture = _known(name)
-    if pretrained and library in ("cifar", "small"):
+    if pretrained and library in ("cifar", "small", "own"):
         raise TeacherError(
             f"teacher.pretrained=true has no weights for '{name}': give a file as teacher.checkpoint, or train it here"
         )
@@ -42,6 +44,8 @@ def create_classifier(
     if library == "cifar":
         depth = int(architecture.removeprefix("resnet"))
         return BuiltClassifier(CifarResNet(depth, classes=classes, channels=channels), "linear", "deitkit")
+    if library == "own":
+        return build_registered(architecture, classes=classes, channels=channels)
     # Here, since these libraries take a second to import.
     if library == "small":
         from deitkit.models.torchvision_models import build_small
@@ -76,7 +80,7 @@ def _known(name: str) -> tuple[str, str]:
     """Return library and architecture of a name; raise TeacherError for an unknown one."""
     library, _, architecture = name.partition("/")
     untagged = name.partition(".")[0] if library == "timm" else name
-    if library not in LIBRARIES or untagged not in _names_in(library):
+    if library != "own" and (library not in LIBRARIES or untagged not in _names_in(library)):
         raise TeacherError(f"teacher.name='{name}' is unknown: {_nearest(untagged)}")
     return library, architecture
 
@@ -89,6 +93,8 @@ def names() -> list[str]:
 def _names_in(library: str) -> list[str]:
     if library == "cifar":
         found = [f"resnet{depth}" for depth in CIFAR_DEPTHS]
+    elif library == "own":
+        found = registered_names()
     elif library == "timm":
         from deitkit.models import timm_models
 

@@ -261,7 +261,8 @@ class TeacherRecipe(Section):
     """A frozen teacher, and its preparation."""
 
     name: NameOrPath = Field(
-        "cifar/resnet20", description="timm/NAME, torchvision/NAME, cifar/resnetN, small/NAME, or a model's folder."
+        "cifar/resnet20",
+        description="timm/NAME, torchvision/NAME, cifar/resnetN, small/NAME, own/NAME, or a model's folder.",
     )
     checkpoint: UserPath | None = Field(None, description="Weights: .safetensors, .pth or .th.")
     pretrained: bool = Field(False, description="Download the library's pretrained weights, without a checkpoint.")
