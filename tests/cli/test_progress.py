@@ -1,4 +1,4 @@
-"""The bars on a terminal of 80 columns."""
+"""Progress on a terminal of 80 columns, in a notebook, and where nobody reads it any more."""
 
 import errno
 import io
@@ -8,6 +8,8 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -15,20 +17,61 @@ from rich.console import Console
 from conftest import TINY
 from deitkit.cli.progress import Terminal
 from deitkit.errors import Interrupted
+from deitkit.run.metrics import EpochMetrics
 from deitkit.run.observer import Progress
+
+
+def progress_in(epoch: int) -> Progress:
+    return Progress(
+        seed=0, epoch=epoch, epochs=100, step=1234, steps_per_epoch=3510, images_per_second=1150.0,
+        seconds_left=11_100.0, losses={"none": 1.5, "token-hard": 1.3},
+    )  # fmt: skip
 
 
 def test_the_time_left_fits_eighty_columns() -> None:
     stream = io.StringIO()
-    progress = Progress(
-        seed=0, epoch=12, epochs=100, step=1234, steps_per_epoch=3510, images_per_second=1150.0, seconds_left=11_100.0,
-        losses={"none": 1.5, "token-hard": 1.3},
-    )  # fmt: skip
     with Terminal(Console(file=stream, force_terminal=True, width=80)) as terminal:
-        terminal.step("seed 0", progress)
+        terminal.step("seed 0", progress_in(epoch=12))
     shown = stream.getvalue()
     assert "1150 images/s, 3 h 5 min left" in shown
     assert "39844/351000" in shown
+
+
+class Notebook(ModuleType):
+    """IPython's ``display``, which keeps what a notebook would show."""
+
+    def __init__(self) -> None:
+        super().__init__("IPython.display")
+        self.cells: list[str] = []
+
+    def display(self, shown: Any, **_: Any) -> SimpleNamespace:
+        text = shown["text/plain"] if isinstance(shown, dict) else shown._repr_mimebundle_(None, None)["text/plain"]
+        self.cells.append(text.rstrip("\n"))
+        place = len(self.cells) - 1
+        return SimpleNamespace(update=lambda shown, raw: self.cells.__setitem__(place, shown["text/plain"]))
+
+
+def test_a_notebook_shows_one_text_of_each_training_that_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    notebook = Notebook()
+    monkeypatch.setitem(sys.modules, "IPython.display", notebook)
+    with Terminal(Console(force_jupyter=True)) as terminal:
+        terminal.say("begins")
+        for title in ("seed 0", "seed 1"):
+            for epoch in (1, 2, 3):
+                monkeypatch.setattr(terminal, "_drawn", -60.0)
+                terminal.step(title, progress_in(epoch))
+                metrics = EpochMetrics(seed=0, student="none", epoch=epoch, epochs=100, train_loss=1.25,
+                                       validation={"class": 0.5}, cohort_images_per_second=900.0)  # fmt: skip
+                terminal.epoch(title, [metrics])
+        terminal.say("ends")
+    begins, *trainings, ends = notebook.cells
+    assert (begins, ends) == ("begins", "ends")
+    assert [text.count("\n") for text in trainings] == [1, 1]
+    for title, text in zip(("seed 0", "seed 1"), trainings, strict=True):
+        step, epoch = text.split("\n")
+        assert step.startswith(f"{title} epoch 3/100 step 1234/3510  1150 images/s")
+        assert epoch.startswith(f"{title} epoch 3/100  900 images/s")
+        assert epoch.endswith("none 1.250/50.0%")
 
 
 def test_a_run_whose_output_nobody_reads_any_more_is_stopped_and_saved(tmp_path: Path) -> None:

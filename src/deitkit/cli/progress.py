@@ -1,4 +1,4 @@
-"""The progress of a run: bars on a terminal, lines elsewhere; and the handling of Ctrl-C and SIGTERM."""
+"""The progress of a run: bars on a terminal, a text that changes in a notebook, lines elsewhere; Ctrl-C and SIGTERM."""
 
 import signal
 import time
@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
 from deitkit.cli.console import plain, say, silent
-from deitkit.errors import Interrupted
+from deitkit.errors import Interrupted, one_line
 from deitkit.run.metrics import EpochMetrics
 from deitkit.run.observer import Progress as TrainingProgress
 from deitkit.run.observer import Watcher
@@ -21,7 +21,8 @@ from deitkit.system.process import were_started
 from deitkit.system.timer import duration_text
 
 TORCHRUN_SECONDS = 5.0
-LINE_SECONDS = 60.0  # between two lines of one training, without a terminal
+# Between two looks at one training: on a terminal, in a notebook, and elsewhere, where each is a line.
+TERMINAL_SECONDS, NOTEBOOK_SECONDS, LINE_SECONDS = 0.2, 1.0, 60.0
 
 
 class Terminal:
@@ -48,6 +49,12 @@ class Terminal:
         self._accuracies: dict[str, float] = {}
         self._waiting: float | None = None
         self._drawn = 0.0
+        self._seconds = NOTEBOOK_SECONDS if console.is_jupyter else LINE_SECONDS
+        if console.is_terminal:
+            self._seconds = TERMINAL_SECONDS
+        self._in_notebook: Any = None  # what is shown of the training with this title
+        self._notebook_title = ""
+        self._notebook_lines: dict[str, str] = {}
         self._handlers: dict[int, Any] = {}
         self._progress = Progress(
             TextColumn("{task.description}"),
@@ -116,6 +123,23 @@ class Terminal:
             how = self._stopped.removeprefix("stopped; ") or "the same command with --resume continues"
             raise Interrupted(f"what read the output has ended; {how}") from None
 
+    def _progress_line(self, title: str, kind: str, text: str) -> None:
+        """Print a line on the progress of something; in a notebook, in place of the last one of its kind."""
+        if not self.console.is_jupyter:
+            self._line(text)
+            return
+        from IPython.display import display  # a notebook has it
+
+        self._drawn = time.monotonic()
+        if title != self._notebook_title:
+            self._in_notebook, self._notebook_title, self._notebook_lines = None, title, {}
+        self._notebook_lines[kind] = text
+        shown = {"text/plain": "\n".join(one_line(line) for line in self._notebook_lines.values())}
+        if self._in_notebook is None:
+            self._in_notebook = display(shown, raw=True, display_id=True)
+        else:
+            self._in_notebook.update(shown, raw=True)
+
     def reading(self, what: str, done: int, total: int) -> None:
         """Show on a terminal how much of the data has been read."""
         self._raise_if_stopped()
@@ -129,14 +153,14 @@ class Terminal:
 
     def step(self, title: str, progress: TrainingProgress) -> None:
         """Update the bar and the losses a few times a second; without a terminal, print a line each minute."""
-        if time.monotonic() - self._drawn < (0.2 if self.console.is_terminal else LINE_SECONDS):
+        if time.monotonic() - self._drawn < self._seconds:
             return
         self._drawn = time.monotonic()
         if not self.console.is_terminal:
             place = f"epoch {progress.epoch}/{progress.epochs} step {progress.step}/{progress.steps_per_epoch}"
             speed = f"{progress.images_per_second:.0f} images/s, {duration_text(progress.seconds_left)} left"
             losses = "  ".join(f"{name} {loss:.3f}" for name, loss in progress.losses.items())
-            self._line(f"{title} {place}  {speed}  loss: {losses}")
+            self._progress_line(title, "step", f"{title} {place}  {speed}  loss: {losses}")
             return
         done = (progress.epoch - 1) * progress.steps_per_epoch + progress.step
         if self._title != title:
@@ -163,17 +187,19 @@ class Terminal:
         students = "  ".join(
             f"{line.student} {line.train_loss:.3f}/{100 * self._accuracies[line.student]:.1f}%" for line in metrics
         )
-        self._line(
+        self._progress_line(
+            title,
+            "epoch",
             f"{title} epoch {first.epoch}/{first.epochs}  {first.cohort_images_per_second:.0f} images/s, "
-            f"{100 * self._waiting:.0f} % waiting for data  loss/validation: {students}"
+            f"{100 * self._waiting:.0f} % waiting for data  loss/validation: {students}",
         )
 
     def units(self, lines: Mapping[str, str], finished: int, total: int) -> None:
         """Show the newest line of each unit on a terminal; without one, print them each minute."""
         if not self.console.is_terminal:
-            if lines and time.monotonic() - self._drawn >= LINE_SECONDS:
+            if lines and time.monotonic() - self._drawn >= self._seconds:
                 for unit, line in lines.items():
-                    self._line(f"{unit}: {line}")
+                    self._progress_line("units", unit, f"{unit}: {line}")
             return
         title = "units"
         if self._title != title:
