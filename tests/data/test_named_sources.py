@@ -2,6 +2,9 @@ import gzip
 import io
 import json
 import struct
+import threading
+import time
+from dataclasses import replace
 from pathlib import Path
 from urllib.error import URLError
 
@@ -10,11 +13,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from filelock import FileLock, Timeout
 from PIL import Image
 from torchvision import datasets
 
 from deitkit.data.pixels import resize, to_channels
-from deitkit.data.sources.named import FASHION_FILES, NAMED_SETS
+from deitkit.data.sources.named import DOWNLOADING, FASHION_FILES, NAMED_SETS
 from source_helpers import load, refused, write_classes, write_parquet
 
 
@@ -177,3 +181,100 @@ def test_offline_and_absent_says_where_it_looked_and_what_to_do(tmp_path, monkey
         refused(name, str(tmp_path), "data.download", root=tmp_path, download=False)
     monkeypatch.setenv("DEITKIT_DATA", str(tmp_path / "from-environment"))
     refused("cifar10", "from-environment")
+
+
+FASHION = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
+
+
+@pytest.mark.parametrize(
+    "spell",
+    [lambda name: name.replace("/", "-"), lambda name: name.replace("/", "_").replace(" ", "_").lower(),
+     lambda name: str(FASHION.index(name))],
+)  # fmt: skip
+def test_fashion_mnist_in_class_folders_has_its_official_numbers(tmp_path, spell):
+    for split, count in (("train", 40), ("test", 20)):
+        pixels, labels = cifar_like(count, side=28, mode="L", seed=count)
+        for index, (image, label) in enumerate(zip(pixels, labels)):
+            folder = tmp_path / "fashion_mnist" / split / spell(FASHION[label])
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(folder / f"{index:03}.png")
+    data = load("fashion_mnist", root=tmp_path)
+    assert data.class_names == FASHION
+    pixels, labels = cifar_like(20, side=28, mode="L", seed=20)
+    known = {image.tobytes(): label for image, label in zip(pixels, labels)}
+    assert [known[image.numpy().tobytes()] for image in data.test.images] == data.test.labels.tolist()
+
+
+def test_numbered_folders_of_cifar100_are_in_the_order_of_numbers(tmp_path):
+    for split in ("train", "test"):
+        pixels = (
+            np.zeros((200, 32, 32, 3), np.uint8) + np.repeat(np.arange(100, dtype=np.uint8), 2)[:, None, None, None]
+        )
+        write_pngs(tmp_path / "cifar100" / split, pixels, np.repeat(np.arange(100), 2))
+    data = load("cifar100", root=tmp_path)
+    assert data.class_names == tuple(str(number) for number in range(100))
+    assert data.test.images[:, 0, 0, 0].tolist() == data.test.labels.tolist()
+
+
+def test_a_download_of_another_process_is_waited_for(tmp_path):
+    """Half of its files would be taken for damaged ones."""
+    raw = tmp_path / "FashionMNIST" / "raw"
+    raw.mkdir(parents=True)
+    pixels, labels = cifar_like(20, side=28, mode="L")
+    files = {}
+    for name in FASHION_FILES:
+        array = pixels if "images" in name else labels.astype(np.uint8)
+        header = struct.pack(">HBB", 0, 8, array.ndim) + struct.pack(f">{array.ndim}I", *array.shape)
+        files[raw / f"{name}.gz"] = gzip.compress(header + array.tobytes())
+    for path, content in files.items():
+        path.write_bytes(content[: len(content) // 2])
+    begun = threading.Event()
+
+    def download():
+        with FileLock(tmp_path / DOWNLOADING):
+            begun.set()
+            time.sleep(0.3)
+            for path, content in files.items():
+                path.write_bytes(content)
+
+    threading.Thread(target=download).start()
+    begun.wait()
+    assert len(load("fashion_mnist", root=tmp_path).test) == 20
+
+
+def test_one_process_at_a_time_downloads(tmp_path, monkeypatch):
+    pixels, labels = cifar_like(20)
+
+    def download(root, download):
+        assert (tmp_path / "new" / DOWNLOADING).exists()
+        with pytest.raises(Timeout):
+            FileLock(tmp_path / "new" / DOWNLOADING).acquire(timeout=0)
+        for split in ("train", "test"):
+            write_pngs(tmp_path / "new" / split, pixels, labels)
+
+    monkeypatch.setattr("deitkit.data.sources.named.unreachable", lambda url: None)
+    monkeypatch.setattr("deitkit.data.sources.named._torchvision_class", lambda name: download)
+    monkeypatch.setitem(NAMED_SETS, "cifar10", replace(NAMED_SETS["cifar10"], read=lambda place: None))
+    assert len(load("cifar10", root=tmp_path / "new").test) == 20
+    assert not (tmp_path / "new" / DOWNLOADING).exists()
+
+
+def test_another_spelling_in_the_official_order_stays(tmp_path):
+    hub = ["T - shirt / top", *FASHION[1:]]
+    for split in ("train", "test"):
+        pixels, labels = cifar_like(40, side=28, mode="L")
+        table = {"image": [{"bytes": _encoded(image), "path": None} for image in pixels], "label": labels}
+        features = {"label": {"names": hub, "_type": "ClassLabel"}, "image": {"_type": "Image"}}
+        metadata = {"huggingface": json.dumps({"info": {"features": features}})}
+        (tmp_path / "fashion_mnist").mkdir(exist_ok=True)
+        shard = pa.table(table).replace_schema_metadata(metadata)
+        pq.write_table(shard, tmp_path / "fashion_mnist" / f"{split}-00000-of-00001.parquet")
+    assert load("fashion_mnist", root=tmp_path).class_names == tuple(hub)
+
+
+def test_a_lock_that_cannot_be_taken_does_not_hide_the_images(tmp_path):
+    pixels, labels = cifar_like(20)
+    for split in ("train", "test"):
+        write_pngs(tmp_path / "cifar10" / split, pixels, labels)
+    (tmp_path / DOWNLOADING).mkdir()  # which nobody can open as a file
+    assert len(load("cifar10", root=tmp_path).test) == 20

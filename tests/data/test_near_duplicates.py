@@ -114,3 +114,10 @@ def test_a_comparison_tells_of_them(photos: Path, tiny_recipe: Callable[..., Rec
     written = json.loads((tmp_path / "run" / "results.json").read_text())
     assert written["dataset"]["near_duplicates"]["count"] == 3
     assert "nearly equal a training image" in (tmp_path / "run" / "report.html").read_text()
+
+
+@pytest.mark.parametrize("eval_crop", [0.875, 0.7])
+def test_copies_are_found_where_test_images_are_cropped(photos: Path, eval_crop: float) -> None:
+    found = load(photos, image_px=64, eval_crop=eval_crop).near_duplicates
+    pairs = {Path(test).name: Path(train).stem for test, train in found.examples}
+    assert pairs == {"quality.jpg": "4", "smaller.png": "5", "brighter.png": "6"}

@@ -14,8 +14,10 @@ import pytest
 import torch
 from PIL import Image
 
+from deitkit.data.selection import read_selection
 from deitkit.errors import DataError, RecipeError
 from deitkit.evaluation import classify as module
+from deitkit.evaluation.apply import evaluate_model
 from deitkit.evaluation.classify import Classification, image_files
 from deitkit.models.classifier import Classifier
 from deitkit.models.cnn import CifarResNet
@@ -229,3 +231,21 @@ def test_only_regular_files_are_images(tmp_path: Path) -> None:
     assert image_files(tmp_path) == [tmp_path / "a.png"]
     with pytest.raises(DataError, match=r"b\.png is neither a file nor a folder: name image files"):
         image_files(tmp_path / "b.png")
+
+
+def test_only_test_images_are_read_to_evaluate(
+    tmp_path: Path, write_images: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    photos = write_images(tmp_path / "photos")
+    model = DeiT(image_px=16, patch_px=8, channels=3, classes=2, width=16, depth=1, heads=2, tokens=("class",))
+    card = {"class_names": ["cat", "dog"], "channels": 3, "input_px": [16, 16]}
+    save_classifier(tmp_path / "model", Classifier(model, mean=(0.5,) * 3, std=(0.5,) * 3), card)
+    wanted: list[int] = []
+
+    def counted(listing: Any, selection: Any, *rest: Any) -> Any:
+        wanted.append(len(selection))
+        return read_selection(listing, selection, *rest)
+
+    monkeypatch.setattr("deitkit.data.dataset.read_selection", counted)
+    found = evaluate_model(tmp_path / "model", f"folder:{photos}")
+    assert (found["n"], wanted) == (24, [24])

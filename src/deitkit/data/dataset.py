@@ -64,6 +64,7 @@ class Dataset:
         hashed_as: Channels and side of the pixels that are hashed, of a named set that is kept as pixels; None for
             files, which are hashed as they are decoded.
         divided: Whether the test images were drawn from all, since the data set has no test split of its own.
+        eval_crop: Share of a side that validation and test images keep.
         originals: Returns training images by their positions as they were before they were resized to a square; None if
             nothing was resized.
     """
@@ -86,6 +87,7 @@ class Dataset:
     test_places: Int64[Tensor, " test"] = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
     hashed_as: tuple[int, int] | None = None
     divided: bool = False
+    eval_crop: float = 1.0
 
     @cached_property
     def near_duplicates(self) -> Duplicates:
@@ -96,7 +98,10 @@ class Dataset:
         if min(self.image_px) < LEAST_NEAR_PX or len(train) * len(test) > MOST_PAIRS:
             return Duplicates()
         fresh = (~torch.isin(self.test.hashes, self.train.hashes)).nonzero().flatten()
-        pairs = find_near_duplicates(train, test[fresh]).tolist()
+        top, left = (round(side * (1 - self.eval_crop) / 2) for side in self.image_px)
+        height, width = self.image_px
+        centres = train[:, :, top : height - top, left : width - left]  # the part that test images are
+        pairs = find_near_duplicates(centres, test[fresh]).tolist()
         few = [
             (self.names("test", int(fresh[one])), self.names("train", other)) for one, other in pairs[:MOST_EXAMPLES]
         ]
@@ -180,6 +185,7 @@ def load_dataset(
         test_places=places[2],
         hashed_as=None if isinstance(listing.images, EncodedImages) else (*listing.images.shape[1:3],),
         divided=listing.official_test is None,
+        eval_crop=recipe.eval_crop if recipe.image_px is not None else 1.0,
     )
 
 
@@ -273,11 +279,16 @@ def _list_unlabelled(source: str) -> Listing:
 
 def load_test(recipe: DataRecipe, progress: ProgressCallback | None = None) -> Split:
     """Load only the test images of ``load_dataset``."""
+    return load_test_and_names(recipe, progress)[0]
+
+
+def load_test_and_names(recipe: DataRecipe, progress: ProgressCallback | None = None) -> tuple[Split, tuple[str, ...]]:
+    """Load only the test images of ``load_dataset``, and return them with the names of the classes."""
     listing, indices = _plan(recipe, progress)
     found = read_selection(listing, indices.test, 0, recipe, progress)
     split = Split(found.images, listing.labels[indices.test[found.kept]], hashes=found.hashes[found.kept])
     _require_all_classes({"test": split}, listing, recipe)
-    return split
+    return split, listing.class_names
 
 
 def load_validation_at(recipe: DataRecipe, sizes: Sequence[int], count: int) -> list[Split]:

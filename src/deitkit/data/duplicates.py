@@ -78,7 +78,7 @@ def find_duplicates(train: Int64[Tensor, " train"], test: Int64[Tensor, " test"]
 
 
 def find_near_duplicates(
-    train: UInt8[Tensor, "train channels height width"], test: UInt8[Tensor, "test channels height width"]
+    train: UInt8[Tensor, "train channels _ _"], test: UInt8[Tensor, "test channels _ _"]
 ) -> Int64[Tensor, "pairs 2"]:
     """Return the place of each test image that looks like a training image, and the place of the one most like it.
 

@@ -1,9 +1,10 @@
 """Measuring a saved model on a data set."""
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from deitkit.data.dataset import Dataset, load_dataset
+from deitkit.data.dataset import Dataset, load_dataset, load_test_and_names
 from deitkit.data.duplicates import share_in_sketch
 from deitkit.errors import DataError, HasTestSplit
 from deitkit.evaluation.predict import predict
@@ -12,8 +13,11 @@ from deitkit.evaluation.seen_images import data_recipe_of
 from deitkit.evaluation.statistics import wilson_interval
 from deitkit.models.card import ModelCard
 from deitkit.models.saved import load_classifier
+from deitkit.recipe.schema import DataRecipe
 from deitkit.system.device import Precision, choose_device
 from deitkit.system.words import first_of
+
+Loaded = TypeVar("Loaded")
 
 
 def evaluate_model(folder: Path, data: str, root: Path | None = None) -> dict[str, Any]:
@@ -28,16 +32,17 @@ def evaluate_model(folder: Path, data: str, root: Path | None = None) -> dict[st
     """
     device = choose_device("auto")
     classifier, card = load_classifier(folder, device)
-    dataset = load_data_of(card, data, root)
-    scores = named_scores(predict(classifier, dataset.test, Precision.choose("auto", device)), card)
-    labels, n = dataset.test.labels, len(dataset.test)
+    test, names = _as_divided(load_test_and_names, card, data, root)
+    _require_classes(names, card, data)
+    scores = named_scores(predict(classifier, test, Precision.choose("auto", device)), card)
+    labels, n = test.labels, len(test)
     rows = []
     for readout, values in scores.items():
         hits = int(top_k_hits(values, labels).sum())
-        top5 = top_k_accuracy(values, labels, 5) if dataset.classes > 5 else None
+        top5 = top_k_accuracy(values, labels, 5) if len(names) > 5 else None
         rows.append({"readout": readout, "top1": hits / n, "top1_ci95": wilson_interval(hits, n), "top5": top5})
-    seen = None if card.seen is None else share_in_sketch(dataset.test.hashes, card.seen)
-    return {"model": str(folder), "dataset": dataset.name, "n": n, "trained_on": seen, "readouts": rows}
+    seen = None if card.seen is None else share_in_sketch(test.hashes, card.seen)
+    return {"model": str(folder), "dataset": data, "n": n, "trained_on": seen, "readouts": rows}
 
 
 def load_data_of(card: ModelCard, data: str, root: Path | None) -> Dataset:
@@ -51,14 +56,23 @@ def load_data_of(card: ModelCard, data: str, root: Path | None) -> Dataset:
     Raises:
         DataError: Its classes differ from the model's.
     """
-    recipe = data_recipe_of(card, data, root)
-    try:
-        dataset = load_dataset(recipe)
-    except HasTestSplit:  # of other data, which the folds of the training do not divide
-        dataset = load_dataset(data_recipe_of(card.model_copy(update={"split": {}}), data, root))
-    if dataset.class_names != card.class_names:
-        raise DataError(
-            f"data {data} has the classes {first_of(dataset.class_names)}, "
-            f"but the model has {first_of(card.class_names)}: evaluate it on data with the model's classes"
-        )
+    dataset = _as_divided(load_dataset, card, data, root)
+    _require_classes(dataset.class_names, card, data)
     return dataset
+
+
+def _as_divided(load: Callable[[DataRecipe], Loaded], card: ModelCard, data: str, root: Path | None) -> Loaded:
+    """Load a data set as a model takes it, divided as for its training if it can be."""
+    try:
+        return load(data_recipe_of(card, data, root))
+    except HasTestSplit:  # of other data, which the folds of the training do not divide
+        return load(data_recipe_of(card.model_copy(update={"split": {}}), data, root))
+
+
+def _require_classes(names: Sequence[str], card: ModelCard, data: str) -> None:
+    """Raise DataError unless a data set has the classes of a model."""
+    if tuple(names) != card.class_names:
+        raise DataError(
+            f"data {data} has the classes {first_of(names)}, but the model has {first_of(card.class_names)}: "
+            "evaluate it on data with the model's classes"
+        )

@@ -15,6 +15,7 @@ from deitkit.errors import DataError
 from deitkit.recipe.schema import DataRecipe
 
 DATASETS = ("digits", *NAMED_SETS)
+DIGITS = (1, 8, 8)
 SOURCES: dict[str, Callable[[Path], Listing]] = {"folder": list_folder, "parquet": list_parquet, "csv": list_csv}
 
 
@@ -37,6 +38,20 @@ def list_images_of(recipe: DataRecipe, progress: ProgressCallback | None) -> Lis
     raise DataError(
         f"data.name={recipe.name} is not a data set: {hint}Choose {allowed}, folder:PATH, parquet:PATH or csv:FILE"
     )
+
+
+def known_shape(name: str) -> tuple[int, int, int] | None:
+    """Return channels, height and width of the images of a data set with a name; None if their sizes differ."""
+    if name == "digits":
+        return DIGITS
+    return NAMED_SETS[name].shape if name in NAMED_SETS else None
+
+
+def known_classes(name: str) -> int | None:
+    """Return the number of classes of a data set with a name; None for one of the user's."""
+    if name == "digits":
+        return 10
+    return NAMED_SETS[name].classes if name in NAMED_SETS else None
 
 
 def _kind_of(path: Path) -> str:

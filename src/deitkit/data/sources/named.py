@@ -2,9 +2,10 @@
 
 import gzip
 import os
+import re
 import zlib
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock
 from torch import Tensor
 
 from deitkit.data.decode_many import decode_images
@@ -30,6 +32,7 @@ from deitkit.errors import DataError
 from deitkit.recipe.schema import DataRecipe
 from deitkit.system.network import no_endless_wait, unreachable
 
+DOWNLOADING = ".deitkit-download.lock"  # in a folder of data sets, while one is downloaded there
 _IDX_KINDS = ("images-idx3-ubyte", "labels-idx1-ubyte")
 
 
@@ -75,6 +78,9 @@ def list_named(recipe: DataRecipe, progress: ProgressCallback | None = None) -> 
     named = NAMED_SETS[recipe.name]
     root = (recipe.root or Path(os.environ.get("DEITKIT_DATA") or "~/.cache/deitkit")).expanduser()
     places = [*(root / alias for alias in (recipe.name, *named.aliases)), root]
+    if (root / DOWNLOADING).exists():  # by another process, whose half a file would be taken for a damaged one
+        with suppress(OSError), FileLock(root / DOWNLOADING):  # it may be another user's, left by a kill
+            pass
     listing = _find(named, places, recipe, progress)
     if listing is None:
         absent = f"{recipe.name} is neither in '{places[0]}' nor in '{root}', and "
@@ -91,7 +97,7 @@ def list_named(recipe: DataRecipe, progress: ProgressCallback | None = None) -> 
         reason = unreachable(named.url)
         try:
             if reason is None:
-                with no_endless_wait():
+                with _downloading(root), no_endless_wait():
                     _torchvision_class(named.torchvision)(str(root), download=True)
         except (OSError, RuntimeError, EOFError, zlib.error) as error:
             reason = " ".join(str(error).split())[:200]
@@ -104,6 +110,17 @@ def list_named(recipe: DataRecipe, progress: ProgressCallback | None = None) -> 
         listing = _find(named, places, recipe, progress)
     assert listing is not None, "a completed download is found"
     return listing
+
+
+@contextmanager
+def _downloading(root: Path) -> Iterator[None]:
+    """Let one process at a time download into a folder; what the first has downloaded, the next finds."""
+    root.mkdir(parents=True, exist_ok=True)
+    with FileLock(root / DOWNLOADING):
+        try:
+            yield
+        finally:
+            (root / DOWNLOADING).unlink(missing_ok=True)
 
 
 def _find(named: NamedSet, places: list[Path], recipe: DataRecipe, progress: ProgressCallback | None) -> Listing | None:
@@ -130,10 +147,12 @@ def _list_inside(named: NamedSet, place: Path, *, is_root: bool) -> Listing | No
         return None
     if not is_root or {*inner} & {"default", "plain_text"}:
         return _of_classes(named, _list_shards(named, place))
+    # Ten or a hundred numbers may be the classes of any data set.
+    telling = [names for names in named.spellings() if named.classes > 100 or not names[0].isdecimal()]
     for name in inner:
         with suppress(DataError):
             listing = _of_classes(named, _list_shards(named, place / name))
-            if listing is not None and any(_agree(names, listing.class_names) for names in named.spellings()):
+            if listing is not None and any(_agree(names, listing.class_names) for names in telling):
                 return listing
     return None
 
@@ -166,13 +185,21 @@ def _in_official_order(listing: Listing, spellings: Sequence[Sequence[str]]) -> 
     """Number the classes in their official order, under any known spelling; leave unknown names unchanged."""
     given = listing.class_names
     for names in spellings:
-        if set(names) == set(given):
-            place = {name: label for label, name in enumerate(names)}
-            labels = torch.tensor([place[name] for name in given])[listing.labels]
+        plain, found = (names, given) if set(names) == set(given) else (_plain(names), _plain(given))
+        if set(plain) == set(found) and len(set(plain)) == len(given):
+            place = {name: label for label, name in enumerate(plain)}
+            if found is not given and found == plain:
+                return listing  # in another spelling, which stays, but in order
+            labels = torch.tensor([place[name] for name in found])[listing.labels]
             return replace(listing, labels=labels, class_names=tuple(spellings[0]))
         if _agree(names, given):
             return replace(listing, class_names=tuple(spellings[0]))
     return listing
+
+
+def _plain(names: Sequence[str]) -> list[str]:
+    """Return names as folders and files spell them in many ways: letters and digits alone, in lower case."""
+    return [re.sub(r"[\W_]+", "", name).casefold() for name in names]
 
 
 def _agree(names: Sequence[str], given: Sequence[str]) -> bool:
@@ -266,9 +293,14 @@ def _listing(pixels: np.ndarray, train_labels: object, test_labels: object, clas
     return Listing(torch.from_numpy(np.ascontiguousarray(pixels)), labels, official_test, tuple(class_names))
 
 
-def _flower_names() -> tuple[tuple[str, ...], ...]:
-    names = tuple(_torchvision_class("Flowers102").classes)
-    return names, tuple(str(number) for number in range(1, len(names) + 1))
+def _names_or_numbers(name: str, first: int) -> tuple[tuple[str, ...], ...]:
+    """Return the class names of a data set of torchvision's, or their numbers from ``first``."""
+    names = tuple(_torchvision_class(name).classes)
+    return names, _numbers(first, len(names))
+
+
+def _numbers(first: int, count: int) -> tuple[str, ...]:
+    return tuple(str(number) for number in range(first, first + count))
 
 
 def _inaturalist(year: int, classes: int, size: str) -> NamedSet:
@@ -281,7 +313,7 @@ def _inaturalist(year: int, classes: int, size: str) -> NamedSet:
             f"categories.json.tar.gz of {year} from github.com/visipedia/inat_comp and unpack them"
         ),
         test_names=("val", "valid", "validation"),  # the images in its ``test`` have no labels
-        spellings=lambda: (tuple(str(number) for number in range(classes)),),
+        spellings=lambda: (_numbers(0, classes),),
     )
 
 
@@ -307,6 +339,7 @@ NAMED_SETS = {
         url=f"{CIFAR_URL}cifar-100-python.tar.gz",
         fetch=f"{CIFAR_URL}cifar-100-python.tar.gz (169 MB) elsewhere, put it into {{root}}",
         shape=(3, 32, 32),
+        spellings=lambda: (_numbers(0, 100),),
     ),
     "fashion_mnist": NamedSet(
         10,
@@ -319,6 +352,7 @@ NAMED_SETS = {
             "put them into {root}/FashionMNIST/raw"
         ),
         shape=(1, 28, 28),
+        spellings=partial(_names_or_numbers, "FashionMNIST", 0),
     ),
     "flowers102": NamedSet(
         102,
@@ -332,7 +366,7 @@ NAMED_SETS = {
         ),
         test_names=("test",),
         more_training=("val", "valid", "validation"),
-        spellings=_flower_names,
+        spellings=partial(_names_or_numbers, "Flowers102", 1),
     ),
     "stanford_cars": NamedSet(
         196,
