@@ -329,3 +329,32 @@ def test_a_check_that_fails_says_so(convert: Run, tmp_path: Path, monkeypatch: p
     code, _, errors = convert(tmp_path / "a", "--to", "timm", "--out", tmp_path / "b", "--check")
     assert code == 2
     assert "its logits differ by up to" in errors
+
+
+@pytest.mark.parametrize("to", ["timm", "transformers", "released"])
+@pytest.mark.parametrize(("eval_crop", "fit"), [(0.8, "crop"), (0.8, "squash"), (1.0, "crop")])
+def test_how_test_images_are_cropped_goes_there_and_back(
+    to: str, eval_crop: float, fit: str, convert: Run, tmp_path: Path
+) -> None:
+    saved(tmp_path / "a", eval_crop=eval_crop, fit=fit)
+    there = tmp_path / ("b.pth" if to == "released" else "b")
+    assert convert(tmp_path / "a", "--to", to, "--out", there)[0] == 0
+    code, output, _ = convert(there, "--to", "ours", "--out", tmp_path / "c")
+    assert code == 0
+    assert "test images: how they are cropped" not in output
+    card = json.loads((tmp_path / "c" / "model.json").read_text(encoding="utf-8"))
+    assert (card["eval_crop"], card["fit"]) == (pytest.approx(eval_crop), fit)
+
+
+@pytest.mark.parametrize("told", [{"crop_pct": 7}, {"crop_pct": "wide"}, {"crop_pct": 0.9, "crop_mode": ["odd"]}, {}])
+def test_a_crop_that_cannot_be_is_not_known(told: dict[str, Any], convert: Run, tmp_path: Path) -> None:
+    saved(tmp_path / "a")
+    assert convert(tmp_path / "a", "--to", "timm", "--out", tmp_path / "b")[0] == 0
+    config = json.loads((tmp_path / "b" / "config.json").read_text(encoding="utf-8"))
+    for name in ("crop_pct", "crop_mode"):
+        config["pretrained_cfg"].pop(name)
+    config["pretrained_cfg"] |= told
+    (tmp_path / "b" / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    code, output, _ = convert(tmp_path / "b", "--to", "ours", "--out", tmp_path / "c")
+    assert code == 0
+    assert "the largest centre square is written" in output

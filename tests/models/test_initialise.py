@@ -15,7 +15,7 @@ from torch import Tensor
 
 from deitkit.errors import CheckpointError
 from deitkit.models.classifier import Classifier
-from deitkit.models.saved import load_classifier, save_classifier
+from deitkit.models.saved import load_classifier, save_classifier, save_tensors
 from deitkit.models.vit import SIZES, DeiT, Output
 from deitkit.models.weights.export import Changes, prepare_export
 from deitkit.models.weights.export_layouts import LAYOUTS as LAYOUTS_OF_FILES
@@ -467,3 +467,15 @@ def test_deit_iii_without_a_position_of_its_class_token_gives_timms_logits(tmp_p
     images = torch.randn(4, 3, 32, 32)
     with torch.inference_mode():
         torch.testing.assert_close(ours.eval()(images).class_logits, theirs(images), rtol=1e-5, atol=1e-6)
+
+
+def test_an_assumed_normalisation_is_told(tmp_path: Path) -> None:
+    sizes = {"width": 48, "depth": 1, "heads": 3, "channels": 3, "classes": 3}
+    model = scrambled(DeiT(image_px=PX, patch_px=8, tokens=("class",), **sizes))
+    save_tensors(tmp_path / "bare.safetensors", dict(model.state_dict()))
+    given = {"mean": (0.5,) * 3, "std": (0.5,) * 3}
+    lines = load_initial(model, tmp_path / "bare.safetensors", **given)
+    assert "normalisation: absent in the file, ImageNet's assumed (else convert it with --mean and --std)" in lines
+    card = {"class_names": ["a", "b", "c"], "channels": 3, "input_px": [PX, PX]}
+    save_classifier(tmp_path / "mine", Classifier(model, mean=(0.1,) * 3, std=(0.2,) * 3), card)
+    assert not [line for line in load_initial(model, tmp_path / "mine", **given) if "assumed" in line]

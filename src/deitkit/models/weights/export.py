@@ -141,7 +141,9 @@ def prepare_export(
         names = tuple(f"class {number}" for number in range(target.classes))
         lines.append(f"class names: missing in the source; {names[0]} to {names[-1]} are written")
     about = _about(weights, source, changes)
-    eval_crop, fit = (1.0, "crop") if weights.card is None else (weights.card.eval_crop, weights.card.fit)
+    if weights.eval_crop is None or weights.fit is None:
+        lines.append("test images: how they are cropped is missing in the source; the largest centre square is written")
+    eval_crop, fit = weights.eval_crop or 1.0, weights.fit or "crop"
     only = weights.only_readout if len(target.tokens) == 2 else None
     return ExportedModel(
         state, target, names, mean, std, eval_crop, fit, about, (*lines, *changes), weights.assumes_heads, only

@@ -199,6 +199,8 @@ def _write_released(exported: ExportedModel, out: Path) -> list[str]:
         "class_names": list(exported.class_names),
         "mean": list(exported.mean),
         "std": list(exported.std),
+        "eval_crop": exported.eval_crop,
+        "fit": exported.fit,
     }
     buffer = io.BytesIO()
     torch.save({"model": to_timm(exported.state), FACTS: facts}, buffer)

@@ -28,6 +28,7 @@ from deitkit.models.weights.formats import (
 from deitkit.models.weights.read import read_checkpoint
 from deitkit.system.words import display_name
 
+_TIMMS_FITS = {"center": "crop", "border": "pad", "squash": "squash"}  # timm's crop_mode: data.fit
 _WEIGHTS_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
@@ -46,6 +47,8 @@ class Weights:
         remarks: Changes while reading, one line each.
         assumes_heads: Whether nothing tells the number of attention heads.
         only_readout: ``class`` if only that head was trained, though there are both tokens; None if every head was.
+        eval_crop: Share of the resized side that is kept of a test image, as ``data.eval_crop``; None if unknown.
+        fit: How an image becomes square, as ``data.fit``; None if unknown.
     """
 
     file: Path
@@ -58,6 +61,8 @@ class Weights:
     remarks: tuple[str, ...]
     assumes_heads: bool = False
     only_readout: str | None = None
+    eval_crop: float | None = None
+    fit: str | None = None
 
     @property
     def normalisation(self) -> Normalisation:
@@ -112,7 +117,8 @@ def read_weights(path: Path, heads: int | None = None) -> Weights:
     state = {name: value.float() for name, value in state.items()}
     remarks = (*lines, *found.get("lines", ()))
     only = "class" if copied else None if card is None else card.only_readout
-    return Weights(file, state, architecture, names, mean, std, card, remarks, assumes_heads, only)
+    view = found.get("eval_crop"), found.get("fit")
+    return Weights(file, state, architecture, names, mean, std, card, remarks, assumes_heads, only, *view)
 
 
 def weights_file(path: Path) -> Path:
@@ -160,7 +166,11 @@ def _from_facts(facts: dict[str, Any], source: str) -> dict[str, Any]:
         sides = tuple(int(side) for side in facts["image_px"])
         numbers = {key: tuple(float(value) for value in facts[key]) for key in ("mean", "std")}
         names = [str(name) for name in facts["class_names"]]
-        return {"heads": int(facts["heads"]), "image_px": sides, "class_names": names, **numbers}
+        share, fit = float(facts.get("eval_crop", 1)), facts.get("fit", "crop")  # not in files of earlier versions
+        if not 0 < share <= 1 or fit not in _TIMMS_FITS.values():
+            raise ValueError("no way to prepare an image")
+        view = {"eval_crop": share, "fit": fit} if "fit" in facts else {}
+        return {"heads": int(facts["heads"]), "image_px": sides, "class_names": names, **numbers, **view}
     except (KeyError, TypeError, ValueError):
         raise CheckpointError(f"{source} is damaged: copy it again from the source of the weights") from None
 
@@ -171,7 +181,7 @@ def _from_card(card: ModelCard, folder: Path) -> dict[str, Any]:
             f"{folder} contains a model of kind '{card.kind}', not a vision transformer: give a student's folder"
         )
     side = card.config.get("image_px")
-    more = {name: getattr(card, name) for name in ("class_names", "mean", "std")}
+    more = {name: getattr(card, name) for name in ("class_names", "mean", "std", "eval_crop", "fit")}
     return {"heads": card.config.get("heads"), "image_px": (side, side) if side else None, **more}
 
 
@@ -199,8 +209,30 @@ def _from_config(folder: Path) -> dict[str, Any]:
         "class_names": [names[key] for key in sorted(names, key=int)] if names else config.get("label_names"),
         "mean": normalisation.get("mean"),
         "std": normalisation.get("std"),
+        **(_timms_view(config.get("pretrained_cfg") or {}) | _transformers_view(processing)),
         "lines": lines if epsilon != NORM_EPS else [],
     }
+
+
+def _timms_view(config: dict[str, Any]) -> dict[str, Any]:
+    """Return how timm's ``pretrained_cfg`` prepares an image; empty where it does not say."""
+    share, fit = config.get("crop_pct"), _TIMMS_FITS.get(str(config.get("crop_mode", "center")))
+    if not isinstance(share, int | float) or not 0 < share <= 1 or fit is None:
+        return {}
+    return {"eval_crop": float(share), "fit": fit}
+
+
+def _transformers_view(processing: dict[str, Any]) -> dict[str, Any]:
+    """Return how ``preprocessor_config.json`` prepares an image; empty where it does not say."""
+    size, kept = processing.get("size"), processing.get("crop_size")
+    if not isinstance(size, dict):
+        return {}
+    resized, fit = size.get("shortest_edge", size.get("height")), "crop" if "shortest_edge" in size else "squash"
+    kept = kept.get("height") if isinstance(kept, dict) else kept
+    share = 1.0
+    if processing.get("do_center_crop") and isinstance(kept, int) and isinstance(resized, int) and 0 < kept <= resized:
+        share = kept / resized
+    return {"eval_crop": share, "fit": fit}
 
 
 def _timm_facts(config: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -272,6 +304,10 @@ def load_initial(
     if mean is not None and std is not None:
         state, changes = renormalise(state, weights.normalisation, (tuple(mean), tuple(std)))
         lines += changes
+        if changes and (weights.mean is None or weights.std is None):
+            lines.append(
+                "normalisation: absent in the file, ImageNet's assumed (else convert it with --mean and --std)"
+            )
     if class_names is not None and weights.class_names not in (None, tuple(class_names)):
         state = {name: value for name, value in state.items() if not name.startswith("head")}
         lines.append("classes: other names in the file, its classifier is left out")
