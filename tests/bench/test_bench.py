@@ -12,7 +12,7 @@ from deitkit.bench import training_speed
 from deitkit.bench.measure import count_flops, machine_limit
 from deitkit.bench.training_speed import Bench
 from deitkit.cli.main import app
-from deitkit.errors import TeacherError
+from deitkit.errors import RecipeError, TeacherError
 from deitkit.models.catalogue import CatalogueModel
 from deitkit.models.classifier import Classifier
 from deitkit.models.cnn import CifarResNet
@@ -149,7 +149,8 @@ def test_a_student_with_one_head_is_a_teacher_to_time(tmp_path: Path) -> None:
     model = Classifier(DeiT(tokens=("distillation",), **size), mean=(0.5,) * 3, std=(0.5,) * 3)
     save_classifier(tmp_path / "teacher", model, {"class_names": names, "channels": 3, "input_px": [16, 16]})
     tiny = [field for field in TINY if not field.startswith("teacher")]
-    bench = Bench(load_recipe("digits", [*tiny, f"teacher.name={tmp_path / 'teacher'}"]), synthetic=True)
+    given = ("data.channels=3", f"teacher.name={tmp_path / 'teacher'}")
+    bench = Bench(load_recipe("digits", [*tiny, *given]), synthetic=True)
     assert bench.teachers(torch.rand(2, 3, 16, 16)).shape == (2, 5)
 
 
@@ -226,3 +227,21 @@ def test_functions_are_timed_in_turn() -> None:
 
 def test_the_machines_limit_is_a_rate() -> None:
     assert machine_limit(CPU_FP32) > 1e7
+
+
+@pytest.mark.parametrize(
+    ("recipe", "shape", "classes"),
+    [("digits", (1, 8, 8), 10), ("fashion-mnist", (1, 28, 28), 10), ("imagenet-deit-tiny", (3, 224, 224), 1000),
+     ("own-images", (3, 64, 64), 10)],
+)  # fmt: skip
+def test_random_images_are_like_those_of_the_recipe(recipe: str, shape: tuple[int, ...], classes: int) -> None:
+    data = training_speed.synthetic_dataset(load_recipe(recipe, ["train.batch_size=3"]))
+    assert (tuple(data.train.images.shape[1:]), data.classes) == (shape, classes)
+    assert training_speed.view_of_recipe(load_recipe(recipe, []).data) == shape[:2]
+
+
+def test_an_epoch_of_one_step_cannot_be_compared(tmp_path: Path) -> None:
+    few = ["--recipe", "digits", "data.train_images=60", "train.batch_size=32"]
+    result = CliRunner().invoke(app, ["bench", "cohort", *few, *FEW])
+    assert isinstance(result.exception, RecipeError)
+    assert "train.batch_size=32: an epoch of 60 images is one step" in str(result.exception)

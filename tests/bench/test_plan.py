@@ -26,7 +26,7 @@ def test_figures_of_imagenet_follow_from_each_other() -> None:
     assert found["hours"] == pytest.approx(found["views"] / 17_600 / 3600)
     assert found["cost"] == pytest.approx(3 * 8 * found["hours"])
     assert found["cores_to_decode"] == pytest.approx(17_600 / 300 / 3), "an image is decoded once for three views"
-    assert found["gradient_mb"] == pytest.approx(4 * 21.8, rel=0.01), "DeiT-S has 21.8 million weights with ten classes"
+    assert found["gradient_mb"] == pytest.approx(4 * 22.4, rel=0.01), "DeiT-S has 22.4 million weights with both heads"
     copies = 3 * (224**2 + 448**2)  # at train_px too, of which random crops are cut
     assert found["gib_in_memory"] == pytest.approx(found["images"] * copies / 2**30)
     assert found["bottleneck"] == "the devices: decoding and traffic keep up"
@@ -91,7 +91,7 @@ def test_what_limits_it_is_named() -> None:
     decoding = plan(IMAGENET, Cluster(**EIGHT | {"cores": 4}))
     assert decoding["bottleneck"].startswith("decoding: 20 cores would keep the devices busy, and 4 are there")
     link = plan(IMAGENET, Cluster(**EIGHT, link_gb_per_second=1.0))
-    assert link["bottleneck"].startswith("the link: gradients of 87 MB take 152 ms of a step of 58 ms")
+    assert link["bottleneck"].startswith("the link: gradients of 90 MB take 157 ms of a step of 58 ms")
 
 
 def test_a_set_at_hand_is_counted_and_a_speed_that_is_not_given_is_measured() -> None:
@@ -118,3 +118,8 @@ def test_the_command_prints_a_table_or_json(run: Callable[..., tuple[int, str, s
     assert "limited by the devices" in printed
     code, printed, _ = run(*words, "--json")
     assert json.loads(printed)["devices"] == 8
+
+
+def test_a_limit_to_the_images_holds_for_those_that_are_not_at_hand() -> None:
+    few = load_recipe("imagenet-deit-tiny", ["data.train_images=10000"])
+    assert plan(few, Cluster(**EIGHT))["images"] == 10_000

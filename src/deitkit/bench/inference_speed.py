@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from deitkit.bench.measure import count_flops, machine_limit
-from deitkit.bench.training_speed import SYNTHETIC_PX, without_weights
+from deitkit.bench.training_speed import view_of_recipe, without_weights
 from deitkit.distillation.methods import METHODS
 from deitkit.errors import is_out_of_memory
 from deitkit.models.accelerate import accelerate
@@ -27,7 +27,7 @@ def bench_infer(recipe: Recipe, *, repeats: int, steps: int) -> dict[str, Any]:
     """Measure the inference speed of the student of the recipe's first method, on random images and weights."""
     recipe = without_weights(recipe)
     precision = Precision.of(recipe)
-    side, channels = recipe.data.image_px or SYNTHETIC_PX, recipe.data.channels or 3
+    channels, side = view_of_recipe(recipe.data)
     method = METHODS[recipe.methods[0]]
     student = create_student(
         recipe.model, image_px=(side, side), channels=channels, classes=CLASSES, tokens=method.tokens, seed=0

@@ -164,7 +164,7 @@ def _plan_part(recipe: Recipe, given: Cluster, measured: Measured) -> dict[str, 
         "decoded_per_second_and_core": decoded,
         "cores_to_decode": together / train.repeats / decoded,
         "cores": given.cores or usable_cores(),
-        "gib_in_memory": images * (recipe.data.channels or 3) * (image_px**2 + larger_px**2) / 2**30,
+        "gib_in_memory": images * bench.dataset.channels * (image_px**2 + larger_px**2) / 2**30,
         "state_gib": STATE_BYTES * parameters / 2**30,
         "gradient_mb": gradient_bytes / 1e6,
         "traffic_seconds": traffic,
@@ -178,7 +178,7 @@ def _training_images(data: DataRecipe) -> int:
         listing = list_images_of(data, None)
     except DataError as error:
         if data.name == "imagenet":
-            return round(IMAGENET_IMAGES * (1 - data.validation_fraction))
+            return min(round(IMAGENET_IMAGES * (1 - data.validation_fraction)), data.train_images or IMAGENET_IMAGES)
         raise RecipeError(f"{error}; or say how many training images there are with --images") from None
     splits = plan_splits(listing.labels, listing.official_test, listing.class_names, data, listing.groups)
     return len(splits.train)

@@ -13,11 +13,13 @@ import torch
 from deitkit.bench.measure import count_flops, machine_limit, peak_memory_gib, reset_peak_memory
 from deitkit.comparison.seed_run import seed_cohort
 from deitkit.data.dataset import Dataset, Split, load_all_images
+from deitkit.data.sources.choose import known_classes, known_shape
+from deitkit.errors import RecipeError
 from deitkit.models.accelerate import accelerate
 from deitkit.models.saved import model_folder, read_card
 from deitkit.models.weights.pretrained import resolved
 from deitkit.models.zoo import pretrained_px
-from deitkit.recipe.schema import Recipe, TeacherRecipe
+from deitkit.recipe.schema import DataRecipe, Recipe, TeacherRecipe
 from deitkit.system.device import Precision, describe_machine
 from deitkit.system.ranks import ALONE
 from deitkit.system.seeding import seeded
@@ -182,6 +184,12 @@ def bench_cohort(recipe: Recipe, *, synthetic: bool, repeats: int, steps: int) -
     Peak memory is given for cohorts of 1, 2, ... students. The CNN baseline is left out, which is in every cohort.
     """
     bench = Bench(recipe.model_copy(update={"baseline": None}), synthetic)
+    count = len(bench.dataset.train)
+    if recipe.train.steps_per_epoch(count) < 2:
+        raise RecipeError(
+            f"train.batch_size={recipe.train.batch_size}: an epoch of {count} images is one step, but the first is not "
+            "timed: lower it, or add --synthetic"
+        )
     methods = recipe.methods
     memory = _memory_by_students(bench)
     with tempfile.TemporaryDirectory(prefix="deitkit-bench-") as folder:
@@ -255,16 +263,23 @@ def step_flops(bench: Bench) -> int:
     return total
 
 
+def view_of_recipe(data: DataRecipe) -> tuple[int, int]:
+    """Return channels and side of a recipe's images: by its fields, else of the data set that it names, else common."""
+    shape = known_shape(data.name) if "name" in data.model_fields_set else None
+    shape = shape or (3, SYNTHETIC_PX, SYNTHETIC_PX)
+    return data.channels or shape[0], data.image_px or shape[1]
+
+
 def synthetic_dataset(recipe: Recipe) -> Dataset:
     """Return random images, some without labels if the recipe has such; speed does not depend on their content."""
-    side = recipe.data.image_px or SYNTHETIC_PX
+    channels, side = view_of_recipe(recipe.data)
     places = [Path(teacher.name) for teacher in recipe.all_teachers]
     saved = [read_card(model_folder(place)).class_names for place in places if place.is_dir()]
-    names = saved[0] if saved else tuple(f"class {number}" for number in range(SYNTHETIC_CLASSES))
+    classes = known_classes(recipe.data.name) or SYNTHETIC_CLASSES
+    names = saved[0] if saved else tuple(f"class {number}" for number in range(classes))
     classes = len(names)
     count = max(4 * recipe.train.batch_size, classes)
     generator = torch.Generator().manual_seed(0)
-    channels = recipe.data.channels or 3
 
     def split(size: int) -> Split:
         images = torch.randint(0, 256, (size, channels, side, side), dtype=torch.uint8, generator=generator)
