@@ -203,6 +203,7 @@ def test_folders_of_grey_images_of_another_size_in_memory_and_streamed(
     )  # fmt: skip
     analysis = analyze_run(tmp_path / "run", watcher=Silent())
     assert analysis.n == 24
+    assert analyze_run(tmp_path / "run", images=0, watcher=Silent()).rows == analysis.rows
     assert [row.top1 for row in analysis.rows[1:]] == [row.top1_mean for row in results.rows]
 
 
@@ -276,3 +277,64 @@ def test_what_cannot_be_analyzed_is_told_in_one_sentence(tmp_path: Path) -> None
     (folder / "results.json").write_text(json.dumps(ablation), encoding="utf-8")
     with pytest.raises(CheckpointError, match=r"analyze one of its variants, such as .*run/variants/base"):
         analyze_run(folder, watcher=Silent())
+
+
+def test_a_student_with_two_tokens_teaches_and_is_no_student_of_the_run(analyzed: Analyzed, tmp_path: Path) -> None:
+    folder, _, _ = analyzed
+    taught = f"teacher={{name: {folder / 'seed-3' / 'token-hard'}, allow_weak: true}}"
+    compared(tmp_path / "run", "methods=[token-hard]", "train.epochs=1", taught)
+    analysis = analyze_run(tmp_path / "run", images=0, watcher=Silent())
+    assert [tokens.student for tokens in analysis.tokens] == ["token-hard"]
+    assert [row.row for row in analysis.rows][:2] == ["teacher", "token-hard/class"]
+
+
+def test_the_classes_of_an_averaged_winner_are_its_own(analyzed: Analyzed) -> None:
+    folder, results, whole = analyzed
+    winner = "none/class+ema"
+    write_results(results.model_copy(update={"winner": winner}), folder)
+    try:
+        analysis = analyze_run(folder, images=0, watcher=Silent())
+        assert winner in [found.row for found in analysis.classes]
+        page = (folder / "report.html").read_text(encoding="utf-8")
+        assert "Precision and recall of none/\u200bclass+ema" in page
+    finally:
+        write_results(results, folder)
+        write_analysis(whole, folder)
+
+
+def test_each_student_is_drawn_from_the_first_seed_that_has_it_and_what_is_left_out_is_known(
+    analyzed: Analyzed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, _, whole = analyzed
+    cards = [
+        folder / place / "model.json" for place in ("seed-3/none", "seed-3/mean-pool-none", "seed-5/mean-pool-none")
+    ]
+    for card in cards:
+        card.rename(card.with_suffix(".kept"))
+    try:
+        analysis = analyze_run(folder, images=1, watcher=Silent())
+        assert {entry.student: entry.seed for entry in analysis.attention} == {"none": 5, "token-hard": 3}
+        assert analysis.left_out == ("mean-pool-none/class",)
+        assert "analysis of an earlier table" not in (folder / "report.html").read_text(encoding="utf-8")
+    finally:
+        for card in cards:
+            card.with_suffix(".kept").rename(card)
+        write_analysis(whole, folder)
+
+
+def test_pictures_are_drawn_when_all_is_predicted(analyzed: Analyzed) -> None:
+    class StopsAfterTheFirstSeed(Silent):
+        def __init__(self) -> None:
+            self.done = 0.0
+
+        def reading(self, what: str, done: int, total: int) -> None:
+            self.done += what.startswith("seed 3") and done == total
+
+        def should_stop(self) -> bool:
+            return self.done > 0
+
+    folder, _, _ = analyzed
+    drawn = {path: path.stat().st_mtime_ns for path in (folder / "analysis").iterdir()}
+    with pytest.raises(Interrupted):
+        analyze_run(folder, images=2, watcher=StopsAfterTheFirstSeed())
+    assert {path: path.stat().st_mtime_ns for path in (folder / "analysis").iterdir()} == drawn

@@ -757,3 +757,13 @@ def test_peaks_are_the_highest_means_and_their_epochs() -> None:
         (1, 0.49, 0.45)
     }
     assert validation_peaks([]) == []
+
+
+def test_curves_of_more_students_than_colours_differ_by_their_dashes() -> None:
+    lines = [
+        EpochMetrics(seed=0, student=f"m{number}", epoch=epoch, epochs=2, train_loss=1.0, validation={"class": 0.5})
+        for number in range(15) for epoch in (1, 2)
+    ]  # fmt: skip
+    data = curve_charts(parse_results(make_results()), lines)["Accuracy"]["data"]
+    looks = {(trace["line"]["color"], trace["line"]["dash"]) for trace in data if trace["meta"] == "mean"}
+    assert len(looks) == 15

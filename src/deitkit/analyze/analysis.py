@@ -72,29 +72,28 @@ def analyze_run(folder: Path, *, images: int = 8, seed: int | None = None, watch
             f"{folder} contains no student that finished its training, as seed-{seeds[0]}/METHOD: train one"
         )
     teachers = [] if results.teacher is None else teachers_of(folder, recipe, dataset, precision, watcher)
-    pictures: list[AttentionSheet] = []
+    last = {row.student for row in results.rows if row.weights == "last"}
+    shown: dict[str, tuple[int, Classifier]] = {}  # each student of the first seed that has it
     for number in seeds:
         students = {name: load(path) for name, path in homes[number].items()}
         statistics.add_seed(number, students, teachers, precision, watcher)
-        if not pictures and images:
-            chosen = torch.randperm(len(dataset.test), generator=derived_generator(0, "analysis"))[:images]
-            last = {row.student for row in results.rows if row.weights == "last"}
-            shown = {name: student for name, student in students.items() if name in last}
-            pictures = draw_students(shown, dataset, chosen, folder / "analysis", number)
-    analysis = statistics.summary(pictures)
+        if images:
+            shown |= {name: (number, student) for name, student in students.items() if name in last - shown.keys()}
+    chosen = torch.randperm(len(dataset.test), generator=derived_generator(0, "analysis"))[:images]
+    analysis = statistics.summary(draw_students(shown, dataset, chosen, folder / "analysis") if shown else ())
     write_analysis(analysis, folder)
     write_report(folder)
     return analysis
 
 
 def draw_students(
-    students: Mapping[str, Classifier], dataset: Dataset, chosen: Int64[Tensor, " images"], folder: Path, seed: int
+    students: Mapping[str, tuple[int, Classifier]], dataset: Dataset, chosen: Int64[Tensor, " images"], folder: Path
 ) -> list[AttentionSheet]:
-    """Draw a contact sheet of each student with tokens."""
+    """Draw a contact sheet of each student with tokens, which is given with its seed."""
     drawn = []
     pixels, names = dataset.test.pixels(chosen).float() / 255, dataset.class_names
     labels = dataset.test.labels[chosen].tolist()
-    for name, student in students.items():
+    for name, (seed, student) in students.items():
         if not isinstance(student.model, DeiT) or not student.model.config["tokens"]:
             continue
         examples = []
@@ -161,21 +160,22 @@ class RunStatistics:
             if row.student in students:
                 probabilities = readout_scores(outputs[row.student])[row.readout].softmax(dim=-1)
                 self.rows[row.row].add(seed, probabilities, self.labels, self._teacher_probabilities)
-        for name, values in cosines.items():
-            self._cosines.setdefault(name, []).append(values)
         for name, classifier in students.items():
             if has_both_tokens(classifier):
+                self._cosines.setdefault(name, []).append(cosines[name])
                 self._learned.setdefault(name, []).append(learned_similarity(classifier))
 
     def summary(self, pictures: Sequence[AttentionSheet]) -> Analysis:
         """Return the analysis, with the pictures that were drawn."""
         predicted = [row for row in (self.teacher, *self.rows.values()) if row.decisions]
-        by_class = [TEACHER, *(row.row for row in reported_rows(self.results.rows) if row.weights == "last")]
+        by_class = [TEACHER, self.results.winner]
+        by_class += [row.row for row in reported_rows(self.results.rows) if row.weights == "last"]
         return Analysis(
             **envelope(FORMAT),
             seeds=tuple(self.seeds),
             n=len(self.labels),
             notes=tuple(self._notes()),
+            left_out=tuple(name for name, row in self.rows.items() if not row.decisions),
             disagreement=self._disagreement(),
             rows=tuple(row.summary() for row in predicted),
             classes=tuple(

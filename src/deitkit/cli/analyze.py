@@ -36,7 +36,7 @@ def analyze(
     from deitkit.analyze.analysis import analyze_run
     from deitkit.cli.progress import Terminal
 
-    with Terminal(errors if as_json else console, stopped="stopped; nothing was written") as terminal:
+    with Terminal(errors if as_json else console, stopped="stopped; the same command begins again") as terminal:
         analysis = analyze_run(run, images=images, seed=seed, watcher=terminal)
     if as_json:
         print_json(analysis.model_dump(mode="json"))

@@ -104,7 +104,7 @@ def _footnotes(results: AblationResults) -> list[str]:
         )
     if tests and len(results.seeds) == 1:
         notes.append(ONE_SEED)
-    return notes + stopped_notes(rows)
+    return notes + stopped_notes(rows) + list(results.notes)
 
 
 def difference_chart(results: AblationResults) -> Chart:

@@ -4,10 +4,10 @@ from collections.abc import Callable, Sequence
 from html import escape
 from typing import Any
 
-from deitkit.report.figures import COLOURS, Curve, colours_of, curves_of, mean
+from deitkit.report.figures import COLOURS, Curve, colours_of, curves_of, mean, teacher_title
 from deitkit.report.table_layout import WINNER_MARK, Number, percent
 from deitkit.run.metrics import EpochMetrics
-from deitkit.run.results import Results, Row, TeacherCard
+from deitkit.run.results import Results, Row
 
 Chart = dict[str, Any]
 Value = Callable[[EpochMetrics], Number | None]
@@ -15,6 +15,8 @@ Value = Callable[[EpochMetrics], Number | None]
 INK = "#76808f"  # legible on the page's light and dark ground alike
 _GRID = "rgba(128,136,150,0.22)"
 _ROW_PX = 50
+# Of the curves of the first seven students, of the next seven, ...: of losses from labels, and from the teacher.
+_DASHES, _TEACHER_DASHES = ("solid", "dot", "longdash"), ("dash", "dashdot", "longdashdot")
 
 
 def accuracy_chart(results: Results, metrics: Sequence[EpochMetrics]) -> Chart:
@@ -33,9 +35,9 @@ def accuracy_chart(results: Results, metrics: Sequence[EpochMetrics]) -> Chart:
         notes.append(_note(text, index))
     count = len(rows)
     if results.teacher is not None and results.teacher.test_top1 is not None:
-        data.append(_teacher_trace(results.teacher, count))
+        data.append(_teacher_trace(results, results.teacher.test_top1, count))
         value = percent(results.teacher.test_top1, results.dataset.test)
-        notes.append(_note(f"<b>{value}</b>  {_teacher_name(results.teacher)}", count))
+        notes.append(_note(f"<b>{value}</b>  {escape(teacher_title(results))}", count))
         count += 1
     layout = chart_layout(height=_ROW_PX * count + 60, margin={"l": 4, "r": 4, "t": 12, "b": 44})
     layout["yaxis"] = {"range": [count - 0.35, -0.75], "visible": False, "fixedrange": True}
@@ -51,18 +53,13 @@ def _note(text: str, index: int) -> Chart:
     return {**place, "text": text, "align": "left", "showarrow": False, "font": {"size": 12.5}}
 
 
-def _teacher_name(teacher: TeacherCard) -> str:
-    return escape(f"teacher {teacher.name}")
-
-
-def _teacher_trace(teacher: TeacherCard, index: int) -> Chart:
-    assert teacher.test_top1 is not None
+def _teacher_trace(results: Results, top1: float, index: int) -> Chart:
     return {
         "type": "scatter",
         "mode": "markers",
         "showlegend": False,
-        "name": _teacher_name(teacher),
-        "x": [100 * teacher.test_top1],
+        "name": escape(teacher_title(results)),
+        "x": [100 * top1],
         "y": [index],
         "marker": {"color": INK, "size": 12, "symbol": "diamond"},
         "hovertemplate": "%{x:.2f} %<extra>%{data.name}</extra>",
@@ -153,11 +150,13 @@ def _none_line(results: Results) -> list[Chart]:
 
 def _curve_chart(results: Results, metrics: Sequence[EpochMetrics], values: dict[str, Value], title: str) -> Chart:
     colours = colours_of(metrics)
+    students = list(colours)
     data: list[Chart] = []
     for term, value in values.items():
-        dash = "solid" if term in ("", "labels") else "dash"
+        dashes = _DASHES if term in ("", "labels") else _TEACHER_DASHES
         curves = sorted(curves_of(metrics, value), key=lambda curve: curve.over_seeds(mean)[-1], reverse=True)
         for curve in curves:
+            dash = dashes[students.index(curve.student) // len(COLOURS) % len(dashes)]  # where colours repeat
             data += _curve_traces(curve, term, colours[curve.student], dash, results.repetition)
     layout = chart_layout(height=460, margin={"l": 56, "r": 12, "t": 12, "b": 50})
     last = max(line.epoch for line in metrics)
@@ -207,7 +206,7 @@ def _reference_lines(results: Results) -> list[Chart]:
     """The teacher (dashed) and chance (dotted), named on the line."""
     references = [("chance", 1 / results.dataset.classes, "dot", "bottom")]
     if results.teacher is not None:
-        references.append((f"teacher {results.teacher.name}", results.teacher.top1, "dash", "top"))
+        references.append((teacher_title(results), results.teacher.top1, "dash", "top"))
     return [
         {
             "type": "line",

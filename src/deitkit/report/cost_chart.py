@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from deitkit.report.charts import INK, Chart, chart_layout
-from deitkit.report.figures import COLOURS, MARKERS, colours_of, write_png_and_svg
+from deitkit.report.figures import COLOURS, MARKERS, colours_of, teacher_title, write_png_and_svg
 from deitkit.report.table_layout import milliseconds, percent
 from deitkit.run.difference import Interval
 from deitkit.run.metrics import EpochMetrics
@@ -29,8 +29,9 @@ class CostPoint:
         marker: Of matplotlib.
         milliseconds: For a single image.
         top1: On the test images, as a fraction.
-        ci95: Of ``top1``; None for the teacher.
+        ci95: Of ``top1``; None for the teacher, and where folds are equal.
         n: Test images.
+        is_teacher: Whether it is the teacher, or the mean of all teachers.
     """
 
     name: str
@@ -40,6 +41,7 @@ class CostPoint:
     top1: float
     ci95: Interval | None
     n: int
+    is_teacher: bool = False
 
     @property
     def legend(self) -> str:
@@ -66,10 +68,9 @@ def cost_points(results: Results, metrics: Sequence[EpochMetrics]) -> list[CostP
     ]
     teacher = results.teacher
     if points and teacher is not None and teacher.cost is not None and teacher.test_top1 is not None:
-        name = f"teacher {teacher.name}"
-        points.append(
-            CostPoint(name, INK, "D", teacher.cost.milliseconds, teacher.test_top1, None, results.dataset.test)
-        )
+        taken, images = teacher.cost.milliseconds, results.dataset.test
+        title = teacher_title(results)
+        points.append(CostPoint(title, INK, "D", taken, teacher.test_top1, None, images, is_teacher=True))
     return points
 
 
@@ -86,7 +87,7 @@ def cost_chart(results: Results, metrics: Sequence[EpochMetrics]) -> Chart | Non
             "name": escape(point.legend),
             "x": [point.milliseconds],
             "y": [100 * point.top1],
-            "marker": {"color": point.colour, "size": 13, "symbol": "diamond" if point.ci95 is None else "circle"},
+            "marker": {"color": point.colour, "size": 13, "symbol": "diamond" if point.is_teacher else "circle"},
             "hovertemplate": "%{y:.2f} %, %{x:.3g} ms<extra></extra>",
         }
         if point.ci95 is not None:

@@ -9,6 +9,7 @@ import deitkit.system.files as files
 from deitkit.report.table_layout import Number, percent
 from deitkit.run.metrics import EpochMetrics
 from deitkit.run.results import Results
+from deitkit.system.words import shortened
 
 if TYPE_CHECKING:  # matplotlib is loaded when something is drawn, not while students train
     from matplotlib.axes import Axes
@@ -23,6 +24,7 @@ _DASHES: tuple[Any, ...] = (
     (0, (3, 1.5)),
     (0, (8, 1.5, 1.5, 1.5, 1.5, 1.5)),
 )
+LONGEST_NAME = 40  # of a teacher in a figure
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "h")
 
 
@@ -84,6 +86,14 @@ def colours_of(metrics: Sequence[EpochMetrics]) -> dict[str, str]:
     """Return a colour for every student, the same in all figures."""
     students = dict.fromkeys(line.student for line in metrics)
     return {student: COLOURS[index % len(COLOURS)] for index, student in enumerate(students)}
+
+
+def teacher_title(results: Results) -> str:
+    """Return how figures name the teacher, which has room there: short, also for a path or several teachers."""
+    assert results.teacher is not None
+    if len(results.teachers) > 1:
+        return f"mean of {len(results.teachers)} teachers"
+    return f"teacher {shortened(results.teacher.name, LONGEST_NAME)}"
 
 
 def write_curves(results: Results, metrics: Sequence[EpochMetrics], folder: Path) -> list[Path]:
@@ -208,7 +218,7 @@ def _draw_references(axes: "Axes", results: Results, low: float, high: float) ->
     }
     if teacher is not None:
         accuracy = 100 * teacher.top1
-        text = f"teacher {teacher.name}: {percent(teacher.top1, teacher.n)} %"
+        text = f"{teacher_title(results)}: {percent(teacher.top1, teacher.n)} %"
         if low - 0.5 * span <= accuracy <= low + 1.6 * span:
             axes.axhline(accuracy, color="#444444", linestyle="--", linewidth=1.1, zorder=1)
             axes.text(0.01, accuracy, text, va="bottom", **where)

@@ -48,14 +48,15 @@ def write_page(
 
 
 def _is_of(analysis: Analysis, results: Results) -> bool:
-    """Return whether an analysis is of some seeds of a table, and of all rows that finished under these."""
+    """Return whether an analysis is of some seeds of a table, and knew all rows that finished under these."""
     if not {*analysis.seeds} <= {*results.seeds}:
         return False
     places = [results.seeds.index(seed) for seed in analysis.seeds]
     finished = {
         row.row for row in results.rows if row.kind != "checkpoint" and any(row.top1[n] is not None for n in places)
     }
-    return {row.row for row in analysis.rows} - {"teacher"} == finished
+    analysed = {row.row for row in analysis.rows} - {"teacher"}
+    return analysed <= finished <= {*analysed, *analysis.left_out}
 
 
 def render_page(

@@ -131,7 +131,8 @@ class Analysis(Document):
         notes: Remarks for the reader.
         disagreement: Of truth, teacher and rows.
         rows: The teacher, then the rows of the table.
-        classes: The teacher, then one row of each student.
+        left_out: Rows of the table without a model under any of the seeds.
+        classes: The teacher, the winner, and one row of each student, in the order of the table.
         tokens: Of the students with two tokens.
         attention: Of the students with tokens.
     """
@@ -141,6 +142,7 @@ class Analysis(Document):
     notes: tuple[str, ...] = ()
     disagreement: Disagreement
     rows: tuple[RowSummary, ...] = Field(validation_alias=AliasChoices("rows", "judges"))
+    left_out: tuple[str, ...] = ()
     classes: tuple[ClassSummary, ...]
     tokens: tuple[TokenSimilarity, ...]
     attention: tuple[AttentionSheet, ...]

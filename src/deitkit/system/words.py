@@ -46,6 +46,12 @@ def without_folders(value: Any) -> Any:
     return re.sub(r"(?<![\w./\\])(?:~|[A-Za-z]:(?=\\))?[/\\](?![/\s])(?:[^\s'\"/\\,;]+[/\\])+", "", value)
 
 
+def shortened(name: str, most: int) -> str:
+    """Return a name of at most ``most`` characters: of a longer one its beginning and its end."""
+    end = (most - 1) // 2
+    return name if len(name) <= most else f"{name[: most - 1 - end]}…{name[len(name) - end :]}"
+
+
 def first_of(names: Sequence[str]) -> str:
     """Return a few names, with the number of the others."""
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
