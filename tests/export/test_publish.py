@@ -220,3 +220,35 @@ def test_a_file_is_not_checked_on_other_images_of_the_same_relative_name(
     more = {"dataset": "folder:photos", "trained_before_on": sketch(torch.arange(-500, 500) * 2**50)}
     (model / "model.json").write_text(json.dumps(card | more))  # of a checkpoint of other images
     assert export_onnx(model, tmp_path / "tuned.onnx", ExportOptions()).n == 16
+
+
+def test_a_run_is_found_from_within_the_folder_of_its_model(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(finished / "winner")
+    card = publish(Path(), tmp_path / "winner", PublishOptions(), quiet).read_text()
+    assert card == publish(finished / "winner", tmp_path / "same" / "winner", PublishOptions(), quiet).read_text()
+    assert "| row | labels |" in card
+    assert "not the winner" not in card
+    monkeypatch.chdir(finished / "seed-0")
+    assert "not the winner of its run" in publish(Path("none"), tmp_path / "none", PublishOptions(), quiet).read_text()
+
+
+def test_a_teacher_is_no_student_of_its_run(finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished, tmp_path / "run")
+    saved(tmp_path / "run" / "teacher", dataset="digits")
+    card = publish(tmp_path / "run" / "teacher", tmp_path / "out", PublishOptions(), quiet).read_text()
+    assert "It was a teacher of this run, whose students are in the table." in card
+    assert "None" not in card
+
+
+def test_figures_of_a_public_file_name_the_images_they_are_of(tmp_path: Path) -> None:
+    for name in "abc":
+        for split in ("train", "test"):
+            for index in range(8):
+                place = tmp_path / "others" / split / name
+                place.mkdir(parents=True, exist_ok=True)
+                Image.new("L", (8, 8), 20 * index + ord(name)).save(place / f"{index}.png")
+    folder = saved(tmp_path / "model", class_names=["a", "b", "c"], dataset="digits")
+    options = ExportOptions(data=f"folder:{tmp_path / 'others'}", public=True)
+    assert export_onnx(folder, tmp_path / "model.onnx", options).dataset == "folder:others"

@@ -25,6 +25,7 @@ from deitkit.models.onnx_file import OnnxGraph, import_onnxruntime, open_session
 from deitkit.run.provenance import envelope
 from deitkit.system.device import Precision, describe_machine
 from deitkit.system.files import write_bytes, write_json
+from deitkit.system.words import without_folders
 
 CPU = torch.device("cpu")
 FORMAT = 1
@@ -102,7 +103,7 @@ def export_onnx(
         **envelope(FORMAT),
         source=folder.name,
         readout=readout,
-        dataset=str(card.dataset) if options.public else dataset.name,
+        dataset=without_folders(dataset.name) if options.public else dataset.name,
         n=len(dataset.test),
         calibration_images=min(options.calibration_images, len(dataset.validation)) if options.int8 else None,
         batch_size=BATCH_SIZE,

@@ -67,6 +67,7 @@ def publish(model: Path, out: Path, options: PublishOptions, say: Callable[[str]
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise RecipeError(f"--out {out} already exists: name a new folder")
+    model = model.absolute()  # the run is looked for in the folders above, also from within the model's
     folder = model_folder(model)
     if is_onnx(folder):
         raise RecipeError(f"{folder} is an ONNX file: give the folder of the model that it was made from")
@@ -174,7 +175,7 @@ def _facts(
         "data": "" if shown is None else _data(shown),
         "limits": "" if shown is None else _limits(shown, card, is_winner),
         "is_winner": is_winner,
-        "method": str(card.method),
+        "method": card.method,
         "has_teacher": learned is not None and learned.teacher_signal is not None,
         "is_grey": card.channels == 1,
         "pads": exported.fit == "pad",
@@ -200,6 +201,8 @@ def _limits(results: Results, card: ModelCard, is_winner: bool) -> str:
         return f"The table is of {len(results.folds)} models, one for each fold; this is one of them."
     if len(results.seeds) == 1:
         return "One seed was trained: the tests compare these students, not their methods."
+    if not is_winner and card.seed is None:
+        return f"{len(results.seeds)} seeds were trained."
     this = "the one with the best validation accuracy" if is_winner else f"seed {card.seed}"
     return f"{len(results.seeds)} seeds were trained; this is {this}."
 

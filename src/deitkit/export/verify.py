@@ -74,4 +74,4 @@ def _record_of(file: Path) -> ExportRecord:
                 return ExportRecord.model_validate(parse_json(path.read_text(encoding="utf-8")))
             except (ValidationError, ValueError):
                 raise CheckpointError(f"{path} is damaged: export the model again") from None
-    raise CheckpointError(f"{file} has no record beside it, {file.stem}.onnx.json: copy both from where it was written")
+    raise CheckpointError(f"{file} has no record beside it, {path.name}: copy both from where it was written")
