@@ -43,6 +43,10 @@ class TeacherError(DeitkitError):
     """A teacher that cannot be built, or that the gate refuses."""
 
 
+class NotRegistered(TeacherError):  # noqa: N818 - a fact, which the reader of a folder passes on
+    """An architecture of the user's whose code was not imported."""
+
+
 class OutOfMemory(DeitkitError):  # noqa: N818 - as torch names it
     """Training does not fit in memory; torch has no exception type for this on a CPU."""
 

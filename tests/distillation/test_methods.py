@@ -1,11 +1,13 @@
 """Properties of every method, over the whole table."""
 
+from typing import Any
+
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from conftest import CPU_FP32, striped_dataset
-from deitkit.distillation.methods import METHODS, Method, find_method
+from deitkit.distillation.methods import METHODS, SIGNALS, Method, Signal, Term, find_method, require_losses
 from deitkit.errors import RecipeError
 from deitkit.evaluation.readouts import readout_scores
 from deitkit.models.classifier import Classifier
@@ -215,3 +217,81 @@ def test_a_classifier_that_starts_at_zero_learns_as_a_random_one_does(method: Me
 
 def _has_head(method: Method, token: str) -> bool:
     return any(term.head == token for term in method.terms)
+
+
+def focal(logits: Tensor, teacher_logits: Any, targets: Tensor, settings: Any) -> Tensor:
+    shares = logits.float().log_softmax(dim=-1)
+    return -((1 - shares.exp()) ** 2 * targets * shares).sum(dim=-1).mean()
+
+
+def test_a_signal_of_labels_with_another_name_is_one_of_labels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SIGNALS, "focal", Signal(focal))
+    terms = (Term("class", "focal", lambda settings: 1.0), Term("class", "soft", lambda settings: 1.0))
+    method = Method("focal", ("class",), terms, "focal", "focal")
+    assert method.uses_labels
+    generator = torch.Generator().manual_seed(0)
+    logits, teacher, targets = (torch.randn(6, 4, generator=generator) for _ in range(3))
+    targets = targets.softmax(dim=-1)
+    values = method.loss_terms(Output(logits), teacher, targets, SETTINGS)
+    assert values.keys() == {"labels", "teacher"}
+    assert values["labels"] == focal(logits, None, targets, SETTINGS)
+    weights = torch.tensor([2.0, 1.0, 1.0, 0.5])
+    weighted = method.loss_terms(Output(logits), teacher, targets, SETTINGS, weights)
+    assert weighted["labels"] == focal(logits, None, targets * weights, SETTINGS)
+    assert weighted["teacher"] == values["teacher"]
+    assert method.loss_terms(Output(logits), teacher, None, SETTINGS).keys() == {"teacher"}
+
+
+ONE = Term("class", "labels", lambda settings: 1.0)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "terms", "said"),
+    [
+        (("distillation", "class"), (ONE,), "its tokens are ('distillation', 'class'): choose from"),
+        (
+            ("class",),
+            (Term("class", "labls", lambda settings: 1.0),),
+            "'labls' is not a signal: choose from labels, hard",
+        ),
+        (
+            ("class",),
+            (ONE, Term("distillation", "hard", lambda settings: 1.0)),
+            "must train its heads, which are class",
+        ),
+        (("class", "distillation"), (ONE,), "must train its heads, which are class and distillation"),
+        (("class",), (), "must train its heads"),
+    ],
+)
+def test_a_method_that_cannot_train_is_one_sentence(
+    tokens: tuple[str, ...], terms: tuple[Term, ...], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(METHODS, "mine", Method("mine", tokens, terms, "mine", "mine"))
+    with pytest.raises(RecipeError) as caught:
+        find_method("mine")
+    assert str(caught.value).startswith("methods: 'mine' cannot train: ")
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("loss", "said"),
+    [
+        (lambda logits, teacher, targets, settings: logits - teacher, "fails on random logits ("),
+        (lambda logits, teacher, targets: logits.sum(), "fails on random logits (TypeError: "),
+        (lambda logits, teacher, targets, settings: logits.detach().sum(), "fails on random logits (RuntimeError: "),
+    ],
+)
+def test_a_loss_that_fails_is_told_before_anything_trains(
+    loss: Any, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(SIGNALS, "odd", Signal(loss, "soft"))
+    for head, tokens in (("class", ()), ("distillation", ("distillation",))):
+        term = Term(head, "odd", lambda settings: 1.0)
+        monkeypatch.setitem(METHODS, "mine", Method("mine", tokens, (term,), "mine", "mine"))
+        with pytest.raises(RecipeError) as caught:
+            require_losses("mine", SETTINGS, 5)
+        assert f"methods: the loss of 'mine' {said}" in str(caught.value)
+    monkeypatch.setitem(
+        SIGNALS, "odd", Signal(lambda logits, teacher, targets, settings: (logits - teacher).mean(), "soft")
+    )
+    require_losses("mine", SETTINGS, 5)

@@ -1,20 +1,29 @@
 """Architectures that users register: in Python, and on the command line by DEITKIT_IMPORT."""
 
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 
 from conftest import TINY
-from deitkit.errors import RecipeError, TeacherError
+from deitkit.comparison.run import run_recipe
+from deitkit.distillation.methods import METHODS, Method, Term
+from deitkit.errors import CheckpointError, RecipeError, TeacherError
 from deitkit.models import registered
 from deitkit.models.built import reset_head
+from deitkit.models.classifier import Classifier
 from deitkit.models.registered import register_model
+from deitkit.models.saved import load_classifier, save_classifier
 from deitkit.models.zoo import create_classifier
+from deitkit.recipe.schema import Recipe
+from deitkit.run.observer import Silent
 from deitkit.run.results import read_results
 from deitkit.system.user_code import import_user_code
 
@@ -112,7 +121,7 @@ def test_a_file_is_imported_and_its_mistakes_are_one_sentence(tmp_path: Path, mo
     with pytest.raises(RecipeError, match=r"NameError: name 'torhc' is not defined; line 3 of .*typo\.py\)"):
         import_user_code()
     monkeypatch.setenv("DEITKIT_IMPORT", "no_such_module")
-    with pytest.raises(RecipeError, match=r"ModuleNotFoundError: No module named 'no_such_module'"):
+    with pytest.raises(RecipeError, match=r"\(ModuleNotFoundError: No module named 'no_such_module'\): correct it"):
         import_user_code()
     monkeypatch.chdir(tmp_path)
     monkeypatch.delitem(sys.modules, "colorsys", raising=False)
@@ -170,3 +179,112 @@ def test_a_model_that_returns_no_logits_is_refused_before_anything_trains(tmp_pa
     assert done.stderr.count("\n") == 1, done.stderr
     assert "own/pairs" in done.stderr
     assert not (tmp_path / "run" / "teacher").exists()
+
+
+class Twice(nn.Module):
+    """One layer under two names, which safetensors refuses to write as they are."""
+
+    def __init__(self, classes: int, channels: int) -> None:
+        super().__init__()
+        self.first = self.again = nn.Conv2d(channels, channels, 3, padding=1)
+        self.classifier = nn.Linear(channels, classes)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.classifier(self.again(self.first(images)).mean(dim=(2, 3)))
+        return logits
+
+
+def test_a_net_with_a_shared_layer_is_saved_and_read(tmp_path: Path) -> None:
+    register_model("twice")(Twice)
+    built = create_classifier("own/twice", classes=4, channels=3)
+    classifier = Classifier(built.model, mean=(0.5,) * 3, std=(0.5,) * 3).eval()
+    card = {"architecture": "own/twice", "class_names": ["a", "b", "c", "d"], "channels": 3, "input_px": [8, 8]}
+    save_classifier(tmp_path, classifier, card)
+    again, _ = load_classifier(tmp_path, torch.device("cpu"))
+    view = torch.rand(2, 3, 8, 8)
+    assert torch.equal(again(view).class_logits, classifier(view).class_logits)
+
+
+def test_lazy_layers_are_refused() -> None:
+    register_model("lazy")(lambda classes, channels: nn.Sequential(nn.Flatten(), nn.LazyLinear(classes)))
+    with pytest.raises(TeacherError, match="'own/lazy' has lazy layers, whose size is unknown"):
+        create_classifier("own/lazy", classes=4, channels=3)
+
+
+CHANGING = """
+import torch, deitkit
+from deitkit.distillation.methods import METHODS, SIGNALS, Method, Signal, Term
+
+class Net(torch.nn.Module):
+    def __init__(self, classes, channels):
+        super().__init__()
+        self.head = torch.nn.Linear(channels, classes)
+    def forward(self, images):
+        return self.head(images.mean((2, 3)).{act}())
+
+deitkit.register_model("net")(Net)
+
+def loss(logits, teacher, targets, settings):
+    return {factor} * (logits.float() - teacher.float()).square().mean()
+
+SIGNALS["square"] = Signal(loss, "soft")
+terms = (Term("class", "square", lambda settings: {weight}),)
+METHODS["square"] = Method("square", ("class",), terms, "square", "square")
+"""
+
+
+def test_other_code_of_the_user_is_not_mixed_into_a_run(tmp_path: Path) -> None:
+    def train(*methods: str, act: str = "relu", factor: float = 1.0, weight: float = 1.0, comment: str = "") -> Any:
+        (tmp_path / "mine.py").write_text(CHANGING.format(act=act, factor=factor, weight=weight) + comment)
+        chosen = (f"methods=[{','.join(methods)}]", "train.epochs=1", "teacher.name=own/net", "seeds=[0]")
+        return subprocess.run(
+            [sys.executable, "-m", "deitkit", "compare", "digits", *TINY, *chosen, "--out", "run", "--resume"],
+            cwd=tmp_path, env=os.environ | {"DEITKIT_IMPORT": "mine.py"}, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+
+    first = train("none", "square")
+    assert first.returncode == 0, first.stderr
+    for changes, named in (
+        ({"act": "sigmoid"}, "own/net"), ({"factor": 2.0}, "the method square"), ({"weight": 2.0}, "the method square")
+    ):  # fmt: skip
+        refused = train("none", "square", "soft", **changes)
+        assert refused.returncode == 2, refused.stderr
+        assert f"was begun with another version of {named} than is here now" in refused.stderr
+    grown = train("none", "square", "soft", comment="\n# a remark\n")
+    assert grown.returncode == 0, grown.stderr
+
+
+def test_folds_and_variants_are_not_trained_by_other_versions_of_a_method(
+    tiny_recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def loss_times(factor: float) -> Any:
+        return lambda settings: factor
+
+    def change(factor: float) -> None:
+        term = Term("class", "labels", loss_times(factor))
+        monkeypatch.setitem(METHODS, "mine", Method("mine", ("class",), (term,), "mine", "mine"))
+
+    change(1.0)
+    monkeypatch.setattr("deitkit.comparison.folds.write_report", lambda folder: [])
+    short = ("methods=[mine]", "train.epochs=1", "data.test_images=null", "data.train_images=null")
+    folds = tiny_recipe(*short, "data.folds=2")
+    base = tiny_recipe(*short[:2], "variants.a.train.momentum=0.5")
+    grown = tiny_recipe(*short[:2], "variants.a.train.momentum=0.5", "variants.b.train.momentum=0.7")
+    run_recipe(folds, tmp_path / "folds", watcher=Silent())
+    run_recipe(base, tmp_path / "variants", watcher=Silent())
+    shutil.rmtree(tmp_path / "folds" / "folds" / "2")
+    change(2.0)
+    for recipe, name in ((folds, "folds"), (grown, "variants")):
+        with pytest.raises(CheckpointError, match="begun with another version of the method mine"):
+            run_recipe(recipe, tmp_path / name, watcher=Silent(), resume=True)
+    change(1.0)
+    assert run_recipe(grown, tmp_path / "variants", watcher=Silent(), resume=True).rows
+
+
+def test_a_teacher_alone_needs_no_code_of_the_students(
+    run: Callable[..., tuple[int, str, str]], tmp_path: Path
+) -> None:
+    fields = ("teacher.train.epochs=1", "teacher.min_top1=null", "teacher.allow_weak=true", "--out", tmp_path / "out")
+    code, _, errors = run("teacher", "digits", "methods=[none, unknown]", "model.checkpoint=nope.pt", *fields)
+    assert code == 0, errors
+    assert run("teacher", "digits", "methods=[none, unknown]", "model.checkpoint=nope.pt", *fields, "--resume")[0] == 0

@@ -12,7 +12,7 @@ from deitkit.models.cnn import CifarResNet
 from deitkit.models.vit import DeiT
 from deitkit.recipe.schema import SpeedRecipe, TrainRecipe
 from deitkit.system.device import Precision
-from deitkit.training.micro_batches import CACHE_BYTES, LEAST_ROWS, choose_micro_batch_size
+from deitkit.training.micro_batches import CACHE_BYTES, LEAST_ROWS, choose_micro_batch_size, has_batch_norm
 from deitkit.training.student import Student
 
 BF16 = Precision(torch.device("cpu"), torch.bfloat16)
@@ -102,3 +102,9 @@ def test_patches_of_two_pixels_have_the_batchs_gradient() -> None:
     parted.backward(images, targets, None)
     for mine, other in zip(whole.classifier.parameters(), parted.classifier.parameters(), strict=True):
         torch.testing.assert_close(mine.grad, other.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("norm", [torch.nn.BatchNorm1d, torch.nn.BatchNorm2d, torch.nn.BatchNorm3d])
+def test_every_batch_norm_relates_the_images_of_a_batch(norm: Any) -> None:
+    assert has_batch_norm(torch.nn.Sequential(torch.nn.Linear(2, 2), norm(2)))
+    assert not has_batch_norm(torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.GroupNorm(1, 2)))

@@ -8,8 +8,10 @@ from torch import nn
 
 from conftest import CPU_FP32, striped_dataset
 from deitkit.data.dataset import Dataset, Split
+from deitkit.models.accelerate import accelerate
 from deitkit.models.classifier import Classifier
 from deitkit.models.zoo import create_classifier
+from deitkit.recipe.schema import SpeedRecipe
 from deitkit.training.trial import failure_of
 
 CLASSES = 3
@@ -56,6 +58,7 @@ def test_a_model_that_works_is_left_as_it_was(data: Dataset) -> None:
     [
         (lambda logits: (logits, logits), "cannot process 8 images of 8 x 8 px: "),
         (lambda logits: logits[:4], "it returns an output of shape (4, 3) instead of one row per image"),
+        (lambda logits: logits[:, :2], "it returns 2 logits for 3 classes"),
         (lambda logits: logits.detach(), "element 0 of tensors does not require grad"),
     ],
 )
@@ -99,3 +102,34 @@ def test_a_sample_of_the_zoos_works_or_is_refused(name: str, px: int, batch_size
     if failure is not None:
         assert failure.startswith(f"cannot process {batch_size} image")
         assert "\n" not in failure
+
+
+class Views(nn.Module):
+    """Flattens feature maps by ``view``, which torch's channels_last layout does not allow."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Conv2d(3, 4, 3, padding=1), nn.Linear(4 * 64, 3)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        features = self.body(images)
+        logits: torch.Tensor = self.head(features.view(features.size(0), -1))
+        return logits
+
+
+def test_a_net_that_cannot_take_our_layout_is_told_what_to_set(data: Dataset) -> None:
+    net = Classifier(Views(), mean=(0.0,) * 3, std=(1.0,) * 3)
+    speed = SpeedRecipe()
+    said = failure_of(accelerate(net, speed, torch.device("cpu")), data, 4, CPU_FP32, trained=True)
+    assert said is not None
+    assert "reshape (or speed.channels_last=false)" in said
+    plain = Classifier(Views(), mean=(0.0,) * 3, std=(1.0,) * 3)
+    accelerate(plain, speed.model_copy(update={"channels_last": False}), torch.device("cpu"))
+    assert failure_of(plain, data, 4, CPU_FP32, trained=True) is None
+
+
+def test_a_net_that_cannot_be_copied_is_one_sentence(data: Dataset) -> None:
+    net = classifier()
+    net.kept = torch.ones(1, requires_grad=True) * 2  # torch copies only leaves
+    said = failure_of(net, data, 4, CPU_FP32, trained=True)
+    assert "deepcopy" in str(said)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
@@ -21,7 +22,7 @@ from deitkit.distillation.losses import (
     soft_distillation_loss,
     standardised_distillation_loss,
 )
-from deitkit.errors import RecipeError
+from deitkit.errors import RecipeError, reason_of
 from deitkit.models.vit import Output
 from deitkit.recipe.schema import DistillationRecipe
 
@@ -98,6 +99,11 @@ class Term:
     signal: str  # a key of SIGNALS
     weight: Weight
 
+    @property
+    def is_of_labels(self) -> bool:
+        """Whether it uses labels and no teacher."""
+        return SIGNALS[self.signal].teacher is None
+
     def value(
         self, output: Output, teacher_logits: Logits | None, targets: Logits, settings: DistillationRecipe
     ) -> Tensor:
@@ -161,11 +167,11 @@ class Method:
         terms = self.terms
         if targets is None:
             assert teacher_logits is not None, "without labels only a teacher teaches"
-            terms = tuple(term for term in terms if term.signal != "labels")
+            terms = tuple(term for term in terms if not term.is_of_labels)
             targets = F.one_hot(teacher_logits.argmax(dim=-1), teacher_logits.shape[-1]).float()
         values: dict[str, Tensor] = {}
         for term in terms:
-            name = "labels" if term.signal == "labels" else "teacher"
+            name = "labels" if term.is_of_labels else "teacher"
             weighted = targets if class_weights is None or name == "teacher" else targets * class_weights
             value = term.value(output, teacher_logits, weighted, settings)
             values[name] = values[name] + value if name in values else value
@@ -174,7 +180,7 @@ class Method:
     @property
     def uses_labels(self) -> bool:
         """Whether true labels enter the loss."""
-        return any(term.signal == "labels" for term in self.terms)
+        return any(term.is_of_labels for term in self.terms)
 
     @property
     def teacher_signal(self) -> str | None:
@@ -275,9 +281,48 @@ def reference_method(names: Collection[str]) -> str | None:
     return next((name for name, method in METHODS.items() if name in names and method.teacher_signal is None), None)
 
 
+SHIPPED = frozenset(METHODS)  # all others are the user's
+
+
 def find_method(name: str) -> Method:
-    """Return a method by name; raise RecipeError with the nearest names if it is unknown."""
+    """Return a method by name; raise RecipeError with the nearest names if it is unknown, or if it cannot train."""
     if name not in METHODS:
         near = difflib.get_close_matches(name, METHODS, n=2) or list(METHODS)
         raise RecipeError(f"methods: '{name}' is not a method; did you mean {' or '.join(near)}? See `deitkit methods`")
+    if name not in SHIPPED:
+        _require_consistent(METHODS[name])
     return METHODS[name]
+
+
+def _require_consistent(method: Method) -> None:
+    """Raise RecipeError for a method of the user's whose tokens, heads or signals do not exist."""
+    heads = method.tokens or ("class",)
+    layouts = ((), ("class",), ("distillation",), _BOTH)
+    problem = None
+    if method.tokens not in layouts:
+        problem = f"its tokens are {method.tokens}: choose from {', '.join(map(str, layouts))}"
+    elif {term.head for term in method.terms} != {*heads}:
+        problem = f"its terms must train its heads, which are {' and '.join(heads)}"
+    elif unknown := [term.signal for term in method.terms if term.signal not in SIGNALS]:
+        problem = f"'{unknown[0]}' is not a signal: choose from {', '.join(SIGNALS)}, or add it to SIGNALS"
+    if problem is not None:
+        raise RecipeError(f"methods: '{method.name}' cannot train: {problem}")
+
+
+def require_losses(name: str, settings: DistillationRecipe, classes: int) -> None:
+    """Try the loss of a method of the user's on random logits; raise RecipeError if it fails or is not one number."""
+    if name in SHIPPED:
+        return
+    method, generator = find_method(name), torch.Generator().manual_seed(0)
+    logits, other, teacher = (torch.randn(4, classes, generator=generator).requires_grad_() for _ in range(3))
+    heads = {"class": logits, "distillation": other}
+    given = [heads[token] if token in (method.tokens or ("class",)) else None for token in _BOTH]
+    targets = teacher.detach().softmax(dim=-1)
+    try:
+        terms = method.loss_terms(Output(*given), teacher.detach(), targets, settings)
+        sum(terms.values(), torch.zeros(())).backward()  # raises for more than one number
+    except Exception as error:  # the user's code may raise any
+        raise RecipeError(
+            f"methods: the loss of '{name}' fails on random logits ({type(error).__name__}: {reason_of(error)}): "
+            "correct its signals"
+        ) from error

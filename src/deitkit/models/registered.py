@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import TypeAlias
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
-from deitkit.errors import RecipeError, TeacherError, reason_of
+from deitkit.errors import NotRegistered, RecipeError, TeacherError, reason_of
 from deitkit.models.built import BuiltClassifier, head_name
 from deitkit.system.user_code import IMPORT
 
+OWN = "own/"  # before the names of registered architectures in a recipe
 Build: TypeAlias = Callable[..., nn.Module]
 _REGISTERED: dict[str, Build] = {}
 
@@ -55,10 +57,10 @@ def build_registered(architecture: str, *, classes: int, channels: int) -> Built
         TeacherError: It is not registered, its function raises an error or returns something else than a model, or the
             model has no classifier layer.
     """
-    name = f"own/{architecture}"
+    name = OWN + architecture
     if architecture not in _REGISTERED:
         known = f" (registered are {', '.join(names())})" if _REGISTERED else ""
-        raise TeacherError(
+        raise NotRegistered(
             f"'{name}' is not registered{known}: import the module that registers it; on the command line, set "
             f"{IMPORT} to its file"
         )
@@ -73,6 +75,10 @@ def build_registered(architecture: str, *, classes: int, channels: int) -> Built
     if not isinstance(model, nn.Module):
         raise TeacherError(
             f"the function of '{name}' returned a {type(model).__name__}: let it return a torch.nn.Module"
+        )
+    if any(is_lazy(value) for value in (*model.parameters(), *model.buffers())):
+        raise TeacherError(
+            f"'{name}' has lazy layers, whose size is unknown until they are used: give them their sizes"
         )
     try:
         head = head_name(model, classes)

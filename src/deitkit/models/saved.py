@@ -9,7 +9,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from deitkit import __version__
-from deitkit.errors import CheckpointError
+from deitkit.errors import CheckpointError, NotRegistered
 from deitkit.models.built import BuiltClassifier
 from deitkit.models.card import FORMAT, ModelCard, card_from, wrong_card
 from deitkit.models.classifier import Classifier
@@ -24,8 +24,11 @@ MOST_PX, MOST_CHANNELS = 2**13, 3
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write named tensors as safetensors."""
-    write_bytes(path, save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}))
+    """Write named tensors as safetensors; one that has two names is written twice."""
+    copies = {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
+    }
+    write_bytes(path, save(copies))
 
 
 def save_classifier(folder: Path, classifier: Classifier, card: dict[str, Any]) -> None:
@@ -97,6 +100,8 @@ def build_model(card: ModelCard, state: dict[str, Tensor], folder: Path) -> Buil
         return create_classifier(
             card.architecture or "", classes=len(card.class_names), channels=card.channels, image_px=card.image_px
         )
+    except NotRegistered:
+        raise
     except Exception as error:  # values of a wrong type or size raise many types
         raise wrong_card(folder / "model.json", error) from None
 

@@ -35,10 +35,13 @@ def import_user_code() -> None:
         else:
             import_module(name)
     except Exception as error:  # the user's code may raise any
-        last = traceback.extract_tb(error.__traceback__)[-1]
+        frames = traceback.extract_tb(error.__traceback__)
+        ours = (__file__, "importlib")
+        of_others = [frame for frame in frames if not any(name in frame.filename for name in ours)]
+        places = [f"; line {frame.lineno} of {frame.filename}" for frame in of_others]
         raise RecipeError(
-            f"{IMPORT}={name} cannot be imported ({type(error).__name__}: {reason_of(error)}; line {last.lineno} of "
-            f"{last.filename}): correct it, or leave {IMPORT} out"
+            f"{IMPORT}={name} cannot be imported ({type(error).__name__}: {reason_of(error)}{(places or [''])[-1]}): "
+            f"correct it, or leave {IMPORT} out"
         ) from error
 
 

@@ -47,7 +47,7 @@ def choose_micro_batch_size(
 
 def has_batch_norm(model: nn.Module) -> bool:
     """Return whether a model relates the images of a batch to each other: a CNN, or a convolutional stem."""
-    return any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+    return any(isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d) for module in model.modules())
 
 
 def micro_batches(size: int, *parts: tuple[int, int]) -> Iterator[slice]:
