@@ -300,3 +300,18 @@ def test_json_can_be_printed_where_stdout_is_ascii(monkeypatch: pytest.MonkeyPat
     print_json({"class": "貓 é"})
     sys.stdout.flush()
     assert json.loads(raw.getvalue()) == {"class": "貓 é"}
+
+
+def test_a_teacher_alone_goes_on_with_its_own_images_only(
+    run: Run, tmp_path: Path, write_images: Callable[..., Path]
+) -> None:
+    photos = write_images(tmp_path / "photos")
+    fields = ("own-images", f"data.name=folder:{photos}", "data.image_px=16", "teacher.train.epochs=1",
+              "teacher.train.batch_size=8", "teacher.train.warmup_epochs=0", "teacher.min_top1=0.999",
+              "teacher.allow_weak=false", "--out", tmp_path / "out")  # fmt: skip
+    code, _, refused = run("teacher", *fields)
+    assert code == 2, refused
+    write_images(photos, classes=("dog", "cat"))  # other pictures of the same names
+    code, _, errors = run("teacher", *fields, "--resume")
+    assert code == 2
+    assert "was begun with other images or labels" in errors

@@ -56,7 +56,8 @@ def test_a_notebook_shows_one_text_of_each_training_that_changes(monkeypatch: py
     monkeypatch.setitem(sys.modules, "IPython.display", notebook)
     with Terminal(Console(force_jupyter=True)) as terminal:
         terminal.say("begins")
-        for title in ("seed 0", "seed 1"):
+        for title in ("seed 0", "seed 1", "seed 1"):
+            terminal.say(f"trains {title}")
             for epoch in (1, 2, 3):
                 monkeypatch.setattr(terminal, "_drawn", -60.0)
                 terminal.step(title, progress_in(epoch))
@@ -64,10 +65,12 @@ def test_a_notebook_shows_one_text_of_each_training_that_changes(monkeypatch: py
                                        validation={"class": 0.5}, cohort_images_per_second=900.0)  # fmt: skip
                 terminal.epoch(title, [metrics])
         terminal.say("ends")
-    begins, *trainings, ends = notebook.cells
+    begins, *between, ends = notebook.cells
     assert (begins, ends) == ("begins", "ends")
-    assert [text.count("\n") for text in trainings] == [1, 1]
-    for title, text in zip(("seed 0", "seed 1"), trainings, strict=True):
+    assert between[::2] == ["trains seed 0", "trains seed 1", "trains seed 1"]
+    trainings = between[1::2]
+    assert [text.count("\n") for text in trainings] == [1, 1, 1]
+    for title, text in zip(("seed 0", "seed 1", "seed 1"), trainings, strict=True):
         step, epoch = text.split("\n")
         assert step.startswith(f"{title} epoch 3/100 step 1234/3510  1150 images/s")
         assert epoch.startswith(f"{title} epoch 3/100  900 images/s")

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from deitkit.recipe.load import expand_variants, load_recipe
 from deitkit.recipe.schema import Recipe
 from deitkit.report.write import write_report
 from deitkit.run.observer import Silent
+from deitkit.run.results import read_results, write_results
 from deitkit.training.student import Student
 
 TinyRecipe = Callable[..., Recipe]
@@ -200,7 +202,11 @@ def test_a_student_that_stopped_keeps_a_row_that_says_so(
     assert sgd.status.startswith("seed 0 stopped at step 4")
     assert "base" not in sgd.differences
     assert (base.status, shallow.status) == ("ok", "ok")
-    assert "| sgd | train.optimizer: muon → sgd | stopped† |" in (tmp_path / "run" / "table.md").read_text()
+    text = (tmp_path / "run" / "table.md").read_text()
+    assert "| sgd | train.optimizer: muon → sgd | stopped† |" in text
+    assert text.count("stopped: lower train.learning") == 1
+    assert results.verdict.startswith("0 of 1 rows differ from the base")
+    assert "(p < 0.05), 1 could not be compared." in results.verdict
 
 
 def test_the_report_is_rebuilt_from_the_folder(tiny_recipe: TinyRecipe, tmp_path: Path) -> None:
@@ -341,3 +347,31 @@ def test_a_variant_whose_report_was_interrupted_gets_one(
     compare_variants(recipe, tmp_path, watcher=watcher, resume=True)
     assert watcher.titles == []
     assert (tmp_path / "variants" / "shallow" / "report.html").exists()
+
+
+def test_notes_of_the_data_and_weak_teachers_are_those_of_the_table(tiny_recipe: TinyRecipe, tmp_path: Path) -> None:
+    fields = ("methods=[none, soft]", "train.epochs=1", "variants.sgd.train.optimizer=sgd", "teacher.min_top1=0.999")
+    results = compare_variants(tiny_recipe(*fields), tmp_path, watcher=Silent())
+    (weak,) = [note for note in results.notes if note.startswith("teacher cifar/resnet20: weak")]
+    base = read_results(tmp_path / "variants" / "base")
+    assert weak == f"teacher cifar/resnet20: {base.teachers[0].verdict}."
+    noted = base.model_copy(update={"notes": ("2 test images equal a training image.",)})
+    write_results(noted, tmp_path / "variants" / "base")
+    again = compare_variants(tiny_recipe(*fields), tmp_path, watcher=Silent(), resume=True)
+    assert again.notes == ("2 test images equal a training image.", weak)
+    assert "2 test images equal a training image." in (tmp_path / "table.md").read_text()
+
+
+def test_a_policy_that_does_not_exist_is_told_before_anything_trains(tiny_recipe: TinyRecipe, tmp_path: Path) -> None:
+    for field in ("augment", "teacher.augment"):
+        recipe = tiny_recipe("methods=[hard]", f"variants.v.{field}.randaugment='2.9'")
+        with pytest.raises(RecipeError, match=rf"variant v: {re.escape(field)}\.randaugment='2\.9' is neither"):
+            compare_variants(recipe, tmp_path / field, watcher=Silent())
+        assert not (tmp_path / field).exists()
+
+
+def test_a_variant_changes_one_of_several_teachers() -> None:
+    two = "teachers=[{name: cifar/resnet20}, {name: cifar/resnet32}]"
+    recipes = expand_variants(load_recipe("digits", [two, "variants.v={teachers.1.fit: full}"]))
+    assert [teacher.fit for teacher in recipes["v"].teachers] == ["auto", "full"]
+    assert [teacher.fit for teacher in recipes["base"].teachers] == ["auto", "auto"]

@@ -5,9 +5,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from deitkit.comparison.advice import advice
+from deitkit.comparison.advice import _equal_images, _guesses, advice
 from deitkit.comparison.compare import compare
 from deitkit.recipe.schema import Recipe
 from deitkit.report.cost_chart import cost_chart, cost_points
@@ -169,3 +170,33 @@ def test_names_in_the_cost_chart_are_escaped() -> None:
     chart = cost_chart(results.model_copy(update={"teacher": hostile}), ())
     assert chart is not None
     assert "<img" not in str(chart)
+
+
+@pytest.mark.parametrize("by_class", [(500, 500), (900, 100), (990, 10), (40, 30, 20, 10)])
+def test_classes_of_unequal_size_do_not_make_a_guess_look_better_than_chance(by_class: tuple[int, ...]) -> None:
+    generator, classes, images = np.random.default_rng(0), len(by_class), sum(by_class)
+    hits = [generator.binomial(count, 1 / classes, 4000) / count for count in by_class]
+    balanced = np.mean(hits, axis=0)
+    found = np.mean([not _guesses(value, _equal_images(images, by_class), classes) for value in balanced])
+    assert found < 0.075, "of 5 %, and what rounding to whole images adds"
+    assert not _guesses(0.9, _equal_images(images, by_class), classes)
+
+
+def test_of_equal_classes_all_test_images_count() -> None:
+    assert _equal_images(1000, (100,) * 10) == _equal_images(1000, None) == 1000
+
+
+def test_the_diamond_is_the_teacher_and_no_student_of_equal_folds() -> None:
+    results = results_with(difference(-0.05, 0.01, 1e-6), top1_ci95=None)
+    chart = cost_chart(results, ())
+    assert chart is not None
+    assert [trace["marker"]["symbol"] for trace in chart["data"]] == ["circle", "diamond"]
+
+
+def test_a_long_name_of_a_teacher_leaves_room_for_the_chart() -> None:
+    results = results_with(difference(-0.05, 0.01, 1e-6))
+    long = results.teachers[0].model_copy(update={"name": "a/very/long/way/to/the/folder/of/a/teacher/runs/first"})
+    named = results.model_copy(update={"teacher": long, "teachers": (long,)})
+    assert cost_points(named, ())[-1].name == "teacher a/very/long/way/to/t…/teacher/runs/first"
+    several = results.model_copy(update={"teacher": long, "teachers": (long, long, long)})
+    assert cost_points(several, ())[-1].name == "mean of 3 teachers"

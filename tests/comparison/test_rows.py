@@ -198,3 +198,14 @@ def test_a_students_speed_is_its_own_over_its_epochs_and_seeds() -> None:
 
     lines = [line(0, 1, 2.0, 100.0), line(0, 2, 4.0, 50.0), line(1, 1, 3.0, 100.0), line(1, 2, 3.0, 100.0)]
     assert _speed(lines) == {"none": {"images_per_second": pytest.approx(1000 / 12), "train_seconds": 6.0}}
+
+
+def test_a_seed_under_which_a_student_stopped_is_no_part_of_its_seconds() -> None:
+    def line(student: str, seed: int, epoch: int) -> EpochMetrics:
+        return EpochMetrics(student=student, seed=seed, epoch=epoch, epochs=2, seconds=50.0, images_per_second=10.0)
+
+    lines = [line(student, 0, epoch) for student in ("none", "hard") for epoch in (1, 2)]
+    lines += [line("none", 1, 1), line("none", 1, 2)]  # hard stopped in its first epoch
+    assert {name: speed["train_seconds"] for name, speed in _speed(lines).items()} == {"none": 100.0, "hard": 100.0}
+    lines += [line("hard", 1, 1)]  # or in its second
+    assert _speed(lines)["hard"]["train_seconds"] == 100.0

@@ -70,3 +70,23 @@ def test_the_row_before_has_the_heads_of_the_students(tiny_recipe: TinyRecipe, t
     recipe = tiny_recipe("methods=[none]", f"model.checkpoint={bare}", *named, *still)
     rows = {row.row: row for row in compare(recipe, tmp_path / "second", watcher=Silent()).rows}
     assert rows["before/class"].top1 == rows["none/class"].top1, "which did not move"
+
+
+def test_a_run_does_not_mix_students_of_two_starting_points(tiny_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    first = tmp_path / "first"
+    for seed, out in ((0, first), (1, tmp_path / "other")):
+        compare(tiny_recipe("methods=[none]", "train.epochs=1", f"seeds=[{seed}]"), out, watcher=Silent())
+    fields = ("train.epochs=1", f"model.checkpoint={first}")
+    compare(tiny_recipe("methods=[none]", *fields), tmp_path / "run", watcher=Silent())
+    shutil.copytree(tmp_path / "other" / "winner", first / "winner", dirs_exist_ok=True)  # as after it has grown
+    with pytest.raises(CheckpointError, match="was begun with another version of the initial weights than is here now"):
+        compare(tiny_recipe("methods=[none, hard]", *fields), tmp_path / "run", watcher=Silent(), resume=True)
+
+
+def test_initial_weights_that_are_gone_are_named(tiny_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    compare(tiny_recipe("methods=[none]", "train.epochs=1"), tmp_path / "first", watcher=Silent())
+    fields = ("train.epochs=1", f"model.checkpoint={tmp_path / 'first'}")
+    compare(tiny_recipe("methods=[none]", *fields), tmp_path / "run", watcher=Silent())
+    (tmp_path / "first").rename(tmp_path / "elsewhere")
+    with pytest.raises(CheckpointError, match="does not exist"):
+        compare(tiny_recipe("methods=[none, hard]", *fields), tmp_path / "run", watcher=Silent(), resume=True)

@@ -75,7 +75,13 @@ def test_shares_run_by_hand_give_the_table_of_one_run(
     for unit in (PREPARE, "2/2", "1/2", "1/2"):
         run_unit(recipe, folder, unit, watcher=Silent())
     assert divide(recipe, 2, folder) == []
+    parts = [path.parent for path in folder.glob("*/*/results.json")]  # folds or variants
+    assert all(row.cost is None for part in parts for row in read_results(part).rows), "other units disturb a timing"
     assert_same(run_recipe(recipe, folder, watcher=Silent(), resume=True), expected)
+    assert all(row.cost is not None for part in parts for row in read_results(part).rows)
+    written = {path: path.read_bytes() for path in folder.glob("*/*/results.json")}
+    run_unit(recipe, folder, "1/2", watcher=Silent())  # as a job that is queued again
+    assert {path: path.read_bytes() for path in folder.glob("*/*/results.json")} == written
 
 
 def test_a_begun_seed_goes_on_in_parts_and_parts_go_on_as_a_seed(

@@ -16,9 +16,10 @@ from deitkit.models.built import reverse_channels
 from deitkit.models.classifier import Classifier
 from deitkit.models.zoo import create_classifier
 from deitkit.recipe.load import parse_recipe
+from deitkit.recipe.schema import TeacherRecipe
 from deitkit.run.results import FIT_TO_TEACH, TeacherCard
 from deitkit.teachers.alternatives import better_order
-from deitkit.teachers.gate import Finding, compare_with_chance, doubt, gate
+from deitkit.teachers.gate import Finding, compare_with_chance, doubt, gate, judge_again
 from deitkit.teachers.resolution import measure_at_own_resolution
 
 
@@ -211,3 +212,31 @@ def test_the_cost_of_small_views_is_measured_and_said(tmp_path: Path) -> None:
     assert "its own 64 px, but 50.0 % on views of 16 px" in said
     same, silent = measure_at_own_resolution(texture, card(image_px=16), data, CPU_FP32)
     assert (same.own_px_top1, silent) == (None, None)
+
+
+def test_another_bound_is_judged_by_itself_and_other_reasons_stay() -> None:
+    def bounds(**fields: Any) -> TeacherRecipe:
+        return parse_recipe({"teacher": fields}).teacher
+
+    weak = "weak, allowed by the recipe: "
+    below = card("full", verdict=f"{weak}is below teacher.min_top1=0.99; it was trained too briefly")
+    below = below.model_copy(update={"top1": 0.85, "n": 1000, "chance": 0.1, "weak": True})
+    assert judge_again(below, bounds(min_top1=0.5)).verdict == FIT_TO_TEACH
+    assert judge_again(below, bounds()).weak is False
+    with pytest.raises(
+        TeacherError, match=r"is weak: is below teacher\.min_top1=0\.9: lower teacher\.min_top1, or set"
+    ):
+        judge_again(below, bounds(min_top1=0.9))
+    assert judge_again(below, bounds(min_top1=0.9, allow_weak=True)).verdict == f"{weak}is below teacher.min_top1=0.9"
+    guesses = card("full", verdict=f"{weak}is not significantly above chance (10.0 %)").model_copy(
+        update={"weak": True}
+    )
+    with pytest.raises(TeacherError, match=r"above chance \(10\.0 %\): set teacher\.allow_weak=true"):
+        judge_again(guesses, bounds())
+    unsuitable = below.model_copy(update={"fit": "none"})  # which may have classes in another order as well
+    with pytest.raises(
+        TeacherError, match=r"delete its folder, so that it is checked again, or set teacher\.allow_weak"
+    ):
+        judge_again(unsuitable, bounds(min_top1=0.5))
+    few = below.model_copy(update={"top1": 0.5, "n": 2, "chance": 0.5})
+    assert judge_again(few, bounds(min_top1=0.4)).verdict == "2 images cannot tell it from chance (50.0 %)"

@@ -18,13 +18,14 @@ from deitkit.models.saved import load_classifier, save_classifier, save_tensors
 from deitkit.models.vit import DeiT
 from deitkit.models.weights.read import file_sha256
 from deitkit.models.zoo import create_classifier
-from deitkit.recipe.load import parse_recipe
+from deitkit.recipe.load import load_recipe, parse_recipe
 from deitkit.recipe.schema import Recipe
 from deitkit.run.observer import Silent
 from deitkit.run.results import TeacherCard
 from deitkit.teachers.frozen import FrozenTeacher
 from deitkit.teachers.gate import gate
-from deitkit.teachers.prepare import load_teacher_images, prepare_teacher
+from deitkit.teachers.images import load_teacher_images
+from deitkit.teachers.prepare import prepare_teacher
 from deitkit.training.student import Student
 
 CARD = TeacherCard(
@@ -363,3 +364,22 @@ def test_a_student_can_be_trained_further_before_it_teaches(stripes: Dataset, tm
     teacher, card = prepare(recipe(name=str(tmp_path / "student"), fit="full", **own), stripes, tmp_path)
     assert (card.fit, card.readout, card.top1 > 0.6) == ("full", "joint", True)
     assert not any(parameter.requires_grad for parameter in teacher.parameters())
+
+
+def test_a_teachers_images_are_read_as_when_its_training_began(
+    tmp_path: Path, write_images: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    photos = write_images(tmp_path / "photos", px=16)
+    fields = ("data.train_images=8", "data.image_px=8", "teacher.all_images=true", "teacher.train.batch_size=4")
+    recipe = load_recipe(
+        "digits", [f"data.name=folder:{photos}", "data.test_images=null", *fields, "train.batch_size=4"]
+    )
+    dataset, home = load_dataset(recipe.data), tmp_path / "teacher"
+    home.mkdir()
+    assert not load_teacher_images(recipe, dataset, home).streamed
+    with monkeypatch.context() as patch:
+        patch.setattr("deitkit.data.survey._MOST_MEMORY", 0.0)  # everything that may be streamed now is
+        assert not load_teacher_images(recipe, dataset, home).streamed
+        assert load_teacher_images(recipe, dataset).streamed
+        assert load_teacher_images(recipe, dataset, tmp_path).streamed
+    assert load_teacher_images(recipe, dataset, tmp_path).streamed

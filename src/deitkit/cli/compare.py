@@ -125,6 +125,8 @@ def teacher(
     To use a teacher later: `deitkit compare RECIPE teacher.name=OUT/teacher`.
     """
     from deitkit.cli.progress import Terminal
+    from deitkit.comparison.environment import require_same_teachers, write_environment_of_teachers
+    from deitkit.comparison.images import require_same_images
     from deitkit.data.dataset import load_dataset
     from deitkit.models.weights.pretrained import resolved
     from deitkit.run.folder import begin_run, check_run, choose_run_folder, locked
@@ -144,8 +146,11 @@ def teacher(
     with Terminal(errors if as_json else console) as terminal, locked(folder):
         check_run(folder, loaded, resume)
         dataset = load_dataset(loaded.data, terminal.reading, random_crops=loaded.has_random_crops)
+        require_same_images(dataset, folder, "all_images")
+        require_same_teachers(loaded, dataset, folder)
         dry_run_teachers(loaded, dataset, folder, precision)
         begin_run(folder, loaded)
+        write_environment_of_teachers(loaded, dataset, folder, precision)
         teachers, cards = prepare_teachers(loaded, dataset, folder=folder, precision=precision, watcher=terminal)
         together = common_card(teachers, cards, dataset, precision)
     if as_json:

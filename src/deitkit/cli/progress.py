@@ -113,6 +113,7 @@ class Terminal:
         """Print a line."""
         self._raise_if_stopped()
         self._end_live()
+        self._notebook_title = ""  # what follows stands below this line
         self._line(text)
 
     def _line(self, text: str) -> None:

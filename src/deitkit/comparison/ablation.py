@@ -15,7 +15,8 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from deitkit.comparison.compare import compare, dry_run, has_finished
+from deitkit.comparison.compare import compare, complete, dry_run, has_finished
+from deitkit.comparison.environment import require_same_code, require_same_ingredients
 from deitkit.comparison.images import as_begun, cache_last, require_same_images
 from deitkit.comparison.rows import Hits, RowKey, corrected, note_on_stops, paired_over_seeds
 from deitkit.comparison.seed_run import load_predictions
@@ -32,6 +33,7 @@ from deitkit.run.observer import Watcher
 from deitkit.run.provenance import envelope
 from deitkit.run.reported import reported_rows
 from deitkit.run.results import (
+    FIT_TO_TEACH,
     FORMAT,
     AblationResults,
     Results,
@@ -69,6 +71,8 @@ def compare_variants(recipe: Recipe, folder: Path, *, watcher: Watcher, resume: 
         watcher.say(f"variant {name} ({list(recipes).index(name) + 1} of {len(recipes)}) {_in_words(name, recipes)}")
         with named_in_errors(name):
             compare(recipes[name], homes[name], watcher=watcher, resume=True, dataset=begun.images(name))
+    for name, own in recipes.items():
+        complete(own, homes[name], watcher)
     results = _results(recipe, recipes, homes, begun.labels)
     write_results(results, folder)
     write_report(folder)
@@ -140,6 +144,8 @@ def _dry_run_all(
                     "that divides them"
                 )
             dry_run(variant, dataset, Precision.of(variant))
+            require_same_ingredients(variant, dataset, homes[name])
+            require_same_code(variant, dataset, homes[BASE])  # initial weights may be what a variant changes
             if needs_teacher(variant) and _teacher_key(variant) not in tried:
                 dry_run_teachers(variant, dataset, homes[name], Precision.of(variant))
                 tried.append(_teacher_key(variant))
@@ -209,9 +215,20 @@ def _results(
         winner=None,
         verdict=_verdict(rows),
         published=(),
-        notes=note_on_stops(rows, recipe),
+        notes=_notes(each, recipes) + note_on_stops(rows, recipe),
         machine=each[BASE].machine,
     )
+
+
+def _notes(each: dict[str, Results], recipes: dict[str, Recipe]) -> tuple[str, ...]:
+    """Return the notes of all variants, and why a teacher of one is weak, each once."""
+    found: dict[str, None] = {}
+    for name, results in each.items():
+        own = note_on_stops(results.rows, recipes[name])  # the table of all has one of its own
+        found |= dict.fromkeys(note for note in results.notes if note not in own)
+        weak = (teacher for teacher in results.teachers if teacher.verdict != FIT_TO_TEACH)
+        found |= dict.fromkeys(f"teacher {teacher.name}: {teacher.verdict}." for teacher in weak)
+    return tuple(found)
 
 
 def _hits(results: Results, home: Path, labels: Int64[Tensor, " n"]) -> dict[RowKey, Hits]:
@@ -269,9 +286,12 @@ def _in_words(name: str, recipes: dict[str, Recipe]) -> str:
 
 def _verdict(rows: Sequence[VariantRow]) -> str:
     """Return the largest loss and the largest gain, of those that chance does not explain."""
-    compared = {row.row: row.differences.get("base") for row in rows if row.variant != BASE}
-    sure = {name: found.mean for name, found in compared.items() if found is not None and found.is_significant}
+    others = [row for row in rows if row.variant != BASE]
+    compared = {row.row: row.differences["base"] for row in others if "base" in row.differences}
+    sure = {name: found.mean for name, found in compared.items() if found.is_significant}
     text = f"{len(sure)} of {len(compared)} rows differ from the base by more than chance explains (p < 0.05)"
+    if len(compared) < len(others):
+        text += f", {len(others) - len(compared)} could not be compared"
     for words, sign in (("lowest", -1), ("highest", 1)):
         name = max(sure, key=lambda name: sign * sure[name], default=None)
         if name is not None and sign * sure[name] > 0:

@@ -1,6 +1,6 @@
 """The answer for someone who has to decide: keep the CNN, or use which student, at what loss, speed and size."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from scipy import stats
@@ -42,8 +42,9 @@ def advice(results: Results) -> str:
     rival = None if winner is None else _rival(winner, results)
     if winner is None or winner.cost is None or rival is None:
         return ""
+    judges = _equal_images(winner.n, results.dataset.test_by_class)
     guess = {
-        model: _guesses(balanced, winner.n, results.dataset.classes)
+        model: _guesses(balanced, judges, results.dataset.classes)
         for model, balanced in (("winner", winner.balanced_accuracy), ("rival", rival.balanced))
     }
     images = counted(winner.n, "test image")
@@ -75,6 +76,16 @@ def _rival(winner: Row, results: Results) -> Rival | None:
     if difference is not None and baseline is not None and baseline.cost is not None:
         return Rival("the CNN baseline", difference, baseline.cost, baseline.balanced_accuracy)
     return None
+
+
+def _equal_images(images: int, by_class: Sequence[int] | None) -> int:
+    """Return how many test images, as many of each class, would judge a balanced accuracy as surely as these.
+
+    A guess's share in a class of n images has the variance p (1 - p) / n, so the rare classes decide.
+    """
+    if not by_class or min(by_class) == 0:
+        return images
+    return max(1, round(len(by_class) ** 2 / sum(1 / count for count in by_class)))
 
 
 def _guesses(balanced: float | None, images: int, classes: int) -> bool:

@@ -9,18 +9,17 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
 
-from deitkit import __version__
 from deitkit.comparison.advice import advice
 from deitkit.comparison.cost import add_costs
 from deitkit.comparison.describe import describe_data, describe_students
+from deitkit.comparison.environment import machine_of, require_same_ingredients, write_environment
 from deitkit.comparison.estimate import estimate_training
 from deitkit.comparison.finetune import StartingPoint, add_checkpoint_row, measure_checkpoint
-from deitkit.comparison.images import describe_images, load_images
+from deitkit.comparison.images import load_images
 from deitkit.comparison.rows import note_on_stops, summarise, validation_scores
 from deitkit.comparison.seed_run import (
     SeedRun,
@@ -30,10 +29,11 @@ from deitkit.comparison.seed_run import (
     run_seed,
     step_images,
 )
+from deitkit.data.augment.augment import Augment
 from deitkit.data.augment.preview import draw_views
 from deitkit.data.dataset import Dataset
 from deitkit.data.duplicates import Duplicates
-from deitkit.distillation.methods import find_method
+from deitkit.distillation.methods import find_method, require_losses
 from deitkit.errors import RecipeError
 from deitkit.evaluation.readouts import balanced_accuracy, macro_f1, top_k_accuracy
 from deitkit.models.accelerate import forget_compiled, release
@@ -45,7 +45,7 @@ from deitkit.run.folder import begin_run, check_run
 from deitkit.run.layout import BASELINE, REPORT, seed_folder, teacher_folders
 from deitkit.run.metrics import read_metrics
 from deitkit.run.observer import Watcher
-from deitkit.run.provenance import code_sha256, envelope
+from deitkit.run.provenance import envelope
 from deitkit.run.results import (
     FORMAT,
     DatasetSummary,
@@ -55,7 +55,7 @@ from deitkit.run.results import (
     read_results,
     write_results,
 )
-from deitkit.system.device import Precision, describe_machine
+from deitkit.system.device import Precision
 from deitkit.system.files import copy_file, write_json
 from deitkit.system.ranks import current_ranks
 from deitkit.system.words import as_sentence
@@ -86,11 +86,16 @@ class Begun:
     cards: Sequence[TeacherCard]
     checkpoint: StartingPoint | None
     remarks: Sequence[str]
-    machine: dict[str, Any]
 
 
 def compare(
-    recipe: Recipe, folder: Path, *, watcher: Watcher, resume: bool = False, dataset: Dataset | None = None
+    recipe: Recipe,
+    folder: Path,
+    *,
+    watcher: Watcher,
+    resume: bool = False,
+    dataset: Dataset | None = None,
+    costs: bool = True,
 ) -> Results:
     """Run a comparison into a folder and return its results.
 
@@ -101,6 +106,7 @@ def compare(
         resume: Continue a run that was stopped, or train the methods and seeds that it lacks; a finished run is only
             reported again.
         dataset: What ``recipe.data`` names, if it is loaded already.
+        costs: Measure what each model costs to use, which other processes on this machine would disturb.
 
     Raises:
         Interrupted: The watcher requested a stop; the run can be resumed.
@@ -110,8 +116,21 @@ def compare(
     for seed in recipe.seeds:
         run_seed(SeedRun(recipe, begun.dataset, begun.teachers, precision, seed, folder, watcher))
     results = _results(begun, folder)
+    return _conclude(_with_costs(results, recipe, folder, precision, watcher) if costs else results, folder)
+
+
+def complete(recipe: Recipe, folder: Path, watcher: Watcher) -> None:
+    """Measure what the models of a finished comparison cost to use, if it ended without; it ran beside others."""
+    results = read_results(folder)
+    if any(row.cost is None and row.top1_mean is not None and row.kind != "checkpoint" for row in results.rows):
+        precision = Precision.of(recipe)
+        measured = _with_costs(results, recipe, folder, precision, watcher)
+        _conclude(measured.model_copy(update={"machine": machine_of(precision)}), folder)
+
+
+def _with_costs(results: Results, recipe: Recipe, folder: Path, precision: Precision, watcher: Watcher) -> Results:
     watcher.say("measuring what each model costs to use")
-    return _conclude(add_costs(results, recipe, folder, precision), folder)
+    return add_costs(results, recipe, folder, precision)
 
 
 def begin(
@@ -132,6 +151,7 @@ def begin(
     for line in describe_data(dataset):
         watcher.say(line)
     remarks, parameters = dry_run(recipe, dataset, precision)
+    require_same_ingredients(recipe, dataset, folder)
     for line in (*remarks, *describe_students(recipe, dataset, parameters)):
         watcher.say(line)
     if needs_teacher(recipe):
@@ -139,13 +159,7 @@ def begin(
     checkpoint = measure_checkpoint(recipe, dataset, precision, watcher)
     begin_run(folder, recipe)
     adopt_older_layout(folder)
-    machine = describe_machine(precision)
-    if current_ranks().count > 1:  # which predict other parts of the images at once than one process, and so may round
-        machine["processes"] = current_ranks().count
-    environment = machine | {
-        "deitkit": __version__, "code": code_sha256(), "streamed": dataset.streamed, **describe_images(dataset),
-    }  # fmt: skip
-    write_json(folder / "environment.json", environment)
+    write_environment(recipe, dataset, folder, precision)
     draw_views(dataset, recipe.augment, recipe.train.label_smoothing, folder / "views.png")
 
     estimate = estimate_training(recipe, dataset, folder, precision)
@@ -155,7 +169,7 @@ def begin(
     cards: list[TeacherCard] = []
     if needs_teacher(recipe):
         teachers, cards = prepare_teachers(recipe, dataset, folder=folder, precision=precision, watcher=watcher)
-    return Begun(recipe, dataset, precision, teachers, cards, checkpoint, remarks, machine)
+    return Begun(recipe, dataset, precision, teachers, cards, checkpoint, remarks)
 
 
 def train_part(recipe: Recipe, folder: Path, seed: int, names: Sequence[str], *, watcher: Watcher) -> None:
@@ -173,6 +187,7 @@ def train_part(recipe: Recipe, folder: Path, seed: int, names: Sequence[str], *,
     if not (folder / "recipe.yaml").exists() or not all(map(is_prepared, homes)):
         raise RecipeError(f"{folder} is not prepared, or its teacher is not: run --unit prepare first")
     dataset = load_images(recipe, folder, watcher)
+    require_same_ingredients(recipe, dataset, folder)
     teachers = None
     if homes:
         teachers, _ = prepare_teachers(recipe, dataset, folder=folder, precision=precision, watcher=watcher)
@@ -205,6 +220,9 @@ def dry_run(recipe: Recipe, dataset: Dataset, precision: Precision) -> tuple[lis
         parameters of each student.
     """
     _require_whole_batches(recipe, len(dataset.train))
+    _require_policies(recipe, dataset)
+    for name in recipe.methods:
+        require_losses(name, recipe.distillation, dataset.classes)
     top = kept_logits(recipe, dataset.classes)
     if top is not None and current_ranks().count > 1:
         raise RecipeError(
@@ -223,6 +241,18 @@ def dry_run(recipe: Recipe, dataset: Dataset, precision: Precision) -> tuple[lis
     for student in students:
         release(student.classifier)
     return remarks, {one.name: sum(value.numel() for value in one.classifier.parameters()) for one in students}
+
+
+def _require_policies(recipe: Recipe, dataset: Dataset) -> None:
+    """Raise RecipeError for a policy that no library has, of the students' views or of a teacher's own training."""
+    named = {"augment": recipe.augment}
+    for number, teacher in enumerate(recipe.all_teachers):
+        named[f"teachers.{number}.augment" if recipe.teachers else "teacher.augment"] = teacher.augment
+    for place, augment in named.items():
+        try:
+            Augment(augment, dataset.mean, dataset.std)
+        except RecipeError as error:
+            raise RecipeError(f"{place}.{error}") from None
 
 
 def _require_whole_batches(recipe: Recipe, count: int) -> None:
@@ -266,7 +296,7 @@ def _results(begun: Begun, folder: Path) -> Results:
         verdict=summary.verdict,
         published=published_figures(recipe.published),
         notes=(*summary.notes, *note_on_stops(summary.rows, recipe), *map(as_sentence, begun.remarks)),
-        machine=begun.machine,
+        machine=machine_of(precision),
     )
 
 
@@ -292,6 +322,7 @@ def _summary(dataset: Dataset) -> DatasetSummary:
         fingerprint=dataset.fingerprint,
         duplicates=_recorded(dataset.duplicates),
         near_duplicates=_recorded(dataset.near_duplicates),
+        test_by_class=tuple(dataset.test.labels.bincount(minlength=dataset.classes).tolist()),
         divided=dataset.divided,
     )
 

@@ -15,11 +15,11 @@ from deitkit.system.device import Precision
 from deitkit.system.ranks import ALONE
 from deitkit.system.timer import duration_text
 from deitkit.teachers.frozen import FrozenTeacher, Teachers
+from deitkit.teachers.images import load_teacher_images
 from deitkit.teachers.prepare import (
     draft_teacher,
     is_prepared,
     is_trained,
-    load_teacher_images,
     read_teacher,
     teacher_cohort,
     teacher_student,

@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from deitkit.comparison.advice import advice
-from deitkit.comparison.compare import compare, copy_winner, dry_run, has_finished
+from deitkit.comparison.compare import compare, complete, copy_winner, dry_run, has_finished
+from deitkit.comparison.environment import require_same_ingredients
 from deitkit.comparison.finetune import measure_checkpoint
 from deitkit.comparison.images import as_begun, cache_last
 from deitkit.comparison.rows import best_row, corrected, corrected_differences, note_on_stops
@@ -74,6 +75,7 @@ def compare_folds(recipe: Recipe, folder: Path, *, watcher: Watcher, resume: boo
         if not has_finished(homes[fold], own):
             watcher.say(f"fold {fold} of {len(recipes)}")
             compare(own, homes[fold], watcher=watcher, resume=True, dataset=load(as_begun(own.data, homes[fold])))
+        complete(own, homes[fold], watcher)
     results = combine(recipe, {fold: read_results(home) for fold, home in homes.items()})
     copy_winner(results, folder, [seed_folder(home, recipe.seeds[0]) for home in homes.values()])
     if (homes[1] / "views.png").is_file():
@@ -104,6 +106,8 @@ def begin_folds(
     precision = Precision.of(recipe)
     dataset = load(as_begun(recipes[1].data, fold_folder(folder, 1)))
     dry_run(recipes[1], dataset, precision)
+    for fold in recipes:
+        require_same_ingredients(recipe, dataset, fold_folder(folder, fold))
     teachers = recipe.all_teachers if needs_teacher(recipe) else ()
     if teachers:
         dry_run_teachers(recipes[1], dataset, fold_folder(folder, 1), precision)
@@ -245,7 +249,10 @@ def _teacher(cards: Sequence[TeacherCard | None]) -> TeacherCard:
 def _dataset(each: Sequence[DatasetSummary]) -> DatasetSummary:
     """Describe the training images of the first fold, and the test images of all: every image once."""
     together = hashlib.sha256(" ".join(one.fingerprint for one in each).encode()).hexdigest()
-    return each[0].model_copy(update={"test": sum(one.test for one in each), "fingerprint": together})
+    by_class = [one.test_by_class for one in each if one.test_by_class is not None]
+    counts = tuple(map(sum, zip(*by_class, strict=True))) if len(by_class) == len(each) else None
+    tested = {"test": sum(one.test for one in each), "test_by_class": counts}
+    return each[0].model_copy(update=tested | {"fingerprint": together})
 
 
 def _notes(each: Sequence[Results], recipe: Recipe) -> tuple[str, ...]:

@@ -56,7 +56,7 @@ def require_same_images(dataset: Dataset, folder: Path, which: Literal["images",
         folder: Of the run, which may have begun.
         which: ``all_images`` for the folder of another fold, which divides the same images in another way.
     """
-    recorded = _environment(folder).get(which)
+    recorded = read_environment(folder).get(which)
     if recorded is not None and recorded != describe_images(dataset)[which]:
         raise CheckpointError(
             f"{folder} was begun with other images or labels than data.name={dataset.name} has now, and rows are "
@@ -67,7 +67,7 @@ def require_same_images(dataset: Dataset, folder: Path, which: Literal["images",
 
 def as_begun(data: DataRecipe, folder: Path) -> DataRecipe:
     """Return a recipe's data, streamed or not as when a run folder was begun, however much memory is free now."""
-    streamed = _environment(folder).get("streamed")
+    streamed = read_environment(folder).get("streamed")
     if data.streaming != "auto" or streamed is None:
         return data
     return data.model_copy(update={"streaming": streamed})
@@ -110,7 +110,7 @@ def cache_last(load: Callable[Arguments, Dataset]) -> Callable[Arguments, Datase
     return load_or_take
 
 
-def _environment(folder: Path) -> dict[str, Any]:
+def read_environment(folder: Path) -> dict[str, Any]:
     """Return what ``begin`` wrote of a run's machine and images; nothing of a run that has not begun."""
     path = folder / "environment.json"
     try:

@@ -48,11 +48,13 @@ class StudentPredictions:
         status: None, or why it stopped.
         parameters: Of the model.
         scores: By weights (``last``, ``ema``), split and readout, as float32 on the CPU.
+        machine: On which they were computed; None in files of earlier versions.
     """
 
     status: str | None
     parameters: int
     scores: dict[str, dict[str, dict[str, Float[Tensor, "n classes"]]]]
+    machine: dict[str, Any] | None = None
 
 
 Predictions = Mapping[int, Mapping[str, StudentPredictions]]  # seed -> student
@@ -274,19 +276,21 @@ _NO_SPEED: dict[str, float | None] = {"images_per_second": None, "train_seconds"
 
 
 def _speed(metrics: Iterable[EpochMetrics]) -> dict[str, dict[str, float | None]]:
-    """Return each student's own images/s and seconds per seed, without the part that all students share."""
-    seconds: dict[str, float] = {}
-    images: dict[str, float] = {}
-    seeds = set()
+    """Return each student's own images/s and seconds per seed, without the part that all students share.
+
+    A seed under which a student stopped counts only where it finished under none.
+    """
+    lines: dict[str, dict[int, list[EpochMetrics]]] = {}
     for line in metrics:
-        taken, pace = line.seconds or 0.0, line.images_per_second or 0.0
-        seeds.add(line.seed)
-        seconds[line.student] = seconds.get(line.student, 0.0) + taken
-        images[line.student] = images.get(line.student, 0.0) + taken * pace
-    return {
-        name: {"images_per_second": images[name] / seconds[name], "train_seconds": seconds[name] / len(seeds)}
-        for name in seconds
-    }
+        lines.setdefault(line.student, {}).setdefault(line.seed, []).append(line)
+    speeds: dict[str, dict[str, float | None]] = {}
+    for name, seeds in lines.items():
+        finished = [each for each in seeds.values() if each[-1].epoch == each[-1].epochs] or list(seeds.values())
+        timed = [(line.seconds or 0.0, line.images_per_second or 0.0) for each in finished for line in each]
+        seconds = sum(taken for taken, _ in timed)
+        images = sum(taken * pace for taken, pace in timed)
+        speeds[name] = {"images_per_second": images / seconds, "train_seconds": seconds / len(finished)}
+    return speeds
 
 
 def best_row(rows: Sequence[Row], by: str) -> Row | None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from deitkit.comparison.cohort_states import PREDICTIONS, STATE, PlannedCohort, holds, plan_cohorts, write_own_metrics
+from deitkit.comparison.environment import machine_of
 from deitkit.comparison.rows import StudentPredictions
 from deitkit.data.dataset import Dataset, as_read
 from deitkit.data.duplicates import sketch
@@ -228,6 +229,7 @@ def _keep(run: SeedRun, students: Sequence[Student], scores: Scores, metrics: Se
             status=student.stopped,
             parameters=sum(parameter.numel() for parameter in student.classifier.model.parameters()),
             scores=scores[student.name],
+            machine=machine_of(run.precision),
         )
         save_tree(home / PREDICTIONS, vars(predictions))
 

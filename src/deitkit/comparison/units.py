@@ -101,8 +101,10 @@ def run_unit(recipe: Recipe, folder: Path, unit: str, *, watcher: Watcher) -> No
             continue
         home, own = _parts(recipe, folder)[name]
         assert home is not None
+        if has_finished(home, own):
+            continue
         with locked(home, LOCK_SECONDS, watcher.say), named_in_errors(which) if kind == "variant" else nullcontext():
-            compare(own, home, watcher=watcher, resume=True)
+            compare(own, home, watcher=watcher, resume=True, costs=False)
 
 
 def _prepare(recipe: Recipe, folder: Path, watcher: Watcher) -> None:

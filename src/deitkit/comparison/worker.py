@@ -14,9 +14,9 @@ from deitkit.run.observer import Silent
 from deitkit.system.device import Precision
 from deitkit.system.ranks import Ranks
 from deitkit.system.seeding import seeded
+from deitkit.teachers.images import load_teacher_images
 from deitkit.teachers.prepare import (
     draft_teacher,
-    load_teacher_images,
     prepare_teachers,
     teacher_cohort,
     teacher_student,

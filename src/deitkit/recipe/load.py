@@ -91,6 +91,8 @@ def expand_variants(recipe: Recipe) -> dict[str, Recipe]:
     expanded, problems = {BASE: base}, []
     for name, changes in recipe.variants.items():
         tree = base.model_dump(exclude_unset=True) | {"name": f"{recipe.name}-{name}"}
+        if "teachers" in tree:
+            tree["teachers"] = [*tree["teachers"]]  # of a tuple, so that a variant can change one
         try:
             paths = [_path(RENAMED.get(key, key), value) for key, value in changes.items()]
             for path, value in zip(paths, changes.values(), strict=True):

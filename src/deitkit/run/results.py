@@ -192,6 +192,7 @@ class DatasetSummary(Record):
     """The data set of a comparison: numbers of images by split, classes, and the hash of its pixels and labels.
 
     Attributes:
+        test_by_class: Test images of each class; None in files that do not tell.
         divided: Whether the test images were drawn from all, since the data set has no test split of its own; None in
             files that do not tell.
     """
@@ -210,6 +211,7 @@ class DatasetSummary(Record):
     fingerprint: str
     duplicates: DuplicateImages | None = None
     near_duplicates: DuplicateImages | None = None
+    test_by_class: tuple[int, ...] | None = None
     divided: bool | None = None
 
 

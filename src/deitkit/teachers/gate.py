@@ -105,7 +105,7 @@ def gate(
     finding = compare_with_chance(right, judged, chance)
     verdict = FIT_TO_TEACH
     if finding is Finding.UNDECIDED:
-        verdict = f"{counted(judged, 'image')} cannot tell it from chance ({100 * chance:.1f} %)"
+        verdict = _of_chance(judged, chance)
     elif card.fit == "none" and judged < FEWEST_PER_CLASS * dataset.classes:
         images = counted(judged, "image")
         verdict = f"{images} cannot tell whether its classes are in this order: compare it with the teacher's"
@@ -129,17 +129,28 @@ def judge_again(card: TeacherCard, recipe: TeacherRecipe) -> TeacherCard:
     Raises:
         TeacherError: It does not pass them.
     """
-    least = recipe.min_top1
+    least, below = recipe.min_top1, "weak, allowed by the recipe: is below teacher.min_top1="
+    if card.verdict.startswith(below) and card.fit != "none":  # an earlier bound was the only reason
+        finding = compare_with_chance(round(card.top1 * card.n), card.n, card.chance)
+        verdict = _of_chance(card.n, card.chance) if finding is Finding.UNDECIDED else FIT_TO_TEACH
+        card = card.model_copy(update={"weak": False, "verdict": verdict})
     if least is not None and card.top1 < least and not card.weak:
-        reason = f"is below teacher.min_top1={least:g}"
-        card = card.model_copy(update={"weak": True, "verdict": f"weak, allowed by the recipe: {reason}"})
+        card = card.model_copy(update={"weak": True, "verdict": f"{below}{least:g}"})
     if card.weak and not recipe.allow_weak:
+        lower = "lower teacher.min_top1, or " if least is not None and card.top1 < least else ""
+        if not lower and card.verdict.startswith(below):
+            lower = "delete its folder, so that it is checked again, or "
         raise TeacherError(
             f"teacher {card.name} scores {100 * card.top1:.2f} % on {counted(card.n, 'validation image')} and is "
-            f"{card.verdict.replace('weak, allowed by the recipe', 'weak')}: lower teacher.min_top1, or set "
-            "teacher.allow_weak=true to use it anyway"
+            f"{card.verdict.replace('weak, allowed by the recipe', 'weak')}: {lower}set teacher.allow_weak=true to use "
+            "it anyway"
         )
     return card
+
+
+def _of_chance(images: int, chance: float) -> str:
+    """Return the verdict on a teacher that too few images judge."""
+    return f"{counted(images, 'image')} cannot tell it from chance ({100 * chance:.1f} %)"
 
 
 def _chance(labels: Tensor, classes: int) -> float:

@@ -11,9 +11,8 @@ from typing import Any
 
 from torch import nn
 
-from deitkit.data.dataset import Dataset, as_read, load_dataset
+from deitkit.data.dataset import Dataset, as_read
 from deitkit.data.duplicates import sketch
-from deitkit.data.listing import ProgressCallback
 from deitkit.distillation.methods import METHODS
 from deitkit.errors import CheckpointError, TeacherError
 from deitkit.evaluation.readouts import top_k_accuracy
@@ -37,6 +36,7 @@ from deitkit.system.seeding import seeded
 from deitkit.system.words import counted
 from deitkit.teachers.frozen import FrozenTeacher, Teachers, mean_teacher_logits
 from deitkit.teachers.gate import doubt, gate, judge_again
+from deitkit.teachers.images import STREAMED, load_teacher_images, require_batch
 from deitkit.teachers.resolution import measure_at_own_resolution
 from deitkit.teachers.saved import build_saved, origins, require_unseen
 from deitkit.training.cohort import Cohort
@@ -86,7 +86,7 @@ def prepare_teacher(
     accelerate(classifier, recipe.speed, precision.device)
     train_data = dataset
     if card.fit != "none":
-        train_data = load_teacher_images(recipe, dataset, watcher.reading)
+        train_data = load_teacher_images(recipe, dataset, folder, watcher.reading)
         trained = folder / TRAINED
         if trained.exists():
             classifier.model.load_state_dict(read_state(trained))
@@ -104,6 +104,7 @@ def prepare_teacher(
     card = card.model_copy(update={"sha256": file_sha256(folder / "model.safetensors")})
     write_json(folder / CARD, card.model_dump(exclude=TESTED))
     (folder / TRAINED).unlink(missing_ok=True)
+    (folder / STREAMED).unlink(missing_ok=True)
     watcher.say(
         f"teacher {card.name}: {100 * card.top1:.2f} % on {counted(card.n, 'validation image')}, {card.verdict}"
     )
@@ -120,25 +121,6 @@ def _read_card(folder: Path) -> TeacherCard:
         raise unreadable(folder, error) from None
 
 
-def load_teacher_images(recipe: Recipe, dataset: Dataset, progress: ProgressCallback | None = None) -> Dataset:
-    """Return the images on which a recipe's teacher trains: those of the run, or more.
-
-    Raises:
-        TeacherError: They are fewer than a batch.
-    """
-    if recipe.teacher.all_images and recipe.data.train_images is not None:
-        every_image = recipe.data.model_copy(update={"train_images": None})
-        dataset = load_dataset(every_image, progress, random_crops=recipe.has_random_crops)
-    _require_batch(recipe.teacher, len(dataset.train))
-    return dataset
-
-
-def _require_batch(recipe: TeacherRecipe, count: int) -> None:
-    size = recipe.train.batch_size
-    if size > count:
-        raise TeacherError(f"teacher.train.batch_size={size} exceeds the {count} training images: use at most {count}")
-
-
 def _try(
     classifier: Classifier, card: TeacherCard, recipe: TeacherRecipe, dataset: Dataset, precision: Precision
 ) -> None:
@@ -147,7 +129,7 @@ def _try(
     if trained and precision.device.type == "cuda":  # elsewhere one process trains a CNN
         require_parts({"teacher.train.batch_size": recipe.train.batch_size})
     if trained and not recipe.all_images:
-        _require_batch(recipe, len(dataset.train))
+        require_batch(recipe, len(dataset.train))
     failure = failure_of(classifier, dataset, recipe.train.batch_size if trained else 1, precision, trained=trained)
     if failure is not None:
         way = "teacher.image_px, teacher.train.batch_size" if trained else "teacher.image_px"
