@@ -1,15 +1,19 @@
-"""The files for clusters, as far as one machine can run them: Slurm's commands are played by a script."""
+"""The notebook, shortened; and the files for clusters, as far as one machine can run them: a script plays Slurm."""
 
 import json
 import os
 import stat
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import yaml
 
+import deitkit
 from conftest import TINY
 from deitkit.run.results import read_results
 
@@ -79,3 +83,23 @@ def test_spot_machines_run_the_same_command_again(tmp_path: Path) -> None:
         )
         assert done.returncode == 0, done.stdout + done.stderr
     assert read_results(tmp_path / "run").seeds == (0, 1)
+
+
+def test_the_notebook_runs_from_its_first_cell_to_its_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pictures = []
+    monkeypatch.setitem(sys.modules, "IPython.display", SimpleNamespace(Image=pictures.append))
+    shorter = {name: yaml.safe_load(value) for name, _, value in (item.partition("=") for item in TINY)}
+    monkeypatch.setattr(deitkit, "compare", partial(deitkit.compare, progress=False, **shorter))
+    monkeypatch.chdir(tmp_path)
+    cells = json.loads((EXAMPLES / "first-comparison.ipynb").read_text(encoding="utf-8"))["cells"]
+    names: dict[str, Any] = {}
+    for cell in cells:
+        if cell["cell_type"] == "code":
+            exec("".join(cell["source"]), names)
+    assert [picture.name for picture in pictures] == ["curves.png", "views.png"]
+    assert all(picture.read_bytes().startswith(b"\x89PNG") for picture in pictures)
+    assert len(names["result"].rows) == 11
+    shown = json.dumps(cells)
+    assert "five methods" in shown
+    assert "runs/digits" in shown
+    assert str(Path.home()) not in shown
