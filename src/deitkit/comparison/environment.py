@@ -14,7 +14,7 @@ from deitkit.comparison.images import describe_images, read_environment
 from deitkit.data.dataset import Dataset
 from deitkit.distillation.methods import SHIPPED, SIGNALS, find_method
 from deitkit.errors import CheckpointError
-from deitkit.models.registered import OWN
+from deitkit.models.registered import OWN, build_function
 from deitkit.models.weights.initialise import weights_file
 from deitkit.models.weights.pretrained import starting_weights
 from deitkit.models.weights.read import file_sha256
@@ -108,11 +108,11 @@ def _of_architectures(names: Sequence[str], dataset: Dataset) -> dict[str, str]:
 
 
 def _sources(name: str, dataset: Dataset) -> Iterator[str]:
-    """Yield the code of every class of the user's in a registered architecture."""
+    """Yield the code of a registered architecture: of its function, and of every class of the user's in it."""
     with torch.random.fork_rng(devices=[]):
         model = create_classifier(name, classes=dataset.classes, channels=dataset.channels).model
     kinds = dict.fromkeys(type(module) for module in model.modules())
-    yield str(model)  # its layers and their sizes
+    yield _source(build_function(name.removeprefix(OWN)))
     yield from (_source(kind) for kind in kinds if kind.__module__.partition(".")[0] not in LIBRARIES)
 
 

@@ -50,6 +50,17 @@ def names() -> list[str]:
     return sorted(_REGISTERED)
 
 
+def build_function(architecture: str) -> Build:
+    """Return the function, or class, that builds a registered architecture; raise NotRegistered for an unknown one."""
+    if architecture not in _REGISTERED:
+        known = f" (registered are {', '.join(names())})" if _REGISTERED else ""
+        raise NotRegistered(
+            f"'{OWN}{architecture}' is not registered{known}: import the module that registers it; on the command "
+            f"line, set {IMPORT} to its file"
+        )
+    return _REGISTERED[architecture]
+
+
 def build_registered(architecture: str, *, classes: int, channels: int) -> BuiltClassifier:
     """Build a registered architecture.
 
@@ -58,13 +69,7 @@ def build_registered(architecture: str, *, classes: int, channels: int) -> Built
             model has no classifier layer.
     """
     name = OWN + architecture
-    if architecture not in _REGISTERED:
-        known = f" (registered are {', '.join(names())})" if _REGISTERED else ""
-        raise NotRegistered(
-            f"'{name}' is not registered{known}: import the module that registers it; on the command line, set "
-            f"{IMPORT} to its file"
-        )
-    build = _REGISTERED[architecture]
+    build = build_function(architecture)
     try:
         model = build(classes=classes, channels=channels)
     except Exception as error:  # the user's code may raise any
