@@ -12,7 +12,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent
 PAGES = ROOT / "build" / "pages"
 # Besides Markdown: pictures, and the files that pages link to.
-COPIED = ("*.md", "docs/**/*", "results/**/*", "benchmarks/*", "src/deitkit/**/*.py", "LICENSE")
+COPIED = ("*.md", "docs/**/*", "results/**/*", "benchmarks/*", "examples/*", "src/deitkit/**/*.py", "LICENSE")
 FIELDS = """# Fields of a recipe
 
 Look up a field, its default and its meaning, as `deitkit recipes --fields` prints them. How recipes are written is in
