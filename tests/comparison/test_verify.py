@@ -118,3 +118,13 @@ def test_each_student_is_held_to_the_machine_on_which_it_was_predicted(
     found = verify_run(run, Silent())
     assert {row.row: row.holds for row in found.rows} == {"none/class": True, "class-only/class": False}
     assert found.tolerance == TOLERANCE_ELSEWHERE
+
+
+def test_a_seed_without_any_model_is_told(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    compare(load_recipe("digits", [*TINY, "methods=[none]", "train.epochs=1"]), run, watcher=Silent())
+    (run / "seed-0" / "none" / "model.json").unlink()
+    found = verify_run(run, Silent())
+    assert not found.holds
+    (problem,) = found.problems
+    assert "model.json is missing: copy the student's folder back into its run" in problem

@@ -63,10 +63,11 @@ def require_same_code(recipe: Recipe, dataset: Dataset, folder: Path) -> None:
     _require_same(_of_teachers(recipe, dataset) | _of_students(recipe, dataset), folder)
 
 
-def require_same_ingredients(recipe: Recipe, dataset: Dataset, folder: Path) -> None:
+def require_same_ingredients(recipe: Recipe, dataset: Dataset, *folders: Path) -> None:
     """Raise CheckpointError if a run folder began with other initial weights, or another version of the user's code."""
-    require_same_code(recipe, dataset, folder)
-    _require_same(_initial(recipe), folder)
+    ingredients = _of_teachers(recipe, dataset) | _of_students(recipe, dataset) | _initial(recipe)
+    for folder in folders:
+        _require_same(ingredients, folder)
 
 
 def _require_same(ingredients: dict[str, str], folder: Path) -> None:

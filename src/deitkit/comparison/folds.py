@@ -106,8 +106,7 @@ def begin_folds(
     precision = Precision.of(recipe)
     dataset = load(as_begun(recipes[1].data, fold_folder(folder, 1)))
     dry_run(recipes[1], dataset, precision)
-    for fold in recipes:
-        require_same_ingredients(recipe, dataset, fold_folder(folder, fold))
+    require_same_ingredients(recipe, dataset, *(fold_folder(folder, fold) for fold in recipes))
     teachers = recipe.all_teachers if needs_teacher(recipe) else ()
     if teachers:
         dry_run_teachers(recipes[1], dataset, fold_folder(folder, 1), precision)

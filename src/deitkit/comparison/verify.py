@@ -127,7 +127,7 @@ def _verify(
             name: 0.0 if (_machine_of(home) or results.machine) == here else TOLERANCE_ELSEWHERE
             for name, home in homes.items()
         }
-        tolerance = max(tolerance, *allowed.values())
+        tolerance = max([tolerance, *allowed.values()])
         for row in recorded_rows:
             output, least = outputs.get(row.student), allowed.get(row.student, 0.0)
             rows.append(_verified(row, place, seed, output, dataset.test.labels, least))
