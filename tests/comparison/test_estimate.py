@@ -17,7 +17,7 @@ from deitkit.errors import Interrupted
 from deitkit.recipe.schema import Recipe
 from deitkit.run.observer import Silent
 from deitkit.system.device import Precision
-from deitkit.system.timer import duration_text
+from deitkit.system.words import duration_text
 from run_helpers import Listener, assert_same_run
 
 TinyRecipe = Callable[..., Recipe]

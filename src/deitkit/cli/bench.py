@@ -191,7 +191,7 @@ def plan(
 
 
 def _plan_rows(result: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    from deitkit.system.timer import duration_text
+    from deitkit.system.words import duration_text
 
     yield "training images", f"{result['images']:,}"
     yield "views of all epochs, seeds, folds and variants", f"{result['views']:,}"

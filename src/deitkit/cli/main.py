@@ -20,7 +20,7 @@ from deitkit.cli.export import export
 from deitkit.cli.models import models
 from deitkit.cli.publish import publish
 from deitkit.cli.recipes import methods, recipes
-from deitkit.cli.report import report, verify
+from deitkit.cli.report import progress, report, verify
 from deitkit.errors import DeitkitError, Interrupted, is_dead_worker, is_lost_process, is_out_of_memory, os_reason
 from deitkit.system.process import configure_process, were_started
 from deitkit.system.user_code import import_user_code
@@ -62,8 +62,8 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 
 
 for command in (
-    compare, train, finetune, teacher, evaluate, predict, report, analyze, verify, recipes, methods, models, convert,
-    demo, export, publish,
+    compare, train, finetune, teacher, progress, evaluate, predict, report, analyze, verify, recipes, methods, models,
+    convert, demo, export, publish,
 ):  # fmt: skip
     app.command()(command)
 app.add_typer(bench_app, name="bench")

@@ -18,7 +18,7 @@ from deitkit.run.metrics import EpochMetrics
 from deitkit.run.observer import Progress as TrainingProgress
 from deitkit.run.observer import Watcher
 from deitkit.system.process import were_started
-from deitkit.system.timer import duration_text
+from deitkit.system.words import duration_text
 
 TORCHRUN_SECONDS = 5.0
 # Between two looks at one training: on a terminal, in a notebook, and elsewhere, where each is a line.

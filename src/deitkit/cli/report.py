@@ -1,8 +1,8 @@
-"""The commands that read a finished run: ``report`` and ``verify``."""
+"""The commands that read a run: ``progress``, ``report`` and ``verify``."""
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
@@ -10,6 +10,10 @@ from rich.table import Table
 from deitkit.cli.console import console, errors, plain, print_json, say
 from deitkit.cli.options import Json, RunArgument
 from deitkit.errors import RecipeError
+from deitkit.system.words import duration_text
+
+if TYPE_CHECKING:
+    from deitkit.report.progress import TrainingProgress
 
 
 def _verify_file(file: Path, data: str | None, root: Path | None, as_json: bool) -> None:
@@ -26,6 +30,60 @@ def _verify_file(file: Path, data: str | None, root: Path | None, as_json: bool)
         say(f"{found.dataset}, n = {found.n:,}; tolerance: {100 * found.tolerance:.2f} points")
     if not found.holds:
         raise typer.Exit(1)
+
+
+def progress(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, of which trainings may still run.")],
+    reference: Annotated[
+        Path | None, typer.Option("--reference", help="A run folder to stand beside, such as results/cifar10.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Show how far each training of a run is, also while it runs, and draw its curves as RUN/progress.png.
+
+    With `--reference` it says whether a run is on track: each student beside the same student of another run after the
+    same epoch, for example `deitkit progress runs/cifar10 --reference results/cifar10`. Accuracies are those of the
+    validation images.
+    """
+    from deitkit.report.progress import progress_of, read_trainings, write_progress
+
+    metrics = read_trainings(run)
+    beside = [] if reference is None else read_trainings(reference)
+    found = progress_of(metrics, beside)
+    if as_json:
+        print_json([asdict(training) for training in found])
+        return
+    if not found:
+        say(f"no training in {run} has finished an epoch yet")
+        return
+    console.print(_progress_table(found, beside=reference is not None))
+    if reference is not None:
+        say(f"reference {reference}, after the same epoch")
+    picture = run / "progress.png"
+    if write_progress(metrics, str(run), picture, beside, str(reference)):
+        say(f"curves   {picture}")
+
+
+def _progress_table(found: "list[TrainingProgress]", beside: bool) -> Table:
+    table = Table(box=None)
+    table.add_column("training", overflow="fold")
+    titles = ["seed", "epoch", "loss", "validation %", *(["reference %", "difference"] if beside else []), "left"]
+    for title in titles:
+        table.add_column(title, justify="right")
+    for training in found:
+        of = "" if training.epochs is None else f"/{training.epochs}"
+        cells = [str(training.seed), f"{training.epoch}{of}", _shown(training.train_loss, "{:.3f}")]
+        cells.append(_shown(training.validation, "{:.2%}"))
+        if beside:
+            cells += [_shown(training.reference, "{:.2%}"), _shown(training.difference, "{:+.2%}")]
+        left = training.seconds_left
+        cells.append("done" if training.is_done else "–" if left is None else duration_text(left))
+        table.add_row(plain(training.student), *cells)
+    return table
+
+
+def _shown(value: float | None, form: str) -> str:
+    return "–" if value is None else form.format(value).removesuffix("%")
 
 
 def report(run: RunArgument) -> None:

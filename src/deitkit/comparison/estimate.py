@@ -13,7 +13,7 @@ from deitkit.recipe.schema import Recipe
 from deitkit.run.layout import seed_folder, teacher_folders
 from deitkit.system.device import Precision
 from deitkit.system.ranks import ALONE
-from deitkit.system.timer import duration_text
+from deitkit.system.words import duration_text
 from deitkit.teachers.frozen import FrozenTeacher, Teachers
 from deitkit.teachers.images import load_teacher_images
 from deitkit.teachers.prepare import (

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from deitkit.report.charts import Chart, chart_layout
-from deitkit.report.figures import COLOURS, write_png_and_svg
+from deitkit.report.figures import COLOURS, add_axes, write_png_and_svg
 from deitkit.report.table_layout import (
     NOTHING,
     ONE_SEED,
@@ -153,7 +153,7 @@ def _draw(results: AblationResults) -> "Figure":
 
     rows = _compared(results)
     figure = Figure(figsize=(9.6, 1.3 + 0.36 * len(rows)), layout="constrained")
-    axes = figure.add_subplot()
+    axes = add_axes(figure, title_of(results), "x")
     for index, (row, difference) in enumerate(rows):
         low, middle, high = _in_points(difference)
         colour = _colour(row, results)
@@ -163,10 +163,6 @@ def _draw(results: AblationResults) -> "Figure":
     axes.set_yticks(range(len(rows)), [_short(row, results) for row, _ in rows], parse_math=False)
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set_xlabel("points of top-1 more than the base, with 95 % interval")
-    axes.set_title(title_of(results), loc="left", fontweight="bold", parse_math=False)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="x", color="#DDDDDD", linewidth=0.7)
-    axes.set_axisbelow(True)
     return figure
 
 

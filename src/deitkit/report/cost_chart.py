@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from deitkit.report.charts import INK, Chart, chart_layout
-from deitkit.report.figures import COLOURS, MARKERS, colours_of, teacher_title, write_png_and_svg
+from deitkit.report.figures import COLOURS, MARKERS, add_axes, colours_of, teacher_title, write_png_and_svg
 from deitkit.report.table_layout import milliseconds, percent
 from deitkit.run.difference import Interval
 from deitkit.run.metrics import EpochMetrics
@@ -135,7 +135,7 @@ def _draw(results: Results, points: Sequence[CostPoint]) -> "Figure":
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     figure = Figure(figsize=(9.6, 4.4), layout="constrained")
-    axes = figure.add_subplot()
+    axes = add_axes(figure, f"{results.dataset.name}: accuracy and speed", "both")
     for point in points:
         low, high = point.ci95 or (point.top1, point.top1)
         axes.errorbar(
@@ -160,10 +160,6 @@ def _draw(results: Results, points: Sequence[CostPoint]) -> "Figure":
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_xlabel("ms for an image, on the machine of the run (logarithmic)")
     axes.set_ylabel("top-1 on the test images (%)")
-    axes.set_title(f"{results.dataset.name}: accuracy and speed", loc="left", fontweight="bold", parse_math=False)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(color="#DDDDDD", linewidth=0.7)
-    axes.set_axisbelow(True)
     legend = axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, labelspacing=0.9)
     for text in legend.get_texts():
         text.set_parse_math(False)

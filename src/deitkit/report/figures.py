@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import deitkit.system.files as files
 from deitkit.report.table_layout import Number, percent
@@ -117,16 +117,24 @@ def write_png_and_svg(draw: Callable[[], "Figure"], folder: Path, name: str) -> 
     Raises:
         CheckpointError: The folder cannot be written.
     """
+    return write_figure(draw, folder / f"{name}.png", folder / f"{name}.svg")
+
+
+def write_figure(draw: Callable[[], "Figure"], *paths: Path) -> list[Path]:
+    """Write a figure in the formats that the suffixes of the paths name, ``.png`` or ``.svg``, and return the paths.
+
+    Raises:
+        CheckpointError: A file cannot be written.
+    """
     import matplotlib
 
-    written = []
     # a fixed salt, no date and text as text
     with matplotlib.rc_context({"svg.hashsalt": "deitkit", "svg.fonttype": "none", "font.size": 10}):
         figure = draw()
-        for suffix, metadata in (("png", {"Software": None}), ("svg", {"Date": None, "Creator": None})):
-            written.append(folder / f"{name}.{suffix}")
-            files.write_figure(written[-1], figure, dpi=160, metadata=metadata)
-    return written
+        for path in paths:
+            metadata = {"Software": None} if path.suffix == ".png" else {"Date": None, "Creator": None}
+            files.write_figure(path, figure, dpi=160, metadata=metadata)
+    return list(paths)
 
 
 def _draw(results: Results, curves: list[Curve]) -> "Figure":
@@ -134,10 +142,13 @@ def _draw(results: Results, curves: list[Curve]) -> "Figure":
     from matplotlib.ticker import MaxNLocator
 
     data = results.dataset
+    count = len(results.repetitions)
+    spread = f", mean and range over {count} {results.repetition}s" if count > 1 else ""
     figure = Figure(figsize=(9.6, 5.2), layout="constrained")
-    axes = figure.add_subplot()
-    for index, curve in enumerate(curves):
-        _draw_curve(axes, curve, index, data.validation)
+    axes = add_axes(figure, f"{data.name}, {data.train:,} training images{spread}")
+    finals = [curve.over_seeds(mean)[-1] for curve in curves]
+    for index, (curve, final) in enumerate(zip(curves, finals, strict=True)):
+        add_curve(axes, curve, index, f"{curve.student}  {percent(final, data.validation)}")
     low = min(min(curve.over_seeds(min)) for curve in curves) * 100
     high = max(max(curve.over_seeds(max)) for curve in curves) * 100
     _draw_references(axes, results, low, high)
@@ -149,18 +160,22 @@ def _draw(results: Results, curves: list[Curve]) -> "Figure":
     axes.margins(x=0.02)
     axes.set_xlabel("epoch")
     axes.set_ylabel("validation accuracy (%)")
-    count = len(results.repetitions)
-    spread = f", mean and range over {count} {results.repetition}s" if count > 1 else ""
-    title = f"{data.name}, {data.train:,} training images{spread}"
-    axes.set_title(title, loc="left", fontweight="bold", parse_math=False)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", color="#DDDDDD", linewidth=0.7)
-    axes.set_axisbelow(True)
-    _add_legend(axes, curves)
+    add_legend(axes, finals, "last epoch (%)")
     return figure
 
 
-def _draw_curve(axes: "Axes", curve: Curve, index: int, images: int) -> None:
+def add_axes(figure: "Figure", title: str, grid: Literal["x", "y", "both"] = "y") -> "Axes":
+    """Return the axes of a figure, in the style of all figures of a report."""
+    axes = figure.add_subplot()
+    axes.set_title(title, loc="left", fontweight="bold", parse_math=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis=grid, color="#DDDDDD", linewidth=0.7)
+    axes.set_axisbelow(True)
+    return axes
+
+
+def add_curve(axes: "Axes", curve: Curve, index: int, label: str) -> None:
+    """Draw the mean over the seeds within its range, in per cent; ``index`` chooses colour and marker."""
     colour = COLOURS[index % len(COLOURS)]
     epochs, means = curve.epochs, [100 * value for value in curve.over_seeds(mean)]
     if len(curve.seeds) > 1:
@@ -173,7 +188,7 @@ def _draw_curve(axes: "Axes", curve: Curve, index: int, images: int) -> None:
     axes.plot(
         epochs,
         means,
-        label=f"{curve.student}  {percent(means[-1] / 100, images)}",
+        label=label,
         color=colour,
         linestyle=_DASHES[index % len(_DASHES)],
         linewidth=1.8,
@@ -185,10 +200,9 @@ def _draw_curve(axes: "Axes", curve: Curve, index: int, images: int) -> None:
     )
 
 
-def _add_legend(axes: "Axes", curves: list[Curve]) -> None:
-    """Name the curves beside the axes, best on top."""
-    finals = [curve.over_seeds(mean)[-1] for curve in curves]
-    order = sorted(range(len(curves)), key=lambda index: finals[index], reverse=True)
+def add_legend(axes: "Axes", values: Sequence[float], title: str | None = None) -> None:
+    """Name what was drawn beside the axes, the highest value on top."""
+    order = sorted(range(len(values)), key=values.__getitem__, reverse=True)
     handles, labels = axes.get_legend_handles_labels()
     legend = axes.legend(
         [handles[index] for index in order],
@@ -198,7 +212,7 @@ def _add_legend(axes: "Axes", curves: list[Curve]) -> None:
         frameon=False,
         handlelength=4.2,
         labelspacing=0.75,
-        title="last epoch (%)",
+        title=title,
         alignment="left",
     )
     for text in legend.get_texts():

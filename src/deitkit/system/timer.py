@@ -1,4 +1,4 @@
-"""Durations: measured on the device's clock, and formatted for a reader."""
+"""Durations, measured on the device's clock."""
 
 import statistics
 import time
@@ -8,14 +8,6 @@ from types import TracebackType
 from typing import Any
 
 import torch
-
-
-def duration_text(seconds: float) -> str:
-    """Format a duration: "40 s", "12 min", "3 h 5 min"."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
 class Stopwatch:

@@ -13,6 +13,14 @@ def counted(count: int, noun: str) -> str:
     return f"{count:,} {noun if count == 1 else plural}"
 
 
+def duration_text(seconds: float) -> str:
+    """Format a duration: "40 s", "12 min", "3 h 5 min"."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
 def as_sentence(remark: str) -> str:
     """Return a remark with a capital letter and a full stop."""
     return f"{remark[0].upper()}{remark[1:]}."
