@@ -1,7 +1,7 @@
 """The answer for someone who has to decide, and what it rests on: measured costs."""
 
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +86,27 @@ def test_of_several_seeds_more_of_them_would_tell_more() -> None:
     assert "5.8 higher; more seeds or test images would tell more." in text
 
 
+def test_seeds_do_not_replace_test_images() -> None:
+    over_seeds = Difference(-0.02, (-0.025, -0.015), 1e-4, "paired t", ci95_new_images=(-0.05, 0.01))
+    several = {"seeds": 3, "top1": [0.8] * 3, "validation_top1": [0.8] * 3}
+    assert advice(results_with(over_seeds, LARGE, SMALL, **several)).startswith(
+        "3 seeds on 1,000 test images do not decide between hard/class and the teacher timm/resnet18: its accuracy may "
+        "be 5.0 points lower or 1.0 higher; more test images would tell more."
+    )
+    sure = replace(over_seeds, ci95_new_images=(-0.035, -0.005))
+    assert "2.0 points less accurate" in advice(results_with(sure, LARGE, SMALL, **several))
+
+
+def test_a_teacher_that_is_better_on_larger_images_is_told() -> None:
+    found = results_with(difference(-0.05, 0.01, 1e-6))
+    assert found.teacher is not None
+    for own, told in ((0.94, True), (0.89, False)):
+        card = {"own_px_top1": own, "view_px_top1": 0.88, "image_px": 224}
+        text = advice(found.model_copy(update={"teacher": found.teacher.model_copy(update=card)}))
+        words = "The teacher was judged on the students' 8 px; on images of its own 224 px it scores 94.0 % instead of"
+        assert (words in text) is told
+
+
 def test_of_a_set_without_a_test_split_folds_would_tell_more() -> None:
     found = results_with(difference(-0.002, 0.06, 0.9))
     divided = found.model_copy(update={"dataset": found.dataset.model_copy(update={"divided": True})})
@@ -94,6 +115,8 @@ def test_of_a_set_without_a_test_split_folds_would_tell_more() -> None:
     others = ({"data": {"folds": 2}}, {"model": {"checkpoint": "photos.pth"}}, {"data": {"test_images": 100}})
     for recipe in others:  # is one, cannot be, or would not test on every image
         assert "more test images would tell more. " in advice(divided.model_copy(update={"recipe": recipe}))
+    trained = divided.teachers[0].model_copy(update={"fit": "none"})  # elsewhere, and maybe on any of these images
+    assert "--folds" not in advice(divided.model_copy(update={"teachers": (trained,)}))
     empty = {"data": {"folds": None}, "model": {"checkpoint": None}}
     assert "--folds" in advice(divided.model_copy(update={"recipe": empty}))
 

@@ -196,7 +196,7 @@ def test_layer_scale_and_a_stem_of_convolutions_are_the_checkpoints_too(plain: P
 def test_contradictions_are_one_sentence(plain: Path, tmp_path: Path) -> None:
     for overrides, told in (
         (("model.width=32",), ("model.width=32 in the recipe", "model.width=16 model.depth=2 model.heads=2")),
-        (("model.name=deit_tiny",), ("model.depth=12", "model.heads=3", "leave them all out")),
+        (("model.name=deit_tiny",), ("model.depth=12", "model.heads=3", "set these")),
         (("model.checkpoint=elsewhere",), ("model.checkpoint=elsewhere", str(plain))),
     ):
         with pytest.raises(RecipeError) as caught:

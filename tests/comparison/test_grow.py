@@ -81,6 +81,16 @@ def test_a_method_taken_out_leaves_the_table_and_keeps_its_folder(
     assert timeless(json.loads((folder / "results.json").read_text())) == before
 
 
+def test_seeds_that_are_no_longer_named_are_told(tiny_recipe: TinyRecipe, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    grow(tiny_recipe("methods=[none]", "seeds=[0, 3]", "train.epochs=1"), folder)
+    watcher = grow(tiny_recipe("methods=[none]", "seeds=[0]", "train.epochs=1"), folder)
+    assert sum("seed 3 is not in the recipe of now: left out of the table" in line for line in watcher.heard) == 1
+    watcher = grow(tiny_recipe("methods=[none]", "seeds=[0, 3]", "train.epochs=1"), folder)
+    assert not watcher.trained
+    assert not any("not in the recipe of now" in line for line in watcher.heard)
+
+
 def test_a_method_taken_out_in_the_middle_of_its_training_comes_back(
     tiny_recipe: TinyRecipe, once: Path, tmp_path: Path
 ) -> None:

@@ -14,6 +14,7 @@ from deitkit.analyze.analysis import analyze_run
 from deitkit.cli.main import app
 from deitkit.comparison.compare import compare
 from deitkit.comparison.verify import TOLERANCE_ELSEWHERE, verify_run
+from deitkit.errors import CheckpointError
 from deitkit.recipe.load import load_recipe
 from deitkit.run.observer import Silent
 
@@ -128,3 +129,25 @@ def test_a_seed_without_any_model_is_told(tmp_path: Path) -> None:
     assert not found.holds
     (problem,) = found.problems
     assert "model.json is missing: copy the student's folder back into its run" in problem
+
+
+def test_a_run_whose_images_moved_goes_on_and_is_verified(tmp_path: Path, write_images: Callable[..., Path]) -> None:
+    photos, run = write_images(tmp_path / "photos"), tmp_path / "run"
+    own = ["data.train_images=null", "data.test_images=null", "data.image_px=8", "train.epochs=1"]
+
+    def start(methods: str, place: Path, **fields: bool) -> None:
+        overrides = [*TINY, *own, f"data.name=folder:{place}", f"methods={methods}", "data.streaming=true"]
+        compare(load_recipe("digits", overrides), run, watcher=Silent(), **fields)
+
+    start("[none]", photos)
+    photos.rename(tmp_path / "moved")
+    command = ["verify", str(run), "--data", f"folder:{tmp_path / 'moved'}"]
+    shown = CliRunner().invoke(app, command)
+    assert shown.exit_code == 0, shown.output
+    start("[none, hard]", tmp_path / "moved", resume=True)
+    assert verify_run(run, Silent()).holds
+    other = write_images(tmp_path / "other", count=13)
+    with pytest.raises(CheckpointError, match="was begun with other images or labels"):
+        start("[none, hard]", other, resume=True)
+    found = verify_run(run, Silent(), data=f"folder:{other}")
+    assert (found.holds, found.same_data) == (False, False)

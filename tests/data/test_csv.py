@@ -74,11 +74,21 @@ def test_other_delimiters_are_found(table: Callable[..., Path], delimiter: str) 
 
 
 def test_a_split_column_divides_and_what_is_left_out_is_said(table: Callable[..., Path]) -> None:
-    rows = many(8, "train") + many(3, "test") + many(2, "validation")
+    rows = many(8, "train") + many(3, "test") + many(2, "val") + many(2, "validation")
     data = load(table("path,label,split,photographer", [f"{row},me" for row in rows]))
-    assert (len(data.train) + len(data.validation), len(data.test)) == (16, 6)
+    assert (len(data.train), len(data.validation), len(data.test)) == (16, 4, 6)
+    assert data.names is not None
+    assert all(data.names("validation", place).startswith("val/") for place in range(4))
     assert "left out: 4 rows of the split 'validation'" in data.remarks
+    assert any("the validation images are those of 'val'" in remark for remark in data.remarks)
     assert "left out: 1 column of 'list.csv' (photographer)" in data.remarks
+
+
+def test_classes_that_are_numbers_are_in_the_order_of_numbers(table: Callable[..., Path]) -> None:
+    rows = [f"x/{name}-{index}.png,{name}" for name in range(12) for index in range(5)]
+    assert load(table("path,label", rows)).class_names == tuple(map(str, range(12)))
+    mixed = [row.replace(",11", ",11b") for row in rows]
+    assert load(table("path,label", mixed)).class_names[:3] == ("0", "1", "10")
 
 
 def test_quoted_values_and_unicode(table: Callable[..., Path]) -> None:
@@ -130,6 +140,10 @@ def test_a_share_of_groups_is_about_what_was_asked_for(share: float) -> None:
         ("path,label,split", ["a.png,x,test"], "has no row of the split 'train'"),
         ("path,label,split", ["a.png,x,train", "b.png,y,test"], "lacks"),
         ("path,label,split,group", ["a.png,x,train,p1", "b.png,x,test,p1"], "1 group in train and in test, such as 'p"),
+        ("path,label,split,group", ["a.png,x,train,p1", "b.png,x,test,p2", "c.png,x,val,p1"],
+         "1 group in train and in validation, such as 'p1'"),
+        ("path,label,split", ["a.png,x,train", "b.png,x,test", "c.png,y,val"],
+         "train and validation must have the same classes"),
     ],
 )  # fmt: skip
 def test_mistakes_are_one_sentence(table: Callable[..., Path], header: str, rows: list[str], words: str) -> None:

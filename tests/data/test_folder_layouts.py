@@ -39,6 +39,25 @@ def test_splits_are_found_in_their_common_spellings(tmp_path: Path, train: str, 
     assert list_folder(tmp_path).remarks == ()
 
 
+def test_a_validation_split_of_its_own_is_used(tmp_path: Path) -> None:
+    for split, count in (("train", 6), ("val", 2), ("Testing", 3), ("valid", 1)):
+        for name, number in itertools.product(("cat", "dog"), range(count)):
+            draw(tmp_path / split / name / f"{number}.png", 30 * number)
+    data = load_dataset(DataRecipe(name=f"folder:{tmp_path}", validation_fraction=0.5))
+    assert (len(data.train), len(data.validation), len(data.test)) == (12, 4, 6)
+    assert data.names is not None
+    assert {data.names("validation", place) for place in range(4)} == {
+        f"val/{name}/{number}.png" for name in ("cat", "dog") for number in range(2)
+    }
+    assert data.remarks == (
+        "the validation images are those of 'val', instead of data.validation_fraction of the training images",
+        f"left out: folder 'valid' of '{tmp_path.name}'",
+    )
+    draw(tmp_path / "val" / "fox" / "0.png")
+    with pytest.raises(DataError, match=r"train and validation must have the same classes, but .*lacks 'fox'"):
+        list_folder(tmp_path)
+
+
 @pytest.mark.parametrize("places", [("cat", "dog"), ("train/cat", "train/dog", "test/cat", "test/dog")])
 def test_a_data_set_knows_whether_it_has_a_test_split_of_its_own(tmp_path: Path, places: tuple[str, ...]) -> None:
     for place, number in itertools.product(places, range(6)):

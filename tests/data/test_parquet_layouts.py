@@ -100,6 +100,21 @@ def test_splits_are_found_by_their_whole_name(tmp_path: Path, files: list[str], 
     assert (has_shards(tmp_path) or bool(configurations(tmp_path))) == ("train" in "".join(files))
 
 
+@pytest.mark.parametrize("labels", [[0, 1, 2], ["ant", "bee", "cat"]])
+def test_a_validation_split_of_its_own_is_held_out(tmp_path: Path, labels: list[Any]) -> None:
+    for split in ("train", "validation", "test"):
+        write(tmp_path / f"{split}-0.parquet", labels, NAMES if labels[0] == 0 else None)
+    listing = list_parquet(tmp_path)
+    assert listing.official_validation is not None
+    assert listing.official_validation.tolist() == [False] * 3 + [True] * 3 + [False] * 3
+    assert listing.official_test is not None
+    assert listing.official_test.tolist() == [False] * 6 + [True] * 3
+    assert list_parquet(tmp_path, validation_names=()).official_validation is None
+    write(tmp_path / "validation-0.parquet", ["ant", "bee", "dog"])
+    with pytest.raises(DataError):
+        list_parquet(tmp_path)
+
+
 def test_images_of_files_of_one_name_have_names_of_their_own(tmp_path: Path) -> None:
     for split in ("train", "test"):
         write(tmp_path / split / "0000.parquet", [0, 1], NAMES)

@@ -1,5 +1,6 @@
 """Images that are decoded on the way are those that would lie in memory, bit for bit, and mistakes are told."""
 
+import gc
 import io
 import json
 from collections import deque
@@ -15,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
+from conftest import TINY
 from deitkit.comparison.compare import compare
 from deitkit.data import stream, survey
 from deitkit.data.batches import Batches
@@ -24,6 +26,7 @@ from deitkit.data.decode import decode_image
 from deitkit.data.decode_many import decode_all
 from deitkit.data.stream import StreamedImages
 from deitkit.errors import DataError
+from deitkit.recipe.load import load_recipe
 from deitkit.recipe.schema import DataRecipe
 from deitkit.run.observer import Silent
 
@@ -82,6 +85,31 @@ def test_streamed_batches_are_those_in_memory(
         for mine, other in pairs:
             assert torch.equal(mine[0], other[0])
             assert torch.equal(mine[1], other[1])
+
+
+def test_processes_that_decode_ahead_end_at_once_when_they_are_closed(photos: Path) -> None:
+    batches = Batches(load(f"folder:{photos}", streaming=True, workers=2).train, 4, 7, CPU)
+    first = batches.batch(0, 0)[0]
+    workers = psutil.Process().children()
+    assert len(workers) == 2
+    batches.close()
+    # Told to end, and not killed after the patience of torch: they exit by themselves.
+    assert [process.wait(timeout=0.5) for process in workers if process.is_running()] in ([], [0], [0, 0], [None] * 2)
+    assert not any(process.is_running() for process in workers)
+    assert torch.equal(batches.batch(0, 0)[0], first)
+    batches.close()
+
+
+def test_a_training_leaves_no_process_behind(photos: Path, tmp_path: Path) -> None:
+    fields = [*TINY, f"data.name=folder:{photos}", "data.image_px=16", "data.streaming=true", "data.workers=1",
+              "data.train_images=null", "data.test_images=null", "methods=[none]", "train.epochs=1",
+              "train.batch_size=4"]  # fmt: skip
+    gc.disable()
+    try:
+        compare(load_recipe("digits", fields), tmp_path / "run", watcher=Silent())
+        assert not psutil.Process().children()
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize(("free_images", "largest"), [(10_000, 5), (16, 1), (0, 1), (48, 3)])

@@ -59,6 +59,23 @@ def test_paired_difference_over_seeds_is_the_paired_t_test() -> None:
     assert mean_interval(means[0]) == pytest.approx(stats.t.interval(0.95, 2, np.mean(means[0]), stats.sem(means[0])))
 
 
+def test_the_interval_for_new_images_covers_both_draws_of_seeds_and_of_images() -> None:
+    generator = torch.Generator().manual_seed(0)
+    seeds, images, truth = 4, 300, 0.05
+    covered = {"ci95": 0, "ci95_new_images": 0}
+    for _ in range(400):
+        easy = torch.rand(images, generator=generator)  # what an image adds to every model's chance
+        gain = 0.03 * torch.randn(seeds, 1, generator=generator)  # what a seed adds
+        base = torch.rand(images, generator=generator) < 0.6
+        gained = torch.where(easy < 0.3, 0.6, -0.13 / 0.7)  # 0.05 on average
+        hits = [torch.rand(images, generator=generator) < (0.4 + gained + own).clamp(0, 1) for own in gain]
+        found = paired_difference(hits, [base & False] * seeds)
+        for name in covered:
+            low, high = getattr(found, name)
+            covered[name] += low <= 0.4 + truth <= high
+    assert covered["ci95"] < 0.93 * 400 <= covered["ci95_new_images"], covered
+
+
 def test_paired_difference_of_one_seed_is_mcnemar() -> None:
     first = torch.tensor([True] * 70 + [False] * 30)
     second = torch.tensor([True] * 50 + [False] * 40 + [True] * 10)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from deitkit.errors import CheckpointError
 from deitkit.models.cnn import CifarResNet
-from deitkit.models.weights.read import file_sha256, load_into, read_checkpoint, read_state
+from deitkit.models.weights.read import file_sha256, head_layers, load_into, read_checkpoint, read_state
 
 
 def small_model(classes: int = 3) -> nn.Sequential:
@@ -160,6 +160,17 @@ def test_an_absent_head_stays_new_as_a_whole() -> None:
     before = model[2].bias.clone()
     assert load_into(model, state, head="2", source="x") is True
     assert torch.equal(model[2].bias, before)
+
+
+def test_a_classifier_behind_a_dropout_is_loaded() -> None:
+    model, state = small_model(), small_model().state_dict()
+    nested = {name.replace("2.", "2.1.", 1) if name.startswith("2.") else name: state[name] for name in state}
+    assert load_into(model, nested, head="2", source="x") is False
+    assert torch.equal(model[2].weight, state["2.weight"])
+    assert torch.equal(model[2].bias, state["2.bias"])
+    two = nested | {"2.3.weight": torch.zeros(3, 3)}
+    assert load_into(model, two, head="2", source="x") is True
+    assert head_layers(two, "2") == ["2.1", "2.3"]
 
 
 @pytest.mark.parametrize(

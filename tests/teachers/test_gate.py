@@ -182,6 +182,25 @@ def test_a_teacher_of_blue_green_red_is_refused_and_told_what_to_set() -> None:
         gate(used(2), card(), dataset, recipe, CPU_FP32)
 
 
+class Sharp(Lookup):
+    """Answers only to images of 224 px."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return super().forward(images) * (images.shape[-1] == 224)
+
+
+def test_a_teacher_of_larger_images_is_told_their_resolution() -> None:
+    dataset = dataset_of([0, 1, 2] * 40, 60, 3)
+    recipe = parse_recipe({}).teacher
+    sharp = Classifier(Sharp([0, 1, 2], 3), mean=(0.0,) * 3, std=(1.0,) * 3)
+    named = card().model_copy(update={"name": "torchvision/resnet18"})
+    with pytest.raises(TeacherError, match=r"its resolution is wrong: .* 100\.0 %; set teacher\.image_px=224"):
+        gate(sharp, named, dataset, recipe, CPU_FP32)
+    sharp.image_px = 224
+    enlarged = named.model_copy(update={"image_px": 224})
+    assert gate(sharp, enlarged, dataset, recipe, CPU_FP32).verdict == FIT_TO_TEACH
+
+
 def write_halves(folder: Path, count: int) -> None:
     """Write images of 64 px whose class is a pattern that is lost at 16 px."""
     for label, name in enumerate(("fine", "flat")):

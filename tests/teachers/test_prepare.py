@@ -167,7 +167,8 @@ def test_a_backbone_with_another_class_count_gets_its_new_head_trained(stripes: 
     after = teacher.classifier.state_dict()
     moved = [name for name in after if name in before and not torch.equal(before[name], after[name])]
     assert moved == ["model.linear.weight", "model.linear.bias"]
-    assert f"backbone.safetensors (sha256 {file_sha256(checkpoint)[:8]})" in card.source
+    named = f"backbone.safetensors (sha256 {file_sha256(checkpoint)[:8]})"
+    assert f"{named}, whose classifier does not fit (7 classes)" in card.source
     checkpoint.unlink()  # the run has its own copy
     resumed, same = prepare(recipe(checkpoint=str(checkpoint)), stripes, tmp_path / "run")
     assert same == card

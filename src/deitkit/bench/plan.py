@@ -13,10 +13,10 @@ from PIL import Image
 
 from deitkit.bench.training_speed import Bench, bench_train
 from deitkit.comparison.folds import fold_recipes
+from deitkit.data.dataset import plan_listing
 from deitkit.data.decode import decode_image
 from deitkit.data.selection import crop_source_px
 from deitkit.data.sources.choose import list_images_of
-from deitkit.data.split import plan_splits
 from deitkit.errors import DataError, RecipeError
 from deitkit.recipe.contradictions import BASE
 from deitkit.recipe.load import expand_variants
@@ -180,8 +180,7 @@ def _training_images(data: DataRecipe) -> int:
         if data.name == "imagenet":
             return min(round(IMAGENET_IMAGES * (1 - data.validation_fraction)), data.train_images or IMAGENET_IMAGES)
         raise RecipeError(f"{error}; or say how many training images there are with --images") from None
-    splits = plan_splits(listing.labels, listing.official_test, listing.class_names, data, listing.groups)
-    return len(splits.train)
+    return len(plan_listing(listing, data).train)
 
 
 def decode_rate(image_px: int, seconds: float = 1.0) -> float:

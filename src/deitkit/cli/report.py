@@ -8,8 +8,7 @@ import typer
 from rich.table import Table
 
 from deitkit.cli.console import console, errors, plain, print_json, say
-from deitkit.cli.options import Json, RunArgument
-from deitkit.errors import RecipeError
+from deitkit.cli.options import Json, Root, RunArgument
 from deitkit.system.words import duration_text
 
 if TYPE_CHECKING:
@@ -101,11 +100,10 @@ def report(run: RunArgument) -> None:
 def verify(
     run: RunArgument,
     data: Annotated[
-        str | None, typer.Option("--data", help="Of an ONNX file: where its data set lies, if not where it was.")
+        str | None,
+        typer.Option("--data", help="Where the images lie now, such as folder:PATH, if not where they were."),
     ] = None,
-    root: Annotated[
-        Path | None, typer.Option("--root", help="Of an ONNX file: the folder of the named data sets.")
-    ] = None,
+    root: Root = None,
     as_json: Json = False,
 ) -> None:
     """Evaluate a finished run's saved students again, and check every row of its table; or check an ONNX file.
@@ -118,16 +116,11 @@ def verify(
     if is_onnx(run):
         _verify_file(run, data, root, as_json)
         return
-    if data is not None or root is not None:
-        raise RecipeError(
-            "--data and --root are for an ONNX file: a run has its data in its recipe; if they are in a relative "
-            "folder, start the command in the folder in which the run was started"
-        )
     from deitkit.cli.progress import Terminal
     from deitkit.comparison.verify import verify_run
 
     with Terminal(errors if as_json else console, stopped="stopped; nothing was written") as terminal:
-        found = verify_run(run, terminal)
+        found = verify_run(run, terminal, data, root)
     if as_json:
         print_json(asdict(found))
     else:

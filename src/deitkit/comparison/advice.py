@@ -52,13 +52,28 @@ def advice(results: Results) -> str:
         return f"Use neither {winner.row} nor {rival.name}: {images} do not show either to be better than chance."
     if guess["winner"]:
         return f"Keep {rival.name}: {images} do not show {winner.row} to be better than chance."
-    if guess["rival"] and (rival.difference.is_significant or _is_close(rival.difference)):
+    if guess["rival"] and (rival.difference.holds_for_new_images or _is_close(rival.difference)):
         return f"Use {winner.row} instead of {rival.name}: it alone is better than chance on {images}."
     savings = {
         "speed": rival.cost.milliseconds / winner.cost.milliseconds,
         "size": rival.cost.file_bytes / winner.cost.file_bytes,
     }
-    return f"{_decision(winner, rival, savings, results)}. {_prices(winner.row, winner.cost, rival)}."
+    sentences = (_decision(winner, rival, savings, results), _prices(winner.row, winner.cost, rival), _own_px(results))
+    return " ".join(f"{sentence}." for sentence in sentences if sentence)
+
+
+def _own_px(results: Results) -> str:
+    """Say what the teacher would score on larger images, if that is notably more than on the students' views."""
+    teacher = results.teacher
+    if teacher is None or teacher.own_px_top1 is None or teacher.view_px_top1 is None:
+        return ""
+    if teacher.own_px_top1 - teacher.view_px_top1 < TOLERABLE:
+        return ""
+    return (
+        f"The teacher was judged on the students' {max(results.dataset.image_px)} px; on images of its own "
+        f"{teacher.image_px} px it scores {100 * teacher.own_px_top1:.1f} % instead of "
+        f"{100 * teacher.view_px_top1:.1f} (of up to 200 validation images)"
+    )
 
 
 def _rival(winner: Row, results: Results) -> Rival | None:
@@ -97,27 +112,35 @@ def _guesses(balanced: float | None, images: int, classes: int) -> bool:
 
 def _is_close(difference: Difference) -> bool:
     """Return whether the test images are enough to exclude a loss of accuracy that anyone would notice."""
-    return (difference.ci95 or (-1.0, 1.0))[0] >= -TOLERABLE
+    return _interval(difference)[0] >= -TOLERABLE
+
+
+def _interval(difference: Difference) -> tuple[float, float]:
+    """Return where the difference on other images may be."""
+    return difference.ci95_new_images or difference.ci95 or (-1.0, 1.0)
 
 
 def _decision(winner: Row, rival: Rival, savings: Mapping[str, float], results: Results) -> str:
     difference = rival.difference
     loss = 100 * abs(difference.mean)
-    if difference.is_significant and difference.mean < 0:
+    if difference.holds_for_new_images and difference.mean < 0:
         worth = [name for name, ratio in savings.items() if ratio >= WORTH_ACCURACY]
         if worth:
             counts = "count" if len(worth) > 1 else "counts"
             return f"Keep {rival.name} unless {' and '.join(worth)} {counts} more than {loss:.1f} points of accuracy"
         return f"Keep {rival.name}: {winner.row} is {loss:.1f} points less accurate, {_small_savings(savings)}"
-    if difference.is_significant:
+    if difference.holds_for_new_images:
         return f"Use {winner.row} instead of {rival.name}: it is {loss:.1f} points more accurate"
     if not _is_close(difference):
-        low, high = difference.ci95 or (-1.0, 1.0)
+        low, high = _interval(difference)
         accuracy = (winner.top1_mean or 0.0) - difference.mean  # of the rival, which bounds what is possible
         low, high = max(low, -accuracy), min(high, 1 - accuracy)
         judges, more, how = f"The {winner.n:,} test images", "more test images", ""
         if len(results.seeds) > 1:
-            judges, more = f"{len(results.seeds)} seeds on {winner.n:,} test images", "more seeds or test images"
+            judges = f"{len(results.seeds)} seeds on {winner.n:,} test images"
+            more = "more seeds or test images"
+            if difference.is_significant:  # on these images, whatever the seed
+                more = "more test images"
         elif _could_be_cross_validated(results):
             how = "; --folds 5 tests on every image once"
         chances = f"{-100 * low:.1f} points lower or {100 * high:.1f} higher"
@@ -148,8 +171,11 @@ def _small_savings(savings: Mapping[str, float]) -> str:
 def _could_be_cross_validated(results: Results) -> bool:
     """Return whether ``--folds`` takes this comparison, and tests it on every image.
 
-    It does not with a test split, folds, a limit to the images, or a checkpoint of one's own images.
+    It does not with a test split, folds, a limit to the images, or a model that came trained on these classes, and so
+    maybe on these images.
     """
+    if any(card.fit == "none" for card in results.teachers):
+        return False
     data, model = results.recipe.get("data", {}), results.recipe.get("model", {})
     limited = any(data.get(field) is not None for field in ("folds", "train_images", "test_images"))
     return results.dataset.divided is True and not limited and model.get("checkpoint") is None

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from deitkit.comparison.advice import advice
 from deitkit.comparison.cost import add_costs
-from deitkit.comparison.describe import describe_data, describe_students
+from deitkit.comparison.describe import describe_data, describe_students, seeds_left_out
 from deitkit.comparison.environment import machine_of, require_same_ingredients, write_environment
 from deitkit.comparison.estimate import estimate_training
 from deitkit.comparison.finetune import StartingPoint, add_checkpoint_row, measure_checkpoint
@@ -62,6 +62,7 @@ from deitkit.system.words import as_sentence
 from deitkit.teachers.frozen import Teachers, mean_teacher_logits
 from deitkit.teachers.logit_cache import kept_logits
 from deitkit.teachers.prepare import common_card, dry_run_teachers, is_prepared, prepare_teachers
+from deitkit.teachers.saved import of_unknown_training
 from deitkit.training.build import (
     baseline_architecture,
     build_students,
@@ -152,7 +153,7 @@ def begin(
         watcher.say(line)
     remarks, parameters = dry_run(recipe, dataset, precision)
     require_same_ingredients(recipe, dataset, folder)
-    for line in (*remarks, *describe_students(recipe, dataset, parameters)):
+    for line in (*remarks, *describe_students(recipe, dataset, parameters), *seeds_left_out(folder, recipe)):
         watcher.say(line)
     if needs_teacher(recipe):
         dry_run_teachers(recipe, dataset, folder, precision)
@@ -169,6 +170,10 @@ def begin(
     cards: list[TeacherCard] = []
     if needs_teacher(recipe):
         teachers, cards = prepare_teachers(recipe, dataset, folder=folder, precision=precision, watcher=watcher)
+        unknown = list(of_unknown_training(recipe, dataset, cards))
+        for line in unknown:
+            watcher.say(line)
+        remarks += unknown
     return Begun(recipe, dataset, precision, teachers, cards, checkpoint, remarks)
 
 

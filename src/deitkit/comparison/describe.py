@@ -1,14 +1,17 @@
 """What is said of a comparison before anything trains: its images, what was left out, and its students."""
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 from deitkit.data.dataset import Dataset
 from deitkit.models.vit import size_in_words
 from deitkit.recipe.schema import Recipe
+from deitkit.run.layout import seed_of
 from deitkit.system.words import counted
 from deitkit.training.build import needs_teacher
 from deitkit.training.optim import peak_learning_rate
 
+MOST_PATCHES, USUAL_PATCHES = 600, 256  # of an image: 576 at 384 px, 196 at 224 px in the paper
 DARK = 0.125  # of 1: 12 bits in files of 16 reach 0.063
 
 
@@ -43,6 +46,18 @@ def describe_data(dataset: Dataset) -> Iterator[str]:
             yield duplicates.sentence()
 
 
+def seeds_left_out(folder: Path, recipe: Recipe) -> Iterator[str]:
+    """Yield a line if a run folder holds students of seeds that the recipe does not name, as without ``--seeds``."""
+    begun = sorted(seed_of(home) for home in folder.glob("seed-*") if home.is_dir())
+    missing = [str(seed) for seed in begun if seed not in recipe.seeds]
+    if missing:
+        seeds = f"seed {missing[0]} is" if len(missing) == 1 else f"seeds {', '.join(missing)} are"
+        yield (
+            f"{seeds} not in the recipe of now: left out of the table, while the folders stay; with the seeds as "
+            "before (--seeds, or seeds=[...]) they are in it again"
+        )
+
+
 def describe_students(recipe: Recipe, dataset: Dataset, parameters: Mapping[str, int]) -> Iterator[str]:
     """Yield the students' architecture and steps, and a learning rate that follows from the batch size.
 
@@ -59,6 +74,7 @@ def describe_students(recipe: Recipe, dataset: Dataset, parameters: Mapping[str,
         f"students: {size_in_words(model)}, patches of {model.patch_px} px, {' or '.join(counts)} M parameters; "
         f"{counted(train.epochs, 'epoch')} of {counted(steps, 'step')}"
     )
+    yield from _many_patches(model.patch_px, *dataset.image_px)
     if dataset.unlabelled is not None and not (recipe.unlabelled_in_step and needs_teacher(recipe)):
         yield "the images without labels are not used: no method has a teacher, or their weight is 0"
     elif dataset.unlabelled is not None:
@@ -68,6 +84,18 @@ def describe_students(recipe: Recipe, dataset: Dataset, parameters: Mapping[str,
         yield (
             f"learning rate {peak_learning_rate(train, train):g}: {train.learning_rate:g} for "
             f"{train.learning_rate_per} images, {train.batch_size} in a step"
+        )
+
+
+def _many_patches(patch_px: int, height: int, width: int) -> Iterator[str]:
+    """Yield a line if images have more patches than any recipe of the paper, with a size that makes usual numbers."""
+    sizes = (px for px in range(patch_px, min(height, width)) if not (height % px or width % px))
+    counts = {px: height // px * (width // px) for px in sizes}
+    usual = next((px for px, count in counts.items() if count <= USUAL_PATCHES), None)
+    if counts.get(patch_px, 0) > MOST_PATCHES and usual is not None:
+        yield (
+            f"{counts[patch_px]:,} patches of {patch_px} px for each image make training slow: model.patch_px={usual} "
+            f"makes {counts[usual]}"
         )
 
 

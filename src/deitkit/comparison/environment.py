@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from deitkit import __version__
-from deitkit.comparison.images import describe_images, read_environment
+from deitkit.comparison.images import describe_images
 from deitkit.data.dataset import Dataset
 from deitkit.distillation.methods import SHIPPED, SIGNALS, find_method
 from deitkit.errors import CheckpointError
@@ -20,6 +20,7 @@ from deitkit.models.weights.pretrained import starting_weights
 from deitkit.models.weights.read import file_sha256
 from deitkit.models.zoo import create_classifier
 from deitkit.recipe.schema import DistillationRecipe, Recipe
+from deitkit.run.folder import read_environment
 from deitkit.run.provenance import code_sha256
 from deitkit.system.device import Precision, describe_machine
 from deitkit.system.files import write_json

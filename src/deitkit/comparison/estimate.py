@@ -85,6 +85,7 @@ def estimate_training(recipe: Recipe, dataset: Dataset, folder: Path, precision:
     together = Teachers(teachers) if teachers else None
     cohort = seed_cohort(students, recipe, dataset, together, recipe.seeds[0], precision, ALONE)
     each = _seconds(cohort, recipe.train.epochs)
+    cohort.close()
     del cohort
     gc.collect()  # the cohorts, before the run builds its own
     what = "training" if recipe.data.fold is None else f"fold {recipe.data.fold} of {recipe.data.folds}"

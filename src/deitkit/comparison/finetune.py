@@ -66,16 +66,16 @@ def start_from(recipe: Recipe, checkpoint: Path) -> Recipe:
     found["layer_scale"] = 1.0 if given.layer_scale else None  # where its factors start; they are the checkpoint's
     found |= {name: getattr(model, name) for name in ADAPTABLE if name in model.model_fields_set}
     named = _named(model)
+    size = next((size for size in (model.name, *SIZES) if asdict(SIZES[size]).items() <= found.items()), None)
     wrong = [f"model.{name}={named[name]}" for name, value in found.items() if named.get(name, value) != value]
     if wrong:
-        shown = " ".join(f"model.{name}={value}" for name, value in found.items() if name not in ADAPTABLE)
-        raise RecipeError(
-            f"{' and '.join(wrong)} in the recipe, but {checkpoint} has {shown}: set these, or leave them all out"
-        )
+        fields = {name: value for name, value in found.items() if name not in ADAPTABLE}
+        if size is not None:  # which replaces the dimensions of a shipped recipe
+            fields = {"name": size} | {name: fields[name] for name in fields if name not in asdict(SIZES[size])}
+        shown = " ".join(f"model.{name}={value}" for name, value in fields.items())
+        raise RecipeError(f"{' and '.join(wrong)} in the recipe, but {checkpoint} has {shown}: set these")
     _check_division(recipe.data, weights)
-    sizes = (model.name, *SIZES)
-    size = next((size for size in sizes if asdict(SIZES[size]).items() <= found.items()), model.name)
-    changed = model.model_copy(update={"name": size, "checkpoint": checkpoint, **found})
+    changed = model.model_copy(update={"name": size or model.name, "checkpoint": checkpoint, **found})
     return recipe.model_copy(update={"model": changed})
 
 

@@ -12,6 +12,7 @@ from deitkit.data.cache import sha256
 from deitkit.data.dataset import Dataset, load_all_images
 from deitkit.errors import CheckpointError
 from deitkit.recipe.schema import DataRecipe, Recipe
+from deitkit.run.folder import read_environment
 from deitkit.run.layout import fold_folder
 from deitkit.run.observer import Watcher
 
@@ -108,14 +109,3 @@ def cache_last(load: Callable[Arguments, Dataset]) -> Callable[Arguments, Datase
         return kept[key]
 
     return load_or_take
-
-
-def read_environment(folder: Path) -> dict[str, Any]:
-    """Return what ``begin`` wrote of a run's machine and images; nothing of a run that has not begun."""
-    path = folder / "environment.json"
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
-    except (OSError, ValueError, TypeError):
-        raise CheckpointError(
-            f"{path} cannot be read: delete it, and check that the images are those of the run"
-        ) from None

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from deitkit.comparison.cohort_states import PREDICTIONS
 from deitkit.comparison.finished_run import load_as_trained, students_of
-from deitkit.comparison.images import as_begun, cache_last
+from deitkit.comparison.images import as_begun, cache_last, describe_images
 from deitkit.data.dataset import Dataset, load_dataset
 from deitkit.evaluation.predict import predict_all
 from deitkit.evaluation.readouts import readout_scores, top_k_accuracy
@@ -21,6 +21,7 @@ from deitkit.models.vit import Output
 from deitkit.models.weights.read import file_sha256
 from deitkit.recipe.load import load_recipe
 from deitkit.recipe.schema import DataRecipe
+from deitkit.run.folder import read_environment
 from deitkit.run.layout import fold_folder, seed_folder, teacher_folders, variant_folder
 from deitkit.run.observer import Watcher
 from deitkit.run.results import AblationResults, FoldResults, Row, read_results
@@ -65,19 +66,23 @@ class Verification:
     problems: tuple[str, ...] = ()
 
 
-def verify_run(folder: Path, watcher: Watcher) -> Verification:
+def verify_run(folder: Path, watcher: Watcher, data: str | None = None, root: Path | None = None) -> Verification:
     """Measure every row and seed of a finished run again.
 
     Args:
         folder: Of a finished run; of an ablation every variant is measured, of a cross-validation every fold.
         watcher: Receives progress.
+        data: Where the images lie now, such as ``folder:PATH``, if not where they were.
+        root: The folder of the named data sets, if not that of the recipe.
 
     Raises:
         CheckpointError: The run is not finished, or one of its models cannot be read.
         DataError: The data cannot be loaded.
     """
     results = read_results(folder)
-    load = cache_last(lambda data: load_dataset(data, watcher.reading))
+    moved = {"name": data, "root": root}
+    changes = {field: value for field, value in moved.items() if value is not None}
+    load = cache_last(lambda recipe: load_dataset(recipe.model_copy(update=changes), watcher.reading))
     found = []
     if isinstance(results, AblationResults):
         for name in results.variants:
@@ -111,7 +116,7 @@ def _verify(
     results, recipe = read_results(folder), load_recipe(str(folder / "recipe.yaml"))
     precision = Precision.here(recipe)
     dataset = load(as_begun(recipe.data, folder))
-    same_data = dataset.fingerprint == results.dataset.fingerprint
+    same_data = dataset.fingerprint == results.dataset.fingerprint or _are_begun_with(dataset, folder)
     homes_of_teachers = zip(results.teachers, teacher_folders(folder, len(results.teachers)), strict=True)
     teachers = [(home / "model.safetensors", card.sha256) for card, home in homes_of_teachers if card.sha256]
     problems = [problem for weights, sha256 in teachers if (problem := _not_the_teachers(weights, sha256))]
@@ -136,6 +141,12 @@ def _verify(
                 problems.append(f"{home / 'model.json'} is missing: copy the student's folder back into its run")
     holds_all = same_data and same_teachers is not False and all(row.holds is not False for row in rows)
     return Verification(holds_all, same_data, same_teachers, tolerance, tuple(rows), tuple(dict.fromkeys(problems)))
+
+
+def _are_begun_with(dataset: Dataset, folder: Path) -> bool:
+    """Return whether images have the pixels, labels and splits that a run folder recorded, wherever they lie."""
+    recorded = read_environment(folder).get("images")
+    return recorded is not None and recorded == describe_images(dataset)["images"]
 
 
 def _verified(

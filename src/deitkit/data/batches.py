@@ -4,7 +4,7 @@ Batch ``step`` of epoch ``epoch`` is a function of the seed, so a run can resume
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 import torch
 from jaxtyping import Float64, Int64, UInt8
@@ -71,7 +71,8 @@ class Batches:
         self.classes = split.labels.cpu().unique() if balanced else None
         self.steps_per_epoch = len(split) * epoch_repeats // batch_size
         self._order: tuple[int, Tensor, Tensor] | None = None
-        self._flow: tuple[tuple[int, int], Iterator[Tensor]] | None = None  # with the step that it yields next
+        # Batches that are decoded ahead, with the epoch and the step of the next one.
+        self._flow: tuple[tuple[int, int], Generator[Tensor, None, None]] | None = None
 
     def batch(
         self, epoch: int, step: int
@@ -130,6 +131,7 @@ class Batches:
         """
         device = self.split.labels.device
         if self._flow is None or self._flow[0] != (epoch, step):
+            self.close()
             self._flow = (epoch, step), images.batches(self._all_indices(epoch, step), pin=device.type == "cuda")
         batch = next(self._flow[1])
         following = (epoch, step + 1) if step + 1 < self.steps_per_epoch else (epoch + 1, 0)
@@ -139,6 +141,15 @@ class Batches:
             return batch
         places = indices.unique(return_inverse=True)[1]
         return batch.index_select(0, places.to(device, non_blocking=True))
+
+    def close(self) -> None:
+        """End the processes that decode ahead; another batch starts new ones.
+
+        Left to the garbage collector, which finalizes their queues first, each would be waited for five seconds.
+        """
+        if self._flow is not None:
+            self._flow[1].close()
+            self._flow = None
 
     def _all_indices(self, epoch: int, step: int) -> Iterator[Tensor | tuple[Tensor, Tensor]]:
         """Yield the indices of every batch from a step on, with the crops to cut if any, endlessly."""

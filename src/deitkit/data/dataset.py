@@ -337,7 +337,19 @@ def _plan(recipe: DataRecipe, progress: ProgressCallback | None) -> tuple[Listin
             f"data.name={recipe.name} cannot be read ({error}): check the path and its permissions"
         ) from None
     listing = replace(listing, class_names=tuple(display_name(name) for name in listing.class_names))
-    return listing, plan_splits(listing.labels, listing.official_test, listing.class_names, recipe, listing.groups)
+    return listing, plan_listing(listing, recipe)
+
+
+def plan_listing(listing: Listing, recipe: DataRecipe) -> SplitIndices:
+    """Assign the images of a listing to splits, see ``plan_splits``."""
+    return plan_splits(
+        listing.labels,
+        listing.official_test,
+        listing.class_names,
+        recipe,
+        listing.groups,
+        listing.official_validation,
+    )
 
 
 def _require_all_classes(splits: dict[str, Split], listing: Listing, recipe: DataRecipe) -> None:

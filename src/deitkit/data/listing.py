@@ -35,6 +35,7 @@ class Listing:
         images: Pixels, or encoded images.
         labels: The class of every image, an index into ``class_names``.
         official_test: Which images belong to the data set's own test split; None if it has none.
+        official_validation: Which belong to its own validation split, beside a test split; None if it has none.
         class_names: Names of the classes.
         skipped: Names of images that were omitted because they could not be decoded.
         remarks: What was assumed or left out, as sentences without a full stop.
@@ -48,6 +49,7 @@ class Listing:
     skipped: tuple[str, ...] = ()
     remarks: tuple[str, ...] = ()
     groups: Int64[Tensor, " n"] | None = None
+    official_validation: Bool[Tensor, " n"] | None = None
 
 
 def below_here(path: Path) -> str:

@@ -153,14 +153,15 @@ def plan_splits(
     class_names: Sequence[str],
     recipe: DataRecipe,
     groups: Int64[Tensor, " n"] | None = None,
+    official_validation: Bool[Tensor, " n"] | None = None,
 ) -> SplitIndices:
     """Split a data set, stratified by class, as a function of ``recipe.split_seed`` alone.
 
     The test split is the official one if there is one, else one of ``folds``, or ``test_fraction`` of all images. The
-    validation split is ``validation_fraction`` of the remainder. Only then are ``train_images`` drawn from the rest, so
-    that the validation split stays large with few training images. Every split has every class. Under the same seed the
-    validation and test splits are the same for any number of training images, and a smaller training split is a subset
-    of a larger one, but for a rounding of the classes' shares.
+    validation split is the official one, else ``validation_fraction`` of the remainder. Only then are ``train_images``
+    drawn from the rest, so that the validation split stays large with few training images. Every split has every
+    class. Under the same seed the validation and test splits are the same for any number of training images, and a
+    smaller training split is a subset of a larger one, but for a rounding of the classes' shares.
 
     Args:
         labels: Class of every image, 0 to ``len(class_names) - 1``.
@@ -168,6 +169,7 @@ def plan_splits(
         class_names: Names of the classes, for messages.
         recipe: Fractions, numbers of images and the seed.
         groups: The group of every image; a group is in one split. None if every image may be in any.
+        official_validation: Which images belong to its own validation split; None if it has none.
 
     Raises:
         DataError: There are fewer than two classes, a class has too few images for every split or fold, or the recipe
@@ -193,7 +195,12 @@ def plan_splits(
         pool, test = (~official_test).nonzero().flatten(), official_test.nonzero().flatten()
         draws.require(test, 1, "for test")
         draws.require(pool, 2, "for train and validation")
-    train, validation = draws.carve(pool, recipe.validation_fraction, leave=1)
+    if official_validation is None:
+        train, validation = draws.carve(pool, recipe.validation_fraction, leave=1)
+    else:
+        train, validation = pool[~official_validation[pool]], pool[official_validation[pool]]
+        draws.require(validation, 1, "for validation")
+        draws.require(train, 1, "to train on")
     rest = train[:0]
     if recipe.train_images is not None:
         rest, train = draws.subset(train, recipe.train_images, "train")

@@ -4,7 +4,7 @@ import math
 import shutil
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -107,7 +107,7 @@ class StreamedImages:
 
     def batches(
         self, indices: Iterable[Tensor | tuple[Tensor, Tensor]], *, pin: bool = False
-    ) -> Iterator[UInt8[Tensor, "m channels height width"]]:
+    ) -> Generator[UInt8[Tensor, "m channels height width"], None, None]:
         """Yield the images of each tensor of indices, decoded ahead by worker processes.
 
         Workers send parts of a batch through shared memory, small enough that all parts ahead fill a share of it.

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterable, Sequence
 
 import numpy as np
+import torch
 from jaxtyping import Bool, Float64
 from scipy import stats
 from torch import Tensor
@@ -78,7 +79,9 @@ def paired_difference(hits: Sequence[Bool[Tensor, " n"]], other: Sequence[Bool[T
 
     One seed: McNemar's exact test over the images, and the interval of the difference of two paired proportions (Wald).
     Several seeds: the paired t test and interval over the seeds' differences, which test whether the difference holds
-    for new seeds. Where all seeds differ by the same number of images, as with few images they often do, they have no
+    for new seeds on these test images. For new test images too, the squares of its half-width and of the images' add
+    up, as variances of independent draws do; what one image varies by from seed to seed is in both, which errs on the
+    wide side. Where all seeds differ by the same number of images, as with few images they often do, they have no
     spread to test with: then the images are tested as for one seed, with the least certain p of the seeds.
 
     Args:
@@ -93,7 +96,9 @@ def paired_difference(hits: Sequence[Bool[Tensor, " n"]], other: Sequence[Bool[T
         half = max(_half_width(one) for one in per_image)
         return Difference(mean, (mean - half, mean + half), p, "McNemar")
     p = float(stats.ttest_1samp(differences, 0.0).pvalue)
-    return Difference(mean, mean_interval(differences), p, "paired t")
+    over_seeds = mean_interval(differences)
+    half = math.hypot(over_seeds[1] - mean, _half_width(torch.stack(per_image).mean(dim=0)))
+    return Difference(mean, over_seeds, p, "paired t", ci95_new_images=(mean - half, mean + half))
 
 
 def resampled_interval(values: Sequence[float], folds: int) -> tuple[float, float]:

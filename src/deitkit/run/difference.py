@@ -14,10 +14,12 @@ class Difference:
 
     Attributes:
         mean: Over the seeds, as a fraction.
-        ci95: Its 95 % interval.
+        ci95: Its 95 % interval: over the test images for one seed, over seeds on the same test images for several.
         p: The p value of ``test``, two-sided.
         test: ``McNemar``, ``paired t``, or of folds ``corrected resampled t`` or ``sign test``.
         p_holm: The p value corrected for all rows with a difference to the same reference; None where it was not.
+        ci95_new_images: Of several seeds: the 95 % interval for other seeds and other test images; None where ``ci95``
+            covers other images already.
     """
 
     mean: float
@@ -25,6 +27,7 @@ class Difference:
     p: float
     test: str
     p_holm: float | None = None
+    ci95_new_images: Interval | None = None
 
     @property
     def corrected_p(self) -> float:
@@ -40,3 +43,9 @@ class Difference:
     def is_significant(self) -> bool:
         """Whether chance explains the difference in fewer than 5 of 100 cases, after the correction."""
         return self.corrected_p < 0.05
+
+    @property
+    def holds_for_new_images(self) -> bool:
+        """Whether it is significant, and the test images are enough to tell that it is no accident of theirs."""
+        low, high = self.ci95_new_images or (0.0, 0.0)
+        return self.is_significant and (self.ci95_new_images is None or low > 0 or high < 0)

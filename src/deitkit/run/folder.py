@@ -3,6 +3,7 @@
 The layout is in docs/design.md. Nothing here depends on teachers or methods.
 """
 
+import json
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -13,8 +14,10 @@ from typing import Any
 from filelock import BaseFileLock, FileLock, Timeout
 
 from deitkit.errors import CheckpointError, RecipeError, os_reason
+from deitkit.recipe.contradictions import BASE
 from deitkit.recipe.load import changed_fields, dump_recipe, load_recipe
 from deitkit.recipe.schema import Recipe
+from deitkit.run.layout import fold_folder, variant_folder
 from deitkit.system.files import write_text
 
 LOCK = ".lock"
@@ -23,7 +26,8 @@ UNITS = "units"  # logs of units that run side by side
 
 # Fields that decide where or how fast, not what, so that a run may resume on another machine; and those of the gate, so
 # that a refused teacher need not be trained again.
-# Variants, methods and seeds are free too: a run may resume with more or fewer of them; each has its own folder.
+# Variants, methods and seeds are free too: a run may resume with more or fewer of them; each has its own folder. And so
+# is where the images lie, once a run has recorded what they are (``MOVABLE``).
 FREE_TO_CHANGE = {
     "device",
     "speed",
@@ -41,6 +45,7 @@ FREE_TO_CHANGE = {
     "methods",
     "published",
 }
+MOVABLE = ("data.name", "data.unlabelled")
 
 
 def folder_name(name: str) -> str:
@@ -175,6 +180,17 @@ def check_run(folder: Path, recipe: Recipe, resume: bool) -> None:
             raise CheckpointError(f"{folder} was started with another recipe ({'; '.join(changed)}): name a new folder")
 
 
+def read_environment(folder: Path) -> dict[str, Any]:
+    """Return what ``begin`` wrote of a run's machine and images; nothing of a run that has not begun."""
+    path = folder / "environment.json"
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
+    except (OSError, ValueError, TypeError):
+        raise CheckpointError(
+            f"{path} cannot be read: delete it, and check that the images are those of the run"
+        ) from None
+
+
 def begin_run(folder: Path, recipe: Recipe) -> None:
     """Write the recipe, which makes the folder a run folder; raise CheckpointError if it cannot be written."""
     write_text(folder / "recipe.yaml", dump_recipe(recipe))
@@ -187,7 +203,13 @@ def _changes_since(folder: Path, recipe: Recipe) -> list[str]:
         begun = load_recipe(str(path))
     except RecipeError as error:
         raise CheckpointError(f"{path} cannot be read ({error}): correct it, or name a new folder with --out") from None
-    return _changes(begun.model_dump(mode="json"), recipe.model_dump(mode="json"))
+    return _changes(begun.model_dump(mode="json"), recipe.model_dump(mode="json"), knows_images=_knows_images(folder))
+
+
+def _knows_images(folder: Path) -> bool:
+    """Return whether a run folder has recorded its images, itself or in the first of its parts."""
+    parts = (folder, variant_folder(folder, BASE), fold_folder(folder, 1))
+    return any("all_images" in read_environment(part) for part in parts)
 
 
 def _differs(folder: Path, recipe: Recipe) -> str:
@@ -198,7 +220,13 @@ def _differs(folder: Path, recipe: Recipe) -> str:
         return str(error)
 
 
-def _changes(old: Any, new: Any) -> list[str]:
+def _are_places(old: str | None, new: str | None) -> bool:
+    """Return whether both are images of one kind in a place of the user's, such as ``folder:PATH``."""
+    kinds = {str(source).partition(":")[0] for source in (old, new)}
+    return len(kinds) == 1 and all(":" in str(source) for source in (old, new))
+
+
+def _changes(old: Any, new: Any, *, knows_images: bool) -> list[str]:
     augments = [new["augment"], new["teacher"]["augment"], *(teacher["augment"] for teacher in new["teachers"])]
     crops = new["data"]["image_px"] is not None and any(augment["crop"] == "random-resized" for augment in augments)
 
@@ -210,6 +238,8 @@ def _changes(old: Any, new: Any) -> list[str]:
         return any(key == field or key.startswith(f"{field}.") for field in FREE_TO_CHANGE)
 
     changes = [(key, was, now) for key, was, now in changed_fields(old, new) if not free(key)]
+    if knows_images:  # which are compared when they are read
+        changes = [change for change in changes if change[0] not in MOVABLE or not _are_places(*change[1:])]
     # The first seed also seeds the training of the teachers.
     changes = [change for change in changes if change[0] != "seeds" or list(change[1])[:1] != list(change[2])[:1]]
     if bool(old["variants"]) != bool(new["variants"]):  # more or fewer may be: but an ablation is no single comparison

@@ -1,4 +1,4 @@
-"""Other ways to use a teacher: another order of its classes, normalisation or order of channels.
+"""Other ways to use a teacher: another order of its classes, resolution, normalisation or order of channels.
 
 Each is compared with the way it is used on the same images, by paired tests. What follows from them is in ``gate``.
 """
@@ -23,7 +23,7 @@ from deitkit.system.device import Precision
 from deitkit.system.seeding import fixed_shuffle
 from deitkit.system.words import first_of
 
-# Level of each test. At most seven are made of a teacher, so together they accuse a right one in under 1 of 100 cases.
+# Level of each test. At most eight are made of a teacher, so together they accuse a right one in under 1 of 100 cases.
 ALPHA = 0.001
 # Another normalisation must gain at least this accuracy, since two that are almost equal may truly differ by less.
 SMALLEST_GAIN = 0.01
@@ -54,8 +54,9 @@ def better_alternative(
     sample: Split,
     dataset: Dataset,
     precision: Precision,
+    usual_px: int | None = None,
 ) -> Alternative | None:
-    """Return another order of classes, normalisation or order of channels that makes the teacher significantly better.
+    """Return another order of classes, resolution, normalisation or order of channels that is significantly better.
 
     Args:
         classifier: As it is used.
@@ -64,6 +65,7 @@ def better_alternative(
         sample: Images to compare normalisations on.
         dataset: Class names, channels and normalisation.
         precision: Of predictions.
+        usual_px: Resolution of the library's weights for the architecture, if views are to be tried at it.
     """
     order = better_order(decisions, labels, dataset.classes)
     if order is not None:
@@ -71,7 +73,7 @@ def better_alternative(
     hits = _hits(classifier, sample, precision)
     screened = Split(sample.images[:SCREENED], sample.labels[:SCREENED])
     best, best_top1 = None, 0.0
-    for cause, other, remedy in _candidates(classifier, dataset):
+    for cause, other, remedy in _candidates(classifier, dataset, usual_px):
         other.to(precision.device)
         if int(_hits(other, screened, precision).sum()) <= int(hits[:SCREENED].sum()):
             continue
@@ -141,8 +143,14 @@ def _hits(classifier: Classifier, sample: Split, precision: Precision) -> Tensor
     return top_k_hits(predict_logits(classifier, sample, precision), sample.labels.cpu())
 
 
-def _candidates(classifier: Classifier, dataset: Dataset) -> Iterator[tuple[str, Classifier, str]]:
+def _candidates(
+    classifier: Classifier, dataset: Dataset, usual_px: int | None
+) -> Iterator[tuple[str, Classifier, str]]:
     """Yield other ways to use the teacher: the cause if it is better, the classifier, and the fields to set."""
+    if usual_px is not None:
+        other = deepcopy(classifier)
+        other.image_px = usual_px
+        yield "its resolution is wrong: with views enlarged to that", other, f"set teacher.image_px={usual_px}"
     for name, (mean, std) in _normalisations(dataset).items():
         other = Classifier(
             classifier.model, mean=mean, std=std, image_px=classifier.image_px, readout=classifier.readout

@@ -14,6 +14,7 @@ from deitkit.errors import TeacherError
 from deitkit.evaluation.predict import predict_logits
 from deitkit.evaluation.readouts import top_k_hits
 from deitkit.models.classifier import Classifier
+from deitkit.models.zoo import pretrained_px
 from deitkit.recipe.schema import TeacherRecipe
 from deitkit.run.results import FIT_TO_TEACH, TeacherCard
 from deitkit.system.device import Precision
@@ -81,9 +82,10 @@ def gate(
     """Measure the teacher on the validation images, with the normalisation and resolution of distillation.
 
     Refuse it if it was never trained, if its accuracy is useless and not above chance (see ``compare_with_chance``), if
-    it is below ``teacher.min_top1``, or if it was not trained here and another normalisation, order of classes or order
-    of channels is significantly better (see ``alternatives``). A teacher that was not trained here is tested on
-    training images too, where validation images are few. Under ``teacher.allow_weak``, mark it as weak instead.
+    it is below ``teacher.min_top1``, or if it was not trained here and another resolution, normalisation, order of
+    classes or order of channels is significantly better (see ``alternatives``). A teacher that was not trained here is
+    tested on training images too, where validation images are few. Under ``teacher.allow_weak``, mark it as weak
+    instead.
 
     Raises:
         TeacherError: The teacher is refused; the message has the likely cause and the next step.
@@ -100,7 +102,8 @@ def gate(
     alternative, judged, right = None, n, hits
     if card.fit == "none":
         decisions, evidence, sample = _evidence(classifier, logits, dataset, precision)
-        alternative = better_alternative(classifier, decisions, evidence, sample, dataset, precision)
+        usual_px = larger_usual_px(card, dataset)
+        alternative = better_alternative(classifier, decisions, evidence, sample, dataset, precision, usual_px)
         judged, right = len(evidence), int((decisions == evidence).sum())
     finding = compare_with_chance(right, judged, chance)
     verdict = FIT_TO_TEACH
@@ -146,6 +149,14 @@ def judge_again(card: TeacherCard, recipe: TeacherRecipe) -> TeacherCard:
             "it anyway"
         )
     return card
+
+
+def larger_usual_px(card: TeacherCard, dataset: Dataset) -> int | None:
+    """Return the resolution of the library's weights for a teacher that takes views as they are, if it is larger."""
+    if card.image_px is not None or card.name.partition("/")[0] not in ("timm", "torchvision"):
+        return None
+    usual_px = pretrained_px(card.name)
+    return usual_px if usual_px is not None and usual_px > max(dataset.image_px) else None
 
 
 def _of_chance(images: int, chance: float) -> str:

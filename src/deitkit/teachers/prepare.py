@@ -4,12 +4,12 @@ A teacher is built from a name, gets weights from a file, a library or training 
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from deitkit.data.dataset import Dataset, as_read
 from deitkit.data.duplicates import sketch
@@ -21,7 +21,7 @@ from deitkit.models.accelerate import accelerate
 from deitkit.models.built import BuiltClassifier, reset_head, reverse_channels
 from deitkit.models.classifier import Classifier
 from deitkit.models.saved import load_classifier, save_classifier, save_tensors
-from deitkit.models.weights.read import file_sha256, load_into, read_checkpoint, read_state
+from deitkit.models.weights.read import file_sha256, head_layers, load_into, read_checkpoint, read_state
 from deitkit.models.zoo import create_classifier
 from deitkit.recipe.schema import Recipe, SpeedRecipe, TeacherRecipe
 from deitkit.run.folder import unreadable
@@ -35,7 +35,7 @@ from deitkit.system.ranks import Ranks
 from deitkit.system.seeding import seeded
 from deitkit.system.words import counted
 from deitkit.teachers.frozen import FrozenTeacher, Teachers, mean_teacher_logits
-from deitkit.teachers.gate import doubt, gate, judge_again
+from deitkit.teachers.gate import doubt, gate, judge_again, larger_usual_px
 from deitkit.teachers.images import STREAMED, load_teacher_images, require_batch
 from deitkit.teachers.resolution import measure_at_own_resolution
 from deitkit.teachers.saved import build_saved, origins, require_unseen
@@ -84,6 +84,12 @@ def prepare_teacher(
     with seeded(recipe.seeds[0], folder.name):
         classifier, card = draft_teacher(recipe.teacher, dataset)
     accelerate(classifier, recipe.speed, precision.device)
+    usual_px = None if recipe.teacher.checkpoint is None else larger_usual_px(card, dataset)
+    if usual_px is not None:
+        watcher.say(
+            f"teacher {card.name} sees views of {max(dataset.image_px)} px as they are: if its weights are of "
+            f"{usual_px} px, as its library's, set teacher.image_px={usual_px}"
+        )
     train_data = dataset
     if card.fit != "none":
         train_data = load_teacher_images(recipe, dataset, folder, watcher.reading)
@@ -145,6 +151,8 @@ def _model_card(card: TeacherCard, dataset: Dataset, recipe: Recipe, train_data:
         "validation_top1": card.top1,
     }
     before = [origin for _, origin in origins(recipe.teacher)]
+    if card.fit == "none" and not before and card.image_px is not None and card.image_px > min(dataset.image_px):
+        described["input_px"] = [card.image_px] * 2  # a stranger's, which is better used at its own resolution
     if card.fit != "none":
         described["trained_on"] = sketch(train_data.train.hashes)
     elif before:  # its training was that of another run
@@ -161,6 +169,8 @@ def draft_teacher(recipe: TeacherRecipe, dataset: Dataset) -> tuple[Classifier, 
         new_head = load_into(built.model, checkpoint.state, head=built.head, source=str(recipe.checkpoint))
         source = f"{recipe.checkpoint.name} (sha256 {file_sha256(recipe.checkpoint)[:8]})"
         source = "; ".join((source, *checkpoint.remarks))
+        if new_head and not recipe.reset_head:
+            source = f"{source}, whose classifier does not fit ({_classifier_of(checkpoint.state, built.head)})"
         new_body = False
     if recipe.channel_order == "bgr":
         if not reverse_channels(built.model):
@@ -210,6 +220,15 @@ def _build(recipe: TeacherRecipe, dataset: Dataset) -> tuple[TeacherRecipe, Buil
     return recipe, built, None
 
 
+def _classifier_of(state: Mapping[str, Tensor], head: str) -> str:
+    """Describe the classifier of a checkpoint that was not loaded."""
+    layers = head_layers(state, head)
+    weight = state.get(f"{layers[0]}.weight") if len(layers) == 1 else None
+    if weight is not None:
+        return counted(weight.shape[0], "class")
+    return f"it has the layers {', '.join(layers)}" if layers else f"it has no layer {head}"
+
+
 def _untrained(new_head: bool, new_body: bool) -> str:
     """Return the untrained part of a teacher that is not trained here, as a verdict; empty if there is none."""
     if new_body:
@@ -244,7 +263,8 @@ def _train(
 ) -> None:
     """Train the teacher on labels alone: a cohort of one."""
     part = "the classifier layer" if card.fit == "head" else "all layers"
-    watcher.say(f"teacher {card.name}: training {part} for {counted(recipe.teacher.train.epochs, 'epoch')}")
+    epochs = counted(recipe.teacher.train.epochs, "epoch")
+    watcher.say(f"teacher {card.name} ({card.source}): training {part} for {epochs}")
     few = doubt(dataset)
     if few is not None:
         watcher.say(few)

@@ -3,6 +3,7 @@
 Training and checking it is in ``prepare``.
 """
 
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from deitkit.models.card import ModelCard
 from deitkit.models.saved import build_model, model_below, model_folder, read_card
 from deitkit.models.weights.initialise import card_of
 from deitkit.models.weights.read import read_state
-from deitkit.recipe.schema import DataRecipe, TeacherRecipe
+from deitkit.recipe.schema import DataRecipe, Recipe, TeacherRecipe
+from deitkit.run.results import TeacherCard
 from deitkit.system.words import first_of
 
 
@@ -104,6 +106,20 @@ def require_unseen(recipe: TeacherRecipe, data: DataRecipe, dataset: Dataset) ->
             raise TeacherError(
                 f"about {100 * seen:.0f} % of the test images of {dataset.name} are training images of the teacher "
                 f"{given}: {how_to_divide(card.split)}"
+            )
+
+
+def of_unknown_training(recipe: Recipe, dataset: Dataset, cards: Sequence[TeacherCard]) -> Iterator[str]:
+    """Yield a remark on each teacher that came trained on the classes of a data set, from images that nothing records.
+
+    There is none where the data set has test images of its own, which its owner keeps apart.
+    """
+    for teacher, card in zip(recipe.all_teachers, cards, strict=True):
+        if dataset.divided and card.fit == "none" and not origins(teacher):
+            yield (
+                f"nothing records from which images the teacher {card.name} learned, and the test images are drawn "
+                "from all: if it has seen some of them, its accuracy and the students' distances to it are too large; "
+                "put images that it has not seen into a folder test/"
             )
 
 

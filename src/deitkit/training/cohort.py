@@ -6,6 +6,7 @@ alone (a teacher, the baseline) is a cohort of one student with the method ``non
 
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
@@ -250,19 +251,30 @@ class Cohort:
         """
         for student in self.students:
             student.classifier.train()
-        while self.epoch < self.train_recipe.epochs and self.active:
-            batches = self.batches.epoch(self.epoch, self.step)
-            while self.step < self.batches.steps_per_epoch and self.active:
-                self.next_step(batches)
-                if self._is_log_step():
-                    self._stop_diverged()
-                    if on_step is not None:
-                        on_step(self._progress())
-                if self._is_stopped(should_stop):
-                    raise Interrupted
-            metrics = self._close_epoch(should_stop)
-            self.epoch, self.step = self.epoch + 1, 0
-            yield metrics
+        with ExitStack() as stack:
+            stack.callback(self.close)
+            while self.epoch < self.train_recipe.epochs and self.active:
+                self._train_epoch(on_step, should_stop)
+                metrics = self._close_epoch(should_stop)
+                self.epoch, self.step = self.epoch + 1, 0
+                yield metrics
+
+    def close(self) -> None:
+        """End the processes that decode ahead, if any; training on starts others."""
+        for batches in filter(None, (self.batches, self.unlabelled)):
+            batches.close()
+
+    def _train_epoch(self, on_step: Callable[[Progress], None] | None, should_stop: Callable[[], bool]) -> None:
+        """Train from the next step to the end of its epoch."""
+        batches = self.batches.epoch(self.epoch, self.step)
+        while self.step < self.batches.steps_per_epoch and self.active:
+            self.next_step(batches)
+            if self._is_log_step():
+                self._stop_diverged()
+                if on_step is not None:
+                    on_step(self._progress())
+            if self._is_stopped(should_stop):
+                raise Interrupted
 
     def _is_stopped(self, should_stop: Callable[[], bool]) -> bool:
         if self.ranks.count == 1:

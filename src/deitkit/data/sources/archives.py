@@ -127,8 +127,8 @@ def read_imagenet(place: Path) -> Listing | None:
     if not class_folders(base / "train") or not (base / "val").is_dir():
         return None
     if class_folders(base / "val"):
-        return list_folder(base, test_names=IMAGENET_TEST) if base is kaggle else None
-    training = list_folder(base / "train")
+        return list_folder(base, test_names=IMAGENET_TEST, validation_names=()) if base is kaggle else None
+    training = list_folder(base / "train", validation_names=())
     assert isinstance(training.images, EncodedImages)
     assert training.images.files is not None
     file, solutions = _imagenet_solutions(place, base)

@@ -3,7 +3,7 @@
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -14,6 +14,7 @@ from deitkit.errors import DataError
 from deitkit.system.words import counted, display_name, first_of
 
 TEST_NAMES = ("test", "val", "valid", "validation")
+VALIDATION_NAMES = TEST_NAMES[1:]  # of what is held out for validation, beside a split named ``test``
 _SPELLINGS = {"training": "train", "testing": "test"}
 
 
@@ -45,16 +46,29 @@ def _is_hidden(path: Path) -> bool:
     return path.name.startswith(".") or path.name == "__MACOSX"
 
 
-def list_folder(folder: Path, *, test_names: Sequence[str] = TEST_NAMES, more_training: Sequence[str] = ()) -> Listing:
+def own_validation(names: Collection[str], validation_names: Sequence[str]) -> str | None:
+    """Return which of the splits with these names is for validation; None unless there is one named ``test`` too."""
+    return next((name for name in validation_names if name in names), None) if "test" in names else None
+
+
+def list_folder(
+    folder: Path,
+    *,
+    test_names: Sequence[str] = TEST_NAMES,
+    validation_names: Sequence[str] = VALIDATION_NAMES,
+    more_training: Sequence[str] = (),
+) -> Listing:
     """List the images in class folders and their subfolders; classes are numbered in the order of their sorted names.
 
     The test split of ``train/<class>/*`` is the first of ``test``, ``val``, ``valid`` and ``validation`` that exists,
-    also as ``Testing``. Without any of them, and if the class folders are in ``folder`` itself, there is no official
-    test split. Hidden files and folders are ignored; what else is left out is counted in the remarks.
+    also as ``Testing``; beside ``test`` the first of the others is the validation split. Without any of them, and if
+    the class folders are in ``folder`` itself, there is no official test split. Hidden files and folders are ignored;
+    what else is left out is counted in the remarks.
 
     Args:
         folder: The folder of the data set.
         test_names: Possible names of the test split, for data sets whose ``test`` has no labels.
+        validation_names: Possible names of the validation split.
         more_training: Splits that are added to the training images, if they exist.
 
     Raises:
@@ -63,42 +77,55 @@ def list_folder(folder: Path, *, test_names: Sequence[str] = TEST_NAMES, more_tr
     if not folder.is_dir():
         needs = "data.name=folder:PATH needs <class>/* or train/<class>/* in PATH"
         raise DataError(f"folder '{folder}' does not exist{below_here(folder)}: {needs}")
-    train, test, remarks = _parts(folder, test_names, more_training)
+    train, validation, test, remarks = _parts(folder, test_names, validation_names, more_training)
     class_names = tuple(class_folders(train[0]))
     if not class_names:
         advice = _other_source(folder) or "arrange the images as <class>/* or train/<class>/*"
         raise DataError(f"'{folder}' contains no class folders: {advice}")
-    for part in (*train[1:], *test):
-        require_same_classes(set(class_names), set(class_folders(part)), f"'{train[0]}'", f"'{part}'")
+    for part in (*train[1:], *validation, *test):
+        name = "validation" if part in validation else "test"
+        require_same_classes(set(class_names), set(class_folders(part)), f"'{train[0]}'", f"'{part}'", name)
     left_out: Counter[str] = Counter()
     listed = [
-        (path, label, part in test) for part in (*train, *test) for path, label in _list_part(part, folder, left_out)
+        (path, label, part)
+        for part in (*train, *validation, *test)
+        for path, label in _list_part(part, folder, left_out)
     ]
     if left_out:
         remarks.append(_remark(left_out))
-    files, labels, is_test = zip(*listed, strict=True)
+    files, labels, parts = zip(*listed, strict=True)
     return Listing(
         encoded_files(folder, list(files)),
         torch.tensor(labels),
-        torch.tensor(is_test) if test else None,
+        torch.tensor([part in test for part in parts]) if test else None,
         class_names,
         remarks=tuple(remarks),
+        official_validation=torch.tensor([part in validation for part in parts]) if validation else None,
     )
 
 
 def _parts(
-    folder: Path, test_names: Sequence[str], more_training: Sequence[str]
-) -> tuple[list[Path], list[Path], list[str]]:
-    """Return the folders of classes to train on, that to test on, if any, and remarks on those that are left out."""
+    folder: Path, test_names: Sequence[str], validation_names: Sequence[str], more_training: Sequence[str]
+) -> tuple[list[Path], list[Path], list[Path], list[str]]:
+    """Return the folders of classes to train on, that to validate on and that to test on, if any, and remarks."""
     named = {split_name(name): path for name, path in reversed(class_folders(folder).items())}
-    if "train" not in named or not class_folders(named["train"]):
-        return [folder], [], []
-    train, test = (
-        [named[name] for name in names if name in named and class_folders(named[name])]
-        for names in (("train", *more_training), test_names)
-    )
-    others = [name for name, path in class_folders(folder).items() if path not in (*train, *test[:1])]
-    return train, test[:1], [f"left out: folder '{name}' of '{display_name(folder.name)}'" for name in others]
+    named = {name: path for name, path in named.items() if class_folders(path)}
+    if "train" not in named:
+        return [folder], [], [], []
+    train = [named[name] for name in ("train", *more_training) if name in named]
+    test = [named[name] for name in test_names if name in named][:1]
+    held_out = own_validation(named, validation_names)
+    validation = [] if held_out is None else [named[held_out]]
+    used = (*train, *validation, *test)
+    others = [name for name, path in class_folders(folder).items() if path not in used]
+    remarks = [] if held_out is None else [remark_on_validation(held_out)]
+    remarks += [f"left out: folder '{name}' of '{display_name(folder.name)}'" for name in others]
+    return train, validation, test, remarks
+
+
+def remark_on_validation(name: str) -> str:
+    """Say that a data set has a validation split of its own."""
+    return f"the validation images are those of '{name}', instead of data.validation_fraction of the training images"
 
 
 def _list_part(part: Path, folder: Path, left_out: Counter[str]) -> Iterator[tuple[Path, int]]:
@@ -155,13 +182,15 @@ def encoded_files(folder: Path, files: list[Path], remedy: str = "unpack the arc
     return EncodedImages(names, read, digest.hexdigest(), files)
 
 
-def require_same_classes(train: set[str], test: set[str], train_place: str, test_place: str) -> None:
-    """Raise DataError if train and test differ in their classes, with the names that one of them lacks."""
+def require_same_classes(
+    train: set[str], test: set[str], train_place: str, test_place: str, name: str = "test"
+) -> None:
+    """Raise DataError if train and a split differ in their classes, with the names that one of them lacks."""
     missing = [(test_place, train - test), (train_place, test - train)]
     lacks = [f"{place} lacks {first_of(list(map(repr, sorted(names))))}" for place, names in missing if names]
     if lacks:
         raise DataError(
-            f"train and test must have the same classes, but {' and '.join(lacks)}: add them or remove them"
+            f"train and {name} must have the same classes, but {' and '.join(lacks)}: add them or remove them"
         )
 
 

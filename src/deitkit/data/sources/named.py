@@ -158,7 +158,7 @@ def _list_inside(named: NamedSet, place: Path, *, is_root: bool) -> Listing | No
 
 
 def _list_shards(named: NamedSet, place: Path) -> Listing:
-    return list_parquet(place, test_names=named.test_names, more_training=named.more_training)
+    return list_parquet(place, test_names=named.test_names, validation_names=(), more_training=named.more_training)
 
 
 def _of_classes(named: NamedSet, listing: Listing) -> Listing | None:
@@ -177,7 +177,10 @@ def _list_at(named: NamedSet, place: Path, name: str) -> Listing | None:
             )
         return found
     if len(class_folders(place / "train")) == named.classes:
-        return _of_classes(named, list_folder(place, test_names=named.test_names, more_training=named.more_training))
+        listing = list_folder(
+            place, test_names=named.test_names, validation_names=(), more_training=named.more_training
+        )
+        return _of_classes(named, listing)
     return None
 
 

@@ -18,7 +18,14 @@ import pyarrow.parquet as pq
 import torch
 
 from deitkit.data.listing import EncodedImages, Listing, below_here
-from deitkit.data.sources.folders import TEST_NAMES, require_same_classes, split_name
+from deitkit.data.sources.folders import (
+    TEST_NAMES,
+    VALIDATION_NAMES,
+    own_validation,
+    remark_on_validation,
+    require_same_classes,
+    split_name,
+)
 from deitkit.errors import DataError
 from deitkit.system.words import counted, display_name
 
@@ -35,54 +42,64 @@ def configurations(folder: Path) -> list[str]:
     return list(_configurations(folder))
 
 
-def list_parquet(path: Path, *, test_names: Sequence[str] = TEST_NAMES, more_training: Sequence[str] = ()) -> Listing:
+def list_parquet(
+    path: Path,
+    *,
+    test_names: Sequence[str] = TEST_NAMES,
+    validation_names: Sequence[str] = VALIDATION_NAMES,
+    more_training: Sequence[str] = (),
+) -> Listing:
     """List the images in a parquet file, or in a folder of them.
 
     Layouts are those of the Hub's repositories: ``train-*.parquet`` or ``train/*.parquet``, also in ``data`` or in the
     folder of a configuration. The test split is ``test`` (or ``val``, ``valid``, ``validation``, the first that
-    exists); without one there is no official test split, and without any split all files belong together. The images
-    are the column with type Image in the schema's ``huggingface`` metadata, else a column of bytes; the labels are
-    ``label``, ``labels``, ``fine_label`` or the column with type ClassLabel. Labels of a file are read by its own class
-    names; without any, classes are named by the sorted labels.
+    exists); beside ``test`` the first of the others is the validation split; without any there is no official test
+    split, and without ``train`` too all files belong together. The images are the column with type Image in the
+    schema's ``huggingface`` metadata, else a column of bytes; the labels are ``label``, ``labels``, ``fine_label`` or
+    the column with type ClassLabel. Labels of a file are read by its own class names; without any, classes are named by
+    the sorted labels.
 
     Args:
         path: A file, or a folder of them.
         test_names: Possible names of the test split, for data sets whose ``test`` has no labels.
+        validation_names: Possible names of the validation split.
         more_training: Splits that are added to the training images, if they exist.
 
     Raises:
         DataError: The path does not exist or cannot be read, or a shard, a column or a label is missing or wrong.
     """
-    train_files, test_files, remarks = _choose_files(path, test_names, more_training)
-    files = train_files + test_files
+    chosen, remarks = _choose_files(path, test_names, validation_names, more_training)
+    files = [file for part in chosen for file in part]
     columns = _columns(files[0])
-    train, test = ([_read_labels(file, columns) for file in part] for part in (train_files, test_files))
+    train, validation, test = ([_read_labels(file, columns) for file in part] for part in chosen)
     places = [file.relative_to(path) if file.is_relative_to(path) and file != path else file.name for file in files]
     names = [
         f"{display_name(str(place))} row {row}"
-        for place, part in zip(places, train + test, strict=True)
+        for place, part in zip(places, train + validation + test, strict=True)
         for row in range(len(part))
     ]
     if not names:
         raise DataError(f"'{path}' contains no rows: name other files")
-    labels, class_names = _number_classes(train, test)
-    is_test = torch.arange(len(labels)) >= sum(len(column) for column in train)
+    labels, class_names = _number_classes(train, validation, test)
+    counts = torch.tensor([sum(map(len, part)) for part in (train, validation, test)])
+    part_of = torch.arange(3).repeat_interleave(counts)
     encoded = EncodedImages(names, partial(_read_images, files, columns.image), _content_key(files))
     return Listing(
         encoded,
         torch.from_numpy(labels),
-        is_test if test else None,
+        part_of == 2 if test else None,
         class_names,
         remarks=(*remarks, *columns.remarks),
+        official_validation=part_of == 1 if validation else None,
     )
 
 
 def _choose_files(
-    path: Path, test_names: Sequence[str], more_training: Sequence[str]
-) -> tuple[list[Path], list[Path], list[str]]:
-    """Return the files to train on and those to test on, each with all of its shards, and remarks."""
+    path: Path, test_names: Sequence[str], validation_names: Sequence[str], more_training: Sequence[str]
+) -> tuple[tuple[list[Path], list[Path], list[Path]], list[str]]:
+    """Return the files to train, to validate and to test on, each with all of its shards, and remarks."""
     if path.is_file():
-        return [path], [], []
+        return ([path], [], []), []
     if not path.is_dir():
         raise DataError(
             f"'{path}' does not exist{below_here(path)}: data.name=parquet:PATH needs a parquet file or a folder of "
@@ -109,17 +126,20 @@ def _choose_files(
     if "train" in shards:
         splits = {name: shards[name] for name in ("train", *more_training) if name in shards}
         test_name = next((name for name in test_names if name in shards), None)
-        others = {name: files for name, files in shards.items() if name not in (*splits, test_name)}
+        held_out = own_validation(shards, validation_names)
+        remarks += [] if held_out is None else [remark_on_validation(held_out)]
+        others = {name: files for name, files in shards.items() if name not in (*splits, held_out, test_name)}
         remarks += [f"left out: {counted(len(files), 'parquet file')} of '{name}'" for name, files in others.items()]
     else:
-        splits, test_name = {"": [file for files in shards.values() for file in files]}, None
-    test = shards[test_name] if test_name is not None else []
-    for part in (*splits.values(), test):
+        splits, held_out, test_name = {"": [file for files in shards.values() for file in files]}, None, None
+    validation, test = ([] if name is None else shards[name] for name in (held_out, test_name))
+    for part in (*splits.values(), validation, test):
         _require_every_shard(part)
     train = [file for part in splits.values() for file in part]
-    partial_folders = sorted({file.parent.name for file in train + test if file.parent.name.startswith("partial-")})
+    homes = {file.parent.name for file in train + validation + test}
+    partial_folders = sorted(name for name in homes if name.startswith("partial-"))
     remarks += [f"the folder '{name}' has only the first part of its images" for name in partial_folders]
-    return train, test, remarks
+    return (train, validation, test), remarks
 
 
 def _configurations(folder: Path) -> dict[str, dict[str, list[Path]]]:
@@ -264,22 +284,27 @@ def _read_labels(file: Path, columns: _Columns) -> _Labels:
     raise DataError(f"column '{columns.label}' of '{file}' holds {column.type}: labels must be integers or strings")
 
 
-def _number_classes(train: list[_Labels], test: list[_Labels]) -> tuple[np.ndarray, tuple[str, ...]]:
+def _number_classes(
+    train: list[_Labels], validation: list[_Labels], test: list[_Labels]
+) -> tuple[np.ndarray, tuple[str, ...]]:
     """Return the class of every row, and the names of the classes: those of the first file that has any.
 
     Raises:
         DataError: A label is out of range, or the files do not have the same classes.
     """
-    parts = train + test
+    parts = train + validation + test
     first = next((part for part in parts if part.class_names is not None), None)
     if first is not None and first.class_names is not None:
         return np.concatenate([_numbers(part, first, first.class_names) for part in parts]), first.class_names
     for part in parts:
         if part.values.dtype.kind != "U":
             _require_range(part, sum(len(part) for part in parts))
-    if test and parts[0].values.dtype.kind == "U":
-        trained, tested = ({str(name) for part in side for name in part.values} for side in (train, test))
-        require_same_classes(trained, tested, "the training split", "the test split")
+    if parts[0].values.dtype.kind == "U":
+        sides = (train, validation, test)
+        trained, *held_out = ({str(name) for part in side for name in part.values} for side in sides)
+        for names, split in zip(held_out, ("validation", "test"), strict=True):
+            if names:
+                require_same_classes(trained, names, "the training split", f"the {split} split", split)
     values, labels = np.unique(np.concatenate([part.values for part in parts]), return_inverse=True)
     return labels.astype(np.int64), tuple(str(value) for value in values)
 

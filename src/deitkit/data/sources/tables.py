@@ -2,14 +2,25 @@
 
 import csv
 import os
+import re
 import unicodedata
 from collections.abc import Sequence
+from itertools import combinations
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from deitkit.data.listing import Listing, below_here
-from deitkit.data.sources.folders import TEST_NAMES, encoded_files, require_same_classes, split_name
+from deitkit.data.sources.folders import (
+    TEST_NAMES,
+    VALIDATION_NAMES,
+    encoded_files,
+    own_validation,
+    remark_on_validation,
+    require_same_classes,
+    split_name,
+)
 from deitkit.errors import DataError
 from deitkit.system.words import counted, display_name
 
@@ -49,9 +60,10 @@ def list_csv(path: Path) -> Listing:
             raise DataError(f"'{path}' has no {meaning} in row {cells.index('') + 2}: fill it in or remove the row")
     _require_one_label(values["path"], values["label"], path)
     splits = [split_name(name) for name in values.get("split", [])]
-    is_test, kept, remarks = _divide(splits, len(rows), path)
-    class_names = sorted({values["label"][place] for place in kept})
-    _require_sides(values, kept, is_test, path)
+    parts, remarks = _divide(splits, len(rows), path)
+    kept = sorted(place for places in parts.values() for place in places)
+    class_names = _sorted_classes({values["label"][place] for place in kept})
+    _require_parts(values, parts, path)
     others = [column for column in columns if column not in spelled.values()]
     if others:
         remarks.append(f"left out: {counted(len(others), 'column')} of '{path.name}' ({', '.join(others[:5])})")
@@ -68,11 +80,23 @@ def list_csv(path: Path) -> Listing:
             f"correct the paths in '{path.name}', which start from its folder unless they are absolute",
         ),
         torch.tensor([numbers[values["label"][place]] for place in kept]),
-        torch.tensor([is_test[place] for place in kept]) if splits and any(is_test) else None,
+        _are_in(parts["test"], kept),
         tuple(class_names),
         remarks=tuple(remarks),
         groups=groups,
+        official_validation=_are_in(parts["validation"], kept),
     )
+
+
+def _are_in(part: Sequence[int], kept: Sequence[int]) -> Tensor | None:
+    """Return which of the rows are in a part; None if none is."""
+    return torch.isin(torch.tensor(kept), torch.tensor(part)) if part else None
+
+
+def _sorted_classes(names: set[str]) -> list[str]:
+    """Return the names of classes in order: of whole numbers by their value, as parquet files and their authors do."""
+    numbers = all(re.fullmatch(r"-?\d+", name, re.ASCII) for name in names)
+    return sorted(names, key=lambda name: (int(name), name)) if numbers else sorted(names)
 
 
 def _as_spelled(folder: Path, name: str) -> Path:
@@ -120,34 +144,36 @@ def _require_one_label(paths: Sequence[str], labels: Sequence[str], path: Path) 
             raise DataError(f"'{path}' has '{image}' as '{first[image]}' and as '{label}': an image has one class here")
 
 
-def _divide(splits: Sequence[str], count: int, path: Path) -> tuple[list[bool], list[int], list[str]]:
-    """Return which rows are of the test split, the rows that are used, and remarks."""
+def _divide(splits: Sequence[str], count: int, path: Path) -> tuple[dict[str, list[int]], list[str]]:
+    """Return the rows of ``train``, ``validation`` and ``test``, which may have none, and remarks."""
     if not splits:
-        return [False] * count, list(range(count)), []
+        return {"train": list(range(count)), "validation": [], "test": []}, []
     unknown = next((name for name in splits if name not in ("train", *TEST_NAMES)), None)
     if unknown is not None:
         raise DataError(f"'{path}' has the split '{unknown}': write train, or one of {', '.join(TEST_NAMES)}")
     if "train" not in splits:
         raise DataError(f"'{path}' has no row of the split 'train': add some, or remove the column")
     test = next((name for name in TEST_NAMES if name in splits), None)
-    kept = [place for place, name in enumerate(splits) if name in ("train", test)]
-    left_out = sorted({name for name in splits if name not in ("train", test)})
-    remarks = [f"left out: {counted(splits.count(name), 'row')} of the split '{name}'" for name in left_out]
-    return [name == test for name in splits], kept, remarks
+    validation = own_validation(splits, VALIDATION_NAMES)
+    named = {"train": "train", "validation": validation, "test": test}
+    parts = {part: [place for place, name in enumerate(splits) if name == own] for part, own in named.items()}
+    remarks = [] if validation is None else [remark_on_validation(validation)]
+    for name in sorted(set(splits).difference(named.values())):
+        remarks.append(f"left out: {counted(splits.count(name), 'row')} of the split '{name}'")
+    return parts, remarks
 
 
-def _require_sides(values: dict[str, list[str]], kept: Sequence[int], is_test: Sequence[bool], path: Path) -> None:
-    """Raise DataError if train and test differ in their classes, or share a group."""
-    if not any(is_test):
-        return
-    sides = [[place for place in kept if is_test[place] == side] for side in (False, True)]
-    train, test = ({values["label"][place] for place in side} for side in sides)
-    require_same_classes(train, test, f"the split 'train' of '{path}'", "its test split")
-    if "group" in values:
-        shared = sorted(set.intersection(*({values["group"][place] for place in side} for side in sides)))
+def _require_parts(values: dict[str, list[str]], parts: dict[str, list[int]], path: Path) -> None:
+    """Raise DataError if two splits differ in their classes, or share a group."""
+    train, *others = (name for name, places in parts.items() if places)
+    labels = {name: {values["label"][place] for place in places} for name, places in parts.items()}
+    for name in others:
+        require_same_classes(labels[train], labels[name], f"the split '{train}' of '{path}'", f"its {name} split", name)
+    for one, other in combinations((train, *others) if "group" in values else (), 2):
+        shared = {values["group"][place] for place in parts[one]} & {values["group"][place] for place in parts[other]}
         if shared:
             groups = counted(len(shared), "group")
-            raise DataError(f"'{path}' has {groups} in train and in test, such as '{shared[0]}': put each in one")
+            raise DataError(f"'{path}' has {groups} in {one} and in {other}, such as '{min(shared)}': put each in one")
 
 
 def _shown(columns: Sequence[str]) -> str:

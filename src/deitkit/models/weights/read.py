@@ -137,7 +137,8 @@ def _damaged(path: Path) -> CheckpointError:
 def load_into(model: nn.Module, state: Mapping[str, Tensor], *, head: str, source: str) -> bool:
     """Load a checkpoint into a model completely, except a classifier of another class count, which stays new.
 
-    A classifier that fits only in part, such as its bias, stays new as a whole.
+    A classifier that fits only in part, such as its bias, stays new as a whole. One that stands among layers without
+    weights, such as ``fc.1`` behind a dropout, is that layer.
 
     Args:
         model: Changed in place, only if the checkpoint fits.
@@ -152,6 +153,7 @@ def load_into(model: nn.Module, state: Mapping[str, Tensor], *, head: str, sourc
         CheckpointError: Other layers are missing, unknown or of another shape.
     """
     own = model.state_dict()
+    state = _with_plain_head(state, head)
     mismatched = [name for name, value in state.items() if name in own and own[name].shape != value.shape]
     missing = [name for name in own if name not in state and not name.endswith("num_batches_tracked")]
     unexpected = [name for name in state if name not in own]
@@ -169,6 +171,20 @@ def load_into(model: nn.Module, state: Mapping[str, Tensor], *, head: str, sourc
     }
     model.load_state_dict(fitting, strict=False)
     return new_head
+
+
+def _with_plain_head(state: Mapping[str, Tensor], head: str) -> dict[str, Tensor]:
+    """Return a state whose classifier, if it is a single layer below ``head``, has the name ``head`` itself."""
+    layers = head_layers(state, head)
+    if len(layers) != 1 or layers == [head]:
+        return dict(state)
+    inner = f"{layers[0]}."
+    return {f"{head}.{name.removeprefix(inner)}" if name.startswith(inner) else name: state[name] for name in state}
+
+
+def head_layers(state: Mapping[str, Tensor], head: str) -> list[str]:
+    """Return the names of the layers with weights at and below the name of a classifier layer."""
+    return list(dict.fromkeys(name.rpartition(".")[0] for name in state if name.startswith(f"{head}.")))
 
 
 def _remedy(wrong: Sequence[str], own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:
