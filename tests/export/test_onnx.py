@@ -1,6 +1,7 @@
 """ONNX files: equal to the model, complete, usable by every command, and refused when they are not as written."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 from torch import nn
 
 from deitkit.api import load_model
 from deitkit.data.dataset import load_dataset
+from deitkit.data.decode import decode_image
 from deitkit.errors import CheckpointError, DeitkitError, RecipeError
 from deitkit.evaluation.readouts import readout_scores
 from deitkit.export.export import ExportOptions, export_onnx, int8_file, record_file, remarks
@@ -104,6 +107,32 @@ def test_a_file_answers_as_its_model(name: str, tmp_path: Path) -> None:
         np.testing.assert_allclose(ours, theirs, atol=1e-5)
         np.testing.assert_allclose(ours.sum(axis=1), 1, atol=1e-5)
     assert np.ptp(theirs) > 0.01
+
+
+def test_the_code_of_the_docs_prepares_images_as_the_training_did(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "export.md").read_text()
+    code = next(block for block in re.findall(r"```python\n(.*?)```", page, re.S) if "def prepare" in block)
+    draw = np.random.default_rng(0)
+    pictures = {}
+    for mode, size in (("RGB", (40, 30)), ("L", (21, 50)), ("RGBA", (33, 33)), ("RGB", (20, 44))):
+        channels = {"RGB": (3,), "RGBA": (4,), "L": ()}[mode]
+        picture = Image.fromarray(draw.integers(0, 256, (*size, *channels), dtype=np.uint8), mode)
+        pictures[f"{mode}-{size[0]}.png"] = picture
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned
+    for channels, crop in ((3, 0.875), (1, 1.0)):
+        folder = saved(tmp_path / f"of-{channels}", student(("class",), channels), channels, eval_crop=crop)
+        export_onnx(folder, folder / "model.onnx", ExportOptions())
+        monkeypatch.chdir(folder)
+        for name, picture in pictures.items():
+            picture.save("photo.png", exif=exif if name == "RGB-20.png" else None)
+            found: dict[str, Any] = {}
+            exec(code, found)
+            expected = decode_image(Path("photo.png"), channels, 8, crop)
+            np.testing.assert_array_equal(found["prepare"]("photo.png"), expected, name)
+            assert capsys.readouterr().out.strip() in DIGITS
 
 
 @pytest.mark.parametrize("readout", ["class", "distillation", "joint", "joint-logits"])
