@@ -27,6 +27,8 @@ from deitkit.run.observer import Silent
 from deitkit.system.device import Precision
 from deitkit.training.student import Student
 
+settings.register_profile("patient", deadline=None)  # other work on the machine is no failure
+settings.load_profile("patient")
 settings.register_profile("fuzz", max_examples=1800)  # `make fuzz`; what it scales is in fuzz_helpers
 
 CPU_FP32 = Precision(torch.device("cpu"), torch.float32)

@@ -84,7 +84,7 @@ def test_the_gpu_script_names_its_pieces() -> None:
 
 @pytest.mark.skipif(os.name != "posix", reason="a shell script")
 def test_the_gpu_script_compares_at_small_sizes(tmp_path: Path) -> None:
-    settings = os.environ | {"SMALL": "1", "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""}
+    settings = os.environ | {"SMALL": "1", "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": "", "SEEDS": "1"}
     subprocess.run([FOLDER / "gpu.sh", "cifar10", tmp_path], check=True, env=settings, capture_output=True)
     assert (tmp_path / "cifar10" / "report.html").exists()
     assert "from nothing to the report in" in (tmp_path / "cifar10-seconds.txt").read_text()

@@ -176,18 +176,6 @@ def test_everything_else_that_changed_is_refused(
     assert (tmp_path / "run" / "recipe.yaml").read_bytes() == before
 
 
-def test_a_run_folder_of_the_older_layout_grows_too(tiny_recipe: TinyRecipe, once: Path, tmp_path: Path) -> None:
-    """Version 0.1 kept what all students of a seed predicted in one file, and metrics in that of the run alone."""
-    whole = tiny_recipe("methods=[none, soft]", *FIELDS)
-    grow(tiny_recipe("methods=[none]", *FIELDS), tmp_path / "run")
-    home = tmp_path / "run" / "seed-0"
-    save_tree(home / PREDICTIONS, {"none": load_tree(home / "none" / PREDICTIONS)})
-    (home / "none" / PREDICTIONS).unlink()
-    (home / "none" / "metrics.jsonl").unlink()
-    assert grow(whole, tmp_path / "run").trained == {(0, "soft")}
-    assert_same_run(once, tmp_path / "run")
-
-
 def test_an_ablation_grows_in_all_its_variants(tiny_recipe: TinyRecipe, tmp_path: Path) -> None:
     fields = ("variants={sgd: {train.optimizer: sgd, train.learning_rate: 0.1}}", "train.epochs=1")
     compare_variants(tiny_recipe("methods=[none, hard]", *fields), tmp_path / "once", watcher=Silent())

@@ -99,7 +99,7 @@ def test_flowers_that_are_incomplete_or_damaged_say_what(tmp_path):
 
 def test_flowers_as_folders_and_parquet_are_numbered_as_everyone_does(tmp_path):
     names = datasets.Flowers102.classes
-    for form, spelling in (("names", [name.replace("?", "?") for name in names]), ("numbers", range(1, 103))):
+    for form, spelling in (("names", names), ("numbers", range(1, 103))):
         for start, part in enumerate(("train", "valid", "test")):
             write_classes(tmp_path / form / "flowers102" / part, {str(name): 1 for name in spelling}, 102 * start)
         data = load("flowers102", root=tmp_path / form)

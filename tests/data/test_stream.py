@@ -20,7 +20,7 @@ from conftest import TINY
 from deitkit.comparison.compare import compare
 from deitkit.data import stream, survey
 from deitkit.data.batches import Batches
-from deitkit.data.cache import cache_folder, store
+from deitkit.data.cache import cache_folder
 from deitkit.data.dataset import Dataset, load_dataset
 from deitkit.data.decode import decode_image
 from deitkit.data.decode_many import decode_all
@@ -241,18 +241,6 @@ def test_shards_are_written_once_for_all_sizes_and_divisions(shards: Path) -> No
         data, plain = load_dataset(recipe), load_dataset(recipe.model_copy(update={"streaming": False}))
         assert torch.equal(data.train.pixels(torch.arange(9)), plain.train.images[:9])
     assert len({*folder.glob("*.bin")} - before) == 1
-
-
-def test_what_version_0_1_wrote_of_shards_is_used_again(tmp_path: Path) -> None:
-    old, ends = "0" * 64, torch.tensor([3, 7])
-    (tmp_path / f"{old}.bin").write_bytes(b"catbird")
-    assert survey._written(tmp_path / "new.bin", "1" * 64, old) is None, "where the images end is not known"
-    store(old, {"ends": ends}, [])
-    found = survey._written(tmp_path / "new.bin", "1" * 64, old)
-    assert found is not None
-    assert torch.equal(found[0]["ends"], ends)
-    assert (tmp_path / "new.bin").read_bytes() == b"catbird"
-    assert not (tmp_path / f"{old}.bin").exists()
 
 
 def test_verify_knows_the_data_of_earlier_runs_when_surveys_change(

@@ -4,7 +4,7 @@ Everything is recorded by hooks during an ordinary forward pass, at no cost to t
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -19,12 +19,10 @@ from deitkit.models.vit import TOKENS, Attention, DeiT
 def recorded(modules: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
     """Record what modules return inside the block, in the order in which they run."""
     outputs: list[Tensor] = []
-    handles = [module.register_forward_hook(lambda _, __, output: outputs.append(output)) for module in modules]
-    try:
+    with ExitStack() as stack:
+        for module in modules:
+            stack.enter_context(module.register_forward_hook(lambda _, __, output: outputs.append(output)))
         yield outputs
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
@@ -48,15 +46,10 @@ def recorded_similarity(classifier: Classifier) -> Iterator[list[list[Float[Tens
     def keep(layer: list[Tensor], x: Tensor) -> None:
         layer.append(F.cosine_similarity(x[:, 0].float(), x[:, 1].float(), dim=-1))
 
-    handles = [
-        module.register_forward_hook(lambda _, __, x, layer=layer: keep(layer, x))
-        for module, layer in zip(layers, found, strict=True)
-    ]
-    try:
+    with ExitStack() as stack:
+        for module, layer in zip(layers, found, strict=True):
+            stack.enter_context(module.register_forward_hook(lambda _, __, x, layer=layer: keep(layer, x)))
         yield found
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def learned_similarity(classifier: Classifier) -> float:

@@ -66,21 +66,16 @@ def infer(
     from deitkit.bench.inference_speed import bench_catalogue, bench_infer, bench_saved
 
     recipe = _load(overrides, base)
-    if model is not None:
-        if table is not None:
-            raise typer.BadParameter("--model and --table exclude each other: give one")
-        result = bench_saved(model, recipe, repeats=repeats, steps=steps)
-        if not _printed_json(result, as_json):
-            shown = _table(result, "classification")
-            _speed_rows(shown, result)
-            console.print(shown)
-        return
+    if model is not None and table is not None:
+        raise typer.BadParameter("--model and --table exclude each other: give one")
     if table is None:
-        result = bench_infer(recipe, repeats=repeats, steps=steps)
+        timed = {"repeats": repeats, "steps": steps}
+        result = bench_infer(recipe, **timed) if model is None else bench_saved(model, recipe, **timed)
         if not _printed_json(result, as_json):
             shown = _table(result, "classification")
             _speed_rows(shown, result)
-            _limit_rows(shown, result)
+            if model is None:
+                _limit_rows(shown, result)
             console.print(shown)
         return
     if table not in ("paper", "zoo"):

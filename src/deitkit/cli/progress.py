@@ -25,7 +25,7 @@ TORCHRUN_SECONDS = 5.0
 TERMINAL_SECONDS, NOTEBOOK_SECONDS, LINE_SECONDS = 0.2, 1.0, 60.0
 
 
-class Terminal:
+class Terminal(Watcher):
     """Show the progress of a run on a console. Inside its context, Ctrl-C and SIGTERM stop the run.
 
     Training stops after the current step and saves; everything else stops at once, since a resumed run repeats it. A

@@ -23,7 +23,6 @@ from deitkit.comparison.images import load_images
 from deitkit.comparison.rows import note_on_stops, summarise, validation_scores
 from deitkit.comparison.seed_run import (
     SeedRun,
-    adopt_older_layout,
     gather_metrics,
     load_predictions,
     run_seed,
@@ -159,7 +158,6 @@ def begin(
         dry_run_teachers(recipe, dataset, folder, precision)
     checkpoint = measure_checkpoint(recipe, dataset, precision, watcher)
     begin_run(folder, recipe)
-    adopt_older_layout(folder)
     write_environment(recipe, dataset, folder, precision)
     draw_views(dataset, recipe.augment, recipe.train.label_smoothing, folder / "views.png")
 

@@ -147,7 +147,7 @@ def measure_checkpoint(
     own: dict[str, Any] = {"image_px": px, "channels": found.channels}
     if card is not None:
         own |= {"eval_crop": card.eval_crop, "fit": card.fit}
-    test = load_test(recipe.data.model_copy(update=own), watcher.reading)
+    test = load_test(recipe.data.model_copy(update=own), watcher.reading)[0]
     assert torch.equal(test.labels, dataset.test.labels.cpu()), "both are the same images in the same order"
     scores = readout_scores(predict(_build(weights).to(precision.device), test, precision))
     readout = (None if card is None else card.readout) or default_readout(list(scores))

@@ -187,11 +187,14 @@ def _row(
     stopped = {seed: predictions[seed][key.student].status for seed in seeds if seed not in scores}
     values = list(top1.values())
     reference = _reference(predictions)
-    differences: dict[Reference, Difference | None] = {
-        "labels": _difference_to_reference(key, hits, reference, predictions, labels),
-        "teacher": _difference_to_teacher(hits, teacher_decisions, labels),
-        "baseline": _difference_to_baseline(key, hits, predictions, labels),
-    }
+    others: dict[Reference, Hits] = {}
+    if reference is not None and key.student != reference.student:
+        others["labels"] = reference.hits(predictions, labels)
+    if teacher_decisions is not None:  # which are the same for all seeds
+        others["teacher"] = dict.fromkeys(hits, teacher_decisions == labels)
+    if BASELINE in next(iter(predictions.values())) and key.student != BASELINE:
+        others["baseline"] = RowKey(BASELINE, "last", "class").hits(predictions, labels)
+    differences = {name: paired_over_seeds(hits, other) for name, other in others.items()}
     return Row(
         row=key.name,
         **_method_fields(key, recipe),
@@ -243,27 +246,6 @@ def _reference(predictions: Predictions) -> RowKey | None:
     students = next(iter(predictions.values()))
     name = reference_method(students)
     return None if name is None else RowKey(name, "last", default_readout(list(students[name].scores["last"]["test"])))
-
-
-def _difference_to_reference(
-    key: RowKey, hits: Hits, reference: RowKey | None, predictions: Predictions, labels: Int64[Tensor, " n"]
-) -> Difference | None:
-    if reference is None or key.student == reference.student:
-        return None
-    return paired_over_seeds(hits, reference.hits(predictions, labels))
-
-
-def _difference_to_teacher(hits: Hits, decisions: Tensor | None, labels: Tensor) -> Difference | None:
-    """Compare a row with the teachers, whose predictions are the same for all seeds."""
-    return None if decisions is None else paired_over_seeds(hits, dict.fromkeys(hits, decisions == labels))
-
-
-def _difference_to_baseline(
-    key: RowKey, hits: Hits, predictions: Predictions, labels: Int64[Tensor, " n"]
-) -> Difference | None:
-    if key.student == BASELINE or BASELINE not in next(iter(predictions.values())):
-        return None
-    return paired_over_seeds(hits, RowKey(BASELINE, "last", "class").hits(predictions, labels))
 
 
 def paired_over_seeds(hits: Hits, other: Hits) -> Difference | None:

@@ -30,7 +30,7 @@ from deitkit.models.weights.pretrained import starting_weights
 from deitkit.models.weights.read import require_whole
 from deitkit.recipe.schema import Recipe
 from deitkit.run.folder import locked, unreadable
-from deitkit.run.layout import BASELINE, seed_folder, seed_of
+from deitkit.run.layout import BASELINE, seed_folder
 from deitkit.run.metrics import EpochMetrics, read_metrics, write_metrics
 from deitkit.run.observer import Watcher
 from deitkit.run.state import drop_state, load_tree, save_tree
@@ -255,7 +255,6 @@ def load_predictions(
     folder: Path, seeds: Sequence[int], names: Sequence[str]
 ) -> dict[int, dict[str, StudentPredictions]]:
     """Return the predictions of finished students by seed and name."""
-    adopt_older_layout(folder)
     return {
         seed: {name: StudentPredictions(**load_tree(seed_folder(folder, seed) / name / PREDICTIONS)) for name in names}
         for seed in seeds
@@ -275,16 +274,6 @@ def gather_metrics(folder: Path, seeds: Sequence[int], names: Sequence[str]) -> 
     lines = [line for seed in seeds for name in names for line in read_metrics(seed_folder(folder, seed) / name)]
     lines.sort(key=lambda line: (seeds.index(line.seed), line.epoch, names.index(line.student)))
     write_metrics(lines, folder)
-
-
-def adopt_older_layout(folder: Path) -> None:
-    """Move predictions that version 0.1 kept in one file for all students of a seed into the students' folders."""
-    for path in sorted(folder.glob(f"seed-*/{PREDICTIONS}")):
-        seed, metrics = seed_of(path.parent), read_metrics(folder)
-        for name, prediction in load_tree(path).items():
-            write_own_metrics(path.parent / name, metrics, seed)
-            save_tree(path.parent / name / PREDICTIONS, prediction)
-        path.unlink()
 
 
 def _weights(student: Student) -> dict[str, Classifier]:

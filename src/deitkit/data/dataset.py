@@ -277,12 +277,7 @@ def _list_unlabelled(source: str) -> Listing:
     return list_images(Path(path).expanduser())
 
 
-def load_test(recipe: DataRecipe, progress: ProgressCallback | None = None) -> Split:
-    """Load only the test images of ``load_dataset``."""
-    return load_test_and_names(recipe, progress)[0]
-
-
-def load_test_and_names(recipe: DataRecipe, progress: ProgressCallback | None = None) -> tuple[Split, tuple[str, ...]]:
+def load_test(recipe: DataRecipe, progress: ProgressCallback | None = None) -> tuple[Split, tuple[str, ...]]:
     """Load only the test images of ``load_dataset``, and return them with the names of the classes."""
     listing, indices = _plan(recipe, progress)
     found = read_selection(listing, indices.test, 0, recipe, progress)

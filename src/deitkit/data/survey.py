@@ -113,7 +113,7 @@ def survey(
     cached = cache.load_cached(stored_as)
     if cached is None or (encoded.files is None and not path.exists()):
         tally = _Tally(len(selection), train_count, recipe)
-        written = _written(path, flat, key)
+        written = cache.load_cached(flat) if path.exists() else None
         if encoded.files is not None or written is not None:
             decode_all(encoded.read, encoded.names, selection, recipe, tally, progress, "checking images")
             ends = torch.zeros(0, dtype=torch.int64) if written is None else written[0]["ends"]
@@ -150,18 +150,6 @@ def _key(version: int, encoded: EncodedImages, selection: Tensor, train_count: i
     cropped: tuple[float | str, ...] = (recipe.eval_crop,) if recipe.eval_crop < 1 else ()
     cropped += (recipe.fit,) if recipe.fit != "crop" else ()
     return hashlib.sha256(repr((version, "survey", *chosen, *cropped)).encode()).hexdigest()
-
-
-def _written(path: Path, flat: str, key: str) -> tuple[dict[str, Tensor], list[str]] | None:
-    """Return the ends of the images in a flat file, by its entry in the cache; None if it is not there.
-
-    Version 0.1 wrote one for every survey, under its key, which becomes this one.
-    """
-    earlier, ends = path.with_stem(key), cache.load_cached(key)
-    if not path.exists() and earlier.exists() and ends is not None:
-        cache.store(flat, {"ends": ends[0]["ends"]}, [])
-        earlier.replace(path)
-    return cache.load_cached(flat) if path.exists() else None
 
 
 def _lay_out(

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from deitkit.data.dataset import Dataset, load_dataset, load_test_and_names
+from deitkit.data.dataset import Dataset, load_dataset, load_test
 from deitkit.data.duplicates import share_in_sketch
 from deitkit.errors import DataError, HasTestSplit
 from deitkit.evaluation.predict import predict
@@ -32,7 +32,7 @@ def evaluate_model(folder: Path, data: str, root: Path | None = None) -> dict[st
     """
     device = choose_device("auto")
     classifier, card = load_classifier(folder, device)
-    test, names = _as_divided(load_test_and_names, card, data, root)
+    test, names = _as_divided(load_test, card, data, root)
     _require_classes(names, card, data)
     scores = named_scores(predict(classifier, test, Precision.choose("auto", device)), card)
     labels, n = test.labels, len(test)

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -186,13 +187,14 @@ def classify_pixels(
     if not isinstance(top, int) or isinstance(top, bool) or top < 1:
         raise RecipeError(f"top is {top!r}: give the number of classes to return, at least 1")
     view = torch.stack(pixels).to(precision.device).float() / 255
-    with uncompiled(), precision.autocast(), _HeadInputs(classifier.model, len(card.class_names), embed) as inputs:
+    heads = _heads(classifier.model, len(card.class_names)) if embed else []
+    with uncompiled(), precision.autocast(), _recorded_inputs(heads) as features:
         output = classifier.eval()(view)
     scores = named_scores(output, card)
     chosen = choose_readout(readout, card, scores)
     probabilities = scores[chosen].float().softmax(dim=-1).cpu()
     best = probabilities.topk(min(top, probabilities.shape[-1]), dim=-1)
-    embeddings = torch.cat(inputs.seen, dim=1).float().cpu().numpy() if embed else None
+    embeddings = torch.cat(features, dim=1).float().cpu().numpy() if embed else None
     return [
         {
             "readout": chosen,
@@ -211,20 +213,15 @@ def _heads(model: nn.Module, classes: int) -> list[nn.Module]:
     return [head for head in heads if isinstance(head, nn.Module)]
 
 
-class _HeadInputs:
-    """Collects the inputs of a model's heads while it is active."""
+@contextmanager
+def _recorded_inputs(heads: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
+    """Record what enters heads inside the block, as vectors."""
+    seen: list[Tensor] = []
 
-    def __init__(self, model: nn.Module, classes: int, active: bool) -> None:
-        self.heads = _heads(model, classes) if active else []
-        self.seen: list[Tensor] = []
+    def keep(head: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        seen.append(inputs[0].flatten(2).mean(dim=2) if inputs[0].ndim > 2 else inputs[0])
 
-    def __enter__(self) -> "_HeadInputs":
-        self.hooks = [head.register_forward_pre_hook(self._keep) for head in self.heads]
-        return self
-
-    def _keep(self, head: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        self.seen.append(inputs[0].flatten(2).mean(dim=2) if inputs[0].ndim > 2 else inputs[0])
-
-    def __exit__(self, *error: object) -> None:
-        for hook in self.hooks:
-            hook.remove()
+    with ExitStack() as stack:
+        for head in heads:
+            stack.enter_context(head.register_forward_pre_hook(keep))
+        yield seen

@@ -51,7 +51,7 @@ def share_seen(card: ModelCard, data: DataRecipe, dataset: Dataset, progress: Pr
     if card.seen is None:
         return 0.0
     same = card.view == view_of(dataset)
-    test = dataset.test if same else load_test(data.model_copy(update=card.view), progress)
+    test = dataset.test if same else load_test(data.model_copy(update=card.view), progress)[0]
     return share_of_tests_seen(test.hashes, dataset.test.hashes, dataset.train.hashes, card.seen)
 
 

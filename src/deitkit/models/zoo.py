@@ -3,7 +3,6 @@
 Preparing a classifier as a teacher is in ``teachers``.
 """
 
-import difflib
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -12,6 +11,7 @@ from deitkit.models.built import BuiltClassifier
 from deitkit.models.cnn import CIFAR_DEPTHS, CifarResNet
 from deitkit.models.registered import build_registered
 from deitkit.models.registered import names as registered_names
+from deitkit.recipe.problems import nearest
 from deitkit.system.network import no_endless_wait
 
 LIBRARIES = ("cifar", "small", "torchvision", "timm", "own")
@@ -126,12 +126,6 @@ def _one_sentence(name: str, pretrained: bool, image_px: int | None) -> Iterator
 
 
 def _nearest(name: str) -> str:
-    known = names()
-    last = name.rpartition("/")[2]
-    near = [full for full in known if full.partition("/")[2] == last]
-    near += [full for full in difflib.get_close_matches(name, known, n=3, cutoff=0.6) if full not in near]
-    if near:
-        return f"did you mean {' or '.join(near[:3])}?"
-    return (
+    return nearest(name, names(), "/") or (
         "write timm/NAME, torchvision/NAME, small/NAME or cifar/resnet20, 32, 44 or 56, or a folder or file that exists"
     )

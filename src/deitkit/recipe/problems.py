@@ -98,13 +98,13 @@ def _quoted(where: str, value: Any) -> str:
     return f": quote it, as \"{where}='{value}'\""
 
 
-def nearest(name: str, known: Sequence[str]) -> str:
+def nearest(name: str, known: Sequence[str], separator: str = ".") -> str:
     """Return a question with the names most like one, such as ``did you mean train.epochs?``; empty if none is."""
-    head, dot, last = name.rpartition(".")
+    head, dot, last = name.rpartition(separator)
     last = ABBREVIATIONS.get(last, last)
     name = head + dot + last
     if name in known:
         return f"did you mean {name}?"
-    near = [key for key in known if key.rpartition(".")[2] == last]
+    near = [key for key in known if key.rpartition(separator)[2] == last]
     near += [key for key in difflib.get_close_matches(name, known, n=3, cutoff=0.6) if key not in near]
     return f"did you mean {' or '.join(near[:3])}?" if near else ""

@@ -1,9 +1,8 @@
-"""The interface of an observer of a run: progress reports, and requests to stop."""
+"""The observer of a run: progress reports, and requests to stop."""
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
 
 from deitkit.run.metrics import EpochMetrics
 
@@ -22,9 +21,8 @@ class Progress:
     losses: dict[str, float] = field(default_factory=dict)
 
 
-@runtime_checkable
-class Watcher(Protocol):
-    """Observer of a run, such as a terminal."""
+class Watcher:
+    """Observer of a run, such as a terminal; this one shows nothing and never requests a stop."""
 
     def say(self, text: str) -> None:
         """Report that a stage of the run has begun or ended."""
@@ -43,31 +41,11 @@ class Watcher(Protocol):
 
     def defer_interrupts(self) -> AbstractContextManager[None]:
         """Defer requests to stop to the next ``should_stop`` inside the block; outside they may end the run at once."""
-
-    def should_stop(self) -> bool:
-        """Return whether the user requested a stop."""
-
-
-class Silent:
-    """Watcher that shows nothing and never requests a stop."""
-
-    def say(self, text: str) -> None:
-        pass
-
-    def reading(self, what: str, done: int, total: int) -> None:
-        pass
-
-    def step(self, title: str, progress: Progress) -> None:
-        pass
-
-    def epoch(self, title: str, metrics: list[EpochMetrics]) -> None:
-        pass
-
-    def units(self, lines: Mapping[str, str], finished: int, total: int) -> None:
-        pass
-
-    def defer_interrupts(self) -> AbstractContextManager[None]:
         return nullcontext()
 
     def should_stop(self) -> bool:
+        """Return whether the user requested a stop."""
         return False
+
+
+Silent = Watcher

@@ -166,11 +166,11 @@ def _from_facts(facts: dict[str, Any], source: str) -> dict[str, Any]:
         sides = tuple(int(side) for side in facts["image_px"])
         numbers = {key: tuple(float(value) for value in facts[key]) for key in ("mean", "std")}
         names = [str(name) for name in facts["class_names"]]
-        share, fit = float(facts.get("eval_crop", 1)), facts.get("fit", "crop")  # not in files of earlier versions
+        share, fit = float(facts["eval_crop"]), facts["fit"]
         if not 0 < share <= 1 or fit not in _TIMMS_FITS.values():
             raise ValueError("no way to prepare an image")
-        view = {"eval_crop": share, "fit": fit} if "fit" in facts else {}
-        return {"heads": int(facts["heads"]), "image_px": sides, "class_names": names, **numbers, **view}
+        view = {"image_px": sides, "eval_crop": share, "fit": fit}
+        return {"heads": int(facts["heads"]), "class_names": names, **numbers, **view}
     except (KeyError, TypeError, ValueError):
         raise CheckpointError(f"{source} is damaged: copy it again from the source of the weights") from None
 
