@@ -80,7 +80,7 @@ def test_a_table_holds_until_a_student_or_the_data_change(tmp_path: Path, monkey
     code, found = verified()
     assert (code, found["same_data"]) == (0, True), "the same pixels, as of files that were copied elsewhere"
     environment = json.loads((run / "environment.json").read_text())
-    (run / "environment.json").write_text(json.dumps(environment | {"images": "0" * 64}))
+    (run / "environment.json").write_text(json.dumps(environment | {"splits": "0" * 64}))
     code, found = verified()
     assert (code, found["same_data"]) == (1, False)
 

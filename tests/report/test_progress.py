@@ -51,6 +51,13 @@ def test_a_training_stands_beside_the_same_epoch_of_the_same_student() -> None:
     assert (alone.reference, alone.difference) == (None, None)
 
 
+def test_a_training_that_did_not_reach_its_end_has_stopped() -> None:
+    lines = [*make_lines("soft", [0.2, 0.4]), *make_lines("none", [0.1, 0.2, 0.3, 0.4])]
+    stopped, done = progress_of(lines, is_over=True)
+    assert (stopped.has_stopped, stopped.seconds_left) == (True, None)
+    assert (done.has_stopped, done.is_done) == (False, True)
+
+
 def test_an_epoch_beyond_the_reference_has_no_reference() -> None:
     (training,) = progress_of(make_lines("soft", [0.2, 0.4, 0.5]), make_lines("soft", [0.3, 0.5]))
     assert training.reference is None

@@ -386,6 +386,28 @@ def test_resume_without_a_folder_finds_the_newest_run_of_this_recipe(
     assert choose_run_folder(None, short, resume=False, suffix="-teacher") == Path("runs/digits-teacher")
 
 
+def test_resume_without_a_folder_takes_no_run_of_other_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for place in ("cats", "dogs"):
+        recipe = load_recipe("own-images", [f"data.name=folder:{place}"])
+        folder = choose_run_folder(None, recipe, resume=False)
+        begin_run(folder, recipe)
+        (folder / "environment.json").write_text('{"images": "0"}')
+    assert (
+        choose_run_folder(None, load_recipe("own-images", ["data.name=folder:cats"]), resume=True).name == "own-images"
+    )
+    moved = load_recipe("own-images", ["data.name=folder:birds"])
+    with pytest.raises(RecipeError, match=r"differs \(data\.name was folder:dogs, now folder:birds\)"):
+        choose_run_folder(None, moved, resume=True)
+    check_run(folder, moved, resume=True)  # whose images are compared when they are read
+    other = load_recipe("own-images", ["data.name=csv:birds.csv"])
+    with pytest.raises(CheckpointError, match=r"data\.name was folder:dogs, now csv:birds\.csv"):
+        check_run(folder, other, resume=True)
+    (folder / "environment.json").unlink()
+    with pytest.raises(CheckpointError, match=r"data\.name was folder:dogs, now folder:birds"):
+        check_run(folder, moved, resume=True)
+
+
 def test_a_folder_is_of_an_ablation_or_of_a_comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plain, several = load_recipe("digits"), load_recipe("digits", ["variants.sgd.train.optimizer=sgd"])
     more = load_recipe("digits", ["variants.sgd.train.optimizer=sgd", "variants.deep.model.depth=8"])

@@ -1,5 +1,6 @@
 """The teacher: what the gate lets through, what it refuses and how it names the cause."""
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +26,7 @@ from deitkit.run.results import TeacherCard
 from deitkit.teachers.frozen import FrozenTeacher
 from deitkit.teachers.gate import gate
 from deitkit.teachers.images import load_teacher_images
-from deitkit.teachers.prepare import prepare_teacher
+from deitkit.teachers.prepare import _model_card, prepare_teacher
 from deitkit.training.student import Student
 
 CARD = TeacherCard(
@@ -326,6 +327,31 @@ def test_the_winner_of_a_run_teaches_the_next(tiny_recipe: Callable[..., Recipe]
     assert second.teacher.name == str(tmp_path / "first")
     assert second.teacher.readout == "class"
     assert second.teacher.test_top1 == first.rows[0].top1[0]
+
+
+def test_a_teacher_of_unknown_images_is_noted_where_the_test_images_are_drawn_here(
+    tiny_recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    def notes(name: str, *teacher: str) -> str:
+        recipe = tiny_recipe("methods=[hard]", "train.epochs=1", *teacher)
+        return " ".join(compare(recipe, tmp_path / name, watcher=Silent()).notes)
+
+    words = "Nothing records from which images the teacher"
+    assert words not in notes("own")
+    shutil.copy(tmp_path / "own" / "teacher" / "model.safetensors", tmp_path / "strange.safetensors")
+    assert words in notes("strange", f"teacher.checkpoint={tmp_path / 'strange.safetensors'}")
+    assert words in notes("again", f"teacher.name={tmp_path / 'strange' / 'teacher'}")
+    assert words not in notes("known", f"teacher.name={tmp_path / 'own' / 'teacher'}")
+
+
+@pytest.mark.parametrize(("own", "view", "side"), [(0.9, 0.8, 224), (0.8, 0.8, 224), (0.7, 0.8, 8), (None, None, 8)])
+def test_a_strangers_teacher_is_used_at_the_resolution_that_is_better(
+    own: float | None, view: float | None, side: int, stripes: Dataset
+) -> None:
+    card = CARD.model_copy(update={"image_px": 224, "own_px_top1": own, "view_px_top1": view})
+    assert _model_card(card, stripes, recipe(), stripes)["input_px"] == [side, side]
+    trained = card.model_copy(update={"fit": "head"})  # on the views
+    assert _model_card(trained, stripes, recipe(), stripes)["input_px"] == [8, 8]
 
 
 def test_a_timm_transformer_sees_views_at_its_own_resolution(stripes: Dataset, tmp_path: Path) -> None:

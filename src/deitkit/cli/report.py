@@ -48,7 +48,7 @@ def progress(
 
     metrics = read_trainings(run)
     beside = [] if reference is None else read_trainings(reference)
-    found = progress_of(metrics, beside)
+    found = progress_of(metrics, beside, is_over=(run / "results.json").exists())
     if as_json:
         print_json([asdict(training) for training in found])
         return
@@ -76,7 +76,8 @@ def _progress_table(found: "list[TrainingProgress]", beside: bool) -> Table:
         if beside:
             cells += [_shown(training.reference, "{:.2%}"), _shown(training.difference, "{:+.2%}")]
         left = training.seconds_left
-        cells.append("done" if training.is_done else "–" if left is None else duration_text(left))
+        ended = "done" if training.is_done else "stopped" if training.has_stopped else "–"
+        cells.append(ended if left is None or training.is_done else duration_text(left))
         table.add_row(plain(training.student), *cells)
     return table
 

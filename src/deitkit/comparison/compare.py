@@ -168,7 +168,7 @@ def begin(
     cards: list[TeacherCard] = []
     if needs_teacher(recipe):
         teachers, cards = prepare_teachers(recipe, dataset, folder=folder, precision=precision, watcher=watcher)
-        unknown = list(of_unknown_training(recipe, dataset, cards))
+        unknown = list(of_unknown_training(recipe, dataset, folder, cards))
         for line in unknown:
             watcher.say(line)
         remarks += unknown

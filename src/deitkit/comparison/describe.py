@@ -1,5 +1,6 @@
 """What is said of a comparison before anything trains: its images, what was left out, and its students."""
 
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -48,7 +49,7 @@ def describe_data(dataset: Dataset) -> Iterator[str]:
 
 def seeds_left_out(folder: Path, recipe: Recipe) -> Iterator[str]:
     """Yield a line if a run folder holds students of seeds that the recipe does not name, as without ``--seeds``."""
-    begun = sorted(seed_of(home) for home in folder.glob("seed-*") if home.is_dir())
+    begun = sorted(seed_of(home) for home in folder.glob("seed-*") if re.fullmatch(r"seed-\d+", home.name))
     missing = [str(seed) for seed in begun if seed not in recipe.seeds]
     if missing:
         seeds = f"seed {missing[0]} is" if len(missing) == 1 else f"seeds {', '.join(missing)} are"

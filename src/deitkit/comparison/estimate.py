@@ -2,6 +2,7 @@
 
 import gc
 import time
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,7 +86,6 @@ def estimate_training(recipe: Recipe, dataset: Dataset, folder: Path, precision:
     together = Teachers(teachers) if teachers else None
     cohort = seed_cohort(students, recipe, dataset, together, recipe.seeds[0], precision, ALONE)
     each = _seconds(cohort, recipe.train.epochs)
-    cohort.close()
     del cohort
     gc.collect()  # the cohorts, before the run builds its own
     what = "training" if recipe.data.fold is None else f"fold {recipe.data.fold} of {recipe.data.folds}"
@@ -99,9 +99,11 @@ def _seconds(cohort: Cohort, epochs: int) -> float:
     steps = min(WARM_UP_STEPS + TIMED_STEPS, cohort.batches.steps_per_epoch)
     batches = cohort.batches.epoch(0, 0)
     warm_up = min(WARM_UP_STEPS, steps - 1)
-    for _ in range(warm_up):
-        cohort.next_step(batches)
-    started = time.perf_counter()
-    for _ in range(steps - warm_up):
-        cohort.next_step(batches)
-    return (time.perf_counter() - started) / (steps - warm_up) * cohort.batches.steps_per_epoch * epochs
+    with closing(cohort):
+        for _ in range(warm_up):
+            cohort.next_step(batches)
+        started = time.perf_counter()
+        for _ in range(steps - warm_up):
+            cohort.next_step(batches)
+        seconds = time.perf_counter() - started
+    return seconds / (steps - warm_up) * cohort.batches.steps_per_epoch * epochs

@@ -78,17 +78,19 @@ def describe_images(dataset: Dataset) -> dict[str, str]:
     """Return a SHA-256 over the pixels and labels of all splits and the class names, the same however they are read.
 
     Returns:
-        ``images``: of the splits; ``all_images``: of the images with labels in whatever split and order.
+        ``splits``: of those with labels; ``images``: of these, and of the images without labels; ``all_images``: of the
+        images with labels in whatever split and order.
     """
     labelled = [dataset.train, dataset.validation, dataset.test]
     labels = torch.cat([split.labels.cpu() for split in labelled])
     unlabelled = torch.zeros(0, dtype=torch.int64) if dataset.unlabelled is None else dataset.unlabelled.hashes
-    hashes = [*(split.hashes for split in labelled), unlabelled]
+    hashes = [split.hashes for split in labelled]
     together = torch.cat([split.hashes for split in labelled])
     order = labels.argsort(stable=True)
     order = order[together[order].argsort(stable=True)]  # by hash, and equal images by label
     return {
-        "images": _sha256([sha256(*hashes, labels), dataset.class_names]),
+        "splits": _sha256([sha256(*hashes, labels), dataset.class_names]),
+        "images": _sha256([sha256(*hashes, unlabelled, labels), dataset.class_names]),
         "all_images": _sha256([sha256(together[order], labels[order]), dataset.class_names]),
     }
 

@@ -145,8 +145,8 @@ def _verify(
 
 def _are_begun_with(dataset: Dataset, folder: Path) -> bool:
     """Return whether images have the pixels, labels and splits that a run folder recorded, wherever they lie."""
-    recorded = read_environment(folder).get("images")
-    return recorded is not None and recorded == describe_images(dataset)["images"]
+    recorded = read_environment(folder).get("splits")
+    return recorded is not None and recorded == describe_images(dataset)["splits"]
 
 
 def _verified(

@@ -64,6 +64,7 @@ class Dataset:
         hashed_as: Channels and side of the pixels that are hashed, of a named set that is kept as pixels; None for
             files, which are hashed as they are decoded.
         divided: Whether the test images were drawn from all, since the data set has no test split of its own.
+        has_own_validation: Whether it has a validation split of its own.
         eval_crop: Share of a side that validation and test images keep.
         originals: Returns training images by their positions as they were before they were resized to a square; None if
             nothing was resized.
@@ -87,6 +88,7 @@ class Dataset:
     test_places: Int64[Tensor, " test"] = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
     hashed_as: tuple[int, int] | None = None
     divided: bool = False
+    has_own_validation: bool = False
     eval_crop: float = 1.0
 
     @cached_property
@@ -185,6 +187,7 @@ def load_dataset(
         test_places=places[2],
         hashed_as=None if isinstance(listing.images, EncodedImages) else (*listing.images.shape[1:3],),
         divided=listing.official_test is None,
+        has_own_validation=listing.official_validation is not None,
         eval_crop=recipe.eval_crop if recipe.image_px is not None else 1.0,
     )
 

@@ -43,7 +43,7 @@ class DataRecipe(Section):
     train_images: PositiveInt | None = Field(None, description="Train on this many images only (stratified).")
     test_images: PositiveInt | None = Field(None, description="Test on this many images only (stratified).")
     validation_fraction: Annotated[float, Field(gt=0, le=0.5)] = Field(
-        0.1, description="Share of the training images held out for curves, the teacher's check and the winner."
+        0.1, description="Share of the training images held out for curves, gate and winner, without a split for it."
     )
     test_fraction: Annotated[float, Field(gt=0, le=0.5)] = Field(
         0.2, description="Share held out as test set, if the data set has none."

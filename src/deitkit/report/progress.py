@@ -27,7 +27,8 @@ class TrainingProgress:
         train_loss: Mean over the steps of ``epoch``.
         validation: Accuracy on the validation images after ``epoch``, as a fraction.
         reference: That of the same student of the reference after the same epoch, the mean over its seeds.
-        seconds_left: To train, at the speed of the last epochs, with the students beside it.
+        seconds_left: To train, at the speed of the last epochs, with the students beside it; None after the run.
+        has_stopped: Whether the run ended before its last epoch.
     """
 
     student: str
@@ -38,6 +39,7 @@ class TrainingProgress:
     validation: float | None
     reference: float | None = None
     seconds_left: float | None = None
+    has_stopped: bool = False
 
     @property
     def is_done(self) -> bool:
@@ -67,28 +69,33 @@ def read_trainings(folder: Path) -> list[EpochMetrics]:
 def _read_trainings(folder: Path) -> Iterator[EpochMetrics]:
     for home in (*sorted(folder.glob("teacher*")), folder, *sorted(folder.glob("seed-*/*"))):
         yield from read_metrics(home)
-    for home in sorted((folder / "folds").glob("[1-9]*"), key=lambda home: int(home.name)):
+    folds = [home for home in (folder / "folds").glob("*") if home.name.isdecimal()]
+    for home in sorted(folds, key=lambda home: int(home.name)):
         yield from (line.model_copy(update={"seed": int(home.name)}) for line in _read_trainings(home))
     for home in sorted((folder / "variants").glob("*")):
         for line in _read_trainings(home):
             yield line.model_copy(update={"student": f"{home.name}: {line.student}"})
 
 
-def progress_of(metrics: Sequence[EpochMetrics], reference: Sequence[EpochMetrics] = ()) -> list[TrainingProgress]:
+def progress_of(
+    metrics: Sequence[EpochMetrics], reference: Sequence[EpochMetrics] = (), *, is_over: bool = False
+) -> list[TrainingProgress]:
     """Return how far each training is, in the order in which they appear.
 
     Args:
         metrics: Of a run, see ``read_trainings``.
         reference: Of the run to stand beside.
+        is_over: Whether the run has ended, so that no training goes on.
     """
     trainings: dict[tuple[int, str], list[EpochMetrics]] = {}
     for line in metrics:
         trainings.setdefault((line.seed, line.student), []).append(line)
     beside = {curve.student: curve for curve in curves_of(reference, lambda line: line.main_accuracy)}
-    return [_progress(sorted(lines, key=lambda line: line.epoch), beside) for lines in trainings.values()]
+    in_order = (sorted(lines, key=lambda line: line.epoch) for lines in trainings.values())
+    return [_progress(lines, beside, is_over) for lines in in_order]
 
 
-def _progress(lines: Sequence[EpochMetrics], beside: dict[str, Curve]) -> TrainingProgress:
+def _progress(lines: Sequence[EpochMetrics], beside: dict[str, Curve], is_over: bool) -> TrainingProgress:
     last = lines[-1]
     curve = beside.get(last.student)
     at_epoch = [] if curve is None else [values[last.epoch] for values in curve.seeds.values() if last.epoch in values]
@@ -96,7 +103,15 @@ def _progress(lines: Sequence[EpochMetrics], beside: dict[str, Curve]) -> Traini
     taken = [seconds for line in lines[-RECENT:] if (seconds := _epoch_seconds(line)) is not None]
     left = None if last.epochs is None or not taken else (last.epochs - last.epoch) * mean(taken)
     return TrainingProgress(
-        last.student, last.seed, last.epoch, last.epochs, last.train_loss, last.main_accuracy, reference, left
+        last.student,
+        last.seed,
+        last.epoch,
+        last.epochs,
+        last.train_loss,
+        last.main_accuracy,
+        reference,
+        None if is_over else left,
+        has_stopped=is_over and last.epoch != last.epochs,
     )
 
 

@@ -14,10 +14,8 @@ from typing import Any
 from filelock import BaseFileLock, FileLock, Timeout
 
 from deitkit.errors import CheckpointError, RecipeError, os_reason
-from deitkit.recipe.contradictions import BASE
 from deitkit.recipe.load import changed_fields, dump_recipe, load_recipe
 from deitkit.recipe.schema import Recipe
-from deitkit.run.layout import fold_folder, variant_folder
 from deitkit.system.files import write_text
 
 LOCK = ".lock"
@@ -27,7 +25,7 @@ UNITS = "units"  # logs of units that run side by side
 # Fields that decide where or how fast, not what, so that a run may resume on another machine; and those of the gate, so
 # that a refused teacher need not be trained again.
 # Variants, methods and seeds are free too: a run may resume with more or fewer of them; each has its own folder. And so
-# is where the images lie, once a run has recorded what they are (``MOVABLE``).
+# is where the images of a comparison lie, once its folder has recorded what they are (``MOVABLE``).
 FREE_TO_CHANGE = {
     "device",
     "speed",
@@ -175,7 +173,8 @@ def check_run(folder: Path, recipe: Recipe, resume: bool) -> None:
             f"--out {folder} already contains a run: add --resume to continue it, or name a new folder"
         )
     if in_use:
-        changed = _changes_since(folder, recipe)
+        # Folds and variants, whose images are those of other folders too, are read where they were.
+        changed = _changes_since(folder, recipe, movable="images" in read_environment(folder))
         if changed:
             raise CheckpointError(f"{folder} was started with another recipe ({'; '.join(changed)}): name a new folder")
 
@@ -196,26 +195,26 @@ def begin_run(folder: Path, recipe: Recipe) -> None:
     write_text(folder / "recipe.yaml", dump_recipe(recipe))
 
 
-def _changes_since(folder: Path, recipe: Recipe) -> list[str]:
-    """Return the changes to the recipe of a run folder under which the run cannot go on."""
+def _changes_since(folder: Path, recipe: Recipe, *, movable: bool) -> list[str]:
+    """Return the changes to the recipe of a run folder under which the run cannot go on.
+
+    Args:
+        folder: Of the run.
+        recipe: Of now.
+        movable: Whether the same images may lie elsewhere now, which is checked when they are read.
+    """
     path = folder / "recipe.yaml"
     try:
         begun = load_recipe(str(path))
     except RecipeError as error:
         raise CheckpointError(f"{path} cannot be read ({error}): correct it, or name a new folder with --out") from None
-    return _changes(begun.model_dump(mode="json"), recipe.model_dump(mode="json"), knows_images=_knows_images(folder))
-
-
-def _knows_images(folder: Path) -> bool:
-    """Return whether a run folder has recorded its images, itself or in the first of its parts."""
-    parts = (folder, variant_folder(folder, BASE), fold_folder(folder, 1))
-    return any("all_images" in read_environment(part) for part in parts)
+    return _changes(begun.model_dump(mode="json"), recipe.model_dump(mode="json"), movable=movable)
 
 
 def _differs(folder: Path, recipe: Recipe) -> str:
     """Return why a run cannot go on under a recipe, in words; empty if it can."""
     try:
-        return "; ".join(_changes_since(folder, recipe))
+        return "; ".join(_changes_since(folder, recipe, movable=False))  # of several runs that on these images
     except CheckpointError as error:
         return str(error)
 
@@ -226,7 +225,7 @@ def _are_places(old: str | None, new: str | None) -> bool:
     return len(kinds) == 1 and all(":" in str(source) for source in (old, new))
 
 
-def _changes(old: Any, new: Any, *, knows_images: bool) -> list[str]:
+def _changes(old: Any, new: Any, *, movable: bool) -> list[str]:
     augments = [new["augment"], new["teacher"]["augment"], *(teacher["augment"] for teacher in new["teachers"])]
     crops = new["data"]["image_px"] is not None and any(augment["crop"] == "random-resized" for augment in augments)
 
@@ -238,7 +237,7 @@ def _changes(old: Any, new: Any, *, knows_images: bool) -> list[str]:
         return any(key == field or key.startswith(f"{field}.") for field in FREE_TO_CHANGE)
 
     changes = [(key, was, now) for key, was, now in changed_fields(old, new) if not free(key)]
-    if knows_images:  # which are compared when they are read
+    if movable:
         changes = [change for change in changes if change[0] not in MOVABLE or not _are_places(*change[1:])]
     # The first seed also seeds the training of the teachers.
     changes = [change for change in changes if change[0] != "seeds" or list(change[1])[:1] != list(change[2])[:1]]

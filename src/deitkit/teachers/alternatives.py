@@ -23,7 +23,7 @@ from deitkit.system.device import Precision
 from deitkit.system.seeding import fixed_shuffle
 from deitkit.system.words import first_of
 
-# Level of each test. At most eight are made of a teacher, so together they accuse a right one in under 1 of 100 cases.
+# Level of each test. At most eight are made of a teacher, so together they accuse a right one in about 1 of 100 cases.
 ALPHA = 0.001
 # Another normalisation must gain at least this accuracy, since two that are almost equal may truly differ by less.
 SMALLEST_GAIN = 0.01
@@ -150,7 +150,8 @@ def _candidates(
     if usual_px is not None:
         other = deepcopy(classifier)
         other.image_px = usual_px
-        yield "its resolution is wrong: with views enlarged to that", other, f"set teacher.image_px={usual_px}"
+        cause = f"its resolution is wrong: with views enlarged to {usual_px} px"
+        yield cause, other, f"set teacher.image_px={usual_px}"
     for name, (mean, std) in _normalisations(dataset).items():
         other = Classifier(
             classifier.model, mean=mean, std=std, image_px=classifier.image_px, readout=classifier.readout

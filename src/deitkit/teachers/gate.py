@@ -72,6 +72,8 @@ def doubt(dataset: Dataset) -> str | None:
     share = enough[0] / (n + len(dataset.train)) if len(enough) else 1.0
     if share > 0.5:
         return f"{text}: add images, or judge the teacher by its test accuracy in the table"
+    if dataset.has_own_validation:
+        return f"{text}: add images to the validation split, if that matters"
     share = math.ceil(20 * share) / 20
     return f"{text}: set data.validation_fraction={share:g} for about {enough[0]} images, if that matters"
 

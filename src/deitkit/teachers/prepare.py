@@ -88,7 +88,7 @@ def prepare_teacher(
     if usual_px is not None:
         watcher.say(
             f"teacher {card.name} sees views of {max(dataset.image_px)} px as they are: if its weights are of "
-            f"{usual_px} px, as its library's, set teacher.image_px={usual_px}"
+            f"{usual_px} px, as its library's, set its image_px={usual_px}"
         )
     train_data = dataset
     if card.fit != "none":
@@ -151,8 +151,10 @@ def _model_card(card: TeacherCard, dataset: Dataset, recipe: Recipe, train_data:
         "validation_top1": card.top1,
     }
     before = [origin for _, origin in origins(recipe.teacher)]
-    if card.fit == "none" and not before and card.image_px is not None and card.image_px > min(dataset.image_px):
-        described["input_px"] = [card.image_px] * 2  # a stranger's, which is better used at its own resolution
+    own_px = None if card.image_px is None else (card.image_px, card.image_px)
+    measured = card.own_px_top1 is not None and card.view_px_top1 is not None and card.own_px_top1 >= card.view_px_top1
+    if card.fit == "none" and own_px is not None and (before[-1].input_px == own_px if before else measured):
+        described["input_px"] = list(own_px)  # of a stranger's, which is better on images of its own resolution
     if card.fit != "none":
         described["trained_on"] = sketch(train_data.train.hashes)
     elif before:  # its training was that of another run

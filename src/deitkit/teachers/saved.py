@@ -18,6 +18,7 @@ from deitkit.models.saved import build_model, model_below, model_folder, read_ca
 from deitkit.models.weights.initialise import card_of
 from deitkit.models.weights.read import read_state
 from deitkit.recipe.schema import DataRecipe, Recipe, TeacherRecipe
+from deitkit.run.layout import teacher_folders
 from deitkit.run.results import TeacherCard
 from deitkit.system.words import first_of
 
@@ -109,13 +110,21 @@ def require_unseen(recipe: TeacherRecipe, data: DataRecipe, dataset: Dataset) ->
             )
 
 
-def of_unknown_training(recipe: Recipe, dataset: Dataset, cards: Sequence[TeacherCard]) -> Iterator[str]:
+def of_unknown_training(recipe: Recipe, dataset: Dataset, folder: Path, cards: Sequence[TeacherCard]) -> Iterator[str]:
     """Yield a remark on each teacher that came trained on the classes of a data set, from images that nothing records.
 
     There is none where the data set has test images of its own, which its owner keeps apart.
+
+    Args:
+        recipe: Of the run.
+        dataset: Its images.
+        folder: Of the run, with the prepared teachers.
+        cards: Of these.
     """
-    for teacher, card in zip(recipe.all_teachers, cards, strict=True):
-        if dataset.divided and card.fit == "none" and not origins(teacher):
+    homes = teacher_folders(folder, len(cards))
+    for teacher, card, home in zip(recipe.all_teachers, cards, homes, strict=True):
+        known = any(one.seen for one in (read_card(home), *(origin for _, origin in origins(teacher))))
+        if dataset.divided and card.fit == "none" and not known:
             yield (
                 f"nothing records from which images the teacher {card.name} learned, and the test images are drawn "
                 "from all: if it has seen some of them, its accuracy and the students' distances to it are too large; "

@@ -6,7 +6,7 @@ alone (a teacher, the baseline) is a cohort of one student with the method ``non
 
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import closing
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
@@ -251,8 +251,7 @@ class Cohort:
         """
         for student in self.students:
             student.classifier.train()
-        with ExitStack() as stack:
-            stack.callback(self.close)
+        with closing(self):
             while self.epoch < self.train_recipe.epochs and self.active:
                 self._train_epoch(on_step, should_stop)
                 metrics = self._close_epoch(should_stop)

@@ -82,9 +82,8 @@ def list_folder(
     if not class_names:
         advice = _other_source(folder) or "arrange the images as <class>/* or train/<class>/*"
         raise DataError(f"'{folder}' contains no class folders: {advice}")
-    for part in (*train[1:], *validation, *test):
-        name = "validation" if part in validation else "test"
-        require_same_classes(set(class_names), set(class_folders(part)), f"'{train[0]}'", f"'{part}'", name)
+    for part in (*train[1:], *test):
+        require_same_classes(set(class_names), set(class_folders(part)), f"'{train[0]}'", f"'{part}'")
     left_out: Counter[str] = Counter()
     listed = [
         (path, label, part)
@@ -112,15 +111,24 @@ def _parts(
     named = {name: path for name, path in named.items() if class_folders(path)}
     if "train" not in named:
         return [folder], [], [], []
+    remarks = []
     train = [named[name] for name in ("train", *more_training) if name in named]
     test = [named[name] for name in test_names if name in named][:1]
     held_out = own_validation(named, validation_names)
+    if held_out is not None and class_folders(named[held_out]).keys() != class_folders(train[0]).keys():
+        remarks.append(other_classes(held_out))
+        held_out = None
     validation = [] if held_out is None else [named[held_out]]
     used = (*train, *validation, *test)
     others = [name for name, path in class_folders(folder).items() if path not in used]
-    remarks = [] if held_out is None else [remark_on_validation(held_out)]
+    remarks += [] if held_out is None else [remark_on_validation(held_out)]
     remarks += [f"left out: folder '{name}' of '{display_name(folder.name)}'" for name in others]
     return train, validation, test, remarks
+
+
+def other_classes(name: str) -> str:
+    """Say that a validation split is not used, since it has other classes than the training split."""
+    return f"'{name}' has other classes than 'train', so the validation images are taken from 'train'"
 
 
 def remark_on_validation(name: str) -> str:
@@ -182,15 +190,13 @@ def encoded_files(folder: Path, files: list[Path], remedy: str = "unpack the arc
     return EncodedImages(names, read, digest.hexdigest(), files)
 
 
-def require_same_classes(
-    train: set[str], test: set[str], train_place: str, test_place: str, name: str = "test"
-) -> None:
-    """Raise DataError if train and a split differ in their classes, with the names that one of them lacks."""
+def require_same_classes(train: set[str], test: set[str], train_place: str, test_place: str) -> None:
+    """Raise DataError if train and test differ in their classes, with the names that one of them lacks."""
     missing = [(test_place, train - test), (train_place, test - train)]
     lacks = [f"{place} lacks {first_of(list(map(repr, sorted(names))))}" for place, names in missing if names]
     if lacks:
         raise DataError(
-            f"train and {name} must have the same classes, but {' and '.join(lacks)}: add them or remove them"
+            f"train and test must have the same classes, but {' and '.join(lacks)}: add them or remove them"
         )
 
 

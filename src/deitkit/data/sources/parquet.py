@@ -300,11 +300,10 @@ def _number_classes(
         if part.values.dtype.kind != "U":
             _require_range(part, sum(len(part) for part in parts))
     if parts[0].values.dtype.kind == "U":
-        sides = (train, validation, test)
-        trained, *held_out = ({str(name) for part in side for name in part.values} for side in sides)
-        for names, split in zip(held_out, ("validation", "test"), strict=True):
-            if names:
-                require_same_classes(trained, names, "the training split", f"the {split} split", split)
+        names = [{str(name) for part in side for name in part.values} for side in (train, validation, test)]
+        for held_out, split in zip(names[1:], ("validation", "test"), strict=True):
+            if held_out:
+                require_same_classes(names[0], held_out, "the training split", f"the {split} split")
     values, labels = np.unique(np.concatenate([part.values for part in parts]), return_inverse=True)
     return labels.astype(np.int64), tuple(str(value) for value in values)
 

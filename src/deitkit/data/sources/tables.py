@@ -16,6 +16,7 @@ from deitkit.data.sources.folders import (
     TEST_NAMES,
     VALIDATION_NAMES,
     encoded_files,
+    other_classes,
     own_validation,
     remark_on_validation,
     require_same_classes,
@@ -60,7 +61,7 @@ def list_csv(path: Path) -> Listing:
             raise DataError(f"'{path}' has no {meaning} in row {cells.index('') + 2}: fill it in or remove the row")
     _require_one_label(values["path"], values["label"], path)
     splits = [split_name(name) for name in values.get("split", [])]
-    parts, remarks = _divide(splits, len(rows), path)
+    parts, remarks = _divide(splits, values["label"], path)
     kept = sorted(place for places in parts.values() for place in places)
     class_names = _sorted_classes({values["label"][place] for place in kept})
     _require_parts(values, parts, path)
@@ -144,20 +145,25 @@ def _require_one_label(paths: Sequence[str], labels: Sequence[str], path: Path) 
             raise DataError(f"'{path}' has '{image}' as '{first[image]}' and as '{label}': an image has one class here")
 
 
-def _divide(splits: Sequence[str], count: int, path: Path) -> tuple[dict[str, list[int]], list[str]]:
+def _divide(splits: Sequence[str], labels: Sequence[str], path: Path) -> tuple[dict[str, list[int]], list[str]]:
     """Return the rows of ``train``, ``validation`` and ``test``, which may have none, and remarks."""
     if not splits:
-        return {"train": list(range(count)), "validation": [], "test": []}, []
+        return {"train": list(range(len(labels))), "validation": [], "test": []}, []
     unknown = next((name for name in splits if name not in ("train", *TEST_NAMES)), None)
     if unknown is not None:
         raise DataError(f"'{path}' has the split '{unknown}': write train, or one of {', '.join(TEST_NAMES)}")
     if "train" not in splits:
         raise DataError(f"'{path}' has no row of the split 'train': add some, or remove the column")
     test = next((name for name in TEST_NAMES if name in splits), None)
-    validation = own_validation(splits, VALIDATION_NAMES)
+    validation, remarks = own_validation(splits, VALIDATION_NAMES), []
+    if validation is not None:
+        pairs = {*zip(splits, labels, strict=True)}
+        own, train = ({label for split, label in pairs if split == name} for name in (validation, "train"))
+        same = own == train
+        remarks.append(remark_on_validation(validation) if same else other_classes(validation))
+        validation = validation if same else None
     named = {"train": "train", "validation": validation, "test": test}
     parts = {part: [place for place, name in enumerate(splits) if name == own] for part, own in named.items()}
-    remarks = [] if validation is None else [remark_on_validation(validation)]
     for name in sorted(set(splits).difference(named.values())):
         remarks.append(f"left out: {counted(splits.count(name), 'row')} of the split '{name}'")
     return parts, remarks
@@ -165,11 +171,10 @@ def _divide(splits: Sequence[str], count: int, path: Path) -> tuple[dict[str, li
 
 def _require_parts(values: dict[str, list[str]], parts: dict[str, list[int]], path: Path) -> None:
     """Raise DataError if two splits differ in their classes, or share a group."""
-    train, *others = (name for name, places in parts.items() if places)
-    labels = {name: {values["label"][place] for place in places} for name, places in parts.items()}
-    for name in others:
-        require_same_classes(labels[train], labels[name], f"the split '{train}' of '{path}'", f"its {name} split", name)
-    for one, other in combinations((train, *others) if "group" in values else (), 2):
+    train, test = ({values["label"][place] for place in parts[name]} for name in ("train", "test"))
+    if test:
+        require_same_classes(train, test, f"the split 'train' of '{path}'", "its test split")
+    for one, other in combinations(parts if "group" in values else (), 2):
         shared = {values["group"][place] for place in parts[one]} & {values["group"][place] for place in parts[other]}
         if shared:
             groups = counted(len(shared), "group")
