@@ -233,6 +233,24 @@ def test_only_regular_files_are_images(tmp_path: Path) -> None:
         image_files(tmp_path / "b.png")
 
 
+def test_classes_in_another_order_are_the_same_classes(tmp_path: Path, write_images: Callable[..., Path]) -> None:
+    photos = write_images(tmp_path / "photos", classes=("9", "10"))  # a folder has 10 first, a CSV file 9
+    rows = [f"{path.relative_to(photos)},{path.parent.name},{path.parts[-3]}" for path in photos.glob("*/*/*.png")]
+    (photos / "list.csv").write_text("\n".join(["path,label,split", *rows]))
+    model = DeiT(image_px=16, patch_px=8, channels=3, classes=2, width=16, depth=1, heads=2, tokens=("class",))
+    model.head.bias.data = torch.tensor([9.0, 0.0])  # always 10
+    card = {"class_names": ["10", "9"], "channels": 3, "input_px": [16, 16]}
+    save_classifier(tmp_path / "model", Classifier(model, mean=(0.5,) * 3, std=(0.5,) * 3), card)
+    (photos / "test" / "9" / "0.png").unlink()
+    rows.remove("test/9/0.png,9,test")
+    (photos / "list.csv").write_text("\n".join(["path,label,split", *rows]))
+    found = [
+        evaluate_model(tmp_path / "model", f"{kind}:{photos}{more}")
+        for kind, more in (("folder", ""), ("csv", "/list.csv"))
+    ]
+    assert [one["readouts"][0]["top1"] for one in found] == [pytest.approx(12 / 23)] * 2
+
+
 def test_only_test_images_are_read_to_evaluate(
     tmp_path: Path, write_images: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

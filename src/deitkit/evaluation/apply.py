@@ -1,8 +1,11 @@
 """Measuring a saved model on a data set."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
+
+import torch
 
 from deitkit.data.dataset import Dataset, load_dataset, load_test
 from deitkit.data.duplicates import share_in_sketch
@@ -33,6 +36,9 @@ def evaluate_model(folder: Path, data: str, root: Path | None = None) -> dict[st
     device = choose_device("auto")
     classifier, card = load_classifier(folder, device)
     test, names = _as_divided(load_test, card, data, root)
+    if set(names) == set(card.class_names):  # whose order differs between sources of images
+        places = torch.tensor([card.class_names.index(name) for name in names])
+        test, names = replace(test, labels=places[test.labels]), card.class_names
     _require_classes(names, card, data)
     scores = named_scores(predict(classifier, test, Precision.choose("auto", device)), card)
     labels, n = test.labels, len(test)
