@@ -85,6 +85,7 @@ def test_streamed_batches_are_those_in_memory(
         for mine, other in pairs:
             assert torch.equal(mine[0], other[0])
             assert torch.equal(mine[1], other[1])
+    ours.close()
 
 
 def test_processes_that_decode_ahead_end_at_once_when_they_are_closed(photos: Path) -> None:

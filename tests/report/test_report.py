@@ -53,6 +53,7 @@ def make_row(
     if mean is not None and method != "none":
         interval = [mean - 0.609, mean - 0.593]
         vs_labels = {"mean": mean - 0.601, "ci95": interval, "p": 0.0003, "test": "paired t", "p_holm": None}
+        vs_labels["ci95_new_images"] = None
     row = {
         "row": f"{method}/{readout}" + ("+ema" if weights == "ema" else ""),
         "label": f"{LABELS[method]} ({method}, {readout})" + (", EMA" if weights == "ema" else ""),
