@@ -19,7 +19,8 @@ from deitkit.data.split import Split
 from deitkit.data.stream import StreamedImages
 from deitkit.errors import RecipeError
 from deitkit.recipe.load import load_recipe
-from deitkit.recipe.schema import AugmentRecipe, DataRecipe, SpeedRecipe, TrainRecipe
+from deitkit.recipe.schema import AugmentRecipe, DataRecipe, TrainRecipe
+from deitkit.recipe.speed import SpeedRecipe
 from deitkit.system.device import Precision
 from deitkit.teachers.frozen import Teachers
 from deitkit.teachers.logit_cache import open_logit_cache

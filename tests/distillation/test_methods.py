@@ -12,7 +12,8 @@ from deitkit.errors import RecipeError
 from deitkit.evaluation.readouts import readout_scores
 from deitkit.models.classifier import Classifier
 from deitkit.models.vit import DeiT, Output
-from deitkit.recipe.schema import AugmentRecipe, DistillationRecipe, SpeedRecipe, TrainRecipe
+from deitkit.recipe.schema import AugmentRecipe, DistillationRecipe, TrainRecipe
+from deitkit.recipe.speed import SpeedRecipe
 from deitkit.teachers.frozen import FrozenTeacher
 from deitkit.training.cohort import Cohort
 from deitkit.training.student import Student

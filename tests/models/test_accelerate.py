@@ -12,7 +12,8 @@ from deitkit.models.accelerate import accelerate
 from deitkit.models.classifier import Classifier
 from deitkit.models.cnn import CifarResNet
 from deitkit.recipe.load import load_recipe
-from deitkit.recipe.schema import Recipe, SpeedRecipe
+from deitkit.recipe.schema import Recipe
+from deitkit.recipe.speed import SpeedRecipe
 from deitkit.teachers.frozen import FrozenTeacher
 from deitkit.training.build import build_students
 from deitkit.training.cohort import Cohort

@@ -14,7 +14,8 @@ from deitkit.distillation.methods import METHODS
 from deitkit.errors import Interrupted
 from deitkit.models.classifier import Classifier
 from deitkit.models.vit import DeiT
-from deitkit.recipe.schema import AugmentRecipe, SpeedRecipe, StudentTrainRecipe
+from deitkit.recipe.schema import AugmentRecipe, StudentTrainRecipe
+from deitkit.recipe.speed import SpeedRecipe
 from deitkit.run.metrics import EpochMetrics
 from deitkit.run.observer import Progress
 from deitkit.run.state import load_tree, save_tree

@@ -10,7 +10,8 @@ from deitkit.distillation.methods import METHODS
 from deitkit.models.classifier import Classifier
 from deitkit.models.cnn import CifarResNet
 from deitkit.models.vit import DeiT
-from deitkit.recipe.schema import SpeedRecipe, TrainRecipe
+from deitkit.recipe.schema import TrainRecipe
+from deitkit.recipe.speed import SpeedRecipe
 from deitkit.system.device import Precision
 from deitkit.training.micro_batches import CACHE_BYTES, LEAST_ROWS, choose_micro_batch_size, has_batch_norm
 from deitkit.training.student import Student

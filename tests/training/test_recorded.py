@@ -121,7 +121,7 @@ from torch._dynamo.testing import CompileCounter
 from deitkit.models.accelerate import accelerate, forget_compiled, release
 from deitkit.models.classifier import Classifier
 from deitkit.models.vit import DeiT
-from deitkit.recipe.schema import SpeedRecipe
+from deitkit.recipe.speed import SpeedRecipe
 
 counter, plain = CompileCounter(), torch.compile
 torch.compile = lambda function, **options: plain(function, backend=counter, **options)

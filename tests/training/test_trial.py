@@ -11,7 +11,7 @@ from deitkit.data.dataset import Dataset, Split
 from deitkit.models.accelerate import accelerate
 from deitkit.models.classifier import Classifier
 from deitkit.models.zoo import create_classifier
-from deitkit.recipe.schema import SpeedRecipe
+from deitkit.recipe.speed import SpeedRecipe
 from deitkit.training.trial import failure_of
 
 CLASSES = 3

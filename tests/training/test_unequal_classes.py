@@ -23,7 +23,8 @@ from deitkit.evaluation.readouts import balanced_accuracy, macro_f1
 from deitkit.models.classifier import Classifier
 from deitkit.models.cnn import CifarResNet
 from deitkit.models.vit import Output
-from deitkit.recipe.schema import AugmentRecipe, DistillationRecipe, Recipe, SpeedRecipe, TrainRecipe
+from deitkit.recipe.schema import AugmentRecipe, DistillationRecipe, Recipe, TrainRecipe
+from deitkit.recipe.speed import SpeedRecipe
 from deitkit.run.observer import Silent
 from deitkit.system.ranks import ALONE
 from deitkit.teachers.prepare import teacher_cohort, teacher_student

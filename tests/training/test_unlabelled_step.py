@@ -17,7 +17,8 @@ from deitkit.errors import Interrupted
 from deitkit.models.classifier import Classifier
 from deitkit.models.vit import DeiT
 from deitkit.recipe.load import load_recipe
-from deitkit.recipe.schema import AugmentRecipe, DistillationRecipe, Recipe, SpeedRecipe, TrainRecipe
+from deitkit.recipe.schema import AugmentRecipe, DistillationRecipe, Recipe, TrainRecipe
+from deitkit.recipe.speed import SpeedRecipe
 from deitkit.run.observer import Silent
 from deitkit.training.cohort import Cohort
 from deitkit.training.student import Student

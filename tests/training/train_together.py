@@ -14,7 +14,8 @@ from deitkit.distillation.methods import METHODS
 from deitkit.evaluation.predict import predict_all
 from deitkit.models.classifier import Classifier
 from deitkit.models.vit import DeiT, Output
-from deitkit.recipe.schema import AugmentRecipe, SpeedRecipe, StudentTrainRecipe
+from deitkit.recipe.schema import AugmentRecipe, StudentTrainRecipe
+from deitkit.recipe.speed import SpeedRecipe
 from deitkit.system.ranks import ALONE, Ranks, join_ranks, leave_ranks
 from deitkit.training.cohort import Cohort
 from deitkit.training.student import Student

@@ -83,8 +83,9 @@ def _require_same(ingredients: dict[str, str], folder: Path) -> None:
 
 def _initial(recipe: Recipe) -> dict[str, str]:
     """Return the SHA-256 of the students' initial weights; empty for random ones."""
-    start = starting_weights(recipe.model)
-    return {} if start is None else {"the initial weights": file_sha256(weights_file(start))}
+    start, checkpoint = starting_weights(recipe.model), None if recipe.baseline is None else recipe.baseline.checkpoint
+    found = {} if start is None else {"the initial weights": file_sha256(weights_file(start))}
+    return found | ({} if checkpoint is None else {"the weights of the baseline": file_sha256(checkpoint)})
 
 
 def _of_teachers(recipe: Recipe, dataset: Dataset) -> dict[str, str]:

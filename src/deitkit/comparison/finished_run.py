@@ -9,7 +9,8 @@ from deitkit.errors import CheckpointError
 from deitkit.models.accelerate import accelerate
 from deitkit.models.classifier import Classifier
 from deitkit.models.saved import load_classifier
-from deitkit.recipe.schema import Recipe, SpeedRecipe
+from deitkit.recipe.schema import Recipe
+from deitkit.recipe.speed import SpeedRecipe
 from deitkit.run.layout import seed_folder, teacher_folders
 from deitkit.run.observer import Watcher
 from deitkit.run.results import Results

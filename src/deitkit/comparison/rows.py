@@ -224,7 +224,9 @@ def _row(
 def _method_fields(key: RowKey, recipe: Recipe) -> dict[str, Any]:
     """Return the fields of a row that its method decides; the baseline learns from labels alone."""
     if key.student == BASELINE:
-        title, kind = f"CNN baseline ({baseline_architecture(recipe)}), labels alone", "baseline"
+        assert recipe.baseline is not None
+        start = ", pretrained" if recipe.baseline.is_pretrained else ""
+        title, kind = f"CNN baseline ({baseline_architecture(recipe)}{start}), labels alone", "baseline"
         facts = {"labels": True, "teacher": None, "tokens": "-"}
     else:
         method = METHODS[key.student]

@@ -12,7 +12,7 @@ import torch
 
 from deitkit.models.classifier import Classifier
 from deitkit.models.vit import Attention, DeiT
-from deitkit.recipe.schema import SpeedRecipe
+from deitkit.recipe.speed import SpeedRecipe
 
 # Token layouts times resolutions, widths, dropout, stochastic depth and LayerScale; torch allows 8.
 RECOMPILATIONS = 64

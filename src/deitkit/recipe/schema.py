@@ -23,6 +23,7 @@ from deitkit.recipe.section import (
     Section,
     UserPath,
 )
+from deitkit.recipe.speed import SpeedRecipe
 
 
 class DataRecipe(Section):
@@ -219,32 +220,6 @@ class StudentTrainRecipe(TrainRecipe):
     )
 
 
-class SpeedRecipe(Section):
-    """Speed and memory. Results change by rounding only, but micro_batch_size changes the draws of dropout."""
-
-    compile: Literal["auto"] | bool = Field(
-        "auto",
-        description="Compile the students' blocks (torch.compile); auto: on a GPU, where it was measured faster.",
-    )
-    cuda_graphs: bool = Field(True, description="On a GPU, record a student's step once and replay it.")
-    attention: Literal["auto", "plain", "fused"] = Field(
-        "auto", description="plain: two matrix products; fused: one kernel; auto: plain on a CPU up to 640 tokens."
-    )
-    channels_last: bool = Field(True, description="Use the channels-last memory layout for CNNs.")
-    micro_batch_size: Literal["auto"] | PositiveInt | None = Field(
-        "auto",
-        description="Split a student's batch and accumulate its gradient: less memory, the same step. auto: on a CPU, "
-        "into parts that fit its cache; null: never. CNNs (for their BatchNorm) and 'dist' always use whole batches.",
-    )
-    save_seconds: PositiveFloat = Field(
-        300.0,
-        description="Seconds between two saved states, at the end of an epoch a fifth: a killed run loses no more.",
-    )
-    checkpoint_activations: bool = Field(
-        False, description="Recompute the inside of each block in the backward pass: less memory, a third more time."
-    )
-
-
 class TeacherTrainRecipe(TrainRecipe):
     """Training of a teacher: the usual settings of a CNN."""
 
@@ -306,10 +281,20 @@ class BaselineRecipe(OptimizerRecipe):
         "teacher",
         description="'teacher' for the teacher's architecture, or a name; setting any field of baseline adds the row.",
     )
+    pretrained: bool = Field(False, description="Start from the library's pretrained weights, with a new classifier.")
+    checkpoint: UserPath | None = Field(None, description="Start from these weights: .safetensors, .pth or .th.")
+    image_px: PositiveInt | None = Field(
+        None, description="Resolution of the CNN; by default that of its pretrained weights, else the view's."
+    )
     optimizer: OptimizerName = "sgd"
     learning_rate: PositiveFloat = 0.1
     weight_decay: NonNegativeFloat = 5e-4
     warmup_learning_rate: NonNegativeFloat = 1e-3
+
+    @property
+    def is_pretrained(self) -> bool:
+        """Whether it starts from weights, instead of random ones."""
+        return self.pretrained or self.checkpoint is not None
 
 
 class Recipe(Section):

@@ -23,7 +23,8 @@ from deitkit.models.classifier import Classifier
 from deitkit.models.saved import load_classifier, save_classifier, save_tensors
 from deitkit.models.weights.read import file_sha256, head_layers, load_into, read_checkpoint, read_state
 from deitkit.models.zoo import create_classifier
-from deitkit.recipe.schema import Recipe, SpeedRecipe, TeacherRecipe
+from deitkit.recipe.schema import Recipe, TeacherRecipe
+from deitkit.recipe.speed import SpeedRecipe
 from deitkit.run.folder import unreadable
 from deitkit.run.layout import teacher_folders
 from deitkit.run.observer import Watcher

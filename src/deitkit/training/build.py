@@ -1,17 +1,18 @@
 """Building the students of a comparison."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from deitkit.data.dataset import Dataset
 from deitkit.distillation.methods import METHODS, Method, find_method
-from deitkit.errors import RecipeError
+from deitkit.errors import RecipeError, TeacherError
 from deitkit.models.accelerate import accelerate
 from deitkit.models.classifier import Classifier
 from deitkit.models.vit import create_student
 from deitkit.models.weights.initialise import load_initial, weights_file
 from deitkit.models.weights.pretrained import licence_of, starting_weights
-from deitkit.models.weights.read import file_sha256
+from deitkit.models.weights.read import file_sha256, load_into, read_state
 from deitkit.models.zoo import create_classifier
 from deitkit.recipe.schema import OptimizerRecipe, Recipe
 from deitkit.run.layout import BASELINE
@@ -99,16 +100,39 @@ def baseline_architecture(recipe: Recipe) -> str:
     return recipe.all_teachers[0].name if recipe.baseline.name == "teacher" else recipe.baseline.name
 
 
+@contextmanager
+def _of_baseline() -> Iterator[None]:
+    """Name the fields of the baseline in a message about a CNN that cannot be built."""
+    try:
+        yield
+    except TeacherError as error:
+        raise RecipeError(str(error).replace("teacher.", "baseline.")) from error
+
+
 def _build_baseline(recipe: Recipe, dataset: Dataset, seed: int, precision: Precision) -> Student:
-    assert recipe.baseline is not None
+    baseline = recipe.baseline
+    assert baseline is not None
     architecture = baseline_architecture(recipe)
     if Path(architecture).exists():
-        what = architecture if recipe.baseline.name != "teacher" else f"teacher, and teacher.name={architecture}"
+        what = architecture if baseline.name != "teacher" else f"teacher, and teacher.name={architecture}"
         raise RecipeError(f"baseline.name={what} is a path: name an architecture, such as cifar/resnet56")
-    with seeded(seed, BASELINE):
-        built = create_classifier(architecture, classes=dataset.classes, channels=dataset.channels)
-    classifier = accelerate(Classifier(built.model, mean=dataset.mean, std=dataset.std), recipe.speed, precision.device)
-    return _student(BASELINE, METHODS["none"], classifier, recipe.baseline, recipe, precision)
+    with seeded(seed, BASELINE), _of_baseline():
+        built = create_classifier(
+            architecture,
+            classes=dataset.classes,
+            channels=dataset.channels,
+            pretrained=baseline.pretrained and baseline.checkpoint is None,
+            image_px=baseline.image_px,
+        )
+    if baseline.checkpoint is not None:
+        state = read_state(baseline.checkpoint)
+        load_into(built.model, state, head=built.head, source=str(baseline.checkpoint))
+    mean, std, image_px = None, None, baseline.image_px
+    if baseline.is_pretrained:
+        mean, std, image_px = built.mean, built.std, image_px or built.image_px
+    classifier = Classifier(built.model, mean=mean or dataset.mean, std=std or dataset.std, image_px=image_px)
+    accelerate(classifier, recipe.speed, precision.device)
+    return _student(BASELINE, METHODS["none"], classifier, baseline, recipe, precision)
 
 
 def _student(

@@ -21,7 +21,8 @@ from deitkit.data.dataset import Dataset
 from deitkit.errors import Interrupted, OutOfMemory, is_out_of_memory
 from deitkit.evaluation.predict import predict_all
 from deitkit.evaluation.readouts import readout_scores, top_k_accuracy
-from deitkit.recipe.schema import AugmentRecipe, SpeedRecipe, TrainRecipe
+from deitkit.recipe.schema import AugmentRecipe, TrainRecipe
+from deitkit.recipe.speed import SpeedRecipe
 from deitkit.run.metrics import EpochMetrics
 from deitkit.run.observer import Progress
 from deitkit.system.device import Precision

@@ -8,7 +8,7 @@ from torch import nn
 
 from deitkit.models.classifier import Classifier
 from deitkit.models.vit import DeiT
-from deitkit.recipe.schema import SpeedRecipe
+from deitkit.recipe.speed import SpeedRecipe
 from deitkit.system.device import Precision
 
 # The input of a block (images x tokens x width) should fit the caches of the cores, but a matrix product needs enough

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from deitkit.distillation.methods import Method
 from deitkit.models.classifier import Classifier
 from deitkit.models.vit import Output
-from deitkit.recipe.schema import DistillationRecipe, OptimizerRecipe, SpeedRecipe
+from deitkit.recipe.schema import DistillationRecipe, OptimizerRecipe
+from deitkit.recipe.speed import SpeedRecipe
 from deitkit.system.device import Precision
 from deitkit.system.ranks import ALONE, Ranks
 from deitkit.system.timer import Stopwatch
