@@ -179,22 +179,7 @@ def plan_splits(
     if len(class_names) < 2:
         raise DataError(f"data.name={recipe.name} has {len(class_names)} class, but at least 2 are needed: add another")
     draws = _Draws(labels, class_names, recipe) if groups is None else _GroupDraws(labels, class_names, recipe, groups)
-    if official_test is None:
-        everything = torch.arange(len(labels))
-        draws.require(everything, 3, "for train, validation and test")
-        if recipe.folds is not None:
-            pool, test = draws.fold(everything)
-        else:
-            pool, test = draws.carve(everything, recipe.test_fraction, leave=2)
-    elif recipe.folds is not None:
-        raise HasTestSplit(
-            f"data.folds={recipe.folds} divides all images, but data.name={recipe.name} has a test split of "
-            f"{counted(int(official_test.sum()), 'image')}: drop data.folds, or put all images into one folder"
-        )
-    else:
-        pool, test = (~official_test).nonzero().flatten(), official_test.nonzero().flatten()
-        draws.require(test, 1, "for test")
-        draws.require(pool, 2, "for train and validation")
+    pool, test = _hold_out_test(draws, official_test)
     if official_validation is None:
         train, validation = draws.carve(pool, recipe.validation_fraction, leave=1)
     else:
@@ -209,6 +194,26 @@ def plan_splits(
     if recipe.test_images is not None:
         _, test = draws.subset(test, recipe.test_images, "test")
     return SplitIndices(train, validation, test, rest)
+
+
+def _hold_out_test(draws: "_Draws", official_test: Bool[Tensor, " n"] | None) -> tuple[Tensor, Tensor]:
+    """Return the images to train and validate on, and those to test on."""
+    recipe = draws.recipe
+    if official_test is None:
+        everything = torch.arange(len(draws.labels))
+        draws.require(everything, 3, "for train, validation and test")
+        if recipe.folds is not None:
+            return draws.fold(everything)
+        return draws.carve(everything, recipe.test_fraction, leave=2)
+    if recipe.folds is not None:
+        raise HasTestSplit(
+            f"data.folds={recipe.folds} divides all images, but data.name={recipe.name} has a test split of "
+            f"{counted(int(official_test.sum()), 'image')}: drop data.folds, or put all images into one folder"
+        )
+    pool, test = (~official_test).nonzero().flatten(), official_test.nonzero().flatten()
+    draws.require(test, 1, "for test")
+    draws.require(pool, 2, "for train and validation")
+    return pool, test
 
 
 class _Draws:

@@ -254,7 +254,10 @@ class Cohort:
             student.classifier.train()
         with closing(self):
             while self.epoch < self.train_recipe.epochs and self.active:
-                self._train_epoch(on_step, should_stop)
+                batches = self.batches.epoch(self.epoch, self.step)
+                while self.step < self.batches.steps_per_epoch and self.active:
+                    self.next_step(batches)
+                    self._after_step(on_step, should_stop)
                 metrics = self._close_epoch(should_stop)
                 self.epoch, self.step = self.epoch + 1, 0
                 yield metrics
@@ -264,24 +267,17 @@ class Cohort:
         for batches in filter(None, (self.batches, self.unlabelled)):
             batches.close()
 
-    def _train_epoch(self, on_step: Callable[[Progress], None] | None, should_stop: Callable[[], bool]) -> None:
-        """Train from the next step to the end of its epoch."""
-        batches = self.batches.epoch(self.epoch, self.step)
-        while self.step < self.batches.steps_per_epoch and self.active:
-            self.next_step(batches)
-            if self._is_log_step():
-                self._stop_diverged()
-                if on_step is not None:
-                    on_step(self._progress())
-            if self._is_stopped(should_stop):
-                raise Interrupted
-
-    def _is_stopped(self, should_stop: Callable[[], bool]) -> bool:
-        if self.ranks.count == 1:
-            return should_stop()
-        # The flags travel on the CPU, and no device is waited for; torchrun allows 30 seconds.
-        last = self.step == self.batches.steps_per_epoch
-        return (self.device.type == "cpu" or self.step % STOP_EVERY == 0 or last) and self.ranks.any(should_stop())
+    def _after_step(self, on_step: Callable[[Progress], None] | None, should_stop: Callable[[], bool]) -> None:
+        # Reading values back waits for the device: on a GPU only every few steps.
+        on_cpu, last = self.device.type == "cpu", self.step == self.batches.steps_per_epoch
+        if on_cpu or last or self.step % LOG_EVERY == 0:
+            self._stop_diverged()
+            if on_step is not None:
+                on_step(self._progress())
+        # The flags of processes travel on the CPU, and no device is waited for; torchrun allows 30 seconds.
+        alone, due = self.ranks.count == 1, on_cpu or last or self.step % STOP_EVERY == 0
+        if should_stop() if alone else due and self.ranks.any(should_stop()):
+            raise Interrupted
 
     def next_step(self, batches: Iterator[tuple[Tensor, Tensor]]) -> None:
         """Train on the next batch of the epoch."""
@@ -307,11 +303,6 @@ class Cohort:
         if self.unlabelled is None:
             return None
         return self.unlabelled.batch(*divmod(self.global_step, self.unlabelled.steps_per_epoch))[0]
-
-    def _is_log_step(self) -> bool:
-        """Return whether to read values back, which waits for the device: on a GPU only every ``LOG_EVERY`` steps."""
-        last = self.step == self.batches.steps_per_epoch
-        return self.device.type == "cpu" or self.step % LOG_EVERY == 0 or last
 
     def _stop_diverged(self) -> None:
         for student in self.active:
