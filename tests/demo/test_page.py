@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from test_shown import saved_student
+from demo.test_shown import saved_student
 
 pytest.importorskip("gradio")
 sync_api = pytest.importorskip("playwright.sync_api")

@@ -6,8 +6,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from test_report import Page, make_folder, make_hostile, make_metrics, make_results
-from test_report_analysis import make_analysis, make_analyzed, make_hostile_analysis
+from report.test_report import Page, make_folder, make_hostile, make_metrics, make_results
+from report.test_report_analysis import make_analysis, make_analyzed, make_hostile_analysis
 
 from deitkit.report.write import write_report
 

@@ -8,7 +8,7 @@ from typing import Any
 import plotly.graph_objects as go
 import pytest
 from PIL import Image
-from test_report import CLASSES, HOSTILE, Page, make_folder, make_metrics, make_results
+from report.test_report import CLASSES, HOSTILE, Page, make_folder, make_metrics, make_results
 
 from deitkit.errors import CheckpointError
 from deitkit.report.analysis import PublishedPair, Section, lay_out_analysis
