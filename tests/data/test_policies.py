@@ -7,11 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import ImageFilter, ImageOps
 from scipy import stats
-from data.test_randaugment import apply_one, from_pil, generator, reference, sample_images, to_pil
 from torchvision.transforms import AutoAugment as TorchvisionAutoAugment
 from torchvision.transforms import AutoAugmentPolicy, ColorJitter
 from torchvision.transforms import functional as F
 
+from data.test_randaugment import apply_one, from_pil, generator, reference, sample_images, to_pil
 from deitkit.data.augment.augment import Augment
 from deitkit.data.augment.operations import OPERATIONS, AugmentPolicy
 from deitkit.data.augment.policies import AutoAugment, ColourJitter, ThreeAugment

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
+
 from demo.test_shown import saved_student
 
 pytest.importorskip("gradio")

@@ -6,10 +6,10 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from report.test_report import Page, make_folder, make_hostile, make_metrics, make_results
-from report.test_report_analysis import make_analysis, make_analyzed, make_hostile_analysis
 
 from deitkit.report.write import write_report
+from report.test_report import Page, make_folder, make_hostile, make_metrics, make_results
+from report.test_report_analysis import make_analysis, make_analyzed, make_hostile_analysis
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 ATTACK = """"'><img src=x onerror="document.title='ran'"><svg onload="document.title='ran'"></title></script>""" + (

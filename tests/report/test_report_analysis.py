@@ -8,7 +8,6 @@ from typing import Any
 import plotly.graph_objects as go
 import pytest
 from PIL import Image
-from report.test_report import CLASSES, HOSTILE, Page, make_folder, make_metrics, make_results
 
 from deitkit.errors import CheckpointError
 from deitkit.report.analysis import PublishedPair, Section, lay_out_analysis
@@ -16,6 +15,7 @@ from deitkit.report.analysis_charts import class_labels, confusion_charts, drawn
 from deitkit.report.write import write_report
 from deitkit.run.analysis import Analysis, ClassSummary, read_analysis
 from deitkit.run.results import parse_results
+from report.test_report import CLASSES, HOSTILE, Page, make_folder, make_metrics, make_results
 
 ROWS = ["teacher", "none/class", "token-hard/class", "token-hard/distillation", "token-hard/joint"]
 STUDENTS = ["teacher", "none/class", "token-hard/joint"]
