@@ -100,6 +100,20 @@ def test_splits_are_found_by_their_whole_name(tmp_path: Path, files: list[str], 
     assert (has_shards(tmp_path) or bool(configurations(tmp_path))) == ("train" in "".join(files))
 
 
+def test_images_of_all_splits_are_read_with_their_own_labels(tmp_path: Path) -> None:
+    """Rows stand in the order training, validation, test; names of files sort otherwise."""
+    labels = {"train": ["ant", "bee", "cat"], "validation": ["bee", "cat", "ant"], "test": ["cat", "ant", "bee"]}
+    for split, names in labels.items():
+        images = [{"bytes": f"{split} {name}".encode()} for name in names]
+        pq.write_table(pa.table({"image": images, "label": names}), tmp_path / f"{split}-0.parquet")
+    listing = list_parquet(tmp_path)
+    assert isinstance(listing.images, EncodedImages)
+    contents = [content.decode() for content in listing.images.read(list(range(9))) if isinstance(content, bytes)]
+    assert contents == [f"{split} {name}" for split, names in labels.items() for name in names]
+    assert [NAMES[label] for label in listing.labels] == [name for names in labels.values() for name in names]
+    assert [name.split("-")[0] for name in listing.images.names] == [split for split in labels for _ in range(3)]
+
+
 @pytest.mark.parametrize("labels", [[0, 1, 2], ["ant", "bee", "cat"]])
 def test_a_validation_split_of_its_own_is_held_out(tmp_path: Path, labels: list[Any]) -> None:
     for split in ("train", "validation", "test"):

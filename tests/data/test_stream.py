@@ -16,7 +16,8 @@ import pytest
 import torch
 from PIL import Image
 
-from conftest import TINY
+from conftest import CPU_FP32, TINY
+from deitkit.comparison import estimate
 from deitkit.comparison.compare import compare
 from deitkit.data import stream, survey
 from deitkit.data.batches import Batches
@@ -108,6 +109,21 @@ def test_a_training_leaves_no_process_behind(photos: Path, tmp_path: Path) -> No
     gc.disable()
     try:
         compare(load_recipe("digits", fields), tmp_path / "run", watcher=Silent())
+        assert not psutil.Process().children()
+    finally:
+        gc.enable()
+
+
+def test_an_estimate_leaves_no_process_behind(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(estimate, "LEAST_VIEWS", 0)
+    monkeypatch.setattr(gc, "collect", lambda: 0)  # which would wait seconds for each process
+    fields = [*TINY, f"data.name=folder:{photos}", "data.image_px=16", "data.streaming=true", "data.workers=1",
+              "data.train_images=null", "data.test_images=null", "methods=[none]", "train.batch_size=4"]  # fmt: skip
+    recipe = load_recipe("digits", fields)
+    gc.disable()
+    try:
+        found = estimate.estimate_training(recipe, load_dataset(recipe.data), tmp_path / "run", CPU_FP32)
+        assert found is not None
         assert not psutil.Process().children()
     finally:
         gc.enable()

@@ -101,6 +101,13 @@ def test_the_doubt_names_a_fraction_that_removes_it() -> None:
     assert doubt(dataset_of(labels, round(fraction * len(labels)), 2)) is None
 
 
+def test_a_fraction_is_no_advice_where_the_validation_split_is_the_data_sets_own() -> None:
+    said = doubt(replace(dataset_of([0, 1] * 400, 24, 2), has_own_validation=True))
+    assert said is not None
+    assert said.endswith(": add images to the validation split, if that matters")
+    assert "validation_fraction" not in said
+
+
 def test_a_large_set_of_almost_one_class_leaves_a_doubt() -> None:
     labels = [0] * 24_900 + [1] * 100
     said = doubt(dataset_of(labels, 25_000, 2))
