@@ -57,6 +57,8 @@ def make_row(
     row = {
         "row": f"{method}/{readout}" + ("+ema" if weights == "ema" else ""),
         "label": f"{LABELS[method]} ({method}, {readout})" + (", EMA" if weights == "ema" else ""),
+        "kind": "baseline" if method == "cnn-baseline" else "student",
+        "reference": (method, weights) == ("none", "last"),
         "method": method,
         "readout": readout,
         "weights": weights,
@@ -130,6 +132,7 @@ def make_results(seeds: tuple[int, ...] = (0, 1), teacher: bool = True) -> dict[
             "fingerprint": "a3f19c",
         },
         "teacher": card if teacher else None,
+        "teachers": [card] if teacher else [],
         "seeds": list(seeds),
         "rows": rows,
         "winner": "token-hard/joint",
@@ -303,7 +306,8 @@ def test_a_table_of_one_seed_says_what_that_cannot_tell() -> None:
 
 def test_a_seed_reading_is_compared_with_its_own_student_without_teacher() -> None:
     results = make_results()
-    results["rows"] = [make_row("class-only", "class", [0.58, 0.59], label="only a class token"), results["rows"][2]]
+    alone = make_row("class-only", "class", [0.58, 0.59], label="only a class token", reference=True)
+    results["rows"] = [alone, results["rows"][2]]
     layout = laid_out(results)
     assert layout.lines[0].label == "only a class token (class-only, class)"
     assert any("more than 'class-only/class'" in note for note in layout.footnotes)
@@ -708,21 +712,6 @@ def test_the_p_of_the_table_is_corrected_where_it_can_be() -> None:
     assert p_value(None) == "–"
 
 
-def test_an_older_row_has_its_differences_too() -> None:
-    older = make_results()
-    for row in older["rows"]:
-        found = row.pop("differences").get("labels", {})
-        names = {"mean": "difference_vs_none", "ci95": "difference_ci95", "p": "p_vs_none", "test": "p_test"}
-        row |= {name: found.get(key) for key, name in names.items()} | {"difference_vs_teacher": None}
-    rows = parse_results(older).rows
-    assert rows == parse_results(make_results()).rows
-    assert any(row.differences for row in rows)
-    older["rows"][0] |= {"difference_vs_before": 0.02, "difference_vs_before_ci95": [0.01, 0.03], "p_vs_before": 0.04}
-    older["rows"][0] |= {"p_vs_before_test": "McNemar", "p_vs_before_holm": 0.08}
-    expected = Difference(0.02, (0.01, 0.03), 0.04, "McNemar", 0.08)
-    assert parse_results(older).rows[0].differences == {"before": expected}
-
-
 def test_report_imports_no_training_code() -> None:
     import deitkit.report.write
 
@@ -730,7 +719,6 @@ def test_report_imports_no_training_code() -> None:
     read = (
         "system.files",
         "system.words",
-        "run.older",
         "run.layout",
         "run.difference",
         "run.results",

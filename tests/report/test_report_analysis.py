@@ -13,7 +13,7 @@ from deitkit.errors import CheckpointError
 from deitkit.report.analysis import PublishedPair, Section, lay_out_analysis
 from deitkit.report.analysis_charts import class_labels, confusion_charts, drawn_classes
 from deitkit.report.write import write_report
-from deitkit.run.analysis import Analysis, ClassSummary, read_analysis
+from deitkit.run.analysis import Analysis, ClassSummary
 from deitkit.run.results import parse_results
 from report.test_report import CLASSES, HOSTILE, Page, make_folder, make_metrics, make_results
 
@@ -197,31 +197,6 @@ def test_a_file_that_is_no_analysis_gives_one_sentence(tmp_path: Path, text: str
     (folder / "analysis.json").write_text(text, encoding="utf-8")
     with pytest.raises(CheckpointError, match="is not an analysis of format 2: delete it, or run `deitkit analyze`"):
         write_report(folder)
-
-
-def test_an_analysis_of_version_0_1_is_still_read(tmp_path: Path) -> None:
-    def renamed(entry: dict[str, Any]) -> dict[str, Any]:
-        return {"judge" if key == "row" else key: value for key, value in entry.items()}
-
-    analysis = make_analysis()
-    older = analysis | {
-        "format": 1,
-        "judges": [
-            {"judge": entry["row"]} | {k: v for k, v in entry.items() if k != "row"} for entry in analysis["rows"]
-        ],
-        "classes": [
-            {"judge": entry["row"]} | {k: v for k, v in entry.items() if k != "row"} for entry in analysis["classes"]
-        ],
-        "disagreement": {"judges": ["truth", *ROWS], "shares": analysis["disagreement"]["shares"]},
-    }
-    del older["rows"]
-    made = make_analyzed(tmp_path / "older", older), make_analyzed(tmp_path / "new", analysis)
-    found = [read_analysis(folder) for folder in made]
-    assert found[0] is not None
-    assert found[0].model_copy(update={"format": 2}) == found[1]
-    assert (made[0] / "analysis.json").read_text() != (made[1] / "analysis.json").read_text()
-    pages = [write_report(folder)[-1].read_text(encoding="utf-8") for folder in made]
-    assert pages[0] == pages[1]
 
 
 def test_a_row_that_stopped_under_the_analyzed_seed_is_not_missing(tmp_path: Path) -> None:

@@ -13,7 +13,6 @@ from pydantic import BaseModel, ValidationError
 
 from deitkit.errors import RecipeError
 from deitkit.recipe.contradictions import BASE
-from deitkit.recipe.older import RENAMED, renamed
 from deitkit.recipe.problems import nearest, sentences
 from deitkit.recipe.schema import Recipe
 from deitkit.recipe.section import from_home
@@ -94,7 +93,7 @@ def expand_variants(recipe: Recipe) -> dict[str, Recipe]:
         if "teachers" in tree:
             tree["teachers"] = [*tree["teachers"]]  # of a tuple, so that a variant can change one
         try:
-            paths = [_path(RENAMED.get(key, key), value) for key, value in changes.items()]
+            paths = [_path(key, value) for key, value in changes.items()]
             for path, value in zip(paths, changes.values(), strict=True):
                 _set(tree, path, value)
             _forget_sizes(tree, [".".join(path) for path in paths])
@@ -249,7 +248,7 @@ def _parse(source: str) -> dict[str, Any]:
         raise RecipeError(
             f"recipe '{source}' must be a mapping of field names to values, such as 'train: {{epochs: 20}}'"
         )
-    return renamed(tree)
+    return tree
 
 
 def _read_file(source: str) -> str | None:
@@ -330,7 +329,6 @@ def _apply(tree: dict[str, Any], override: str) -> str:
     if not equals or not key:
         raise RecipeError(f"'{override}' is not an override: write key=value, such as train.epochs=20")
     value = _load_yaml(text, f"the value of '{override}'", "quote it")
-    key = RENAMED.get(key, key)
     # The fields of a variant stay dotted: variants, its name, the field.
     path = key.split(".", 2) if key.startswith("variants.") else _path(key, value)
     _set(tree, path, value)

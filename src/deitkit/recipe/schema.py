@@ -11,7 +11,6 @@ from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_v
 
 from deitkit.recipe.contradictions import contradictions
 from deitkit.recipe.distillation import DistillationRecipe
-from deitkit.recipe.older import upgraded
 from deitkit.recipe.section import (
     Colour,
     Fraction,
@@ -350,11 +349,6 @@ class Recipe(Section):
         if self.data.unlabelled is None or self.distillation.unlabelled_weight == 0:
             return 0
         return self.train.unlabelled_batch_size or self.train.batch_size
-
-    @model_validator(mode="before")
-    @classmethod
-    def _upgrade(cls, tree: Any) -> Any:
-        return upgraded(tree) if isinstance(tree, dict) else tree
 
     @field_validator("variants", mode="before")
     @classmethod

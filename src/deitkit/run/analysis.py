@@ -6,13 +6,13 @@ The format is described in docs/design.md.
 import json
 from pathlib import Path
 
-from pydantic import AliasChoices, Field, ValidationError
+from pydantic import ValidationError
 
 from deitkit.errors import CheckpointError
 from deitkit.run.record import Document, Record
 from deitkit.system.files import write_text
 
-FORMAT = 2  # 1 named rows "judges"; it is still read
+FORMAT = 2
 
 
 class ReliabilityBin(Record):
@@ -45,7 +45,7 @@ class RowSummary(Record):
         reliability: Of the images of all seeds; bins without an image are left out.
     """
 
-    row: str = Field(validation_alias=AliasChoices("row", "judge"))
+    row: str
     seeds: tuple[int, ...]
     top1: float | None
     ece: float | None
@@ -82,7 +82,7 @@ class ClassSummary(Record):
         most_confused: The most frequent errors.
     """
 
-    row: str = Field(validation_alias=AliasChoices("row", "judge"))
+    row: str
     accuracy: tuple[float | None, ...]
     precision: tuple[float, ...] = ()
     f1: tuple[float | None, ...] = ()
@@ -93,7 +93,7 @@ class ClassSummary(Record):
 class Disagreement(Record):
     """The share of images that each two rows classify differently; ``truth`` and ``teacher`` are among the rows."""
 
-    rows: tuple[str, ...] = Field(validation_alias=AliasChoices("rows", "judges"))
+    rows: tuple[str, ...]
     shares: tuple[tuple[float | None, ...], ...]
 
 
@@ -141,7 +141,7 @@ class Analysis(Document):
     n: int
     notes: tuple[str, ...] = ()
     disagreement: Disagreement
-    rows: tuple[RowSummary, ...] = Field(validation_alias=AliasChoices("rows", "judges"))
+    rows: tuple[RowSummary, ...]
     left_out: tuple[str, ...] = ()
     classes: tuple[ClassSummary, ...]
     tokens: tuple[TokenSimilarity, ...]
@@ -166,7 +166,7 @@ def read_analysis(folder: Path) -> Analysis | None:
         analysis = Analysis.model_validate_json(path.read_bytes())
     except ValidationError:
         analysis = None
-    if analysis is None or not 1 <= analysis.format <= FORMAT:
+    if analysis is None or analysis.format != FORMAT:
         raise CheckpointError(
             f"'{path}' is not an analysis of format {FORMAT}: delete it, or run `deitkit analyze` again"
         )

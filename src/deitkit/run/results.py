@@ -1,6 +1,6 @@
 """The results of a comparison: ``results.json`` as typed records, with one reader and one writer.
 
-The format is described in docs/design.md. A file of an older version is completed while it is read, nowhere else.
+The format is described in docs/design.md.
 """
 
 from pathlib import Path
@@ -10,7 +10,6 @@ from pydantic import Field, ValidationError
 
 from deitkit.errors import CheckpointError
 from deitkit.run.difference import Difference, Interval, Reference
-from deitkit.run.older import completed
 from deitkit.run.record import Document, Record, parse_json
 from deitkit.system.files import write_json
 
@@ -367,7 +366,7 @@ def parse_results(stored: dict[str, Any], source: str = "results.json") -> Resul
     """
     kind = AblationResults if "variants" in stored else FoldResults if "folds" in stored else Results
     try:
-        results = kind.model_validate(completed(stored))
+        results = kind.model_validate(stored)
     except ValidationError as error:
         places = {
             ".".join(str(part) for part in one["loc"] if isinstance(part, str)): one["type"] for one in error.errors()
