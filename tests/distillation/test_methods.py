@@ -236,9 +236,9 @@ def test_a_signal_of_labels_with_another_name_is_one_of_labels(monkeypatch: pyte
     values = method.loss_terms(Output(logits), teacher, targets, SETTINGS)
     assert values.keys() == {"labels", "teacher"}
     assert values["labels"] == focal(logits, None, targets, SETTINGS)
-    weights = torch.tensor([2.0, 1.0, 1.0, 0.5])
-    weighted = method.loss_terms(Output(logits), teacher, targets, SETTINGS, weights)
-    assert weighted["labels"] == focal(logits, None, targets * weights, SETTINGS)
+    own = targets * torch.tensor([2.0, 1.0, 1.0, 0.5])
+    weighted = method.loss_terms(Output(logits), teacher, targets, SETTINGS, own)
+    assert weighted["labels"] == focal(logits, None, own, SETTINGS)
     assert weighted["teacher"] == values["teacher"]
     assert method.loss_terms(Output(logits), teacher, None, SETTINGS).keys() == {"teacher"}
 

@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 
 from conftest import CPU_FP32, striped_dataset
 from deitkit.comparison.compare import compare
-from deitkit.comparison.seed_run import seed_cohort
-from deitkit.data.augment.mix import balanced_weights
+from deitkit.data.augment.mix import balanced_weights, smoothed_one_hot, weigh_images
 from deitkit.data.batches import Batches
 from deitkit.data.dataset import Dataset
 from deitkit.data.split import Split
@@ -28,7 +27,7 @@ from deitkit.recipe.speed import SpeedRecipe
 from deitkit.run.observer import Silent
 from deitkit.system.ranks import ALONE
 from deitkit.teachers.prepare import teacher_cohort, teacher_student
-from deitkit.training.build import build_students
+from deitkit.training.build import build_cohort, build_students
 from deitkit.training.cohort import Cohort
 
 CPU = torch.device("cpu")
@@ -62,10 +61,30 @@ def test_weights_are_scikit_learns_and_the_loss_is_torchs() -> None:
     assert torch.equal(trained.class_weights, weights)
     _, dense = trained.make_view(*trained.batches.batch(0, 0), 0)
     logits, teacher = torch.randn(2, 16, 3, generator=torch.Generator().manual_seed(0))
-    terms = METHODS["dkd"].loss_terms(Output(logits), teacher, dense, DistillationRecipe(), weights)
+    weighted = weigh_images(dense, weights, 0.0)  # without smoothing, torch weighs images too
+    terms = METHODS["dkd"].loss_terms(Output(logits), teacher, dense, DistillationRecipe(), weighted)
     torch.testing.assert_close(terms["labels"], F.cross_entropy(logits, dense, weight=weights))
     plain = METHODS["dkd"].loss_terms(Output(logits), teacher, dense, DistillationRecipe())
     assert torch.equal(terms["teacher"], plain["teacher"]), "its target class is that of the labels, not of the weights"
+
+
+@given(st.floats(0, 0.9), st.floats(0, 1), st.integers(0, 2**16))
+def test_a_weight_scales_the_whole_target_of_an_image(smoothing: float, share: float, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    labels, others = torch.randint(4, (2, 9), generator=generator)
+    weights = torch.rand(4, generator=generator) + 0.1
+    both = [smoothed_one_hot(of, 4, smoothing) for of in (labels, others)]
+    mixed = share * both[0] + (1 - share) * both[1]
+    expected = share * weights[labels, None] * both[0] + (1 - share) * weights[others, None] * both[1]
+    torch.testing.assert_close(weigh_images(mixed, weights, smoothing), expected)
+
+
+def test_smoothing_teaches_no_frequent_image_the_rare_class() -> None:
+    """Of 20 to 1 images, a column's weight would put more of a smoothed target on the rare class than on its own."""
+    weights = balanced_weights(torch.tensor([0] * 20 + [1]), 2)
+    target = weigh_images(smoothed_one_hot(torch.tensor([0]), 2, 0.1), weights, 0.1)[0]
+    assert target[0] / target.sum() == pytest.approx(0.95)
+    assert (smoothed_one_hot(torch.tensor([0]), 2, 0.1) * weights)[0].argmax() == 1
 
 
 @given(st.integers(2, 7), st.integers(1, 50))
@@ -77,10 +96,9 @@ def test_equal_classes_weigh_exactly_one(classes: int, count: int) -> None:
 def test_with_equal_classes_the_loss_is_the_unweighted_one_to_the_bit(method: Method) -> None:
     logits, teacher, other = torch.randn(3, 16, 3, generator=torch.Generator().manual_seed(0))
     output = Output(logits, other) if method.tokens == ("class", "distillation") else Output(logits, logits)
-    targets, weights = teacher.softmax(-1), balanced_weights(torch.arange(3).repeat(9), 3)
-    weighted, plain = (
-        method.loss_terms(output, teacher, targets, DistillationRecipe(), some) for some in (weights, None)
-    )
+    targets = teacher.softmax(-1)
+    own = weigh_images(targets, balanced_weights(torch.arange(3).repeat(9), 3), 0.0)
+    weighted, plain = (method.loss_terms(output, teacher, targets, DistillationRecipe(), some) for some in (own, None))
     assert all(torch.equal(weighted[name], plain[name]) for name in plain)
 
 
@@ -122,7 +140,7 @@ def test_sampling_and_weights_reach_students_and_teacher(tiny_recipe: Callable[.
     model = Classifier(CifarResNet(20, classes=3), mean=data.mean, std=data.std)
     alone = teacher_student("teacher", model, recipe.teacher, CPU_FP32)
     for trained in (
-        seed_cohort(students, recipe, data, None, 0, CPU_FP32, ALONE),
+        build_cohort(students, recipe, data, teacher=None, seed=0, precision=CPU_FP32),
         teacher_cohort(alone, recipe, data, CPU_FP32, ALONE),
     ):
         drawn = torch.cat([labels for _, labels in trained.batches.epoch(0)]).bincount(minlength=3)
@@ -136,7 +154,8 @@ def test_sampling_and_weights_reach_students_and_teacher(tiny_recipe: Callable[.
         student.classifier.load_state_dict(state)  # BatchNorm's averages
         trained.train_step(*trained.batches.batch(0, 0))
         (loss,) = student.term_sums.values()
-        expected = F.cross_entropy(logits, targets, weight=balanced_weights(data.train.labels, 3))
+        own = weigh_images(targets, balanced_weights(data.train.labels, 3), trained.train_recipe.label_smoothing)
+        expected = -(own * logits.log_softmax(dim=-1)).sum(dim=-1).mean()
         torch.testing.assert_close(loss.squeeze(), expected.to(loss.dtype))
 
 

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from deitkit.bench.measure import count_flops, machine_limit, peak_memory_gib, reset_peak_memory
-from deitkit.comparison.seed_run import seed_cohort
 from deitkit.data.dataset import Dataset, Split, load_all_images
 from deitkit.data.sources.choose import known_classes, known_shape
 from deitkit.errors import RecipeError
@@ -21,13 +20,12 @@ from deitkit.models.weights.pretrained import resolved
 from deitkit.models.zoo import pretrained_px
 from deitkit.recipe.schema import DataRecipe, Recipe, TeacherRecipe
 from deitkit.system.device import Precision, describe_machine
-from deitkit.system.ranks import ALONE
 from deitkit.system.seeding import seeded
 from deitkit.system.timer import Timing, time_in_turn, wait
+from deitkit.teachers.build import draft_teacher
 from deitkit.teachers.frozen import FrozenTeacher, Teachers
 from deitkit.teachers.logit_cache import LogitCache, open_logit_cache
-from deitkit.teachers.prepare import draft_teacher
-from deitkit.training.build import build_students
+from deitkit.training.build import build_cohort, build_students
 from deitkit.training.cohort import Cohort
 from deitkit.training.cuda_graph import WARM_UP
 from deitkit.training.student import Student
@@ -67,8 +65,15 @@ class Bench:
 
     def cohort(self, students: list[Student], logit_cache: LogitCache | None = None) -> Cohort:
         """Build a cohort as a comparison does, in training mode."""
-        recipe, seed = self.recipe, self.recipe.seeds[0]
-        cohort = seed_cohort(students, recipe, self.dataset, self.teachers, seed, self.precision, ALONE, logit_cache)
+        cohort = build_cohort(
+            students,
+            self.recipe,
+            self.dataset,
+            teacher=self.teachers,
+            seed=self.recipe.seeds[0],
+            precision=self.precision,
+            logit_cache=logit_cache,
+        )
         for student in students:
             student.classifier.train()
         return cohort

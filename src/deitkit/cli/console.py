@@ -19,9 +19,9 @@ def say(text: str, to: Console = console, *, style: str | None = None) -> None:
     to.print(one_line(text), style=style, highlight=False, markup=False, soft_wrap=True)
 
 
-def as_text(renderable: RenderableType, width: int = 120) -> str:
-    """Return what would be printed, as plain text of a fixed width."""
-    page = Console(width=width, color_system=None)
+def as_text(renderable: RenderableType) -> str:
+    """Return what would be printed, as plain text 120 columns wide."""
+    page = Console(width=120, color_system=None)
     with page.capture() as capture:
         page.print(renderable)
     return capture.get()

@@ -233,8 +233,11 @@ def dry_run(recipe: Recipe, dataset: Dataset, precision: Precision) -> tuple[lis
             "it, or start one process"
         )
     require_parts(step_images(recipe, dataset))
-    idle = [teacher for teacher in recipe.all_teachers if teacher.cache_top is not None and not teacher.cache]
-    remarks = [f"teacher.cache_top={teacher.cache_top} has no effect without teacher.cache=true" for teacher in idle]
+    remarks = [
+        f"{name}.cache_top={teacher.cache_top} has no effect without {name}.cache=true"
+        for name, teacher in recipe.named_teachers.items()
+        if teacher.cache_top is not None and not teacher.cache
+    ]
     students = build_students(recipe, dataset, recipe.seeds[0], precision, remarks.append)
     for cnn in (student.classifier for student in students if student.name == BASELINE):
         failure = failure_of(cnn, dataset, recipe.train.batch_size, precision, trained=True)
@@ -248,10 +251,8 @@ def dry_run(recipe: Recipe, dataset: Dataset, precision: Precision) -> tuple[lis
 
 def _require_policies(recipe: Recipe, dataset: Dataset) -> None:
     """Raise RecipeError for a policy that no library has, of the students' views or of a teacher's own training."""
-    named = {"augment": recipe.augment}
-    for number, teacher in enumerate(recipe.all_teachers):
-        named[f"teachers.{number}.augment" if recipe.teachers else "teacher.augment"] = teacher.augment
-    for place, augment in named.items():
+    teachers = {f"{name}.augment": teacher.augment for name, teacher in recipe.named_teachers.items()}
+    for place, augment in ({"augment": recipe.augment} | teachers).items():
         try:
             Augment(augment, dataset.mean, dataset.std)
         except RecipeError as error:

@@ -7,25 +7,23 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from deitkit.comparison.cohort_states import missing_students, training_has_begun
-from deitkit.comparison.seed_run import seed_cohort
 from deitkit.data.dataset import Dataset
-from deitkit.models.accelerate import accelerate
 from deitkit.recipe.schema import Recipe
 from deitkit.run.layout import seed_folder, teacher_folders
 from deitkit.system.device import Precision
 from deitkit.system.ranks import ALONE
 from deitkit.system.words import duration_text
+from deitkit.teachers.build import build_teacher
 from deitkit.teachers.frozen import FrozenTeacher, Teachers
 from deitkit.teachers.images import load_teacher_images
 from deitkit.teachers.prepare import (
-    draft_teacher,
     is_prepared,
     is_trained,
     read_teacher,
     teacher_cohort,
     teacher_student,
 )
-from deitkit.training.build import build_students, needs_teacher, student_names
+from deitkit.training.build import build_cohort, build_students, needs_teacher, student_names
 from deitkit.training.cohort import Cohort
 
 # Views of all students together under which a run takes about a minute, and an estimate would cost a part of it.
@@ -73,18 +71,17 @@ def estimate_training(recipe: Recipe, dataset: Dataset, folder: Path, precision:
         if is_prepared(home):
             teachers.append(read_teacher(home, recipe.speed, precision)[0])
             continue
-        classifier, card = draft_teacher(one, dataset)
-        accelerate(classifier, recipe.speed, precision.device)
+        alone = recipe.with_teacher(one)
+        classifier, card = build_teacher(alone, dataset, home.name, precision)
         if card.fit != "none" and not is_trained(home):
             student = teacher_student("teacher", classifier, one, precision)
-            alone = recipe.model_copy(update={"teacher": one, "teachers": ()})
             images = load_teacher_images(alone, dataset)
             seconds_of_teachers += _seconds(teacher_cohort(student, alone, images, precision, ALONE), one.train.epochs)
             del images
         teachers.append(FrozenTeacher(classifier))
     students = build_students(recipe, dataset, recipe.seeds[0], precision, names=max(missing.values(), key=len))
     together = Teachers(teachers) if teachers else None
-    cohort = seed_cohort(students, recipe, dataset, together, recipe.seeds[0], precision, ALONE)
+    cohort = build_cohort(students, recipe, dataset, teacher=together, seed=recipe.seeds[0], precision=precision)
     each = _seconds(cohort, recipe.train.epochs)
     del cohort
     gc.collect()  # the cohorts, before the run builds its own

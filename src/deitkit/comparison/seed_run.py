@@ -16,7 +16,7 @@ from torch import Tensor
 from deitkit.comparison.cohort_states import PREDICTIONS, STATE, PlannedCohort, holds, plan_cohorts, write_own_metrics
 from deitkit.comparison.environment import machine_of
 from deitkit.comparison.rows import StudentPredictions
-from deitkit.data.dataset import Dataset, as_read
+from deitkit.data.dataset import Dataset
 from deitkit.data.duplicates import sketch
 from deitkit.errors import CheckpointError
 from deitkit.evaluation.predict import predict_all
@@ -38,10 +38,9 @@ from deitkit.system.device import Precision
 from deitkit.system.ranks import Ranks
 from deitkit.teachers.frozen import Teachers
 from deitkit.teachers.logit_cache import open_logit_cache
-from deitkit.training.build import baseline_architecture, build_students, initial_weights, student_names
-from deitkit.training.cohort import Cohort, LogitLookup
+from deitkit.training.build import baseline_architecture, build_cohort, build_students, initial_weights, student_names
 from deitkit.training.fit import train_to_end
-from deitkit.training.shared import SharedTraining, ranks_that_share
+from deitkit.training.shared import announce, ranks_that_share
 from deitkit.training.student import Student
 
 LOCK_SECONDS = 180.0  # until a machine that was lost has lost its locks, too
@@ -119,12 +118,17 @@ def _train_cohort(run: SeedRun, planned: PlannedCohort, metrics_home: Path) -> N
             run.watcher.say("teacher.cache is not used by several processes: the teacher answers at every step")
         else:
             logit_cache = open_logit_cache(recipe, dataset, teachers, seed, precision)
-    names = [student.name for student in students]
-    shared = recipe.model_copy(update={"data": as_read(recipe.data, dataset)})
-    ranks.broadcast(
-        SharedTraining(recipe=shared, folder=run.folder.resolve(), seed=seed, names=names).model_dump(mode="json")
+    announce(ranks, recipe, dataset, run.folder, seed=seed, names=[student.name for student in students])
+    cohort = build_cohort(
+        students,
+        recipe,
+        dataset,
+        teacher=teachers,
+        seed=seed,
+        precision=precision,
+        ranks=ranks,
+        logit_cache=logit_cache,
     )
-    cohort = seed_cohort(students, recipe, dataset, teachers, seed, precision, ranks, logit_cache)
     train_to_end(
         cohort,
         title=f"seed {seed}",
@@ -142,33 +146,6 @@ def _train_cohort(run: SeedRun, planned: PlannedCohort, metrics_home: Path) -> N
         release(student.classifier)
     for state in (planned.state, *(run.home / name / STATE for name in planned.names)):
         drop_state(state)
-
-
-def seed_cohort(
-    students: list[Student],
-    recipe: Recipe,
-    dataset: Dataset,
-    teachers: Teachers | None,
-    seed: int,
-    precision: Precision,
-    ranks: Ranks,
-    logit_cache: LogitLookup | None = None,
-) -> Cohort:
-    """Return the cohort of some students of a seed, in every process that shares its steps."""
-    return Cohort(
-        students,
-        teacher=teachers,
-        dataset=dataset,
-        augment=recipe.augment,
-        train=recipe.train,
-        speed=recipe.speed,
-        precision=precision,
-        seed=seed,
-        logit_cache=logit_cache,
-        unlabelled_in_step=recipe.unlabelled_in_step,
-        balanced=recipe.data.sampling == "balanced",
-        ranks=ranks,
-    )
 
 
 def step_images(recipe: Recipe, dataset: Dataset) -> dict[str, int]:

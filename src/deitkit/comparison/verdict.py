@@ -29,7 +29,7 @@ class Standing:
     teacher_top1: float | None
     only_answer: str | None
     answers_frequent: bool
-    by: str = "accuracy"
+    by: str
 
 
 def verdict(standing: Standing | None, rows: Sequence[Row]) -> str:

@@ -5,23 +5,22 @@ from contextlib import suppress
 from types import FrameType
 
 from deitkit.comparison.images import cache_last
-from deitkit.comparison.seed_run import predict_students, seed_cohort
+from deitkit.comparison.seed_run import predict_students
 from deitkit.data.dataset import Dataset, load_all_images
 from deitkit.errors import Interrupted
-from deitkit.models.accelerate import accelerate, forget_compiled, release
+from deitkit.models.accelerate import forget_compiled, release
 from deitkit.recipe.schema import DataRecipe
 from deitkit.run.observer import Silent
 from deitkit.system.device import Precision
 from deitkit.system.ranks import Ranks
-from deitkit.system.seeding import seeded
+from deitkit.teachers.build import build_teacher
 from deitkit.teachers.images import load_teacher_images
 from deitkit.teachers.prepare import (
-    draft_teacher,
     prepare_teachers,
     teacher_cohort,
     teacher_student,
 )
-from deitkit.training.build import build_students, needs_teacher
+from deitkit.training.build import build_cohort, build_students, needs_teacher
 from deitkit.training.fit import help_to_the_end
 from deitkit.training.shared import SharedTraining
 
@@ -68,9 +67,7 @@ def _help(training: SharedTraining, ranks: Ranks, stop: Stop) -> None:
 def _help_with_teacher(training: SharedTraining, precision: Precision, ranks: Ranks, stop: Stop) -> None:
     recipe = training.recipe
     images = _load(recipe.data, recipe.has_random_crops)
-    with seeded(recipe.seeds[0], training.folder.name):
-        classifier, _ = draft_teacher(recipe.teacher, images)
-    accelerate(classifier, recipe.speed, precision.device)
+    classifier, _ = build_teacher(recipe, images, training.folder.name, precision)
     student = teacher_student(training.folder.name, classifier, recipe.teacher, precision)
     images = load_teacher_images(recipe, images)
     help_to_the_end(teacher_cohort(student, recipe, images, precision, ranks), stop)
@@ -83,7 +80,8 @@ def _help_with_students(training: SharedTraining, seed: int, precision: Precisio
     if needs_teacher(recipe):
         teachers, _ = prepare_teachers(recipe, dataset, folder=training.folder, precision=precision, watcher=Silent())
     students = build_students(recipe, dataset, seed, precision, names=training.names)
-    help_to_the_end(seed_cohort(students, recipe, dataset, teachers, seed, precision, ranks), stop)
+    cohort = build_cohort(students, recipe, dataset, teacher=teachers, seed=seed, precision=precision, ranks=ranks)
+    help_to_the_end(cohort, stop)
     predict_students(students, dataset, precision, ranks)
     for student in students:
         release(student.classifier)

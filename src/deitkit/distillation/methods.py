@@ -1,7 +1,7 @@
 """The table of methods: the tokens of a student, and the loss terms that train it.
 
-To add a method, add a row to ``METHODS``, and at most one pure function to ``losses``. Nothing else depends on a
-method's name, but the published figures beside its rows (``report/published.py``).
+To add a method, add a row to ``METHODS``, and at most one pure function to ``losses``. Of the names only ``none`` (CNNs
+train by it too), ``token-hard`` and those beside published figures (``report/published.py``) are known elsewhere.
 """
 
 import difflib
@@ -152,7 +152,7 @@ class Method:
         teacher_logits: Logits | None,
         targets: Logits | None,
         settings: DistillationRecipe,
-        class_weights: Tensor | None = None,
+        label_targets: Logits | None = None,
     ) -> dict[str, Float[Tensor, ""]]:
         """Return the weighted terms by name; their sum is the loss.
 
@@ -162,7 +162,7 @@ class Method:
             targets: Dense targets from the labels; None for images without labels. The terms of labels then leave them
                 out, and where the teacher's term distinguishes the target class, that is the teacher's decision.
             settings: Weights and temperature.
-            class_weights: Of the labels' term, by class; None for equal ones.
+            label_targets: Of the labels' terms, where their images have weights; by default ``targets``.
         """
         terms = self.terms
         if targets is None:
@@ -172,8 +172,8 @@ class Method:
         values: dict[str, Tensor] = {}
         for term in terms:
             name = "labels" if term.is_of_labels else "teacher"
-            weighted = targets if class_weights is None or name == "teacher" else targets * class_weights
-            value = term.value(output, teacher_logits, weighted, settings)
+            own = targets if label_targets is None or name == "teacher" else label_targets
+            value = term.value(output, teacher_logits, own, settings)
             values[name] = values[name] + value if name in values else value
         return values
 

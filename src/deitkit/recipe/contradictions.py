@@ -24,8 +24,7 @@ def contradictions(recipe: "Recipe") -> Iterator[str]:
         yield f"train.schedule_epochs={schedule} is less than train.epochs={recipe.train.epochs}: raise it or drop it"
     if recipe.teachers and recipe.teacher != type(recipe.teacher)():
         yield "teacher and teachers exclude each other: list every teacher in teachers"
-    teachers = {f"teachers.{number}": teacher for number, teacher in enumerate(recipe.teachers)}
-    teachers = teachers or {"teacher": recipe.teacher}
+    teachers = recipe.named_teachers
     for name, teacher in teachers.items():
         yield from _teacher(name, teacher)
     augments = {"augment": recipe.augment} | {f"{name}.augment": one.augment for name, one in teachers.items()}

@@ -333,6 +333,15 @@ class Recipe(Section):
         return self.teachers or (self.teacher,)
 
     @property
+    def named_teachers(self) -> dict[str, TeacherRecipe]:
+        """The teachers by the names of their fields: ``teacher``, or ``teachers.0``, ``teachers.1``, ..."""
+        return {f"teachers.{number}": one for number, one in enumerate(self.teachers)} or {"teacher": self.teacher}
+
+    def with_teacher(self, teacher: TeacherRecipe) -> "Recipe":
+        """Return this recipe with one teacher, as its only one."""
+        return self.model_copy(update={"teacher": teacher, "teachers": ()})
+
+    @property
     def has_random_crops(self) -> bool:
         """Whether students or a teacher train on random-resized crops."""
         augments = [self.augment, *(teacher.augment for teacher in self.all_teachers)]

@@ -160,7 +160,7 @@ def _draw(results: Results, curves: list[Curve]) -> "Figure":
     axes.margins(x=0.02)
     axes.set_xlabel("epoch")
     axes.set_ylabel("validation accuracy (%)")
-    add_legend(axes, finals, "last epoch (%)")
+    add_legend(axes, finals)
     return figure
 
 
@@ -200,8 +200,8 @@ def add_curve(axes: "Axes", curve: Curve, index: int, label: str) -> None:
     )
 
 
-def add_legend(axes: "Axes", values: Sequence[float], title: str | None = None) -> None:
-    """Name what was drawn beside the axes, the highest value on top."""
+def add_legend(axes: "Axes", values: Sequence[float]) -> None:
+    """Name the curves beside the axes, the one with the highest last value on top."""
     order = sorted(range(len(values)), key=values.__getitem__, reverse=True)
     handles, labels = axes.get_legend_handles_labels()
     legend = axes.legend(
@@ -212,7 +212,7 @@ def add_legend(axes: "Axes", values: Sequence[float], title: str | None = None) 
         frameon=False,
         handlelength=4.2,
         labelspacing=0.75,
-        title=title,
+        title="last epoch (%)",
         alignment="left",
     )
     for text in legend.get_texts():

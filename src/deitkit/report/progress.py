@@ -171,5 +171,5 @@ def _draw(curves: Sequence[Curve], title: str, others: Sequence[Curve], beside: 
     axes.set_ylabel("validation accuracy (%)")
     if others:
         axes.set_xlabel(f"epoch (dotted: {beside})", parse_math=False)
-    add_legend(axes, [curve.over_seeds(mean)[-1] for curve in curves], "last epoch (%)")
+    add_legend(axes, [curve.over_seeds(mean)[-1] for curve in curves])
     return figure

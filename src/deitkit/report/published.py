@@ -30,16 +30,13 @@ _PAPER = (
     ("token-hard", "distillation", "hard", "DeiT distilled: distil. embedding", (74.6, 81.1, 83.1, 84.4)),
     ("token-hard", "joint", "hard", "DeiT distilled: class + distillation", (74.5, 81.2, 83.4, 84.5)),
 )
-# In both tables, "labels: no".
+# In both tables "labels: no", though true labels are part of both losses (deit#215).
 _PRINTED_WITHOUT_LABELS = ("soft", "hard", "mean-pool-soft", "mean-pool-hard")
 _PAPER_MODEL_OF = {"deit_small": "DeiT-S", "deit_base": "DeiT-B", "vit_base": "DeiT-B", "vit_large": "DeiT-B"}
 
 
 def published_figures(tables: Sequence[str]) -> tuple[PublishedFigure, ...]:
     """Return the published figures of the named tables.
-
-    Both tables print "labels: no" for usual and hard distillation; true labels are part of both losses (deit#215), so
-    ``labels`` is true throughout.
 
     Args:
         tables: Of ``reproduction`` and ``paper``, in the order wanted. The paper's four models are separate entries.
@@ -127,7 +124,6 @@ def _entry(
         row=row,
         method=method,
         readout=readout,
-        labels=True,
         teacher=teacher,
         top1=round(per_cent / 100, 4),
     )

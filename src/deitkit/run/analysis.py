@@ -1,7 +1,4 @@
-"""The analysis of a finished run: ``analysis.json`` as typed records, with one reader and one writer.
-
-The format is described in docs/design.md.
-"""
+"""The analysis of a finished run: ``analysis.json`` as typed records, with one reader and one writer."""
 
 import json
 from pathlib import Path

@@ -1,7 +1,4 @@
-"""The results of a comparison: ``results.json`` as typed records, with one reader and one writer.
-
-The format is described in docs/design.md.
-"""
+"""The results of a comparison: ``results.json`` as typed records, with one reader and one writer."""
 
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -227,7 +224,6 @@ class PublishedFigure(Record):
     row: str
     method: str
     readout: str
-    labels: bool
     teacher: str | None
     top1: float
 

@@ -2,12 +2,15 @@
 
 import statistics
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
 import torch
+
+PACE_MARKS = 50  # over which the time of a step is measured
 
 
 class Stopwatch:
@@ -48,6 +51,19 @@ class Stopwatch:
             self._seconds += sum(start.elapsed_time(end) for start, end in self._events) / 1000
             self._events.clear()
         return max(self._seconds, 1e-9)
+
+
+class Pace:
+    """The time of a step over the last ones that were marked, so that a pause or a slow start soon leaves it."""
+
+    def __init__(self, step: int, seconds: float) -> None:
+        self._marks = deque([(step, seconds)], maxlen=PACE_MARKS)
+
+    def mark(self, step: int, seconds: float) -> float:
+        """Mark how many seconds all steps so far took; return those of one step since the oldest mark."""
+        first_step, first_seconds = self._marks[0]
+        self._marks.append((step, seconds))
+        return (seconds - first_seconds) / (step - first_step)
 
 
 @dataclass(frozen=True)

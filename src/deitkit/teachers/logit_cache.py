@@ -187,9 +187,10 @@ def kept_logits(recipe: Recipe, classes: int) -> int | None:
     Raises:
         RecipeError: ``teacher.cache_top`` is not below the number of classes.
     """
-    top = next((teacher.cache_top for teacher in recipe.all_teachers if teacher.cache), None)
+    tops = ((name, teacher.cache_top) for name, teacher in recipe.named_teachers.items() if teacher.cache)
+    name, top = next(tops, ("", None))
     if top is not None and top >= classes:
-        raise RecipeError(f"teacher.cache_top={top} is not below the {classes} classes: drop it to cache all logits")
+        raise RecipeError(f"{name}.cache_top={top} is not below the {classes} classes: drop it to cache all logits")
     return top
 
 

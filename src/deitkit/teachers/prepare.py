@@ -4,25 +4,23 @@ A teacher is built from a name, gets weights from a file, a library or training 
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from deitkit.data.dataset import Dataset, as_read
+from deitkit.data.dataset import Dataset
 from deitkit.data.duplicates import sketch
 from deitkit.distillation.methods import METHODS
 from deitkit.errors import CheckpointError, TeacherError
 from deitkit.evaluation.readouts import top_k_accuracy
 from deitkit.evaluation.seen_images import card_of_data, images_before
 from deitkit.models.accelerate import accelerate
-from deitkit.models.built import BuiltClassifier, reset_head, reverse_channels
 from deitkit.models.classifier import Classifier
 from deitkit.models.saved import load_classifier, save_classifier, save_tensors
-from deitkit.models.weights.read import file_sha256, head_layers, load_into, read_checkpoint, read_state
-from deitkit.models.zoo import create_classifier
+from deitkit.models.weights.read import file_sha256, read_state
 from deitkit.recipe.schema import Recipe, TeacherRecipe
 from deitkit.recipe.speed import SpeedRecipe
 from deitkit.run.folder import unreadable
@@ -33,16 +31,16 @@ from deitkit.run.state import drop_state
 from deitkit.system.device import Precision
 from deitkit.system.files import write_json
 from deitkit.system.ranks import Ranks
-from deitkit.system.seeding import seeded
 from deitkit.system.words import counted
+from deitkit.teachers.build import build_teacher
 from deitkit.teachers.frozen import FrozenTeacher, Teachers, mean_teacher_logits
 from deitkit.teachers.gate import doubt, gate, judge_again, larger_usual_px
 from deitkit.teachers.images import STREAMED, load_teacher_images, require_batch
 from deitkit.teachers.resolution import measure_at_own_resolution
-from deitkit.teachers.saved import build_saved, origins, require_unseen
+from deitkit.teachers.saved import origins, require_unseen
 from deitkit.training.cohort import Cohort
 from deitkit.training.fit import train_to_end
-from deitkit.training.shared import SharedTraining, ranks_that_share, require_parts
+from deitkit.training.shared import announce, ranks_that_share, require_parts
 from deitkit.training.student import Student
 from deitkit.training.trial import failure_of
 
@@ -82,9 +80,7 @@ def prepare_teacher(
     if is_prepared(folder):
         teacher, card = read_teacher(folder, recipe.speed, precision)
         return teacher, judge_again(card, recipe.teacher)
-    with seeded(recipe.seeds[0], folder.name):
-        classifier, card = draft_teacher(recipe.teacher, dataset)
-    accelerate(classifier, recipe.speed, precision.device)
+    classifier, card = build_teacher(recipe, dataset, folder.name, precision)
     usual_px = None if recipe.teacher.checkpoint is None else larger_usual_px(card, dataset)
     if usual_px is not None:
         watcher.say(
@@ -163,97 +159,6 @@ def _model_card(card: TeacherCard, dataset: Dataset, recipe: Recipe, train_data:
     return described | images_before(dataset, before)
 
 
-def draft_teacher(recipe: TeacherRecipe, dataset: Dataset) -> tuple[Classifier, TeacherCard]:
-    """Build a teacher with the weights of its recipe; the accuracy on its card is still 0."""
-    recipe, built, readout = _build(recipe, dataset)
-    source, new_head, new_body = built.source, built.new_head, not recipe.pretrained
-    if recipe.checkpoint is not None:
-        checkpoint = read_checkpoint(recipe.checkpoint)
-        new_head = load_into(built.model, checkpoint.state, head=built.head, source=str(recipe.checkpoint))
-        source = f"{recipe.checkpoint.name} (sha256 {file_sha256(recipe.checkpoint)[:8]})"
-        source = "; ".join((source, *checkpoint.remarks))
-        if new_head and not recipe.reset_head:
-            source = f"{source}, whose classifier does not fit ({_classifier_of(checkpoint.state, built.head)})"
-        new_body = False
-    if recipe.channel_order == "bgr":
-        if not reverse_channels(built.model):
-            raise TeacherError(f"teacher.channel_order=bgr does not suit {recipe.name}: it has no layer of 3 channels")
-        source = f"{source}, channels reversed"
-    if recipe.reset_head:
-        reset_head(built, dataset.classes)
-        source, new_head = f"{source}, classifier replaced by a new one", True
-    fit = recipe.fit
-    if fit == "auto":
-        fit = "full" if new_body else "head" if new_head else "none"
-    mean, std = _normalisation(recipe, built, dataset)
-    trainable = built.head if fit == "head" else None
-    image_px = recipe.image_px or built.image_px
-    classifier = Classifier(built.model, mean=mean, std=std, image_px=image_px, trainable=trainable, readout=readout)
-    card = TeacherCard(
-        name=recipe.name,
-        source=source,
-        fit=fit,
-        top1=0.0,
-        n=0,
-        chance=0.0,
-        verdict=_untrained(new_head, new_body and recipe.checkpoint is None) if fit == "none" else "",
-        weak=False,
-        parameters=sum(parameter.numel() for parameter in built.model.parameters()),
-        image_px=image_px,
-        mean=mean,
-        std=std,
-        readout=readout,
-        own_px_top1=None,
-        view_px_top1=None,
-    )
-    return classifier, card
-
-
-def _build(recipe: TeacherRecipe, dataset: Dataset) -> tuple[TeacherRecipe, BuiltClassifier, str | None]:
-    """Build the architecture; for a path, return the recipe and the readout with the values of its card."""
-    if Path(recipe.name).exists():
-        return build_saved(recipe, dataset)
-    built = create_classifier(
-        recipe.name,
-        classes=dataset.classes,
-        channels=dataset.channels,
-        pretrained=recipe.pretrained and recipe.checkpoint is None,
-        image_px=recipe.image_px,
-    )
-    return recipe, built, None
-
-
-def _classifier_of(state: Mapping[str, Tensor], head: str) -> str:
-    """Describe the classifier of a checkpoint that was not loaded."""
-    layers = head_layers(state, head)
-    weight = state.get(f"{layers[0]}.weight") if len(layers) == 1 else None
-    if weight is not None:
-        return counted(weight.shape[0], "class")
-    return f"it has the layers {', '.join(layers)}" if layers else f"it has no layer {head}"
-
-
-def _untrained(new_head: bool, new_body: bool) -> str:
-    """Return the untrained part of a teacher that is not trained here, as a verdict; empty if there is none."""
-    if new_body:
-        return "no weights were loaded (teacher.checkpoint is not set) and none are trained here"
-    return "its classifier is new and was not trained" if new_head else ""
-
-
-def _normalisation(
-    recipe: TeacherRecipe, built: BuiltClassifier, dataset: Dataset
-) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Return the recipe's normalisation, else the library's, else the data set's."""
-    for mean, std in ((recipe.mean, recipe.std), (built.mean, built.std)):
-        if mean is not None and std is not None:
-            if len(mean) != dataset.channels or len(std) != dataset.channels:
-                raise TeacherError(
-                    f"teacher.mean={list(mean)} has {len(mean)} channels, but the images have {dataset.channels}: "
-                    f"give {dataset.channels} values, or set data.channels={len(mean)}"
-                )
-            return mean, std
-    return dataset.mean, dataset.std
-
-
 def _train(
     classifier: Classifier,
     card: TeacherCard,
@@ -273,8 +178,7 @@ def _train(
         watcher.say(few)
     student = teacher_student(folder.name, classifier, recipe.teacher, precision)
     ranks = ranks_that_share([student], recipe.teacher.train.batch_size, precision.device, watcher.say)
-    shared = recipe.model_copy(update={"data": as_read(recipe.data, dataset)})
-    ranks.broadcast(SharedTraining(recipe=shared, folder=folder.resolve(), seed=None).model_dump(mode="json"))
+    announce(ranks, recipe, dataset, folder)
     cohort = teacher_cohort(student, recipe, dataset, precision, ranks)
     train_to_end(
         cohort,
@@ -320,11 +224,11 @@ def prepare_teachers(
         TeacherError: A teacher cannot be built, or the gate refuses it.
     """
     teachers, cards = [], []
-    homes = teacher_folders(folder, len(recipe.all_teachers))
-    for number, (chosen, home) in enumerate(zip(recipe.all_teachers, homes, strict=True)):
-        alone = recipe.model_copy(update={"teacher": chosen, "teachers": ()})
-        with _numbered(recipe, number):
-            teacher, card = prepare_teacher(alone, dataset, folder=home, precision=precision, watcher=watcher)
+    for field, one, home in _with_homes(recipe, folder):
+        with _naming(field):
+            teacher, card = prepare_teacher(
+                recipe.with_teacher(one), dataset, folder=home, precision=precision, watcher=watcher
+            )
         teachers.append(teacher)
         cards.append(card)
     return Teachers(teachers), cards
@@ -332,11 +236,10 @@ def prepare_teachers(
 
 def judge_prepared(recipe: Recipe, folder: Path) -> None:
     """Raise TeacherError if a teacher in a run folder does not pass the bounds of a recipe, which may have changed."""
-    homes = teacher_folders(folder, len(recipe.all_teachers))
-    for number, (chosen, home) in enumerate(zip(recipe.all_teachers, homes, strict=True)):
+    for field, one, home in _with_homes(recipe, folder):
         if is_prepared(home):
-            with _numbered(recipe, number):
-                judge_again(_read_card(home), chosen)
+            with _naming(field):
+                judge_again(_read_card(home), one)
 
 
 def dry_run_teachers(recipe: Recipe, dataset: Dataset, folder: Path, precision: Precision) -> None:
@@ -347,25 +250,31 @@ def dry_run_teachers(recipe: Recipe, dataset: Dataset, folder: Path, precision: 
             ready does not pass the bounds of the recipe.
     """
     judge_prepared(recipe, folder)
-    homes = teacher_folders(folder, len(recipe.all_teachers))
-    for number, (chosen, home) in enumerate(zip(recipe.all_teachers, homes, strict=True)):
+    for field, one, home in _with_homes(recipe, folder):
         if not is_prepared(home):
-            with seeded(recipe.seeds[0], home.name), _numbered(recipe, number):
-                require_unseen(chosen, recipe.data, dataset)
-                classifier, card = draft_teacher(chosen, dataset)
-                _try(accelerate(classifier, recipe.speed, precision.device), card, chosen, dataset, precision)
+            with _naming(field):
+                require_unseen(one, recipe.data, dataset)
+                classifier, card = build_teacher(recipe.with_teacher(one), dataset, home.name, precision)
+                _try(classifier, card, one, dataset, precision)
+
+
+def _with_homes(recipe: Recipe, folder: Path) -> Iterator[tuple[str, TeacherRecipe, Path]]:
+    """Yield the field, the recipe and the folder of each teacher of a run."""
+    homes = teacher_folders(folder, len(recipe.all_teachers))
+    for (field, one), home in zip(recipe.named_teachers.items(), homes, strict=True):
+        yield field, one, home
 
 
 @contextmanager
-def _numbered(recipe: Recipe, number: int) -> Iterator[None]:
+def _naming(field: str) -> Iterator[None]:
     """Name the fields of one of several teachers by its number in the message of a refusal, which begins with it."""
     try:
         yield
     except TeacherError as error:
-        if not recipe.teachers:
+        if field == "teacher":
             raise
-        text = re.sub(r"\bteacher\.(?=[a-z])", f"teachers.{number}.", str(error))
-        raise TeacherError(f"teachers.{number}: {text}") from error
+        text = re.sub(r"\bteacher\.(?=[a-z])", f"{field}.", str(error))
+        raise TeacherError(f"{field}: {text}") from error
 
 
 def common_card(

@@ -1,8 +1,10 @@
-"""Building the students of a comparison."""
+"""Building the students of a comparison, and the cohort in which they train."""
 
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from torch import nn
 
 from deitkit.data.dataset import Dataset
 from deitkit.distillation.methods import METHODS, Method, find_method
@@ -17,7 +19,9 @@ from deitkit.models.zoo import create_classifier
 from deitkit.recipe.schema import OptimizerRecipe, Recipe
 from deitkit.run.layout import BASELINE
 from deitkit.system.device import Precision
+from deitkit.system.ranks import ALONE, Ranks
 from deitkit.system.seeding import derived_seed, seeded
+from deitkit.training.cohort import Cohort, LogitLookup
 from deitkit.training.student import Student
 
 
@@ -82,6 +86,34 @@ def build_students(
     if recipe.baseline is not None and BASELINE in names:
         students.append(_build_baseline(recipe, dataset, seed, precision))
     return students
+
+
+def build_cohort(
+    students: list[Student],
+    recipe: Recipe,
+    dataset: Dataset,
+    *,
+    teacher: nn.Module | None,
+    seed: int,
+    precision: Precision,
+    ranks: Ranks = ALONE,
+    logit_cache: LogitLookup | None = None,
+) -> Cohort:
+    """Build the cohort of some students of a seed, in every process that shares its steps; see ``Cohort``."""
+    return Cohort(
+        students,
+        teacher=teacher,
+        dataset=dataset,
+        augment=recipe.augment,
+        train=recipe.train,
+        speed=recipe.speed,
+        precision=precision,
+        seed=seed,
+        logit_cache=logit_cache,
+        unlabelled_in_step=recipe.unlabelled_in_step,
+        balanced=recipe.data.sampling == "balanced",
+        ranks=ranks,
+    )
 
 
 def initial_weights(recipe: Recipe) -> str | None:

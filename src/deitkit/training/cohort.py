@@ -4,7 +4,6 @@ All students of a cohort see the same views and the same teacher logits, in lock
 alone (a teacher, the baseline) is a cohort of one student with the method ``none``.
 """
 
-from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from functools import partial
@@ -15,7 +14,7 @@ from jaxtyping import Float, Int64, UInt8
 from torch import Tensor, nn
 
 from deitkit.data.augment.augment import Augment
-from deitkit.data.augment.mix import Mix, balanced_weights
+from deitkit.data.augment.mix import Mix, balanced_weights, weigh_images
 from deitkit.data.batches import Batches
 from deitkit.data.dataset import Dataset
 from deitkit.errors import Interrupted, OutOfMemory, is_out_of_memory
@@ -28,7 +27,7 @@ from deitkit.run.observer import Progress
 from deitkit.system.device import Precision
 from deitkit.system.ranks import ALONE, Ranks
 from deitkit.system.seeding import derived_generator, derived_seed
-from deitkit.system.timer import Stopwatch
+from deitkit.system.timer import Pace, Stopwatch
 from deitkit.training.cuda_graph import Recorder
 from deitkit.training.micro_batches import has_batch_norm
 from deitkit.training.optim import learning_rate
@@ -36,7 +35,6 @@ from deitkit.training.student import Student
 
 LOG_EVERY = 50  # steps between two synchronisations with the device
 STOP_EVERY = 10  # steps between two agreements of processes on whether to stop
-PACE_MARKS = 50  # log steps over which the speed is measured that progress reports
 WATCHED = ("step", "waiting", "views", "teacher")
 
 
@@ -123,7 +121,6 @@ class Cohort:
             self._share_students()
         self.recorder = Recorder(self.device, speed.cuda_graphs and not speed.checkpoint_activations and not waits)
         self.epoch, self.step = 0, 0  # the next ones to train, from 0
-        self._pace: deque[tuple[int, float]] = deque(maxlen=PACE_MARKS)
         self.reset_watches()
 
     def _share_students(self) -> None:
@@ -139,8 +136,7 @@ class Cohort:
     def reset_watches(self, seconds: dict[str, float] | None = None) -> None:
         """Reset the stopwatches of an epoch: whole steps, waiting for images, making views, and the teacher."""
         self.watches = {name: Stopwatch(self.device, (seconds or {}).get(name, 0.0)) for name in WATCHED}
-        self._pace.clear()
-        self._pace.append((self.step if seconds else 0, self.watches["step"].seconds))
+        self._pace = Pace(self.step if seconds else 0, self.watches["step"].seconds)
 
     @property
     def active(self) -> list[Student]:
@@ -164,6 +160,7 @@ class Cohort:
             view, targets = self.make_view(images, labels, step, unlabelled)
         with self.watches["teacher"]:
             teacher_logits = self._teacher_logits(view)
+        label_targets = self._label_targets(targets)
         for student in self.active:
             # Processes have different images, and so draw different masks; rank 0 draws those of a single process.
             names = ("dropout", step) if self.ranks.rank == 0 else ("dropout", step, self.ranks.rank)
@@ -172,7 +169,7 @@ class Cohort:
                 # A recording must read the same tensors at every step, and logits are no longer computed once no active
                 # student needs them.
                 logits = teacher_logits if student.method.teacher_signal else None
-                terms = self.recorder.run(student.backward, view, targets, logits, self.class_weights)
+                terms = self.recorder.run(student.backward, view, targets, logits, label_targets)
                 student.sum_over_ranks(terms)
                 with student.optimizer_watch:
                     student.set_learning_rate(self.rate(student, step))
@@ -198,6 +195,13 @@ class Cohort:
             nothing = labels.new_zeros(len(unlabelled))
             view = torch.cat([view, self._augment(unlabelled, nothing, self.unlabelled, generator)[0]])
         return self.recorder.hold("view", view), self.recorder.hold("targets", targets)
+
+    def _label_targets(self, targets: Float[Tensor, "batch classes"]) -> Float[Tensor, "batch classes"] | None:
+        """Return the targets of the labels' term, of images that are weighted by their class; None if they are not."""
+        if self.class_weights is None:
+            return None
+        weighted = weigh_images(targets, self.class_weights, self.train_recipe.label_smoothing)
+        return self.recorder.hold("label targets", weighted)
 
     def _augment(
         self,
@@ -312,7 +316,7 @@ class Cohort:
 
     def _progress(self) -> Progress:
         left = self.train_recipe.epochs * self.batches.steps_per_epoch - self.global_step
-        seconds_per_step = self._seconds_per_step()
+        seconds_per_step = self._pace.mark(self.step, self.watches["step"].seconds)
         return Progress(
             seed=self.seed,
             epoch=self.epoch + 1,
@@ -323,12 +327,6 @@ class Cohort:
             seconds_left=left * seconds_per_step,
             losses={student.name: float(sum(student.term_sums.values())) / self.step for student in self.active},
         )
-
-    def _seconds_per_step(self) -> float:
-        """Return the time of one of the last steps, so that a pause or a slow start soon leaves the estimate."""
-        first_step, first_seconds = self._pace[0]
-        self._pace.append((self.step, self.watches["step"].seconds))
-        return (self._pace[-1][1] - first_seconds) / (self.step - first_step)
 
     def _close_epoch(self, should_stop: Callable[[], bool]) -> list[EpochMetrics]:
         """Validate, return the epoch's metrics, and reset its sums."""

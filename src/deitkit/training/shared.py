@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from pydantic import BaseModel
 
+from deitkit.data.dataset import Dataset, as_read
 from deitkit.errors import RecipeError
 from deitkit.recipe.schema import Recipe
 from deitkit.system.ranks import ALONE, Ranks, current_ranks
@@ -27,6 +28,15 @@ class SharedTraining(BaseModel):
     folder: Path
     seed: int | None
     names: list[str] = []
+
+
+def announce(
+    ranks: Ranks, recipe: Recipe, dataset: Dataset, folder: Path, *, seed: int | None = None, names: Sequence[str] = ()
+) -> None:
+    """Tell the other processes which training begins, as the attributes of ``SharedTraining`` say."""
+    shared = recipe.model_copy(update={"data": as_read(recipe.data, dataset)})
+    training = SharedTraining(recipe=shared, folder=folder.resolve(), seed=seed, names=list(names))
+    ranks.broadcast(training.model_dump(mode="json"))
 
 
 def require_parts(sizes: Mapping[str, int]) -> None:

@@ -92,7 +92,7 @@ class Student:
         view: Float[Tensor, "batch channels height width"],
         targets: Float[Tensor, "labelled classes"],
         teacher_logits: Float[Tensor, "batch classes"] | None,
-        class_weights: Float[Tensor, " classes"] | None = None,
+        label_targets: Float[Tensor, "labelled classes"] | None = None,
     ) -> dict[str, Float[Tensor, ""]]:
         """Compute the gradient of the method's loss, micro-batch by micro-batch, and return the terms of the loss.
 
@@ -105,7 +105,7 @@ class Student:
             view: Augmented images, values in [0, 1].
             targets: Class probabilities from the labels, mixed and smoothed, of the images with labels.
             teacher_logits: Of the same view; None if the method has no term of the teacher.
-            class_weights: Of the labels' term, by class; None for equal ones.
+            label_targets: Of the labels' term, where its images have weights; by default ``targets``.
         """
         for optimizer in self.optimizers:
             optimizer.zero_grad()
@@ -122,32 +122,29 @@ class Student:
             part_logits = None if teacher_logits is None else teacher_logits[part]
             has_labels = part.start < labelled_here
             part_targets = targets[part] if has_labels else None
+            own_targets = label_targets[part] if has_labels and label_targets is not None else None
             images: float = part.stop - part.start  # each term is a mean over the images of the micro-batch
             if self.method.needs_whole_batch and self.ranks.count > 1:
                 whole = labelled if has_labels else unlabelled
-                output, part_logits, part_targets = self._gathered(output, part_logits, part_targets, whole)
+                output, part_logits, part_targets, own_targets = self._gathered(
+                    output, part_logits, part_targets, own_targets, count=whole
+                )
                 images = whole / self.ranks.count  # every process computes the same term
-            terms = self.method.loss_terms(output, part_logits, part_targets, self.distillation, class_weights)
+            terms = self.method.loss_terms(output, part_logits, part_targets, self.distillation, own_targets)
             shares = {"labels": images / labelled, "teacher": (1 if has_labels else weight) * images / in_teacher_term}
             terms = {name: term * shares[name] for name, term in terms.items()}
             torch.stack(list(terms.values())).sum().backward()
             sums |= {name: sums.get(name, 0) + term.detach() for name, term in terms.items()}
         return sums
 
-    def _gathered(
-        self,
-        output: Output,
-        logits: Float[Tensor, "part classes"] | None,
-        targets: Float[Tensor, "part classes"] | None,
-        count: int,
-    ) -> tuple[Output, Float[Tensor, "batch classes"] | None, Float[Tensor, "batch classes"] | None]:
-        """Return a student's output, the teacher's logits and the targets of the images of all processes."""
+    def _gathered(self, output: Output, *rows: Float[Tensor, "part classes"] | None, count: int) -> tuple[Any, ...]:
+        """Return a student's output, and rows such as the teacher's logits, of all ``count`` images of a step."""
         sizes = [len(self.ranks.places(count, rank)) for rank in range(self.ranks.count)]
-        rows = (output.class_logits, output.distillation_logits, logits, targets)
-        class_logits, distillation_logits, logits, targets = (
-            None if row is None else self.ranks.gather(row, sizes) for row in rows
+        class_logits, distillation_logits, *others = (
+            None if row is None else self.ranks.gather(row, sizes)
+            for row in (output.class_logits, output.distillation_logits, *rows)
         )
-        return Output(class_logits, distillation_logits), logits, targets
+        return Output(class_logits, distillation_logits), *others
 
     def sum_over_ranks(self, terms: dict[str, Float[Tensor, ""]]) -> None:
         """Add up the gradients and the terms of ``backward`` of all processes, in place."""

@@ -153,16 +153,17 @@ class Augment:
         for layer, (operations, arguments) in zip(self.layers, draws.policies, strict=True):
             images = layer.apply(images, operations, arguments)
         view = images.float().div_(255)
-        return view if draws.erased is None else self._erase(view, draws.erased, draws)
+        return view if draws.erased is None else self._erase(view, draws)
 
-    def _erase(self, view: Tensor, erased: Tensor, draws: ViewDraws) -> Tensor:
+    def _erase(self, view: Tensor, draws: ViewDraws) -> Tensor:
         """Erase in place (Zhong et al., 2017): a rectangle of 2 % to 33 % of the area, as torchvision draws it.
 
         Noise is normal around the mean colour, which is standard normal after normalisation, clamped to [0, 1].
         """
         height, width = view.shape[-2:]
         device = view.device
-        index = erased.nonzero().squeeze(1)
+        assert draws.erased is not None
+        index = draws.erased.nonzero().squeeze(1)
         top, left, box_height, box_width = draws.erased_boxes[:, index].to(device, non_blocking=True)[..., None]
         rows, columns = torch.arange(height, device=device), torch.arange(width, device=device)
         in_rows = (rows >= top) & (rows < top + box_height)

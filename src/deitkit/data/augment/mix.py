@@ -75,11 +75,29 @@ def smoothed_one_hot(
 def balanced_weights(labels: Int64[Tensor, " n"], classes: int) -> Float[Tensor, " classes"]:
     """Return n / (classes x images of a class) for each class: 1 where all have as many, in the mean of all images too.
 
-    Targets are multiplied by them, as `torch.nn.functional.cross_entropy` does with `weight` and dense targets. Source:
-    King and Zeng 2001; scikit-learn's ``balanced``.
+    Source: King and Zeng 2001; scikit-learn's ``balanced``.
     """
     counts = labels.cpu().bincount(minlength=classes).clamp(min=1)
     return (len(labels) / (classes * counts.double())).float()
+
+
+def weigh_images(
+    targets: Float[Tensor, "batch classes"], class_weights: Float[Tensor, " classes"], label_smoothing: float
+) -> Float[Tensor, "batch classes"]:
+    """Return targets in which each image, or its share of a mixed one, has the weight of its class.
+
+    A weight scales the whole smoothed target of an image. `torch.nn.functional.cross_entropy` scales its columns
+    instead, and so teaches frequent images the rare class, which takes most of their target from a ratio of
+    ``(1 - s + s / classes) / (s / classes)`` on (19 to 1 of two classes).
+
+    Args:
+        targets: As ``Mix`` returns them: mixed, and smoothed by ``label_smoothing``.
+        class_weights: Of ``balanced_weights``.
+        label_smoothing: Of the targets, in [0, 1).
+    """
+    spread = label_smoothing / targets.shape[-1]
+    own = (targets - spread) * class_weights
+    return own + spread / (1 - label_smoothing) * own.sum(dim=-1, keepdim=True)
 
 
 def cutmix(
