@@ -19,7 +19,7 @@ from deitkit.recipe.load import parse_recipe
 from deitkit.recipe.schema import TeacherRecipe
 from deitkit.run.results import FIT_TO_TEACH, TeacherCard
 from deitkit.teachers.alternatives import better_order
-from deitkit.teachers.gate import Finding, compare_with_chance, doubt, gate, judge_again
+from deitkit.teachers.gate import Finding, compare_with_chance, doubt, gate, judge_again, tells_classes_apart
 from deitkit.teachers.resolution import measure_at_own_resolution
 
 
@@ -81,6 +81,40 @@ def test_a_teacher_with_every_image_right_passes_at_any_number(n: int) -> None:
     for fit in ("none", "head", "full"):
         told = judge([0, 1], dataset_of(labels, n, 2), fit)
         assert (told.top1, told.weak) == (1.0, False)
+
+
+def test_a_teacher_that_was_trained_for_classes_of_unequal_size_passes() -> None:
+    """950 to 50 images, nine tenths of each class right: less accurate than answering the frequent class always."""
+    told = judge([0, 1, 1, 0], _unequal(), "full")
+    assert told.top1 == pytest.approx(0.9)
+    assert told.chance == pytest.approx(0.95)
+    assert not told.weak
+    assert told.verdict == FIT_TO_TEACH
+
+
+@pytest.mark.parametrize("outputs", [[0, 0, 1, 1], [1, 0, 0, 1]])
+def test_one_that_does_not_tell_them_apart_is_refused(outputs: list[int]) -> None:
+    with pytest.raises(TeacherError, match=r"not significantly above chance \(95\.0 %\)"):
+        judge(outputs, _unequal(), "full")
+
+
+def _unequal() -> Dataset:
+    """Return 855 + 95 images of one class and 45 + 5 of another, each kind with a first pixel of its own."""
+    kinds, counts = torch.arange(4, dtype=torch.uint8), torch.tensor([855, 45, 95, 5])
+    images = kinds.repeat_interleave(counts)[:, None, None, None].expand(-1, 3, 4, 4).clone()
+    labels = torch.tensor([0, 1, 0, 1]).repeat_interleave(counts)
+    split = Split(images, labels)
+    return replace(striped_dataset(), validation=split, train=split, test=split, class_names=("frequent", "rare"))
+
+
+@pytest.mark.parametrize(("classes", "n"), [(2, 8), (2, 30), (3, 20), (5, 15)])
+def test_answers_at_random_tell_nothing_apart(classes: int, n: int) -> None:
+    generator = torch.Generator().manual_seed(classes)
+    passed = 0
+    for _ in range(300):
+        answers, labels = torch.randint(classes, (2, n), generator=generator)
+        passed += tells_classes_apart(answers, labels, classes)
+    assert passed <= 9  # 1 of 100 is expected at most; ten of 300 would come by chance in 1 of 1,000 runs
 
 
 def test_a_teacher_trained_here_on_few_images_teaches_and_the_doubt_is_written_down() -> None:

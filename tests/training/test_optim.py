@@ -4,7 +4,9 @@ import math
 from typing import Any
 
 import pytest
+import timm
 import torch
+import torchvision
 from torch import nn
 
 from deitkit.errors import RecipeError
@@ -73,6 +75,21 @@ def test_no_decay_on_biases_norms_tokens_and_positions() -> None:
     assert {names[id(parameter)] for parameter in decayed["params"]} == {
         name for name in names.values() if name.endswith("weight") and "norm" not in name
     }
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["timm/deit_tiny_distilled_patch16_224", "timm/swin_tiny_patch4_window7_224", "timm/convnext_tiny",
+     "torchvision/vit_b_16", "torchvision/swin_t", "torchvision/convnext_tiny"],
+)  # fmt: skip
+def test_of_other_libraries_too_only_matrices_and_kernels_decay(name: str) -> None:
+    library, _, architecture = name.partition("/")
+    with torch.device("meta"):
+        model = timm.create_model(architecture) if library == "timm" else torchvision.models.get_model(architecture)
+    decayed, _ = parameter_groups(model, 0.05)
+    found = [place for place, one in model.named_parameters() if any(one is other for other in decayed["params"])]
+    assert len(found) > 40
+    assert all(place.endswith("weight") for place in found)
 
 
 def test_layer_scales_do_not_decay_and_a_stem_of_convolutions_is_not_for_muon() -> None:

@@ -18,6 +18,7 @@ from deitkit.data.batches import Batches
 from deitkit.data.dataset import Dataset
 from deitkit.data.split import Split
 from deitkit.distillation.methods import METHODS, Method
+from deitkit.errors import RecipeError
 from deitkit.evaluation.readouts import balanced_accuracy, macro_f1
 from deitkit.models.classifier import Classifier
 from deitkit.models.cnn import CifarResNet
@@ -133,9 +134,18 @@ def test_figures_of_a_constant_answer() -> None:
     assert balanced_accuracy(scores, torch.zeros(10, dtype=torch.long)) == 1.0
 
 
-def test_sampling_and_weights_reach_students_and_teacher(tiny_recipe: Callable[..., Recipe]) -> None:
-    weights = ("train.class_weight=balanced", "teacher.train.class_weight=balanced")
-    recipe, data = tiny_recipe("methods=[none]", "data.sampling=balanced", *weights), unequal()
+SAMPLING, WEIGHTS = ["data.sampling=balanced"], ["train.class_weight=balanced", "teacher.train.class_weight=balanced"]
+
+
+@pytest.mark.parametrize("weight", [0, 1])
+def test_classes_are_not_balanced_twice(weight: int, tiny_recipe: Callable[..., Recipe]) -> None:
+    with pytest.raises(RecipeError, match=rf"{WEIGHTS[weight]} together count rare classes twice: keep one"):
+        tiny_recipe(*SAMPLING, WEIGHTS[weight])
+
+
+@pytest.mark.parametrize("fields", [SAMPLING, WEIGHTS])
+def test_sampling_and_weights_reach_students_and_teacher(fields: list[str], tiny_recipe: Callable[..., Recipe]) -> None:
+    recipe, data = tiny_recipe("methods=[none]", *fields), unequal()
     students = build_students(recipe, data, 0, CPU_FP32)
     model = Classifier(CifarResNet(20, classes=3), mean=data.mean, std=data.std)
     alone = teacher_student("teacher", model, recipe.teacher, CPU_FP32)
@@ -144,7 +154,7 @@ def test_sampling_and_weights_reach_students_and_teacher(tiny_recipe: Callable[.
         teacher_cohort(alone, recipe, data, CPU_FP32, ALONE),
     ):
         drawn = torch.cat([labels for _, labels in trained.batches.epoch(0)]).bincount(minlength=3)
-        assert int(drawn.max() - drawn.min()) <= 2
+        assert (int(drawn.max() - drawn.min()) <= 2) == (fields == SAMPLING)
         (student,) = trained.students
         student.classifier.train()
         view, targets = trained.make_view(*trained.batches.batch(0, 0), 0)
@@ -154,7 +164,8 @@ def test_sampling_and_weights_reach_students_and_teacher(tiny_recipe: Callable[.
         student.classifier.load_state_dict(state)  # BatchNorm's averages
         trained.train_step(*trained.batches.batch(0, 0))
         (loss,) = student.term_sums.values()
-        own = weigh_images(targets, balanced_weights(data.train.labels, 3), trained.train_recipe.label_smoothing)
+        weights = balanced_weights(data.train.labels, 3) if fields == WEIGHTS else torch.ones(3)
+        own = weigh_images(targets, weights, trained.train_recipe.label_smoothing)
         expected = -(own * logits.log_softmax(dim=-1)).sum(dim=-1).mean()
         torch.testing.assert_close(loss.squeeze(), expected.to(loss.dtype))
 

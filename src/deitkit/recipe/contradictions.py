@@ -33,6 +33,10 @@ def contradictions(recipe: "Recipe") -> Iterator[str]:
     trainings = {"train": recipe.train} | {f"{name}.train": one.train for name, one in teachers.items()}
     for name, training in trainings.items():
         yield from _training(name, training)
+        if recipe.data.sampling == "balanced" and training.class_weight == "balanced":
+            yield (
+                f"data.sampling=balanced and {name}.class_weight=balanced together count rare classes twice: keep one"
+            )
     for name in recipe.variants:
         if not VARIANT_NAME.fullmatch(name) or name == BASE:
             yield (f"variants: '{name}' names a folder: use lower-case letters, digits, - and _, and not '{BASE}'")

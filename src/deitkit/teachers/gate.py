@@ -5,6 +5,8 @@ from enum import Enum
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from jaxtyping import Int64
 from scipy import stats
 from torch import Tensor
 
@@ -12,7 +14,7 @@ from deitkit.data.dataset import Dataset
 from deitkit.data.split import Split
 from deitkit.errors import TeacherError
 from deitkit.evaluation.predict import predict_logits
-from deitkit.evaluation.readouts import top_k_hits
+from deitkit.evaluation.readouts import balanced_accuracy, top_k_hits
 from deitkit.models.classifier import Classifier
 from deitkit.models.zoo import pretrained_px
 from deitkit.recipe.schema import TeacherRecipe
@@ -22,7 +24,8 @@ from deitkit.system.seeding import fixed_shuffle
 from deitkit.system.words import counted
 from deitkit.teachers.alternatives import Alternative, better_alternative
 
-ALPHA = 0.01  # level of the test against chance
+ALPHA = 0.01  # level of the tests against chance
+PERMUTATIONS = 999
 # Level of the test whether a teacher is useless: with those of its alternatives below 1 of 100.
 ALPHA_USELESS = 0.003
 # A useful teacher is right in at least this share of the images that the most frequent class leaves over.
@@ -51,6 +54,21 @@ def compare_with_chance(hits: int, n: int, chance: float) -> Finding:
     if stats.binom.sf(hits - 1, n, min(chance, 1.0)) <= ALPHA:
         return Finding.ABOVE_CHANCE
     return Finding.USELESS if stats.binom.cdf(hits, n, _useful(chance)) <= ALPHA_USELESS else Finding.UNDECIDED
+
+
+def tells_classes_apart(decisions: Int64[Tensor, " n"], labels: Int64[Tensor, " n"], classes: int) -> bool:
+    """Return whether a teacher is useful for classes of unequal size, though no more accurate than the most frequent.
+
+    One that was trained with ``class_weight`` or balanced sampling is. Its balanced accuracy must be that of a useful
+    teacher of equal classes, and its hits more than in 99 of 100 permutations of its answers.
+    """
+    present = len(labels.unique())
+    if balanced_accuracy(F.one_hot(decisions, classes).float(), labels) < _useful(1 / max(present, 2)):
+        return False
+    generator, hits = torch.Generator().manual_seed(0), int((decisions == labels).sum())
+    drawn = (decisions[torch.randperm(len(labels), generator=generator)] for _ in range(PERMUTATIONS))
+    as_many = sum(int((permuted == labels).sum()) >= hits for permuted in drawn)
+    return (1 + as_many) / (1 + PERMUTATIONS) <= ALPHA
 
 
 def _useful(chance: float) -> float:
@@ -83,11 +101,11 @@ def gate(
 ) -> TeacherCard:
     """Measure the teacher on the validation images, with the normalisation and resolution of distillation.
 
-    Refuse it if it was never trained, if its accuracy is useless and not above chance (see ``compare_with_chance``), if
-    it is below ``teacher.min_top1``, or if it was not trained here and another resolution, normalisation, order of
-    classes or order of channels is significantly better (see ``alternatives``). A teacher that was not trained here is
-    tested on training images too, where validation images are few. Under ``teacher.allow_weak``, mark it as weak
-    instead.
+    Refuse it if it was never trained, if its accuracy is useless and not above chance (``compare_with_chance``,
+    ``tells_classes_apart``), if it is below ``teacher.min_top1``, or if it was not trained here and another resolution,
+    normalisation, order of classes or order of channels is significantly better (see ``alternatives``). A teacher that
+    was not trained here is tested on training images too, where validation images are few. Under
+    ``teacher.allow_weak``, mark it as weak instead.
 
     Raises:
         TeacherError: The teacher is refused; the message has the likely cause and the next step.
@@ -101,13 +119,15 @@ def gate(
             f"set teacher.fit=head to train a new classifier for it"
         )
     hits, n, chance = int(top_k_hits(logits, labels).sum()), len(labels), _chance(labels, dataset.classes)
-    alternative, judged, right = None, n, hits
+    alternative, decisions, evidence = None, logits.argmax(dim=-1), labels
     if card.fit == "none":
         decisions, evidence, sample = _evidence(classifier, logits, dataset, precision)
         usual_px = larger_usual_px(card, dataset)
         alternative = better_alternative(classifier, decisions, evidence, sample, dataset, precision, usual_px)
-        judged, right = len(evidence), int((decisions == evidence).sum())
-    finding = compare_with_chance(right, judged, chance)
+    judged = len(evidence)
+    finding = compare_with_chance(int((decisions == evidence).sum()), judged, chance)
+    if finding is not Finding.ABOVE_CHANCE and tells_classes_apart(decisions, evidence, dataset.classes):
+        finding = Finding.ABOVE_CHANCE
     verdict = FIT_TO_TEACH
     if finding is Finding.UNDECIDED:
         verdict = _of_chance(judged, chance)

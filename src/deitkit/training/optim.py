@@ -15,15 +15,22 @@ from deitkit.recipe.schema import OptimizerRecipe, TrainRecipe
 from deitkit.system.device import computes_bf16
 from deitkit.training.muon import Muon
 
+# Tokens, positions and LayerScale of torchvision's models and of timm's, some of which leave theirs out.
+NO_DECAY = ("class_token", "pos_embedding", "relative_position_bias_table", "layer_scale")
+
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
-    """Group the trainable parameters: decay for matrices and kernels, none for biases, norms, tokens and positions."""
-    exempt: set[str] = getattr(model, "no_decay", set)()
+    """Group the trainable parameters: decay for matrices and kernels, none for biases, norms, tokens and positions.
+
+    Tokens and positions are those that deitkit's and timm's models name, and those of torchvision's by their names.
+    """
+    exempt = set(getattr(model, "no_decay", set)()) | set(getattr(model, "no_weight_decay", set)())
     decayed: list[nn.Parameter] = []
     kept: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            (kept if parameter.ndim <= 1 or name in exempt else decayed).append(parameter)
+            is_exempt = parameter.ndim <= 1 or name in exempt or name.rpartition(".")[2] in NO_DECAY
+            (kept if is_exempt else decayed).append(parameter)
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
 
 
