@@ -9,12 +9,13 @@ import torch
 
 from conftest import CPU_FP32
 from deitkit.comparison.compare import compare
+from deitkit.comparison.run import run_recipe
 from deitkit.comparison.verify import verify_run
 from deitkit.data.dataset import Dataset
 from deitkit.errors import CheckpointError, RecipeError
 from deitkit.models.built import BuiltClassifier
 from deitkit.models.classifier import Classifier
-from deitkit.models.saved import save_tensors
+from deitkit.models.saved import read_card, save_tensors
 from deitkit.models.weights.read import read_state
 from deitkit.models.zoo import create_classifier
 from deitkit.recipe.load import load_recipe
@@ -98,3 +99,19 @@ def test_a_run_says_that_its_baseline_was_pretrained_and_keeps_to_its_weights(
     save_tensors(tmp_path / "cnn.safetensors", {name: 2 * value for name, value in model.state_dict().items()})
     with pytest.raises(CheckpointError, match="another version of the weights of the baseline"):
         compare(tiny_recipe(*fields, "methods=[none, class-only]"), tmp_path / "run", watcher=Silent(), resume=True)
+
+
+def test_a_baseline_that_has_seen_test_images_is_refused(tiny_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    fields = ("methods=[none]", "baseline.name=cifar/resnet20", "data.train_images=null", "train.epochs=1")
+    compare(tiny_recipe(*fields), tmp_path / "first", watcher=Silent())
+    cnn = tmp_path / "first" / "seed-0" / "cnn-baseline" / "model.safetensors"
+    again = (*fields, f"baseline.checkpoint={cnn}")
+    for other in ("data.split_seed=1", "data.folds=2"):
+        divided = [other, *(["data.test_images=null"] if "folds" in other else [])]
+        expected = rf"test images of digits are training images of baseline.checkpoint={cnn}"
+        with pytest.raises(RecipeError, match=expected):
+            run_recipe(tiny_recipe(*again, *divided), tmp_path / "other", watcher=Silent())
+    assert not (tmp_path / "other").exists()
+    compare(tiny_recipe(*again), tmp_path / "same", watcher=Silent())
+    card = read_card(tmp_path / "same" / "seed-0" / "cnn-baseline")
+    assert card.trained_before_on is not None

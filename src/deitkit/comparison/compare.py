@@ -67,6 +67,7 @@ from deitkit.training.build import (
     build_students,
     initial_weights,
     needs_teacher,
+    require_unseen_baseline,
     student_names,
 )
 from deitkit.training.shared import require_parts
@@ -238,6 +239,7 @@ def dry_run(recipe: Recipe, dataset: Dataset, precision: Precision) -> tuple[lis
         for name, teacher in recipe.named_teachers.items()
         if teacher.cache_top is not None and not teacher.cache
     ]
+    require_unseen_baseline(recipe, dataset)
     students = build_students(recipe, dataset, recipe.seeds[0], precision, remarks.append)
     for cnn in (student.classifier for student in students if student.name == BASELINE):
         failure = failure_of(cnn, dataset, recipe.train.batch_size, precision, trained=True)

@@ -14,12 +14,12 @@ from torch import Tensor
 from deitkit.comparison.rows import Predictions, RowKey, Summary, corrected, paired_over_seeds
 from deitkit.comparison.verdict import p_in_words
 from deitkit.data.dataset import Dataset, load_test
-from deitkit.data.duplicates import MOST_SEEN, how_to_divide
+from deitkit.data.duplicates import MOST_SEEN
 from deitkit.distillation.methods import METHODS
 from deitkit.errors import RecipeError
 from deitkit.evaluation.predict import predict
 from deitkit.evaluation.readouts import readout_scores, top_k_accuracy, top_k_hits
-from deitkit.evaluation.seen_images import share_seen
+from deitkit.evaluation.seen_images import say_seen, share_seen
 from deitkit.evaluation.statistics import wilson_interval
 from deitkit.models.classifier import Classifier
 from deitkit.models.vit import SIZES
@@ -134,11 +134,8 @@ def measure_checkpoint(
     found, card = weights.architecture, weights.card
     parameters = sum(value.numel() for value in weights.state.values())
     seen = 0.0 if card is None else share_seen(card, recipe.data, dataset, watcher.reading)
-    if seen > MOST_SEEN:
-        raise RecipeError(
-            f"about {100 * seen:.0f} % of the test images of {dataset.name} are training images of {name}: "
-            f"{how_to_divide({} if card is None else card.split)}"
-        )
+    if card is not None and seen > MOST_SEEN:
+        raise RecipeError(say_seen(seen, name, card, dataset))
     obstacle = _obstacle(weights, dataset)
     if obstacle is not None:
         note = f"{name}, from which the students started, has no row of its own: {obstacle}."

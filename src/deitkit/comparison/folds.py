@@ -50,7 +50,7 @@ from deitkit.system.device import Precision
 from deitkit.system.files import copy_file
 from deitkit.teachers.prepare import dry_run_teachers, judge_prepared
 from deitkit.teachers.saved import origins, require_unseen
-from deitkit.training.build import needs_teacher
+from deitkit.training.build import baseline_origin, needs_teacher, require_unseen_baseline
 
 _MEANS = ("balanced_accuracy", "macro_f1", "teacher_agreement", "images_per_second", "train_seconds")
 
@@ -114,12 +114,14 @@ def begin_folds(
             judge_prepared(recipe, fold_folder(folder, fold))
     # Without its damaged files a class may have no images in a split of another fold, and the images that a checkpoint
     # or a teacher was trained on may be another fold's test images.
-    has_seen = starting_weights(recipe.model) is not None or any(origins(teacher) for teacher in teachers)
+    starts = starting_weights(recipe.model), baseline_origin(recipe)
+    has_seen = starts != (None, None) or any(origins(teacher) for teacher in teachers)
     if dataset.skipped or has_seen:
         for fold, own in reversed(recipes.items()):  # the first one trains next
             del dataset  # before another is loaded
             dataset = load(as_begun(own.data, fold_folder(folder, fold)))
             measure_checkpoint(own, dataset, precision, Silent())
+            require_unseen_baseline(own, dataset)
             for teacher in teachers:
                 require_unseen(teacher, own.data, dataset)
     begin_run(folder, recipe)

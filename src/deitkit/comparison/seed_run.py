@@ -38,7 +38,14 @@ from deitkit.system.device import Precision
 from deitkit.system.ranks import Ranks
 from deitkit.teachers.frozen import Teachers
 from deitkit.teachers.logit_cache import open_logit_cache
-from deitkit.training.build import baseline_architecture, build_cohort, build_students, initial_weights, student_names
+from deitkit.training.build import (
+    baseline_architecture,
+    baseline_origin,
+    build_cohort,
+    build_students,
+    initial_weights,
+    student_names,
+)
 from deitkit.training.fit import train_to_end
 from deitkit.training.shared import announce, ranks_that_share
 from deitkit.training.student import Student
@@ -269,10 +276,9 @@ def _student_card(recipe: Recipe, dataset: Dataset, student: Student, seed: int)
     }
     if dataset.unlabelled is not None:
         card["labelled_share"] = len(dataset.train) / (len(dataset.train) + len(dataset.unlabelled))
-    start = None
     if student.name == BASELINE:
-        card["architecture"] = baseline_architecture(recipe)
+        card["architecture"], before = baseline_architecture(recipe), baseline_origin(recipe)
     else:
         card["initial"], start = initial_weights(recipe), starting_weights(recipe.model)
-    before = None if start is None else card_of(weights_file(start))
+        before = None if start is None else card_of(weights_file(start))
     return card | images_before(dataset, [] if before is None else [before])

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from deitkit.data.dataset import Dataset, load_test
-from deitkit.data.duplicates import merge_sketches, share_of_tests_seen
+from deitkit.data.duplicates import how_to_divide, merge_sketches, share_of_tests_seen
 from deitkit.data.listing import ProgressCallback
 from deitkit.models.card import ModelCard
 from deitkit.recipe.schema import DataRecipe
@@ -53,6 +53,14 @@ def share_seen(card: ModelCard, data: DataRecipe, dataset: Dataset, progress: Pr
     same = card.view == view_of(dataset)
     test = dataset.test if same else load_test(data.model_copy(update=card.view), progress)[0]
     return share_of_tests_seen(test.hashes, dataset.test.hashes, dataset.train.hashes, card.seen)
+
+
+def say_seen(share: float, model: str, card: ModelCard, dataset: Dataset) -> str:
+    """Return the sentence, with its remedy, that a model has learned from a share of a run's test images."""
+    return (
+        f"about {100 * share:.0f} % of the test images of {dataset.name} are training images of {model}: "
+        f"{how_to_divide(card.split)}"
+    )
 
 
 def view_of(dataset: Dataset) -> dict[str, Any]:

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from deitkit.data.dataset import Dataset
-from deitkit.data.duplicates import MOST_SEEN, how_to_divide
+from deitkit.data.duplicates import MOST_SEEN
 from deitkit.errors import CheckpointError, TeacherError
-from deitkit.evaluation.seen_images import share_seen
+from deitkit.evaluation.seen_images import say_seen, share_seen
 from deitkit.models.built import BuiltClassifier
 from deitkit.models.card import ModelCard
 from deitkit.models.saved import build_model, model_below, model_folder, read_card
@@ -104,10 +104,7 @@ def require_unseen(recipe: TeacherRecipe, data: DataRecipe, dataset: Dataset) ->
     for given, card in origins(recipe):
         seen = share_seen(card, data, dataset)
         if seen > MOST_SEEN:
-            raise TeacherError(
-                f"about {100 * seen:.0f} % of the test images of {dataset.name} are training images of the teacher "
-                f"{given}: {how_to_divide(card.split)}"
-            )
+            raise TeacherError(say_seen(seen, f"the teacher {given}", card, dataset))
 
 
 def of_unknown_training(recipe: Recipe, dataset: Dataset, folder: Path, cards: Sequence[TeacherCard]) -> Iterator[str]:

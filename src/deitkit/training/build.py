@@ -7,12 +7,15 @@ from pathlib import Path
 from torch import nn
 
 from deitkit.data.dataset import Dataset
+from deitkit.data.duplicates import MOST_SEEN
 from deitkit.distillation.methods import METHODS, Method, find_method
 from deitkit.errors import RecipeError, TeacherError
+from deitkit.evaluation.seen_images import say_seen, share_seen
 from deitkit.models.accelerate import accelerate
+from deitkit.models.card import ModelCard
 from deitkit.models.classifier import Classifier
 from deitkit.models.vit import create_student
-from deitkit.models.weights.initialise import load_initial, weights_file
+from deitkit.models.weights.initialise import card_of, load_initial, weights_file
 from deitkit.models.weights.pretrained import licence_of, starting_weights
 from deitkit.models.weights.read import file_sha256, load_into, read_state
 from deitkit.models.zoo import create_classifier
@@ -139,6 +142,25 @@ def _of_baseline() -> Iterator[None]:
         yield
     except TeacherError as error:
         raise RecipeError(str(error).replace("teacher.", "baseline.")) from error
+
+
+def baseline_origin(recipe: Recipe) -> ModelCard | None:
+    """Return the card of the weights of deitkit that the baseline starts from; None of a stranger's, or without any.
+
+    Raises:
+        CheckpointError: The card is damaged.
+    """
+    checkpoint = None if recipe.baseline is None else recipe.baseline.checkpoint
+    return None if checkpoint is None else card_of(checkpoint)
+
+
+def require_unseen_baseline(recipe: Recipe, dataset: Dataset) -> None:
+    """Raise RecipeError if the baseline starts from weights that learned from this run's test images."""
+    card = baseline_origin(recipe)
+    seen = 0.0 if card is None else share_seen(card, recipe.data, dataset)
+    if card is not None and seen > MOST_SEEN:
+        assert recipe.baseline is not None
+        raise RecipeError(say_seen(seen, f"baseline.checkpoint={recipe.baseline.checkpoint}", card, dataset))
 
 
 def _build_baseline(recipe: Recipe, dataset: Dataset, seed: int, precision: Precision) -> Student:
