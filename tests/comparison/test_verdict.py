@@ -9,6 +9,7 @@ from torch import Tensor
 
 from deitkit.comparison.rows import StudentPredictions, Summary, summarise
 from deitkit.data.dataset import Dataset, load_dataset
+from deitkit.data.split import Split
 from deitkit.recipe.schema import Recipe
 
 TinyRecipe = Callable[..., Recipe]
@@ -93,6 +94,26 @@ def test_chance_may_explain_what_several_seeds_do_not_agree_on(tiny_recipe: Tiny
     assert verdict.startswith("hard/class is best on the validation images and scores")
     assert "Chance may explain its lead over none/class" in verdict
     assert "(mean of 3 seeds, n = " in verdict
+
+
+@pytest.mark.parametrize(("rare", "outcome"), [(80, "hard/class wins on"), (52, "hard/class is best on")])
+def test_the_lead_is_tested_by_what_the_winner_was_chosen_by(rare: int, outcome: str, tiny_recipe: TinyRecipe) -> None:
+    """Of 900 and 100 images 'none' has 870 and 48 right, 'hard' 860 and more of the rare class: worse by image."""
+    recipe = tiny_recipe("methods=[none, hard]", "compare.by=balanced")
+    labels = torch.tensor([0] * 900 + [1] * 100)
+    split = Split(torch.zeros(1000, 1, 8, 8, dtype=torch.uint8), labels)
+    dataset = replace(load_dataset(recipe.data), validation=split, test=split)
+
+    def of(frequent: int, rare: int) -> StudentPredictions:
+        right = torch.cat([torch.arange(900) < frequent, torch.arange(100) < rare])
+        scores = torch.nn.functional.one_hot(torch.where(right, labels, 2), 10).float()
+        return StudentPredictions(None, 1, {"last": {key: {"class": scores} for key in ("validation", "test")}})
+
+    summary = summarise(recipe, dataset, {0: {"none": of(870, 48), "hard": of(860, rare)}}, None, [])
+    assert summary.verdict.startswith(outcome), summary.verdict
+    assert ("Chance may explain its lead over none/class on 1,000 validation images" in summary.verdict) == (rare == 52)
+    assert "It was chosen by balanced accuracy" in summary.verdict
+    assert summary.verdict.count("differences there are of accuracy") == 1
 
 
 @pytest.mark.parametrize(

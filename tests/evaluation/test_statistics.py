@@ -8,7 +8,14 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from deitkit.evaluation.readouts import readout_scores, top_k_accuracy
-from deitkit.evaluation.statistics import holm, mcnemar_p, mean_interval, paired_difference, wilson_interval
+from deitkit.evaluation.statistics import (
+    balanced_mcnemar_p,
+    holm,
+    mcnemar_p,
+    mean_interval,
+    paired_difference,
+    wilson_interval,
+)
 from deitkit.models.vit import Output
 from deitkit.run.reported import default_readout
 
@@ -86,6 +93,44 @@ def test_paired_difference_of_one_seed_is_mcnemar() -> None:
     # Wald: variance of a paired difference is (b + c - (b - c)^2 / n) / n^2, with b = 20 and c = 10.
     half = 1.96 * np.sqrt((30 - 100 / 100) / 100 / 99)
     assert difference.ci95 == pytest.approx((0.1 - half, 0.1 + half), abs=1e-6)
+
+
+@pytest.mark.parametrize(("first", "second"), [(20, 10), (9, 1), (30, 30), (40, 20)])
+def test_with_equal_classes_the_test_by_class_is_mcnemars(first: int, second: int) -> None:
+    hits, other = torch.zeros(2, 200, dtype=torch.bool)
+    hits[:first], other[first : first + second] = True, True
+    labels = torch.arange(200) % 2
+    assert balanced_mcnemar_p(hits, other, labels) == pytest.approx(mcnemar_p(hits, other), abs=0.02)
+    found, plain = paired_difference([hits], [other], labels), paired_difference([hits], [other])
+    assert found.test == "McNemar by class"
+    assert found.mean == pytest.approx(plain.mean)
+    assert found.ci95 == pytest.approx(plain.ci95)
+
+
+def test_a_difference_of_balanced_accuracies_counts_each_class_alike() -> None:
+    """A rare class is right far more often, a frequent one a little less: ahead by class, behind by image."""
+    labels = torch.tensor([0] * 900 + [1] * 100)
+    hits, other = right(900, 840), right(900, 870)
+    hits, other = torch.cat([hits, right(100, 80)]), torch.cat([other, right(100, 60)])
+    found, plain = paired_difference([hits], [other], labels), paired_difference([hits], [other])
+    assert found.mean == pytest.approx(((840 - 870) / 900 + (80 - 60) / 100) / 2)
+    assert found.mean > 0 > plain.mean
+    assert found.p < 0.001
+    low, high = found.ci95
+    assert 0 < low < found.mean < high
+    seeds = paired_difference([hits, other], [other, other], labels)
+    assert seeds.test == "paired t"
+    assert seeds.mean == pytest.approx(found.mean / 2)
+
+
+def test_equal_balanced_accuracies_differ_significantly_in_one_of_twenty_draws() -> None:
+    generator, labels = torch.Generator().manual_seed(0), torch.tensor([0] * 160 + [1] * 40)
+    significant = 0
+    for _ in range(400):
+        draw = torch.rand(200, generator=generator)
+        hits, other = draw < 0.3, (draw > 0.2) & (draw < 0.5)  # each alone in a fifth of the images
+        significant += balanced_mcnemar_p(hits, other, labels) < 0.05
+    assert 6 <= significant <= 34  # 20 are expected
 
 
 def right(n: int, hits: int) -> torch.Tensor:

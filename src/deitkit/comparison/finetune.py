@@ -135,7 +135,7 @@ def measure_checkpoint(
     parameters = sum(value.numel() for value in weights.state.values())
     seen = 0.0 if card is None else share_seen(card, recipe.data, dataset, watcher.reading)
     if card is not None and seen > MOST_SEEN:
-        raise RecipeError(say_seen(seen, name, card, dataset))
+        raise RecipeError(say_seen(seen, str(name), card, dataset))
     obstacle = _obstacle(weights, dataset)
     if obstacle is not None:
         note = f"{name}, from which the students started, has no row of its own: {obstacle}."

@@ -15,7 +15,7 @@ from deitkit.comparison.compare import compare, complete, copy_winner, dry_run, 
 from deitkit.comparison.environment import require_same_ingredients
 from deitkit.comparison.finetune import measure_checkpoint
 from deitkit.comparison.images import as_begun, cache_last
-from deitkit.comparison.rows import best_row, corrected, corrected_differences, note_on_stops
+from deitkit.comparison.rows import best_row, corrected, corrected_differences, note_on_stops, validation_scores
 from deitkit.comparison.verdict import Standing, verdict
 from deitkit.data.dataset import Dataset, load_all_images
 from deitkit.evaluation.statistics import (
@@ -217,7 +217,8 @@ def _standing(winner: Row | None, rows: Sequence[Row], by: str, teacher_top1: fl
         for row in reported_rows(rows)
         if row.kind == "student" and row.method != winner.method and row.weights == winner.weights
     ]
-    leads = {row.row: _difference(winner.validation_top1, row.validation_top1) for row in rivals}
+    own = validation_scores(winner, by)
+    leads = {row.row: _difference(own, validation_scores(row, by)) for row in rivals}
     return Standing(
         winner=winner,
         leads=corrected_differences({name: lead for name, lead in leads.items() if lead is not None}),

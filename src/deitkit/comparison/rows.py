@@ -250,10 +250,15 @@ def _reference(predictions: Predictions) -> RowKey | None:
     return None if name is None else RowKey(name, "last", default_readout(list(students[name].scores["last"]["test"])))
 
 
-def paired_over_seeds(hits: Hits, other: Hits) -> Difference | None:
-    """Return the difference of two rows over the seeds that both finished; None where there is no such seed."""
+def paired_over_seeds(hits: Hits, other: Hits, labels: Int64[Tensor, " n"] | None = None) -> Difference | None:
+    """Return the difference of two rows over the seeds that both finished; None where there is no such seed.
+
+    With ``labels``, it is one of balanced accuracies.
+    """
     seeds = [seed for seed in hits if seed in other]
-    return paired_difference([hits[seed] for seed in seeds], [other[seed] for seed in seeds]) if seeds else None
+    if not seeds:
+        return None
+    return paired_difference([hits[seed] for seed in seeds], [other[seed] for seed in seeds], labels)
 
 
 _NO_SPEED: dict[str, float | None] = {"images_per_second": None, "train_seconds": None}
@@ -303,7 +308,8 @@ def _standing(
     own = keys[winner.row]
     names = [name for name in keys if _is_rival(keys[name], own, predictions)]
     validation = {name: keys[name].hits(predictions, labels, "validation") for name in (winner.row, *names)}
-    leads = {name: paired_over_seeds(validation[winner.row], validation[name]) for name in names}
+    weighed = labels if recipe.compare.by == "balanced" else None
+    leads = {name: paired_over_seeds(validation[winner.row], validation[name], weighed) for name in names}
     answers = {answer for scores in own.scores(predictions, "test").values() for answer in scores.argmax(-1).tolist()}
     only = answers.pop() if len(answers) == 1 else None
     counts = dataset.train.labels.bincount(minlength=dataset.classes).double()

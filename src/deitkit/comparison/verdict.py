@@ -13,7 +13,7 @@ class Standing:
 
     Attributes:
         winner: The row of the student with the best validation accuracy.
-        leads: Its lead over each other student, by row, on the validation images.
+        leads: Its lead over each other student, by row, on the validation images, in what it was chosen by.
         chosen_on: Which these are, in words.
         over: What the accuracies are of: one seed, or the mean of several seeds or folds.
         teacher_top1: The teacher's accuracy on the test images; None without a teacher.
@@ -66,13 +66,14 @@ def _outcome(standing: Standing, rows: Sequence[Row]) -> str:
 
 def _equal(standing: Standing) -> list[str]:
     """Return the other students that are as good as the winner on the validation images."""
-    return [name for name, lead in standing.leads.items() if lead.is_zero and standing.by == "accuracy"]
+    return [name for name, lead in standing.leads.items() if lead.is_zero]
 
 
 def _tied(standing: Standing) -> list[str]:
     """Return the other students that chance may have put behind the winner on the validation images."""
     equal = _equal(standing)
-    return [name for name, lead in standing.leads.items() if name not in equal and not lead.is_significant]
+    ahead = {name for name, lead in standing.leads.items() if lead.is_significant and lead.mean > 0}
+    return [name for name in standing.leads if name not in ahead and name not in equal]
 
 
 def _lead(standing: Standing) -> str:
@@ -91,7 +92,8 @@ def _by_balance(standing: Standing) -> str:
     balanced = standing.winner.balanced_accuracy
     if standing.by != "balanced" or balanced is None:
         return ""
-    return f"It was chosen by balanced accuracy, {_percent(balanced)} on the test images; the tests compare accuracy"
+    on_test = f"{_percent(balanced)} on the test images"
+    return f"It was chosen by balanced accuracy, {on_test}; differences there are of accuracy"
 
 
 def _only_answer(standing: Standing) -> str:

@@ -5,14 +5,17 @@ Nothing here selects a model by its test accuracy.
 
 import math
 from collections.abc import Iterable, Sequence
+from functools import partial
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float64
+from jaxtyping import Bool, Float64, Int64
 from scipy import stats
 from torch import Tensor
 
 from deitkit.run.difference import Difference
+
+BALANCED_DRAWS = 9_999
 
 
 def wilson_interval(hits: int, n: int) -> tuple[float, float]:
@@ -51,6 +54,19 @@ def mcnemar_p(hits: Bool[Tensor, " n"], other: Bool[Tensor, " n"]) -> float:
     return float(stats.binomtest(only_first, only_first + only_second).pvalue)
 
 
+def balanced_mcnemar_p(hits: Bool[Tensor, " n"], other: Bool[Tensor, " n"], labels: Int64[Tensor, " n"]) -> float:
+    """Return the two-sided p value of a test of equal balanced accuracy of two classifiers on the same images.
+
+    As in McNemar's test, an image that only one of the two classifies correctly is either one's with even odds; here
+    those of each class are drawn (9,999 times, always the same), and weighed by the size of their class.
+    """
+    counts = labels.bincount().clamp(min=1).numpy()
+    first, second = (labels[only].bincount(minlength=len(counts)).numpy() for only in (hits & ~other, other & ~hits))
+    drawn = 2 * np.random.default_rng(0).binomial(first + second, 0.5, size=(BALANCED_DRAWS, len(counts)))
+    as_far = np.abs(((drawn - first - second) / counts).sum(axis=1)) >= abs(((first - second) / counts).sum()) - 1e-9
+    return float((1 + as_far.sum()) / (1 + BALANCED_DRAWS))
+
+
 def sign_test_p(better: int, worse: int) -> float:
     """Return the exact one-sided p value that images which only one of two classifiers gets right favour the first.
 
@@ -74,7 +90,9 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return [float(value) for value in corrected]
 
 
-def paired_difference(hits: Sequence[Bool[Tensor, " n"]], other: Sequence[Bool[Tensor, " n"]]) -> Difference:
+def paired_difference(
+    hits: Sequence[Bool[Tensor, " n"]], other: Sequence[Bool[Tensor, " n"]], labels: Int64[Tensor, " n"] | None = None
+) -> Difference:
     """Compare two rows with the same training seeds and the same test images.
 
     One seed: McNemar's exact test over the images, and the interval of the difference of two paired proportions (Wald).
@@ -87,14 +105,21 @@ def paired_difference(hits: Sequence[Bool[Tensor, " n"]], other: Sequence[Bool[T
     Args:
         hits: For each seed, which test images the row classifies correctly.
         other: The same for the row to compare with.
+        labels: Of the images, to compare balanced accuracies: the tests of one seed are then ``balanced_mcnemar_p``.
     """
-    per_image = [a.double() - b.double() for a, b in zip(hits, other, strict=True)]
+    weights = torch.ones(1, dtype=torch.float64)
+    if labels is not None:
+        counts = labels.bincount().double()
+        weights = (len(labels) / ((counts > 0).sum() * counts))[labels]  # their mean makes each class count alike
+    per_image = [weights * (a.double() - b.double()) for a, b in zip(hits, other, strict=True)]
     differences = [one.mean().item() for one in per_image]
     mean = float(np.mean(differences))
     if are_equal(differences):
-        p = max(mcnemar_p(a, b) for a, b in zip(hits, other, strict=True))
+        test = mcnemar_p if labels is None else partial(balanced_mcnemar_p, labels=labels)
+        p = max(test(a, b) for a, b in zip(hits, other, strict=True))
         half = max(_half_width(one) for one in per_image)
-        return Difference(mean, (mean - half, mean + half), p, "McNemar")
+        name = "McNemar" if labels is None else "McNemar by class"
+        return Difference(mean, (mean - half, mean + half), p, name)
     p = float(stats.ttest_1samp(differences, 0.0).pvalue)
     over_seeds = mean_interval(differences)
     half = math.hypot(over_seeds[1] - mean, _half_width(torch.stack(per_image).mean(dim=0)))

@@ -16,7 +16,7 @@ class Difference:
         mean: Over the seeds, as a fraction.
         ci95: Its 95 % interval: over the test images for one seed, over seeds on the same test images for several.
         p: The p value of ``test``, two-sided.
-        test: ``McNemar``, ``paired t``, or of folds ``corrected resampled t`` or ``sign test``.
+        test: ``McNemar``, ``McNemar by class``, ``paired t``, or of folds ``corrected resampled t`` or ``sign test``.
         p_holm: The p value corrected for all rows with a difference to the same reference; None where it was not.
         ci95_new_images: Of several seeds: the 95 % interval for other seeds and other test images; None where ``ci95``
             covers other images already.
