@@ -5,15 +5,19 @@ import subprocess
 import sys
 import weakref
 from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from conftest import striped_dataset
 from deitkit.data.dataset import Dataset
+from deitkit.distillation.methods import METHODS
+from deitkit.errors import RecipeError
 from deitkit.recipe.schema import AugmentRecipe, StudentTrainRecipe
 from deitkit.system.ranks import Ranks
 from deitkit.training import cuda_graph
@@ -49,12 +53,9 @@ class Recording(cuda_graph._Recording):
         self.outputs = method(*inputs)
 
 
-def test_a_step_in_which_processes_wait_for_each_other_is_not_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
-    monkeypatch.setattr("deitkit.training.cohort.Recorder", lambda device, enabled: asked.append(enabled))
-    for name in ("token-hard", "dist"):
-        build(Ranks(0, 2), [name], StudentTrainRecipe(batch_size=32), AugmentRecipe(), 0)
-    assert asked == [True, False]
+def test_only_students_in_whose_step_processes_wait_for_each_other_are_not_recorded() -> None:
+    trained = build(Ranks(0, 2), ["token-hard", "dist"], StudentTrainRecipe(batch_size=32), AugmentRecipe(), 0)
+    assert trained.recorded == {"token-hard"}
 
 
 @pytest.fixture
@@ -64,11 +65,52 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("deitkit.training.cohort.Recorder", Recorder)
 
 
+@pytest.fixture
+def recorded_teacher(recorded: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So is the teacher of these tests, as one of a library."""
+    monkeypatch.setattr(cuda_graph, "LIBRARIES", (*cuda_graph.LIBRARIES, Teacher.__module__.partition(".")[0]))
+
+
+class Own(nn.Linear):
+    """A layer of the user's."""
+
+
+@pytest.mark.usefixtures("recorded")
+def test_code_of_the_users_is_not_recorded(stripes: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may read a value back, on which a recording fails, or keep a count in Python, which one would freeze."""
+    monkeypatch.setitem(METHODS, "own", replace(METHODS["none"], name="own"))
+    trained = cohort(["none", "soft", "own"], stripes, teacher=Teacher())
+    list(trained.fit())
+    assert trained.recorded == {"none", "soft"}
+    assert sorted(name for _, name in trained.recorder.recordings) == ["backward"] * 2 + ["optimizer_step"] * 2
+    model = trained.students[0].classifier.model
+    model.head = Own(model.head.in_features, 3)
+    assert not trained.students[0].can_record_backward
+
+
+def test_what_cannot_be_recorded_is_said_in_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    recording = cuda_graph._Recording.__new__(cuda_graph._Recording)  # a stream needs a GPU
+    recording.stream = recording.pool = None
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: None)
+    monkeypatch.setattr(torch.cuda, "graph", lambda *given, **options: nullcontext())
+
+    def fails(message: str) -> None:
+        def method() -> None:
+            raise RuntimeError(message)
+
+        recording._record(method, ())
+
+    with pytest.raises(RecipeError, match=r"not permitted when stream is capturing\): set speed\.cuda_graphs=false"):
+        fails("operation not permitted when stream is capturing")
+    with pytest.raises(RuntimeError, match="out of memory"):
+        fails("CUDA out of memory. Tried to allocate")
+
+
 def final_weights(trained: Cohort) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in trained.students[0].classifier.model.state_dict().items()}
 
 
-@pytest.mark.usefixtures("recorded")
+@pytest.mark.usefixtures("recorded_teacher")
 def test_the_recorded_step_goes_on_when_all_taught_students_have_stopped(stripes: Dataset) -> None:
     alone = cohort(["none"], stripes)
     list(alone.fit())
@@ -104,7 +146,7 @@ def without_collector() -> Iterator[None]:
     gc.enable()
 
 
-@pytest.mark.usefixtures("recorded", "without_collector")
+@pytest.mark.usefixtures("recorded_teacher", "without_collector")
 def test_a_finished_cohort_leaves_memory_at_once() -> None:
     def finished() -> list[weakref.ref[Any]]:
         trained = cohort(["none", "soft"], striped_dataset(), teacher=Teacher())

@@ -28,7 +28,7 @@ from deitkit.system.device import Precision
 from deitkit.system.ranks import ALONE, Ranks
 from deitkit.system.seeding import derived_generator, derived_seed
 from deitkit.system.timer import Pace, Stopwatch
-from deitkit.training.cuda_graph import Recorder
+from deitkit.training.cuda_graph import Recorder, is_of_libraries
 from deitkit.training.micro_batches import has_batch_norm
 from deitkit.training.optim import learning_rate
 from deitkit.training.student import Student
@@ -114,12 +114,11 @@ class Cohort:
         if train.class_weight == "balanced":
             self.class_weights = balanced_weights(dataset.train.labels, dataset.classes).to(self.device)
         self.logit_cache = logit_cache
-        waits = ranks.count > 1 and any(
-            student.method.needs_whole_batch or has_batch_norm(student.classifier.model) for student in students
-        )
         if ranks.count > 1:
             self._share_students()
-        self.recorder = Recorder(self.device, speed.cuda_graphs and not speed.checkpoint_activations and not waits)
+        self.recorder = Recorder(self.device, speed.cuda_graphs and not speed.checkpoint_activations)
+        self.recorded = {student.name for student in students if student.can_record_backward}
+        self._records_teacher = teacher is not None and is_of_libraries(teacher)
         self.epoch, self.step = 0, 0  # the next ones to train, from 0
         self.reset_watches()
 
@@ -169,14 +168,14 @@ class Cohort:
                 # A recording must read the same tensors at every step, and logits are no longer computed once no active
                 # student needs them.
                 logits = teacher_logits if student.method.teacher_signal else None
-                terms = self.recorder.run(student.backward, view, targets, logits, label_targets)
+                is_recorded = student.name in self.recorded
+                terms = self.recorder.run(student.backward, view, targets, logits, label_targets, record=is_recorded)
                 student.sum_over_ranks(terms)
                 with student.optimizer_watch:
                     student.set_learning_rate(self.rate(student, step))
-                    if student.can_record_optimizer_step:
-                        self.recorder.run(student.optimizer_step)
-                    else:
-                        student.optimizer_step()
+                    # Without a recording, each step has gradients at other addresses.
+                    can_record = is_recorded and student.can_record_optimizer_step
+                    self.recorder.run(student.optimizer_step, record=can_record)
                     student.update_ema()
                 student.accumulate_loss(terms, step)
 
@@ -223,7 +222,7 @@ class Cohort:
         """Return the teacher's logits for the view of this step; None if no student needs them."""
         if self.teacher is None or not any(student.method.teacher_signal for student in self.active):
             return None
-        compute = partial(self.recorder.run, self.teacher_forward, view)
+        compute = partial(self.recorder.run, self.teacher_forward, view, record=self._records_teacher)
         cache = self.logit_cache
         logits = compute() if cache is None else cache.get(self.epoch, self.step, compute)
         return self.recorder.hold("teacher logits", logits)

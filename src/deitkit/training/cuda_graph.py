@@ -8,9 +8,18 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from deitkit.errors import RecipeError, is_out_of_memory, reason_of
+
+# Their modules read no value back and keep no count in Python, on which a recording fails or which it would freeze.
+LIBRARIES = ("deitkit", "timm", "torch", "torchvision")
 WARM_UP = 3  # calls before recording: compilers compile, libraries choose kernels, optimizers create their state
+
+
+def is_of_libraries(model: nn.Module) -> bool:
+    """Return whether a model has no module of the user's own."""
+    return all(type(module).__module__.partition(".")[0] in LIBRARIES for module in model.modules())
 
 
 class Recorder:
@@ -32,14 +41,14 @@ class Recorder:
             self.stream = torch.cuda.Stream(device)
             self.pool = torch.cuda.graph_pool_handle()
 
-    def run(self, method: Callable[..., Any], *inputs: Tensor | None) -> Any:
-        """Run a bound method, from its fourth call on by replaying it.
+    def run(self, method: Callable[..., Any], *inputs: Tensor | None, record: bool = True) -> Any:
+        """Run a bound method, from its fourth call on by replaying it; directly where ``record`` is False.
 
         The method takes tensors from ``hold`` and returns tensors in any structure. It must launch the same kernels at
         each call, without reading a value back, and must change its object (weights, gradients, an optimizer's state)
         in place. Its next call overwrites the returned tensors.
         """
-        if not self.enabled:
+        if not (self.enabled and record):
             return method(*inputs)
         key = (id(method.__self__), method.__name__)  # type: ignore[attr-defined]
         if key not in self.recordings:
@@ -85,6 +94,13 @@ class _Recording:
     def _record(self, method: Callable[..., Any], inputs: tuple[Tensor | None, ...]) -> None:
         self.inputs = inputs
         self.graph = torch.cuda.CUDAGraph()
-        # Record the calls of this thread only: a loader may pin memory in another thread.
-        with torch.cuda.graph(self.graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
-            self.outputs = method(*inputs)
+        try:
+            # Record the calls of this thread only: a loader may pin memory in another thread.
+            with torch.cuda.graph(self.graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
+                self.outputs = method(*inputs)
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
+            raise RecipeError(
+                f"this GPU cannot record a step of these models ({reason_of(error)}): set speed.cuda_graphs=false"
+            ) from error

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from deitkit.distillation.methods import Method
+from deitkit.distillation.methods import SHIPPED, Method
 from deitkit.models.classifier import Classifier
 from deitkit.models.vit import Output
 from deitkit.recipe.schema import DistillationRecipe, OptimizerRecipe
@@ -15,7 +15,8 @@ from deitkit.recipe.speed import SpeedRecipe
 from deitkit.system.device import Precision
 from deitkit.system.ranks import ALONE, Ranks
 from deitkit.system.timer import Stopwatch
-from deitkit.training.micro_batches import choose_micro_batch_size, micro_batches
+from deitkit.training.cuda_graph import is_of_libraries
+from deitkit.training.micro_batches import choose_micro_batch_size, has_batch_norm, micro_batches
 from deitkit.training.optim import (
     ExponentialMovingAverage,
     build_optimizers,
@@ -158,6 +159,13 @@ class Student:
             nn.utils.clip_grad_norm_(self.classifier.parameters(), self.recipe.clip_norm)
         for optimizer in self.optimizers:
             optimizer.step()
+
+    @property
+    def can_record_backward(self) -> bool:
+        """Whether a CUDA graph may replay ``backward``: no process waits in it, and no code of the user's runs."""
+        model = self.classifier.model
+        waits = self.ranks.count > 1 and (self.method.needs_whole_batch or has_batch_norm(model))
+        return not waits and self.method.name in SHIPPED and is_of_libraries(model)
 
     @property
     def can_record_optimizer_step(self) -> bool:
