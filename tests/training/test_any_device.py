@@ -26,10 +26,12 @@ META = torch.device("meta")
 
 
 class NoFloat64(TorchDispatchMode):
-    """Refuses float64 on the device."""
+    """Refuses float64 on the device, and copies to it that do not wait: Apple's may read freed memory."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))
+        if (kwargs or {}).get("non_blocking"):
+            raise TypeError(f"a copy that does not wait: {func}")
         for value in tree_leaves(made):
             if isinstance(value, torch.Tensor) and value.device == META and value.dtype == torch.float64:
                 raise TypeError(f"float64 on the device: {func}")

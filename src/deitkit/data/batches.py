@@ -13,6 +13,7 @@ from torch import Tensor
 from deitkit.data.split import Split
 from deitkit.data.stream import StreamedImages
 from deitkit.errors import RecipeError
+from deitkit.system.device import to_device
 from deitkit.system.seeding import derived_generator
 
 
@@ -91,14 +92,14 @@ class Batches:
         elif self.split.images.device == device:
             images = self.split.images[there]
         else:  # all images do not fit on the GPU
-            images = self.split.images[here].pin_memory().to(device, non_blocking=True)
+            images = to_device(self.split.images[here].pin_memory(), device)
         return images, self.split.labels[there]
 
     def _orders(self, epoch: int) -> tuple[Int64[Tensor, " n"], Int64[Tensor, " n"]]:
         """Return an epoch's order, in host memory and on the device."""
         if self._order is None or self._order[0] != epoch:
             order = self._shuffled(epoch)
-            self._order = epoch, order, order.to(self.split.labels.device, non_blocking=True)
+            self._order = epoch, order, to_device(order, self.split.labels.device)
         return self._order[1:]
 
     def _shuffled(self, epoch: int) -> Int64[Tensor, " n"]:
@@ -136,11 +137,11 @@ class Batches:
         batch = next(self._flow[1])
         following = (epoch, step + 1) if step + 1 < self.steps_per_epoch else (epoch + 1, 0)
         self._flow = following, self._flow[1]
-        batch = batch.to(device, non_blocking=True)
+        batch = to_device(batch, device)
         if len(batch) == len(indices):
             return batch
         places = indices.unique(return_inverse=True)[1]
-        return batch.index_select(0, places.to(device, non_blocking=True))
+        return batch.index_select(0, to_device(places, device))
 
     def close(self) -> None:
         """End the processes that decode ahead; another batch starts new ones.

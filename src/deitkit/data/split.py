@@ -17,6 +17,7 @@ from deitkit.data.augment.crop import draw_crops, resized_crop
 from deitkit.data.stream import StreamedImages
 from deitkit.errors import DataError, HasTestSplit
 from deitkit.recipe.schema import AugmentRecipe, DataRecipe
+from deitkit.system.device import to_device
 from deitkit.system.words import counted
 
 MOST_GPU_MEMORY = 0.5  # share of the free memory, for the images of a split
@@ -116,9 +117,9 @@ class Split:
         assert whole is not None
         device = self.labels.device
         if whole.device == device:
-            some = whole[indices.to(device, non_blocking=True)]
+            some = whole[to_device(indices, device)]
         else:
-            some = whole[indices].pin_memory().to(device, non_blocking=True)
+            some = to_device(whole[indices].pin_memory(), device)
         height, width = whole.shape[2:]
         boxes = shares * torch.tensor([height, width], dtype=torch.float64).repeat(2)[:, None]
         return resized_crop(some, boxes, (self.images.shape[2], self.images.shape[3]))

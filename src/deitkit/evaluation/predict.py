@@ -10,7 +10,7 @@ from deitkit.data.dataset import Split
 from deitkit.models.accelerate import uncompiled
 from deitkit.models.classifier import Classifier
 from deitkit.models.vit import Output
-from deitkit.system.device import Precision
+from deitkit.system.device import Precision, to_device
 from deitkit.system.ranks import ALONE, Ranks
 
 # Pixels of a batch for evaluation: small for the caches of a CPU, large for the throughput of a GPU.
@@ -57,7 +57,7 @@ def predict_all(
     done = 0
     with uncompiled(), precision.autocast():
         for images in part.batches(_batch_size(split, classifiers, precision.device)):
-            view = images.to(precision.device, non_blocking=True).float() / 255
+            view = to_device(images, precision.device).float() / 255
             for classifier, gathered in zip(classifiers, outputs, strict=True):
                 gathered.append(classifier(view))
             done += len(images)

@@ -8,6 +8,7 @@ from typing import Any
 
 import psutil
 import torch
+from torch import Tensor
 
 from deitkit.errors import RecipeError
 from deitkit.recipe.schema import Recipe
@@ -66,6 +67,14 @@ class Precision:
     def autocast(self) -> AbstractContextManager[Any]:
         """Return the context manager of a forward pass."""
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16)
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Move a tensor to a device; on CUDA without waiting, where the copy is safe even if the tensor is then freed.
+
+    On MPS such a copy may read memory that has been given to another tensor (pytorch#139550).
+    """
+    return tensor.to(device, non_blocking=device.type == "cuda")
 
 
 def computes_bf16(device: torch.device) -> bool:

@@ -17,6 +17,7 @@ from deitkit.data.augment.operations import AugmentPolicy
 from deitkit.data.augment.policies import AutoAugment, ColourJitter, ThreeAugment
 from deitkit.data.augment.randaugment import RandAugment
 from deitkit.recipe.schema import AugmentRecipe
+from deitkit.system.device import to_device
 
 ERASE_AREA = (0.02, 0.33)
 ERASE_RATIO = (1 / 3.3, 1 / 0.3)  # width to height, like a crop's; torchvision gives height to width
@@ -164,23 +165,23 @@ class Augment:
         device = view.device
         assert draws.erased is not None
         index = draws.erased.nonzero().squeeze(1)
-        top, left, box_height, box_width = draws.erased_boxes[:, index].to(device, non_blocking=True)[..., None]
+        top, left, box_height, box_width = to_device(draws.erased_boxes[:, index], device)[..., None]
         rows, columns = torch.arange(height, device=device), torch.arange(width, device=device)
         in_rows = (rows >= top) & (rows < top + box_height)
         in_columns = (columns >= left) & (columns < left + box_width)
         inside = (in_rows[:, :, None] & in_columns[:, None, :])[:, None]
 
         noise_rows = draws.noise_rows[index]
-        index = index.to(device, non_blocking=True)
+        index = to_device(index, device)
         kept = view.index_select(0, index)
-        colour = self.mean.to(device, non_blocking=True)
+        colour = to_device(self.mean, device)
         if draws.noise_seed is not None:
             generator = torch.Generator(device).manual_seed(draws.noise_seed)
             # Noise of all erased images of the batch, so that each has the same whichever of them are in this view.
             noise = torch.randn((draws.noise_count, *kept.shape[1:]), generator=generator, device=device)
             if len(noise_rows) < draws.noise_count:
-                noise = noise.index_select(0, noise_rows.to(device, non_blocking=True))
-            colour = (colour + self.std.to(device, non_blocking=True) * noise).clamp_(0, 1)
+                noise = noise.index_select(0, to_device(noise_rows, device))
+            colour = (colour + to_device(self.std, device) * noise).clamp_(0, 1)
         return view.index_copy_(0, index, torch.where(inside, colour, kept))
 
 
@@ -216,7 +217,7 @@ def shift_and_flip(
     """
     channels, height, width = images.shape[1:]
     device = images.device
-    flipped, tops, lefts = (draw.to(device, non_blocking=True)[:, None] for draw in (flipped, tops, lefts))
+    flipped, tops, lefts = (to_device(draw, device)[:, None] for draw in (flipped, tops, lefts))
     columns = torch.arange(width, device=device)
     columns = torch.where(flipped, columns.flip(0), columns) + lefts
     rows = torch.arange(height, device=device) + tops

@@ -4,6 +4,8 @@ import torch
 from jaxtyping import Float64, Int64, UInt8
 from torch import Tensor
 
+from deitkit.system.device import to_device
+
 CROP_RATIO = (3 / 4, 4 / 3)
 ATTEMPTS = 10
 
@@ -76,7 +78,7 @@ def resized_crop(
         size: Height and width of the result.
     """
     numbers = boxes if boxes.dtype == torch.int64 else boxes.float()
-    tops, lefts, heights, widths = numbers.to(images.device, non_blocking=True)
+    tops, lefts, heights, widths = to_device(numbers, images.device)
     across = _bicubic_weights(lefts, widths, images.shape[3], size[1])
     down = _bicubic_weights(tops, heights, images.shape[2], size[0])
     # Like Pillow, round between the passes: otherwise overshoots of the first pass would reach the second.

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from deitkit.data.pixels import luma
+from deitkit.system.device import to_device
 
 BLUR_PASSES = 3  # box blurs in Pillow's GaussianBlur
 WITHOUT_FLOAT64 = ("mps",)
@@ -137,7 +138,7 @@ def _warp_nearest(pixels: Tensor, matrices: Tensor, fill: Tensor) -> Tensor:
     batch, channels, height, width = pixels.shape
     a, b, c, d, e, f = matrices.unbind(1)
     centred = torch.stack([a, b, c + (a + b) / 2, d, e, f + (d + e) / 2])
-    fixed = (centred * 65536 + 0.5).floor().int().to(pixels.device, non_blocking=True)[..., None, None]
+    fixed = to_device((centred * 65536 + 0.5).floor().int(), pixels.device)[..., None, None]
     columns = torch.arange(width, device=pixels.device, dtype=torch.int32)
     rows = torch.arange(height, device=pixels.device, dtype=torch.int32)[:, None]
     x = (fixed[0] * columns + (fixed[1] * rows + fixed[2])) >> 16
@@ -152,7 +153,7 @@ def _warp_nearest(pixels: Tensor, matrices: Tensor, fill: Tensor) -> Tensor:
 def _warp_bilinear(pixels: Tensor, matrices: Tensor, fill: Tensor) -> Tensor:
     """Apply an affine map with bilinear interpolation, within one grey level of Pillow's."""
     height, width = pixels.shape[-2:]
-    a, b, c, d, e, f = matrices.float().to(pixels.device, non_blocking=True)[..., None, None].unbind(1)
+    a, b, c, d, e, f = to_device(matrices.float(), pixels.device)[..., None, None].unbind(1)
     columns = torch.arange(width, device=pixels.device) + 0.5
     rows = (torch.arange(height, device=pixels.device) + 0.5)[:, None]
     x, y = a * columns + (b * rows + c), d * columns + (e * rows + f)
@@ -172,10 +173,10 @@ def _gaussian_blur(pixels: Tensor, radii: Tensor) -> Tensor:
     reach = int(whole.max()) + 1
     offsets = torch.arange(-reach, reach + 1)[:, None]
     weights = torch.where(offsets.abs() <= whole, inner, torch.where(offsets.abs() == whole + 1, outer, 0))
-    weights = weights.to(pixels.device, non_blocking=True)[..., None, None, None]
+    weights = to_device(weights, pixels.device)[..., None, None, None]
     for axis in (3, 2):
         positions = torch.arange(pixels.shape[axis]) + offsets
-        neighbours = positions.clamp_(0, pixels.shape[axis] - 1).to(pixels.device, non_blocking=True)
+        neighbours = to_device(positions.clamp_(0, pixels.shape[axis] - 1), pixels.device)
         for _ in range(BLUR_PASSES):
             total = torch.full(pixels.shape, 1 << 23, device=pixels.device)
             for weight, neighbour in zip(weights, neighbours):
@@ -229,15 +230,15 @@ def apply_operations(
     edges = [0, *operations.bincount(minlength=len(OPERATIONS)).cumsum(0).tolist()]
     groups = {name: slice(edges[i], edges[i + 1]) for i, name in enumerate(OPERATIONS) if edges[i] < edges[i + 1]}
     arguments = arguments[order]
-    factors = arguments.to(widest_float(images.device)).to(images.device, non_blocking=True)[:, None, None]
-    pixels = images.index_select(0, order.to(images.device, non_blocking=True))
+    factors = to_device(arguments.to(widest_float(images.device)), images.device)[:, None, None]
+    pixels = images.index_select(0, to_device(order, images.device))
 
     geometric = [name for name in _GEOMETRIC if name in groups]
     if geometric:
         matrices = torch.cat([_matrices(name, arguments[groups[name]], height, width) for name in geometric])
         part = pixels[groups[geometric[0]].start : groups[geometric[-1]].stop]
         warp = _warp_bilinear if bilinear else _warp_nearest
-        colour = images.new_zeros(images.shape[1]) if fill is None else fill.to(images.device, non_blocking=True)
+        colour = images.new_zeros(images.shape[1]) if fill is None else to_device(fill, images.device)
         part.copy_(warp(part, matrices, colour[:, None, None]))
 
     mapped = [name for name in _TABLES if name in groups]
@@ -255,7 +256,7 @@ def apply_operations(
     if "GaussianBlur" in groups:
         part = pixels[groups["GaussianBlur"]]
         part.copy_(_gaussian_blur(part, arguments[groups["GaussianBlur"]]))
-    return pixels.index_select(0, order.argsort().to(images.device, non_blocking=True))
+    return pixels.index_select(0, to_device(order.argsort(), images.device))
 
 
 class AugmentPolicy(ABC):
