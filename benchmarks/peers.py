@@ -82,7 +82,9 @@ class LoaderPeer(ABC):
         on_gpu = options.device != "cpu" and torch.cuda.is_available()
         self.device, self.options = torch.device("cuda" if on_gpu else "cpu"), options
         self.precision = Precision.choose("auto", self.device)
-        self.images = PilImages(dataset.train.images, dataset.train.labels)
+        # A turn is within an epoch, since a loader starts its workers again with each.
+        count = (1 + max(options.steps, options.warm_up)) * options.batch_size
+        self.images = PilImages(dataset.train.images, dataset.train.labels, count)
         self.mean, self.std = dataset.mean, dataset.std
         self.image_px = dataset.image_px[0]
         self.student = timm.create_model(
@@ -140,6 +142,7 @@ class LoaderPeer(ABC):
     def turn(self, steps: int, workers: int | None = None) -> float:
         """Train so many steps and return the seconds; starting the workers and the first batch are not charged."""
         batches = self._batches(self.workers if workers is None else workers)
+        assert (1 + steps) * self.options.batch_size <= len(self.images)
         images, labels = next(batches)
         self.train_step(images, labels)
         wait(self.device)
@@ -150,10 +153,8 @@ class LoaderPeer(ABC):
         return time.perf_counter() - started
 
     def _batches(self, workers: int) -> Iterator[tuple[Tensor, Tensor]]:
-        loader = self.make_loader(workers)
-        while True:
-            for images, labels in loader:
-                yield images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+        for images, labels in self.make_loader(workers):
+            yield images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
 
     def _best_workers(self) -> int:
         choices = self.options.workers or WORKER_CHOICES[self.device.type]
@@ -269,23 +270,22 @@ PEERS = {"deitkit": DeitkitPeer, "timm": TimmTask, "paper": PaperLoop, "plain": 
 
 
 class PilImages:
-    """Images as PIL has them, labelled; each is transformed when it is asked for."""
+    """At least ``count`` images as PIL has them, labelled, some of them more than once; transformed when asked for."""
 
-    def __init__(self, images: Tensor, labels: Tensor, transform: Any = None) -> None:
-        self.arrays, self.labels, self.transform = images.permute(0, 2, 3, 1).numpy(), labels, transform
+    def __init__(self, images: Tensor, labels: Tensor, count: int, transform: Any = None) -> None:
+        self.images, self.labels, self.count, self.transform = images, labels, max(count, len(images)), transform
 
     def with_transform(self, transform: Any) -> "PilImages":
         """Return the same images under another transform."""
-        twin = object.__new__(PilImages)
-        twin.arrays, twin.labels, twin.transform = self.arrays, self.labels, transform
-        return twin
+        return PilImages(self.images, self.labels, self.count, transform)
 
     def __len__(self) -> int:
-        return len(self.arrays)
+        return self.count
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
-        image: Any = Image.fromarray(self.arrays[index])
-        return (self.transform(image) if self.transform else image), int(self.labels[index])
+        place = index % len(self.images)
+        image: Any = Image.fromarray(self.images[place].permute(1, 2, 0).numpy())
+        return (self.transform(image) if self.transform else image), int(self.labels[place])
 
 
 class Remote:

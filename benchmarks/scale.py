@@ -19,20 +19,24 @@ import torch
 
 from deitkit.bench.training_speed import Stepper, synthetic_dataset
 from deitkit.comparison.pools import LocalPool, Pool, RayPool
-from deitkit.comparison.seed_run import seed_cohort
 from deitkit.recipe.load import load_recipe
 from deitkit.system.device import Precision, choose_device
 from deitkit.system.ranks import ALONE, Ranks, join_ranks, leave_ranks
-from deitkit.training.build import build_students
+from deitkit.system.timer import wait
+from deitkit.training.build import build_cohort, build_students
+from deitkit.training.cuda_graph import WARM_UP
 
 
-def milliseconds(function: Callable[[], object], repeats: int) -> list[float]:
-    """Return how long each call takes, after one that is not counted."""
-    function()
+def milliseconds(function: Callable[[], object], repeats: int, device: torch.device) -> list[float]:
+    """Return how long each call takes on the device, after those that warm up (on a GPU the step is then recorded)."""
+    for _ in range(WARM_UP + 1):
+        function()
     taken = []
     for _ in range(repeats):
+        wait(device)
         started = time.perf_counter()
         function()
+        wait(device)
         taken.append(1000 * (time.perf_counter() - started))
     return taken
 
@@ -47,7 +51,8 @@ def steps(repeats: int) -> None:
     fields = ["model.name=deit_tiny", "model.patch_px=8", "methods=[none]", "data.image_px=32", "train.batch_size=128"]
     whole = load_recipe(None, fields)
     part = load_recipe(None, [*fields, f"train.batch_size={128 // ranks.count}"])
-    precision = Precision.choose("auto", choose_device("auto"))
+    device = choose_device("auto")
+    precision = Precision.choose("auto", device)
 
     def stepper(recipe_of: Ranks) -> Stepper:
         recipe = part if recipe_of.count == 1 else whole
@@ -55,15 +60,16 @@ def steps(repeats: int) -> None:
         students = build_students(recipe, dataset, 0, precision)
         for student in students:
             student.classifier.train()
-        return Stepper(seed_cohort(students, recipe, dataset, None, 0, precision, recipe_of))
+        cohort = build_cohort(students, recipe, dataset, teacher=None, seed=0, precision=precision, ranks=recipe_of)
+        return Stepper(cohort)
 
     shared, alone = stepper(ranks), stepper(ALONE)
-    together = milliseconds(shared, repeats)
-    by_itself = milliseconds(alone, repeats)
+    together = milliseconds(shared, repeats, device)
+    by_itself = milliseconds(alone, repeats, device)
     (student,) = shared.cohort.students
-    terms = {"labels": torch.zeros(())}
-    messages = milliseconds(lambda: (student.sum_over_ranks(terms), ranks.any(False)), repeats)
-    flags = milliseconds(lambda: ranks.any(False), repeats)
+    terms = {"labels": torch.zeros((), device=device)}
+    messages = milliseconds(lambda: (student.sum_over_ranks(terms), ranks.any(False)), repeats, device)
+    flags = milliseconds(lambda: ranks.any(False), repeats, device)
     if ranks.rank == 0:
         parameters = sum(each.numel() for each in student.classifier.model.parameters())
         print(f"{ranks.count} processes, {torch.get_num_threads()} threads each, {precision.name}, {repeats} repeats")

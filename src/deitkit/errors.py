@@ -50,10 +50,17 @@ class NotRegistered(TeacherError):  # noqa: N818 - a fact, which the reader of a
 class OutOfMemory(DeitkitError):  # noqa: N818 - as torch names it
     """Training does not fit in memory; torch has no exception type for this on a CPU."""
 
-    def __init__(self, batch_size: int) -> None:
-        half = max(1, batch_size // 2)
+    def __init__(self, batch_size: int, images_here: int) -> None:
+        """Make the sentence.
+
+        Args:
+            batch_size: Images of a step.
+            images_here: Those of them that this process computed.
+        """
+        half, part = max(1, batch_size // 2), max(1, images_here // 2)
+        share = "" if images_here == batch_size else f", {images_here} of them in this process"
         super().__init__(
-            f"out of memory with batches of {batch_size} images: set speed.micro_batch_size={half} to train the "
+            f"out of memory with batches of {batch_size} images{share}: set speed.micro_batch_size={part} to train the "
             f"students on the same batches in smaller parts, or train.batch_size={half} "
             f"(teacher.train.batch_size={half} if the teacher was training); speed.checkpoint_activations=true saves "
             "memory too, at a third more time"
@@ -71,7 +78,11 @@ def one_line(text: str) -> str:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether an exception means that memory ran out, on any device."""
-    signs = ("out of memory", "can't allocate memory", "STATUS_ALLOC_FAILED")
+    # cuBLAS and cuDNN also say so as they begin, and of their own workspaces.
+    signs = (
+        "out of memory", "can't allocate memory", "STATUS_ALLOC_FAILED", "DEVICE_ALLOCATION_FAILED",
+        "CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate",
+    )  # fmt: skip
     if isinstance(error, MemoryError) or any(sign in str(error) for sign in signs):
         return True
     # Or of one that was raised while the recording of a GPU was given up.

@@ -1,5 +1,6 @@
 """The scripts of benchmarks/ run, on sizes at which their figures mean nothing."""
 
+import ast
 import importlib.util
 import json
 import os
@@ -79,7 +80,29 @@ def test_augmentation_is_timed_beside_torchvisions(tmp_path: Path) -> None:
 def test_the_gpu_script_names_its_pieces() -> None:
     wrong = subprocess.run([FOLDER / "gpu.sh", "nothing", "/tmp"], capture_output=True, text=True, check=False)
     assert wrong.returncode == 2
-    assert "check, speed, peers, cifar10 or all" in wrong.stderr
+    assert "check, speed, infer, peers, cifar10 or all" in wrong.stderr
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a shell script")
+def test_the_gpu_script_ends_at_the_first_failure_and_leaves_no_half_file(tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho half\nexit 1\n")
+    python.chmod(0o755)
+    settings = os.environ | {"SMALL": "1", "PYTHON": str(python)}
+    for piece, parts in (("speed", 1), ("all", 0)):  # the first command of all is of the tests
+        out = tmp_path / piece
+        failed = subprocess.run([FOLDER / "gpu.sh", piece, out], env=settings, capture_output=True, check=False)
+        assert failed.returncode == 1
+        assert failed.stdout.count(b"half") == 1 - parts
+        assert [path.suffix for path in out.iterdir()] == [".part"] * parts
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.py")), ids=lambda path: path.name)
+def test_what_a_script_imports_of_deitkit_is_there(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("deitkit"):
+            module = importlib.import_module(str(node.module))
+            assert [name.name for name in node.names if not hasattr(module, name.name)] == []
 
 
 @pytest.mark.skipif(os.name != "posix", reason="a shell script")

@@ -102,11 +102,19 @@ def test_running_out_of_memory_names_a_batch_size(monkeypatch: pytest.MonkeyPatc
         losses(recipe(), SpeedRecipe())
 
 
+def test_of_several_processes_a_part_is_smaller_than_that_of_one() -> None:
+    said = str(OutOfMemory(1024, 128))
+    assert "batches of 1024 images, 128 of them in this process: set speed.micro_batch_size=64 " in said
+    assert "train.batch_size=512" in said
+
+
 @pytest.mark.parametrize(
     "text",
     [
         "CUDA out of memory. Tried to allocate 2.00 GiB",
         "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`",
+        "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
     ],
 )
 def test_a_full_gpu_is_known_by_any_of_its_words(text: str) -> None:

@@ -293,7 +293,7 @@ class Cohort:
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
-            raise OutOfMemory(self.batches.batch_size) from error
+            raise OutOfMemory(self.batches.batch_size, len(self.batches.places)) from error
         self.step += 1
 
     @property
