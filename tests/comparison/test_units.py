@@ -257,6 +257,20 @@ def test_units_of_several_processes_are_as_many_as_fit_on_the_cores(monkeypatch:
     assert [LocalPool(None, devices).size for devices in (1, 4, 16)] == [8, 2, 1]
 
 
+@pytest.mark.parametrize(("device", "visible"), [("cpu", ""), ("auto", None)])
+def test_units_on_the_cpu_see_no_gpu(
+    device: str, visible: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    started: list[dict[str, str]] = []
+    start = pools._start
+    monkeypatch.setattr(pools, "_start", lambda *given: (started.append(given[2]), start(*given))[1])
+    pool = LocalPool(1, 1, device)
+    pool.start(["-c", "pass"], tmp_path / "log", 1)
+    pool.close()
+    assert started[0].get("CUDA_VISIBLE_DEVICES") == visible
+
+
 def test_places_that_do_not_exist_are_refused() -> None:
     for place in ("nowhere", "local:0", "local:many", "rays"):
         with pytest.raises(RecipeError, match=f"--on {place} is not a place to run on: write local, local:4, ray"):

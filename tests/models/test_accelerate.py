@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from conftest import CPU_FP32, striped_dataset
-from deitkit.errors import OutOfMemory, is_lost_process, is_out_of_memory
-from deitkit.models.accelerate import accelerate
+from deitkit.errors import OutOfMemory, RecipeError, is_lost_process, is_out_of_memory
+from deitkit.models.accelerate import accelerate, compiles_blocks, lacks_compiler
 from deitkit.models.classifier import Classifier
 from deitkit.models.cnn import CifarResNet
 from deitkit.recipe.load import load_recipe
@@ -100,6 +100,25 @@ def test_running_out_of_memory_names_a_batch_size(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(Cohort, "train_step", fail)
     with pytest.raises(OutOfMemory, match=r"batches of 24 images: set speed\.micro_batch_size=12"):
         losses(recipe(), SpeedRecipe())
+
+
+@pytest.mark.parametrize(
+    ("device", "variable", "words"), [("cuda", "CC", "a C compiler"), ("cpu", "CXX", r"a C\+\+ compiler")]
+)
+def test_blocks_are_compiled_where_a_compiler_is(
+    device: str, variable: str, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = torch.device(device)
+    monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    assert not compiles_blocks(SpeedRecipe(), chosen)
+    assert not compiles_blocks(SpeedRecipe(compile=False), chosen)
+    with pytest.raises(RecipeError, match=rf"speed\.compile=true needs {words} \(.*\): install it, or drop the field"):
+        compiles_blocks(SpeedRecipe(compile=True), chosen)
+    monkeypatch.setenv(variable, "/usr/bin/compiler")
+    monkeypatch.setattr("sysconfig.get_paths", lambda: {"include": "/nowhere"})
+    assert compiles_blocks(SpeedRecipe(compile="auto"), chosen) is False
+    assert (lacks_compiler(chosen) or "").startswith("the headers of Python") == (device == "cuda")
 
 
 def test_of_several_processes_a_part_is_smaller_than_that_of_one() -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from deitkit.comparison.advice import advice
 from deitkit.comparison.cost import add_costs
-from deitkit.comparison.describe import describe_data, describe_students, seeds_left_out
+from deitkit.comparison.describe import describe_data, describe_device, describe_students, seeds_left_out
 from deitkit.comparison.environment import machine_of, require_same_ingredients, write_environment
 from deitkit.comparison.estimate import estimate_training
 from deitkit.comparison.finetune import StartingPoint, add_checkpoint_row, measure_checkpoint
@@ -147,7 +147,8 @@ def begin(
     for name in recipe.methods:
         find_method(name)
     check_run(folder, recipe, resume)
-    watcher.say(f"device {precision.device}, precision {precision.name}")
+    for line in describe_device(recipe, precision):
+        watcher.say(line)
     dataset = load_images(recipe, folder, watcher, dataset)
     for line in describe_data(dataset):
         watcher.say(line)
@@ -185,7 +186,8 @@ def train_part(recipe: Recipe, folder: Path, seed: int, names: Sequence[str], *,
     """
     recipe = resolved(recipe)
     precision = Precision.of(recipe)
-    watcher.say(f"device {precision.device}, precision {precision.name}")
+    for line in describe_device(recipe, precision):
+        watcher.say(line)
     homes = teacher_folders(folder, len(recipe.all_teachers) if needs_teacher(recipe) else 0)
     check_run(folder, recipe, resume=True)
     if not (folder / "recipe.yaml").exists() or not all(map(is_prepared, homes)):
@@ -233,7 +235,7 @@ def dry_run(recipe: Recipe, dataset: Dataset, precision: Precision) -> tuple[lis
             f"teacher.cache_top={top} changes the teacher's answers, and several processes do not use the cache: drop "
             "it, or start one process"
         )
-    require_parts(step_images(recipe, dataset))
+    require_parts(step_images(recipe, dataset), precision.device)
     remarks = [
         f"{name}.cache_top={teacher.cache_top} has no effect without {name}.cache=true"
         for name, teacher in recipe.named_teachers.items()

@@ -5,15 +5,25 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from deitkit.data.dataset import Dataset
+from deitkit.models.accelerate import lacks_compiler
 from deitkit.models.vit import size_in_words
 from deitkit.recipe.schema import Recipe
 from deitkit.run.layout import seed_of
+from deitkit.system.device import Precision
 from deitkit.system.words import counted
 from deitkit.training.build import needs_teacher
 from deitkit.training.optim import peak_learning_rate
 
 MOST_PATCHES, USUAL_PATCHES = 600, 256  # of an image: 576 at 384 px, 196 at 224 px in the paper
 DARK = 0.125  # of 1: 12 bits in files of 16 reach 0.063
+
+
+def describe_device(recipe: Recipe, precision: Precision) -> Iterator[str]:
+    """Yield the device with the precision, and what it lacks to be faster."""
+    yield f"device {precision.device}, precision {precision.name}"
+    missing = lacks_compiler(precision.device)
+    if precision.device.type == "cuda" and recipe.speed.compile == "auto" and missing is not None:
+        yield f"students train without compiled blocks, which are faster but need {missing}"
 
 
 def describe_data(dataset: Dataset) -> Iterator[str]:

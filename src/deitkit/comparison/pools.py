@@ -85,7 +85,7 @@ class LocalPool:
         import torch  # here, since it takes seconds to import
 
         self.gpus = torch.cuda.device_count() if device in USES_GPUS else 0
-        self.devices = devices
+        self.devices, self.device = devices, device
         _require_gpus(self.gpus, devices, "this machine")
         most = max(1, (self.gpus or usable_cores()) // devices)
         self.size = most if size is None else size
@@ -105,6 +105,8 @@ class LocalPool:
             visible = os.environ.get("CUDA_VISIBLE_DEVICES")
             names = visible.split(",") if visible else [str(number) for number in range(self.gpus)]
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(names[slot * self.devices : (slot + 1) * self.devices])
+        elif self.device == "cpu":
+            environment["CUDA_VISIBLE_DEVICES"] = ""  # processes of torchrun would each want a GPU
         self._slots[slot] = _start(command, log, environment)
         return self._slots[slot]
 

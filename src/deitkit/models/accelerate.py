@@ -3,13 +3,18 @@
 Nothing here changes results by more than rounding; each choice can be switched off in the recipe's ``speed``.
 """
 
+import os
+import shutil
 import sys
+import sysconfig
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from deitkit.errors import RecipeError
 from deitkit.models.classifier import Classifier
 from deitkit.models.vit import Attention, DeiT
 from deitkit.recipe.speed import SpeedRecipe
@@ -36,11 +41,33 @@ def accelerate(classifier: Classifier, speed: SpeedRecipe, device: torch.device)
     for module in model.modules():
         if isinstance(module, Attention):
             module.kernel = speed.attention
-    if speed.compile is True or (speed.compile == "auto" and device.type == "cuda"):
+    if compiles_blocks(speed, device):
         _allow_recompilations()
         for block in model.blocks:
             block.compile(dynamic=False)  # two token layouts are two shapes, each compiled separately
     return classifier
+
+
+def compiles_blocks(speed: SpeedRecipe, device: torch.device) -> bool:
+    """Return whether the blocks of students are compiled: by default on CUDA, where a compiler is.
+
+    Raises:
+        RecipeError: ``speed.compile=true``, and there is no compiler.
+    """
+    if speed.compile is True and lacks_compiler(device):
+        raise RecipeError(f"speed.compile=true needs {lacks_compiler(device)}: install it, or drop the field")
+    return speed.compile is True or (speed.compile == "auto" and device.type == "cuda" and not lacks_compiler(device))
+
+
+def lacks_compiler(device: torch.device) -> str | None:
+    """Return what torch would not find for its compiler (Triton's C on CUDA, C++ on a CPU), or None."""
+    language, variable, names = "C", "CC", ("gcc", "clang")
+    if device.type == "cpu":
+        language, variable, names = "C++", "CXX", ("g++", "clang++")
+    if variable not in os.environ and not any(map(shutil.which, names)):
+        return f"a {language} compiler ({' or '.join(names)})"
+    has_headers = device.type == "cpu" or Path(sysconfig.get_paths()["include"], "Python.h").is_file()
+    return None if has_headers else "the headers of Python (a package such as python3-dev)"
 
 
 _settings_before: dict[str, Any] = {}  # of torch's compiler

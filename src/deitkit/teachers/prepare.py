@@ -130,7 +130,7 @@ def _try(
     """Raise TeacherError if a teacher cannot process the views, before anything trains."""
     trained = card.fit != "none"
     if trained and precision.device.type == "cuda":  # elsewhere one process trains a CNN
-        require_parts({"teacher.train.batch_size": recipe.train.batch_size})
+        require_parts({"teacher.train.batch_size": recipe.train.batch_size}, precision.device)
     if trained and not recipe.all_images:
         require_batch(recipe, len(dataset.train))
     failure = failure_of(classifier, dataset, recipe.train.batch_size if trained else 1, precision, trained=trained)

@@ -39,13 +39,16 @@ def announce(
     ranks.broadcast(training.model_dump(mode="json"))
 
 
-def require_parts(sizes: Mapping[str, int]) -> None:
-    """Raise RecipeError if a step has too few images for every process of the run, before anything trains.
+def require_parts(sizes: Mapping[str, int], device: torch.device) -> None:
+    """Raise RecipeError if the processes of the run cannot share a step, before anything trains.
 
     Args:
         sizes: Images of a step, by the fields of the recipe that set their numbers.
+        device: Of the step.
     """
     count = current_ranks().count
+    if count > 1 and device.type not in ("cpu", "cuda"):
+        raise RecipeError(f"device={device.type} is for one process: {count} share CPUs or CUDA devices")
     for field, size in sizes.items():
         if count > 1 and size < 2 * count:
             raise RecipeError(
