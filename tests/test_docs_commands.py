@@ -1,5 +1,6 @@
 """README and docs as a reader follows them: commands parse, what a laptop can run is run, figures have a source."""
 
+import json
 import re
 import shlex
 import shutil
@@ -160,6 +161,10 @@ def test_accuracies_with_an_interval_stand_in_a_table_of_a_run(page: Path) -> No
     linked = {(page.parent / link).parent.resolve() for link in re.findall(r"\]\(([\w./-]+/README\.md)", text)}
     runs = {page.parent, *linked} - {ROOT}
     tables = "".join(path.read_text() for folder in runs for path in folder.rglob("table.md"))
+    for path in (path for folder in runs for path in folder.rglob("evaluation.json")):  # of `deitkit evaluate`
+        for readout in json.loads(path.read_text())["readouts"]:
+            low, high = readout["top1_ci95"]
+            tables += f" {100 * readout['top1']:.2f} [{100 * low:.2f}, {100 * high:.2f}]"
     figures = re.findall(r"\d+\.\d{1,2} \[\d+\.\d{1,2}, \d+\.\d{1,2}\]", text)
     assert figures
     assert [figure for figure in figures if figure not in tables] == []
