@@ -20,10 +20,10 @@ from typing import Any
 
 from deitkit.comparison.compare import compare
 from deitkit.recipe.load import load_recipe
-from deitkit.run.observer import Progress, Silent
+from deitkit.run.observer import StepProgress, Watcher
 
 
-class Recorder(Silent):
+class Recorder(Watcher):
     """Writes where a run is, and when, after every step."""
 
     def __init__(self, path: Path) -> None:
@@ -32,7 +32,7 @@ class Recorder(Silent):
     def say(self, text: str) -> None:
         self.file.write(json.dumps({"said": text}) + "\n")
 
-    def step(self, title: str, progress: Progress) -> None:
+    def step(self, title: str, progress: StepProgress) -> None:
         step = (progress.epoch - 1) * progress.steps_per_epoch + progress.step
         self.file.write(json.dumps({"step": step, "at": time.monotonic()}) + "\n")
 

@@ -23,7 +23,7 @@ from deitkit.data.duplicates import pixel_hashes
 from deitkit.recipe.load import load_recipe
 from deitkit.recipe.schema import Recipe
 from deitkit.run.layout import REPORT
-from deitkit.run.observer import Silent
+from deitkit.run.observer import Watcher
 from deitkit.system.device import Precision
 from deitkit.training.student import Student
 
@@ -82,7 +82,7 @@ def tiny_recipe() -> Callable[..., Recipe]:
     return lambda *overrides: load_recipe("digits", [*TINY, *overrides])
 
 
-class StopAfter(Silent):
+class StopAfter(Watcher):
     """Stops a run after some steps of the cohorts and the teacher together; a validation counts as steps, too."""
 
     def __init__(self, steps: int) -> None:

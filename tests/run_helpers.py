@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from deitkit.run.metrics import EpochMetrics
-from deitkit.run.observer import Silent
+from deitkit.run.observer import Watcher
 
 UNREPEATABLE = ("created", "shares", "cost", "advice")  # clocks, and what follows from them
 
 
-class Listener(Silent):
+class Listener(Watcher):
     """Remembers what it is told, and which students were trained in an epoch of which seed."""
 
     def __init__(self) -> None:

@@ -27,7 +27,7 @@ from deitkit.models.accelerate import RECOMPILATIONS, accelerate
 from deitkit.models.classifier import Classifier
 from deitkit.recipe.schema import Recipe
 from deitkit.run.folder import begin_run
-from deitkit.run.observer import Silent
+from deitkit.run.observer import Watcher
 
 FAST = {
     "data.image_px": 16, "data.train_images": 12,
@@ -298,7 +298,7 @@ def test_characters_beyond_16_bits_and_the_home_folder_are_what_they_say(
 
 
 def test_an_interrupt_saves_whoever_watches(tmp_path: Path, write_images: Callable[..., Path]) -> None:
-    class Interrupting(Silent):
+    class Interrupting(Watcher):
         def epoch(self, title: str, metrics: list[Any]) -> None:
             if title.startswith("seed"):
                 signal.raise_signal(signal.SIGINT)

@@ -27,7 +27,8 @@ from deitkit.cli.console import as_text, console
 from deitkit.cli.progress import Terminal, Told
 from deitkit.comparison.finetune import start_from
 from deitkit.comparison.run import run_recipe
-from deitkit.data.dataset import Dataset, load_all_images
+from deitkit.data import dataset
+from deitkit.data.dataset import Dataset
 from deitkit.distillation.methods import METHODS, Method, find_method
 from deitkit.errors import DataError, RecipeError, reason_of
 from deitkit.evaluation.apply import evaluate_model
@@ -43,7 +44,7 @@ from deitkit.recipe.schema import Recipe
 from deitkit.recipe.section import from_home
 from deitkit.report.table import rich_table
 from deitkit.run.folder import choose_run_folder, locked
-from deitkit.run.observer import Silent, Watcher
+from deitkit.run.observer import Watcher
 from deitkit.run.results import Results, Row
 from deitkit.system.device import choose_device
 
@@ -263,7 +264,7 @@ def load_dataset(name: str, **fields: Any) -> Dataset:
         DataError: The data set is missing or malformed.
         RecipeError: A field is unknown or has a wrong value.
     """
-    return load_all_images(load_recipe(data={"name": name, **fields}).data)
+    return dataset.load_dataset(load_recipe(data={"name": name, **fields}).data)
 
 
 def load_model(path: str | Path) -> Model:
@@ -286,7 +287,7 @@ def compare(
         out: The run folder; by default a new one under ``runs/``.
         resume: Continue the run in ``out``, or train the methods and seeds that it lacks.
         progress: Show bars, or lines where the output is a file. Or a watcher, which is told what happens instead, such
-            as a subclass of ``deitkit.run.observer.Silent``. Ctrl-C saves before it stops.
+            as a subclass of ``deitkit.run.observer.Watcher``. Ctrl-C saves before it stops.
         fields: Of the recipe to change, as for ``load_recipe``.
 
     Raises:
@@ -384,7 +385,7 @@ def _run(recipe: Recipe, out: str | Path | None, resume: bool, progress: bool | 
 @contextmanager
 def _watching(progress: bool | Watcher) -> Iterator[Watcher]:
     """Return the watcher of a run, which handles Ctrl-C; only the main thread of a process may handle signals."""
-    shown = progress if isinstance(progress, Watcher) else Silent()
+    shown = progress if isinstance(progress, Watcher) else Watcher()
     if threading.current_thread() is not threading.main_thread():
         yield shown
         return

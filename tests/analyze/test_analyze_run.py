@@ -18,7 +18,7 @@ from deitkit.errors import CheckpointError, DataError, Interrupted, RecipeError
 from deitkit.models.saved import load_classifier
 from deitkit.recipe.load import load_recipe
 from deitkit.run.analysis import Analysis, read_analysis, write_analysis
-from deitkit.run.observer import Silent
+from deitkit.run.observer import Watcher
 from deitkit.run.results import Results, write_results
 from deitkit.run.state import load_tree
 
@@ -29,7 +29,7 @@ Analyzed = tuple[Path, Results, Analysis]
 
 
 def compared(folder: Path, *overrides: str) -> Results:
-    return compare(load_recipe("digits", [*TINY, *FP32, *overrides]), folder, watcher=Silent())
+    return compare(load_recipe("digits", [*TINY, *FP32, *overrides]), folder, watcher=Watcher())
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def analyzed(tmp_path_factory: pytest.TempPathFactory) -> Analyzed:
         folder, "methods=[none, token-hard, mean-pool-none]", "seeds=[3, 5]", "train.ema_decay=0.5", "train.epochs=1",
         "baseline={name: cifar/resnet20}",
     )  # fmt: skip
-    return folder, results, analyze_run(folder, images=3, watcher=Silent())
+    return folder, results, analyze_run(folder, images=3, watcher=Watcher())
 
 
 @pytest.fixture(scope="module")
@@ -154,14 +154,14 @@ def test_a_tint_is_dark_where_the_image_is_and_follows_the_map() -> None:
 def test_one_seed_alone(analyzed: Analyzed) -> None:
     folder, results, whole = analyzed
     try:
-        analysis = analyze_run(folder, images=0, seed=5, watcher=Silent())
+        analysis = analyze_run(folder, images=0, seed=5, watcher=Watcher())
         assert analysis.seeds == (5,)
         assert analysis.attention == ()
         assert [row.top1 for row in analysis.rows[1:]] == [row.top1[1] for row in results.rows]
     finally:
         write_analysis(whole, folder)
     with pytest.raises(RecipeError, match=r"--seed 4 is not a seed of .*: choose from 3, 5"):
-        analyze_run(folder, seed=4, watcher=Silent())
+        analyze_run(folder, seed=4, watcher=Watcher())
 
 
 def test_a_student_without_its_model_under_one_seed_is_named(
@@ -183,7 +183,7 @@ def test_a_student_without_its_model_under_one_seed_is_named(
 
 def test_one_student_and_no_teacher(tmp_path: Path) -> None:
     compared(tmp_path / "run", "methods=[none]", "train.epochs=1")
-    analysis = analyze_run(tmp_path / "run", images=1, watcher=Silent())
+    analysis = analyze_run(tmp_path / "run", images=1, watcher=Watcher())
     assert analysis.disagreement.rows == ("truth", "none/class")
     (row,) = analysis.rows
     assert row.divergence is None
@@ -201,9 +201,9 @@ def test_folders_of_grey_images_of_another_size_in_memory_and_streamed(
         f"data.streaming={streaming}", "data.workers=0", "data.train_images=null", "data.test_images=null",
         "methods=[token-soft]", "train.batch_size=4", "teacher.train.batch_size=4", "train.epochs=1",
     )  # fmt: skip
-    analysis = analyze_run(tmp_path / "run", watcher=Silent())
+    analysis = analyze_run(tmp_path / "run", watcher=Watcher())
     assert analysis.n == 24
-    assert analyze_run(tmp_path / "run", images=0, watcher=Silent()).rows == analysis.rows
+    assert analyze_run(tmp_path / "run", images=0, watcher=Watcher()).rows == analysis.rows
     assert [row.top1 for row in analysis.rows[1:]] == [row.top1_mean for row in results.rows]
 
 
@@ -214,7 +214,7 @@ def test_a_student_that_stopped_is_left_out(tmp_path: Path) -> None:
     stopped = results["rows"][0] | {"top1": [None], "top1_mean": None, "status": "seed 0 stopped at step 1"}
     results["rows"][0] = stopped | {"top1_std": None, "top1_ci95": None}
     (folder / "results.json").write_text(json.dumps(results), encoding="utf-8")
-    analysis = analyze_run(folder, images=1, watcher=Silent())
+    analysis = analyze_run(folder, images=1, watcher=Watcher())
     assert analysis.disagreement.rows == ("truth", "class-only/class")
     assert [entry.student for entry in analysis.attention] == ["class-only"]
     assert analysis.notes == ("none/class is left out: it stopped, or the run folder does not contain its model.",)
@@ -229,7 +229,7 @@ def test_two_teachers_answer_by_their_mean_and_a_row_without_a_model_is_left_out
     changed = {"row": "before/class", "method": "before", "kind": "checkpoint", "top1": (0.5,)}
     before = results.rows[0].model_copy(update=changed)
     write_results(results.model_copy(update={"rows": (before, *results.rows)}), folder)
-    analysis = analyze_run(folder, images=0, watcher=Silent())
+    analysis = analyze_run(folder, images=0, watcher=Watcher())
     teacher, student = analysis.rows
     assert teacher.top1 == results.teacher.test_top1
     images = load_dataset(load_recipe(str(folder / "recipe.yaml")).data).test.images.float() / 255
@@ -244,17 +244,17 @@ def test_two_teachers_answer_by_their_mean_and_a_row_without_a_model_is_left_out
     assert analysis.notes == ("before/class is left out: it stopped, or the run folder does not contain its model.",)
     (folder / "teacher-2" / "card.json").unlink()
     with pytest.raises(CheckpointError, match=r"teacher-2 holds no card.json"):
-        analyze_run(folder, watcher=Silent())
+        analyze_run(folder, watcher=Watcher())
 
 
-class Impatient(Silent):
+class Impatient(Watcher):
     def should_stop(self) -> bool:
         return True
 
 
 def test_what_cannot_be_analyzed_is_told_in_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="finish the comparison first"):
-        analyze_run(tmp_path, watcher=Silent())
+        analyze_run(tmp_path, watcher=Watcher())
     folder = tmp_path / "run"
     results = compared(folder, "methods=[none]", "train.epochs=1")
     with pytest.raises(Interrupted, match="nothing was written"):
@@ -262,28 +262,28 @@ def test_what_cannot_be_analyzed_is_told_in_one_sentence(tmp_path: Path) -> None
     assert not (folder / "analysis.json").exists()
     text = (folder / "results.json").read_text(encoding="utf-8")
     (folder / "results.json").write_text(text.replace(results.dataset.fingerprint, "0" * 64), encoding="utf-8")
-    assert "fingerprint" in analyze_run(folder, images=0, watcher=Silent()).notes[0]
+    assert "fingerprint" in analyze_run(folder, images=0, watcher=Watcher()).notes[0]
     fewer = results.dataset.model_copy(update={"test": 90})
     write_results(results.model_copy(update={"dataset": fewer}), folder)
     with pytest.raises(DataError, match="has 100 test images of 10 classes, but the run was tested on 90 of 10"):
-        analyze_run(folder, watcher=Silent())
+        analyze_run(folder, watcher=Watcher())
     (folder / "results.json").write_text(text, encoding="utf-8")
     (folder / "seed-0" / "none" / "model.json").unlink()
     with pytest.raises(CheckpointError, match=r"run contains no student that finished its training, as seed-0/METHOD"):
-        analyze_run(folder, watcher=Silent())
+        analyze_run(folder, watcher=Watcher())
     stored = json.loads(text)
     row = stored["rows"][0] | dict.fromkeys(("variant", "changed", "teacher_name", "teacher_test_top1"))
     ablation = stored | {"variants": {"base": {}}, "rows": [row | {"variant": "base", "changed": ""}]}
     (folder / "results.json").write_text(json.dumps(ablation), encoding="utf-8")
     with pytest.raises(CheckpointError, match=r"analyze one of its variants, such as .*run/variants/base"):
-        analyze_run(folder, watcher=Silent())
+        analyze_run(folder, watcher=Watcher())
 
 
 def test_a_student_with_two_tokens_teaches_and_is_no_student_of_the_run(analyzed: Analyzed, tmp_path: Path) -> None:
     folder, _, _ = analyzed
     taught = f"teacher={{name: {folder / 'seed-3' / 'token-hard'}, allow_weak: true}}"
     compared(tmp_path / "run", "methods=[token-hard]", "train.epochs=1", taught)
-    analysis = analyze_run(tmp_path / "run", images=0, watcher=Silent())
+    analysis = analyze_run(tmp_path / "run", images=0, watcher=Watcher())
     assert [tokens.student for tokens in analysis.tokens] == ["token-hard"]
     assert [row.row for row in analysis.rows][:2] == ["teacher", "token-hard/class"]
 
@@ -293,7 +293,7 @@ def test_the_classes_of_an_averaged_winner_are_its_own(analyzed: Analyzed) -> No
     winner = "none/class+ema"
     write_results(results.model_copy(update={"winner": winner}), folder)
     try:
-        analysis = analyze_run(folder, images=0, watcher=Silent())
+        analysis = analyze_run(folder, images=0, watcher=Watcher())
         assert winner in [found.row for found in analysis.classes]
         page = (folder / "report.html").read_text(encoding="utf-8")
         assert "Precision and recall of none/\u200bclass+ema" in page
@@ -312,7 +312,7 @@ def test_each_student_is_drawn_from_the_first_seed_that_has_it_and_what_is_left_
     for card in cards:
         card.rename(card.with_suffix(".kept"))
     try:
-        analysis = analyze_run(folder, images=1, watcher=Silent())
+        analysis = analyze_run(folder, images=1, watcher=Watcher())
         assert {entry.student: entry.seed for entry in analysis.attention} == {"none": 5, "token-hard": 3}
         assert analysis.left_out == ("mean-pool-none/class",)
         assert "analysis of an earlier table" not in (folder / "report.html").read_text(encoding="utf-8")
@@ -323,7 +323,7 @@ def test_each_student_is_drawn_from_the_first_seed_that_has_it_and_what_is_left_
 
 
 def test_pictures_are_drawn_when_all_is_predicted(analyzed: Analyzed) -> None:
-    class StopsAfterTheFirstSeed(Silent):
+    class StopsAfterTheFirstSeed(Watcher):
         def __init__(self) -> None:
             self.done = 0.0
 

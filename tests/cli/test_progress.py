@@ -18,11 +18,11 @@ from conftest import TINY
 from deitkit.cli.progress import Terminal
 from deitkit.errors import Interrupted
 from deitkit.run.metrics import EpochMetrics
-from deitkit.run.observer import Progress
+from deitkit.run.observer import StepProgress
 
 
-def progress_in(epoch: int) -> Progress:
-    return Progress(
+def progress_in(epoch: int) -> StepProgress:
+    return StepProgress(
         seed=0, epoch=epoch, epochs=100, step=1234, steps_per_epoch=3510, images_per_second=1150.0,
         seconds_left=11_100.0, losses={"none": 1.5, "token-hard": 1.3},
     )  # fmt: skip

@@ -24,7 +24,7 @@ from deitkit.models.saved import load_classifier
 from deitkit.recipe.load import expand_variants, load_recipe
 from deitkit.recipe.schema import Recipe
 from deitkit.report.write import write_report
-from deitkit.run.observer import Silent
+from deitkit.run.observer import Watcher
 from deitkit.run.results import read_results, write_results
 from deitkit.training.student import Student
 
@@ -34,7 +34,7 @@ LEARNS = ("train.epochs=6", "train.optimizer=adamw", "augment.cutmix=0", "augmen
 TWO = ("variants.sgd.train.optimizer=sgd", "variants.shallow={model: {depth: 1}}")
 
 
-class Counting(Silent):
+class Counting(Watcher):
     """Remembers what was said and trained, and stops after some steps."""
 
     def __init__(self, stop_after: float = math.inf) -> None:
@@ -78,7 +78,7 @@ def hits_by_hand(run: Path, recipe: Recipe, variant: str) -> torch.Tensor:
 
 def test_the_difference_is_that_of_the_saved_predictions(tiny_recipe: TinyRecipe, tmp_path: Path) -> None:
     recipe = tiny_recipe(*ONE_EPOCH, *LEARNS, *TWO)
-    results = compare_variants(recipe, tmp_path / "run", watcher=Silent())
+    results = compare_variants(recipe, tmp_path / "run", watcher=Watcher())
     assert [row.variant for row in results.rows] == ["base", "sgd", "shallow"]
     assert "base" not in results.rows[0].differences
     base = hits_by_hand(tmp_path / "run", recipe, "base")
@@ -95,7 +95,7 @@ def test_the_difference_is_that_of_the_saved_predictions(tiny_recipe: TinyRecipe
         assert row.differences["base"].ci95 == pytest.approx(
             ((gained - lost) / 100 - half, (gained - lost) / 100 + half)
         )
-    found = verify_run(tmp_path / "run", Silent())
+    found = verify_run(tmp_path / "run", Watcher())
     assert found.holds
     assert [(row.row, [row.measured]) for row in found.rows] == [
         (row.row, pytest.approx(row.top1)) for row in results.rows
@@ -103,7 +103,7 @@ def test_the_difference_is_that_of_the_saved_predictions(tiny_recipe: TinyRecipe
     told = json.loads((tmp_path / "run" / "results.json").read_text())
     told["rows"][2]["top1"][0] += 0.01
     (tmp_path / "run" / "results.json").write_text(json.dumps(told))
-    found = verify_run(tmp_path / "run", Silent())
+    found = verify_run(tmp_path / "run", Watcher())
     assert [row.row for row in found.rows if not row.holds] == [results.rows[2].row]
     assert results.variants == {
         "base": {}, "sgd": {"train.optimizer": ("adamw", "sgd")}, "shallow": {"model.depth": (2, 1)},
@@ -112,14 +112,14 @@ def test_the_difference_is_that_of_the_saved_predictions(tiny_recipe: TinyRecipe
 
 def test_over_seeds_the_difference_is_paired_by_seed(tiny_recipe: TinyRecipe, tmp_path: Path) -> None:
     recipe = tiny_recipe(*ONE_EPOCH, *LEARNS, TWO[0], "seeds=[0, 1]", "train.epochs=4")
-    base, sgd = compare_variants(recipe, tmp_path / "run", watcher=Silent()).rows
+    base, sgd = compare_variants(recipe, tmp_path / "run", watcher=Watcher()).rows
     assert sgd.differences["base"].p == pytest.approx(ttest_rel(sgd.top1, base.top1).pvalue)
     assert sgd.differences["base"].mean == pytest.approx(sgd.top1_mean - base.top1_mean)
 
 
 def test_stopped_in_the_second_variant_it_goes_on_there(tiny_recipe: TinyRecipe, tmp_path: Path) -> None:
     recipe, run = tiny_recipe(*ONE_EPOCH, *TWO), tmp_path / "run"
-    whole = compare_variants(recipe, tmp_path / "whole", watcher=Silent())
+    whole = compare_variants(recipe, tmp_path / "whole", watcher=Watcher())
     with pytest.raises(Interrupted):
         compare_variants(recipe, run, watcher=Counting(stop_after=15))  # 10 steps each
     assert (run / "variants" / "base" / "results.json").exists()
@@ -127,7 +127,7 @@ def test_stopped_in_the_second_variant_it_goes_on_there(tiny_recipe: TinyRecipe,
     assert not (run / "variants" / "shallow" / "seed-0").exists()
     before = (run / "variants" / "base" / "metrics.jsonl").read_bytes()
     with pytest.raises(CheckpointError, match="add --resume"):
-        compare_variants(recipe, run, watcher=Silent())
+        compare_variants(recipe, run, watcher=Watcher())
     watcher = Counting()
     resumed = compare_variants(recipe, run, watcher=watcher, resume=True)
     assert len(watcher.titles) == 2, "the base was trained again"
@@ -140,14 +140,14 @@ def test_stopped_in_the_second_variant_it_goes_on_there(tiny_recipe: TinyRecipe,
 
 
 def test_a_run_takes_more_variants_and_no_other_ones(tiny_recipe: TinyRecipe, tmp_path: Path) -> None:
-    compare_variants(tiny_recipe(*ONE_EPOCH, TWO[0]), tmp_path / "run", watcher=Silent())
+    compare_variants(tiny_recipe(*ONE_EPOCH, TWO[0]), tmp_path / "run", watcher=Watcher())
     watcher = Counting()
     results = compare_variants(tiny_recipe(*ONE_EPOCH, *TWO), tmp_path / "run", watcher=watcher, resume=True)
     assert len(watcher.titles) == 1
     assert [row.variant for row in results.rows] == ["base", "sgd", "shallow"]
     other = tiny_recipe(*ONE_EPOCH, "variants.sgd.train.optimizer=adamw")
     with pytest.raises(CheckpointError, match=r"train\.optimizer was sgd, now adamw"):
-        compare_variants(other, tmp_path / "run", watcher=Silent(), resume=True)
+        compare_variants(other, tmp_path / "run", watcher=Watcher(), resume=True)
 
 
 def test_a_new_variant_trains_only_on_the_images_of_the_others(
@@ -155,11 +155,11 @@ def test_a_new_variant_trains_only_on_the_images_of_the_others(
 ) -> None:
     photos = write_images(tmp_path / "photos")
     own = ("data.train_images=null", "data.test_images=null", "data.image_px=8", f"data.name=folder:{photos}")
-    compare_variants(tiny_recipe(*ONE_EPOCH, *own, TWO[0]), tmp_path / "run", watcher=Silent())
+    compare_variants(tiny_recipe(*ONE_EPOCH, *own, TWO[0]), tmp_path / "run", watcher=Watcher())
     one, other = sorted((photos / "train" / "cat").iterdir())[0], sorted((photos / "train" / "dog").iterdir())[0]
     one.write_bytes(other.read_bytes())
     with pytest.raises(CheckpointError, match=r"variant base: .* was begun with other images or labels"):
-        compare_variants(tiny_recipe(*ONE_EPOCH, *own, *TWO), tmp_path / "run", watcher=Silent(), resume=True)
+        compare_variants(tiny_recipe(*ONE_EPOCH, *own, *TWO), tmp_path / "run", watcher=Watcher(), resume=True)
 
 
 def test_a_teacher_is_trained_once_and_shared_where_it_is_the_same(tiny_recipe: TinyRecipe, tmp_path: Path) -> None:
@@ -187,7 +187,7 @@ def test_a_teacher_is_trained_once_and_shared_where_it_is_the_same(tiny_recipe: 
 
 def test_averaged_weights_stand_beside_the_base_without(tiny_recipe: TinyRecipe, tmp_path: Path) -> None:
     recipe = tiny_recipe(*ONE_EPOCH, "variants.ema.train.ema_decay=0.9")
-    rows = compare_variants(recipe, tmp_path / "run", watcher=Silent()).rows
+    rows = compare_variants(recipe, tmp_path / "run", watcher=Watcher()).rows
     assert [row.row for row in rows] == ["base: none/class", "ema: none/class", "ema: none/class+ema"]
     assert rows[1].differences["base"].mean == 0
     assert rows[2].differences["base"].mean == pytest.approx(rows[2].top1_mean - rows[0].top1_mean)
@@ -197,7 +197,7 @@ def test_a_student_that_stopped_keeps_a_row_that_says_so(
     tiny_recipe: TinyRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Student, "backward", poisoned_gradient("none", 13))
-    results = compare_variants(tiny_recipe(*ONE_EPOCH, *TWO), tmp_path / "run", watcher=Silent())
+    results = compare_variants(tiny_recipe(*ONE_EPOCH, *TWO), tmp_path / "run", watcher=Watcher())
     base, sgd, shallow = results.rows
     assert sgd.status.startswith("seed 0 stopped at step 4")
     assert "base" not in sgd.differences
@@ -211,7 +211,7 @@ def test_a_student_that_stopped_keeps_a_row_that_says_so(
 
 def test_the_report_is_rebuilt_from_the_folder(tiny_recipe: TinyRecipe, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    compare_variants(tiny_recipe(*ONE_EPOCH, *TWO), run, watcher=Silent())
+    compare_variants(tiny_recipe(*ONE_EPOCH, *TWO), run, watcher=Watcher())
     names = {"table.md", "table.csv", "table.tex", "curves.png", "curves.svg", "differences.png", "differences.svg",
              "report.html"}  # fmt: skip
     before = {name: (run / name).read_bytes() for name in names}
@@ -294,15 +294,15 @@ def test_other_test_images_are_refused(
     def load(recipe: Any, progress: Any = None, **settings: Any) -> Any:
         return load_dataset(recipe.model_copy(update={"split_seed": recipe.image_px or 0}), progress, **settings)
 
-    monkeypatch.setattr("deitkit.comparison.ablation.load_all_images", load)
+    monkeypatch.setattr("deitkit.comparison.ablation.load_dataset", load)
     with pytest.raises(DataError, match=r"variant larger: .*test images"):
         compare_variants(
-            tiny_recipe(*ONE_EPOCH, "variants.larger.data.image_px=12"), tmp_path / "one", watcher=Silent()
+            tiny_recipe(*ONE_EPOCH, "variants.larger.data.image_px=12"), tmp_path / "one", watcher=Watcher()
         )
     own = (f"data.name=folder:{photos}", "data.image_px=8", "data.train_images=null", "data.test_images=null")
     with pytest.raises(DataError, match=r"variant larger: its \d+ test images are not the base's"):
         compare_variants(
-            tiny_recipe(*ONE_EPOCH, *own, "variants.larger.data.image_px=12"), tmp_path / "other", watcher=Silent()
+            tiny_recipe(*ONE_EPOCH, *own, "variants.larger.data.image_px=12"), tmp_path / "other", watcher=Watcher()
         )
 
     def with_other_labels(recipe: Any, progress: Any = None, **settings: Any) -> Any:
@@ -310,20 +310,20 @@ def test_other_test_images_are_refused(
         labels = data.test.labels if recipe.image_px is None else data.test.labels.flip(0)
         return replace(data, test=replace(data.test, labels=labels))
 
-    monkeypatch.setattr("deitkit.comparison.ablation.load_all_images", with_other_labels)
+    monkeypatch.setattr("deitkit.comparison.ablation.load_dataset", with_other_labels)
     with pytest.raises(DataError, match=r"variant larger: .*test images"):
         compare_variants(
-            tiny_recipe(*ONE_EPOCH, "variants.larger.data.image_px=12"), tmp_path / "two", watcher=Silent()
+            tiny_recipe(*ONE_EPOCH, "variants.larger.data.image_px=12"), tmp_path / "two", watcher=Watcher()
         )
     monkeypatch.undo()
     recipe = tiny_recipe(*ONE_EPOCH, "variants.larger.data.image_px=12")
-    rows = compare_variants(recipe, tmp_path / "run", watcher=Silent()).rows
+    rows = compare_variants(recipe, tmp_path / "run", watcher=Watcher()).rows
     assert "base" in rows[1].differences
 
 
 def test_rows_of_the_base_do_not_differ_from_it(tiny_recipe: TinyRecipe, tmp_path: Path) -> None:
     fields = ("train.ema_decay=0.99", "variants.none.train.momentum=0.5")
-    results = compare_variants(tiny_recipe(*ONE_EPOCH, *fields), tmp_path, watcher=Silent())
+    results = compare_variants(tiny_recipe(*ONE_EPOCH, *fields), tmp_path, watcher=Watcher())
     averaged = next(row for row in results.rows if row.row == "base: none/class+ema")
     sure = replace(averaged.differences["base"], p=1e-9, p_holm=1e-9)
     rows = [row.model_copy(update={"differences": {"base": sure}}) if row is averaged else row for row in results.rows]
@@ -341,7 +341,7 @@ def test_a_variant_whose_report_was_interrupted_gets_one(
     recipe = tiny_recipe(*ONE_EPOCH, *TWO)
     monkeypatch.setattr("deitkit.comparison.compare.write_report", full)
     with pytest.raises(CheckpointError, match="the disk is full"):
-        compare_variants(recipe, tmp_path, watcher=Silent())
+        compare_variants(recipe, tmp_path, watcher=Watcher())
     monkeypatch.setattr("deitkit.comparison.compare.write_report", write_report)
     watcher = Counting()
     compare_variants(recipe, tmp_path, watcher=watcher, resume=True)
@@ -351,13 +351,13 @@ def test_a_variant_whose_report_was_interrupted_gets_one(
 
 def test_notes_of_the_data_and_weak_teachers_are_those_of_the_table(tiny_recipe: TinyRecipe, tmp_path: Path) -> None:
     fields = ("methods=[none, soft]", "train.epochs=1", "variants.sgd.train.optimizer=sgd", "teacher.min_top1=0.999")
-    results = compare_variants(tiny_recipe(*fields), tmp_path, watcher=Silent())
+    results = compare_variants(tiny_recipe(*fields), tmp_path, watcher=Watcher())
     (weak,) = [note for note in results.notes if note.startswith("teacher cifar/resnet20: weak")]
     base = read_results(tmp_path / "variants" / "base")
     assert weak == f"teacher cifar/resnet20: {base.teachers[0].verdict}."
     noted = base.model_copy(update={"notes": ("2 test images equal a training image.",)})
     write_results(noted, tmp_path / "variants" / "base")
-    again = compare_variants(tiny_recipe(*fields), tmp_path, watcher=Silent(), resume=True)
+    again = compare_variants(tiny_recipe(*fields), tmp_path, watcher=Watcher(), resume=True)
     assert again.notes == ("2 test images equal a training image.", weak)
     assert "2 test images equal a training image." in (tmp_path / "table.md").read_text()
 
@@ -366,7 +366,7 @@ def test_a_policy_that_does_not_exist_is_told_before_anything_trains(tiny_recipe
     for field in ("augment", "teacher.augment"):
         recipe = tiny_recipe("methods=[hard]", f"variants.v.{field}.randaugment='2.9'")
         with pytest.raises(RecipeError, match=rf"variant v: {re.escape(field)}\.randaugment='2\.9' is neither"):
-            compare_variants(recipe, tmp_path / field, watcher=Silent())
+            compare_variants(recipe, tmp_path / field, watcher=Watcher())
         assert not (tmp_path / field).exists()
 
 

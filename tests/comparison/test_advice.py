@@ -13,7 +13,7 @@ from deitkit.comparison.compare import compare
 from deitkit.recipe.schema import Recipe
 from deitkit.report.cost_chart import cost_chart, cost_points
 from deitkit.run.difference import Difference
-from deitkit.run.observer import Silent
+from deitkit.run.observer import Watcher
 from deitkit.run.results import Cost, Results, parse_results
 
 SMALL = Cost(file_bytes=1_000_000, milliseconds=2.0, batch_size=32, milliseconds_in_batch=0.5)
@@ -175,10 +175,10 @@ def test_a_model_that_guesses_replaces_nothing_and_without_a_cnn_there_is_no_adv
 @pytest.mark.reports
 def test_every_model_of_a_run_is_measured(tiny_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
     recipe = tiny_recipe("methods=[none, token-hard]", "baseline.name=cifar/resnet20", "train.ema_decay=0.9")
-    results = compare(recipe, tmp_path / "run", watcher=Silent())
+    results = compare(recipe, tmp_path / "run", watcher=Watcher())
     for row in results.rows:
         assert row.cost is not None, row.row
-        assert row.cost.file_bytes == (tmp_path / "run/seed-0" / row.student / "model.safetensors").stat().st_size
+        assert row.cost.file_bytes == (tmp_path / "run/seed-0" / row.folder_name / "model.safetensors").stat().st_size
         assert 0 < row.cost.milliseconds_in_batch < 10_000
         assert 0 < row.cost.milliseconds < 10_000
     costs = {row.row: row.cost for row in results.rows}

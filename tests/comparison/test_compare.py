@@ -31,7 +31,7 @@ from deitkit.recipe.load import load_recipe, shipped_recipes
 from deitkit.recipe.schema import Recipe
 from deitkit.report.write import write_report
 from deitkit.run.folder import locked
-from deitkit.run.observer import Silent
+from deitkit.run.observer import Watcher
 from deitkit.training.build import build_students
 from deitkit.training.cohort import Cohort
 from deitkit.training.student import Student
@@ -43,7 +43,7 @@ TinyRecipe = Callable[..., Recipe]
 @pytest.mark.reports
 def test_a_run_folder_holds_all_that_the_design_promises(tiny_recipe: TinyRecipe, tmp_path: Path) -> None:
     recipe = tiny_recipe("methods=[none, token-hard]", "baseline={name: cifar/resnet20}", "train.ema_decay=0.9")
-    results = compare(recipe, tmp_path / "run", watcher=Silent())
+    results = compare(recipe, tmp_path / "run", watcher=Watcher())
     for name in (
         "recipe.yaml", "environment.json", "metrics.jsonl", "results.json", "report.html", "table.md", "table.csv",
         "table.tex", "curves.png", "curves.svg", "views.png", "teacher/card.json", "teacher/model.safetensors",
@@ -78,7 +78,7 @@ def test_a_run_folder_holds_all_that_the_design_promises(tiny_recipe: TinyRecipe
 
 def test_rows_over_seeds_have_spread_and_a_paired_test(tiny_recipe: TinyRecipe, tmp_path: Path) -> None:
     recipe = tiny_recipe("methods=[none, soft]", "seeds=[0, 1, 2]", "augment.cutmix=0", "augment.crop=none", *LEARNS)
-    results = compare(recipe, tmp_path / "run", watcher=Silent())
+    results = compare(recipe, tmp_path / "run", watcher=Watcher())
     soft = results.rows[1]
     mean = sum(soft.top1) / 3
     assert soft.top1_mean == pytest.approx(mean)
@@ -92,10 +92,10 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(tiny_recipe: TinyRecipe
     recipe = tiny_recipe("methods=[none, token-hard]", "model.drop_path=0.1", "seeds=[0, 1]")
     whole = tmp_path.parent / "undisturbed"
     if not (whole / "results.json").exists():
-        compare(recipe, whole, watcher=Silent())
+        compare(recipe, whole, watcher=Watcher())
     with pytest.raises(Interrupted):
         compare(recipe, tmp_path / "run", watcher=StopAfter(steps))
-    compare(recipe, tmp_path / "run", watcher=Silent(), resume=True)
+    compare(recipe, tmp_path / "run", watcher=Watcher(), resume=True)
     for name in ("results.json", "metrics.jsonl", "teacher/metrics.jsonl"):
         texts = [(folder / name).read_text() for folder in (whole, tmp_path / "run")]
         trees = [[timeless(json.loads(line)) for line in text.splitlines()] if "jsonl" in name else
@@ -111,19 +111,19 @@ def test_a_clock_that_jumps_changes_nothing(
     tiny_recipe: TinyRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = tiny_recipe("methods=[none, token-hard]")
-    steady = compare(recipe, tmp_path / "steady", watcher=Silent())
+    steady = compare(recipe, tmp_path / "steady", watcher=Watcher())
     now, jumps = time.time, itertools.cycle((0, -(10**9), 3600, 10**9))
     monkeypatch.setattr(time, "time", lambda: now() + next(jumps))
     with pytest.raises(Interrupted):
         compare(recipe, tmp_path / "jumping", watcher=StopAfter(9))
-    jumping = compare(recipe, tmp_path / "jumping", watcher=Silent(), resume=True)
+    jumping = compare(recipe, tmp_path / "jumping", watcher=Watcher(), resume=True)
     assert timeless(jumping.to_json()) == timeless(steady.to_json())
     assert all(0 < row.train_seconds < 3600 for row in jumping.rows)
 
 
 def test_resume_of_an_ended_run_trains_nothing(tiny_recipe: TinyRecipe, tmp_path: Path) -> None:
     recipe = tiny_recipe("methods=[none]", "train.epochs=1")
-    compare(recipe, tmp_path / "run", watcher=Silent())
+    compare(recipe, tmp_path / "run", watcher=Watcher())
     compare(recipe, tmp_path / "run", watcher=StopAfter(1), resume=True)
 
 
@@ -132,13 +132,13 @@ def test_folders_are_not_overwritten(tiny_recipe: TinyRecipe, tmp_path: Path) ->
     with pytest.raises(Interrupted):
         compare(recipe, tmp_path / "run", watcher=StopAfter(1))
     with pytest.raises(CheckpointError, match="add --resume"):
-        compare(recipe, tmp_path / "run", watcher=Silent())
+        compare(recipe, tmp_path / "run", watcher=Watcher())
     with pytest.raises(CheckpointError, match=r"train\.epochs was 1, now 2"):
-        compare(tiny_recipe("methods=[none]"), tmp_path / "run", watcher=Silent(), resume=True)
+        compare(tiny_recipe("methods=[none]"), tmp_path / "run", watcher=Watcher(), resume=True)
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "a.txt").write_text("mine")
     with pytest.raises(CheckpointError, match="contains other files"):
-        compare(recipe, tmp_path / "photos", watcher=Silent(), resume=True)
+        compare(recipe, tmp_path / "photos", watcher=Watcher(), resume=True)
 
 
 def test_methods_start_from_the_same_weights(tiny_recipe: TinyRecipe) -> None:
@@ -154,7 +154,7 @@ def test_a_student_that_cannot_be_built_is_told_before_the_teacher_trains(
     tiny_recipe: TinyRecipe, tmp_path: Path
 ) -> None:
     with pytest.raises(RecipeError, match="patch"):
-        compare(tiny_recipe("model.patch_px=3"), tmp_path / "run", watcher=Silent())
+        compare(tiny_recipe("model.patch_px=3"), tmp_path / "run", watcher=Watcher())
     assert not (tmp_path / "run" / "teacher").exists()
 
 
@@ -162,7 +162,7 @@ def test_a_stopped_student_is_a_row_that_says_so(
     tiny_recipe: TinyRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Student, "backward", poisoned_gradient("hard", 5))
-    results = compare(tiny_recipe("methods=[none, hard]"), tmp_path / "run", watcher=Silent())
+    results = compare(tiny_recipe("methods=[none, hard]"), tmp_path / "run", watcher=Watcher())
     none, hard = results.rows
     assert none.status == "ok"
     assert hard.status.startswith("seed 0 stopped at step 6: the loss or a weight is not finite (learning rate")
@@ -195,13 +195,13 @@ def test_every_shipped_recipe_trains_two_steps(name: str, tmp_path: Path, monkey
     px = 8 if recipe.data.name == "digits" else 32
     channels = 1 if recipe.data.name in ("digits", "fashion_mnist") else 3
     data = striped_dataset(classes=10, per_class=4, image_px=px, channels=channels)
-    monkeypatch.setattr("deitkit.comparison.images.load_all_images", lambda *_, **settings: data)
+    monkeypatch.setattr("deitkit.comparison.images.load_dataset", lambda *_, **settings: data)
     if recipe.variants:
-        monkeypatch.setattr("deitkit.comparison.ablation.load_all_images", lambda *_, **settings: data)
-        results = compare_variants(recipe, tmp_path / "run", watcher=Silent())
+        monkeypatch.setattr("deitkit.comparison.ablation.load_dataset", lambda *_, **settings: data)
+        results = compare_variants(recipe, tmp_path / "run", watcher=Watcher())
         assert {row.variant for row in results.rows} == {"base", *recipe.variants}
     else:
-        results = compare(recipe, tmp_path / "run", watcher=Silent())
+        results = compare(recipe, tmp_path / "run", watcher=Watcher())
     assert {row.method for row in results.rows} - {"cnn-baseline"} == set(recipe.methods)
     assert all(row.status == "ok" for row in results.rows)
 
@@ -250,13 +250,13 @@ def test_a_batch_of_more_images_than_there_are_is_named_before_anything_trains(
     photos = write_images(tmp_path / "photos", count=10)
     recipe = load_recipe("own-images", [f"data.name=folder:{photos}", "data.image_px=16", *fields])
     with pytest.raises(DeitkitError, match=f"^{re.escape(sentence)}"):
-        compare(recipe, tmp_path / "run", watcher=Silent())
+        compare(recipe, tmp_path / "run", watcher=Watcher())
     assert not (tmp_path / "run").exists()
 
 
 def test_a_finished_model_that_cannot_be_read_is_named_with_what_to_do(tiny_recipe: TinyRecipe, tmp_path: Path) -> None:
     run, recipe = tmp_path / "run", tiny_recipe("methods=[none, hard]", "train.epochs=1")
-    table = compare(recipe, run, watcher=Silent()).rows
+    table = compare(recipe, run, watcher=Watcher()).rows
     for number, (name, content) in enumerate(
         [("seed-0/none/model.json", None), ("seed-0/none/model.json", b"{}"), ("seed-0/hard/model.safetensors", None),
          ("seed-0/hard/model.safetensors", b"cut"), ("teacher/card.json", b"{}"), ("teacher/model.json", None)]
@@ -266,10 +266,10 @@ def test_a_finished_model_that_cannot_be_read_is_named_with_what_to_do(tiny_reci
         (copy / name).unlink() if content is None else (copy / name).write_bytes(content)
         home = (copy / name).parent
         with pytest.raises(CheckpointError, match="put its files back, or delete the folder, and --resume") as told:
-            compare(recipe, copy, watcher=Silent(), resume=True)
+            compare(recipe, copy, watcher=Watcher(), resume=True)
         assert str(told.value).startswith(f"{home} is finished, but cannot be read (")
         shutil.rmtree(home)
-    again = compare(recipe, copy, watcher=Silent(), resume=True)
+    again = compare(recipe, copy, watcher=Watcher(), resume=True)
     assert [row.top1 for row in again.rows] == [row.top1 for row in table]
 
 
@@ -287,6 +287,6 @@ def test_a_disk_that_is_full_for_a_moment_costs_only_tensorboards_files(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("deitkit.training.fit.SummaryWriter.add_scalar", full)
-    assert compare(tiny_recipe("methods=[none]"), tmp_path / "one", watcher=Silent()).winner is not None
+    assert compare(tiny_recipe("methods=[none]"), tmp_path / "one", watcher=Watcher()).winner is not None
     monkeypatch.setattr("deitkit.training.fit.SummaryWriter", full)
-    assert compare(tiny_recipe("methods=[none]"), tmp_path / "two", watcher=Silent()).winner is not None
+    assert compare(tiny_recipe("methods=[none]"), tmp_path / "two", watcher=Watcher()).winner is not None

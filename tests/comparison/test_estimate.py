@@ -15,7 +15,7 @@ from deitkit.comparison.units import PREPARE, run_unit
 from deitkit.data.dataset import load_dataset
 from deitkit.errors import Interrupted
 from deitkit.recipe.schema import Recipe
-from deitkit.run.observer import Silent
+from deitkit.run.observer import Watcher
 from deitkit.system.device import Precision
 from deitkit.system.words import duration_text
 from run_helpers import Listener, assert_same_run
@@ -60,7 +60,7 @@ def test_an_estimate_grows_with_the_run_and_shrinks_as_it_is_done(
     assert seconds(longer) == pytest.approx((teacher, 3 * students))
     monkeypatch.undo()
     monkeypatch.setattr(estimate, "LEAST_VIEWS", 0)
-    compare(tiny_recipe("methods=[none, soft]", "train.epochs=3"), folder, watcher=Silent())
+    compare(tiny_recipe("methods=[none, soft]", "train.epochs=3"), folder, watcher=Watcher())
     found = estimate_training(recipe, data, folder, CPU_FP32)
     assert found is not None
     assert found.teachers == 0.0, "it is there"
@@ -73,7 +73,7 @@ def test_a_training_that_units_have_begun_is_not_estimated(
 ) -> None:
     monkeypatch.setattr(estimate, "LEAST_VIEWS", 0)
     recipe = tiny_recipe("methods=[none]", "train.epochs=6")
-    run_unit(recipe, tmp_path, PREPARE, watcher=Silent())
+    run_unit(recipe, tmp_path, PREPARE, watcher=Watcher())
     data = load_dataset(recipe.data)
     assert estimate_training(recipe, data, tmp_path, CPU_FP32) is not None
     with pytest.raises(Interrupted):
@@ -94,7 +94,7 @@ def test_a_teacher_of_all_images_is_estimated_on_all(tiny_recipe: TinyRecipe, tm
 
 def test_an_estimate_changes_nothing(tiny_recipe: TinyRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = tiny_recipe("methods=[none, token-hard]", "model.drop_path=0.1", "model.dropout=0.1")
-    compare(recipe, tmp_path / "without", watcher=Silent())
+    compare(recipe, tmp_path / "without", watcher=Watcher())
     monkeypatch.setattr(estimate, "LEAST_VIEWS", 0)
     watcher = Listener()
     compare(recipe, tmp_path / "with", watcher=watcher)
@@ -134,9 +134,9 @@ def test_short_runs_and_gpus_are_not_estimated(tiny_recipe: TinyRecipe, tmp_path
 def test_a_grown_run_is_estimated_with_its_own_teacher(
     tiny_recipe: TinyRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    compare(tiny_recipe("methods=[hard]"), tmp_path / "first", watcher=Silent())
+    compare(tiny_recipe("methods=[hard]"), tmp_path / "first", watcher=Watcher())
     given = f"teacher.name={tmp_path / 'first' / 'teacher'}"
-    compare(tiny_recipe("methods=[hard]", given), tmp_path / "run", watcher=Silent())
+    compare(tiny_recipe("methods=[hard]", given), tmp_path / "run", watcher=Watcher())
     shutil.rmtree(tmp_path / "first")
     monkeypatch.setattr(estimate, "LEAST_VIEWS", 0)
     watcher = Listener()

@@ -34,7 +34,7 @@ from deitkit.models.zoo import create_classifier
 from deitkit.recipe.load import load_recipe, shipped_recipes
 from deitkit.recipe.schema import DataRecipe, Recipe
 from deitkit.report.table_layout import lay_out
-from deitkit.run.observer import Silent
+from deitkit.run.observer import Watcher
 from deitkit.run.state import load_tree
 from deitkit.training.build import build_students
 from source_helpers import write_classes
@@ -58,7 +58,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "augment.cutmix=0",
         "augment.crop=none",
     ]
-    compare(load_recipe("digits", [*TINY, *learns]), folder, watcher=Silent())
+    compare(load_recipe("digits", [*TINY, *learns]), folder, watcher=Watcher())
     return folder
 
 
@@ -72,7 +72,7 @@ def recipe_of(tmp_path: Path, *overrides: str) -> Recipe:
 def finetune(checkpoint: Path, tmp_path: Path, *overrides: str) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
     """Run it, and return the rows by name and all results."""
     recipe = start_from(recipe_of(tmp_path, *overrides), checkpoint)
-    results = compare(recipe, tmp_path / "tuned", watcher=Silent())
+    results = compare(recipe, tmp_path / "tuned", watcher=Watcher())
     return {row.row: row for row in results.rows}, results
 
 
@@ -241,7 +241,7 @@ def test_the_same_images_are_recognised_wherever_they_lie(tmp_path: Path) -> Non
     counts = ("data.test_fraction=0.4", "data.train_images=30", "data.test_images=null")
     fields = ("methods=[none]", "data.image_px=8", *counts)
     photos = f"data.name=folder:{tmp_path / 'photos'}"
-    compare(load_recipe("digits", [*TINY, *fields, photos]), tmp_path / "run", watcher=Silent())
+    compare(load_recipe("digits", [*TINY, *fields, photos]), tmp_path / "run", watcher=Watcher())
     for spelt in (f"{tmp_path}/photos/../photos", str(tmp_path / "link"), str(tmp_path / "copy")):
         with pytest.raises(RecipeError, match=r"of the test images of folder:.* are training images of"):
             finetune(tmp_path / "run", tmp_path, *fields, f"data.name=folder:{spelt}", "data.split_seed=3")
@@ -302,7 +302,7 @@ def test_training_images_of_other_classes_are_no_test_images(tmp_path: Path) -> 
         for file in (file for part in parts for file in sorted((fine / part).iterdir())):
             shutil.copy2(file, tmp_path / "coarse" / name / f"{file.parent.name}{file.name}")
     fields = ("methods=[none]", "data.train_images=null", "data.test_images=null", "data.image_px=8")
-    compare(load_recipe("digits", [*TINY, *fields, f"data.name=folder:{fine}"]), tmp_path / "run", watcher=Silent())
+    compare(load_recipe("digits", [*TINY, *fields, f"data.name=folder:{fine}"]), tmp_path / "run", watcher=Watcher())
     coarse = f"data.name=folder:{tmp_path / 'coarse'}"
     with pytest.raises(RecipeError, match=r"of the test images of folder:.*coarse are training images of"):
         finetune(tmp_path / "run", tmp_path, *fields, coarse, "data.split_seed=3")
@@ -328,7 +328,7 @@ def test_a_sketch_estimates_the_share_of_trained_images() -> None:
 
 def test_an_ablation_of_a_fine_tuning_compares_its_students(plain: Path, tmp_path: Path) -> None:
     open_recipe = recipe_of(tmp_path, "methods=[none]", "train.epochs=1", "variants.slow.train.learning_rate=1e-5")
-    results = compare_variants(start_from(open_recipe, plain), tmp_path / "tuned", watcher=Silent())
+    results = compare_variants(start_from(open_recipe, plain), tmp_path / "tuned", watcher=Watcher())
     assert [row.row for row in results.rows] == ["base: none/class", "slow: none/class"]
     assert results.rows[1].differences.get("base") is not None
     assert all(row.differences.get("before") is not None for row in results.rows)

@@ -35,7 +35,7 @@ from deitkit.recipe.load import load_recipe
 from deitkit.recipe.schema import DataRecipe, Recipe
 from deitkit.report.write import write_report
 from deitkit.run.metrics import read_metrics
-from deitkit.run.observer import Silent
+from deitkit.run.observer import Watcher
 from deitkit.run.results import FoldResults, Results, read_results
 from deitkit.training.student import Student
 from source_helpers import write_classes
@@ -49,7 +49,7 @@ LEARNS = (
 
 def folds_of(tmp_path_factory: pytest.TempPathFactory, *overrides: str) -> Path:
     folder = tmp_path_factory.mktemp("folds") / "run"
-    run_recipe(load_recipe("digits", [*TINY, *overrides]), folder, watcher=Silent())
+    run_recipe(load_recipe("digits", [*TINY, *overrides]), folder, watcher=Watcher())
     return folder
 
 
@@ -132,7 +132,7 @@ def test_a_fold_that_damaged_files_leave_without_a_class_is_found_before_the_fir
     for fold in (1, 2):  # the third alone lacks dogs
         load_dataset(recipe.data.model_copy(update={"fold": fold}))
     with pytest.raises(DataError, match="class 'dog'"):
-        begin_folds(recipe, tmp_path / "run", watcher=Silent())
+        begin_folds(recipe, tmp_path / "run", watcher=Watcher())
     assert not (tmp_path / "run").exists()
 
 
@@ -145,14 +145,14 @@ def test_a_fold_trains_only_on_the_images_of_the_others(tmp_path: Path) -> None:
         "data.image_px=8", "train.batch_size=8", "train.epochs=1", "methods=[none]",
     ]  # fmt: skip
     recipe = load_recipe("digits", fields)
-    run_unit(recipe, tmp_path / "run", PREPARE, watcher=Silent())
-    run_unit(recipe, tmp_path / "run", "fold-1", watcher=Silent())
-    run_unit(recipe, tmp_path / "run", "fold-2", watcher=Silent())
+    run_unit(recipe, tmp_path / "run", PREPARE, watcher=Watcher())
+    run_unit(recipe, tmp_path / "run", "fold-1", watcher=Watcher())
+    run_unit(recipe, tmp_path / "run", "fold-2", watcher=Watcher())
     Image.new("RGB", (6, 6), (1, 2, 3)).save(photos / "cat" / "new.png")
     with pytest.raises(CheckpointError, match=r"folds/1 was begun with other images or labels than"):
-        run_unit(recipe, tmp_path / "run", "fold-3", watcher=Silent())
+        run_unit(recipe, tmp_path / "run", "fold-3", watcher=Watcher())
     (photos / "cat" / "new.png").unlink()
-    run_unit(recipe, tmp_path / "run", "fold-3", watcher=Silent())
+    run_unit(recipe, tmp_path / "run", "fold-3", watcher=Watcher())
 
 
 def test_a_data_set_with_a_test_split_is_refused() -> None:
@@ -231,7 +231,7 @@ def test_a_table_of_folds_is_that_of_comparisons_of_each(tiny_recipe: TinyRecipe
     results = read_results(learnt)
     assert isinstance(results, FoldResults)
     each = [
-        compare(tiny_recipe(*LEARNS, f"data.fold={fold}"), tmp_path / f"alone-{fold}", watcher=Silent())
+        compare(tiny_recipe(*LEARNS, f"data.fold={fold}"), tmp_path / f"alone-{fold}", watcher=Watcher())
         for fold in (1, 2, 3)
     ]
     for row in results.rows:
@@ -280,7 +280,7 @@ def test_what_a_run_folder_of_folds_holds(learnt: Path, tmp_path: Path) -> None:
     best = winner.validation_top1.index(max(value for value in winner.validation_top1 if value is not None))
     card = json.loads((run / "winner" / "model.json").read_text())
     assert card["test_top1"] == winner.top1[best]
-    home = run / "folds" / str(best + 1) / "seed-0" / winner.student
+    home = run / "folds" / str(best + 1) / "seed-0" / winner.folder_name
     ours, theirs = (load_classifier(path, torch.device("cpu"))[0].state_dict() for path in (run / "winner", home))
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     measured = evaluate_model(run / "winner", "digits")
@@ -290,11 +290,11 @@ def test_what_a_run_folder_of_folds_holds(learnt: Path, tmp_path: Path) -> None:
     before = table, (run / "results.json").read_text()
     write_report(run)
     assert ((run / "table.md").read_text(), (run / "results.json").read_text()) == before
-    verified = verify_run(run, Silent())
+    verified = verify_run(run, Watcher())
     assert verified.holds
     assert {row.row for row in verified.rows} >= {f"fold {fold}: none/class" for fold in (1, 2, 3)}
     with pytest.raises(CheckpointError, match=r"is a cross-validation: analyze one of its folds, such as .*folds/1"):
-        analyze_run(run, watcher=Silent())
+        analyze_run(run, watcher=Watcher())
 
 
 def test_a_stopped_run_goes_on_and_ends_as_one_that_never_stopped(
@@ -315,10 +315,10 @@ def test_a_stopped_run_goes_on_and_ends_as_one_that_never_stopped(
 
 def test_a_finished_run_grows_by_a_method(tiny_recipe: TinyRecipe, one_method: Path, tmp_path: Path) -> None:
     run = shutil.copytree(one_method, tmp_path / "run")
-    grown = run_recipe(tiny_recipe("data.folds=2", "methods=[none, hard]"), run, watcher=Silent(), resume=True)
+    grown = run_recipe(tiny_recipe("data.folds=2", "methods=[none, hard]"), run, watcher=Watcher(), resume=True)
     assert [row.row for row in grown.rows] == ["none/class", "hard/class"]
     with pytest.raises(CheckpointError, match=r"data\.folds was 2, now 3"):
-        run_recipe(tiny_recipe("data.folds=3", "methods=[none]"), run, watcher=Silent(), resume=True)
+        run_recipe(tiny_recipe("data.folds=3", "methods=[none]"), run, watcher=Watcher(), resume=True)
 
 
 @pytest.mark.reports
@@ -327,7 +327,7 @@ def test_a_student_that_stops_in_a_fold_leaves_its_statistics(
 ) -> None:
     monkeypatch.setattr(Student, "backward", poisoned_gradient("hard", at=2))
     recipe = tiny_recipe("data.folds=3", "methods=[none, hard]")
-    hard = run_recipe(recipe, tmp_path, watcher=Silent()).row("hard/class")
+    hard = run_recipe(recipe, tmp_path, watcher=Watcher()).row("hard/class")
     assert hard is not None
     assert hard.top1[0] is None
     assert None not in hard.top1[1:]
@@ -382,17 +382,17 @@ def test_a_checkpoint_that_has_seen_a_fold_is_refused_before_anything_trains(
     tiny_recipe: TinyRecipe, tmp_path: Path
 ) -> None:
     recipe = tiny_recipe("data.folds=2", "methods=[none]", "data.test_images=null")
-    run_recipe(recipe, tmp_path / "run", watcher=Silent())
+    run_recipe(recipe, tmp_path / "run", watcher=Watcher())
     again = start_from(recipe, tmp_path / "run" / "folds" / "1")
     with pytest.raises(RecipeError, match=r"are training images of .*data\.folds=2 data\.fold=1\)"):
-        run_recipe(again, tmp_path / "again", watcher=Silent())
+        run_recipe(again, tmp_path / "again", watcher=Watcher())
     assert not (tmp_path / "again").exists()
     alone = again.model_copy(update={"data": again.data.model_copy(update={"fold": 1})})
-    assert run_recipe(alone, tmp_path / "alone", watcher=Silent()).rows
+    assert run_recipe(alone, tmp_path / "alone", watcher=Watcher()).rows
     teacher = f"teacher.name={tmp_path / 'run' / 'folds' / '1' / 'winner'}"
     taught = tiny_recipe("data.folds=2", "methods=[hard]", "data.test_images=null", "teacher.allow_weak=true", teacher)
     with pytest.raises(TeacherError, match=r"are training images of the teacher .*data\.folds=2 data\.fold=1\)"):
-        run_recipe(taught, tmp_path / "again", watcher=Silent())
+        run_recipe(taught, tmp_path / "again", watcher=Watcher())
     assert not (tmp_path / "again").exists()
 
 
@@ -404,7 +404,7 @@ def test_a_model_of_a_fold_is_evaluated_on_the_test_split_of_other_data(
         f"data.name=folder:{photos}", "data.folds=2", "data.fold=2", "methods=[none]", "data.image_px=8",
         "data.train_images=null", "data.test_images=null", "train.batch_size=4",
     )  # fmt: skip
-    run_recipe(recipe, tmp_path / "run", watcher=Silent())
+    run_recipe(recipe, tmp_path / "run", watcher=Watcher())
     write_classes(tmp_path / "others" / "train", {"a": 3, "b": 3}, start=100)
     write_classes(tmp_path / "others" / "test", {"a": 4, "b": 3}, start=200)
     assert evaluate_model(tmp_path / "run" / "winner", f"folder:{tmp_path / 'others'}")["n"] == 7
@@ -421,9 +421,9 @@ def test_one_fold_at_a_time_is_in_memory(
         loaded.append(weakref.ref(dataset))
         return dataset
 
-    monkeypatch.setattr("deitkit.comparison.folds.load_all_images", load)
-    monkeypatch.setattr("deitkit.comparison.images.load_all_images", load)
-    run_recipe(tiny_recipe("data.folds=3", "methods=[none]"), tmp_path / "run", watcher=Silent())
+    monkeypatch.setattr("deitkit.comparison.folds.load_dataset", load)
+    monkeypatch.setattr("deitkit.comparison.images.load_dataset", load)
+    run_recipe(tiny_recipe("data.folds=3", "methods=[none]"), tmp_path / "run", watcher=Watcher())
     assert len(loaded) == 3
 
 
@@ -436,4 +436,4 @@ def test_finished_folds_are_judged_by_the_bounds_of_now(
         card.write_text(json.dumps(json.loads(card.read_text()) | {"top1": top1, "weak": False}))
     fields = ("data.folds=2", "methods=[none, hard]", "teacher.allow_weak=false", "teacher.min_top1=0.9")
     with pytest.raises(TeacherError, match=r"scores 50.00 % .* and is weak: is below teacher\.min_top1=0\.9"):
-        run_recipe(tiny_recipe(*fields), folder, watcher=Silent(), resume=True)
+        run_recipe(tiny_recipe(*fields), folder, watcher=Watcher(), resume=True)

@@ -19,7 +19,7 @@ from deitkit.recipe.load import load_recipe
 from deitkit.recipe.schema import Recipe
 from deitkit.run.folder import begin_run
 from deitkit.run.metrics import read_metrics
-from deitkit.run.observer import Silent
+from deitkit.run.observer import Watcher
 from deitkit.run.results import read_results
 from deitkit.run.state import load_tree, save_tree
 from deitkit.teachers.prepare import dry_run_teachers
@@ -34,7 +34,7 @@ FIELDS = ("train.epochs=3", "train.ema_decay=0.9")
 def once(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run folder of a comparison of two students, to compare with or to copy."""
     folder = tmp_path_factory.mktemp("once") / "run"
-    compare(load_recipe("digits", [*TINY, "methods=[none, soft]", *FIELDS]), folder, watcher=Silent())
+    compare(load_recipe("digits", [*TINY, "methods=[none, soft]", *FIELDS]), folder, watcher=Watcher())
     return folder
 
 
@@ -46,7 +46,7 @@ def grow(recipe: Recipe, folder: Path) -> Listener:
 
 def test_grown_in_three_steps_is_run_at_once(tiny_recipe: TinyRecipe, tmp_path: Path) -> None:
     whole = tiny_recipe("methods=[none, hard, token-soft]", "seeds=[0, 1]", *FIELDS)
-    compare(whole, tmp_path / "once", watcher=Silent())
+    compare(whole, tmp_path / "once", watcher=Watcher())
     grown = tmp_path / "grown"
     steps = (
         (("methods=[none]", "seeds=[0]"), {(0, "none")}),
@@ -149,7 +149,7 @@ def test_a_kill_between_two_students_that_are_kept_loses_neither(
     with monkeypatch.context() as patch:
         patch.setattr("deitkit.comparison.seed_run.save_tree", killed)
         with pytest.raises(KeyboardInterrupt):
-            compare(both, tmp_path / "run", watcher=Silent())
+            compare(both, tmp_path / "run", watcher=Watcher())
     assert (tmp_path / "run" / "seed-0" / "none" / PREDICTIONS).exists()
     grow(both, tmp_path / "run")
     assert_same_run(once, tmp_path / "run")
@@ -178,8 +178,8 @@ def test_everything_else_that_changed_is_refused(
 
 def test_an_ablation_grows_in_all_its_variants(tiny_recipe: TinyRecipe, tmp_path: Path) -> None:
     fields = ("variants={sgd: {train.optimizer: sgd, train.learning_rate: 0.1}}", "train.epochs=1")
-    compare_variants(tiny_recipe("methods=[none, hard]", *fields), tmp_path / "once", watcher=Silent())
-    compare_variants(tiny_recipe("methods=[none]", *fields), tmp_path / "run", watcher=Silent())
+    compare_variants(tiny_recipe("methods=[none, hard]", *fields), tmp_path / "once", watcher=Watcher())
+    compare_variants(tiny_recipe("methods=[none]", *fields), tmp_path / "run", watcher=Watcher())
     watcher = Listener()
     compare_variants(tiny_recipe("methods=[none, hard]", *fields), tmp_path / "run", watcher=watcher, resume=True)
     assert watcher.trained == {(0, "hard")}
@@ -238,7 +238,7 @@ def test_a_run_goes_on_only_with_the_images_and_labels_that_it_was_begun_with(
 
     def run(methods: str, **fields: bool) -> Any:
         recipe = load_recipe("digits", [*TINY, *own, f"methods={methods}", "train.epochs=1"])
-        return compare(recipe, tmp_path / "run", watcher=Silent(), **fields)
+        return compare(recipe, tmp_path / "run", watcher=Watcher(), **fields)
 
     run("[none]")
     one, other = photos / "test" / "cat" / "3.png", photos / "test" / "dog" / "3.png"
@@ -267,7 +267,7 @@ def test_another_winner_takes_no_file_that_was_exported_from_the_one_before(
     tiny_recipe: TinyRecipe, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    results = compare(tiny_recipe("methods=[none, hard]"), run, watcher=Silent())
+    results = compare(tiny_recipe("methods=[none, hard]"), run, watcher=Watcher())
     files = [run / "winner" / name for name in ("model.onnx", "model.onnx.json", "notes.txt")]
     for file in files:
         file.write_text("x")
@@ -283,29 +283,29 @@ def test_another_winner_takes_no_file_that_was_exported_from_the_one_before(
 
 def test_a_teacher_that_was_trained_on_test_images_is_refused(tmp_path: Path) -> None:
     fields = [*TINY, "methods=[none, hard]", "train.epochs=1", "data.train_images=null", "data.test_images=null"]
-    compare(load_recipe("digits", fields), tmp_path / "first", watcher=Silent())
+    compare(load_recipe("digits", fields), tmp_path / "first", watcher=Watcher())
     teacher = tmp_path / "first" / "teacher"
     given = [f"teacher.name={teacher}", "teacher.fit=none"]
     checkpoint = [f"teacher.checkpoint={teacher / 'model.safetensors'}", "teacher.fit=none"]
     for one in (given, checkpoint):
         with pytest.raises(TeacherError, match=r"of the test images of digits are training images of the teacher"):
-            compare(load_recipe("digits", [*fields, *one, "data.split_seed=3"]), tmp_path / "other", watcher=Silent())
+            compare(load_recipe("digits", [*fields, *one, "data.split_seed=3"]), tmp_path / "other", watcher=Watcher())
     cut = tmp_path / "cut"
     shutil.copytree(teacher, cut)
     (cut / "model.json").write_text((teacher / "model.json").read_text()[:-9])
     damaged = load_recipe("digits", [*fields, f"teacher.checkpoint={cut / 'model.safetensors'}", "teacher.fit=none"])
     with pytest.raises(CheckpointError, match=r"model\.json is damaged"):
-        compare(damaged, tmp_path / "other", watcher=Silent())
+        compare(damaged, tmp_path / "other", watcher=Watcher())
     (cut / "model.json").write_text('{"format": "graph-model"}')  # of another program
     assert origins(damaged.teacher) == []
     variants = load_recipe("digits", [*fields, *given, "data.split_seed=3", "variants={sgd: {train.optimizer: sgd}}"])
     with pytest.raises(TeacherError, match=r"variant base: about .* of the test images of digits are training images"):
-        compare_variants(variants, tmp_path / "other", watcher=Silent())
+        compare_variants(variants, tmp_path / "other", watcher=Watcher())
     assert not (tmp_path / "other").exists()
-    compare(load_recipe("digits", [*fields, *given]), tmp_path / "second", watcher=Silent())
+    compare(load_recipe("digits", [*fields, *given]), tmp_path / "second", watcher=Watcher())
     handed_on = load_recipe("digits", [*fields, f"teacher.name={tmp_path / 'second' / 'teacher'}", "data.split_seed=3"])
     with pytest.raises(TeacherError, match=r"divide the data as for its training \(data\.split_seed=0"):
-        compare(handed_on, tmp_path / "other", watcher=Silent())
+        compare(handed_on, tmp_path / "other", watcher=Watcher())
     again = load_recipe("digits", [*fields, *given, "data.image_px=16"])  # the same division, at another size
     dry_run_teachers(again, load_dataset(again.data), tmp_path / "new", CPU_FP32)
     other = again.model_copy(update={"data": again.data.model_copy(update={"split_seed": 3})})
@@ -317,7 +317,7 @@ def test_a_seed_taken_out_in_the_middle_of_its_training_keeps_its_metrics(
     tiny_recipe: TinyRecipe, tmp_path: Path
 ) -> None:
     both = tiny_recipe("methods=[none, soft]", "seeds=[0, 1]", *FIELDS)
-    compare(both, tmp_path / "once", watcher=Silent())
+    compare(both, tmp_path / "once", watcher=Watcher())
     with pytest.raises(Interrupted):
         compare(both, tmp_path / "run", watcher=StopAfter(42))
     assert any(line.seed == 1 for line in read_metrics(tmp_path / "run"))

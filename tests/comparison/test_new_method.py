@@ -13,7 +13,7 @@ from deitkit.cli.main import app
 from deitkit.comparison.compare import compare
 from deitkit.distillation.methods import METHODS, SIGNALS, Method, Signal, Term
 from deitkit.recipe.schema import Recipe
-from deitkit.run.observer import Silent
+from deitkit.run.observer import Watcher
 
 
 def squared_error(logits: Tensor, teacher_logits: Tensor, targets: Tensor, settings: Any) -> Float[Tensor, ""]:
@@ -37,7 +37,7 @@ def test_a_method_added_at_run_time_is_trained_titled_and_reported(
     for method in NEW:
         monkeypatch.setitem(METHODS, method.name, method)
     recipe = tiny_recipe("methods=[none, regression, token-regression]", "train.epochs=1", "train.batch_size=32")
-    results = compare(recipe, tmp_path / "run", watcher=Silent())
+    results = compare(recipe, tmp_path / "run", watcher=Watcher())
     rows = {row.row: row for row in results.rows}
     assert rows["regression/class"].label == "logit regression"
     assert rows["token-regression/joint"].label == "DeiT, logit regression: class + distillation"

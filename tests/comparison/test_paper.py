@@ -13,7 +13,7 @@ from conftest import CPU_FP32, striped_dataset
 from deitkit.comparison.compare import compare
 from deitkit.recipe.load import load_recipe
 from deitkit.recipe.schema import Recipe
-from deitkit.run.observer import Silent
+from deitkit.run.observer import Watcher
 from deitkit.training.build import build_students
 from deitkit.training.cohort import Cohort
 from deitkit.training.optim import peak_learning_rate
@@ -74,7 +74,7 @@ def test_all_ingredients_run_together_in_memory_and_streamed(image_folder: str, 
             ],
         )  # fmt: skip
         run = tmp_path / streaming
-        results = compare(recipe, run, watcher=Silent())
+        results = compare(recipe, run, watcher=Watcher())
         readouts = ("class", "distillation", "joint", "joint-logits")
         assert {row.row for row in results.rows} == {
             f"token-hard/{readout}{average}" for readout in readouts for average in ("", "+ema")

@@ -27,7 +27,7 @@ from deitkit.errors import CheckpointError, DeitkitError, Interrupted, RecipeErr
 from deitkit.recipe.schema import Recipe
 from deitkit.run.folder import begin_run, locked
 from deitkit.run.metrics import read_metrics
-from deitkit.run.observer import Silent
+from deitkit.run.observer import Watcher
 from deitkit.run.results import Results, read_results
 from deitkit.run.state import load_tree, save_state, save_tree
 from run_helpers import Listener, timeless
@@ -68,19 +68,19 @@ def test_shares_run_by_hand_give_the_table_of_one_run(
     changes: tuple[str, ...], tiny_recipe: Callable[..., Recipe], tmp_path: Path
 ) -> None:
     recipe = tiny_recipe(*changes)
-    expected = run_recipe(recipe, tmp_path / "whole", watcher=Silent())
+    expected = run_recipe(recipe, tmp_path / "whole", watcher=Watcher())
     folder = tmp_path / "parts"
     with pytest.raises(RecipeError, match="is not prepared: run --unit prepare first"):
-        run_unit(recipe, folder, "1/2", watcher=Silent())
+        run_unit(recipe, folder, "1/2", watcher=Watcher())
     for unit in (PREPARE, "2/2", "1/2", "1/2"):
-        run_unit(recipe, folder, unit, watcher=Silent())
+        run_unit(recipe, folder, unit, watcher=Watcher())
     assert divide(recipe, 2, folder) == []
     parts = [path.parent for path in folder.glob("*/*/results.json")]  # folds or variants
     assert all(row.cost is None for part in parts for row in read_results(part).rows), "other units disturb a timing"
-    assert_same(run_recipe(recipe, folder, watcher=Silent(), resume=True), expected)
+    assert_same(run_recipe(recipe, folder, watcher=Watcher(), resume=True), expected)
     assert all(row.cost is not None for part in parts for row in read_results(part).rows)
     written = {path: path.read_bytes() for path in folder.glob("*/*/results.json")}
-    run_unit(recipe, folder, "1/2", watcher=Silent())  # as a job that is queued again
+    run_unit(recipe, folder, "1/2", watcher=Watcher())  # as a job that is queued again
     assert {path: path.read_bytes() for path in folder.glob("*/*/results.json")} == written
 
 
@@ -88,19 +88,19 @@ def test_a_begun_seed_goes_on_in_parts_and_parts_go_on_as_a_seed(
     tiny_recipe: Callable[..., Recipe], tmp_path: Path
 ) -> None:
     recipe = tiny_recipe("methods=[none, soft, token-hard]", "train.epochs=6")
-    expected = run_recipe(recipe, tmp_path / "whole", watcher=Silent())
+    expected = run_recipe(recipe, tmp_path / "whole", watcher=Watcher())
     folder = tmp_path / "parts"
     with pytest.raises(Interrupted):
         run_recipe(recipe, folder, watcher=StopAfter(PART_WAY))
     assert (folder / "seed-0" / "checkpoint.safetensors").exists()
-    run_unit(recipe, folder, PREPARE, watcher=Silent())
-    run_unit(recipe, folder, "seed-0/none", watcher=Silent())
+    run_unit(recipe, folder, PREPARE, watcher=Watcher())
+    run_unit(recipe, folder, "seed-0/none", watcher=Watcher())
     assert not (folder / "seed-0" / "checkpoint.safetensors").exists()
     with pytest.raises(Interrupted):
         run_unit(recipe, folder, "seed-0/soft,token-hard", watcher=StopAfter(5))
     assert not list(folder.glob("seed-0/none/checkpoint*"))
     assert list(folder.glob("seed-0/*/checkpoint.safetensors"))
-    assert_same(run_recipe(recipe, folder, watcher=Silent(), resume=True), expected)
+    assert_same(run_recipe(recipe, folder, watcher=Watcher(), resume=True), expected)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert len(lines) == 3 * 6
 
@@ -109,14 +109,14 @@ def test_students_that_shared_a_state_go_on_in_units_of_their_own(
     tiny_recipe: Callable[..., Recipe], tmp_path: Path
 ) -> None:
     recipe = tiny_recipe("methods=[none, soft, token-hard]", "train.epochs=6")
-    expected = run_recipe(recipe, tmp_path / "whole", watcher=Silent())
+    expected = run_recipe(recipe, tmp_path / "whole", watcher=Watcher())
     folder = tmp_path / "parts"
     home = folder / "seed-0"
-    run_unit(recipe, folder, PREPARE, watcher=Silent())
+    run_unit(recipe, folder, PREPARE, watcher=Watcher())
     with pytest.raises(Interrupted):
         run_unit(recipe, folder, "seed-0/none,soft,token-hard", watcher=StopAfter(PART_WAY))
     assert sorted(path.parent.name for path in home.rglob("checkpoint.safetensors")) == ["none"]
-    run_unit(recipe, folder, "seed-0/soft", watcher=Silent())
+    run_unit(recipe, folder, "seed-0/soft", watcher=Watcher())
     kept = sorted(path.parent.name for path in home.rglob("checkpoint*.safetensors"))
     assert kept == ["none", "token-hard"], "what another process may train keeps its state"
     begun = {name: load_tree(home / name / "checkpoint.safetensors") for name in kept}
@@ -125,20 +125,20 @@ def test_students_that_shared_a_state_go_on_in_units_of_their_own(
         (begun["none"]["step"], ["token-hard"]),
     ]
     assert begun["none"]["epoch"] + begun["none"]["step"] > 0
-    run_unit(recipe, folder, "seed-0/none,token-hard", watcher=Silent())
-    assert_same(run_recipe(recipe, folder, watcher=Silent(), resume=True), expected)
+    run_unit(recipe, folder, "seed-0/none,token-hard", watcher=Watcher())
+    assert_same(run_recipe(recipe, folder, watcher=Watcher(), resume=True), expected)
     assert len((folder / "metrics.jsonl").read_text().splitlines()) == 3 * 6
 
 
 def test_metrics_go_along_from_a_unit_to_a_run_and_back(tiny_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
     recipe = tiny_recipe("methods=[none]", "train.epochs=8")
-    run_unit(recipe, tmp_path, PREPARE, watcher=Silent())
+    run_unit(recipe, tmp_path, PREPARE, watcher=Watcher())
     with pytest.raises(Interrupted):
         run_unit(recipe, tmp_path, "seed-0/none", watcher=StopAfter(10))
     with pytest.raises(Interrupted):
         run_recipe(recipe, tmp_path, watcher=StopAfter(10), resume=True)
-    run_unit(recipe, tmp_path, "seed-0/none", watcher=Silent())
-    run_recipe(recipe, tmp_path, watcher=Silent(), resume=True)
+    run_unit(recipe, tmp_path, "seed-0/none", watcher=Watcher())
+    run_recipe(recipe, tmp_path, watcher=Watcher(), resume=True)
     assert [line.epoch for line in read_metrics(tmp_path)] == [*range(1, 9)]
 
 
@@ -165,7 +165,7 @@ def test_a_student_that_another_process_finishes_meanwhile_is_not_trained_again(
     tiny_recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = tiny_recipe("methods=[none, hard]")
-    run_unit(recipe, tmp_path, PREPARE, watcher=Silent())
+    run_unit(recipe, tmp_path, PREPARE, watcher=Watcher())
     planned = seed_run.plan_cohorts
 
     def finish_one_meanwhile(*args: Any, **options: Any) -> Any:
@@ -185,7 +185,7 @@ def test_a_unit_that_is_killed_between_two_students_keeps_the_metrics_of_both(
     tiny_recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = tiny_recipe("methods=[none, soft]")
-    run_unit(recipe, tmp_path, PREPARE, watcher=Silent())
+    run_unit(recipe, tmp_path, PREPARE, watcher=Watcher())
 
     def killed(path: Path, tree: Any) -> None:
         if path.parent.name == last:
@@ -195,10 +195,10 @@ def test_a_unit_that_is_killed_between_two_students_keeps_the_metrics_of_both(
     last = "none"  # in whose folder the metrics of both are
     monkeypatch.setattr(seed_run, "save_tree", killed)
     with pytest.raises(KeyboardInterrupt):
-        run_unit(recipe, tmp_path, "seed-0/none,soft", watcher=Silent())
+        run_unit(recipe, tmp_path, "seed-0/none,soft", watcher=Watcher())
     assert (tmp_path / "seed-0" / "soft" / PREDICTIONS).exists()
     monkeypatch.undo()
-    run_unit(recipe, tmp_path, "seed-0/none,soft", watcher=Silent())
+    run_unit(recipe, tmp_path, "seed-0/none,soft", watcher=Watcher())
     for name in ("none", "soft"):
         assert [line.epoch for line in read_metrics(tmp_path / "seed-0" / name)] == [1, 2]
 
@@ -210,14 +210,14 @@ def test_students_of_a_unit_are_those_of_the_recipe_each_once(
     recipe = tiny_recipe("methods=[none, soft]", "baseline.name=cifar/resnet20")
     begin_run(tmp_path / "run", recipe)
     with pytest.raises(RecipeError, match=f"--unit {unit}: name some of none, soft, cnn-baseline after the seed"):
-        run_unit(recipe, tmp_path / "run", unit, watcher=Silent())
+        run_unit(recipe, tmp_path / "run", unit, watcher=Watcher())
 
 
 def test_a_unit_waits_for_a_lock_that_is_still_held(
     tiny_recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe, heard = tiny_recipe("methods=[none]"), Listener()
-    run_unit(recipe, tmp_path / "run", PREPARE, watcher=Silent())
+    run_unit(recipe, tmp_path / "run", PREPARE, watcher=Watcher())
     held = ExitStack()
     held.enter_context(locked(tmp_path / "run" / "seed-0" / "none"))
     monkeypatch.setattr(seed_run, "LOCK_SECONDS", 0.2)
@@ -249,7 +249,7 @@ def test_a_unit_that_does_not_exist_is_refused(unit: str, tiny_recipe: Callable[
     recipe = tiny_recipe("methods=[none]")
     begin_run(tmp_path / "run", recipe)
     with pytest.raises(RecipeError, match=f"--unit {unit} is not a unit of this recipe: name prepare, a share such as"):
-        run_unit(recipe, tmp_path / "run", unit, watcher=Silent())
+        run_unit(recipe, tmp_path / "run", unit, watcher=Watcher())
 
 
 def test_units_of_several_processes_are_as_many_as_fit_on_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -405,7 +405,7 @@ def test_a_mistake_in_one_unit_ends_all_with_its_sentence(tiny_recipe: Callable[
     recipe = tiny_recipe("methods=[none, soft]", "seeds=[0, 1]")
     pool = Scripted(**{"seed-0": [99], "seed-1": [2]})
     with pytest.raises(DeitkitError, match=r"^seed-1: train\.lr is no field$"):
-        run_side_by_side(recipe, tmp_path / "run", pool=pool, watcher=Silent())
+        run_side_by_side(recipe, tmp_path / "run", pool=pool, watcher=Watcher())
     assert pool.stopped == ["seed-0"]
     heard = Listener()
     with pytest.raises(DeitkitError, match=r"^prepare: train\.lr is no field$"):
@@ -420,7 +420,7 @@ def test_what_is_lost_late_is_never_hopeless(
     monkeypatch.setattr(side_by_side, "SOON_SECONDS", 0.0)
     pool = Scripted(**{PREPARE: [LOST] * 9})
     with pytest.raises(GatheredError):
-        run_side_by_side(tiny_recipe("methods=[none]"), tmp_path / "run", pool=pool, watcher=Silent())
+        run_side_by_side(tiny_recipe("methods=[none]"), tmp_path / "run", pool=pool, watcher=Watcher())
     assert pool.started.count(PREPARE) == 10
 
 
@@ -433,7 +433,7 @@ def test_a_mistake_under_torchrun_is_known_by_its_report(tiny_recipe: Callable[.
             return ["prepare", 1]
 
     with pytest.raises(DeitkitError, match=r"^prepare: train\.lr is no field$"):
-        run_side_by_side(tiny_recipe("methods=[none]"), tmp_path / "run", pool=Torchrun(), watcher=Silent(), devices=2)
+        run_side_by_side(tiny_recipe("methods=[none]"), tmp_path / "run", pool=Torchrun(), watcher=Watcher(), devices=2)
 
 
 def test_units_get_the_devices_that_are_visible_and_not_the_ranks_of_torchrun(

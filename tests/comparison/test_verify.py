@@ -16,13 +16,13 @@ from deitkit.comparison.compare import compare
 from deitkit.comparison.verify import TOLERANCE_ELSEWHERE, verify_run
 from deitkit.errors import CheckpointError
 from deitkit.recipe.load import load_recipe
-from deitkit.run.observer import Silent
+from deitkit.run.observer import Watcher
 
 
 def test_a_table_holds_until_a_student_or_the_data_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = tmp_path / "run"
     overrides = [*TINY, "methods=[none, token-hard]", "train.epochs=1", "train.precision=fp32", "device=cpu"]
-    results = compare(load_recipe("digits", overrides), run, watcher=Silent())
+    results = compare(load_recipe("digits", overrides), run, watcher=Watcher())
     # It measures on the run's device, whatever else there is.
     monkeypatch.setattr("torch.accelerator.is_available", lambda: True)
     monkeypatch.setattr("torch.accelerator.current_accelerator", lambda: torch.device("cuda"))
@@ -94,16 +94,16 @@ def test_images_are_read_as_when_the_run_began_however_much_memory_is_free(
 
     def run(*methods: str, resume: bool) -> None:
         fields = [*TINY, *own, f"methods=[{', '.join(methods)}]", "train.epochs=1", crops]
-        compare(load_recipe("digits", fields), tmp_path / "run", watcher=Silent(), resume=resume)
+        compare(load_recipe("digits", fields), tmp_path / "run", watcher=Watcher(), resume=resume)
 
     run("none", resume=False)
     (tmp_path / "run" / "analysis").mkdir()
     monkeypatch.setattr("deitkit.data.survey._MOST_MEMORY", 0.0)  # everything that may be streamed now is
-    assert verify_run(tmp_path / "run", Silent()).holds
-    analyze_run(tmp_path / "run", images=0, watcher=Silent())
+    assert verify_run(tmp_path / "run", Watcher()).holds
+    analyze_run(tmp_path / "run", images=0, watcher=Watcher())
     run("none", "distillation-only", resume=True)
     assert json.loads((tmp_path / "run" / "environment.json").read_text())["streamed"] is False
-    assert verify_run(tmp_path / "run", Silent()).holds
+    assert verify_run(tmp_path / "run", Watcher()).holds
 
 
 def test_each_student_is_held_to_the_machine_on_which_it_was_predicted(
@@ -114,22 +114,22 @@ def test_each_student_is_held_to_the_machine_on_which_it_was_predicted(
     elsewhere = {"processor": "another", "device": "cpu"}
     with monkeypatch.context() as patch:
         patch.setattr("deitkit.comparison.seed_run.machine_of", lambda _: elsewhere)
-        compare(load_recipe("digits", [*fields, "methods=[none]"]), run, watcher=Silent())
-    compare(load_recipe("digits", [*fields, "methods=[none, class-only]"]), run, watcher=Silent(), resume=True)
+        compare(load_recipe("digits", [*fields, "methods=[none]"]), run, watcher=Watcher())
+    compare(load_recipe("digits", [*fields, "methods=[none, class-only]"]), run, watcher=Watcher(), resume=True)
     told = json.loads((run / "results.json").read_text())
     for row in told["rows"]:
         row["top1"][0] += TOLERANCE_ELSEWHERE
     (run / "results.json").write_text(json.dumps(told))
-    found = verify_run(run, Silent())
+    found = verify_run(run, Watcher())
     assert {row.row: row.holds for row in found.rows} == {"none/class": True, "class-only/class": False}
     assert found.tolerance == TOLERANCE_ELSEWHERE
 
 
 def test_a_seed_without_any_model_is_told(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    compare(load_recipe("digits", [*TINY, "methods=[none]", "train.epochs=1"]), run, watcher=Silent())
+    compare(load_recipe("digits", [*TINY, "methods=[none]", "train.epochs=1"]), run, watcher=Watcher())
     (run / "seed-0" / "none" / "model.json").unlink()
-    found = verify_run(run, Silent())
+    found = verify_run(run, Watcher())
     assert not found.holds
     (problem,) = found.problems
     assert "model.json is missing: copy the student's folder back into its run" in problem
@@ -141,7 +141,7 @@ def test_a_run_whose_images_moved_goes_on_and_is_verified(tmp_path: Path, write_
 
     def start(methods: str, place: Path, **fields: bool) -> None:
         overrides = [*TINY, *own, f"data.name=folder:{place}", f"methods={methods}", "data.streaming=true"]
-        compare(load_recipe("digits", overrides), run, watcher=Silent(), **fields)
+        compare(load_recipe("digits", overrides), run, watcher=Watcher(), **fields)
 
     start("[none]", photos)
     photos.rename(tmp_path / "moved")
@@ -149,9 +149,9 @@ def test_a_run_whose_images_moved_goes_on_and_is_verified(tmp_path: Path, write_
     shown = CliRunner().invoke(app, command)
     assert shown.exit_code == 0, shown.output
     start("[none, hard]", tmp_path / "moved", resume=True)
-    assert verify_run(run, Silent()).holds
+    assert verify_run(run, Watcher()).holds
     other = write_images(tmp_path / "other", count=13)
     with pytest.raises(CheckpointError, match="was begun with other images or labels"):
         start("[none, hard]", other, resume=True)
-    found = verify_run(run, Silent(), data=f"folder:{other}")
+    found = verify_run(run, Watcher(), data=f"folder:{other}")
     assert (found.holds, found.same_data) == (False, False)

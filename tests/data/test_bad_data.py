@@ -27,7 +27,7 @@ from deitkit.data.listing import Listing
 from deitkit.errors import DataError
 from deitkit.evaluation.classify import Classification
 from deitkit.recipe.schema import DataRecipe
-from deitkit.run.observer import Silent
+from deitkit.run.observer import Watcher
 from source_helpers import png, refused, write_classes
 
 STREAMED = pytest.mark.parametrize("fields", [{"streaming": False}, {"streaming": True, "workers": 0}])
@@ -304,7 +304,7 @@ def test_a_comparison_tells_of_duplicates(tiny_recipe, tmp_path, capsys):
 
 def compare_once(tiny_recipe, tmp_path, said, *overrides):
     """Run a comparison of one method into ``tmp_path / "run"``, and return its results."""
-    watcher = Silent()
+    watcher = Watcher()
     watcher.say = said.append
     recipe = tiny_recipe(
         "methods=[none]", "train.batch_size=8", "train.epochs=1", "data.train_images=null", "data.test_images=null",

@@ -17,7 +17,7 @@ from deitkit.data.split import Split, _has_room
 from deitkit.errors import RecipeError
 from deitkit.recipe.load import load_recipe
 from deitkit.run.metrics import read_metrics
-from deitkit.run.observer import Silent
+from deitkit.run.observer import Watcher
 from deitkit.system.seeding import derived_generator
 from deitkit.training.build import build_students
 from deitkit.training.cohort import Cohort
@@ -90,7 +90,7 @@ def test_several_passes_make_an_epoch_each_in_another_order(size: tuple[int, int
 
 def test_a_training_has_the_steps_of_its_longer_epochs(tiny_recipe: Any, tmp_path: Path) -> None:
     recipe = tiny_recipe("methods=[none, hard]", "train.epoch_repeats=3", "teacher.cache=true")
-    compare(recipe, tmp_path / "run", watcher=Silent())
+    compare(recipe, tmp_path / "run", watcher=Watcher())
     steps = [epoch.step for epoch in read_metrics(tmp_path / "run") if epoch.student == "hard"]
     assert steps == [64 * 3 // 16, 2 * 64 * 3 // 16]
 

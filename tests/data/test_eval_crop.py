@@ -27,7 +27,7 @@ from deitkit.evaluation.readouts import readout_scores
 from deitkit.models.saved import load_classifier
 from deitkit.recipe.load import load_recipe
 from deitkit.recipe.schema import AugmentRecipe, DataRecipe
-from deitkit.run.observer import Silent
+from deitkit.run.observer import Watcher
 
 CROP = 0.8
 
@@ -119,7 +119,7 @@ def test_a_model_is_evaluated_and_used_as_its_card_says(
         f"data.name=folder:{photos}", "data.image_px=16", f"data.eval_crop={CROP}", "data.train_images=null",
         "data.test_images=null", "methods=[hard]", "train.batch_size=8", "teacher.train.batch_size=8",
     )  # fmt: skip
-    results = compare(recipe, tmp_path / "run", watcher=Silent())
+    results = compare(recipe, tmp_path / "run", watcher=Watcher())
     for folder in ("seed-0/hard", "teacher"):
         assert json.loads((tmp_path / "run" / folder / "model.json").read_text())["eval_crop"] == CROP
     measured = evaluate_model(tmp_path / "run" / "seed-0" / "hard", f"folder:{photos}")

@@ -21,7 +21,7 @@ from deitkit.evaluation.classify import Classification
 from deitkit.models.saved import load_classifier
 from deitkit.recipe.load import load_recipe
 from deitkit.recipe.schema import DataRecipe
-from deitkit.run.observer import Silent
+from deitkit.run.observer import Watcher
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -119,7 +119,7 @@ def test_predict_evaluate_and_exports_prepare_images_as_training_did(
         (f"data.name=folder:{photos}", f"data.fit={fit}", "data.image_px=16", "methods=[none]", "train.epochs=1",
          "train.warmup_epochs=0", "train.batch_size=8", "model.width=16", "model.depth=1", "model.heads=1"),
     )  # fmt: skip
-    results = compare(recipe, tmp_path / "run", watcher=Silent())
+    results = compare(recipe, tmp_path / "run", watcher=Watcher())
     winner = tmp_path / "run" / "winner"
     assert json.loads((winner / "model.json").read_text())["fit"] == fit
     measured = evaluate_model(winner, f"folder:{photos}")

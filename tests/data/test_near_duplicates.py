@@ -13,7 +13,7 @@ from deitkit.comparison.compare import compare
 from deitkit.data.dataset import Dataset, load_dataset
 from deitkit.data.duplicates import find_near_duplicates
 from deitkit.recipe.schema import DataRecipe, Recipe
-from deitkit.run.observer import Silent
+from deitkit.run.observer import Watcher
 
 
 @pytest.fixture(autouse=True)
@@ -101,7 +101,7 @@ def test_plain_images_look_like_nothing() -> None:
 
 def test_a_comparison_tells_of_them(photos: Path, tiny_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
     said: list[str] = []
-    watcher = Silent()
+    watcher = Watcher()
     watcher.say = said.append  # type: ignore[method-assign]
     recipe = tiny_recipe(
         "methods=[none]", f"data.name=folder:{photos}", "data.image_px=32", "data.train_images=null",

@@ -29,7 +29,7 @@ from deitkit.data.stream import StreamedImages
 from deitkit.errors import DataError
 from deitkit.recipe.load import load_recipe
 from deitkit.recipe.schema import DataRecipe
-from deitkit.run.observer import Silent
+from deitkit.run.observer import Watcher
 
 CPU = torch.device("cpu")
 
@@ -108,7 +108,7 @@ def test_a_training_leaves_no_process_behind(photos: Path, tmp_path: Path) -> No
               "train.batch_size=4"]  # fmt: skip
     gc.disable()
     try:
-        compare(load_recipe("digits", fields), tmp_path / "run", watcher=Silent())
+        compare(load_recipe("digits", fields), tmp_path / "run", watcher=Watcher())
         assert not psutil.Process().children()
     finally:
         gc.enable()
@@ -232,7 +232,7 @@ def test_a_comparison_on_streamed_images_is_the_same(
             "train.batch_size=8", "teacher.train.batch_size=8",
         )  # fmt: skip
         folder = tmp_path / streaming
-        compare(recipe, folder, watcher=Silent())
+        compare(recipe, folder, watcher=Watcher())
         records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         results.append([(record["train_loss"], record["validation"]) for record in records])
         assert 0 <= records[0]["shares"]["waiting"] <= 1

@@ -21,7 +21,7 @@ from deitkit.evaluation.seen_images import data_recipe_of
 from deitkit.models.card import ModelCard
 from deitkit.recipe.load import load_recipe
 from deitkit.recipe.schema import DataRecipe
-from deitkit.run.observer import Silent
+from deitkit.run.observer import Watcher
 
 WriteImages = Callable[..., Path]
 
@@ -176,11 +176,11 @@ def test_images_without_labels_alone_may_be_streamed_and_are_so_again(
     recipe, need = load_recipe("digits", fields), 3 * 8 * 8 / survey._MOST_MEMORY
     for free in (450 * need, 10**12):  # room for the 48 with labels alone, then for all
         monkeypatch.setattr(survey.psutil, "virtual_memory", lambda: SimpleNamespace(available=free))  # noqa: B023
-        data = load_images(recipe, tmp_path / "run", Silent())
+        data = load_images(recipe, tmp_path / "run", Watcher())
         assert data.unlabelled is not None
         assert (type(data.train.images), type(data.unlabelled.images)) == (torch.Tensor, StreamedImages)
         monkeypatch.undo()
-        compare(recipe, tmp_path / "run", watcher=Silent(), dataset=data, resume=(tmp_path / "run").exists())
+        compare(recipe, tmp_path / "run", watcher=Watcher(), dataset=data, resume=(tmp_path / "run").exists())
         assert json.loads((tmp_path / "run" / "environment.json").read_text())["streamed"] == "unlabelled"
     assert as_read(recipe.data, data).streaming == "unlabelled", "in the other processes of a run too"
 

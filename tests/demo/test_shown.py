@@ -22,7 +22,7 @@ from deitkit.models.saved import save_classifier
 from deitkit.models.vit import TOKENS as BOTH
 from deitkit.models.vit import DeiT
 from deitkit.recipe.load import load_recipe
-from deitkit.run.observer import Silent
+from deitkit.run.observer import Watcher
 from deitkit.run.results import read_results
 
 TINY_RUN = (
@@ -36,7 +36,7 @@ TINY_RUN = (
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("demo") / "run"
-    compare(load_recipe("digits", list(TINY_RUN)), folder, watcher=Silent())
+    compare(load_recipe("digits", list(TINY_RUN)), folder, watcher=Watcher())
     return folder
 
 
@@ -215,7 +215,7 @@ def test_two_teachers_of_one_name_are_told_apart_and_a_stopped_student_is_left_o
     teacher = (
         "{name: cifar/resnet20, min_top1: null, allow_weak: true, train: {epochs: 1, batch_size: 16, warmup_epochs: 0}}"
     )
-    compare(load_recipe("digits", [*own, f"teachers=[{teacher}, {teacher}]"]), tmp_path / "run", watcher=Silent())
+    compare(load_recipe("digits", [*own, f"teachers=[{teacher}, {teacher}]"]), tmp_path / "run", watcher=Watcher())
     names = [model.name for model in load_demo(tmp_path / "run").models]
     assert len({*names}) == 4
     assert names[1:3] == ["teacher 1: cifar/resnet20", "teacher 2: cifar/resnet20"]

@@ -24,7 +24,7 @@ from deitkit.models.classifier import Classifier
 from deitkit.models.saved import load_classifier, save_classifier
 from deitkit.models.vit import DeiT
 from deitkit.recipe.load import load_recipe
-from deitkit.run.observer import Silent
+from deitkit.run.observer import Watcher
 from deitkit.run.results import read_results
 
 Run = Callable[..., tuple[int, str, str]]
@@ -61,7 +61,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "train.batch_size=8", "baseline=null",
         ],
     )  # fmt: skip
-    compare(recipe, root / "run", watcher=Silent())
+    compare(recipe, root / "run", watcher=Watcher())
     return root / "run"
 
 

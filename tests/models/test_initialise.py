@@ -28,7 +28,7 @@ from deitkit.models.weights.formats import (
     to_transformers,
     with_distillation_head,
 )
-from deitkit.models.weights.initialise import load_initial, read_weights
+from deitkit.models.weights.initialise import load_initial_weights, read_weights
 
 # The released sizes, whole but for the resolution, which only decides how many patches there are.
 RELEASED = ["deit_tiny", "deit_small", "deit_base"]
@@ -346,14 +346,14 @@ def test_a_student_starts_from_weights_as_they_are(tmp_path: Path) -> None:
     scrambled(target)
     folder = saved(tmp_path, source)
     names = [f"class {number}" for number in range(CLASSES)]
-    assert load_initial(target, folder, class_names=names, mean=(0.5, 0.4, 0.3), std=(0.2, 0.2, 0.3)) == []
+    assert load_initial_weights(target, folder, class_names=names, mean=(0.5, 0.4, 0.3), std=(0.2, 0.2, 0.3)) == []
     same(dict(target.state_dict()), dict(source.state_dict()))
 
 
 def test_a_student_starts_from_weights_of_another_kind(tmp_path: Path) -> None:
     source = student(("class",), depth=2)
     target = student(("class", "distillation"), depth=2, image_px=24, patch_px=8, classes=4)
-    lines = load_initial(target, saved(tmp_path, source), mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+    lines = load_initial_weights(target, saved(tmp_path, source), mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
     told = [line.partition(":")[0] for line in lines]
     assert told == ["normalisation", "patch", "resolution", "tokens", "classes"]
     assert torch.equal(target.blocks[1].mlp.fc1.weight, source.blocks[1].mlp.fc1.weight)
@@ -362,7 +362,9 @@ def test_a_student_starts_from_weights_of_another_kind(tmp_path: Path) -> None:
 
 def test_other_classes_of_the_same_number_get_a_new_classifier(tmp_path: Path) -> None:
     source, target = student(("class",), depth=1), student(("class",), depth=1)
-    lines = load_initial(target, saved(tmp_path, source), class_names=[str(number) for number in range(CLASSES)])
+    lines = load_initial_weights(
+        target, saved(tmp_path, source), class_names=[str(number) for number in range(CLASSES)]
+    )
     assert not target.head.weight.any()
     assert lines == [
         "classes: other names in the file, its classifier is left out",
@@ -374,9 +376,9 @@ def test_weights_that_do_not_fit_leave_the_student_untouched(tmp_path: Path) -> 
     target = student(("class",), depth=2)
     before = {name: value.clone() for name, value in target.state_dict().items()}
     with pytest.raises(CheckpointError, match=r"set model.width=64 model.depth=4, or the model.name"):
-        load_initial(target, saved(tmp_path / "a", student(("class",), "micro")))
+        load_initial_weights(target, saved(tmp_path / "a", student(("class",), "micro")))
     with pytest.raises(CheckpointError, match=r"has 6 attention heads, the student 3: set model.heads=6"):
-        load_initial(target, saved(tmp_path / "b", student(("class",), depth=2, heads=6)))
+        load_initial_weights(target, saved(tmp_path / "b", student(("class",), depth=2, heads=6)))
     same(dict(target.state_dict()), before)
 
 
@@ -434,7 +436,7 @@ def test_a_stem_of_convolutions_is_read_from_our_folders_and_not_converted(tmp_p
     assert weights.architecture == Architecture.of(model)
     assert weights.remarks == ()
     other = student(("class", "distillation"), "micro", stem="conv", layer_scale=0.1, image_px=2 * PX)
-    (line,) = load_initial(other, tmp_path)
+    (line,) = load_initial_weights(other, tmp_path)
     assert line.startswith("resolution: 32 x 32 -> 64 x 64 px")
     for convert in (to_timm, to_transformers):
         with pytest.raises(CheckpointError, match="no vision transformer with a stem of convolutions"):
@@ -474,8 +476,8 @@ def test_an_assumed_normalisation_is_told(tmp_path: Path) -> None:
     model = scrambled(DeiT(image_px=PX, patch_px=8, tokens=("class",), **sizes))
     save_tensors(tmp_path / "bare.safetensors", dict(model.state_dict()))
     given = {"mean": (0.5,) * 3, "std": (0.5,) * 3}
-    lines = load_initial(model, tmp_path / "bare.safetensors", **given)
+    lines = load_initial_weights(model, tmp_path / "bare.safetensors", **given)
     assert "normalisation: absent in the file, ImageNet's assumed (else convert it with --mean and --std)" in lines
     card = {"class_names": ["a", "b", "c"], "channels": 3, "input_px": [PX, PX]}
     save_classifier(tmp_path / "mine", Classifier(model, mean=(0.1,) * 3, std=(0.2,) * 3), card)
-    assert not [line for line in load_initial(model, tmp_path / "mine", **given) if "assumed" in line]
+    assert not [line for line in load_initial_weights(model, tmp_path / "mine", **given) if "assumed" in line]

@@ -13,12 +13,12 @@ from deitkit.comparison.compare import compare
 from deitkit.comparison.finetune import start_from
 from deitkit.errors import CheckpointError, RecipeError
 from deitkit.models.vit import create_student
-from deitkit.models.weights.initialise import load_initial, read_weights
+from deitkit.models.weights.initialise import load_initial_weights, read_weights
 from deitkit.models.weights.pretrained import fetch, licence_of, with_pretrained_size
 from deitkit.recipe.load import load_recipe
 from deitkit.recipe.schema import ModelRecipe
 from deitkit.run.folder import begin_run
-from deitkit.run.observer import Silent
+from deitkit.run.observer import Watcher
 
 NAME = "timm/deit_tiny_distilled_patch16_224"
 Run = Callable[..., tuple[int, str, str]]
@@ -56,7 +56,7 @@ def test_weights_are_timms_and_fetched_once(downloaded: list[str]) -> None:
     student = create_student(
         model, image_px=(224, 224), channels=3, classes=1000, tokens=("class", "distillation"), seed=0
     )
-    load_initial(student, folder, mean=weights.mean, std=weights.std)
+    load_initial_weights(student, folder, mean=weights.mean, std=weights.std)
     view = torch.randn(2, 3, 224, 224)
     with torch.no_grad():
         output = student.eval()(view)
@@ -135,14 +135,14 @@ def test_students_of_a_run_start_from_them(
         "teacher.allow_weak=true", f"data.name=folder:{photos}", f"model.pretrained={NAME}",
     )  # fmt: skip
     recipe = load_recipe("own-images", small)
-    results = compare(recipe, tmp_path / "run", watcher=Silent())
+    results = compare(recipe, tmp_path / "run", watcher=Watcher())
     assert results.initial is not None
     assert results.initial.startswith(f"{NAME} (sha256 ")
     assert results.initial.endswith(", licence apache-2.0)")
     assert any("position" in note.lower() for note in results.notes)
     stored = load_recipe(str(tmp_path / "run" / "recipe.yaml")).model
     assert (stored.pretrained, stored.width, stored.checkpoint) == (NAME, 192, None)
-    compare(recipe, tmp_path / "run", watcher=Silent(), resume=True)
+    compare(recipe, tmp_path / "run", watcher=Watcher(), resume=True)
     assert len(downloaded) == 1
 
 

@@ -23,7 +23,7 @@ from deitkit.models.registered import register_model
 from deitkit.models.saved import load_classifier, save_classifier
 from deitkit.models.zoo import create_classifier
 from deitkit.recipe.schema import Recipe
-from deitkit.run.observer import Silent
+from deitkit.run.observer import Watcher
 from deitkit.run.results import read_results
 from deitkit.system.user_code import import_user_code
 
@@ -270,15 +270,15 @@ def test_folds_and_variants_are_not_trained_by_other_versions_of_a_method(
     folds = tiny_recipe(*short, "data.folds=2")
     base = tiny_recipe(*short[:2], "variants.a.train.momentum=0.5")
     grown = tiny_recipe(*short[:2], "variants.a.train.momentum=0.5", "variants.b.train.momentum=0.7")
-    run_recipe(folds, tmp_path / "folds", watcher=Silent())
-    run_recipe(base, tmp_path / "variants", watcher=Silent())
+    run_recipe(folds, tmp_path / "folds", watcher=Watcher())
+    run_recipe(base, tmp_path / "variants", watcher=Watcher())
     shutil.rmtree(tmp_path / "folds" / "folds" / "2")
     change(2.0)
     for recipe, name in ((folds, "folds"), (grown, "variants")):
         with pytest.raises(CheckpointError, match="begun with another version of the method mine"):
-            run_recipe(recipe, tmp_path / name, watcher=Silent(), resume=True)
+            run_recipe(recipe, tmp_path / name, watcher=Watcher(), resume=True)
     change(1.0)
-    assert run_recipe(grown, tmp_path / "variants", watcher=Silent(), resume=True).rows
+    assert run_recipe(grown, tmp_path / "variants", watcher=Watcher(), resume=True).rows
 
 
 def test_a_teacher_alone_needs_no_code_of_the_students(

@@ -27,7 +27,7 @@ from deitkit.models.vit import DeiT
 from deitkit.recipe.load import load_recipe
 from deitkit.recipe.schema import TrainRecipe
 from deitkit.run.folder import begin_run, check_run, choose_run_folder, locked
-from deitkit.run.observer import Progress
+from deitkit.run.observer import StepProgress
 from deitkit.run.state import drop_state, load_state, load_tree, save_state, save_tree
 from deitkit.system.process import SPIN_COUNT, WAIT_SETTINGS, configure_process
 from deitkit.training.cohort import Cohort
@@ -138,7 +138,7 @@ def test_a_signal_before_training_ends_the_command_at_once(number: int, code: in
     script += "def load(*_, **settings):\n    print('loading', flush=True)\n"
     # Sixty seconds in short sleeps: a signal that arrives just before a sleep is handled only after it.
     script += "    for _ in range(600): time.sleep(0.1)\n"
-    script += "deitkit.comparison.images.load_all_images = load\nmain()"
+    script += "deitkit.comparison.images.load_dataset = load\nmain()"
     command = [sys.executable, "-c", script, "compare", "digits", "--json", "--out", str(tmp_path / "run")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -325,7 +325,7 @@ def test_without_a_terminal_a_line_says_each_minute_where_it_is(monkeypatch: pyt
         clock.now += 2.0
         terminal.step(
             "seed 0",
-            Progress(
+            StepProgress(
                 seed=0, epoch=3, epochs=20, step=step, steps_per_epoch=351, images_per_second=187.4,
                 seconds_left=7000.0 - 2 * step, losses={"none": 1.8312, "token-hard": 1.79},
             ),

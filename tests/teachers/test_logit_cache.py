@@ -16,7 +16,7 @@ from deitkit.models.classifier import Classifier
 from deitkit.models.cnn import CifarResNet
 from deitkit.recipe.load import load_recipe
 from deitkit.recipe.schema import Recipe
-from deitkit.run.observer import Silent
+from deitkit.run.observer import Watcher
 from deitkit.system.device import Precision
 from deitkit.teachers.frozen import FrozenTeacher, Teachers
 from deitkit.teachers.logit_cache import LogitCache, _fingerprint, kept_logits, open_logit_cache
@@ -40,7 +40,7 @@ def answers(classifier: Classifier, **changes: Any) -> LogitCache:
 
 
 def results(recipe: Recipe, folder: Path) -> list[Any]:
-    rows = compare(recipe, folder, watcher=Silent()).rows
+    rows = compare(recipe, folder, watcher=Watcher()).rows
     return [(row.row, row.top1) for row in rows]
 
 
@@ -74,12 +74,12 @@ def test_other_methods_of_the_same_views_use_them_and_other_views_do_not(
     tiny_recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = count_questions(monkeypatch)
-    compare(tiny_recipe("teacher.cache=true", "methods=[hard]"), tmp_path / "first", watcher=Silent())
+    compare(tiny_recipe("teacher.cache=true", "methods=[hard]"), tmp_path / "first", watcher=Watcher())
     before = len(asked)
-    compare(tiny_recipe("teacher.cache=true", "methods=[token-soft]"), tmp_path / "second", watcher=Silent())
+    compare(tiny_recipe("teacher.cache=true", "methods=[token-soft]"), tmp_path / "second", watcher=Watcher())
     assert len(asked) == before + 2
     changed = tiny_recipe("teacher.cache=true", "methods=[hard]", "augment.flip=0.1")
-    compare(changed, tmp_path / "third", watcher=Silent())
+    compare(changed, tmp_path / "third", watcher=Watcher())
     assert len(asked) == before + 2 + 8
 
 
@@ -186,12 +186,12 @@ def test_a_stale_recording_is_refused_with_its_folder(
     tiny_recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path
 ) -> None:
     recipe = tiny_recipe("teacher.cache=true", "methods=[hard]")
-    compare(recipe, tmp_path / "first", watcher=Silent())
+    compare(recipe, tmp_path / "first", watcher=Watcher())
     for path in (cache / "answers").rglob("*.safetensors"):
         recorded = load_file(path)["answers"]
         save_file({"answers": recorded.flip(1).contiguous()}, path)
     with pytest.raises(TeacherError, match=r"stale.*delete that folder, or set teacher.cache=false"):
-        compare(recipe, tmp_path / "second", watcher=Silent())
+        compare(recipe, tmp_path / "second", watcher=Watcher())
 
 
 def test_a_full_disk_is_told_before_anything_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:

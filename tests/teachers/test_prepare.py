@@ -21,7 +21,7 @@ from deitkit.models.weights.read import file_sha256
 from deitkit.models.zoo import create_classifier
 from deitkit.recipe.load import load_recipe, parse_recipe
 from deitkit.recipe.schema import Recipe
-from deitkit.run.observer import Silent
+from deitkit.run.observer import Watcher
 from deitkit.run.results import TeacherCard
 from deitkit.teachers.frozen import FrozenTeacher
 from deitkit.teachers.gate import gate
@@ -116,7 +116,7 @@ def recipe(**teacher: Any) -> Recipe:
 
 
 def prepare(loaded: Recipe, dataset: Dataset, folder: Path) -> tuple[FrozenTeacher, TeacherCard]:
-    return prepare_teacher(loaded, dataset, folder=folder / "teacher", precision=CPU_FP32, watcher=Silent())
+    return prepare_teacher(loaded, dataset, folder=folder / "teacher", precision=CPU_FP32, watcher=Watcher())
 
 
 def test_a_teacher_trained_here_teaches_again_from_its_folder(stripes: Dataset, tmp_path: Path) -> None:
@@ -320,10 +320,10 @@ def test_a_student_asks_the_gate_as_any_teacher_does(stripes: Dataset, tmp_path:
 
 
 def test_the_winner_of_a_run_teaches_the_next(tiny_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
-    first = compare(tiny_recipe("methods=[none]"), tmp_path / "first", watcher=Silent())
+    first = compare(tiny_recipe("methods=[none]"), tmp_path / "first", watcher=Watcher())
     assert first.winner == "none/class"
     taught = tiny_recipe("methods=[none, token-hard]", f"teacher.name={tmp_path / 'first'}", "teacher.cache=true")
-    second = compare(taught, tmp_path / "second", watcher=Silent())
+    second = compare(taught, tmp_path / "second", watcher=Watcher())
     assert second.teacher.name == str(tmp_path / "first")
     assert second.teacher.readout == "class"
     assert second.teacher.test_top1 == first.rows[0].top1[0]
@@ -334,7 +334,7 @@ def test_a_teacher_of_unknown_images_is_noted_where_the_test_images_are_drawn_he
 ) -> None:
     def notes(name: str, *teacher: str) -> str:
         recipe = tiny_recipe("methods=[hard]", "train.epochs=1", *teacher)
-        return " ".join(compare(recipe, tmp_path / name, watcher=Silent()).notes)
+        return " ".join(compare(recipe, tmp_path / name, watcher=Watcher()).notes)
 
     words = "Nothing records from which images the teacher"
     assert words not in notes("own")

@@ -16,7 +16,7 @@ from deitkit.errors import CheckpointError, Interrupted, TeacherError
 from deitkit.models.classifier import Classifier
 from deitkit.recipe.load import field_names, load_recipe
 from deitkit.report.table_layout import lay_out
-from deitkit.run.observer import Progress, Silent
+from deitkit.run.observer import StepProgress, Watcher
 from deitkit.run.results import TESTED
 from deitkit.teachers.frozen import FrozenTeacher, Teachers, mean_teacher_logits
 from deitkit.teachers.logit_cache import open_logit_cache
@@ -74,7 +74,7 @@ def test_teachers_answer_as_one_without_gradients_and_stay_in_evaluation_mode() 
 
 @pytest.mark.reports
 def test_a_run_keeps_and_reports_every_teacher(tiny_recipe: Any, tmp_path: Path) -> None:
-    results = compare(tiny_recipe("methods=[none, soft]", TWO), tmp_path, watcher=Silent())
+    results = compare(tiny_recipe("methods=[none, soft]", TWO), tmp_path, watcher=Watcher())
     first, second = results.teachers
     weights = [load_file(tmp_path / name / "model.safetensors") for name in ("teacher", "teacher-2")]
     assert not torch.equal(weights[0]["conv1.weight"], weights[1]["conv1.weight"]), (
@@ -96,9 +96,9 @@ def test_a_run_keeps_and_reports_every_teacher(tiny_recipe: Any, tmp_path: Path)
 
 def test_accuracies_are_those_of_the_mean_answer(tiny_recipe: Any, tmp_path: Path) -> None:
     recipe = tiny_recipe("methods=[hard]", "train.precision=fp32", TWO)
-    results = compare(recipe, tmp_path, watcher=Silent())
+    results = compare(recipe, tmp_path, watcher=Watcher())
     dataset = load_dataset(recipe.data)
-    teachers, cards = prepare_teachers(recipe, dataset, folder=tmp_path, precision=CPU_FP32, watcher=Silent())
+    teachers, cards = prepare_teachers(recipe, dataset, folder=tmp_path, precision=CPU_FP32, watcher=Watcher())
     for split, accuracy in (("validation", results.teacher.top1), ("test", results.teacher.test_top1)):
         images = getattr(dataset, split)
         view = images.images.float() / 255
@@ -115,7 +115,7 @@ def test_accuracies_are_those_of_the_mean_answer(tiny_recipe: Any, tmp_path: Pat
 def test_each_passes_the_gate_on_its_own(tiny_recipe: Any, tmp_path: Path) -> None:
     untrained = f"teachers=[{ONE}, {{name: cifar/resnet20, fit: none}}]"
     with pytest.raises(TeacherError, match=r"^teachers\.1: teacher .* scores .* teachers\.1\.allow_weak=true"):
-        compare(tiny_recipe("methods=[soft]", untrained), tmp_path, watcher=Silent())
+        compare(tiny_recipe("methods=[soft]", untrained), tmp_path, watcher=Watcher())
     assert (tmp_path / "teacher" / "card.json").exists()
     assert not (tmp_path / "teacher-2" / "card.json").exists()
 
@@ -123,26 +123,26 @@ def test_each_passes_the_gate_on_its_own(tiny_recipe: Any, tmp_path: Path) -> No
 def test_a_teacher_that_the_gate_refused_is_asked_again_and_not_trained_again(tiny_recipe: Any, tmp_path: Path) -> None:
     strict = f"teachers=[{ONE}, {ONE.replace('allow_weak: true', 'min_top1: 1.0')}]"
     with pytest.raises(TeacherError, match=r"^teachers\.1: "):
-        compare(tiny_recipe("methods=[soft]", strict), tmp_path, watcher=Silent())
+        compare(tiny_recipe("methods=[soft]", strict), tmp_path, watcher=Watcher())
     kept = load_file(tmp_path / "teacher-2" / "trained.safetensors")
     assert not (tmp_path / "teacher-2" / "checkpoint.safetensors").exists(), "its optimizer's state is of no more use"
-    compare(tiny_recipe("methods=[soft]", TWO), tmp_path, watcher=Silent(), resume=True)
+    compare(tiny_recipe("methods=[soft]", TWO), tmp_path, watcher=Watcher(), resume=True)
     taught = load_file(tmp_path / "teacher-2" / "model.safetensors")
     assert all(torch.equal(taught[name], value) for name, value in kept.items())
     assert not (tmp_path / "teacher-2" / "trained.safetensors").exists()
     more = tiny_recipe("methods=[soft]", TWO.replace("epochs: 1", "epochs: 2"))
     with pytest.raises(CheckpointError, match=r"teachers\.train\.epochs was 1, now 2"):
-        compare(more, tmp_path, watcher=Silent(), resume=True)
+        compare(more, tmp_path, watcher=Watcher(), resume=True)
 
 
-class StopsIn(Silent):
+class StopsIn(Watcher):
     """Asks to stop after the first step of a stage."""
 
     def __init__(self, title: str) -> None:
         self.title = title
         self.reached = False
 
-    def step(self, title: str, progress: Progress) -> None:
+    def step(self, title: str, progress: StepProgress) -> None:
         self.reached = title == self.title
 
     def should_stop(self) -> bool:
@@ -151,13 +151,13 @@ class StopsIn(Silent):
 
 def test_a_run_that_was_stopped_in_the_second_teacher_ends_the_same(tiny_recipe: Any, tmp_path: Path) -> None:
     recipe = tiny_recipe("methods=[soft, hard]", TWO)
-    whole = compare(recipe, tmp_path / "whole", watcher=Silent())
+    whole = compare(recipe, tmp_path / "whole", watcher=Watcher())
     with pytest.raises(Interrupted):
         compare(recipe, tmp_path / "parts", watcher=StopsIn("teacher-2"))
     assert (tmp_path / "parts" / "teacher-2" / "checkpoint.safetensors").exists()
     with pytest.raises(Interrupted):
         compare(recipe, tmp_path / "parts", watcher=StopsIn("seed 0"), resume=True)
-    parts = compare(recipe, tmp_path / "parts", watcher=Silent(), resume=True)
+    parts = compare(recipe, tmp_path / "parts", watcher=Watcher(), resume=True)
     for one, other in zip(whole.rows, parts.rows, strict=True):
         assert (one.row, one.top1) == (other.row, other.top1)
     cards = [[card.model_dump(exclude={"cost"}) for card in run.teachers] for run in (whole, parts)]

@@ -20,7 +20,7 @@ from deitkit.models.weights.read import read_state
 from deitkit.models.zoo import create_classifier
 from deitkit.recipe.load import load_recipe
 from deitkit.recipe.schema import Recipe
-from deitkit.run.observer import Silent
+from deitkit.run.observer import Watcher
 from deitkit.training import build
 from deitkit.training.build import build_students
 
@@ -93,25 +93,25 @@ def test_a_run_says_that_its_baseline_was_pretrained_and_keeps_to_its_weights(
     save_tensors(tmp_path / "cnn.safetensors", dict(model.state_dict()))
     fields = ("methods=[none]", "train.epochs=1", "baseline.name=cifar/resnet20", "baseline.image_px=12",
               f"baseline.checkpoint={tmp_path / 'cnn.safetensors'}")  # fmt: skip
-    results = compare(tiny_recipe(*fields), tmp_path / "run", watcher=Silent())
+    results = compare(tiny_recipe(*fields), tmp_path / "run", watcher=Watcher())
     assert results.rows[-1].label == "CNN baseline (cifar/resnet20, pretrained), labels alone"
-    assert verify_run(tmp_path / "run", Silent()).holds
+    assert verify_run(tmp_path / "run", Watcher()).holds
     save_tensors(tmp_path / "cnn.safetensors", {name: 2 * value for name, value in model.state_dict().items()})
     with pytest.raises(CheckpointError, match="another version of the weights of the baseline"):
-        compare(tiny_recipe(*fields, "methods=[none, class-only]"), tmp_path / "run", watcher=Silent(), resume=True)
+        compare(tiny_recipe(*fields, "methods=[none, class-only]"), tmp_path / "run", watcher=Watcher(), resume=True)
 
 
 def test_a_baseline_that_has_seen_test_images_is_refused(tiny_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
     fields = ("methods=[none]", "baseline.name=cifar/resnet20", "data.train_images=null", "train.epochs=1")
-    compare(tiny_recipe(*fields), tmp_path / "first", watcher=Silent())
+    compare(tiny_recipe(*fields), tmp_path / "first", watcher=Watcher())
     cnn = tmp_path / "first" / "seed-0" / "cnn-baseline" / "model.safetensors"
     again = (*fields, f"baseline.checkpoint={cnn}")
     for other in ("data.split_seed=1", "data.folds=2"):
         divided = [other, *(["data.test_images=null"] if "folds" in other else [])]
         expected = rf"test images of digits are training images of baseline.checkpoint={cnn}"
         with pytest.raises(RecipeError, match=expected):
-            run_recipe(tiny_recipe(*again, *divided), tmp_path / "other", watcher=Silent())
+            run_recipe(tiny_recipe(*again, *divided), tmp_path / "other", watcher=Watcher())
     assert not (tmp_path / "other").exists()
-    compare(tiny_recipe(*again), tmp_path / "same", watcher=Silent())
+    compare(tiny_recipe(*again), tmp_path / "same", watcher=Watcher())
     card = read_card(tmp_path / "same" / "seed-0" / "cnn-baseline")
     assert card.trained_before_on is not None

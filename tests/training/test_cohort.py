@@ -17,7 +17,7 @@ from deitkit.models.vit import DeiT
 from deitkit.recipe.schema import AugmentRecipe, StudentTrainRecipe
 from deitkit.recipe.speed import SpeedRecipe
 from deitkit.run.metrics import EpochMetrics
-from deitkit.run.observer import Progress
+from deitkit.run.observer import StepProgress
 from deitkit.run.state import load_tree, save_tree
 from deitkit.training.cohort import Cohort
 from deitkit.training.student import Student
@@ -171,7 +171,7 @@ def test_progress_reports_the_speed_of_the_last_steps_not_of_a_pause(stripes: Da
     state["seconds"]["step"] = 1e6  # as if the process had been stopped for eleven days
     resumed = cohort(["none"], stripes)
     resumed.load_state_dict(state)
-    seen: list[Progress] = []
+    seen: list[StepProgress] = []
     metrics = [line for lines in resumed.fit(on_step=seen.append) for line in lines]
     assert len(seen) == 2 * resumed.batches.steps_per_epoch - 1
     assert max(progress.seconds_left for progress in seen) < 1000
@@ -184,7 +184,7 @@ def test_the_average_follows_every_step(stripes: Dataset) -> None:
     (student,) = trained.students
     expected, steps = weights(student), 0
 
-    def follow(_: Progress) -> None:
+    def follow(_: StepProgress) -> None:
         nonlocal steps
         decay = min(0.9, (1 + steps) / (10 + steps))
         for name, value in weights(student).items():

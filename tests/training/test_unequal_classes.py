@@ -25,7 +25,7 @@ from deitkit.models.cnn import CifarResNet
 from deitkit.models.vit import Output
 from deitkit.recipe.schema import AugmentRecipe, DistillationRecipe, Recipe, TrainRecipe
 from deitkit.recipe.speed import SpeedRecipe
-from deitkit.run.observer import Silent
+from deitkit.run.observer import Watcher
 from deitkit.system.ranks import ALONE
 from deitkit.teachers.prepare import teacher_cohort, teacher_student
 from deitkit.training.build import build_cohort, build_students
@@ -171,6 +171,6 @@ def test_sampling_and_weights_reach_students_and_teacher(fields: list[str], tiny
 
 
 def test_the_winner_by_balanced_accuracy_is_said(tiny_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
-    results = compare(tiny_recipe("methods=[none, hard]", "compare.by=balanced"), tmp_path / "run", watcher=Silent())
+    results = compare(tiny_recipe("methods=[none, hard]", "compare.by=balanced"), tmp_path / "run", watcher=Watcher())
     assert "It was chosen by balanced accuracy" in results.verdict
     assert all(row.macro_f1 is not None for row in results.rows)

@@ -19,7 +19,7 @@ from deitkit.models.vit import DeiT
 from deitkit.recipe.load import load_recipe
 from deitkit.recipe.schema import AugmentRecipe, DistillationRecipe, Recipe, TrainRecipe
 from deitkit.recipe.speed import SpeedRecipe
-from deitkit.run.observer import Silent
+from deitkit.run.observer import Watcher
 from deitkit.training.cohort import Cohort
 from deitkit.training.student import Student
 
@@ -149,14 +149,14 @@ def test_fewer_images_than_a_step_has_room_for_are_all_used() -> None:
 def test_a_run_resumes_with_them_and_tells_of_them(tiny_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
     more = ("data.unlabelled=rest", "train.unlabelled_batch_size=24", "methods=[none, soft, consistent]")
     recipe = tiny_recipe(*more, "teacher.cache=true")
-    whole = compare(recipe, tmp_path / "whole", watcher=Silent())
+    whole = compare(recipe, tmp_path / "whole", watcher=Watcher())
     with pytest.raises(Interrupted):
         compare(recipe, tmp_path / "run", watcher=StopAfter(11))
-    resumed = compare(recipe, tmp_path / "run", watcher=Silent(), resume=True)
+    resumed = compare(recipe, tmp_path / "run", watcher=Watcher(), resume=True)
     assert [row.top1 for row in whole.rows] == [row.top1 for row in resumed.rows]
     assert whole.dataset.unlabelled == 906
     assert "64 training images and 906 without labels" in (tmp_path / "run" / "table.md").read_text()
-    plain = compare(tiny_recipe("methods=[none]"), tmp_path / "plain", watcher=Silent())
+    plain = compare(tiny_recipe("methods=[none]"), tmp_path / "plain", watcher=Watcher())
     assert plain.rows[0].top1 == whole.rows[0].top1
 
 

@@ -18,7 +18,7 @@ from deitkit.analyze.row_statistics import RowStatistics
 from deitkit.analyze.tokens import attention_maps, learned_similarity
 from deitkit.comparison.finished_run import load_as_trained, students_of, teachers_of
 from deitkit.comparison.images import as_begun
-from deitkit.data.dataset import Dataset, load_dataset
+from deitkit.data.dataset import Dataset, load_labelled
 from deitkit.errors import CheckpointError, DataError, Interrupted, RecipeError
 from deitkit.evaluation.readouts import readout_scores
 from deitkit.evaluation.statistics import mean_of_finished
@@ -61,7 +61,7 @@ def analyze_run(folder: Path, *, images: int = 8, seed: int | None = None, watch
         raise RecipeError(f"--seed {seed} is not a seed of {folder}: choose from {known}")
     recipe = load_recipe(str(folder / "recipe.yaml"))
     precision = Precision.here(recipe)
-    dataset = load_dataset(as_begun(recipe.data, folder), watcher.reading)
+    dataset = load_labelled(as_begun(recipe.data, folder), watcher.reading)
     _require_same_data(dataset, results)
     statistics = RunStatistics(dataset, results)
     load = partial(load_as_trained, speed=recipe.speed, device=precision.device)
@@ -72,7 +72,7 @@ def analyze_run(folder: Path, *, images: int = 8, seed: int | None = None, watch
             f"{folder} contains no student that finished its training, as seed-{seeds[0]}/METHOD: train one"
         )
     teachers = [] if results.teacher is None else teachers_of(folder, recipe, dataset, precision, watcher)
-    last = {row.student for row in results.rows if row.weights == "last"}
+    last = {row.folder_name for row in results.rows if row.weights == "last"}
     shown: dict[str, tuple[int, Classifier]] = {}  # each student of the first seed that has it
     for number in seeds:
         students = {name: load(path) for name, path in homes[number].items()}
@@ -157,8 +157,8 @@ class RunStatistics:
         if self._teacher_probabilities is not None:
             self.teacher.add(seed, self._teacher_probabilities, self.labels)
         for row in self.results.rows:
-            if row.student in students:
-                probabilities = readout_scores(outputs[row.student])[row.readout].softmax(dim=-1)
+            if row.folder_name in students:
+                probabilities = readout_scores(outputs[row.folder_name])[row.readout].softmax(dim=-1)
                 self.rows[row.row].add(seed, probabilities, self.labels, self._teacher_probabilities)
         for name, classifier in students.items():
             if has_both_tokens(classifier):

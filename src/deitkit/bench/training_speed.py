@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from deitkit.bench.measure import count_flops, machine_limit, peak_memory_gib, reset_peak_memory
-from deitkit.data.dataset import Dataset, Split, load_all_images
+from deitkit.data.dataset import Dataset, Split, load_dataset
 from deitkit.data.sources.choose import known_classes, known_shape
 from deitkit.errors import RecipeError
 from deitkit.models.accelerate import accelerate
@@ -46,7 +46,7 @@ class Bench:
         self.recipe = recipe = without_weights(recipe)
         self.precision = Precision.of(recipe)
         self.device = self.precision.device
-        load = partial(load_all_images, recipe.data, random_crops=recipe.has_random_crops)
+        load = partial(load_dataset, recipe.data, random_crops=recipe.has_random_crops)
         self.dataset = synthetic_dataset(recipe) if synthetic else load()
         self.synthetic = synthetic
         self.teachers = Teachers([self._build_teacher(teacher) for teacher in recipe.all_teachers])

@@ -127,7 +127,7 @@ def teacher(
     from deitkit.cli.progress import Terminal
     from deitkit.comparison.environment import require_same_teachers, write_environment_of_teachers
     from deitkit.comparison.images import require_same_images
-    from deitkit.data.dataset import load_dataset
+    from deitkit.data.dataset import load_labelled
     from deitkit.models.weights.pretrained import resolved
     from deitkit.run.folder import begin_run, check_run, choose_run_folder, locked
     from deitkit.system.device import Precision
@@ -145,7 +145,7 @@ def teacher(
     precision = Precision.of(loaded)
     with Terminal(errors if as_json else console) as terminal, locked(folder):
         check_run(folder, loaded, resume)
-        dataset = load_dataset(loaded.data, terminal.reading, random_crops=loaded.has_random_crops)
+        dataset = load_labelled(loaded.data, terminal.reading, random_crops=loaded.has_random_crops)
         require_same_images(dataset, folder, "all_images")
         require_same_teachers(loaded, dataset, folder)
         dry_run_teachers(loaded, dataset, folder, precision)
@@ -233,11 +233,11 @@ def _compare(
 
 def _show_batch(recipe: Recipe, out: Path | None) -> None:
     from deitkit.data.augment.preview import draw_views
-    from deitkit.data.dataset import load_dataset
+    from deitkit.data.dataset import load_labelled
     from deitkit.run.folder import folder_name
 
     path = (out or Path("runs")) / f"{folder_name(recipe.name)}-views.png"
-    dataset = load_dataset(recipe.data, random_crops=recipe.has_random_crops)
+    dataset = load_labelled(recipe.data, random_crops=recipe.has_random_crops)
     draw_views(dataset, recipe.augment, recipe.train.label_smoothing, path)
     say(f"augmented views in {path}")
 

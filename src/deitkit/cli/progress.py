@@ -15,8 +15,7 @@ from rich.table import Table
 from deitkit.cli.console import plain, say, silent
 from deitkit.errors import Interrupted, one_line
 from deitkit.run.metrics import EpochMetrics
-from deitkit.run.observer import Progress as TrainingProgress
-from deitkit.run.observer import Watcher
+from deitkit.run.observer import StepProgress, Watcher
 from deitkit.system.process import were_started
 from deitkit.system.words import duration_text
 
@@ -152,7 +151,7 @@ class Terminal(Watcher):
         if done >= total:
             self._end_live()
 
-    def step(self, title: str, progress: TrainingProgress) -> None:
+    def step(self, title: str, progress: StepProgress) -> None:
         """Update the bar and the losses a few times a second; without a terminal, print a line each minute."""
         if time.monotonic() - self._drawn < self._seconds:
             return
@@ -256,7 +255,7 @@ class Told(Terminal):
         self._raise_if_stopped()
         self.watcher.reading(what, done, total)
 
-    def step(self, title: str, progress: TrainingProgress) -> None:
+    def step(self, title: str, progress: StepProgress) -> None:
         """Pass on a step."""
         self.watcher.step(title, progress)
 

@@ -20,7 +20,7 @@ from deitkit.comparison.environment import require_same_code, require_same_ingre
 from deitkit.comparison.images import as_begun, cache_last, require_same_images
 from deitkit.comparison.rows import Hits, RowKey, corrected, note_on_stops, paired_over_seeds
 from deitkit.comparison.seed_run import load_predictions
-from deitkit.data.dataset import Dataset, load_all_images
+from deitkit.data.dataset import Dataset, load_dataset
 from deitkit.errors import DataError, DeitkitError
 from deitkit.models.weights.pretrained import resolved
 from deitkit.recipe.contradictions import BASE
@@ -115,7 +115,7 @@ def begin_variants(recipe: Recipe, folder: Path, *, watcher: Watcher, resume: bo
         check_run(homes[name], variant, resume=True)
     # Variants that share a data set follow each other in most recipes.
     random_crops = any(variant.has_random_crops for variant in recipes.values())
-    load = cache_last(lambda data: load_all_images(data, watcher.reading, random_crops=random_crops))
+    load = cache_last(lambda data: load_dataset(data, watcher.reading, random_crops=random_crops))
     begun = BegunVariants(recipes, homes, _dry_run_all(recipes, homes, load), load)
     begin_run(folder, recipe)
     for name in begun.unfinished:

@@ -65,7 +65,7 @@ from deitkit.teachers.saved import of_unknown_training
 from deitkit.training.build import (
     baseline_architecture,
     build_students,
-    initial_weights,
+    describe_initial_weights,
     needs_teacher,
     require_unseen_baseline,
     student_names,
@@ -297,7 +297,7 @@ def _results(begun: Begun, folder: Path) -> Results:
         dataset=_summary(dataset),
         teacher=together,
         teachers=tuple(cards),
-        initial=initial_weights(recipe),
+        initial=describe_initial_weights(recipe),
         seeds=recipe.seeds,
         rows=summary.rows,
         winner=None if summary.winner is None else summary.winner.row,
@@ -351,7 +351,7 @@ def copy_winner(results: Results, folder: Path, homes: Sequence[Path]) -> None:
         return
     validation = validation_scores(row, results.recipe.get("compare", {}).get("by", "accuracy"))
     place = max(range(len(homes)), key=lambda place: validation[place] or 0.0)
-    source = homes[place] / row.student
+    source = homes[place] / row.folder_name
     weights = target / "model.safetensors"
     if weights.exists() and not filecmp.cmp(source / weights.name, weights, shallow=False):
         for exported in (*target.glob("*.onnx"), *target.glob("*.onnx.json")):

@@ -43,7 +43,7 @@ def add_costs(results: Results, recipe: Recipe, folder: Path, precision: Precisi
         card.model_copy(update={"cost": costs[home]}) for card, home in zip(results.teachers, teachers, strict=True)
     )
     rows = tuple(
-        row.model_copy(update={"cost": costs[students[row.student]]}) if row.student in students else row
+        row.model_copy(update={"cost": costs[students[row.folder_name]]}) if row.folder_name in students else row
         for row in results.rows
     )
     together = results.teacher

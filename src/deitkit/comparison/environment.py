@@ -16,7 +16,7 @@ from deitkit.distillation.methods import SHIPPED, SIGNALS, find_method
 from deitkit.errors import CheckpointError
 from deitkit.models.registered import OWN, build_function
 from deitkit.models.weights.initialise import weights_file
-from deitkit.models.weights.pretrained import starting_weights
+from deitkit.models.weights.pretrained import initial_weights_path
 from deitkit.models.weights.read import file_sha256
 from deitkit.models.zoo import create_classifier
 from deitkit.recipe.schema import DistillationRecipe, Recipe
@@ -83,7 +83,10 @@ def _require_same(ingredients: dict[str, str], folder: Path) -> None:
 
 def _initial(recipe: Recipe) -> dict[str, str]:
     """Return the SHA-256 of the students' initial weights; empty for random ones."""
-    start, checkpoint = starting_weights(recipe.model), None if recipe.baseline is None else recipe.baseline.checkpoint
+    start, checkpoint = (
+        initial_weights_path(recipe.model),
+        None if recipe.baseline is None else recipe.baseline.checkpoint,
+    )
     found = {} if start is None else {"the initial weights": file_sha256(weights_file(start))}
     return found | ({} if checkpoint is None else {"the weights of the baseline": file_sha256(checkpoint)})
 

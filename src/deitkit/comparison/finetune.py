@@ -24,7 +24,7 @@ from deitkit.evaluation.statistics import wilson_interval
 from deitkit.models.classifier import Classifier
 from deitkit.models.vit import SIZES
 from deitkit.models.weights.initialise import Weights, read_weights
-from deitkit.models.weights.pretrained import starting_weights
+from deitkit.models.weights.pretrained import initial_weights_path
 from deitkit.recipe.schema import DataRecipe, ModelRecipe, Recipe
 from deitkit.run.difference import Difference
 from deitkit.run.observer import Watcher
@@ -125,7 +125,7 @@ def measure_checkpoint(
 
     Nothing is chosen by the result. A checkpoint with other classes than the data is not measured.
     """
-    start = starting_weights(recipe.model)
+    start = initial_weights_path(recipe.model)
     if start is None:
         return None
     # The heads of the students, which no tensor shows.

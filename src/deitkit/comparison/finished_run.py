@@ -44,8 +44,8 @@ def students_of(folder: Path, results: Results, seed: int) -> dict[str, Path]:
         seed: Of the run.
     """
     place = results.seeds.index(seed)
-    homes = {row.student: seed_folder(folder, seed) / row.student for row in results.rows}
-    stopped = {row.student for row in results.rows if row.top1[place:] and row.top1[place] is None}
+    homes = {row.folder_name: seed_folder(folder, seed) / row.folder_name for row in results.rows}
+    stopped = {row.folder_name for row in results.rows if row.top1[place:] and row.top1[place] is None}
     return {name: home for name, home in homes.items() if name not in stopped and (home / "model.json").exists()}
 
 

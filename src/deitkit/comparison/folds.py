@@ -8,8 +8,6 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
-
 from deitkit.comparison.advice import advice
 from deitkit.comparison.compare import compare, complete, copy_winner, dry_run, has_finished
 from deitkit.comparison.environment import require_same_ingredients
@@ -17,21 +15,22 @@ from deitkit.comparison.finetune import measure_checkpoint
 from deitkit.comparison.images import as_begun, cache_last
 from deitkit.comparison.rows import best_row, corrected, corrected_differences, note_on_stops, validation_scores
 from deitkit.comparison.verdict import Standing, verdict
-from deitkit.data.dataset import Dataset, load_all_images
+from deitkit.data.dataset import Dataset, load_dataset
 from deitkit.evaluation.statistics import (
     are_equal,
     finished,
     mean_of_finished,
     resampled_difference,
     resampled_interval,
+    std_of_finished,
 )
-from deitkit.models.weights.pretrained import resolved, starting_weights
+from deitkit.models.weights.pretrained import initial_weights_path, resolved
 from deitkit.recipe.schema import DataRecipe, Recipe
 from deitkit.report.write import write_report
 from deitkit.run.difference import Difference, Reference
 from deitkit.run.folder import begin_run, check_run
 from deitkit.run.layout import fold_folder, seed_folder
-from deitkit.run.observer import Silent, Watcher
+from deitkit.run.observer import Watcher
 from deitkit.run.provenance import envelope
 from deitkit.run.reported import reported_rows
 from deitkit.run.results import (
@@ -102,7 +101,7 @@ def begin_folds(
     check_run(folder, recipe, resume)
     for fold, own in recipes.items():
         check_run(fold_folder(folder, fold), own, resume=True)
-    load = cache_last(lambda data: load_all_images(data, watcher.reading, random_crops=recipe.has_random_crops))
+    load = cache_last(lambda data: load_dataset(data, watcher.reading, random_crops=recipe.has_random_crops))
     precision = Precision.of(recipe)
     dataset = load(as_begun(recipes[1].data, fold_folder(folder, 1)))
     dry_run(recipes[1], dataset, precision)
@@ -114,13 +113,13 @@ def begin_folds(
             judge_prepared(recipe, fold_folder(folder, fold))
     # Without its damaged files a class may have no images in a split of another fold, and the images that a checkpoint
     # or a teacher was trained on may be another fold's test images.
-    starts = starting_weights(recipe.model), baseline_origin(recipe)
+    starts = initial_weights_path(recipe.model), baseline_origin(recipe)
     has_seen = starts != (None, None) or any(origins(teacher) for teacher in teachers)
     if dataset.skipped or has_seen:
         for fold, own in reversed(recipes.items()):  # the first one trains next
             del dataset  # before another is loaded
             dataset = load(as_begun(own.data, fold_folder(folder, fold)))
-            measure_checkpoint(own, dataset, precision, Silent())
+            measure_checkpoint(own, dataset, precision, Watcher())
             require_unseen_baseline(own, dataset)
             for teacher in teachers:
                 require_unseen(teacher, own.data, dataset)
@@ -170,7 +169,7 @@ def _combined(rows: Sequence[Row], folds: Sequence[int]) -> Row:
             "top5": None if rows[0].top5 is None else tuple((row.top5 or (None,))[0] for row in rows),
             "n": sum(row.n for row in rows),
             "top1_mean": mean_of_finished(values),
-            "top1_std": float(np.std(values, ddof=1)) if len(values) > 1 else None,
+            "top1_std": std_of_finished(values),
             "top1_ci95": resampled_interval(values, len(folds)) if spread else None,
             "validation_top1": tuple(row.validation_top1[0] for row in rows),
             "validation_balanced": tuple((row.validation_balanced or (None,))[0] for row in rows),

@@ -9,7 +9,7 @@ from typing import Any, Literal, ParamSpec
 import torch
 
 from deitkit.data.cache import sha256
-from deitkit.data.dataset import Dataset, load_all_images
+from deitkit.data.dataset import Dataset, load_dataset
 from deitkit.errors import CheckpointError
 from deitkit.recipe.schema import DataRecipe, Recipe
 from deitkit.run.folder import read_environment
@@ -34,7 +34,7 @@ def load_images(recipe: Recipe, folder: Path, watcher: Watcher, dataset: Dataset
     """
     data = as_begun(recipe.data, folder)
     if dataset is None:
-        dataset = load_all_images(data, watcher.reading, random_crops=recipe.has_random_crops)
+        dataset = load_dataset(data, watcher.reading, random_crops=recipe.has_random_crops)
     require_same_images(dataset, folder)
     for other in _other_folds(data, folder):
         require_same_images(dataset, other, "all_images")

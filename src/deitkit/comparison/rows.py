@@ -7,7 +7,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-import numpy as np
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
@@ -21,6 +20,7 @@ from deitkit.evaluation.statistics import (
     mean_interval,
     mean_of_finished,
     paired_difference,
+    std_of_finished,
     wilson_interval,
 )
 from deitkit.recipe.schema import Recipe
@@ -204,8 +204,8 @@ def _row(
         top1=tuple(top1.get(seed) for seed in seeds),
         top5=None if top5 is None else tuple(top5.get(seed) for seed in seeds),
         n=len(labels),
-        top1_mean=float(np.mean(values)) if values else None,
-        top1_std=float(np.std(values, ddof=1)) if len(values) > 1 else None,
+        top1_mean=mean_of_finished(values),
+        top1_std=std_of_finished(values),
         top1_ci95=_interval(values, len(labels)),
         validation_top1=tuple(validation_top1.get(seed) for seed in seeds),
         validation_balanced=tuple(validation_balanced.get(seed) for seed in seeds),

@@ -26,7 +26,7 @@ from deitkit.models.accelerate import release
 from deitkit.models.classifier import Classifier
 from deitkit.models.saved import read_card, save_classifier
 from deitkit.models.weights.initialise import card_of, weights_file
-from deitkit.models.weights.pretrained import starting_weights
+from deitkit.models.weights.pretrained import initial_weights_path
 from deitkit.models.weights.read import require_whole
 from deitkit.recipe.schema import Recipe
 from deitkit.run.folder import locked, unreadable
@@ -43,7 +43,7 @@ from deitkit.training.build import (
     baseline_origin,
     build_cohort,
     build_students,
-    initial_weights,
+    describe_initial_weights,
     student_names,
 )
 from deitkit.training.fit import train_to_end
@@ -279,6 +279,6 @@ def _student_card(recipe: Recipe, dataset: Dataset, student: Student, seed: int)
     if student.name == BASELINE:
         card["architecture"], before = baseline_architecture(recipe), baseline_origin(recipe)
     else:
-        card["initial"], start = initial_weights(recipe), starting_weights(recipe.model)
+        card["initial"], start = describe_initial_weights(recipe), initial_weights_path(recipe.model)
         before = None if start is None else card_of(weights_file(start))
     return card | images_before(dataset, [] if before is None else [before])

@@ -14,7 +14,7 @@ from torch import Tensor
 from deitkit.comparison.cohort_states import PREDICTIONS
 from deitkit.comparison.finished_run import load_as_trained, students_of
 from deitkit.comparison.images import as_begun, cache_last, describe_images
-from deitkit.data.dataset import Dataset, load_dataset
+from deitkit.data.dataset import Dataset, load_labelled
 from deitkit.evaluation.predict import predict_all
 from deitkit.evaluation.readouts import readout_scores, top_k_accuracy
 from deitkit.models.vit import Output
@@ -82,7 +82,7 @@ def verify_run(folder: Path, watcher: Watcher, data: str | None = None, root: Pa
     results = read_results(folder)
     moved = {"name": data, "root": root}
     changes = {field: value for field, value in moved.items() if value is not None}
-    load = cache_last(lambda recipe: load_dataset(recipe.model_copy(update=changes), watcher.reading))
+    load = cache_last(lambda recipe: load_labelled(recipe.model_copy(update=changes), watcher.reading))
     found = []
     if isinstance(results, AblationResults):
         for name in results.variants:
@@ -134,10 +134,10 @@ def _verify(
         }
         tolerance = max([tolerance, *allowed.values()])
         for row in recorded_rows:
-            output, least = outputs.get(row.student), allowed.get(row.student, 0.0)
+            output, least = outputs.get(row.folder_name), allowed.get(row.folder_name, 0.0)
             rows.append(_verified(row, place, seed, output, dataset.test.labels, least))
             if rows[-1].holds is False and rows[-1].measured is None:
-                home = seed_folder(folder, seed) / row.student
+                home = seed_folder(folder, seed) / row.folder_name
                 problems.append(f"{home / 'model.json'} is missing: copy the student's folder back into its run")
     holds_all = same_data and same_teachers is not False and all(row.holds is not False for row in rows)
     return Verification(holds_all, same_data, same_teachers, tolerance, tuple(rows), tuple(dict.fromkeys(problems)))

@@ -6,11 +6,11 @@ from types import FrameType
 
 from deitkit.comparison.images import cache_last
 from deitkit.comparison.seed_run import predict_students
-from deitkit.data.dataset import Dataset, load_all_images
+from deitkit.data.dataset import Dataset, load_dataset
 from deitkit.errors import Interrupted
 from deitkit.models.accelerate import forget_compiled, release
 from deitkit.recipe.schema import DataRecipe
-from deitkit.run.observer import Silent
+from deitkit.run.observer import Watcher
 from deitkit.system.device import Precision
 from deitkit.system.ranks import Ranks
 from deitkit.teachers.build import build_teacher
@@ -78,7 +78,7 @@ def _help_with_students(training: SharedTraining, seed: int, precision: Precisio
     dataset = _load(recipe.data, recipe.has_random_crops)
     teachers = None
     if needs_teacher(recipe):
-        teachers, _ = prepare_teachers(recipe, dataset, folder=training.folder, precision=precision, watcher=Silent())
+        teachers, _ = prepare_teachers(recipe, dataset, folder=training.folder, precision=precision, watcher=Watcher())
     students = build_students(recipe, dataset, seed, precision, names=training.names)
     cohort = build_cohort(students, recipe, dataset, teacher=teachers, seed=seed, precision=precision, ranks=ranks)
     help_to_the_end(cohort, stop)
@@ -90,4 +90,4 @@ def _help_with_students(training: SharedTraining, seed: int, precision: Precisio
 @cache_last
 def _load(recipe: DataRecipe, random_crops: bool) -> Dataset:
     """Load the images of a recipe, which the first process has read, and so cached, before."""
-    return load_all_images(recipe, random_crops=random_crops)
+    return load_dataset(recipe, random_crops=random_crops)

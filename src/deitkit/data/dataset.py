@@ -136,10 +136,10 @@ class Dataset:
         return self.train.images.shape[2], self.train.images.shape[3]
 
 
-def load_dataset(
+def load_labelled(
     recipe: DataRecipe, progress: ProgressCallback | None = None, *, random_crops: bool = False
 ) -> Dataset:
-    """Load the data set of a recipe, as uint8 images in memory or as streamed files.
+    """Load the images with labels of a recipe, as uint8 images in memory or as streamed files.
 
     Labels are read and split first (see ``plan_splits``); only images that belong to a split are decoded. An image
     that cannot be decoded is therefore missing from its split, and does not move others between splits.
@@ -192,11 +192,11 @@ def load_dataset(
     )
 
 
-def load_all_images(
+def load_dataset(
     recipe: DataRecipe, progress: ProgressCallback | None = None, *, random_crops: bool = False
 ) -> Dataset:
-    """Load the data set of a recipe, see ``load_dataset``, and its images without labels if it names some."""
-    dataset = load_dataset(recipe, progress, random_crops=random_crops)
+    """Load the data set of a recipe: the images of ``load_labelled``, and those without labels if it has some."""
+    dataset = load_labelled(recipe, progress, random_crops=random_crops)
     return dataset if recipe.unlabelled is None else add_unlabelled(dataset, recipe, progress)
 
 
@@ -281,7 +281,7 @@ def _list_unlabelled(source: str) -> Listing:
 
 
 def load_test(recipe: DataRecipe, progress: ProgressCallback | None = None) -> tuple[Split, tuple[str, ...]]:
-    """Load only the test images of ``load_dataset``, and return them with the names of the classes."""
+    """Load only the test images of ``load_labelled``, and return them with the names of the classes."""
     listing, indices = _plan(recipe, progress)
     found = read_selection(listing, indices.test, 0, recipe, progress)
     split = Split(found.images, listing.labels[indices.test[found.kept]], hashes=found.hashes[found.kept])

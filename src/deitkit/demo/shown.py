@@ -186,9 +186,9 @@ def _of_run(folder: Path, results: Results, device: torch.device) -> Iterator[Sh
         homes[home] = (f"{title}: {teacher.name}", _about("", teacher.test_top1, teacher.cost), None)
     by_student: dict[str, list[Row]] = {}
     for row in results.rows:
-        by_student.setdefault(row.student, []).append(row)
+        by_student.setdefault(row.folder_name, []).append(row)
     for student, home in students_of(folder, results, results.seeds[0]).items():
-        if winner is None or student != winner.student:
+        if winner is None or student != winner.folder_name:
             rows = by_student[student]
             default = default_readout([row.readout for row in rows])
             row = next(row for row in rows if row.readout == default)

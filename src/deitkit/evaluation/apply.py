@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from deitkit.data.dataset import Dataset, load_dataset, load_test
+from deitkit.data.dataset import Dataset, load_labelled, load_test
 from deitkit.data.duplicates import share_in_sketch
 from deitkit.errors import DataError, HasTestSplit
 from deitkit.evaluation.predict import predict
@@ -62,7 +62,7 @@ def load_data_of(card: ModelCard, data: str, root: Path | None) -> Dataset:
     Raises:
         DataError: Its classes differ from the model's.
     """
-    dataset = _as_divided(load_dataset, card, data, root)
+    dataset = _as_divided(load_labelled, card, data, root)
     _require_classes(dataset.class_names, card, data)
     return dataset
 

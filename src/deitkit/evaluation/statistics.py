@@ -35,6 +35,12 @@ def mean_of_finished(values: Iterable[float | None]) -> float | None:
     return float(np.mean(found)) if found else None
 
 
+def std_of_finished(values: Iterable[float | None]) -> float | None:
+    """Return the standard deviation over the seeds or folds that finished (n - 1); None with fewer than two."""
+    found = finished(values)
+    return float(np.std(found, ddof=1)) if len(found) > 1 else None
+
+
 def mean_interval(values: Sequence[float]) -> tuple[float, float]:
     """Return the 95 % Student t interval of a mean over at least two seeds."""
     assert len(values) >= 2

@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from deitkit import __version__
+from deitkit.data.pixels import evaluation_frame
 from deitkit.distillation.methods import METHODS
 from deitkit.errors import CheckpointError, RecipeError, reason_of
 from deitkit.export.export import ExportOptions, export_onnx
@@ -167,7 +168,7 @@ def _facts(
         "difference": "; answers near a boundary can differ" if has_both and readout != "joint-logits" else "",
         "has_card": (out / "model.json").exists(),
         "onnx": onnx,
-        "preparation": _FIT[exported.fit].format(side=int(px / card.eval_crop), px=px),
+        "preparation": _FIT[exported.fit].format(side=evaluation_frame(px, card.eval_crop)[0], px=px),
         "mean": ", ".join(f"{value:.4f}" for value in exported.mean),
         "std": ", ".join(f"{value:.4f}" for value in exported.std),
         "results": shown,

@@ -8,9 +8,8 @@ from pydantic import ValidationError
 
 from deitkit.errors import CheckpointError
 from deitkit.run.record import Record, parse_json
+from deitkit.run.reported import default_readout
 from deitkit.system.files import write_text
-
-MAIN_READOUTS = ("joint", "class", "distillation")
 
 
 class EpochMetrics(Record):
@@ -48,9 +47,9 @@ class EpochMetrics(Record):
 
     @property
     def main_accuracy(self) -> float | None:
-        """The validation accuracy of the student's main readout: joint, else class, else distillation."""
+        """The validation accuracy of the student's main readout."""
         readouts = self.validation or {}
-        return next((value for name in MAIN_READOUTS if (value := readouts.get(name)) is not None), None)
+        return readouts[default_readout(list(readouts))] if readouts else None
 
 
 def read_metrics(folder: Path) -> list[EpochMetrics]:

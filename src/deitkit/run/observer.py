@@ -2,14 +2,14 @@
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from deitkit.run.metrics import EpochMetrics
 
 
-@dataclass
-class Progress:
-    """Progress of a cohort."""
+@dataclass(frozen=True)
+class StepProgress:
+    """How far a cohort is, after a step."""
 
     seed: int
     epoch: int  # from 1
@@ -18,7 +18,7 @@ class Progress:
     steps_per_epoch: int
     images_per_second: float
     seconds_left: float  # of this cohort's training, at the speed of the last steps
-    losses: dict[str, float] = field(default_factory=dict)
+    losses: dict[str, float]  # by student, mean over the steps of the epoch
 
 
 class Watcher:
@@ -30,7 +30,7 @@ class Watcher:
     def reading(self, what: str, done: int, total: int) -> None:
         """Report how many images have been read."""
 
-    def step(self, title: str, progress: Progress) -> None:
+    def step(self, title: str, progress: StepProgress) -> None:
         """Report a training step."""
 
     def epoch(self, title: str, metrics: list[EpochMetrics]) -> None:
@@ -46,6 +46,3 @@ class Watcher:
     def should_stop(self) -> bool:
         """Return whether the user requested a stop."""
         return False
-
-
-Silent = Watcher

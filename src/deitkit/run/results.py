@@ -92,7 +92,7 @@ class Row(Record):
     cost: Cost | None = None
 
     @property
-    def student(self) -> str:
+    def folder_name(self) -> str:
         """The name of the student's folder in the run folder."""
         return f"{self.method}+ema" if self.weights == "ema" else self.method
 

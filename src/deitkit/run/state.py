@@ -17,6 +17,8 @@ from deitkit.system.files import write_bytes
 from deitkit.system.process import signals_held
 
 FORMAT = 1
+# What reading a file of any content raises.
+_DAMAGED = (SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
 
 
 def save_tree(path: Path, tree: Any) -> None:
@@ -36,15 +38,20 @@ def load_tree(path: Path) -> Any:
     """Read what ``save_tree`` wrote, on the CPU; raise CheckpointError if anything differs, even one bit."""
     try:
         with signals_held(), safe_open(path, framework="pt") as file:
-            entry = json.loads((file.metadata() or {})["deitkit"])
+            entry = _entry(file)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         if entry["sha256"] != _checksum(entry["tree"], tensors):
             raise ValueError("the checksum differs")
         return _decode(json.loads(entry["tree"]), tensors)
-    except (SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+    except _DAMAGED as error:
         raise CheckpointError(
             f"{path} is damaged or is not a checkpoint of deitkit: delete it and resume again"
         ) from error
+
+
+def _entry(file: safe_open) -> dict[str, Any]:
+    """Return what ``save_tree`` wrote beside the tensors."""
+    return json.loads((file.metadata() or {})["deitkit"])
 
 
 def save_state(path: Path, tree: Any) -> None:
@@ -94,9 +101,9 @@ def outline(path: Path) -> Any:
     for file in (path, _before(path)):
         try:
             with signals_held(), safe_open(file, framework="pt") as opened:
-                entry = json.loads((opened.metadata() or {})["deitkit"])
+                entry = _entry(opened)
             return _decode(json.loads(entry["tree"]), defaultdict(lambda: torch.empty(0)))
-        except (SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        except _DAMAGED:
             continue
     return None
 

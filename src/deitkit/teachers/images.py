@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from deitkit.data.dataset import Dataset, load_dataset
+from deitkit.data.dataset import Dataset, load_labelled
 from deitkit.data.listing import ProgressCallback
 from deitkit.errors import TeacherError
 from deitkit.recipe.schema import Recipe, TeacherRecipe
@@ -31,7 +31,7 @@ def load_teacher_images(
         mark = None if folder is None else folder / STREAMED
         if every_image.streaming == "auto" and mark is not None and mark.exists():
             every_image = every_image.model_copy(update={"streaming": mark.read_text(encoding="utf-8") == "true"})
-        dataset = load_dataset(every_image, progress, random_crops=recipe.has_random_crops)
+        dataset = load_labelled(every_image, progress, random_crops=recipe.has_random_crops)
         if mark is not None:
             write_text(mark, "true" if dataset.streamed else "false")
     require_batch(recipe.teacher, len(dataset.train))

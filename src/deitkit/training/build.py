@@ -15,8 +15,8 @@ from deitkit.models.accelerate import accelerate
 from deitkit.models.card import ModelCard
 from deitkit.models.classifier import Classifier
 from deitkit.models.vit import create_student
-from deitkit.models.weights.initialise import card_of, load_initial, weights_file
-from deitkit.models.weights.pretrained import licence_of, starting_weights
+from deitkit.models.weights.initialise import card_of, load_initial_weights, weights_file
+from deitkit.models.weights.pretrained import initial_weights_path, licence_of
 from deitkit.models.weights.read import file_sha256, load_into, read_state
 from deitkit.models.zoo import create_classifier
 from deitkit.recipe.schema import OptimizerRecipe, Recipe
@@ -58,7 +58,7 @@ def build_students(
     """
     names = student_names(recipe) if names is None else names
     image_px = (dataset.image_px[0], dataset.image_px[1])
-    start = starting_weights(recipe.model)
+    start = initial_weights_path(recipe.model)
     students = []
     changes: dict[str, list[str]] = {}
     for name in (method for method in recipe.methods if method in names):
@@ -71,7 +71,7 @@ def build_students(
             seed=derived_seed(seed, "student"),
         )
         if start is not None:
-            lines = load_initial(
+            lines = load_initial_weights(
                 model,
                 start,
                 class_names=dataset.class_names,
@@ -83,7 +83,7 @@ def build_students(
         classifier = accelerate(Classifier(model, mean=dataset.mean, std=dataset.std), recipe.speed, precision.device)
         students.append(_student(name, METHODS[name], classifier, recipe.train, recipe, precision))
     if start is not None:
-        say(f"students start from {initial_weights(recipe)}")
+        say(f"students start from {describe_initial_weights(recipe)}")
     for line, changed in changes.items():
         say(line if len(changed) == len(students) else f"{', '.join(changed)}: {line}")
     if recipe.baseline is not None and BASELINE in names:
@@ -119,9 +119,9 @@ def build_cohort(
     )
 
 
-def initial_weights(recipe: Recipe) -> str | None:
+def describe_initial_weights(recipe: Recipe) -> str | None:
     """Return name, hash and known licence of the students' initial weights; None for random ones."""
-    start = starting_weights(recipe.model)
+    start = initial_weights_path(recipe.model)
     if start is None:
         return None
     licence = licence_of(start) if recipe.model.pretrained is not None else None

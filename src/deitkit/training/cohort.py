@@ -23,7 +23,7 @@ from deitkit.evaluation.readouts import readout_scores, top_k_accuracy
 from deitkit.recipe.schema import AugmentRecipe, TrainRecipe
 from deitkit.recipe.speed import SpeedRecipe
 from deitkit.run.metrics import EpochMetrics
-from deitkit.run.observer import Progress
+from deitkit.run.observer import StepProgress
 from deitkit.system.device import Precision
 from deitkit.system.ranks import ALONE, Ranks
 from deitkit.system.seeding import derived_generator, derived_seed
@@ -238,7 +238,7 @@ class Cohort:
         return learning_rate(step, self.batches.steps_per_epoch, student.recipe, self.train_recipe)
 
     def fit(
-        self, on_step: Callable[[Progress], None] | None = None, should_stop: Callable[[], bool] = lambda: False
+        self, on_step: Callable[[StepProgress], None] | None = None, should_stop: Callable[[], bool] = lambda: False
     ) -> Iterator[list[EpochMetrics]]:
         """Train until the last epoch, and yield each epoch's metrics, of each student.
 
@@ -270,7 +270,7 @@ class Cohort:
         for batches in filter(None, (self.batches, self.unlabelled)):
             batches.close()
 
-    def _after_step(self, on_step: Callable[[Progress], None] | None, should_stop: Callable[[], bool]) -> None:
+    def _after_step(self, on_step: Callable[[StepProgress], None] | None, should_stop: Callable[[], bool]) -> None:
         # Reading values back waits for the device: on a GPU only every few steps.
         on_cpu, last = self.device.type == "cpu", self.step == self.batches.steps_per_epoch
         if on_cpu or last or self.step % LOG_EVERY == 0:
@@ -313,10 +313,10 @@ class Cohort:
                 student.check_weights(self.global_step - 1)
             student.stop_if_not_finite(lambda step, student=student: self.rate(student, step))  # type: ignore[misc]
 
-    def _progress(self) -> Progress:
+    def _progress(self) -> StepProgress:
         left = self.train_recipe.epochs * self.batches.steps_per_epoch - self.global_step
         seconds_per_step = self._pace.mark(self.step, self.watches["step"].seconds)
-        return Progress(
+        return StepProgress(
             seed=self.seed,
             epoch=self.epoch + 1,
             epochs=self.train_recipe.epochs,

@@ -9,7 +9,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from deitkit.errors import Interrupted
 from deitkit.run.metrics import EpochMetrics, read_metrics, write_metrics
-from deitkit.run.observer import Progress, Watcher
+from deitkit.run.observer import StepProgress, Watcher
 from deitkit.run.state import load_state, load_tree, save_state
 from deitkit.training.cohort import Cohort
 
@@ -83,7 +83,7 @@ def train_to_end(
     ]
     saver = StateSaver(cohort, checkpoint, save_seconds)
 
-    def on_step(progress: Progress) -> None:
+    def on_step(progress: StepProgress) -> None:
         watcher.step(title, progress)
         saver.save_if_due()
 

@@ -21,7 +21,7 @@ from deitkit.models.classifier import Classifier
 from deitkit.models.saved import load_classifier, save_classifier, save_tensors
 from deitkit.models.vit import INIT_STD, MLP_RATIO, NORM_EPS, SIZES
 from deitkit.models.weights.export import ExportedModel
-from deitkit.models.weights.formats import to_timm, to_transformers
+from deitkit.models.weights.formats import TIMM_CROP_MODES, to_timm, to_transformers
 from deitkit.models.weights.read import FACTS
 from deitkit.system.files import write_bytes, write_json
 
@@ -157,7 +157,7 @@ def _write_timm(exported: ExportedModel, out: Path) -> list[str]:
             "fixed_input_size": True,
             "interpolation": "bicubic",
             "crop_pct": exported.eval_crop,
-            "crop_mode": {"crop": "center", "pad": "border", "squash": "squash"}[exported.fit],
+            "crop_mode": TIMM_CROP_MODES[exported.fit],
             "mean": list(exported.mean),
             "std": list(exported.std),
             "num_classes": config.classes,

@@ -45,6 +45,8 @@ _RENAMED = {
     "mlp.fc1": _BLOCK["mlp.fc1"],
     "mlp.fc2": _BLOCK["mlp.fc2"],
 }
+# data.fit: timm's crop_mode.
+TIMM_CROP_MODES = {"crop": "center", "pad": "border", "squash": "squash"}
 _SCALED = {"ls1": "attn.proj", "ls2": "mlp.fc2"}  # the layer whose output each LayerScale multiplies
 _CLASSIFIERS = {"classifier": "head", "cls_classifier": "head", "distillation_classifier": "head_dist"}
 _IN_BLOCK = re.compile(r"(?:encoder\.layer|layers)\.(\d+)\.(.+)\.(weight|bias)")

@@ -14,10 +14,12 @@ import torch
 from deitkit.errors import CheckpointError, reason_of
 from deitkit.models.card import ModelCard, card_from
 from deitkit.models.classifier import IMAGENET_NORMALISATION
+from deitkit.models.saved import model_folder
 from deitkit.models.vit import NORM_EPS, DeiT
 from deitkit.models.weights.adapt import Normalisation, Values, adapt, renormalise
 from deitkit.models.weights.formats import (
     HEAD_WIDTH,
+    TIMM_CROP_MODES,
     Architecture,
     State,
     describe,
@@ -28,7 +30,7 @@ from deitkit.models.weights.formats import (
 from deitkit.models.weights.read import read_checkpoint
 from deitkit.system.words import display_name
 
-_TIMMS_FITS = {"center": "crop", "border": "pad", "squash": "squash"}  # timm's crop_mode: data.fit
+_FITS = {mode: fit for fit, mode in TIMM_CROP_MODES.items()}
 _WEIGHTS_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
@@ -125,7 +127,7 @@ def weights_file(path: Path) -> Path:
     """Return the file from which ``read_weights`` reads tensors; raise CheckpointError if a folder has none."""
     if not path.is_dir():
         return path
-    folder = path / "winner" if (path / "winner" / "model.json").is_file() else path
+    folder = model_folder(path)
     found = next((folder / name for name in _WEIGHTS_FILES if (folder / name).is_file()), None)
     if found is None:
         raise CheckpointError(
@@ -167,7 +169,7 @@ def _from_facts(facts: dict[str, Any], source: str) -> dict[str, Any]:
         numbers = {key: tuple(float(value) for value in facts[key]) for key in ("mean", "std")}
         names = [str(name) for name in facts["class_names"]]
         share, fit = float(facts["eval_crop"]), facts["fit"]
-        if not 0 < share <= 1 or fit not in _TIMMS_FITS.values():
+        if not 0 < share <= 1 or fit not in _FITS.values():
             raise ValueError("no way to prepare an image")
         view = {"image_px": sides, "eval_crop": share, "fit": fit}
         return {"heads": int(facts["heads"]), "class_names": names, **numbers, **view}
@@ -216,7 +218,7 @@ def _from_config(folder: Path) -> dict[str, Any]:
 
 def _timms_view(config: dict[str, Any]) -> dict[str, Any]:
     """Return how timm's ``pretrained_cfg`` prepares an image; empty where it does not say."""
-    share, fit = config.get("crop_pct"), _TIMMS_FITS.get(str(config.get("crop_mode", "center")))
+    share, fit = config.get("crop_pct"), _FITS.get(str(config.get("crop_mode", "center")))
     if not isinstance(share, int | float) or not 0 < share <= 1 or fit is None:
         return {}
     return {"eval_crop": float(share), "fit": fit}
@@ -274,7 +276,7 @@ def _timm_facts(config: dict[str, Any], folder: Path) -> dict[str, Any]:
     return {"heads": model.blocks[0].attn.num_heads, "eps": getattr(model.norm, "eps", NORM_EPS)}
 
 
-def load_initial(
+def load_initial_weights(
     student: DeiT,
     file: Path,
     *,

@@ -19,7 +19,7 @@ from deitkit.system.network import no_endless_wait
 PREFIX = "timm/"
 
 
-def starting_weights(model: ModelRecipe) -> Path | None:
+def initial_weights_path(model: ModelRecipe) -> Path | None:
     """Return the initial weights of a recipe's students, downloaded if they have a name; None for random ones."""
     return model.checkpoint if model.pretrained is None else fetch(model.pretrained)
 
