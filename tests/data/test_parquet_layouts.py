@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from deitkit.data.listing import EncodedImages
+from deitkit.data.sources.folders import WITHOUT_VALIDATION
 from deitkit.data.sources.parquet import configurations, has_shards, list_parquet
 from deitkit.errors import DataError
 
@@ -123,7 +124,7 @@ def test_a_validation_split_of_its_own_is_held_out(tmp_path: Path, labels: list[
     assert listing.official_validation.tolist() == [False] * 3 + [True] * 3 + [False] * 3
     assert listing.official_test is not None
     assert listing.official_test.tolist() == [False] * 6 + [True] * 3
-    assert list_parquet(tmp_path, validation_names=()).official_validation is None
+    assert list_parquet(tmp_path, WITHOUT_VALIDATION).official_validation is None
     write(tmp_path / "validation-0.parquet", ["ant", "bee", "dog"])
     with pytest.raises(DataError):
         list_parquet(tmp_path)

@@ -15,10 +15,8 @@ import numpy as np
 import torch
 
 from deitkit.data.listing import EncodedImages, Listing
-from deitkit.data.sources.folders import class_folders, encoded_files, list_folder
+from deitkit.data.sources.folders import TESTED_ON_VALIDATION, class_folders, encoded_files, list_folder
 from deitkit.errors import DataError
-
-IMAGENET_TEST = ("val", "valid", "validation")  # the images in its ``test`` come without labels
 
 _Samples = list[tuple[Path, int]]
 
@@ -127,8 +125,8 @@ def read_imagenet(place: Path) -> Listing | None:
     if not class_folders(base / "train") or not (base / "val").is_dir():
         return None
     if class_folders(base / "val"):
-        return list_folder(base, test_names=IMAGENET_TEST, validation_names=()) if base is kaggle else None
-    training = list_folder(base / "train", validation_names=())
+        return list_folder(base, TESTED_ON_VALIDATION) if base is kaggle else None
+    training = list_folder(base / "train")
     assert isinstance(training.images, EncodedImages)
     assert training.images.files is not None
     file, solutions = _imagenet_solutions(place, base)

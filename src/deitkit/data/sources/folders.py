@@ -3,7 +3,8 @@
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -14,8 +15,32 @@ from deitkit.errors import DataError
 from deitkit.system.words import counted, display_name, first_of
 
 TEST_NAMES = ("test", "val", "valid", "validation")
-VALIDATION_NAMES = TEST_NAMES[1:]  # of what is held out for validation, beside a split named ``test``
+VALIDATION_NAMES = TEST_NAMES[1:]
 _SPELLINGS = {"training": "train", "testing": "test"}
+
+
+@dataclass(frozen=True)
+class SplitNames:
+    """Which folders or files of a data set are its splits, beside ``train``.
+
+    Attributes:
+        test: The first of these is the test split.
+        validation: The first of these is held out for validation, beside a split named ``test``.
+        more_training: All of these are added to the training images.
+    """
+
+    test: tuple[str, ...] = TEST_NAMES
+    validation: tuple[str, ...] = VALIDATION_NAMES
+    more_training: tuple[str, ...] = ()
+
+    def held_out(self, names: Collection[str]) -> str | None:
+        """Return which of the splits with these names is for validation, or None."""
+        return next((name for name in self.validation if name in names), None) if "test" in names else None
+
+
+USUAL_SPLITS = SplitNames()
+WITHOUT_VALIDATION = SplitNames(validation=())
+TESTED_ON_VALIDATION = SplitNames(VALIDATION_NAMES, ())  # of sets in whose ``test`` images have no labels
 
 
 def split_name(name: str) -> str:
@@ -46,18 +71,7 @@ def _is_hidden(path: Path) -> bool:
     return path.name.startswith(".") or path.name == "__MACOSX"
 
 
-def own_validation(names: Collection[str], validation_names: Sequence[str]) -> str | None:
-    """Return which of the splits with these names is for validation; None unless there is one named ``test`` too."""
-    return next((name for name in validation_names if name in names), None) if "test" in names else None
-
-
-def list_folder(
-    folder: Path,
-    *,
-    test_names: Sequence[str] = TEST_NAMES,
-    validation_names: Sequence[str] = VALIDATION_NAMES,
-    more_training: Sequence[str] = (),
-) -> Listing:
+def list_folder(folder: Path, splits: SplitNames = USUAL_SPLITS) -> Listing:
     """List the images in class folders and their subfolders; classes are numbered in the order of their sorted names.
 
     The test split of ``train/<class>/*`` is the first of ``test``, ``val``, ``valid`` and ``validation`` that exists,
@@ -67,9 +81,7 @@ def list_folder(
 
     Args:
         folder: The folder of the data set.
-        test_names: Possible names of the test split, for data sets whose ``test`` has no labels.
-        validation_names: Possible names of the validation split.
-        more_training: Splits that are added to the training images, if they exist.
+        splits: Names of its splits.
 
     Raises:
         DataError: The folder does not exist, a class has no images, or train and test differ in their classes.
@@ -77,7 +89,7 @@ def list_folder(
     if not folder.is_dir():
         needs = "data.name=folder:PATH needs <class>/* or train/<class>/* in PATH"
         raise DataError(f"folder '{folder}' does not exist{below_here(folder)}: {needs}")
-    train, validation, test, remarks = _parts(folder, test_names, validation_names, more_training)
+    train, validation, test, remarks = _parts(folder, splits)
     class_names = tuple(class_folders(train[0]))
     if not class_names:
         advice = _other_source(folder) or "arrange the images as <class>/* or train/<class>/*"
@@ -103,18 +115,16 @@ def list_folder(
     )
 
 
-def _parts(
-    folder: Path, test_names: Sequence[str], validation_names: Sequence[str], more_training: Sequence[str]
-) -> tuple[list[Path], list[Path], list[Path], list[str]]:
+def _parts(folder: Path, splits: SplitNames) -> tuple[list[Path], list[Path], list[Path], list[str]]:
     """Return the folders of classes to train on, that to validate on and that to test on, if any, and remarks."""
     named = {split_name(name): path for name, path in reversed(class_folders(folder).items())}
     named = {name: path for name, path in named.items() if class_folders(path)}
     if "train" not in named:
         return [folder], [], [], []
     remarks = []
-    train = [named[name] for name in ("train", *more_training) if name in named]
-    test = [named[name] for name in test_names if name in named][:1]
-    held_out = own_validation(named, validation_names)
+    train = [named[name] for name in ("train", *splits.more_training) if name in named]
+    test = [named[name] for name in splits.test if name in named][:1]
+    held_out = splits.held_out(named)
     if held_out is not None and class_folders(named[held_out]).keys() != class_folders(train[0]).keys():
         remarks.append(other_classes(held_out))
         held_out = None

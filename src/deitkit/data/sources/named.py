@@ -19,14 +19,20 @@ from torch import Tensor
 from deitkit.data.decode_many import decode_images
 from deitkit.data.listing import EncodedImages, Listing, ProgressCallback
 from deitkit.data.sources.archives import (
-    IMAGENET_TEST,
     imagenet_names,
     read_cars,
     read_flowers,
     read_imagenet,
     read_inaturalist,
 )
-from deitkit.data.sources.folders import TEST_NAMES, class_folders, list_folder
+from deitkit.data.sources.folders import (
+    TESTED_ON_VALIDATION,
+    VALIDATION_NAMES,
+    WITHOUT_VALIDATION,
+    SplitNames,
+    class_folders,
+    list_folder,
+)
 from deitkit.data.sources.parquet import configurations, has_shards, list_parquet
 from deitkit.errors import DataError
 from deitkit.recipe.schema import DataRecipe
@@ -49,8 +55,7 @@ class NamedSet:
         fetch: What the user must download, from where, and its size; of a set of torchvision's also whereto, as a
             folder in ``{root}``.
         shape: Shape of its images, which are then decoded at once; None if their sizes differ.
-        test_names: Names of its test split in class folders and parquet files.
-        more_training: Splits that are added to the training images.
+        splits: Names of its splits in class folders and parquet files.
         spellings: Returns the class names in their official order, then alternative spellings of all of them.
     """
 
@@ -61,8 +66,7 @@ class NamedSet:
     url: str = ""
     fetch: str = ""
     shape: tuple[int, int, int] | None = None
-    test_names: tuple[str, ...] = TEST_NAMES
-    more_training: tuple[str, ...] = ()
+    splits: SplitNames = WITHOUT_VALIDATION
     spellings: Callable[[], Sequence[Sequence[str]]] = tuple
 
 
@@ -146,19 +150,15 @@ def _list_inside(named: NamedSet, place: Path, *, is_root: bool) -> Listing | No
     if not inner:
         return None
     if not is_root or {*inner} & {"default", "plain_text"}:
-        return _of_classes(named, _list_shards(named, place))
+        return _of_classes(named, list_parquet(place, named.splits))
     # Ten or a hundred numbers may be the classes of any data set.
     telling = [names for names in named.spellings() if named.classes > 100 or not names[0].isdecimal()]
     for name in inner:
         with suppress(DataError):
-            listing = _of_classes(named, _list_shards(named, place / name))
+            listing = _of_classes(named, list_parquet(place / name, named.splits))
             if listing is not None and any(_agree(names, listing.class_names) for names in telling):
                 return listing
     return None
-
-
-def _list_shards(named: NamedSet, place: Path) -> Listing:
-    return list_parquet(place, test_names=named.test_names, validation_names=(), more_training=named.more_training)
 
 
 def _of_classes(named: NamedSet, listing: Listing) -> Listing | None:
@@ -169,7 +169,7 @@ def _of_classes(named: NamedSet, listing: Listing) -> Listing | None:
 def _list_at(named: NamedSet, place: Path, name: str) -> Listing | None:
     """List the data set if it is in this folder, in any layout; return None if the folder has something else."""
     if has_shards(place):
-        return _of_classes(named, _list_shards(named, place))
+        return _of_classes(named, list_parquet(place, named.splits))
     if (found := named.read(place)) is not None:
         if len(found.class_names) != named.classes:
             raise DataError(
@@ -177,10 +177,7 @@ def _list_at(named: NamedSet, place: Path, name: str) -> Listing | None:
             )
         return found
     if len(class_folders(place / "train")) == named.classes:
-        listing = list_folder(
-            place, test_names=named.test_names, validation_names=(), more_training=named.more_training
-        )
-        return _of_classes(named, listing)
+        return _of_classes(named, list_folder(place, named.splits))
     return None
 
 
@@ -315,7 +312,7 @@ def _inaturalist(year: int, classes: int, size: str) -> NamedSet:
             f"fetch train_val{year}.tar.gz ({size}), train{year}.json.tar.gz, val{year}.json.tar.gz and "
             f"categories.json.tar.gz of {year} from github.com/visipedia/inat_comp and unpack them"
         ),
-        test_names=("val", "valid", "validation"),  # the images in its ``test`` have no labels
+        splits=TESTED_ON_VALIDATION,
         spellings=lambda: (_numbers(0, classes),),
     )
 
@@ -367,8 +364,7 @@ NAMED_SETS = {
             f"102flowers.tgz (345 MB), imagelabels.mat and setid.mat from {FLOWERS_URL} elsewhere, put them into "
             "{root}/flowers-102"
         ),
-        test_names=("test",),
-        more_training=("val", "valid", "validation"),
+        splits=SplitNames(("test",), (), more_training=VALIDATION_NAMES),
         spellings=partial(_names_or_numbers, "Flowers102", 1),
     ),
     "stanford_cars": NamedSet(
@@ -390,7 +386,7 @@ NAMED_SETS = {
             "sign in at image-net.org, fetch ILSVRC2012_img_train.tar (138 GB), ILSVRC2012_img_val.tar (6.3 GB) and "
             "ILSVRC2012_devkit_t12.tar.gz and unpack them"
         ),
-        test_names=IMAGENET_TEST,
+        splits=TESTED_ON_VALIDATION,
         spellings=imagenet_names,
     ),
 }

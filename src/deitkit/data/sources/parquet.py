@@ -5,7 +5,7 @@ import json
 import re
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,8 +20,8 @@ import torch
 from deitkit.data.listing import EncodedImages, Listing, below_here
 from deitkit.data.sources.folders import (
     TEST_NAMES,
-    VALIDATION_NAMES,
-    own_validation,
+    USUAL_SPLITS,
+    SplitNames,
     remark_on_validation,
     require_same_classes,
     split_name,
@@ -42,13 +42,7 @@ def configurations(folder: Path) -> list[str]:
     return list(_configurations(folder))
 
 
-def list_parquet(
-    path: Path,
-    *,
-    test_names: Sequence[str] = TEST_NAMES,
-    validation_names: Sequence[str] = VALIDATION_NAMES,
-    more_training: Sequence[str] = (),
-) -> Listing:
+def list_parquet(path: Path, splits: SplitNames = USUAL_SPLITS) -> Listing:
     """List the images in a parquet file, or in a folder of them.
 
     Layouts are those of the Hub's repositories: ``train-*.parquet`` or ``train/*.parquet``, also in ``data`` or in the
@@ -61,14 +55,12 @@ def list_parquet(
 
     Args:
         path: A file, or a folder of them.
-        test_names: Possible names of the test split, for data sets whose ``test`` has no labels.
-        validation_names: Possible names of the validation split.
-        more_training: Splits that are added to the training images, if they exist.
+        splits: Names of its splits.
 
     Raises:
         DataError: The path does not exist or cannot be read, or a shard, a column or a label is missing or wrong.
     """
-    chosen, remarks = _choose_files(path, test_names, validation_names, more_training)
+    chosen, remarks = _choose_files(path, splits)
     files = [file for part in chosen for file in part]
     columns = _columns(files[0])
     train, validation, test = ([_read_labels(file, columns) for file in part] for part in chosen)
@@ -94,9 +86,7 @@ def list_parquet(
     )
 
 
-def _choose_files(
-    path: Path, test_names: Sequence[str], validation_names: Sequence[str], more_training: Sequence[str]
-) -> tuple[tuple[list[Path], list[Path], list[Path]], list[str]]:
+def _choose_files(path: Path, names: SplitNames) -> tuple[tuple[list[Path], list[Path], list[Path]], list[str]]:
     """Return the files to train, to validate and to test on, each with all of its shards, and remarks."""
     if path.is_file():
         return ([path], [], []), []
@@ -124,9 +114,9 @@ def _choose_files(
     if not shards:
         raise DataError(f"'{path}' contains no train-*.parquet: name such a file, a folder of them, or folder:PATH")
     if "train" in shards:
-        splits = {name: shards[name] for name in ("train", *more_training) if name in shards}
-        test_name = next((name for name in test_names if name in shards), None)
-        held_out = own_validation(shards, validation_names)
+        splits = {name: shards[name] for name in ("train", *names.more_training) if name in shards}
+        test_name = next((name for name in names.test if name in shards), None)
+        held_out = names.held_out(shards)
         remarks += [] if held_out is None else [remark_on_validation(held_out)]
         others = {name: files for name, files in shards.items() if name not in (*splits, held_out, test_name)}
         remarks += [f"left out: {counted(len(files), 'parquet file')} of '{name}'" for name, files in others.items()]

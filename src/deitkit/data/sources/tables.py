@@ -14,10 +14,9 @@ from torch import Tensor
 from deitkit.data.listing import Listing, below_here
 from deitkit.data.sources.folders import (
     TEST_NAMES,
-    VALIDATION_NAMES,
+    USUAL_SPLITS,
     encoded_files,
     other_classes,
-    own_validation,
     remark_on_validation,
     require_same_classes,
     split_name,
@@ -155,7 +154,7 @@ def _divide(splits: Sequence[str], labels: Sequence[str], path: Path) -> tuple[d
     if "train" not in splits:
         raise DataError(f"'{path}' has no row of the split 'train': add some, or remove the column")
     test = next((name for name in TEST_NAMES if name in splits), None)
-    validation, remarks = own_validation(splits, VALIDATION_NAMES), []
+    validation, remarks = USUAL_SPLITS.held_out(splits), []
     if validation is not None:
         pairs = {*zip(splits, labels, strict=True)}
         own, train = ({label for split, label in pairs if split == name} for name in (validation, "train"))
