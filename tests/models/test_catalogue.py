@@ -9,9 +9,9 @@ import timm
 import torch
 from typer.testing import CliRunner
 
+from deitkit.bench.inference_speed import catalogue_rows
 from deitkit.bench.measure import count_flops
 from deitkit.cli.main import app
-from deitkit.cli.models import catalogue_rows
 from deitkit.models.catalogue import CATALOGUE, CatalogueModel
 from deitkit.models.vit import DeiT
 from deitkit.models.zoo import names
@@ -93,7 +93,7 @@ def test_rows_are_unique_and_all_of_both_tables_are_there() -> None:
 
 def test_the_command_lists_them_for_people_and_for_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     few = tuple(model for model in CATALOGUE if model.row in ("DeiT-Ti distilled 384", "RegNetX-400MF"))
-    monkeypatch.setattr("deitkit.models.catalogue.CATALOGUE", few)
+    monkeypatch.setattr("deitkit.bench.inference_speed.CATALOGUE", few)
     listed = json.loads(CliRunner().invoke(app, ["models", "--json"], catch_exceptions=False).output)
     assert [row["model"] for row in listed] == [model.row for model in few]
     assert listed[1]["published_top1"] == 72.6

@@ -13,7 +13,7 @@ from deitkit.bench.training_speed import view_of_recipe, without_weights
 from deitkit.distillation.methods import METHODS
 from deitkit.errors import is_out_of_memory
 from deitkit.models.accelerate import accelerate
-from deitkit.models.catalogue import CATALOGUE, CLASSES
+from deitkit.models.catalogue import CATALOGUE, CLASSES, SOURCES
 from deitkit.models.classifier import IMAGENET_NORMALISATION, Classifier
 from deitkit.models.onnx_file import is_onnx
 from deitkit.models.saved import load_classifier, model_folder
@@ -130,3 +130,31 @@ def _speed(classifier: Classifier, view: Tensor, precision: Precision, repeats: 
         "images_per_second": batch_size / taken.median,
         "images_per_second_range": [batch_size / taken.slowest, batch_size / taken.fastest],
     }
+
+
+def catalogue_rows() -> list[dict[str, Any]]:
+    """Return every model of the catalogue as plain values, with counted parameters and operations.
+
+    A multiply-add counts as one, of matrix products, convolutions and attention, for one image. Students' last block
+    leaves the patches out (see ``DeiT``), so they have fewer than is usually stated.
+    """
+    rows = []
+    for model in CATALOGUE:
+        with torch.device("meta"):
+            built = model.build().eval()
+        flops = count_flops(built, (3, model.image_px, model.image_px), backward=False)
+        rows.append(
+            {
+                "model": model.row,
+                "image_px": model.image_px,
+                "parameters": sum(parameter.numel() for parameter in built.parameters()),
+                "published_parameters": model.millions and f"{model.millions} M",
+                "multiply_adds": flops // 2,
+                "published_top1": model.top1,
+                "published_images_per_second": model.images_per_second,
+                "sources": {name: SOURCES[name] for name in model.sources},
+                "recipe": model.recipe_fields(),
+                "teacher": model.teacher,
+            }
+        )
+    return rows

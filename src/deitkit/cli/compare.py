@@ -125,34 +125,15 @@ def teacher(
     To use a teacher later: `deitkit compare RECIPE teacher.name=OUT/teacher`.
     """
     from deitkit.cli.progress import Terminal
-    from deitkit.comparison.environment import require_same_teachers, write_environment_of_teachers
-    from deitkit.comparison.images import require_same_images
-    from deitkit.data.dataset import load_labelled
+    from deitkit.comparison.teachers_only import train_teachers
     from deitkit.models.weights.pretrained import resolved
-    from deitkit.run.folder import begin_run, check_run, choose_run_folder, locked
-    from deitkit.system.device import Precision
-    from deitkit.teachers.prepare import common_card, dry_run_teachers, prepare_teachers
+    from deitkit.run.folder import choose_run_folder, locked
 
     loaded = resolved(_load(recipe, overrides, None))
     restarted = was_restarted()
     folder = choose_run_folder(out, loaded, resume, "-teacher", restarted=restarted)
-    if (folder / "results.json").exists():
-        raise RecipeError(
-            f"{folder} is a finished run, whose teacher is {folder / 'teacher'}: use that, or name a new folder with "
-            "--out"
-        )
-    resume = resume or restarted
-    precision = Precision.of(loaded)
     with Terminal(errors if as_json else console) as terminal, locked(folder):
-        check_run(folder, loaded, resume)
-        dataset = load_labelled(loaded.data, terminal.reading, random_crops=loaded.has_random_crops)
-        require_same_images(dataset, folder, "all_images")
-        require_same_teachers(loaded, dataset, folder)
-        dry_run_teachers(loaded, dataset, folder, precision)
-        begin_run(folder, loaded)
-        write_environment_of_teachers(loaded, dataset, folder, precision)
-        teachers, cards = prepare_teachers(loaded, dataset, folder=folder, precision=precision, watcher=terminal)
-        together = common_card(teachers, cards, dataset, precision)
+        cards, together = train_teachers(loaded, folder, watcher=terminal, resume=resume or restarted)
     if as_json:
         print_json(_facts(together) | {"teachers": [_facts(card) for card in cards]})
         return

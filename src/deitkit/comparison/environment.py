@@ -38,19 +38,19 @@ def machine_of(precision: Precision) -> dict[str, Any]:
 def write_environment(recipe: Recipe, dataset: Dataset, folder: Path, precision: Precision) -> None:
     """Write ``environment.json`` into a run folder; what it held of the user's code and of weights stays."""
     before = read_environment(folder).get("ingredients", {})
-    environment = machine_of(precision) | {
-        "deitkit": __version__, "code": code_sha256(), "streamed": dataset.streamed, **describe_images(dataset),
-        "ingredients": before | _of_teachers(recipe, dataset) | _of_students(recipe, dataset) | _initial(recipe),
-    }  # fmt: skip
-    write_json(folder / "environment.json", environment)
+    ingredients = before | _of_teachers(recipe, dataset) | _of_students(recipe, dataset) | _initial(recipe)
+    images = {"streamed": dataset.streamed, **describe_images(dataset)}
+    _write(folder, precision, **images, ingredients=ingredients)
 
 
 def write_environment_of_teachers(recipe: Recipe, dataset: Dataset, folder: Path, precision: Precision) -> None:
     """Write ``environment.json`` of a run that only trains teachers, on the images with labels."""
-    environment = machine_of(precision) | {
-        "deitkit": __version__, "code": code_sha256(), "all_images": describe_images(dataset)["all_images"],
-        "ingredients": _of_teachers(recipe, dataset),
-    }  # fmt: skip
+    all_images = describe_images(dataset)["all_images"]
+    _write(folder, precision, all_images=all_images, ingredients=_of_teachers(recipe, dataset))
+
+
+def _write(folder: Path, precision: Precision, **more: Any) -> None:
+    environment = machine_of(precision) | {"deitkit": __version__, "code": code_sha256()} | more
     write_json(folder / "environment.json", environment)
 
 
