@@ -31,8 +31,8 @@ from deitkit.data import dataset
 from deitkit.data.dataset import Dataset
 from deitkit.distillation.methods import METHODS, Method, find_method
 from deitkit.errors import DataError, RecipeError, reason_of
-from deitkit.evaluation.apply import evaluate_model
-from deitkit.evaluation.classify import BATCH_SIZE, Classification, classify_pixels, decode_for
+from deitkit.evaluation.apply import Evaluation, evaluate_model
+from deitkit.evaluation.classify import BATCH_SIZE, Classification, Prediction, classify_pixels, decode_for
 from deitkit.models.accelerate import compiler_settings_kept
 from deitkit.models.card import ModelCard
 from deitkit.models.classifier import Classifier
@@ -83,7 +83,7 @@ class Model:
         *,
         top: int = 3,
         readout: str | None = None,
-    ) -> list[dict[str, Any]]:
+    ) -> list[Prediction]:
         """Classify image files, all images in a folder and its subfolders, or images of Pillow.
 
         Args:
@@ -111,12 +111,12 @@ class Model:
                 *self._loaded, classification.precision, opened[start : start + BATCH_SIZE], readout, top
             )
         )
-        answers: list[dict[str, Any]] = []
+        answers: list[Prediction] = []
         for place, image in enumerate(given):
             if isinstance(image, Path):
                 answers += [found[file] for file in classification.named[image]]
             else:
-                answers.append({"image": f"images[{place}]"} | next(of_opened))
+                answers.append(Prediction(image=f"images[{place}]", **next(of_opened)))
         return answers
 
     @cached_property
@@ -124,7 +124,7 @@ class Model:
         """The classifier, which stays in memory for the next call."""
         return load_classifier(self.folder, choose_device("auto"))
 
-    def evaluate(self, data: str, *, root: str | Path | None = None) -> dict[str, Any]:
+    def evaluate(self, data: str, *, root: str | Path | None = None) -> Evaluation:
         """Measure it on the test images of a data set, divided as for its training.
 
         Args:

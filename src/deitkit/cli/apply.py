@@ -1,7 +1,7 @@
 """The commands that apply a saved model: ``evaluate`` and ``predict``."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
@@ -10,6 +10,9 @@ from deitkit.cli.console import console, plain, print_json, say
 from deitkit.cli.options import Json, ModelArgument, Readout, Root
 from deitkit.errors import Interrupted
 from deitkit.system.words import counted
+
+if TYPE_CHECKING:
+    from deitkit.evaluation.classify import Prediction
 
 MOST_REASONS = 5  # files that are named because they cannot be decoded
 
@@ -66,8 +69,8 @@ def predict(
     embed = embeddings is not None
     classification = Classification(model_folder(model), images, readout=readout, top=top, embed=embed)
     total, done, failed = len(classification), 0, 0
-    shown: list[dict[str, Any]] = []
-    reasons: list[dict[str, Any]] = []
+    shown: list[Prediction] = []
+    reasons: list[Prediction] = []
     try:
         with PredictionFiles(out, embeddings, top) as files:
             for prediction in with_progress(classification, total):
@@ -77,7 +80,8 @@ def predict(
                     failed += 1
                     reasons = reasons if failed > MOST_REASONS else [*reasons, prediction]
                 if out is None:
-                    shown.append({key: value for key, value in prediction.items() if key != "embedding"})
+                    prediction.pop("embedding", None)
+                    shown.append(prediction)
     except KeyboardInterrupt:
         kept = " and ".join(str(path) for path in (out, embeddings) if path is not None)
         raise Interrupted(
@@ -94,7 +98,7 @@ def predict(
         say(f"{total - failed:,} of {counted(total, 'image')} classified" + (f", in {out}" if out is not None else ""))
 
 
-def _print_answers(predictions: list[dict[str, Any]]) -> None:
+def _print_answers(predictions: list["Prediction"]) -> None:
     table = Table("image", "class", "probability")
     for prediction in predictions:
         for place, (name, probability) in enumerate(prediction["classes"]):

@@ -7,12 +7,15 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from rich.progress import track
 
 from deitkit.cli.console import errors, say
 from deitkit.errors import DataError, DeitkitError, os_reason
+
+if TYPE_CHECKING:
+    from deitkit.evaluation.classify import Prediction
 
 ROWS = 1024  # of a group in the parquet file
 EVERY_SECONDS = 60.0  # a line where no terminal draws a bar
@@ -36,7 +39,7 @@ class PredictionFiles:
             if path is not None and path.suffix.lower() not in endings:
                 raise DataError(f"{path} has another ending than {' or '.join(endings)}: name such a file")
         self.out, self.embeddings, self.top = out, embeddings, top
-        self.waiting: list[dict[str, Any]] = []
+        self.waiting: list[Prediction] = []
         self.closing = ExitStack()
         self.made: list[Path] = []
         self.text: IO[str] | None = None
@@ -82,12 +85,12 @@ class PredictionFiles:
         for path in self.made:
             path.unlink(missing_ok=True)
 
-    def add(self, prediction: dict[str, Any]) -> None:
+    def add(self, prediction: "Prediction") -> None:
         """Write what the model says of an image."""
         with self._all_or_none():
             self._write(prediction)
 
-    def _write(self, prediction: dict[str, Any]) -> None:
+    def _write(self, prediction: "Prediction") -> None:
         if self.text is not None and self.out is not None:
             if self.out.suffix.lower() == ".csv":
                 csv.writer(self.text).writerow(_csv_row(prediction, self.top))
@@ -121,7 +124,7 @@ class PredictionFiles:
                 self._write_embeddings()
 
 
-def _json_line(prediction: dict[str, Any]) -> str:
+def _json_line(prediction: "Prediction") -> str:
     """Return a prediction as one line of JSON, without its embedding."""
     return json.dumps({key: value for key, value in prediction.items() if key != "embedding"}, ensure_ascii=False)
 
@@ -130,13 +133,13 @@ def _csv_header(top: int) -> list[str]:
     return ["image", *[f"{what}_{place}" for place in range(1, top + 1) for what in ("class", "probability")], "error"]
 
 
-def _csv_row(prediction: dict[str, Any], top: int) -> list[str]:
+def _csv_row(prediction: "Prediction", top: int) -> list[str]:
     """Return image, then class and probability of the ``top`` best, then the error."""
     cells = [cell for name, share in prediction["classes"] for cell in (name, f"{share:.6f}")]
     return [prediction["image"], *cells, *[""] * (2 * top - len(cells)), prediction.get("error", "")]
 
 
-def with_progress(predictions: Iterable[dict[str, Any]], total: int) -> Iterator[dict[str, Any]]:
+def with_progress(predictions: Iterable["Prediction"], total: int) -> Iterator["Prediction"]:
     """Yield predictions with a bar on a terminal, else with a line each minute, on standard error."""
     if errors.is_terminal:
         yield from track(predictions, "classifying", total=total, console=errors, transient=True)

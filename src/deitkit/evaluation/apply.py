@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypedDict, TypeVar
 
 import torch
 
@@ -23,12 +23,42 @@ from deitkit.system.words import first_of
 Loaded = TypeVar("Loaded")
 
 
-def evaluate_model(folder: Path, data: str, root: Path | None = None) -> dict[str, Any]:
-    """Measure a saved model on the test images of a data set.
+class ReadoutAccuracy(TypedDict):
+    """Accuracies of a readout, as fractions.
 
-    Returns:
-        ``model``, ``dataset``, ``n``, ``trained_on`` (the estimated share of test images that the model was trained on;
-        None if its card does not tell) and ``readouts``, each with its accuracies as fractions.
+    Attributes:
+        readout: Its name.
+        top1: Accuracy.
+        top1_ci95: Its 95 % interval (Wilson).
+        top5: None for at most five classes.
+    """
+
+    readout: str
+    top1: float
+    top1_ci95: tuple[float, float]
+    top5: float | None
+
+
+class Evaluation(TypedDict):
+    """A model measured on the test images of a data set.
+
+    Attributes:
+        model: Its folder.
+        dataset: Its name.
+        n: Test images.
+        trained_on: The estimated share of these that the model learned from; None if its card does not tell.
+        readouts: Each way in which it can answer.
+    """
+
+    model: str
+    dataset: str
+    n: int
+    trained_on: float | None
+    readouts: list[ReadoutAccuracy]
+
+
+def evaluate_model(folder: Path, data: str, root: Path | None = None) -> Evaluation:
+    """Measure a saved model on the test images of a data set.
 
     Raises:
         DataError: The classes of the data set differ from the model's.
@@ -42,13 +72,14 @@ def evaluate_model(folder: Path, data: str, root: Path | None = None) -> dict[st
     _require_classes(names, card, data)
     scores = named_scores(predict(classifier, test, Precision.choose("auto", device)), card)
     labels, n = test.labels, len(test)
-    rows = []
+    readouts = []
     for readout, values in scores.items():
         hits = int(top_k_hits(values, labels).sum())
         top5 = top_k_accuracy(values, labels, 5) if len(names) > 5 else None
-        rows.append({"readout": readout, "top1": hits / n, "top1_ci95": wilson_interval(hits, n), "top5": top5})
+        interval = wilson_interval(hits, n)
+        readouts.append(ReadoutAccuracy(readout=readout, top1=hits / n, top1_ci95=interval, top5=top5))
     seen = None if card.seen is None else share_in_sketch(test.hashes, card.seen)
-    return {"model": str(folder), "dataset": data, "n": n, "trained_on": seen, "readouts": rows}
+    return Evaluation(model=str(folder), dataset=data, n=n, trained_on=seen, readouts=readouts)
 
 
 def load_data_of(card: ModelCard, data: str, root: Path | None) -> Dataset:

@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import NotRequired, TypedDict
 
 import numpy as np
 import torch
@@ -31,7 +31,31 @@ from deitkit.system.words import counted, display_name
 BATCH_SIZE = 64
 FEWEST_FOR_WORKERS = 256  # files; starting processes takes seconds
 
-Prediction: TypeAlias = dict[str, Any]
+
+class Answer(TypedDict):
+    """What a model says of an image.
+
+    Attributes:
+        readout: By which it answers; None where it did not.
+        classes: Names with probabilities, the likeliest first.
+        embedding: The input of its head, float32; only where that was asked for.
+    """
+
+    readout: str | None
+    classes: list[tuple[str, float]]
+    embedding: NotRequired[np.ndarray]
+
+
+class Prediction(Answer):
+    """What a model says of one of several images.
+
+    Attributes:
+        image: Its file; of an image in memory its place.
+        error: Why it cannot be decoded; only where that is so, and then ``classes`` is empty.
+    """
+
+    image: str
+    error: NotRequired[str]
 
 
 class ImageFiles(torch.utils.data.Dataset[tuple[int, Tensor | str]]):
@@ -144,13 +168,16 @@ class Classification(Iterable[Prediction]):
             answers = self._answers({place: found for place, found in batch if isinstance(found, Tensor)})
             answered += len(answers)
             for place, _ in batch:
-                image = {"image": display_name(str(self.files[place]))}
-                nothing: Prediction = {"readout": self.readout or self.card.readout, "classes": []}
-                yield image | (nothing | {"error": errors[place]} if place in errors else answers[place])
+                image = display_name(str(self.files[place]))
+                if place in answers:
+                    yield Prediction(image=image, **answers[place])
+                else:
+                    readout = self.readout or self.card.readout
+                    yield Prediction(image=image, readout=readout, classes=[], error=errors[place])
         if not answered:
             raise DataError(f"none of {counted(len(self), 'image')} can be decoded, first {first_error}: convert them")
 
-    def _answers(self, pixels: dict[int, UInt8[Tensor, "channels height width"]]) -> dict[int, Prediction]:
+    def _answers(self, pixels: dict[int, UInt8[Tensor, "channels height width"]]) -> dict[int, Answer]:
         if not pixels:
             return {}
         images = list(pixels.values())
@@ -169,7 +196,7 @@ def classify_pixels(
     readout: str | None = None,
     top: int = 3,
     embed: bool = False,
-) -> list[Prediction]:
+) -> list[Answer]:
     """Return what a model says of images that were decoded as its card says: ``readout`` and ``classes`` of each.
 
     Args:
@@ -194,15 +221,14 @@ def classify_pixels(
     chosen = choose_readout(readout, card, scores)
     probabilities = scores[chosen].float().softmax(dim=-1).cpu()
     best = probabilities.topk(min(top, probabilities.shape[-1]), dim=-1)
-    embeddings = torch.cat(features, dim=1).float().cpu().numpy() if embed else None
-    return [
-        {
-            "readout": chosen,
-            "classes": [(card.class_names[index], share) for index, share in zip(indices, shares, strict=True)],
-        }
-        | ({} if embeddings is None else {"embedding": embeddings[place]})
-        for place, (indices, shares) in enumerate(zip(best.indices.tolist(), best.values.tolist(), strict=True))
-    ]
+    answers = []
+    for indices, shares in zip(best.indices.tolist(), best.values.tolist(), strict=True):
+        classes = [(card.class_names[index], share) for index, share in zip(indices, shares, strict=True)]
+        answers.append(Answer(readout=chosen, classes=classes))
+    if embed:
+        for answer, embedding in zip(answers, torch.cat(features, dim=1).float().cpu().numpy(), strict=True):
+            answer["embedding"] = embedding
+    return answers
 
 
 def _heads(model: nn.Module, classes: int) -> list[nn.Module]:
