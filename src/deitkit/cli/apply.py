@@ -80,8 +80,8 @@ def predict(
                     failed += 1
                     reasons = reasons if failed > MOST_REASONS else [*reasons, prediction]
                 if out is None:
-                    prediction.pop("embedding", None)
-                    shown.append(prediction)
+                    shown.append(prediction.copy())
+                    shown[-1].pop("embedding", None)
     except KeyboardInterrupt:
         kept = " and ".join(str(path) for path in (out, embeddings) if path is not None)
         raise Interrupted(
