@@ -35,6 +35,23 @@ _WEIGHTS_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
 @dataclass(frozen=True)
+class SourceFacts:
+    """What a card, a config or a file says of a model beside its tensors; None where it does not say.
+
+    The attributes are those of ``Weights``, and ``heads`` (of a block) and ``image_px`` (height and width).
+    """
+
+    heads: int | None = None
+    image_px: tuple[int, int] | None = None
+    class_names: tuple[str, ...] | None = None
+    mean: Values | None = None
+    std: Values | None = None
+    eval_crop: float | None = None
+    fit: str | None = None
+    remarks: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Weights:
     """The weights of a vision transformer, by the names of ``vit``.
 
@@ -98,7 +115,7 @@ def read_weights(path: Path, heads: int | None = None) -> Weights:
         found = _from_card(card, folder)
     elif file.name in _WEIGHTS_FILES and (folder / "config.json").is_file():
         found = _from_config(folder)
-    state, more = with_token_positions(state, found.get("image_px"))
+    state, more = with_token_positions(state, found.image_px)
     state, copied = with_distillation_head(state)
     lines += more + copied
     kinds = {value.dtype for value in state.values() if value.is_floating_point()} - {torch.float32}
@@ -106,21 +123,28 @@ def read_weights(path: Path, heads: int | None = None) -> Weights:
         f"precision: {str(kind).removeprefix('torch.')} in the file, converted to float32"
         for kind in sorted(kinds, key=str)
     ]
-    architecture = describe(state, source=str(path), heads=found.get("heads") or heads, image_px=found.get("image_px"))
-    assumes_heads = heads is None and not found.get("heads")
+    architecture = describe(state, source=str(path), heads=found.heads or heads, image_px=found.image_px)
+    assumes_heads = heads is None and not found.heads
     if assumes_heads:
         count = architecture.heads
         lines.append(
             f"attention heads: absent in the file, {count} assumed, one per {HEAD_WIDTH} of the width (set --heads or "
             "model.heads)"
         )
-    names = tuple(display_name(str(name)) for name in found["class_names"]) if found.get("class_names") else None
-    mean, std = (tuple(map(float, found[key])) if found.get(key) else None for key in ("mean", "std"))
-    state = {name: value.float() for name, value in state.items()}
-    remarks = (*lines, *found.get("lines", ()))
-    only = "class" if copied else None if card is None else card.only_readout
-    view = found.get("eval_crop"), found.get("fit")
-    return Weights(file, state, architecture, names, mean, std, card, remarks, assumes_heads, only, *view)
+    return Weights(
+        file,
+        {name: value.float() for name, value in state.items()},
+        architecture,
+        class_names=found.class_names,
+        mean=found.mean,
+        std=found.std,
+        card=card,
+        remarks=(*lines, *found.remarks),
+        assumes_heads=assumes_heads,
+        only_readout="class" if copied else None if card is None else card.only_readout,
+        eval_crop=found.eval_crop,
+        fit=found.fit,
+    )
 
 
 def weights_file(path: Path) -> Path:
@@ -160,34 +184,54 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _from_facts(facts: dict[str, Any], source: str) -> dict[str, Any]:
+def _names(found: Any) -> tuple[str, ...] | None:
+    return tuple(display_name(str(name)) for name in found) if found else None
+
+
+def _values(found: Any) -> Values | None:
+    return tuple(float(value) for value in found) if found else None
+
+
+def _from_facts(facts: dict[str, Any], source: str) -> SourceFacts:
     """Return what our own export of a single file says of itself; raise CheckpointError if it is damaged."""
     if not facts:
-        return {}
+        return SourceFacts()
     try:
-        sides = tuple(int(side) for side in facts["image_px"])
-        numbers = {key: tuple(float(value) for value in facts[key]) for key in ("mean", "std")}
-        names = [str(name) for name in facts["class_names"]]
+        height, width = (int(side) for side in facts["image_px"])
         share, fit = float(facts["eval_crop"]), facts["fit"]
         if not 0 < share <= 1 or fit not in _FITS.values():
             raise ValueError("no way to prepare an image")
-        view = {"image_px": sides, "eval_crop": share, "fit": fit}
-        return {"heads": int(facts["heads"]), "class_names": names, **numbers, **view}
+        return SourceFacts(
+            heads=int(facts["heads"]),
+            image_px=(height, width),
+            class_names=_names(facts["class_names"]),
+            mean=_values(facts["mean"]),
+            std=_values(facts["std"]),
+            eval_crop=share,
+            fit=fit,
+        )
     except (KeyError, TypeError, ValueError):
         raise CheckpointError(f"{source} is damaged: copy it again from the source of the weights") from None
 
 
-def _from_card(card: ModelCard, folder: Path) -> dict[str, Any]:
+def _from_card(card: ModelCard, folder: Path) -> SourceFacts:
     if card.config is None:
         raise CheckpointError(
             f"{folder} contains a model of kind '{card.kind}', not a vision transformer: give a student's folder"
         )
     side = card.config.get("image_px")
-    more = {name: getattr(card, name) for name in ("class_names", "mean", "std", "eval_crop", "fit")}
-    return {"heads": card.config.get("heads"), "image_px": (side, side) if side else None, **more}
+    return SourceFacts(
+        heads=card.config.get("heads"),
+        image_px=(side, side) if side else None,
+        class_names=_names(card.class_names),
+        mean=_values(card.mean),
+        std=_values(card.std),
+        eval_crop=card.eval_crop,
+        fit=card.fit,
+    )
 
 
-def _from_config(folder: Path) -> dict[str, Any]:
+def _from_config(folder: Path) -> SourceFacts:
     """Read ``config.json`` of transformers or timm, and ``preprocessor_config.json`` in the same folder."""
     config = _read_json(folder / "config.json")
     preprocessor = folder / "preprocessor_config.json"
@@ -204,37 +248,39 @@ def _from_config(folder: Path) -> dict[str, Any]:
     arguments = config.get("model_args") or {}  # timm's
     size = config.get("image_size", arguments.get("img_size"))
     names, epsilon = config.get("id2label"), config.get("layer_norm_eps", timms.get("eps", NORM_EPS))
-    lines = [f"layer_norm_eps: {epsilon:g} in config.json, {NORM_EPS:g} here; logits differ slightly"]
-    return {
-        "heads": config.get("num_attention_heads", arguments.get("num_heads", timms.get("heads"))),
-        "image_px": (size, size) if isinstance(size, int) else tuple(size) if size else None,
-        "class_names": [names[key] for key in sorted(names, key=int)] if names else config.get("label_names"),
-        "mean": normalisation.get("mean"),
-        "std": normalisation.get("std"),
-        **(_timms_view(config.get("pretrained_cfg") or {}) | _transformers_view(processing)),
-        "lines": lines if epsilon != NORM_EPS else [],
-    }
+    remark = f"layer_norm_eps: {epsilon:g} in config.json, {NORM_EPS:g} here; logits differ slightly"
+    eval_crop, fit = _transformers_view(processing) or _timms_view(config.get("pretrained_cfg") or {}) or (None, None)
+    return SourceFacts(
+        heads=config.get("num_attention_heads", arguments.get("num_heads", timms.get("heads"))),
+        image_px=(size, size) if isinstance(size, int) else tuple(size) if size else None,
+        class_names=_names([names[key] for key in sorted(names, key=int)] if names else config.get("label_names")),
+        mean=_values(normalisation.get("mean")),
+        std=_values(normalisation.get("std")),
+        eval_crop=eval_crop,
+        fit=fit,
+        remarks=() if epsilon == NORM_EPS else (remark,),
+    )
 
 
-def _timms_view(config: dict[str, Any]) -> dict[str, Any]:
-    """Return how timm's ``pretrained_cfg`` prepares an image; empty where it does not say."""
+def _timms_view(config: dict[str, Any]) -> tuple[float, str] | None:
+    """Return how timm's ``pretrained_cfg`` prepares an image, as ``eval_crop`` and ``fit``; None if it does not say."""
     share, fit = config.get("crop_pct"), _FITS.get(str(config.get("crop_mode", "center")))
     if not isinstance(share, int | float) or not 0 < share <= 1 or fit is None:
-        return {}
-    return {"eval_crop": float(share), "fit": fit}
+        return None
+    return float(share), fit
 
 
-def _transformers_view(processing: dict[str, Any]) -> dict[str, Any]:
-    """Return how ``preprocessor_config.json`` prepares an image; empty where it does not say."""
+def _transformers_view(processing: dict[str, Any]) -> tuple[float, str] | None:
+    """Return how ``preprocessor_config.json`` prepares an image, likewise."""
     size, kept = processing.get("size"), processing.get("crop_size")
     if not isinstance(size, dict):
-        return {}
+        return None
     resized, fit = size.get("shortest_edge", size.get("height")), "crop" if "shortest_edge" in size else "squash"
     kept = kept.get("height") if isinstance(kept, dict) else kept
     share = 1.0
     if processing.get("do_center_crop") and isinstance(kept, int) and isinstance(resized, int) and 0 < kept <= resized:
         share = kept / resized
-    return {"eval_crop": share, "fit": fit}
+    return share, fit
 
 
 def _timm_facts(config: dict[str, Any], folder: Path) -> dict[str, Any]:
