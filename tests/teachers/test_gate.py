@@ -19,7 +19,7 @@ from deitkit.recipe.load import parse_recipe
 from deitkit.recipe.schema import TeacherRecipe
 from deitkit.run.results import FIT_TO_TEACH, TeacherCard
 from deitkit.teachers.alternatives import better_order
-from deitkit.teachers.gate import Finding, compare_with_chance, doubt, gate, judge_again, tells_classes_apart
+from deitkit.teachers.gate import Finding, compare_with_chance, doubt, gate, recheck, tells_classes_apart
 from deitkit.teachers.resolution import measure_at_own_resolution
 
 
@@ -280,23 +280,23 @@ def test_another_bound_is_judged_by_itself_and_other_reasons_stay() -> None:
 
     weak = "weak, allowed by the recipe: "
     below = card("full", verdict=f"{weak}is below teacher.min_top1=0.99; it was trained too briefly")
-    below = below.model_copy(update={"top1": 0.85, "n": 1000, "chance": 0.1, "weak": True})
-    assert judge_again(below, bounds(min_top1=0.5)).verdict == FIT_TO_TEACH
-    assert judge_again(below, bounds()).weak is False
+    below = below.model_copy(update={"top1": 0.85, "n": 1000, "chance": 0.1, "weak": True, "below_min_top1": True})
+    assert recheck(below, bounds(min_top1=0.5)).verdict == FIT_TO_TEACH
+    assert recheck(below, bounds()).weak is False
     with pytest.raises(
         TeacherError, match=r"is weak: is below teacher\.min_top1=0\.9: lower teacher\.min_top1, or set"
     ):
-        judge_again(below, bounds(min_top1=0.9))
-    assert judge_again(below, bounds(min_top1=0.9, allow_weak=True)).verdict == f"{weak}is below teacher.min_top1=0.9"
+        recheck(below, bounds(min_top1=0.9))
+    assert recheck(below, bounds(min_top1=0.9, allow_weak=True)).verdict == f"{weak}is below teacher.min_top1=0.9"
     guesses = card("full", verdict=f"{weak}is not significantly above chance (10.0 %)").model_copy(
         update={"weak": True}
     )
     with pytest.raises(TeacherError, match=r"above chance \(10\.0 %\): set teacher\.allow_weak=true"):
-        judge_again(guesses, bounds())
+        recheck(guesses, bounds())
     unsuitable = below.model_copy(update={"fit": "none"})  # which may have classes in another order as well
     with pytest.raises(
         TeacherError, match=r"delete its folder, so that it is checked again, or set teacher\.allow_weak"
     ):
-        judge_again(unsuitable, bounds(min_top1=0.5))
+        recheck(unsuitable, bounds(min_top1=0.5))
     few = below.model_copy(update={"top1": 0.5, "n": 2, "chance": 0.5})
-    assert judge_again(few, bounds(min_top1=0.4)).verdict == "2 images cannot tell it from chance (50.0 %)"
+    assert recheck(few, bounds(min_top1=0.4)).verdict == "2 images cannot tell it from chance (50.0 %)"

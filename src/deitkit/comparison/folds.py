@@ -47,7 +47,7 @@ from deitkit.run.results import (
 )
 from deitkit.system.device import Precision
 from deitkit.system.files import copy_file
-from deitkit.teachers.prepare import dry_run_teachers, judge_prepared
+from deitkit.teachers.prepare import dry_run_teachers, recheck_prepared
 from deitkit.teachers.saved import origins, require_unseen
 from deitkit.training.build import baseline_origin, needs_teacher, require_unseen_baseline
 
@@ -110,7 +110,7 @@ def begin_folds(
     if teachers:
         dry_run_teachers(recipes[1], dataset, fold_folder(folder, 1), precision)
         for fold in recipes:
-            judge_prepared(recipe, fold_folder(folder, fold))
+            recheck_prepared(recipe, fold_folder(folder, fold))
     # Without its damaged files a class may have no images in a split of another fold, and the images that a checkpoint
     # or a teacher was trained on may be another fold's test images.
     starts = initial_weights_path(recipe.model), baseline_origin(recipe)

@@ -26,6 +26,7 @@ from deitkit.teachers.alternatives import Alternative, better_alternative
 
 ALPHA = 0.01  # level of the tests against chance
 PERMUTATIONS = 999
+WEAK = "weak, allowed by the recipe"  # begins the verdict on such a teacher
 # Level of the test whether a teacher is useless: with those of its alternatives below 1 of 100.
 ALPHA_USELESS = 0.003
 # A useful teacher is right in at least this share of the images that the most frequent class leaves over.
@@ -140,34 +141,35 @@ def gate(
         return measured
     cause, next_step = _cause(card, recipe, alternative)
     if recipe.allow_weak:
-        weak = f"weak, allowed by the recipe: {reason}; {cause}"
-        return measured.model_copy(update={"verdict": weak, "weak": True})
+        weak = {"verdict": f"{WEAK}: {reason}; {cause}", "weak": True, "below_min_top1": reason == _below(recipe)}
+        return measured.model_copy(update=weak)
     raise TeacherError(
         f"teacher {card.name} scores {100 * measured.top1:.2f} % on {counted(n, 'validation image')}, "
         f"which {reason}: {cause}; {next_step}, or set teacher.allow_weak=true to use it anyway"
     )
 
 
-def judge_again(card: TeacherCard, recipe: TeacherRecipe) -> TeacherCard:
+def recheck(card: TeacherCard, recipe: TeacherRecipe) -> TeacherCard:
     """Return the card of a teacher that passed the gate before, under bounds that a resumed run may change.
 
     Raises:
         TeacherError: It does not pass them.
     """
-    least, below = recipe.min_top1, "weak, allowed by the recipe: is below teacher.min_top1="
-    if card.verdict.startswith(below) and card.fit != "none":  # an earlier bound was the only reason
+    least = recipe.min_top1
+    if card.below_min_top1 and card.fit != "none":  # an earlier bound was the only reason
         finding = compare_with_chance(round(card.top1 * card.n), card.n, card.chance)
         verdict = _of_chance(card.n, card.chance) if finding is Finding.UNDECIDED else FIT_TO_TEACH
-        card = card.model_copy(update={"weak": False, "verdict": verdict})
+        card = card.model_copy(update={"weak": False, "verdict": verdict, "below_min_top1": False})
     if least is not None and card.top1 < least and not card.weak:
-        card = card.model_copy(update={"weak": True, "verdict": f"{below}{least:g}"})
+        weak = {"weak": True, "verdict": f"{WEAK}: {_below(recipe)}", "below_min_top1": True}
+        card = card.model_copy(update=weak)
     if card.weak and not recipe.allow_weak:
         lower = "lower teacher.min_top1, or " if least is not None and card.top1 < least else ""
-        if not lower and card.verdict.startswith(below):
+        if not lower and card.below_min_top1:
             lower = "delete its folder, so that it is checked again, or "
         raise TeacherError(
             f"teacher {card.name} scores {100 * card.top1:.2f} % on {counted(card.n, 'validation image')} and is "
-            f"{card.verdict.replace('weak, allowed by the recipe', 'weak')}: {lower}set teacher.allow_weak=true to use "
+            f"{card.verdict.replace(WEAK, 'weak')}: {lower}set teacher.allow_weak=true to use "
             "it anyway"
         )
     return card
@@ -179,6 +181,10 @@ def larger_usual_px(card: TeacherCard, dataset: Dataset) -> int | None:
         return None
     usual_px = pretrained_px(card.name)
     return usual_px if usual_px is not None and usual_px > max(dataset.image_px) else None
+
+
+def _below(recipe: TeacherRecipe) -> str:
+    return "" if recipe.min_top1 is None else f"is below teacher.min_top1={recipe.min_top1:g}"
 
 
 def _of_chance(images: int, chance: float) -> str:
@@ -226,7 +232,7 @@ def _reason(
     if card.verdict:
         return "is accidental"
     if recipe.min_top1 is not None and measured.top1 < recipe.min_top1:
-        return f"is below teacher.min_top1={recipe.min_top1:g}"
+        return _below(recipe)
     return None if alternative is None else "is less than it could be"
 
 

@@ -34,7 +34,7 @@ from deitkit.system.ranks import Ranks
 from deitkit.system.words import counted
 from deitkit.teachers.build import build_teacher
 from deitkit.teachers.frozen import FrozenTeacher, Teachers, mean_teacher_logits
-from deitkit.teachers.gate import doubt, gate, judge_again, larger_usual_px
+from deitkit.teachers.gate import doubt, gate, larger_usual_px, recheck
 from deitkit.teachers.images import STREAMED, load_teacher_images, require_batch
 from deitkit.teachers.resolution import measure_at_own_resolution
 from deitkit.teachers.saved import origins, require_unseen
@@ -79,7 +79,7 @@ def prepare_teacher(
     """
     if is_prepared(folder):
         teacher, card = read_teacher(folder, recipe.speed, precision)
-        return teacher, judge_again(card, recipe.teacher)
+        return teacher, recheck(card, recipe.teacher)
     classifier, card = build_teacher(recipe, dataset, folder.name, precision)
     usual_px = None if recipe.teacher.checkpoint is None else larger_usual_px(card, dataset)
     if usual_px is not None:
@@ -234,12 +234,12 @@ def prepare_teachers(
     return Teachers(teachers), cards
 
 
-def judge_prepared(recipe: Recipe, folder: Path) -> None:
+def recheck_prepared(recipe: Recipe, folder: Path) -> None:
     """Raise TeacherError if a teacher in a run folder does not pass the bounds of a recipe, which may have changed."""
     for field, one, home in _with_homes(recipe, folder):
         if is_prepared(home):
             with _naming(field):
-                judge_again(_read_card(home), one)
+                recheck(_read_card(home), one)
 
 
 def dry_run_teachers(recipe: Recipe, dataset: Dataset, folder: Path, precision: Precision) -> None:
@@ -249,7 +249,7 @@ def dry_run_teachers(recipe: Recipe, dataset: Dataset, folder: Path, precision: 
         TeacherError: A teacher was trained on test images, cannot be built, or cannot process the views; or one that is
             ready does not pass the bounds of the recipe.
     """
-    judge_prepared(recipe, folder)
+    recheck_prepared(recipe, folder)
     for field, one, home in _with_homes(recipe, folder):
         if not is_prepared(home):
             with _naming(field):
