@@ -11,8 +11,9 @@ DEVELOPED := $(VENV)/.developed
 demo: $(INSTALLED)
 	$(BIN)/deitkit compare digits
 
+# On each core, up to four: a process takes up to 3 GB.
 test: $(DEVELOPED)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
 
 lint: $(DEVELOPED)
 	$(BIN)/ruff check .
