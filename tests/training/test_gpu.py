@@ -72,7 +72,7 @@ def losses(trained: Cohort) -> list[EpochMetrics]:
 def assert_same_losses(fast: list[EpochMetrics], plain: list[EpochMetrics], tolerance: float) -> None:
     assert len(fast) == len(plain) > 0
     for one, other in zip(fast, plain, strict=True):
-        assert one.train_loss == pytest.approx(other.train_loss, rel=tolerance)
+        assert one.train_loss == pytest.approx(other.train_loss, rel=tolerance, abs=tolerance / 2)
     # Six steps an epoch: most were replayed.
     assert fast[0].step is not None
     assert fast[0].step > WARM_UP
@@ -97,7 +97,7 @@ def test_fast_steps_train_as_plain_ones(fields: list[str], tolerance: float) -> 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_the_fast_step_of_a_cnn_trains_as_a_plain_one(precision: str) -> None:
-    chosen = ("teacher.train.epochs=8", "teacher.train.batch_size=32", "teacher.train.warmup_epochs=0",
+    chosen = ("teacher.train.epochs=8", "teacher.train.batch_size=32", "teacher.train.learning_rate=0.005",
               f"train.precision={precision}")  # fmt: skip
     fast, plain = (losses(cnn_cohort(recipe(*chosen, *more))) for more in ((), FAST_OFF))
     assert_same_losses(fast, plain, 0.02 if precision == "fp32" else 0.1)
