@@ -14,9 +14,9 @@ from deitkit.analyze.tokens import attention_maps, student_of
 from deitkit.comparison.finished_run import students_of
 from deitkit.data.dataset import load_test_examples
 from deitkit.data.decode import SUFFIXES
-from deitkit.errors import CheckpointError, DataError, DeitkitError, HasTestSplit
+from deitkit.errors import CheckpointError, DataError, DeitkitError
 from deitkit.evaluation.classify import classify_pixels, decode_for
-from deitkit.evaluation.seen_images import data_recipe_of
+from deitkit.evaluation.seen_images import data_recipe_of, load_divided
 from deitkit.models.card import ModelCard
 from deitkit.models.classifier import Classifier
 from deitkit.models.saved import load_classifier
@@ -130,10 +130,7 @@ class Demo:
             say("no example images: the model's card names no data set; give one with --data")
             return []
         try:
-            try:
-                return load_test_examples(self.data, count)
-            except HasTestSplit:  # of other data, which the folds of the training do not divide
-                return load_test_examples(self.data.model_copy(update={"folds": None, "fold": None}), count)
+            return load_divided(lambda data: load_test_examples(data, count), self.data)
         except DeitkitError as error:
             say(f"no example images: {error}")
             return []

@@ -1,26 +1,23 @@
 """Measuring a saved model on a data set."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TypedDict, TypeVar
+from typing import TypedDict
 
 import torch
 
 from deitkit.data.dataset import Dataset, load_labelled, load_test
 from deitkit.data.duplicates import share_in_sketch
-from deitkit.errors import DataError, HasTestSplit
+from deitkit.errors import DataError
 from deitkit.evaluation.predict import predict
 from deitkit.evaluation.readouts import named_scores, top_k_accuracy, top_k_hits
-from deitkit.evaluation.seen_images import data_recipe_of
+from deitkit.evaluation.seen_images import data_recipe_of, load_divided
 from deitkit.evaluation.statistics import wilson_interval
 from deitkit.models.card import ModelCard
 from deitkit.models.saved import load_classifier
-from deitkit.recipe.schema import DataRecipe
 from deitkit.system.device import Precision, choose_device
 from deitkit.system.words import first_of
-
-Loaded = TypeVar("Loaded")
 
 
 class ReadoutAccuracy(TypedDict):
@@ -65,7 +62,7 @@ def evaluate_model(folder: Path, data: str, root: Path | None = None) -> Evaluat
     """
     device = choose_device("auto")
     classifier, card = load_classifier(folder, device)
-    test, names = _as_divided(load_test, card, data, root)
+    test, names = load_divided(load_test, data_recipe_of(card, data, root))
     if set(names) == set(card.class_names):  # whose order differs between sources of images
         places = torch.tensor([card.class_names.index(name) for name in names])
         test, names = replace(test, labels=places[test.labels]), card.class_names
@@ -93,17 +90,9 @@ def load_data_of(card: ModelCard, data: str, root: Path | None) -> Dataset:
     Raises:
         DataError: Its classes differ from the model's.
     """
-    dataset = _as_divided(load_labelled, card, data, root)
+    dataset = load_divided(load_labelled, data_recipe_of(card, data, root))
     _require_classes(dataset.class_names, card, data)
     return dataset
-
-
-def _as_divided(load: Callable[[DataRecipe], Loaded], card: ModelCard, data: str, root: Path | None) -> Loaded:
-    """Load a data set as a model takes it, divided as for its training if it can be."""
-    try:
-        return load(data_recipe_of(card, data, root))
-    except HasTestSplit:  # of other data, which the folds of the training do not divide
-        return load(data_recipe_of(card.model_copy(update={"split": {}}), data, root))
 
 
 def _require_classes(names: Sequence[str], card: ModelCard, data: str) -> None:

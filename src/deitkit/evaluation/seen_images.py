@@ -1,14 +1,17 @@
 """The images that a saved model has learned from: what its card tells, and which share of a test set they are."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from deitkit.data.dataset import Dataset, load_test
 from deitkit.data.duplicates import how_to_divide, merge_sketches, share_of_tests_seen
 from deitkit.data.listing import ProgressCallback
+from deitkit.errors import HasTestSplit
 from deitkit.models.card import ModelCard
 from deitkit.recipe.schema import DataRecipe
+
+Loaded = TypeVar("Loaded")
 
 
 def card_of_data(recipe: DataRecipe, dataset: Dataset) -> dict[str, Any]:
@@ -61,6 +64,14 @@ def say_seen(share: float, model: str, card: ModelCard, dataset: Dataset) -> str
         f"about {100 * share:.0f} % of the test images of {dataset.name} are training images of {model}: "
         f"{how_to_divide(card.split)}"
     )
+
+
+def load_divided(load: Callable[[DataRecipe], Loaded], recipe: DataRecipe) -> Loaded:
+    """Load images divided as a recipe says: without its folds, if they do not divide data with a test split."""
+    try:
+        return load(recipe)
+    except HasTestSplit:
+        return load(recipe.model_copy(update={"folds": None, "fold": None}))
 
 
 def view_of(dataset: Dataset) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """The analysis on the page, from ``analysis.json`` and its pictures."""
 
-import base64
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from deitkit.report.analysis_charts import (
     reliability_charts,
     similarity_chart,
 )
-from deitkit.report.figures import COLOURS
+from deitkit.report.figures import COLOURS, data_uri
 from deitkit.report.published import PAPER_DISAGREEMENT
 from deitkit.report.table_layout import percent
 from deitkit.run.analysis import Analysis
@@ -119,7 +118,6 @@ def _confused_pairs(analysis: Analysis, names: Sequence[str]) -> Iterator[Confus
 
 def _pictures(analysis: Analysis, folder: Path) -> Iterator[tuple[str, str]]:
     for sheet in analysis.attention:
-        path = folder / "analysis" / Path(sheet.file).name
-        if path.is_file():
-            encoded = base64.b64encode(path.read_bytes()).decode("ascii")
-            yield sheet.student, f"data:image/png;base64,{encoded}"
+        picture = data_uri(folder / "analysis" / Path(sheet.file).name)
+        if picture is not None:
+            yield sheet.student, picture

@@ -44,7 +44,7 @@ def similarity_chart(tokens: Sequence[TokenSimilarity], colour: Colour) -> Chart
         "marker": {"color": INK, "size": 11, "symbol": "diamond-open", "line": {"width": 2}},
         "hovertemplate": "%{y:.2f}<extra>%{data.name}</extra>",
     })  # fmt: skip
-    layout = chart_layout(height=400, margin={"l": 56, "r": 12, "t": 12, "b": 50})
+    layout = chart_layout(height=400)
     title = {"text": "the learned vectors · before the first block · after each block"}
     layout["xaxis"] |= {"type": "category", "title": title}
     layout["yaxis"] |= {"title": {"text": "cosine"}, "zeroline": True, "zerolinecolor": INK}
@@ -60,7 +60,7 @@ def reliability_charts(rows: Sequence[RowSummary], colour: Colour) -> dict[str, 
     for name, members in groups.items():
         line = {"color": INK, "width": 1.2, "dash": "dot"}
         diagonal = {"type": "line", "x0": 0, "y0": 0, "x1": 100, "y1": 100, "line": line, "layer": "below"}
-        layout = chart_layout(height=440, margin={"l": 56, "r": 12, "t": 12, "b": 50})
+        layout = chart_layout(height=440)
         layout["xaxis"] |= {"title": {"text": "confidence (%)"}, "range": [0, 102]}
         layout["yaxis"] |= {"title": {"text": "accuracy (%)"}, "range": [-2, 102]}
         data = [_reliability_trace(row, place, colour(name)) for place, row in enumerate(members)]
@@ -103,7 +103,7 @@ def accuracy_by_class_chart(classes: Sequence[ClassSummary], names: Sequence[str
         }
         for number, entry in enumerate(classes)
     ]  # fmt: skip
-    layout = chart_layout(height=130 + min(26 * len(order), 900), margin={"l": 56, "r": 12, "t": 12, "b": 50})
+    layout = chart_layout(height=130 + min(26 * len(order), 900))
     layout["xaxis"] |= {"title": {"text": "accuracy (%)"}, "rangemode": "tozero"}
     layout["yaxis"] |= {"type": "category", "autorange": "reversed"}
     return {"data": data, "layout": layout | {"legend": _legend()}}
@@ -153,9 +153,7 @@ def _confusion_chart(entry: ClassSummary, names: Sequence[str]) -> Chart:
         shared | {"x": labels, "y": labels, "z": wrong, "customdata": counts, "colorscale": _fading(_WRONG),
                   "hovertemplate": f"{hover} (%{{customdata}} images)<extra></extra>"},
     ]  # fmt: skip
-    layout = chart_layout(
-        height=170 + min(max(30 * len(places), 150), 700), margin={"l": 56, "r": 12, "t": 12, "b": 50}
-    )
+    layout = chart_layout(height=170 + min(max(30 * len(places), 150), 700))
     category = {"type": "category", "categoryorder": "array", "categoryarray": labels, "showgrid": False}
     layout["xaxis"] |= category | {"title": {"text": "predicted class"}}
     layout["yaxis"] |= category | {"title": {"text": "true class"}, "autorange": "reversed"}

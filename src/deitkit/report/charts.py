@@ -158,7 +158,7 @@ def _curve_chart(results: Results, metrics: Sequence[EpochMetrics], values: dict
         for curve in curves:
             dash = dashes[students.index(curve.student) // len(COLOURS) % len(dashes)]  # where colours repeat
             data += _curve_traces(curve, term, colours[curve.student], dash, results.repetition)
-    layout = chart_layout(height=460, margin={"l": 56, "r": 12, "t": 12, "b": 50})
+    layout = chart_layout(height=460)
     last = max(line.epoch for line in metrics)
     layout["xaxis"] |= {"title": {"text": "epoch"}, "tickformat": "d", "dtick": 1 if last <= 10 else None}
     layout["yaxis"]["title"] = {"text": title}
@@ -235,12 +235,12 @@ def _term(name: str) -> Value:
     return lambda line: (line.terms or {}).get(name)
 
 
-def chart_layout(height: int, margin: dict[str, int]) -> Chart:
+def chart_layout(height: int, margin: dict[str, int] | None = None) -> Chart:
     """Return what all charts share: grounds that show the page's, colours legible in light and dark."""
     axis = {"gridcolor": _GRID, "zeroline": False, "linecolor": _GRID, "automargin": True}
     return {
         "height": height,
-        "margin": margin,
+        "margin": margin or {"l": 56, "r": 12, "t": 12, "b": 50},
         "paper_bgcolor": "rgba(0,0,0,0)",
         "plot_bgcolor": "rgba(0,0,0,0)",
         "font": {"family": "inherit", "size": 12.5, "color": INK},

@@ -95,7 +95,7 @@ def cost_chart(results: Results, metrics: Sequence[EpochMetrics]) -> Chart | Non
             up, down = [100 * (high - point.top1)], [100 * (point.top1 - low)]
             trace["error_y"] = {"type": "data", "array": up, "arrayminus": down, "thickness": 1.5, "width": 4}
         data.append(trace)
-    layout = chart_layout(height=460, margin={"l": 56, "r": 12, "t": 12, "b": 50})
+    layout = chart_layout(height=460)
     layout["xaxis"] |= {"title": {"text": "ms for an image"}, "range": [0, _widest(points)]}
     if _is_wide(points):
         ends = [log10(end) for end in _log_ends(points)]

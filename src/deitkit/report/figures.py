@@ -1,5 +1,6 @@
 """Validation accuracy by epoch as a static figure (matplotlib), and the curves and colours that the page shares."""
 
+import base64
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -138,30 +139,43 @@ def write_figure(draw: Callable[[], "Figure"], *paths: Path) -> list[Path]:
 
 
 def _draw(results: Results, curves: list[Curve]) -> "Figure":
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
     data = results.dataset
     count = len(results.repetitions)
     spread = f", mean and range over {count} {results.repetition}s" if count > 1 else ""
-    figure = Figure(figsize=(9.6, 5.2), layout="constrained")
-    axes = add_axes(figure, f"{data.name}, {data.train:,} training images{spread}")
+    figure, axes = curve_axes(f"{data.name}, {data.train:,} training images{spread}")
     finals = [curve.over_seeds(mean)[-1] for curve in curves]
     for index, (curve, final) in enumerate(zip(curves, finals, strict=True)):
         add_curve(axes, curve, index, f"{curve.student}  {percent(final, data.validation)}")
     low = min(min(curve.over_seeds(min)) for curve in curves) * 100
     high = max(max(curve.over_seeds(max)) for curve in curves) * 100
     _draw_references(axes, results, low, high)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     epochs = [epoch for curve in curves for epoch in curve.epochs]
     if min(epochs) == max(epochs):
         axes.set_xlim(min(epochs) - 0.5, max(epochs) + 0.5)
         axes.set_xticks(epochs[:1])
     axes.margins(x=0.02)
-    axes.set_xlabel("epoch")
-    axes.set_ylabel("validation accuracy (%)")
     add_legend(axes, finals)
     return figure
+
+
+def data_uri(path: Path) -> str | None:
+    """Return a PNG as the source of a picture in a page; None if there is no such file."""
+    if not path.is_file():
+        return None
+    return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode('ascii')}"
+
+
+def curve_axes(title: str) -> tuple["Figure", "Axes"]:
+    """Return a figure for curves of validation accuracy by epoch, and its axes."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=(9.6, 5.2), layout="constrained")
+    axes = add_axes(figure, title)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlabel("epoch")
+    axes.set_ylabel("validation accuracy (%)")
+    return figure, axes
 
 
 def add_axes(figure: "Figure", title: str, grid: Literal["x", "y", "both"] = "y") -> "Axes":

@@ -1,6 +1,5 @@
 """The page: one self-contained HTML file with the table, the charts and the facts of a comparison."""
 
-import base64
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from deitkit.report.ablation import difference_chart, lay_out_any
 from deitkit.report.analysis import Section, lay_out_analysis
 from deitkit.report.charts import accuracy_chart, curve_charts
 from deitkit.report.cost_chart import cost_chart
-from deitkit.report.figures import colours_of, validation_peaks
+from deitkit.report.figures import colours_of, data_uri, validation_peaks
 from deitkit.report.published import PAPER, REPRODUCTION
 from deitkit.report.table_layout import NOTHING, WINNER_MARK, millions, percent
 from deitkit.run.analysis import Analysis, read_analysis
@@ -42,7 +41,7 @@ def write_page(
         note = "This is the analysis of an earlier table with other rows or seeds: run `deitkit analyze` again."
         found = found.model_copy(update={"notes": (note, *found.notes)})
     section = None if found is None else lay_out_analysis(found, results, colours_of(metrics), folder)
-    page = render_page(results, metrics, teacher_metrics, _picture(folder / "views.png"), section)
+    page = render_page(results, metrics, teacher_metrics, data_uri(folder / "views.png"), section)
     write_text(folder / REPORT, page)
     return [folder / REPORT]
 
@@ -141,9 +140,3 @@ def _published_tables(results: Results) -> list[dict[str, Any]]:
             form = "%.1f" if name == PAPER else "%.2f"
             tables.append({"title": title, "models": models, "rows": list(rows.values()), "form": form})
     return tables
-
-
-def _picture(path: Path) -> str | None:
-    if not path.is_file():
-        return None
-    return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode('ascii')}"

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from deitkit.errors import CheckpointError
-from deitkit.report.figures import COLOURS, Curve, add_axes, add_curve, add_legend, curves_of, mean, write_figure
+from deitkit.report.figures import COLOURS, Curve, add_curve, add_legend, curve_axes, curves_of, mean, write_figure
 from deitkit.run.metrics import EpochMetrics, read_metrics
 
 if TYPE_CHECKING:
@@ -148,11 +148,7 @@ def write_progress(
 
 
 def _draw(curves: Sequence[Curve], title: str, others: Sequence[Curve], beside: str) -> "Figure":
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
-    figure = Figure(figsize=(9.6, 5.2), layout="constrained")
-    axes = add_axes(figure, title)
+    figure, axes = curve_axes(title)
     places = {curve.student: index for index, curve in enumerate(curves)}
     for other in others:
         if other.student in places:
@@ -166,9 +162,6 @@ def _draw(curves: Sequence[Curve], title: str, others: Sequence[Curve], beside: 
             )
     for index, curve in enumerate(curves):
         add_curve(axes, curve, index, f"{curve.student}  {100 * curve.over_seeds(mean)[-1]:.1f}")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_xlabel("epoch")
-    axes.set_ylabel("validation accuracy (%)")
     if others:
         axes.set_xlabel(f"epoch (dotted: {beside})", parse_math=False)
     add_legend(axes, [curve.over_seeds(mean)[-1] for curve in curves])
