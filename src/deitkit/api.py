@@ -24,7 +24,8 @@ from PIL import Image
 from torch import Tensor
 
 from deitkit.cli.console import as_text, console
-from deitkit.cli.progress import Terminal, Told
+from deitkit.cli.progress import Terminal
+from deitkit.cli.signals import Forwarding
 from deitkit.comparison.finetune import start_from
 from deitkit.comparison.run import run_recipe
 from deitkit.data import dataset
@@ -389,5 +390,5 @@ def _watching(progress: bool | Watcher) -> Iterator[Watcher]:
     if threading.current_thread() is not threading.main_thread():
         yield shown
         return
-    with Terminal(console) if progress and shown is not progress else Told(shown) as watcher:
+    with Terminal(console) if progress and shown is not progress else Forwarding(shown) as watcher:
         yield watcher

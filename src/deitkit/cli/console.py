@@ -11,7 +11,6 @@ from deitkit.errors import one_line
 
 console = Console()
 errors = Console(stderr=True)
-silent = Console(quiet=True)
 
 
 def say(text: str, to: Console = console, *, style: str | None = None) -> None:

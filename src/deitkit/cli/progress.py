@@ -1,10 +1,8 @@
-"""The progress of a run: bars on a terminal, a text that changes in a notebook, lines elsewhere; Ctrl-C and SIGTERM."""
+"""The progress of a run: bars on a terminal, a text that changes in a notebook, lines elsewhere."""
 
-import signal
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
-from types import FrameType
+from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 from rich.console import Console, Group
@@ -12,35 +10,28 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
-from deitkit.cli.console import plain, say, silent
+from deitkit.cli.console import plain, say
+from deitkit.cli.signals import StopOnSignal
 from deitkit.errors import Interrupted, one_line
 from deitkit.run.metrics import EpochMetrics
-from deitkit.run.observer import StepProgress, Watcher
-from deitkit.system.process import were_started
+from deitkit.run.observer import StepProgress
 from deitkit.system.words import duration_text
 
-TORCHRUN_SECONDS = 5.0
 # Between two looks at one training: on a terminal, in a notebook, and elsewhere, where each is a line.
 TERMINAL_SECONDS, NOTEBOOK_SECONDS, LINE_SECONDS = 0.2, 1.0, 60.0
 
 
-class Terminal(Watcher):
+class Terminal(StopOnSignal):
     """Show the progress of a run on a console. Inside its context, Ctrl-C and SIGTERM stop the run.
-
-    Training stops after the current step and saves; everything else stops at once, since a resumed run repeats it. A
-    second Ctrl-C ends the process immediately; the run can still be resumed from what is on disk.
 
     Args:
         console: Where to print.
-        stopped: The message of a run that was stopped; by default that --resume continues it.
+        stopped: As for ``StopOnSignal``.
     """
 
     def __init__(self, console: Console, *, stopped: str = "") -> None:
+        super().__init__(stopped)
         self.console = console
-        self._stopped = stopped
-        self._stop: int | None = None  # the signal received
-        self._stopped_at = 0.0
-        self._deferring = False
         self._live: Live | None = None
         self._task: Any = None
         self._title = ""
@@ -54,7 +45,6 @@ class Terminal(Watcher):
         self._in_notebook: Any = None  # what is shown of the training with this title
         self._notebook_title = ""
         self._notebook_lines: dict[str, str] = {}
-        self._handlers: dict[int, Any] = {}
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=None),
@@ -64,53 +54,18 @@ class Terminal(Watcher):
             expand=True,
         )
 
-    def __enter__(self) -> "Terminal":
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._handlers[number] = signal.signal(number, self._on_signal)
-        return self
-
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self._end_live()
-        if isinstance(error, Interrupted) and self._stop is not None:
-            error.exit_code = 128 + self._stop
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
+        super().__exit__(kind, error, trace)
 
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self._stop is not None:
-            if were_started() and time.monotonic() - self._stopped_at < TORCHRUN_SECONDS:
-                return  # after Ctrl-C, torchrun sends its own signal as well
-            signal.signal(number, signal.SIG_DFL)
-            raise KeyboardInterrupt
-        self._stop, self._stopped_at = number, time.monotonic()
-        if not self._deferring:
-            raise Interrupted(self._stopped)
+    def say_that_it_stops(self) -> None:
+        """Print that training stops after this step."""
         with suppress(SystemExit):  # rich's answer to a closed pipe: `| tee`, which Ctrl-C has ended too
             self.console.print("[yellow]stopping after this step, and saving; once more to stop at once[/]")
 
-    @contextmanager
-    def defer_interrupts(self) -> Iterator[None]:
-        """Defer a request to stop until the context ends; inside it, ``should_stop`` reports the request."""
-        self._raise_if_stopped()
-        self._deferring = True
-        try:
-            yield
-        finally:
-            self._deferring = False
-        self._raise_if_stopped()
-
-    def _raise_if_stopped(self) -> None:
-        """Raise what the signal handler raised, in case it was swallowed: Python ignores exceptions in finalisers."""
-        if self._stop is not None and not self._deferring:
-            raise Interrupted(self._stopped)
-
-    def should_stop(self) -> bool:
-        """Return whether Ctrl-C or SIGTERM was received."""
-        return self._stop is not None
-
     def say(self, text: str) -> None:
         """Print a line."""
-        self._raise_if_stopped()
+        self.raise_if_stopped()
         self._end_live()
         self._notebook_title = ""  # what follows stands below this line
         self._line(text)
@@ -142,7 +97,7 @@ class Terminal(Watcher):
 
     def reading(self, what: str, done: int, total: int) -> None:
         """Show on a terminal how much of the data has been read."""
-        self._raise_if_stopped()
+        self.raise_if_stopped()
         if not self.console.is_terminal:
             return
         if self._title != what:
@@ -236,37 +191,3 @@ class Terminal(Watcher):
             self._live.stop()
             self._progress.remove_task(self._task)
         self._live, self._title = None, ""
-
-
-class Told(Terminal):
-    """Tell another watcher what happens, instead of a console; Ctrl-C and SIGTERM stop the run as with a terminal."""
-
-    def __init__(self, watcher: Watcher) -> None:
-        super().__init__(silent)
-        self.watcher = watcher
-
-    def say(self, text: str) -> None:
-        """Pass on a line."""
-        self._raise_if_stopped()
-        self.watcher.say(text)
-
-    def reading(self, what: str, done: int, total: int) -> None:
-        """Pass on how much of the data has been read."""
-        self._raise_if_stopped()
-        self.watcher.reading(what, done, total)
-
-    def step(self, title: str, progress: StepProgress) -> None:
-        """Pass on a step."""
-        self.watcher.step(title, progress)
-
-    def epoch(self, title: str, metrics: list[EpochMetrics]) -> None:
-        """Pass on the metrics of an epoch."""
-        self.watcher.epoch(title, metrics)
-
-    def units(self, lines: Mapping[str, str], finished: int, total: int) -> None:
-        """Pass on the newest line of each unit."""
-        self.watcher.units(lines, finished, total)
-
-    def should_stop(self) -> bool:
-        """Return whether a signal was received, or the other watcher requests a stop."""
-        return super().should_stop() or self.watcher.should_stop()
