@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any, Self
+from typing import Any
 
 from deitkit.errors import Interrupted
 from deitkit.run.metrics import EpochMetrics
@@ -32,7 +32,7 @@ class StopOnSignal(Watcher):
         self._deferring = False
         self._handlers: dict[int, Any] = {}
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "StopOnSignal":
         for number in (signal.SIGINT, signal.SIGTERM):
             self._handlers[number] = signal.signal(number, self._on_signal)
         return self
