@@ -1,6 +1,7 @@
 """That speed changes nothing else: with every fast path off, training gives the same losses."""
 
 import functools
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -106,7 +107,7 @@ def test_running_out_of_memory_names_a_batch_size(monkeypatch: pytest.MonkeyPatc
     ("device", "variable", "words"), [("cuda", "CC", "a C compiler"), ("cpu", "CXX", r"a C\+\+ compiler")]
 )
 def test_blocks_are_compiled_where_a_compiler_is(
-    device: str, variable: str, words: str, monkeypatch: pytest.MonkeyPatch
+    device: str, variable: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chosen = torch.device(device)
     monkeypatch.delenv(variable, raising=False)
@@ -116,6 +117,10 @@ def test_blocks_are_compiled_where_a_compiler_is(
     with pytest.raises(RecipeError, match=rf"speed\.compile=true needs {words} \(.*\): install it, or drop the field"):
         compiles_blocks(SpeedRecipe(compile=True), chosen)
     monkeypatch.setenv(variable, "/usr/bin/compiler")
+    (tmp_path / "Python.h").touch()
+    monkeypatch.setattr("sysconfig.get_paths", lambda: {"include": str(tmp_path)})
+    assert compiles_blocks(SpeedRecipe(), chosen) is (device == "cuda")
+    assert compiles_blocks(SpeedRecipe(compile=True), chosen)
     monkeypatch.setattr("sysconfig.get_paths", lambda: {"include": "/nowhere"})
     assert compiles_blocks(SpeedRecipe(compile="auto"), chosen) is False
     assert (lacks_compiler(chosen) or "").startswith("the headers of Python") == (device == "cuda")

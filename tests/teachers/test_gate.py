@@ -280,7 +280,9 @@ def test_another_bound_is_judged_by_itself_and_other_reasons_stay() -> None:
 
     weak = "weak, allowed by the recipe: "
     below = card("full", verdict=f"{weak}is below teacher.min_top1=0.99; it was trained too briefly")
-    below = below.model_copy(update={"top1": 0.85, "n": 1000, "chance": 0.1, "weak": True, "below_min_top1": True})
+    below = below.model_copy(
+        update={"top1": 0.85, "n": 1000, "chance": 0.1, "weak": True, "verdict_without_bound": FIT_TO_TEACH}
+    )
     assert recheck(below, bounds(min_top1=0.5)).verdict == FIT_TO_TEACH
     assert recheck(below, bounds()).weak is False
     with pytest.raises(
@@ -293,10 +295,14 @@ def test_another_bound_is_judged_by_itself_and_other_reasons_stay() -> None:
     )
     with pytest.raises(TeacherError, match=r"above chance \(10\.0 %\): set teacher\.allow_weak=true"):
         recheck(guesses, bounds())
-    unsuitable = below.model_copy(update={"fit": "none"})  # which may have classes in another order as well
+    unsuitable = below.model_copy(
+        update={"fit": "none", "verdict_without_bound": None}
+    )  # its classes' order is another
     with pytest.raises(
         TeacherError, match=r"delete its folder, so that it is checked again, or set teacher\.allow_weak"
     ):
         recheck(unsuitable, bounds(min_top1=0.5))
-    few = below.model_copy(update={"top1": 0.5, "n": 2, "chance": 0.5})
-    assert recheck(few, bounds(min_top1=0.4)).verdict == "2 images cannot tell it from chance (50.0 %)"
+    doubtful = "2 images cannot tell it from chance (50.0 %)"
+    few = below.model_copy(update={"top1": 0.5, "n": 2, "chance": 0.5, "verdict_without_bound": doubtful})
+    assert recheck(few, bounds(min_top1=0.4)).verdict == doubtful
+    assert recheck(recheck(few, bounds(min_top1=0.6, allow_weak=True)), bounds()).verdict == doubtful

@@ -78,6 +78,11 @@ def assert_same_losses(fast: list[EpochMetrics], plain: list[EpochMetrics], tole
     assert fast[0].step > WARM_UP
 
 
+def test_blocks_are_compiled_by_default() -> None:
+    for student in cohort(recipe()).students:
+        assert all(block._compiled_call_impl is not None for block in student.classifier.model.blocks)
+
+
 @pytest.mark.parametrize(
     ("fields", "tolerance"),
     [

@@ -14,13 +14,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from conftest import striped_dataset
+from conftest import CPU_FP32, striped_dataset
 from deitkit.data.dataset import Dataset
 from deitkit.distillation.methods import METHODS
 from deitkit.errors import RecipeError
+from deitkit.models.classifier import Classifier
+from deitkit.models.cnn import CifarResNet
+from deitkit.recipe.load import load_recipe
 from deitkit.recipe.schema import AugmentRecipe, StudentTrainRecipe
-from deitkit.system.ranks import Ranks
+from deitkit.system.ranks import ALONE, Ranks
+from deitkit.teachers.prepare import teacher_cohort, teacher_student
 from deitkit.training import cuda_graph
+from deitkit.training.build import build_cohort, build_students
 from deitkit.training.cohort import Cohort
 from training.test_cohort import Teacher, cohort
 from training.train_together import build
@@ -56,6 +61,19 @@ class Recording(cuda_graph._Recording):
 def test_only_students_in_whose_step_processes_wait_for_each_other_are_not_recorded() -> None:
     trained = build(Ranks(0, 2), ["token-hard", "dist"], StudentTrainRecipe(batch_size=32), AugmentRecipe(), 0)
     assert trained.recorded == {"token-hard"}
+
+
+def test_batch_norm_of_several_processes_is_not_recorded(stripes: Dataset) -> None:
+    """Its modules are then SyncBatchNorm, whose processes wait for each other."""
+    chosen = load_recipe("digits", ["methods=[none]", "model.stem=conv", "model.patch_px=4", "model.name=micro"])
+    model = Classifier(CifarResNet(20, classes=3), mean=stripes.mean, std=stripes.std)
+    recorded = []
+    for ranks in (ALONE, Ranks(0, 2)):
+        students = build_students(chosen, stripes, 0, CPU_FP32)
+        conv = build_cohort(students, chosen, stripes, teacher=None, seed=0, precision=CPU_FP32, ranks=ranks)
+        alone = teacher_student("teacher", model, chosen.teacher, CPU_FP32)
+        recorded.append(conv.recorded | teacher_cohort(alone, chosen, stripes, CPU_FP32, ranks).recorded)
+    assert recorded == [{"none", "teacher"}, set()]
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from deitkit.data.augment.mix import balanced_weights, smoothed_one_hot, weigh_i
 from deitkit.data.batches import Batches
 from deitkit.data.dataset import Dataset
 from deitkit.data.split import Split
-from deitkit.distillation.methods import METHODS, Method
+from deitkit.distillation.methods import METHODS
 from deitkit.errors import RecipeError
 from deitkit.evaluation.readouts import balanced_accuracy, macro_f1
 from deitkit.models.classifier import Classifier
@@ -93,14 +93,8 @@ def test_equal_classes_weigh_exactly_one(classes: int, count: int) -> None:
     assert balanced_weights(torch.arange(classes).repeat(count), classes).tolist() == [1.0] * classes
 
 
-@pytest.mark.parametrize("method", METHODS.values(), ids=lambda method: method.name)
-def test_with_equal_classes_the_loss_is_the_unweighted_one_to_the_bit(method: Method) -> None:
-    logits, teacher, other = torch.randn(3, 16, 3, generator=torch.Generator().manual_seed(0))
-    output = Output(logits, other) if method.tokens == ("class", "distillation") else Output(logits, logits)
-    targets = teacher.softmax(-1)
-    own = weigh_images(targets, balanced_weights(torch.arange(3).repeat(9), 3), 0.0)
-    weighted, plain = (method.loss_terms(output, teacher, targets, DistillationRecipe(), some) for some in (own, None))
-    assert all(torch.equal(weighted[name], plain[name]) for name in plain)
+def test_equal_classes_are_not_weighed() -> None:
+    assert cohort(striped_dataset(), TrainRecipe(batch_size=16, class_weight="balanced")).class_weights is None
 
 
 @given(st.lists(st.integers(1, 40), min_size=2, max_size=5), st.integers(0, 3))

@@ -232,8 +232,8 @@ def dry_run(recipe: Recipe, dataset: Dataset, precision: Precision) -> tuple[lis
     top = kept_logits(recipe, dataset.classes)
     if top is not None and current_ranks().count > 1:
         raise RecipeError(
-            f"teacher.cache_top={top} changes the teacher's answers, and several processes do not use the cache: drop "
-            "it, or start one process"
+            f"cache_top={top} changes the answers of a teacher, and several processes do not use the cache: drop it, "
+            "or start one process"
         )
     require_parts(step_images(recipe, dataset), precision.device)
     remarks = [

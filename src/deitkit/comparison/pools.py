@@ -72,6 +72,11 @@ def _environment(given: Mapping[str, str], cores: int) -> dict[str, str]:
     return given | own | ({} if "OMP_NUM_THREADS" in given else {"OMP_NUM_THREADS": str(cores)})
 
 
+def _hidden_gpus(device: str) -> dict[str, str]:
+    """Return the variable that hides GPUs from units on the CPU, whose processes would each want one."""
+    return {"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}
+
+
 class LocalPool:
     """Processes on this machine, each with a share of its GPUs, or of its cores where there are none.
 
@@ -105,8 +110,7 @@ class LocalPool:
             visible = os.environ.get("CUDA_VISIBLE_DEVICES")
             names = visible.split(",") if visible else [str(number) for number in range(self.gpus)]
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(names[slot * self.devices : (slot + 1) * self.devices])
-        elif self.device == "cpu":
-            environment["CUDA_VISIBLE_DEVICES"] = ""  # processes of torchrun would each want a GPU
+        environment |= _hidden_gpus(self.device)
         self._slots[slot] = _start(command, log, environment)
         return self._slots[slot]
 
@@ -178,7 +182,7 @@ class RayPool:
             ) from None
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own would end this process at once
-        self.ray, self.devices = ray, devices
+        self.ray, self.devices, self.device = ray, devices, device
         self._logs: dict[Any, Path] = {}
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         gpus = [int(node.get("GPU", 0)) if device in USES_GPUS else 0 for node in nodes]
@@ -190,6 +194,7 @@ class RayPool:
         """Start a command as a task, on a machine with free devices."""
         cores = max(1, min(max(self.cores), sum(self.cores) // share))
         passed_on = {name: value for name, value in os.environ.items() if name.startswith(PASSED_ON)}
+        passed_on |= _hidden_gpus(self.device)
         task = self.ray.remote(_run_on_node).options(
             num_cpus=1 if self.gpus else cores,
             num_gpus=self.devices if self.gpus else 0,

@@ -68,8 +68,11 @@ def balanced_mcnemar_p(hits: Bool[Tensor, " n"], other: Bool[Tensor, " n"], labe
     """
     counts = labels.bincount().clamp(min=1).numpy()
     first, second = (labels[only].bincount(minlength=len(counts)).numpy() for only in (hits & ~other, other & ~hits))
-    drawn = 2 * np.random.default_rng(0).binomial(first + second, 0.5, size=(BALANCED_DRAWS, len(counts)))
-    as_far = np.abs(((drawn - first - second) / counts).sum(axis=1)) >= abs(((first - second) / counts).sum()) - 1e-9
+    generator, drawn = np.random.default_rng(0), np.zeros(BALANCED_DRAWS)
+    for label in np.flatnonzero(first + second):  # one by one, since there may be thousands of classes
+        only = first[label] + second[label]
+        drawn += (2 * generator.binomial(only, 0.5, BALANCED_DRAWS) - only) / counts[label]
+    as_far = np.abs(drawn) >= abs(((first - second) / counts).sum()) - 1e-9
     return float((1 + as_far.sum()) / (1 + BALANCED_DRAWS))
 
 

@@ -141,7 +141,8 @@ class TeacherCard(Record):
         chance: The share of the most frequent class among them.
         verdict: Of the gate.
         weak: Whether the gate would have refused it without ``teacher.allow_weak``.
-        below_min_top1: Whether that is for ``teacher.min_top1``, which a resumed run may change.
+        verdict_without_bound: Of one that is weak for ``teacher.min_top1`` alone, which a resumed run may change: the
+            verdict without it.
         parameters: Of the model.
         image_px: Its resolution; None for that of the data.
         mean: Of its normalisation, by channel.
@@ -164,7 +165,7 @@ class TeacherCard(Record):
     chance: float
     verdict: str
     weak: bool
-    below_min_top1: bool = False
+    verdict_without_bound: str | None = None
     parameters: int
     image_px: int | None
     mean: tuple[float, ...]

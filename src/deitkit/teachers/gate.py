@@ -141,8 +141,14 @@ def gate(
         return measured
     cause, next_step = _cause(card, recipe, alternative)
     if recipe.allow_weak:
-        weak = {"verdict": f"{WEAK}: {reason}; {cause}", "weak": True, "below_min_top1": reason == _below(recipe)}
-        return measured.model_copy(update=weak)
+        for_bound_alone = reason == _below(recipe) and alternative is None
+        return measured.model_copy(
+            update={
+                "verdict": f"{WEAK}: {reason}; {cause}",
+                "weak": True,
+                "verdict_without_bound": verdict if for_bound_alone else None,
+            }
+        )
     raise TeacherError(
         f"teacher {card.name} scores {100 * measured.top1:.2f} % on {counted(n, 'validation image')}, "
         f"which {reason}: {cause}; {next_step}, or set teacher.allow_weak=true to use it anyway"
@@ -156,16 +162,15 @@ def recheck(card: TeacherCard, recipe: TeacherRecipe) -> TeacherCard:
         TeacherError: It does not pass them.
     """
     least = recipe.min_top1
-    if card.below_min_top1 and card.fit != "none":  # an earlier bound was the only reason
-        finding = compare_with_chance(round(card.top1 * card.n), card.n, card.chance)
-        verdict = _of_chance(card.n, card.chance) if finding is Finding.UNDECIDED else FIT_TO_TEACH
-        card = card.model_copy(update={"weak": False, "verdict": verdict, "below_min_top1": False})
+    if card.verdict_without_bound is not None:
+        restored = {"weak": False, "verdict": card.verdict_without_bound, "verdict_without_bound": None}
+        card = card.model_copy(update=restored)
     if least is not None and card.top1 < least and not card.weak:
-        weak = {"weak": True, "verdict": f"{WEAK}: {_below(recipe)}", "below_min_top1": True}
+        weak = {"weak": True, "verdict": f"{WEAK}: {_below(recipe)}", "verdict_without_bound": card.verdict}
         card = card.model_copy(update=weak)
     if card.weak and not recipe.allow_weak:
         lower = "lower teacher.min_top1, or " if least is not None and card.top1 < least else ""
-        if not lower and card.below_min_top1:
+        if not lower and card.fit == "none":
             lower = "delete its folder, so that it is checked again, or "
         raise TeacherError(
             f"teacher {card.name} scores {100 * card.top1:.2f} % on {counted(card.n, 'validation image')} and is "

@@ -111,8 +111,9 @@ class Cohort:
         self.augment = Augment(augment, dataset.mean, dataset.std, is_cropped=scale_min is not None)
         self.mix = Mix(augment, dataset.classes, train.label_smoothing)
         self.class_weights: Tensor | None = None
-        if train.class_weight == "balanced":
-            self.class_weights = balanced_weights(dataset.train.labels, dataset.classes).to(self.device)
+        weights = balanced_weights(dataset.train.labels, dataset.classes)
+        if train.class_weight == "balanced" and not bool((weights == 1).all()):
+            self.class_weights = weights.to(self.device)
         self.logit_cache = logit_cache
         if ranks.count > 1:
             self._share_students()

@@ -46,8 +46,11 @@ def choose_micro_batch_size(
 
 
 def has_batch_norm(model: nn.Module) -> bool:
-    """Return whether a model relates the images of a batch to each other: a CNN, or a convolutional stem."""
-    return any(isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d) for module in model.modules())
+    """Return whether a model relates the images of a batch to each other: a CNN, or a convolutional stem.
+
+    ``SyncBatchNorm``, which takes its place among several processes, is one of the kinds.
+    """
+    return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
 
 
 def micro_batches(size: int, *parts: tuple[int, int]) -> Iterator[slice]:
