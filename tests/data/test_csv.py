@@ -169,6 +169,20 @@ def test_too_few_groups_are_said(table: Callable[..., Path]) -> None:
         load(table("path,label,group", rows))
 
 
+def test_too_few_images_for_a_share_of_groups_are_said(table: Callable[..., Path]) -> None:
+    rows = [f"x/{name}{index}.png,{name},p{name}{index}" for name in ("ant", "bee", "cat") for index in range(8)]
+    with pytest.raises(DataError, match=r"at most \d images of a class to divide, but a share of 0\.1 needs 10: raise"):
+        load(table("path,label,group", rows))
+
+
+def test_an_image_has_one_class_however_its_path_is_spelled(table: Callable[..., Path]) -> None:
+    path = table("path,label", many())
+    for spelling in ("./x/cat0.png", "x/../x/cat0.png", str(path.parent / "x" / "cat0.png")):
+        path.write_text(f"path,label\n{chr(10).join(many())}\n{spelling},dog\n", encoding="utf-8")
+        with pytest.raises(DataError, match="as 'cat' and as 'dog': an image has one class here"):
+            load(path)
+
+
 def test_files_that_are_no_tables(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"does not exist: data\.name=csv:FILE needs"):
         load(tmp_path / "nothing.csv")

@@ -158,3 +158,35 @@ def test_a_class_without_images_is_not_taken_for_a_parquet_repository(tmp_path: 
     (tmp_path / "dog" / "1.parquet").write_bytes(b"")
     with pytest.raises(DataError, match="add some or remove the folder"):
         list_folder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "names", [("training_set", "test_set"), ("seg_train", "seg_test"), ("val", "test"), ("Train images",)]
+)
+def test_splits_of_other_names_are_no_classes(names: tuple[str, ...], tmp_path: Path) -> None:
+    for name in names:
+        write_classes(tmp_path / "photos" / name, {"cat": 6, "dog": 6})
+    refused(f"folder:{tmp_path / 'photos'}", "which look like splits and would be the classes", "'train'")
+
+
+def test_a_class_may_have_a_name_as_of_a_split(tmp_path: Path) -> None:
+    write_classes(tmp_path / "photos" / "train station", {"2021": 6, "2022": 6})
+    write_classes(tmp_path / "photos" / "airport", {"2021": 6, "2022": 6})
+    assert load(f"folder:{tmp_path / 'photos'}", image_px=8).class_names == ("airport", "train station")
+
+
+def test_folders_that_change_places_change_the_labels(tmp_path: Path) -> None:
+    """Files from an archive may all have one size and one date."""
+    photos = tmp_path / "photos"
+    for name, value in (("cat", 10), ("dog", 200)):
+        (photos / name).mkdir(parents=True)
+        for index in range(12):
+            path = photos / name / f"{index}.bmp"
+            Image.new("L", (8, 8), value + index).save(path)
+            os.utime(path, ns=(0, 0))
+    before = load(f"folder:{photos}")
+    for old, new in (("cat", "third"), ("dog", "cat"), ("third", "dog")):
+        (photos / old).rename(photos / new)
+    after = load(f"folder:{photos}")
+    for data, dog in ((before, 1), (after, 0)):
+        assert (data.train.images[:, 0, 0, 0] >= 200).long().tolist() == (data.train.labels == dog).long().tolist()

@@ -250,6 +250,20 @@ def test_flat_files_hold_what_the_shards_held(shards: Path) -> None:
     assert (everything == pixels).flatten(1).all(dim=1).sum() == 1
 
 
+def test_a_flat_file_that_was_cut_off_is_written_again(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DEITKIT_CACHE", str(tmp_path / "cache"))
+
+    def pixels() -> torch.Tensor:
+        return torch.cat(list(load(f"parquet:{shards}", streaming=True, workers=0).train.batches(9)))
+
+    first = pixels()
+    (flat,) = (cache_folder() / "encoded").glob("*.bin")
+    flat.write_bytes(flat.read_bytes()[:-100])
+    assert torch.equal(pixels(), first)
+
+
 def test_shards_are_written_once_for_all_sizes_and_divisions(shards: Path) -> None:
     folder = cache_folder() / "encoded"
     before = {*folder.glob("*.bin")}

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from conftest import CPU_FP32, striped_dataset
 from deitkit.comparison.compare import compare
 from deitkit.data.dataset import Dataset, load_dataset
+from deitkit.data.split import CropSource
 from deitkit.errors import RecipeError, TeacherError
 from deitkit.models.classifier import Classifier
 from deitkit.models.cnn import CifarResNet
@@ -200,3 +201,16 @@ def test_a_full_disk_is_told_before_anything_is_recorded(monkeypatch: pytest.Mon
     first.find(0, 0)
     with pytest.raises(TeacherError, match=r"teacher\.cache needs"):
         first.keep(0, 0, torch.randn(4, 3))
+
+
+def test_other_crops_of_images_without_labels_are_other_views(tiny_recipe: Any) -> None:
+    recipe = tiny_recipe("methods=[hard]", "augment.crop=random-resized", "data.unlabelled=rest",
+                         "train.unlabelled_batch_size=4")  # fmt: skip
+    data = striped_dataset()
+    without = replace(data.train, labels=torch.full_like(data.train.labels, -1))
+    sizes = torch.tensor([[16, 16]]).repeat(len(without), 1)
+    folders = set()
+    for source in (None, CropSource(None, sizes), CropSource(torch.zeros(len(without), 3, 32, 32).byte(), sizes)):
+        own = replace(data, unlabelled=replace(without, crop_source=source))
+        folders.add(open_logit_cache(recipe, own, Teachers([FrozenTeacher(teacher())]), 0, CPU_FP32).folder)
+    assert len(folders) == 3

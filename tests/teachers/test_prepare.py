@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from conftest import CPU_FP32, poisoned_gradient, striped_dataset
@@ -410,3 +411,25 @@ def test_a_teachers_images_are_read_as_when_its_training_began(
         assert load_teacher_images(recipe, dataset).streamed
         assert load_teacher_images(recipe, dataset, tmp_path).streamed
     assert load_teacher_images(recipe, dataset, tmp_path).streamed
+
+
+def test_a_teacher_of_all_images_sees_them_in_the_channels_of_the_run(tmp_path: Path) -> None:
+    """Only images that the students do not train on are coloured."""
+    for label, name in enumerate(("ant", "bee")):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for index in range(30):
+            picture = Image.new("L", (8, 8), 100 * label + index)
+            picture.save(tmp_path / "photos" / name / f"{index:02}.png")
+    fields = [f"data.name=folder:{tmp_path / 'photos'}", "data.train_images=8", "data.test_images=null",
+              "teacher.all_images=true", "teacher.train.batch_size=4", "train.batch_size=4"]  # fmt: skip
+    recipe = load_recipe("digits", fields)
+    used = load_dataset(recipe.data)
+    seen = torch.cat([split.images[:, 0, 0, 0] for split in (used.train, used.validation, used.test)]).tolist()
+    for value in {100 * label + index for label in (0, 1) for index in range(30)} - set(seen):
+        path = tmp_path / "photos" / ("ant", "bee")[value // 100] / f"{value % 100:02}.png"
+        coloured = Image.open(path).convert("RGB")
+        coloured.putpixel((0, 0), (255, 0, 0))
+        coloured.save(path)
+    again = load_dataset(recipe.data)
+    assert again.channels == 1
+    assert load_teacher_images(recipe, again).channels == 1

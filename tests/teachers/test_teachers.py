@@ -7,14 +7,18 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
-from conftest import CPU_FP32
+from conftest import CPU_FP32, TINY
+from deitkit.comparison import teachers_only
 from deitkit.comparison.compare import compare
-from deitkit.data.dataset import load_dataset
-from deitkit.errors import CheckpointError, Interrupted, TeacherError
+from deitkit.comparison.teachers_only import train_teachers
+from deitkit.data.dataset import Dataset, load_dataset
+from deitkit.errors import CheckpointError, Interrupted, RecipeError, TeacherError
 from deitkit.models.classifier import Classifier
 from deitkit.recipe.load import field_names, load_recipe
+from deitkit.recipe.schema import DataRecipe
 from deitkit.report.table_layout import lay_out
 from deitkit.run.observer import StepProgress, Watcher
 from deitkit.run.results import TESTED
@@ -185,3 +189,32 @@ def test_the_list_is_one_field_and_others_keep_their_dotted_keys() -> None:
     (only,) = load_recipe("digits", ["teacher.train.epochs=7"]).all_teachers
     assert only.train.epochs == 7
     assert [name for name in field_names() if name.startswith("teachers")] == ["teachers"]
+
+
+def test_teachers_alone_are_trained_on_square_images_streamed_as_when_they_began(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, level in (("ant", 20), ("bee", 200)):
+        for kind, size in (("wide", (24, 8)), ("square", (8, 8))):
+            (tmp_path / kind / name).mkdir(parents=True)
+            for index in range(12):
+                Image.new("RGB", size, (level, index, 0)).save(tmp_path / kind / name / f"{index}.png")
+    fields = [*TINY, "data.train_images=null", "data.test_images=null", "teacher.train.batch_size=4", "data.workers=0"]
+    kinds = ("wide", "square")
+    wide, square = (load_recipe("digits", [*fields, f"data.name=folder:{tmp_path / kind}"]) for kind in kinds)
+    with pytest.raises(RecipeError, match=r"are 8 x 24 px, but models are used on square ones: set data\.image_px=8"):
+        train_teachers(wide, tmp_path / "refused", watcher=Watcher())
+    assert not (tmp_path / "refused").exists()
+    square = square.model_copy(update={"data": square.data.model_copy(update={"image_px": 8})})
+    train_teachers(square, tmp_path / "run", watcher=Watcher())
+    monkeypatch.setattr("deitkit.data.survey._MOST_MEMORY", 0.0)  # everything that may be streamed now is
+    streamed, load = [], teachers_only.load_labelled
+
+    def watched(data: DataRecipe, *given: Any, **more: Any) -> Dataset:
+        dataset = load(data, *given, **more)
+        streamed.append(dataset.streamed)
+        return dataset
+
+    monkeypatch.setattr(teachers_only, "load_labelled", watched)
+    train_teachers(square, tmp_path / "run", watcher=Watcher(), resume=True)
+    assert streamed == [False]

@@ -46,7 +46,8 @@ def write_environment(recipe: Recipe, dataset: Dataset, folder: Path, precision:
 def write_environment_of_teachers(recipe: Recipe, dataset: Dataset, folder: Path, precision: Precision) -> None:
     """Write ``environment.json`` of a run that only trains teachers, on the images with labels."""
     all_images = describe_images(dataset)["all_images"]
-    _write(folder, precision, all_images=all_images, ingredients=_of_teachers(recipe, dataset))
+    ingredients = _of_teachers(recipe, dataset)
+    _write(folder, precision, streamed=dataset.streamed, all_images=all_images, ingredients=ingredients)
 
 
 def _write(folder: Path, precision: Precision, **more: Any) -> None:

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from deitkit.comparison.environment import require_same_teachers, write_environment_of_teachers
-from deitkit.comparison.images import require_same_images
+from deitkit.comparison.images import as_begun, require_same_images
 from deitkit.data.dataset import load_labelled
 from deitkit.errors import RecipeError
 from deitkit.recipe.schema import Recipe
@@ -36,7 +36,14 @@ def train_teachers(
         )
     check_run(folder, recipe, resume)
     precision = Precision.of(recipe)
-    dataset = load_labelled(recipe.data, watcher.reading, random_crops=recipe.has_random_crops)
+    data = as_begun(recipe.data, folder)
+    dataset = load_labelled(data, watcher.reading, random_crops=recipe.has_random_crops)
+    if len(set(dataset.image_px)) > 1:
+        height, width = dataset.image_px
+        raise RecipeError(
+            f"the images are {height} x {width} px, but models are used on square ones: set data.image_px="
+            f"{min(height, width)}"
+        )
     require_same_images(dataset, folder, "all_images")
     require_same_teachers(recipe, dataset, folder)
     dry_run_teachers(recipe, dataset, folder, precision)

@@ -92,7 +92,14 @@ def decode_images(
             be decoded, or one cannot and ``corrupt`` is "error".
     """
     train_count = len(selection) if train_count is None else train_count
-    parts = (_FORMAT_VERSION, encoded.key, cache.sha256(selection), recipe.image_px, recipe.channels, recipe.corrupt)
+    parts = (
+        _FORMAT_VERSION,
+        encoded.cache_key,
+        cache.sha256(selection),
+        recipe.image_px,
+        recipe.channels,
+        recipe.corrupt,
+    )
     cropped: tuple[int | float | str, ...] = (train_count, recipe.eval_crop) if recipe.eval_crop < 1 else ()
     cropped += (recipe.fit,) if recipe.fit != "crop" else ()
     cropped += (train_count, "train_px", train_px) if train_px is not None else ()

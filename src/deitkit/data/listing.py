@@ -17,14 +17,21 @@ class EncodedImages:
     Attributes:
         names: Name of each image in messages.
         read: Yields the file or the bytes of each image at ascending positions; b"" for a missing image.
-        key: Changes whenever the images may have changed.
+        key: Changes whenever the images may have changed, and is that of the same files at another time.
         files: The file of each image; None if images are not separate files.
+        cache_key: Of what is cached of them: also changes when other files of the same size and date take their
+            places, and more often than needed; by default ``key``.
     """
 
     names: Sequence[str]
     read: Callable[[list[int]], Iterator[Path | bytes]]
     key: str
     files: Sequence[Path] | None = None
+    cache_key: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.cache_key:
+            object.__setattr__(self, "cache_key", self.key)
 
 
 @dataclass(frozen=True)

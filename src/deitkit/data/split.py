@@ -336,6 +336,12 @@ class _GroupDraws(_Draws):
             raise DataError(
                 f"data.name={self.recipe.name} has {counted(count, 'group')} to divide, but {remedy}, or add groups"
             )
+        most = int(self._counts(pool).max())
+        if most < folds:
+            raise DataError(
+                f"data.name={self.recipe.name} has at most {counted(most, 'image')} of a class to divide, but "
+                f"{remedy}, or add images"
+            )
 
 
 def _share_as_folds(fraction: float, groups: int) -> tuple[int, int]:

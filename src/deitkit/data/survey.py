@@ -106,14 +106,15 @@ def survey(
     Raises:
         DataError: As ``decode_images``; or images are not files and cannot be written to the cache folder.
     """
-    key, stored_as = (_key(version, encoded, selection, train_count, recipe) for version in _VERSIONS)
+    keys = zip(_VERSIONS, (encoded.key, encoded.cache_key), strict=True)
+    key, stored_as = (_key(version, of_files, selection, train_count, recipe) for version, of_files in keys)
     # What is written of the images is the same for every division, size and order of them.
-    flat = hashlib.sha256(repr((encoded.key, cache.sha256(selection.sort().values))).encode()).hexdigest()
+    flat = hashlib.sha256(repr((encoded.cache_key, cache.sha256(selection.sort().values))).encode()).hexdigest()
     path = cache.cache_folder() / "encoded" / f"{flat}.bin"
     cached = cache.load_cached(stored_as)
-    if cached is None or (encoded.files is None and not path.exists()):
+    written = None if encoded.files is not None else _laid_out(path, flat)
+    if cached is None or (encoded.files is None and written is None):
         tally = _Tally(len(selection), train_count, recipe)
-        written = cache.load_cached(flat) if path.exists() else None
         if encoded.files is not None or written is not None:
             decode_all(encoded.read, encoded.names, selection, recipe, tally, progress, "checking images")
             ends = torch.zeros(0, dtype=torch.int64) if written is None else written[0]["ends"]
@@ -145,8 +146,16 @@ def survey(
     return Survey(images, kept, tuple(skipped), counts[:channels], key, tensors["hashes"], tensors["sizes"])
 
 
-def _key(version: int, encoded: EncodedImages, selection: Tensor, train_count: int, recipe: DataRecipe) -> str:
-    chosen = (encoded.key, cache.sha256(selection), train_count, recipe.image_px, recipe.channels, recipe.corrupt)
+def _laid_out(path: Path, key: str) -> tuple[dict[str, Tensor], list[str]] | None:
+    """Return what is stored of a flat file; None unless it is whole."""
+    found = cache.load_cached(key) if path.exists() else None
+    ends = None if found is None else found[0]["ends"]
+    is_whole = ends is not None and path.stat().st_size == (int(ends[-1]) if len(ends) else 0)
+    return found if is_whole else None
+
+
+def _key(version: int, of_files: str, selection: Tensor, train_count: int, recipe: DataRecipe) -> str:
+    chosen = (of_files, cache.sha256(selection), train_count, recipe.image_px, recipe.channels, recipe.corrupt)
     cropped: tuple[float | str, ...] = (recipe.eval_crop,) if recipe.eval_crop < 1 else ()
     cropped += (recipe.fit,) if recipe.fit != "crop" else ()
     return hashlib.sha256(repr((version, "survey", *chosen, *cropped)).encode()).hexdigest()

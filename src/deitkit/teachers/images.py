@@ -27,7 +27,7 @@ def load_teacher_images(
         TeacherError: They are fewer than a batch.
     """
     if recipe.teacher.all_images and recipe.data.train_images is not None:
-        every_image = recipe.data.model_copy(update={"train_images": None})
+        every_image = recipe.data.model_copy(update={"train_images": None, "channels": dataset.channels})
         mark = None if folder is None else folder / STREAMED
         if every_image.streaming == "auto" and mark is not None and mark.exists():
             every_image = every_image.model_copy(update={"streaming": mark.read_text(encoding="utf-8") == "true"})

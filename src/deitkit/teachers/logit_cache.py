@@ -20,6 +20,7 @@ from torch import Tensor
 
 from deitkit.data.cache import cache_folder, sha256
 from deitkit.data.dataset import Dataset
+from deitkit.data.split import Split
 from deitkit.errors import RecipeError, TeacherError
 from deitkit.models.classifier import Classifier
 from deitkit.recipe.schema import Recipe
@@ -194,6 +195,14 @@ def kept_logits(recipe: Recipe, classes: int) -> int | None:
     return top
 
 
+def _crops(split: Split, recipe: Recipe) -> str | None:
+    """Return what random crops of a split are cut from, in words; None without such."""
+    source = split.crop_source
+    if source is None or split.scale_of_crops(recipe.augment) is None:
+        return None
+    return "files" if source.images is None else "{} x {}".format(*source.images.shape[2:])
+
+
 def open_logit_cache(
     recipe: Recipe, dataset: Dataset, teachers: Teachers, seed: int, precision: Precision, root: Path | None = None
 ) -> LogitCache:
@@ -208,9 +217,8 @@ def open_logit_cache(
         "precision": precision.name,
         "device": precision.device.type,  # which draws the noise of erasing
     }
-    if (source := dataset.train.crop_source) is not None and dataset.train.scale_of_crops(recipe.augment) is not None:
-        height_width = None if source.images is None else source.images.shape[2:]
-        described["crops"] = "files" if height_width is None else "{} x {}".format(*height_width)
+    if (crops := _crops(dataset.train, recipe)) is not None:
+        described["crops"] = crops
     if recipe.train.epoch_repeats > 1:
         described["epoch_repeats"] = recipe.train.epoch_repeats
     if recipe.data.sampling == "balanced":
@@ -218,7 +226,7 @@ def open_logit_cache(
     batch = recipe.train.batch_size
     count = dataset.unlabelled_in_step(recipe.unlabelled_in_step)
     if count and dataset.unlabelled is not None:
-        described["unlabelled"] = [count, sha256(dataset.unlabelled.hashes)]
+        described["unlabelled"] = [count, sha256(dataset.unlabelled.hashes), _crops(dataset.unlabelled, recipe)]
         batch += count
     return LogitCache(
         described,

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 from collections import Counter
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from deitkit.system.words import counted, display_name, first_of
 
 TEST_NAMES = ("test", "val", "valid", "validation")
 VALIDATION_NAMES = TEST_NAMES[1:]
+_SPLIT_WORDS = {"train", "training", "test", "testing", *VALIDATION_NAMES}
 _SPELLINGS = {"training": "train", "testing": "test"}
 
 
@@ -120,6 +122,11 @@ def _parts(folder: Path, splits: SplitNames) -> tuple[list[Path], list[Path], li
     named = {split_name(name): path for name, path in reversed(class_folders(folder).items())}
     named = {name: path for name, path in named.items() if class_folders(path)}
     if "train" not in named:
+        if named and all(_SPLIT_WORDS.intersection(re.split(r"[^a-z]+", name)) for name in named):
+            raise DataError(
+                f"'{folder}' contains {first_of(list(map(repr, sorted(named))))}, which look like splits and would be "
+                "the classes: name the folder of the training images 'train', and the others 'test' and 'val'"
+            )
         return [folder], [], [], []
     remarks = []
     train = [named[name] for name in ("train", *splits.more_training) if name in named]
@@ -185,7 +192,7 @@ def encoded_files(folder: Path, files: list[Path], remedy: str = "unpack the arc
     def read(positions: list[int]) -> Iterator[Path | bytes]:
         return (files[position] for position in positions)
 
-    digest = hashlib.sha256(repr(folder.resolve()).encode())
+    digest, stored = (hashlib.sha256(repr(folder.resolve()).encode()) for _ in range(2))
     for name, path in zip(names, files, strict=True):
         try:
             stat = _stat(path)
@@ -193,11 +200,13 @@ def encoded_files(folder: Path, files: list[Path], remedy: str = "unpack the arc
             missing.append(name)
             continue
         digest.update(repr((name, stat.st_size, stat.st_mtime_ns)).encode())
+        # Files from an archive may all have one size and date, and then change places.
+        stored.update(repr((name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)).encode())
     if missing:
         raise DataError(
             f"{len(missing)} of {len(files)} images are not in '{folder}', such as '{missing[0]}': {remedy}"
         )
-    return EncodedImages(names, read, digest.hexdigest(), files)
+    return EncodedImages(names, read, digest.hexdigest(), files, stored.hexdigest())
 
 
 def require_same_classes(train: set[str], test: set[str], train_place: str, test_place: str) -> None:

@@ -75,7 +75,8 @@ def list_parquet(path: Path, splits: SplitNames = USUAL_SPLITS) -> Listing:
     labels, class_names = _number_classes(train, validation, test)
     counts = torch.tensor([sum(map(len, part)) for part in (train, validation, test)])
     part_of = torch.arange(3).repeat_interleave(counts)
-    encoded = EncodedImages(names, partial(_read_images, files, columns.image), _content_key(files))
+    key, cache_key = _content_keys(files)
+    encoded = EncodedImages(names, partial(_read_images, files, columns.image), key, cache_key=cache_key)
     return Listing(
         encoded,
         torch.from_numpy(labels),
@@ -355,6 +356,10 @@ def _read_group(opened: pq.ParquetFile, group: int, column: str, rows: list[int]
         raise DataError(f"'{file}' cannot be read as parquet ({error}): get it again") from None
 
 
-def _content_key(files: list[Path]) -> str:
-    parts = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    return hashlib.sha256(repr(parts).encode()).hexdigest()
+def _content_keys(files: list[Path]) -> tuple[str, str]:
+    """Return ``EncodedImages.key`` and ``cache_key``."""
+    found = [(str(file.resolve()), file.stat()) for file in files]
+    parts = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in found]
+    more = [(*part, stat.st_ctime_ns, stat.st_ino) for part, (_, stat) in zip(parts, found, strict=True)]
+    key, cache_key = (hashlib.sha256(repr(some).encode()).hexdigest() for some in (parts, more))
+    return key, cache_key

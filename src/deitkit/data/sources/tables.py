@@ -140,8 +140,9 @@ def _column(columns: Sequence[str], meaning: str) -> str | None:
 def _require_one_label(paths: Sequence[str], labels: Sequence[str], path: Path) -> None:
     first: dict[str, str] = {}
     for image, label in zip(paths, labels, strict=True):
-        if first.setdefault(image, label) != label:
-            raise DataError(f"'{path}' has '{image}' as '{first[image]}' and as '{label}': an image has one class here")
+        other = first.setdefault(os.path.normpath(path.parent / image), label)  # ./0.png is 0.png
+        if other != label:
+            raise DataError(f"'{path}' has '{image}' as '{other}' and as '{label}': an image has one class here")
 
 
 def _divide(splits: Sequence[str], labels: Sequence[str], path: Path) -> tuple[dict[str, list[int]], list[str]]:
