@@ -1,8 +1,10 @@
 import io
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from PIL import Image, ImageOps
@@ -10,7 +12,7 @@ from torchvision.transforms.v2 import functional as reference
 
 from deitkit.data import cache
 from deitkit.data.decode import decode_image
-from deitkit.data.decode_many import decode_images
+from deitkit.data.decode_many import close_gaps, decode_images
 from deitkit.data.listing import EncodedImages
 from deitkit.data.pixels import is_grey, mean_and_std, require_memory, resize, to_channels
 from deitkit.errors import DataError
@@ -273,3 +275,22 @@ def test_a_file_and_its_bytes_decode_alike(tmp_path: Path):
     path = tmp_path / "image.png"
     path.write_bytes(encode(colours()))
     np.testing.assert_array_equal(decode_image(path, 3), decode_image(path.read_bytes(), 3))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.2, 0.9, 1.0])
+def test_gaps_are_closed_in_place(share: float) -> None:
+    draw = np.random.default_rng(0)
+    rows, kept = draw.integers(0, 256, (1000, 3), np.uint8), draw.random(1000) < share
+    expected, address = rows[kept].copy(), rows.ctypes.data
+    closed = close_gaps(rows, kept)
+    assert np.array_equal(closed, expected)
+    assert closed.ctypes.data == address
+
+
+def test_what_cannot_be_copied_is_not_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DEITKIT_CACHE", str(tmp_path))
+    tensors = {"images": torch.zeros(1000, dtype=torch.uint8)}
+    for free, stored in ((1000, False), (2000, True)):
+        monkeypatch.setattr(psutil, "virtual_memory", lambda free=free: SimpleNamespace(available=free))
+        cache.store("key", tensors, [])
+        assert (cache.load_cached("key") is not None) == stored

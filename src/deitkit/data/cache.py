@@ -8,6 +8,7 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+import psutil
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -45,7 +46,9 @@ def load_cached(key: str) -> tuple[dict[str, Tensor], list[str]] | None:
 
 
 def store(key: str, tensors: dict[str, Tensor], names: list[str]) -> None:
-    """Store tensors and names under a key; do nothing if the folder cannot be written."""
+    """Store tensors and names under a key; do nothing if the folder cannot be written, or a copy exceeds the memory."""
+    if sum(tensor.nbytes for tensor in tensors.values()) > 0.9 * psutil.virtual_memory().available:
+        return  # safetensors copies everything before it writes
     metadata = {"names": json.dumps(names), "checksum": _checksum(tensors)}
     temporary: Path | None = None
     try:

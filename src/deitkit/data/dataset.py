@@ -254,13 +254,11 @@ def add_unlabelled(dataset: Dataset, recipe: DataRecipe, progress: ProgressCallb
         )
     remarks = [f"{remark} (unlabelled)" for remark in listing.remarks if source != "rest"]
     remarks += _left_out(found.skipped, int((~fresh).sum()))
-    source_of_crops = crop_source_of(found, len(selection), train_px)
-    unlabelled = Split(
-        found.images[fresh],
-        torch.full((int(fresh.sum()),), -1),
-        hashes=found.hashes[found.kept][fresh],
-        crop_source=None if source_of_crops is None else source_of_crops[fresh],
-    )
+    images, crop_source = found.images, crop_source_of(found, len(selection), train_px)
+    if not bool(fresh.all()):  # otherwise a copy would take as much memory again
+        images, crop_source = images[fresh], None if crop_source is None else crop_source[fresh]
+    hashes = found.hashes[found.kept][fresh]
+    unlabelled = Split(images, torch.full((len(hashes),), -1), hashes=hashes, crop_source=crop_source)
     return replace(dataset, unlabelled=unlabelled, remarks=(*dataset.remarks, *remarks))
 
 

@@ -27,6 +27,7 @@ _FORMAT_VERSION = 5  # of cached images: raise it when decoding changes
 # Errors of reading that last, or whose mending is noticed: of Pillow itself, a file that is gone, a link to itself.
 LASTING = (None, errno.ENOENT, errno.ELOOP)
 _WINDOW = 256  # encoded images in memory at a time
+_GAP_ROWS = 256  # images that are moved at a time
 
 
 @dataclass(frozen=True)
@@ -244,16 +245,25 @@ class _Pixels(ImageSink):
 
     def finish(self) -> DecodedImages:
         """Remove the gaps, and reduce grey images to one channel unless the recipe sets ``channels``."""
-        images = torch.from_numpy(self.images)
-        larger = None if self.larger is None else torch.from_numpy(self.larger)
-        if self.failures:
-            images = images[self.kept]
-            larger = None if larger is None else larger[self.kept[: self.train_count]]
+        images = torch.from_numpy(close_gaps(self.images, self.kept.numpy()))
+        larger = None
+        if self.larger is not None:
+            larger = torch.from_numpy(close_gaps(self.larger, self.kept[: self.train_count].numpy()))
         if self.recipe.channels is None and is_grey(images):
             images = images[:, :1].contiguous()
             larger = None if larger is None else larger[:, :1].contiguous()
         sizes = None if larger is None else self.sizes
         return DecodedImages(images, self.kept, tuple(self.failures), self.hashes, larger, sizes)
+
+
+def close_gaps(rows: np.ndarray, kept: np.ndarray) -> np.ndarray:
+    """Return the kept rows of an array, moved to its beginning in place: a copy of all may not fit in memory."""
+    places = np.flatnonzero(kept)
+    if len(places) < len(rows):
+        for start in range(0, len(places), _GAP_ROWS):
+            some = places[start : start + _GAP_ROWS]
+            rows[start : start + len(some)] = rows[some]
+    return rows[: len(places)]
 
 
 def _size(shape: tuple[int, ...]) -> str:

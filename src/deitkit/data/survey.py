@@ -28,7 +28,7 @@ from deitkit.system.process import processes_here, usable_cores
 # Of ``Survey.key``, by which `verify` knows the data of earlier runs, and of cached surveys: raise the latter when
 # decoding changes.
 _VERSIONS = (5, 6)
-_MOST_MEMORY = 0.6  # share of the free memory, for decoded images
+_MOST_MEMORY = 0.45  # share of the free memory, for decoded images, which are copied once while the cache is written
 
 
 @dataclass(frozen=True)
