@@ -56,6 +56,12 @@ def test_columns_are_found_by_their_usual_names(table: Callable[..., Path], head
     assert sum(len(split) for split in (data.train, data.validation, data.test)) == 24
 
 
+def test_of_two_columns_of_one_name_the_first_is_read(table: Callable[..., Path]) -> None:
+    data = load(table("path,label,Label", [f"{row},other{index % 2}" for index, row in enumerate(many())]))
+    assert data.class_names == ("cat", "dog")
+    assert any("left out: 1 column" in remark and "(Label)" in remark for remark in data.remarks)
+
+
 def test_paths_may_be_absolute(table: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     images, relative = table("path,label", many()), load(table("path,label", many()))
     for name in ("list.csv", "elsewhere/list.csv"):

@@ -132,8 +132,8 @@ def _read(path: Path) -> tuple[list[dict[str, str]], list[str]]:
 
 
 def _column(columns: Sequence[str], meaning: str) -> str | None:
-    """Return the column with a meaning, by the first of its spellings that occurs."""
-    lower = {column.strip().lower(): column for column in columns}
+    """Return the column with a meaning, by the first of its spellings that occurs; of equal ones the first."""
+    lower = {column.strip().lower(): column for column in reversed(columns)}
     return next((lower[name] for name in _COLUMNS[meaning] if name in lower), None)
 
 
