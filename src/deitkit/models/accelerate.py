@@ -33,7 +33,7 @@ def accelerate(classifier: Classifier, speed: SpeedRecipe, device: torch.device)
     if not isinstance(model, DeiT):
         if speed.channels_last:
             model.to(memory_format=torch.channels_last)
-        if speed.compile is True:
+        if speed.compile is True and compiles_blocks(speed, device):
             _allow_recompilations()
             model.compile()
         return classifier
@@ -54,9 +54,12 @@ def compiles_blocks(speed: SpeedRecipe, device: torch.device) -> bool:
     Raises:
         RecipeError: ``speed.compile=true``, and there is no compiler.
     """
-    if speed.compile is True and lacks_compiler(device):
-        raise RecipeError(f"speed.compile=true needs {lacks_compiler(device)}: install it, or drop the field")
-    return speed.compile is True or (speed.compile == "auto" and device.type == "cuda" and not lacks_compiler(device))
+    if speed.compile is False or (speed.compile == "auto" and device.type != "cuda"):
+        return False
+    missing = lacks_compiler(device)
+    if speed.compile is True and missing is not None:
+        raise RecipeError(f"speed.compile=true needs {missing}: install it, or drop the field")
+    return missing is None
 
 
 def lacks_compiler(device: torch.device) -> str | None:
