@@ -89,12 +89,10 @@ def test_the_difference_is_that_of_the_saved_predictions(tiny_recipe: TinyRecipe
         assert list(row.top1) == [pytest.approx(int(hits.sum()) / 100)]
         assert row.differences["base"].mean == pytest.approx((gained - lost) / 100)
         assert row.differences["base"].p == pytest.approx(binomtest(gained, gained + lost).pvalue)
-        # Wald's interval of a difference of paired shares, as textbooks print it (with n - 1)
-        deviation = math.sqrt((gained + lost - (gained - lost) ** 2 / 100) / 99 / 100)
-        half = 1.96 * deviation
-        assert row.differences["base"].ci95 == pytest.approx(
-            ((gained - lost) / 100 - half, (gained - lost) / 100 + half)
-        )
+        # Bonett and Price's interval of a difference of paired shares
+        centre, differ = (gained - lost) / 102, (gained + lost + 2) / 102
+        half = 1.96 * math.sqrt((differ - centre**2) / 102)
+        assert row.differences["base"].ci95 == pytest.approx((centre - half, centre + half))
     found = verify_run(tmp_path / "run", Watcher())
     assert found.holds
     assert [(row.row, [row.measured]) for row in found.rows] == [

@@ -57,7 +57,13 @@ def difference(mean: float, half: float, p: float) -> Difference:
         (difference(-0.05, 0.01, 1e-6), LARGE, SMALL,
          "Keep the teacher timm/resnet18: hard/class is 5.0 points less accurate, slower and larger."),
         (difference(0.03, 0.01, 1e-6), LARGE, SMALL,
+         "Use hard/class instead of the teacher timm/resnet18 unless speed and size count more than that: it is 3.0 "
+         "points more accurate."),
+        (difference(0.03, 0.01, 1e-6), SMALL, LARGE,
          "Use hard/class instead of the teacher timm/resnet18: it is 3.0 points more accurate."),
+        (difference(-0.002, 0.01, 0.7), SMALL.model_copy(update={"milliseconds": 12.0}), LARGE,
+         "hard/class may replace the teacher timm/resnet18 where size counts more than speed: it is as accurate within "
+         "chance."),
         (difference(-0.002, 0.01, 0.7), SMALL, LARGE,
          "Use hard/class instead of the teacher timm/resnet18 for its speed and size: it is as accurate within "
          "chance."),
@@ -145,6 +151,17 @@ def test_a_corrected_p_value_decides() -> None:
     sure, unsure = Difference(-0.03, (-0.05, -0.01), 0.03, "McNemar"), Difference(-0.03, (-0.05, -0.01), 0.03, "x", 0.2)
     assert "unless" in advice(results_with(sure))
     assert "do not decide" in advice(results_with(unsure))
+
+
+def test_the_advice_is_by_balanced_accuracy_where_the_winner_was_chosen_by_it() -> None:
+    """Less accurate than the teacher, and far better on the rare classes."""
+    plain, balanced = difference(-0.055, 0.01, 1e-6), difference(0.3, 0.05, 1e-6)
+    results = results_with(plain, balanced_differences={"teacher": asdict(balanced)})
+    assert "unless speed and size count more than 5.5 points of accuracy" in advice(results)
+    by_balance = results.model_copy(update={"recipe": {"compare": {"by": "balanced"}}})
+    assert advice(by_balance).startswith(
+        "Use hard/class instead of the teacher timm/resnet18: it is 30.0 points higher in balanced accuracy."
+    )
 
 
 def test_a_model_that_guesses_replaces_nothing_and_without_a_cnn_there_is_no_advice() -> None:

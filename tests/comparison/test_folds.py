@@ -253,7 +253,8 @@ def test_a_table_of_folds_is_that_of_comparisons_of_each(tiny_recipe: TinyRecipe
     assert [each.p_holm for each in lags] == holm([each.p for each in lags])
     assert results.dataset.test == 300
     assert results.notes[0].startswith("The test images are drawn from each of 3 folds, which share"), "100 of each"
-    assert " on the validation images of 3 folds" in results.verdict or " wins on the validation" in results.verdict
+    alone = "By the validation images of 3 folds alone it cannot be told"
+    assert alone in results.verdict or " wins on " in results.verdict
     assert results.teacher is not None
     assert results.teacher.test_top1 == pytest.approx(np.mean(teachers))
     assert results.teacher.sha256 is None
@@ -365,6 +366,23 @@ def test_folds_differ_in_their_data_alone() -> None:
     assert first.class_names == second.class_names
     assert first.fingerprint != second.fingerprint
     assert len(first.test) + len(second.test) == 1797
+
+
+def test_folds_are_compared_by_balanced_accuracy_where_it_chooses(tiny_recipe: TinyRecipe, learnt: Path) -> None:
+    folds: dict[int, Results] = {fold: read_results(learnt / "folds" / str(fold)) for fold in (1, 2, 3)}
+    combined = combine(tiny_recipe(*LEARNS, "compare.by=balanced"), folds)
+    own = [one.row("hard/class") for one in folds.values()]
+    others = [one.teacher for one in folds.values()]
+    lags = [
+        row.balanced_accuracy - card.test_balanced  # type: ignore[operator, union-attr]
+        for row, card in zip(own, others, strict=True)
+    ]
+    hard = combined.row("hard/class")
+    assert hard is not None
+    assert hard.balanced_differences["teacher"].p == pytest.approx(resampled_difference(lags, 3).p)
+    assert hard.balanced_differences["teacher"].mean == pytest.approx(np.mean(lags))
+    assert "It was chosen by balanced accuracy" in combined.verdict
+    assert "balanced_differences" not in read_results(learnt).to_json()["rows"][0]
 
 
 def test_a_row_without_a_fold_to_compare_has_no_difference(tiny_recipe: TinyRecipe, two_folds: Path) -> None:

@@ -10,6 +10,7 @@ from scipy import stats
 from deitkit.evaluation.readouts import readout_scores, top_k_accuracy
 from deitkit.evaluation.statistics import (
     balanced_mcnemar_p,
+    clipped,
     holm,
     mcnemar_p,
     mean_interval,
@@ -90,9 +91,28 @@ def test_paired_difference_of_one_seed_is_mcnemar() -> None:
     assert difference.test == "McNemar"
     assert difference.mean == pytest.approx(0.1)
     assert difference.p == pytest.approx(mcnemar_p(first, second))
-    # Wald: variance of a paired difference is (b + c - (b - c)^2 / n) / n^2, with b = 20 and c = 10.
-    half = 1.96 * np.sqrt((30 - 100 / 100) / 100 / 99)
-    assert difference.ci95 == pytest.approx((0.1 - half, 0.1 + half), abs=1e-6)
+    # Bonett and Price: one more of b = 20 and of c = 10, and two more of n = 100.
+    centre, half = 10 / 102, 1.96 * np.sqrt((32 / 102 - (10 / 102) ** 2) / 102)
+    assert difference.ci95 == pytest.approx((centre - half, centre + half), abs=1e-6)
+
+
+@pytest.mark.parametrize(("n", "better", "worse"), [(100, 0.03, 0), (1000, 0.004, 0.001), (200, 0.02, 0)])
+def test_few_images_that_differ_leave_an_interval_that_covers(n: int, better: float, worse: float) -> None:
+    """Wald's covers 80, 90 and 91 %."""
+    generator, covered = np.random.default_rng(0), 0
+    for only_first, only_second, _ in generator.multinomial(n, [better, worse, 1 - better - worse], 400):
+        hits, other = torch.ones(2, n, dtype=torch.bool)
+        other[:only_first], hits[only_first : only_first + only_second] = False, False
+        low, high = paired_difference([hits], [other]).ci95
+        covered += low <= better - worse <= high
+    assert covered >= 0.93 * 400, covered
+
+
+def test_the_interval_of_an_accuracy_stays_within_0_and_1() -> None:
+    low, high = mean_interval([0.93, 0.97])
+    assert high > 1
+    assert clipped((low, high)) == (low, 1.0)
+    assert clipped((-0.1, 0.5)) == (0.0, 0.5)
 
 
 @pytest.mark.parametrize(("first", "second"), [(20, 10), (9, 1), (30, 30), (40, 20)])
@@ -162,7 +182,7 @@ def test_equal_predictions_leave_a_doubt_that_shrinks_with_the_images(n: int, se
     assert (difference.mean, difference.p) == (0, 1)
     low, high = difference.ci95
     assert -low == high >= 1.96 / (n + 2)
-    assert n < 1000 or high < 0.002
+    assert n < 1000 or high < 0.003
 
 
 def test_statistics_with_ties_stay_in_their_range() -> None:

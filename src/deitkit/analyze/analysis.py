@@ -71,7 +71,7 @@ def analyze_run(folder: Path, *, images: int = 8, seed: int | None = None, watch
         raise CheckpointError(
             f"{folder} contains no student that finished its training, as seed-{seeds[0]}/METHOD: train one"
         )
-    teachers = [] if results.teacher is None else teachers_of(folder, recipe, dataset, precision, watcher)
+    teachers = [] if results.teacher is None else teachers_of(folder, recipe, dataset, precision, watcher).classifiers
     last = {row.folder_name for row in results.rows if row.weights == "last"}
     shown: dict[str, tuple[int, Classifier]] = {}  # each student of the first seed that has it
     for number in seeds:

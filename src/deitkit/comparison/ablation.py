@@ -288,7 +288,7 @@ def _verdict(rows: Sequence[VariantRow]) -> str:
     """Return the largest loss and the largest gain, of those that chance does not explain."""
     others = [row for row in rows if row.variant != BASE]
     compared = {row.row: row.differences["base"] for row in others if "base" in row.differences}
-    sure = {name: found.mean for name, found in compared.items() if found.is_significant}
+    sure = {name: found.mean for name, found in compared.items() if found.holds_for_new_images}
     text = f"{len(sure)} of {len(compared)} rows differ from the base by more than chance explains (p < 0.05)"
     if len(compared) < len(others):
         text += f", {len(others) - len(compared)} could not be compared"

@@ -22,15 +22,29 @@ class Rival:
 
     Attributes:
         name: In a sentence.
-        difference: Of the winner's accuracy to its own.
+        difference: Of the winner's accuracy to its own; of balanced accuracies where the winner was chosen by these.
+        by: ``accuracy`` or ``balanced``, by which the winner was chosen.
         cost: Of using it.
         balanced: Its balanced accuracy on the test images, if known.
     """
 
     name: str
     difference: Difference
+    by: str
     cost: Cost
     balanced: float | None
+
+    @property
+    def quality(self) -> str:
+        """What the difference is of, in a sentence."""
+        return "balanced accuracy" if self.by == "balanced" else "accuracy"
+
+    def apart(self) -> str:
+        """Say how much more accurate the winner is, or less."""
+        points, more = f"{100 * abs(self.difference.mean):.1f} points", self.difference.mean > 0
+        if self.by == "balanced":
+            return f"{points} {'higher' if more else 'lower'} in balanced accuracy"
+        return f"{points} {'more' if more else 'less'} accurate"
 
 
 def advice(results: Results) -> str:
@@ -77,19 +91,22 @@ def _own_px(results: Results) -> str:
 
 
 def _rival(winner: Row, results: Results) -> Rival | None:
-    difference, teacher = winner.differences.get("teacher"), results.teacher
+    by = results.recipe.get("compare", {}).get("by", "accuracy")
+    differences, teacher = winner.differences_by(by), results.teacher
+    difference = differences.get("teacher")
     if difference is not None and teacher is not None and teacher.cost is not None:
         several = len(results.teachers) > 1
         return Rival(
             "the teachers" if several else f"the teacher {teacher.name}",
             difference,
+            by,
             teacher.cost,
             teacher.test_balanced,
         )
-    difference = winner.differences.get("baseline")
+    difference = differences.get("baseline")
     baseline = next((row for row in results.rows if row.kind == "baseline"), None)
     if difference is not None and baseline is not None and baseline.cost is not None:
-        return Rival("the CNN baseline", difference, baseline.cost, baseline.balanced_accuracy)
+        return Rival("the CNN baseline", difference, by, baseline.cost, baseline.balanced_accuracy)
     return None
 
 
@@ -122,42 +139,57 @@ def _interval(difference: Difference) -> tuple[float, float]:
 
 def _decision(winner: Row, rival: Rival, savings: Mapping[str, float], results: Results) -> str:
     difference = rival.difference
-    loss = 100 * abs(difference.mean)
+    points = f"{100 * abs(difference.mean):.1f} points of {rival.quality}"
     if difference.holds_for_new_images and difference.mean < 0:
         worth = [name for name, ratio in savings.items() if ratio >= WORTH_ACCURACY]
         if worth:
-            counts = "count" if len(worth) > 1 else "counts"
-            return f"Keep {rival.name} unless {' and '.join(worth)} {counts} more than {loss:.1f} points of accuracy"
-        return f"Keep {rival.name}: {winner.row} is {loss:.1f} points less accurate, {_small_savings(savings)}"
+            return f"Keep {rival.name} unless {_count(worth)} more than {points}"
+        return f"Keep {rival.name}: {winner.row} is {rival.apart()}, {_small_savings(savings)}"
     if difference.holds_for_new_images:
-        return f"Use {winner.row} instead of {rival.name}: it is {loss:.1f} points more accurate"
+        price = [name for name, ratio in savings.items() if ratio <= 1 / WORTH_ACCURACY]
+        unless = f" unless {_count(price)} more than that" if price else ""
+        return f"Use {winner.row} instead of {rival.name}{unless}: it is {rival.apart()}"
     if not _is_close(difference):
-        low, high = _interval(difference)
-        accuracy = (winner.top1_mean or 0.0) - difference.mean  # of the rival, which bounds what is possible
-        low, high = max(low, -accuracy), min(high, 1 - accuracy)
-        judges, more, how = f"The {winner.n:,} test images", "more test images", ""
-        if len(results.seeds) > 1:
-            judges = f"{len(results.seeds)} seeds on {winner.n:,} test images"
-            more = "more seeds or test images"
-            if difference.is_significant:  # on these images, whatever the seed
-                more = "more test images"
-        elif _could_be_cross_validated(results):
-            how = "; --folds 5 tests on every image once"
-        chances = f"{-100 * low:.1f} points lower or {100 * high:.1f} higher"
-        if high < 0:  # the interval excludes 0, but the test, corrected for all rows, finds no difference
-            chances = f"{-100 * high:.1f} to {-100 * low:.1f} points lower"
-        return (
-            f"{judges} do not decide between {winner.row} and {rival.name}: its accuracy may be {chances}; {more} "
-            f"would tell more{how}"
-        )
+        return _undecided(winner, rival, results)
     tie = "as accurate within chance"
     if difference.is_significant:  # of several seeds, on these test images
-        more = "more" if difference.mean > 0 else "less"
-        tie = f"{loss:.1f} points {more} accurate on these test images, which chance in their choice may explain"
+        tie = f"{rival.apart()} on these test images, which chance in their choice may explain"
     notable = [name for name, ratio in savings.items() if ratio >= NOTABLE]
+    price = [name for name, ratio in savings.items() if ratio <= 1 / NOTABLE]
+    if notable and price:
+        where = f"{_count(notable)} more than {' and '.join(price)}"
+        return f"{winner.row} may replace {rival.name} where {where}: it is {tie}"
     if notable:
         return f"Use {winner.row} instead of {rival.name} for its {' and '.join(notable)}: it is {tie}"
     return f"Keep {rival.name}: {winner.row} is {tie}, and neither faster nor smaller"
+
+
+def _undecided(winner: Row, rival: Rival, results: Results) -> str:
+    """Say that the test images are too few, what the difference may be, and what would tell more."""
+    difference = rival.difference
+    low, high = _interval(difference)
+    own = winner.balanced_accuracy if rival.by == "balanced" else winner.top1_mean
+    score = (own or 0.0) - difference.mean  # of the rival, which bounds what is possible
+    low, high = max(low, -score), min(high, 1 - score)
+    judges, more, how = f"The {winner.n:,} test images", "more test images", ""
+    if len(results.seeds) > 1:
+        judges = f"{len(results.seeds)} seeds on {winner.n:,} test images"
+        more = "more seeds or test images"
+        if difference.is_significant:  # on these images, whatever the seed
+            more = "more test images"
+    elif _could_be_cross_validated(results):
+        how = "; --folds 5 tests on every image once"
+    chances = f"{-100 * low:.1f} points lower or {100 * high:.1f} higher"
+    if high < 0:  # the interval excludes 0, but the test, corrected for all rows, finds no difference
+        chances = f"{-100 * high:.1f} to {-100 * low:.1f} points lower"
+    return (
+        f"{judges} do not decide between {winner.row} and {rival.name}: its {rival.quality} may be {chances}; {more} "
+        f"would tell more{how}"
+    )
+
+
+def _count(names: Sequence[str]) -> str:
+    return f"{' and '.join(names)} {'count' if len(names) > 1 else 'counts'}"
 
 
 def _small_savings(savings: Mapping[str, float]) -> str:

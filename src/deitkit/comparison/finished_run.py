@@ -15,12 +15,11 @@ from deitkit.run.layout import seed_folder, teacher_folders
 from deitkit.run.observer import Watcher
 from deitkit.run.results import Results
 from deitkit.system.device import Precision
+from deitkit.teachers.frozen import Teachers
 from deitkit.teachers.prepare import CARD, is_prepared, prepare_teachers
 
 
-def teachers_of(
-    folder: Path, recipe: Recipe, dataset: Dataset, precision: Precision, watcher: Watcher
-) -> list[Classifier]:
+def teachers_of(folder: Path, recipe: Recipe, dataset: Dataset, precision: Precision, watcher: Watcher) -> Teachers:
     """Load the teachers of a run, as they taught.
 
     Raises:
@@ -30,7 +29,7 @@ def teachers_of(
         if not is_prepared(home):
             raise CheckpointError(f"{home} holds no {CARD}: copy the teacher's folder back into its run")
     teachers, _ = prepare_teachers(recipe, dataset, folder=folder, precision=precision, watcher=watcher)
-    return teachers.classifiers
+    return teachers
 
 
 def students_of(folder: Path, results: Results, seed: int) -> dict[str, Path]:

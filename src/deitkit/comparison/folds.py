@@ -18,6 +18,7 @@ from deitkit.comparison.verdict import Standing, verdict
 from deitkit.data.dataset import Dataset, load_dataset
 from deitkit.evaluation.statistics import (
     are_equal,
+    clipped,
     finished,
     mean_of_finished,
     resampled_difference,
@@ -133,8 +134,8 @@ def combine(recipe: Recipe, folds: Mapping[int, Results]) -> FoldResults:
     first = each[0]
     by_fold = [{row.row: row for row in one.rows} for one in each]
     rows = [_combined([own[row.row] for own in by_fold], list(folds)) for row in first.rows]
-    teacher_top1 = [None if one.teacher is None else one.teacher.test_top1 for one in each]
-    rows = _compared(rows, each, teacher_top1)
+    for by in dict.fromkeys(("accuracy", recipe.compare.by)):
+        rows = _compared(rows, each, by)
     winner = best_row(rows, recipe.compare.by)
     teacher = None if first.teacher is None else _teacher([one.teacher for one in each])
     standing = _standing(winner, rows, recipe.compare.by, None if teacher is None else teacher.test_top1)
@@ -170,10 +171,11 @@ def _combined(rows: Sequence[Row], folds: Sequence[int]) -> Row:
             "n": sum(row.n for row in rows),
             "top1_mean": mean_of_finished(values),
             "top1_std": std_of_finished(values),
-            "top1_ci95": resampled_interval(values, len(folds)) if spread else None,
+            "top1_ci95": clipped(resampled_interval(values, len(folds))) if spread else None,
             "validation_top1": tuple(row.validation_top1[0] for row in rows),
             "validation_balanced": tuple((row.validation_balanced or (None,))[0] for row in rows),
             "differences": {},  # those of the first fold alone
+            **({"balanced_differences": {}} if rows[0].balanced_differences else {}),
             "status": "; ".join(stopped) or "ok",
             "cost": next((row.cost for row in rows if row.cost is not None), None),
             **{name: mean_of_finished(getattr(row, name) for row in rows) for name in _MEANS},
@@ -181,25 +183,37 @@ def _combined(rows: Sequence[Row], folds: Sequence[int]) -> Row:
     )
 
 
-def _compared(rows: Sequence[Row], each: Sequence[Results], teacher: Sequence[float | None]) -> list[Row]:
+def _compared(rows: Sequence[Row], each: Sequence[Results], by: str) -> list[Row]:
     """Return the rows with their differences over the folds, to the references that any fold has."""
-    before = next((row.top1 for row in rows if row.kind == "checkpoint"), None)
-    baseline = next((row.top1 for row in rows if row.kind == "baseline" and row.weights == "last"), None)
-    labels = next((row.top1 for row in rows if row.reference), None)
+    by_fold = [{row.row: _score(row, by) for row in one.rows} for one in each]
+    scores = {row.row: [own[row.row] for own in by_fold] for row in rows}
+    teacher = [None if one.teacher is None else _teachers_score(one.teacher, by) for one in each]
     references: dict[Reference, Sequence[float | None] | None] = {
-        "labels": labels, "before": before, "teacher": teacher, "baseline": baseline,
-    }  # fmt: skip
+        "labels": next((scores[row.row] for row in rows if row.reference), None),
+        "before": next((scores[row.row] for row in rows if row.kind == "checkpoint"), None),
+        "teacher": teacher,
+        "baseline": next((scores[row.row] for row in rows if row.kind == "baseline" and row.weights == "last"), None),
+    }
     compared = list(rows)
     for reference, values in references.items():
         wanted = {row.row for one in each for row in one.rows if row.differences.get(reference) is not None}
         compared = [
-            with_difference(row, reference, _difference(row.top1, values))
+            with_difference(row, reference, _difference(scores[row.row], values), by)
             if row.row in wanted and values is not None
             else row
             for row in compared
         ]
-        compared = corrected(compared, reference)
+        compared = corrected(compared, reference, by)
     return compared
+
+
+def _score(row: Row, by: str) -> float | None:
+    """Return a row's accuracy in one fold, or its balanced accuracy."""
+    return row.balanced_accuracy if by == "balanced" else row.top1[0]
+
+
+def _teachers_score(card: TeacherCard, by: str) -> float | None:
+    return card.test_balanced if by == "balanced" else card.test_top1
 
 
 def _difference(values: Sequence[float | None], others: Sequence[float | None]) -> Difference | None:

@@ -16,6 +16,7 @@ from deitkit.distillation.methods import METHODS, reference_method
 from deitkit.evaluation.readouts import balanced_accuracy, macro_f1, top_k_accuracy, top_k_hits
 from deitkit.evaluation.statistics import (
     are_equal,
+    clipped,
     holm,
     mean_interval,
     mean_of_finished,
@@ -93,7 +94,7 @@ def summarise(
         for key in _row_keys(predictions[recipe.seeds[0]])
     ]
     for reference in _REFERENCES:
-        rows = corrected(rows, reference)
+        rows = corrected(corrected(rows, reference), reference, "balanced")
     winner = best_row(rows, recipe.compare.by)
     teacher_hits = None if decisions is None else decisions == dataset.test.labels
     standing = _standing(winner, recipe, dataset, predictions, teacher_hits)
@@ -110,12 +111,12 @@ def note_on_stops(rows: Sequence[Row], recipe: Recipe) -> tuple[str, ...]:
     return (f"{', '.join(stopped)} stopped: lower {' and '.join(sorted(rates))}{precision}.",)
 
 
-def corrected(rows: Sequence[SomeRow], reference: Reference) -> list[SomeRow]:
+def corrected(rows: Sequence[SomeRow], reference: Reference, by: str = "accuracy") -> list[SomeRow]:
     """Return the rows with p values corrected for the number of rows that differ from a reference."""
-    found = {place: row.differences.get(reference) for place, row in enumerate(rows)}
+    found = {place: row.differences_by(by).get(reference) for place, row in enumerate(rows)}
     differences = {place: difference for place, difference in found.items() if difference is not None}
     holms = corrected_differences(differences)
-    return [with_difference(row, reference, holms.get(place)) for place, row in enumerate(rows)]
+    return [with_difference(row, reference, holms.get(place), by) for place, row in enumerate(rows)]
 
 
 def corrected_differences(differences: Mapping[Key, Difference]) -> dict[Key, Difference]:
@@ -194,8 +195,7 @@ def _row(
         others["teacher"] = dict.fromkeys(hits, teacher_decisions == labels)
     if BASELINE in next(iter(predictions.values())) and key.student != BASELINE:
         others["baseline"] = RowKey(BASELINE, "last", "class").hits(predictions, labels)
-    differences = {name: paired_over_seeds(hits, other) for name, other in others.items()}
-    return Row(
+    row = Row(
         row=key.name,
         **_method_fields(key, recipe),
         readout=key.readout,
@@ -211,7 +211,7 @@ def _row(
         validation_balanced=tuple(validation_balanced.get(seed) for seed in seeds),
         balanced_accuracy=mean_of_finished(balanced_accuracy(some, labels) for some in scores.values()),
         macro_f1=mean_of_finished(macro_f1(some, labels) for some in scores.values()),
-        differences={name: difference for name, difference in differences.items() if difference is not None},
+        differences={},
         teacher_agreement=None
         if teacher_decisions is None
         else mean_of_finished(top_k_accuracy(each, teacher_decisions) for each in scores.values()),
@@ -219,6 +219,11 @@ def _row(
         status="; ".join(f"seed {seed} {status}" for seed, status in stopped.items()) or "ok",
         **speed,
     )
+    for name, other in others.items():
+        row = with_difference(row, name, paired_over_seeds(hits, other))
+        if recipe.compare.by == "balanced":
+            row = with_difference(row, name, paired_over_seeds(hits, other, labels), "balanced")
+    return row
 
 
 def _method_fields(key: RowKey, recipe: Recipe) -> dict[str, Any]:
@@ -240,7 +245,7 @@ def _interval(values: Sequence[float], n: int) -> tuple[float, float] | None:
     """Return the interval over seeds; over the images for one seed, or for seeds that are all equal."""
     if not values:
         return None
-    return wilson_interval(round(values[0] * n), n) if are_equal(values) else mean_interval(values)
+    return wilson_interval(round(values[0] * n), n) if are_equal(values) else clipped(mean_interval(values))
 
 
 def _reference(predictions: Predictions) -> RowKey | None:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from deitkit.run.difference import Difference
+from deitkit.run.difference import Difference, Reference
 from deitkit.run.results import Row
 
 
@@ -57,10 +57,13 @@ def _outcome(standing: Standing, rows: Sequence[Row]) -> str:
         return f"{winner.row} {scores}"
     best = "shares the first place" if _equal(standing) else "is best" if _tied(standing) else "wins"
     text = f"{winner.row} {best} on the validation images and {scores}"
+    reference = next((row.row for row in rows if row.reference), "")
     if difference is not None:
-        return f"{text}, {_points(difference)} against labels alone ({p_in_words(difference)})"
-    if any(row.teacher is not None and row.differences.get("labels") is not None for row in rows):
-        return f"{text}: no teaching beat labels alone there"
+        other = "labels alone" if winner.teacher is not None else reference
+        text += f", {_points(difference)} against {other} ({p_in_words(difference)})"
+    taught = any(row.teacher is not None and row.differences.get("labels") is not None for row in rows)
+    if winner.teacher is None and taught:
+        text += "; on the validation images no teaching beat labels alone"
     return text
 
 
@@ -72,7 +75,7 @@ def _equal(standing: Standing) -> list[str]:
 def _tied(standing: Standing) -> list[str]:
     """Return the other students that chance may have put behind the winner on the validation images."""
     equal = _equal(standing)
-    ahead = {name for name, lead in standing.leads.items() if lead.is_significant and lead.mean > 0}
+    ahead = {name for name, lead in standing.leads.items() if lead.holds_for_new_images and lead.mean > 0}
     return [name for name in standing.leads if name not in ahead and name not in equal]
 
 
@@ -83,17 +86,24 @@ def _lead(standing: Standing) -> str:
         are = "is" if len(equal) == 1 else "are"
         sentences.append(f"{_list(equal)} {are} as good on {standing.chosen_on}; the first of the methods is taken")
     if tied:
-        sentences.append(f"Chance may explain its lead over {_list(tied)} on {standing.chosen_on}")
+        sentences.append(f"By {standing.chosen_on} alone it cannot be told from {_list(tied)}")
     return ". ".join(sentences)
 
 
 def _by_balance(standing: Standing) -> str:
-    """Say how the winner was chosen where that is not what the tests compare."""
+    """Say what the winner scores in what it was chosen by, where that is not accuracy."""
     balanced = standing.winner.balanced_accuracy
     if standing.by != "balanced" or balanced is None:
         return ""
-    on_test = f"{_percent(balanced)} on the test images"
-    return f"It was chosen by balanced accuracy, {on_test}; differences there are of accuracy"
+    text = f"It was chosen by balanced accuracy, {_percent(balanced)} on the test images"
+    others: dict[Reference, str] = {"labels": "labels alone", "teacher": "the teacher", "baseline": "the CNN baseline"}
+    found = {name: standing.winner.balanced_differences.get(name) for name in others}
+    against = [
+        f"{_points(difference)} against {others[name]} ({p_in_words(difference)})"
+        for name, difference in found.items()
+        if difference is not None
+    ]
+    return f"{text}: {_list(against)}" if against else text
 
 
 def _only_answer(standing: Standing) -> str:
@@ -139,7 +149,9 @@ def _best_on_test(winner: Row, rows: Sequence[Row]) -> str:
 
 def p_in_words(difference: Difference) -> str:
     """Return a p value with its test, and a warning where chance may explain the difference."""
-    return _p(difference) + ("" if difference.is_significant else ": chance may explain it")
+    if not difference.is_significant:
+        return f"{_p(difference)}: chance may explain it"
+    return _p(difference) + ("" if difference.holds_for_new_images else ": other test images may tell otherwise")
 
 
 def _p(difference: Difference) -> str:

@@ -12,8 +12,9 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from deitkit.comparison.cohort_states import PREDICTIONS
-from deitkit.comparison.finished_run import load_as_trained, students_of
+from deitkit.comparison.finished_run import load_as_trained, students_of, teachers_of
 from deitkit.comparison.images import as_begun, cache_last, describe_images
+from deitkit.comparison.verify_table import wrong_figures
 from deitkit.data.dataset import Dataset, load_labelled
 from deitkit.evaluation.predict import predict_all
 from deitkit.evaluation.readouts import readout_scores, top_k_accuracy
@@ -28,9 +29,10 @@ from deitkit.run.results import AblationResults, FoldResults, Row, read_results
 from deitkit.run.state import outline
 from deitkit.system.device import Precision, describe_machine
 from deitkit.system.words import counted
+from deitkit.teachers.frozen import mean_teacher_logits
 
 # Tolerance for another processor or version of torch, where rounding decides images near a boundary between two
-# classes. On the machine of the run figures must be identical.
+# classes; of few images it is one. On the machine of the run figures must be identical.
 TOLERANCE_ELSEWHERE = 0.005
 
 
@@ -55,7 +57,8 @@ class Verification:
         same_teachers: Whether the teachers' weights have the run's hashes; None if none are recorded.
         tolerance: Allowed difference of an accuracy.
         rows: By seed and row.
-        problems: A sentence for each model that is missing or is not the run's.
+        problems: A sentence for each model that is missing or is not the run's, and for each other figure of the table
+            that does not follow from the measured predictions.
     """
 
     holds: bool
@@ -123,23 +126,34 @@ def _verify(
     same_teachers = not problems if teachers else None
     here = describe_machine(precision)
     tolerance, rows = 0.0, []
+    outputs: dict[int, dict[str, dict[str, Output]]] = {}
+    elsewhere = max(TOLERANCE_ELSEWHERE, 1 / min(len(dataset.test), len(dataset.validation)))
     for place, seed in enumerate(results.seeds):
-        watcher.say(f"seed {seed}: measuring its students on {counted(len(dataset.test), 'test image')}")
+        images = len(dataset.test) + len(dataset.validation)
+        watcher.say(f"seed {seed}: measuring its students on {counted(images, 'test and validation image')}")
         homes = students_of(folder, results, seed)
         students = [load_as_trained(home, recipe.speed, precision.device) for home in homes.values()]
-        outputs = dict(zip(homes, predict_all(students, dataset.test, precision), strict=True))
+        test, validation = (predict_all(students, split, precision) for split in (dataset.test, dataset.validation))
+        outputs[seed] = {
+            name: {"test": one, "validation": other} for name, one, other in zip(homes, test, validation, strict=True)
+        }
         allowed = {
-            name: 0.0 if (_machine_of(home) or results.machine) == here else TOLERANCE_ELSEWHERE
-            for name, home in homes.items()
+            name: 0.0 if (_machine_of(home) or results.machine) == here else elsewhere for name, home in homes.items()
         }
         tolerance = max([tolerance, *allowed.values()])
         for row in recorded_rows:
-            output, least = outputs.get(row.folder_name), allowed.get(row.folder_name, 0.0)
+            output, least = outputs[seed].get(row.folder_name, {}).get("test"), allowed.get(row.folder_name, 0.0)
             rows.append(_verified(row, place, seed, output, dataset.test.labels, least))
             if rows[-1].holds is False and rows[-1].measured is None:
                 home = seed_folder(folder, seed) / row.folder_name
                 problems.append(f"{home / 'model.json'} is missing: copy the student's folder back into its run")
-    holds_all = same_data and same_teachers is not False and all(row.holds is not False for row in rows)
+    if not problems and same_data:
+        logits = None
+        if results.teacher is not None:
+            taught = teachers_of(folder, recipe, dataset, precision, Watcher())
+            logits = mean_teacher_logits(taught.logits(dataset.test, precision))
+        problems += wrong_figures(results, recipe, dataset, folder, outputs, logits, tolerance)
+    holds_all = same_data and not problems and all(row.holds is not False for row in rows)
     return Verification(holds_all, same_data, same_teachers, tolerance, tuple(rows), tuple(dict.fromkeys(problems)))
 
 

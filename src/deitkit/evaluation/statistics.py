@@ -48,6 +48,11 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float]:
     return float(np.mean(values) - half), float(np.mean(values) + half)
 
 
+def clipped(interval: tuple[float, float]) -> tuple[float, float]:
+    """Return the part of an interval in which an accuracy can be, [0, 1]."""
+    return max(interval[0], 0.0), min(interval[1], 1.0)
+
+
 def mcnemar_p(hits: Bool[Tensor, " n"], other: Bool[Tensor, " n"]) -> float:
     """Return the exact two-sided p value of McNemar's test of equal accuracy of two classifiers on the same images.
 
@@ -104,12 +109,12 @@ def paired_difference(
 ) -> Difference:
     """Compare two rows with the same training seeds and the same test images.
 
-    One seed: McNemar's exact test over the images, and the interval of the difference of two paired proportions (Wald).
-    Several seeds: the paired t test and interval over the seeds' differences, which test whether the difference holds
-    for new seeds on these test images. For new test images too, the squares of its half-width and of the images' add
-    up, as variances of independent draws do; what one image varies by from seed to seed is in both, which errs on the
-    wide side. Where all seeds differ by the same number of images, as with few images they often do, they have no
-    spread to test with: then the images are tested as for one seed, with the least certain p of the seeds.
+    One seed: McNemar's exact test over the images, and the interval of the difference of two paired proportions (Bonett
+    and Price 2012). Several seeds: the paired t test and interval over the seeds' differences, which test whether the
+    difference holds for new seeds on these test images. For new test images too, the squares of its half-width and of
+    the images' add up, as variances of independent draws do; what one image varies by from seed to seed is in both,
+    which errs on the wide side. Where all seeds differ by the same number of images, as with few images they often do,
+    they have no spread to test with: then the images are tested as for one seed, with the least certain p of the seeds.
 
     Args:
         hits: For each seed, which test images the row classifies correctly.
@@ -120,18 +125,20 @@ def paired_difference(
     if labels is not None:
         counts = labels.bincount().double()
         weights = (len(labels) / ((counts > 0).sum() * counts))[labels]  # their mean makes each class count alike
+    heaviest = weights.max().item()
     per_image = [weights * (a.double() - b.double()) for a, b in zip(hits, other, strict=True)]
     differences = [one.mean().item() for one in per_image]
     mean = float(np.mean(differences))
     if are_equal(differences):
         test = mcnemar_p if labels is None else partial(balanced_mcnemar_p, labels=labels)
         p = max(test(a, b) for a, b in zip(hits, other, strict=True))
-        half = max(_half_width(one) for one in per_image)
+        widest = max((_over_images(one, heaviest) for one in per_image), key=lambda interval: interval[1] - interval[0])
         name = "McNemar" if labels is None else "McNemar by class"
-        return Difference(mean, (mean - half, mean + half), p, name)
+        return Difference(mean, widest, p, name)
     p = float(stats.ttest_1samp(differences, 0.0).pvalue)
     over_seeds = mean_interval(differences)
-    half = math.hypot(over_seeds[1] - mean, _half_width(torch.stack(per_image).mean(dim=0)))
+    low, high = _over_images(torch.stack(per_image).mean(dim=0), heaviest)
+    half = math.hypot(over_seeds[1] - mean, (high - low) / 2)
     return Difference(mean, over_seeds, p, "paired t", ci95_new_images=(mean - half, mean + half))
 
 
@@ -175,11 +182,16 @@ def are_equal(values: Sequence[float]) -> bool:
     return max(values) - min(values) < 1e-9
 
 
-def _half_width(differences: Float64[Tensor, " n"]) -> float:
-    """Return half of the 95 % Wald interval of a mean difference.
+def _over_images(differences: Float64[Tensor, " n"], heaviest: float) -> tuple[float, float]:
+    """Return the 95 % interval of a mean difference of two classifiers over other images.
 
-    It is never narrower than Agresti and Min's (2005) for two classifiers that are right on the same images, since a
-    few images on which they agree do not show that they always do.
+    Of two paired proportions it is Bonett and Price's: Wald's interval with one more image that only the first gets
+    right, and one that only the second does, of the ``heaviest`` weight. Few images on which both agree thus do not
+    show that they always do.
+
+    Source: Bonett and Price 2012, Adjusted Wald confidence interval for a difference of binomial proportions based on
+    paired data.
     """
-    n = len(differences)
-    return max(1.96 * differences.std().item() / math.sqrt(n) if n > 1 else 1.0, 1.96 / (n + 2))
+    more = torch.cat([differences, torch.tensor([heaviest, -heaviest], dtype=torch.float64)])
+    mean, half = more.mean().item(), 1.96 * more.std(correction=0).item() / math.sqrt(len(more))
+    return mean - half, mean + half

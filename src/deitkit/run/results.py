@@ -53,6 +53,7 @@ class Row(Record):
         top1_ci95: Of several seeds Student's t interval, of one seed Wilson's.
         validation_top1: Accuracy on the validation images by seed.
         validation_balanced: Balanced accuracy on them.
+        balanced_differences: Differences of the balanced accuracies, where the winner is chosen by these.
         differences: Of ``top1_mean`` to that of ``labels`` (the reference row), ``teacher``, ``baseline``, ``before``
             (the checkpoint that was fine-tuned) and ``base`` (of an ablation), as far as there are such.
         teacher_agreement: Share of test images with the teacher's decision.
@@ -90,21 +91,27 @@ class Row(Record):
     macro_f1: float | None = None
     validation_balanced: tuple[float | None, ...] = ()
     cost: Cost | None = None
+    balanced_differences: dict[Reference, Difference] = Field(default_factory=dict)
 
     @property
     def folder_name(self) -> str:
         """The name of the student's folder in the run folder."""
         return f"{self.method}+ema" if self.weights == "ema" else self.method
 
+    def differences_by(self, by: str) -> dict[Reference, Difference]:
+        """Return the differences in what the winner is chosen by: ``accuracy`` or ``balanced``."""
+        return self.balanced_differences if by == "balanced" else self.differences
+
 
 SomeRow = TypeVar("SomeRow", bound=Row)
 
 
-def with_difference(row: SomeRow, reference: Reference, difference: Difference | None) -> SomeRow:
-    """Return a row with its difference to a reference; the row itself if there is none."""
+def with_difference(row: SomeRow, reference: Reference, difference: Difference | None, by: str = "accuracy") -> SomeRow:
+    """Return a row with its difference to a reference, in accuracy or ``balanced``; itself if there is none."""
     if difference is None:
         return row
-    return row.model_copy(update={"differences": row.differences | {reference: difference}})
+    field = "balanced_differences" if by == "balanced" else "differences"
+    return row.model_copy(update={field: getattr(row, field) | {reference: difference}})
 
 
 class VariantRow(Row):
