@@ -121,6 +121,16 @@ def test_calibration_errors_are_those_of_a_naive_loop(seed: int, bins: int) -> N
     assert found.maximum_error == pytest.approx(max(gap for gap, _ in gaps))
 
 
+@pytest.mark.parametrize("n", [100, 1000, 10_000])
+def test_the_error_by_chance_is_that_of_labels_drawn_from_the_probabilities(n: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    probabilities = (2 * torch.randn(n, 10, generator=generator)).softmax(dim=-1)
+    drawn = [
+        reliability(probabilities, torch.multinomial(probabilities, 1, generator=generator)[:, 0]) for _ in range(60)
+    ]
+    assert drawn[0].error_by_chance == pytest.approx(sum(each.expected_error for each in drawn) / 60, rel=0.08)
+
+
 def test_calibration_by_hand() -> None:
     probabilities = torch.tensor([[0.8, 0.2], [0.8, 0.2], [0.5, 0.5], [0.0, 1.0]], dtype=torch.float64)
     labels = torch.tensor([0, 1, 0, 1])

@@ -17,12 +17,13 @@ from PIL import Image
 from deitkit.data.selection import read_selection
 from deitkit.errors import DataError, RecipeError
 from deitkit.evaluation import classify as module
-from deitkit.evaluation.apply import evaluate_model
+from deitkit.evaluation.apply import evaluate_model, load_data_of
 from deitkit.evaluation.classify import Classification, image_files
 from deitkit.models.classifier import Classifier
 from deitkit.models.cnn import CifarResNet
-from deitkit.models.saved import save_classifier
+from deitkit.models.saved import load_classifier, read_card, save_classifier
 from deitkit.models.vit import DeiT
+from deitkit.system.device import Precision
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -267,3 +268,36 @@ def test_only_test_images_are_read_to_evaluate(
     monkeypatch.setattr("deitkit.data.dataset.read_selection", counted)
     found = evaluate_model(tmp_path / "model", f"folder:{photos}")
     assert (found["n"], wanted) == (24, [24])
+
+
+def test_classes_in_another_order_are_the_same_classes(tmp_path: Path) -> None:
+    """As those of a folder ('10' before '9') and of a CSV file."""
+    torch.manual_seed(0)
+    model = DeiT(image_px=8, patch_px=4, channels=1, classes=10, width=16, depth=1, heads=2, tokens=("class",))
+    names = [str(label) for label in range(10)]
+    for name, order in (("same", names), ("reversed", names[::-1])):
+        card = {"class_names": order, "channels": 1, "input_px": [8, 8]}
+        save_classifier(tmp_path / name, Classifier(model, mean=(0.5,), std=(0.5,)), card)
+    same, other = (read_card(tmp_path / name) for name in ("same", "reversed"))
+    as_is, moved = load_data_of(same, "digits", None), load_data_of(other, "digits", None)
+    assert moved.class_names == tuple(names[::-1])
+    for split in ("train", "validation", "test"):
+        assert torch.equal(getattr(moved, split).labels, 9 - getattr(as_is, split).labels)
+    with pytest.raises(DataError, match="has the classes"):
+        load_data_of(same.model_copy(update={"class_names": tuple("abcdefghij")}), "digits", None)
+
+
+def test_of_equal_classes_the_first_is_the_answer_as_in_the_table(model: Path) -> None:
+    classifier, card = load_classifier(model, torch.device("cpu"))
+    student = classifier.model
+    assert isinstance(student, DeiT)
+    for head in (student.head, student.head_dist):
+        assert isinstance(head, torch.nn.Linear)
+        head.weight.data.zero_()
+        head.bias.data.copy_(torch.tensor([-1.0, 2.0, 2.0]))
+    precision = Precision.choose("bf16", torch.device("cpu"))
+    pixels = [torch.zeros(3, 8, 8, dtype=torch.uint8)] * 4
+    for readout in ("class", "joint", "joint-logits"):
+        answers = module.classify_pixels(classifier, card, precision, pixels, readout)
+        assert [answer["classes"][0][0] for answer in answers] == ["b"] * 4
+        assert [name for name, _ in answers[0]["classes"]] == ["b", "c", "a"]

@@ -1,5 +1,6 @@
 """Calibration errors, proper scoring rules and the reliability curve."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -22,15 +23,18 @@ class Reliability:
         counts: Images in each bin.
         confidence: Their confidences, summed.
         hits: How many of them are classified correctly.
+        variance: Of the number of hits, if the confidences were the chances of them.
     """
 
     counts: Int64[Tensor, " bins"]
     confidence: Float[Tensor, " bins"]
     hits: Float[Tensor, " bins"]
+    variance: Float[Tensor, " bins"]
 
     def __add__(self, other: "Reliability") -> "Reliability":
         """Pool the images of two seeds."""
-        return Reliability(self.counts + other.counts, self.confidence + other.confidence, self.hits + other.hits)
+        own, others = vars(self), vars(other)
+        return Reliability(**{name: own[name] + others[name] for name in own})
 
     @property
     def gaps(self) -> Float[Tensor, " bins"]:
@@ -41,6 +45,15 @@ class Reliability:
     def expected_error(self) -> float:
         """ECE: the mean gap over images, in [0, 1]."""
         return ((self.gaps * self.counts).sum() / self.counts.sum()).item()
+
+    @property
+    def error_by_chance(self) -> float:
+        """The ECE that a perfectly calibrated model with these confidences has on average, since images are few.
+
+        The hits of a bin are a sum of independent draws, nearly normal, whose mean absolute deviation is
+        sqrt(2 / pi) of its standard deviation.
+        """
+        return ((2 / math.pi * self.variance).sqrt().sum() / self.counts.sum()).item()
 
     @property
     def maximum_error(self) -> float:
@@ -73,6 +86,7 @@ def reliability(
     return Reliability(
         counts=places.bincount(minlength=bins),
         confidence=places.bincount(confidence, minlength=bins),
+        variance=places.bincount(confidence * (1 - confidence), minlength=bins),
         hits=places.bincount((decisions == labels).double(), minlength=bins),
     )
 

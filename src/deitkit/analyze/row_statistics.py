@@ -55,6 +55,7 @@ class RowStatistics:
         figures: dict[str, float | None] = {
             "top1": share_of(decisions == labels),
             "ece": found.expected_error,
+            "ece_by_chance": found.error_by_chance,
             "mce": found.maximum_error,
             "nll": negative_log_likelihood(probabilities, labels),
             "brier": brier_score(probabilities, labels),

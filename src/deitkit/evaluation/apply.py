@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import TypedDict
 
 import torch
+from jaxtyping import Int64
+from torch import Tensor
 
 from deitkit.data.dataset import Dataset, load_labelled, load_test
 from deitkit.data.duplicates import share_in_sketch
@@ -63,10 +65,8 @@ def evaluate_model(folder: Path, data: str, root: Path | None = None) -> Evaluat
     device = choose_device("auto")
     classifier, card = load_classifier(folder, device)
     test, names = load_divided(load_test, data_recipe_of(card, data, root))
-    if set(names) == set(card.class_names):  # whose order differs between sources of images
-        places = torch.tensor([card.class_names.index(name) for name in names])
-        test, names = replace(test, labels=places[test.labels]), card.class_names
-    _require_classes(names, card, data)
+    places = _places_of_classes(names, card, data)
+    test = replace(test, labels=places[test.labels])
     scores = named_scores(predict(classifier, test, Precision.choose("auto", device)), card)
     labels, n = test.labels, len(test)
     readouts = []
@@ -91,14 +91,22 @@ def load_data_of(card: ModelCard, data: str, root: Path | None) -> Dataset:
         DataError: Its classes differ from the model's.
     """
     dataset = load_divided(load_labelled, data_recipe_of(card, data, root))
-    _require_classes(dataset.class_names, card, data)
-    return dataset
+    places = _places_of_classes(dataset.class_names, card, data)
+    train, validation, test = (
+        replace(split, labels=places[split.labels]) for split in (dataset.train, dataset.validation, dataset.test)
+    )
+    return replace(dataset, class_names=card.class_names, train=train, validation=validation, test=test)
 
 
-def _require_classes(names: Sequence[str], card: ModelCard, data: str) -> None:
-    """Raise DataError unless a data set has the classes of a model."""
-    if tuple(names) != card.class_names:
+def _places_of_classes(names: Sequence[str], card: ModelCard, data: str) -> Int64[Tensor, " classes"]:
+    """Return the place of each class of a data set among a model's, whose order differs between sources of images.
+
+    Raises:
+        DataError: They have not the same classes.
+    """
+    if len(names) != len(card.class_names) or set(names) != set(card.class_names):
         raise DataError(
             f"data {data} has the classes {first_of(names)}, but the model has {first_of(card.class_names)}: "
             "evaluate it on data with the model's classes"
         )
+    return torch.tensor([card.class_names.index(name) for name in names])

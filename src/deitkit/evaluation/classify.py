@@ -23,7 +23,7 @@ from deitkit.models.card import ModelCard
 from deitkit.models.classifier import Classifier
 from deitkit.models.onnx_file import OnnxGraph
 from deitkit.models.saved import load_classifier
-from deitkit.models.vit import DeiT
+from deitkit.models.vit import DeiT, Output
 from deitkit.system.device import Precision, choose_device
 from deitkit.system.process import usable_cores
 from deitkit.system.words import counted, display_name
@@ -217,12 +217,13 @@ def classify_pixels(
     heads = _heads(classifier.model, len(card.class_names)) if embed else []
     with uncompiled(), precision.autocast(), _recorded_inputs(heads) as features:
         output = classifier.eval()(view)
-    scores = named_scores(output, card)
+    logits = (output.class_logits, output.distillation_logits)
+    scores = named_scores(Output(*(None if head is None else head.float() for head in logits)), card)
     chosen = choose_readout(readout, card, scores)
-    probabilities = scores[chosen].float().softmax(dim=-1).cpu()
-    best = probabilities.topk(min(top, probabilities.shape[-1]), dim=-1)
+    probabilities = scores[chosen].softmax(dim=-1).cpu()
+    best = probabilities.sort(dim=-1, descending=True, stable=True)  # of equals the first, as in an evaluation
     answers = []
-    for indices, shares in zip(best.indices.tolist(), best.values.tolist(), strict=True):
+    for indices, shares in zip(best.indices[:, :top].tolist(), best.values[:, :top].tolist(), strict=True):
         classes = [(card.class_names[index], share) for index, share in zip(indices, shares, strict=True)]
         answers.append(Answer(readout=chosen, classes=classes))
     if embed:

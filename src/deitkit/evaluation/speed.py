@@ -13,7 +13,8 @@ from deitkit.models.classifier import Classifier
 from deitkit.system.device import Precision
 from deitkit.system.timer import time_in_turn
 
-SINGLE_CALLS = 5  # in a measurement of single images, which take a moment
+# Single images take a moment, in which anything on the machine may disturb them, so that many are measured.
+MOST_SINGLE, SECONDS_OF_SINGLE = 100, 1.0
 Name = TypeVar("Name", bound=Hashable)
 
 
@@ -30,7 +31,7 @@ def seconds_per_batch(
         classifiers: In evaluation mode, on the device.
         view: Values in [0, 1], on the device.
         precision: Of the forward passes.
-        repeats: Number of measurements.
+        repeats: Number of measurements; of single images at least.
     """
 
     def classify(classifier: Classifier) -> None:
@@ -39,6 +40,9 @@ def seconds_per_batch(
 
     functions = {str(number): partial(classify, one) for number, one in enumerate(classifiers.values())}
     with uncompiled():
-        calls = SINGLE_CALLS if len(view) == 1 else 1
-        taken = time_in_turn(functions, device=precision.device, repeats=repeats, calls=calls)
+        if len(view) == 1:
+            first = time_in_turn(functions, device=precision.device, repeats=repeats, calls=1)
+            slowest = max(timing.median for timing in first.values())
+            repeats = max(repeats, min(MOST_SINGLE, int(SECONDS_OF_SINGLE / slowest)))
+        taken = time_in_turn(functions, device=precision.device, repeats=repeats, calls=1)
     return {name: timing.median for name, timing in zip(classifiers, taken.values(), strict=True)}

@@ -30,7 +30,9 @@ class RowSummary(Record):
         seeds: That finished.
         top1: Accuracy as a fraction.
         ece: Expected calibration error, in [0, 1].
-        mce: Maximum calibration error, in [0, 1].
+        ece_by_chance: That which a perfectly calibrated model would have on as many images, on average; None in files
+            that do not tell.
+        mce: Maximum calibration error, in [0, 1]: that of one bin, however few images it has.
         nll: Negative log-likelihood in nats.
         brier: Brier score, in [0, 2].
         agreement_overall: Share of images with the teacher's decision; this and the following are None for the
@@ -54,6 +56,7 @@ class RowSummary(Record):
     agreement_teacher_wrong: float | None = None
     agreement_corrected: float | None = None
     divergence: float | None = None
+    ece_by_chance: float | None = None
     reliability: tuple[ReliabilityBin, ...]
 
 
