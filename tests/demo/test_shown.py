@@ -1,6 +1,7 @@
 """What the demo shows: which models of a run, their answers, their attention, and examples of the test set."""
 
 import json
+import shutil
 import socket
 import subprocess
 import sys
@@ -76,6 +77,30 @@ def test_a_run_shows_its_winner_its_teacher_and_the_other_students_each_once(fin
     assert sorted(filter(None, methods)) == ["none", "token-hard"]
     assert f"{100 * winner.top1_mean:.1f} % of the test images right" in demo.models[0].about
     assert results.verdict in demo.summary
+
+
+def test_a_column_says_the_accuracy_of_its_own_model_not_the_mean_over_seeds(finished: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(finished, tmp_path / "run")
+    stored = json.loads((run / "results.json").read_text(encoding="utf-8"))
+    stored["seeds"] = [0, 1]
+    for row in stored["rows"]:
+        row.update(top1=[0.25, 0.75], top1_mean=0.5)
+    (run / "results.json").write_text(json.dumps(stored), encoding="utf-8")
+    card = json.loads((run / "winner" / "model.json").read_text(encoding="utf-8"))
+    (run / "winner" / "model.json").write_text(json.dumps(card | {"seed": 1}), encoding="utf-8")
+    winner, _, other = load_demo(run).models
+    assert "75.0 % of the test images right" in winner.about
+    assert "25.0 % of the test images right" in other.about
+    del card["seed"]
+    (run / "winner" / "model.json").write_text(json.dumps(card), encoding="utf-8")
+    assert "50.0 % of the test images right (mean of 2 seeds)" in load_demo(run).models[0].about
+
+
+def test_classes_of_one_name_are_shown_apart(digit: Path, tmp_path: Path) -> None:
+    demo = load_demo(saved_student(tmp_path / "model", ["crane", "owl", "crane"]))
+    answer = demo.models[0].answer(digit, demo.precision)
+    assert set(answer) == {"crane (0)", "owl", "crane (2)"}
+    assert sum(answer.values()) == pytest.approx(1, abs=1e-5)
 
 
 def test_answers_are_those_of_predict(finished: Path, digit: Path) -> None:

@@ -270,7 +270,7 @@ def test_only_test_images_are_read_to_evaluate(
     assert (found["n"], wanted) == (24, [24])
 
 
-def test_classes_in_another_order_are_the_same_classes(tmp_path: Path) -> None:
+def test_data_with_classes_in_another_order_get_the_models_labels(tmp_path: Path) -> None:
     """As those of a folder ('10' before '9') and of a CSV file."""
     torch.manual_seed(0)
     model = DeiT(image_px=8, patch_px=4, channels=1, classes=10, width=16, depth=1, heads=2, tokens=("class",))

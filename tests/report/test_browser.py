@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from deitkit.report.write import write_report
-from report.test_report import Page, make_folder, make_hostile, make_metrics, make_results
+from report.test_report import Page, make_folder, make_hostile, make_metrics, make_results, make_row
 from report.test_report_analysis import make_analysis, make_analyzed, make_hostile_analysis
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -48,17 +48,13 @@ def test_no_name_becomes_an_element_or_runs(tmp_path: Path) -> None:
     assert hostile.text.count(ATTACK) >= 20
 
 
-def test_at_the_width_of_a_phone_every_accuracy_is_beside_its_row(tmp_path: Path) -> None:
-    page = write_report(make_analyzed(tmp_path / "run", make_analysis(), make_results()))[-1]
-    frame = tmp_path / "phone.html"
-    script = """
-    frame.onload = () => {
+def on_a_phone(page: Path, frame: Path, found: str) -> str:
+    """Return what a script finds ``inside`` a page that is 390 px wide, as text."""
+    script = f"""
+    frame.onload = () => {{
       const inside = frame.contentDocument, cut = frame.contentWindow.innerWidth;
-      const rows = [...inside.querySelectorAll('.scroll table')[0].querySelectorAll('tbody tr')];
-      const heads = [...inside.querySelectorAll('.scroll table')[0].querySelectorAll('thead th')];
-      const cells = rows.map((row) => row.cells[heads.findIndex((head) => head.textContent == 'top-1 %')]);
-      document.title = cells.filter((cell) => cell.getBoundingClientRect().right > cut).length + ' of ' + cells.length;
-    }"""
+      {found}
+    }}"""
     frame.write_text(
         '<title>?</title><iframe id="frame" style="width: 390px; height: 900px; border: 0" '
         f'src="{page.as_uri()}"></iframe>'
@@ -69,5 +65,43 @@ def test_at_the_width_of_a_phone_every_accuracy_is_beside_its_row(tmp_path: Path
     shown = subprocess.run(command, capture_output=True, timeout=120, check=True).stdout.decode()
     title = re.search("<title>(.*?)</title>", shown)
     assert title is not None
-    cut, _, rows = title.group(1).partition(" of ")
+    return title.group(1)
+
+
+def test_at_the_width_of_a_phone_every_accuracy_is_beside_its_row(tmp_path: Path) -> None:
+    page = write_report(make_analyzed(tmp_path / "run", make_analysis(), make_results()))[-1]
+    found = on_a_phone(
+        page,
+        tmp_path / "phone.html",
+        """
+      const rows = [...inside.querySelectorAll('.scroll table')[0].querySelectorAll('tbody tr')];
+      const heads = [...inside.querySelectorAll('.scroll table')[0].querySelectorAll('thead th')];
+      const cells = rows.map((row) => row.cells[heads.findIndex((head) => head.textContent == 'top-1 %')]);
+      document.title = cells.filter((cell) => cell.getBoundingClientRect().right > cut).length + ' of ' + cells.length;
+      """,
+    )
+    cut, _, rows = found.partition(" of ")
     assert (cut, int(rows) > 5) == ("0", True)
+
+
+def test_at_the_width_of_a_phone_a_long_legend_leaves_room_for_the_curves(tmp_path: Path) -> None:
+    results, metrics = make_results(), []
+    names = [f"student-number-{number}" for number in range(22)]
+    results["rows"] = [make_row("none", "class", [0.6, 0.61]) | {"method": name, "row": name} for name in names]
+    for name in names:
+        metrics += [line | {"student": name} for line in make_metrics(epochs=3) if line["student"] == "none"]
+    page = write_report(make_folder(tmp_path / "run", results, metrics))[-1]
+    found = on_a_phone(
+        page,
+        tmp_path / "phone.html",
+        """
+      const box = (what) => inside.querySelector('#curves ' + what).getBoundingClientRect();
+      const entries = [...inside.querySelectorAll('#curves .legendtext')].map((one) => one.getBoundingClientRect());
+      const legend = box('.legend .bg');
+      const within = entries.filter((one) => one.top >= legend.top && one.bottom <= legend.bottom);
+      document.title = [within.length, box('.nsewdrag').height, box('.xtitle').right <= cut].join(' ');
+      """,
+    )
+    entries, height, title_fits = found.split()
+    assert (int(entries), title_fits) == (22, "true")
+    assert float(height) > 200

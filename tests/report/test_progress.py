@@ -9,7 +9,8 @@ from typer.testing import CliRunner
 
 from deitkit.cli.main import app
 from deitkit.errors import CheckpointError
-from deitkit.report.progress import progress_of, read_trainings
+from deitkit.report.progress import progress_of, read_trainings, running_trainings
+from deitkit.run.folder import locked
 from deitkit.run.metrics import EpochMetrics, write_metrics
 
 
@@ -39,9 +40,8 @@ def write_run(folder: Path, *lines: EpochMetrics) -> Path:
 
 def test_a_training_stands_beside_the_same_epoch_of_the_same_student() -> None:
     reference = [*make_lines("soft", [0.3, 0.5, 0.6, 0.7]), *make_lines("soft", [0.3, 0.6, 0.6, 0.7], seed=1)]
-    running, alone = progress_of(
-        [*make_lines("soft", [0.2, 0.4]), *make_lines("none", [0.1, 0.2, 0.3, 0.4])], reference
-    )
+    lines = [*make_lines("soft", [0.2, 0.4]), *make_lines("none", [0.1, 0.2, 0.3, 0.4])]
+    running, alone = progress_of(lines, reference, {(0, "soft"), (0, "none")})
     assert (running.epoch, running.epochs, running.is_done) == (2, 4, False)
     assert running.validation == 0.4
     assert running.reference == pytest.approx(0.55)
@@ -53,9 +53,41 @@ def test_a_training_stands_beside_the_same_epoch_of_the_same_student() -> None:
 
 def test_a_training_that_did_not_reach_its_end_has_stopped() -> None:
     lines = [*make_lines("soft", [0.2, 0.4]), *make_lines("none", [0.1, 0.2, 0.3, 0.4])]
-    stopped, done = progress_of(lines, is_over=True)
+    stopped, done = progress_of(lines)
     assert (stopped.has_stopped, stopped.seconds_left) == (True, None)
     assert (done.has_stopped, done.is_done) == (False, True)
+    (running, _) = progress_of(lines, running={(0, "soft")})
+    assert (running.has_stopped, running.seconds_left) == (False, 10.0)
+    (unknown,) = progress_of([line.model_copy(update={"epochs": None}) for line in make_lines("soft", [0.2])])
+    assert not unknown.has_stopped, "how many epochs it has is not recorded"
+
+
+@pytest.mark.parametrize("used", [".", "units", "seed-0/soft"])
+def test_a_training_runs_as_long_as_a_process_holds_the_lock_of_its_run_or_its_own(tmp_path: Path, used: str) -> None:
+    run = write_run(tmp_path / "run", *make_lines("soft", [0.2]))
+    write_run(run / "seed-0" / "none", *make_lines("none", [0.1]))
+    (run / "results.json").write_text("{}", encoding="utf-8")  # of methods that were trained before
+    assert running_trainings(run) == set()
+    with locked(run / used):
+        assert running_trainings(run) == ({(0, "soft")} if "soft" in used else {(0, "soft"), (0, "none")})
+        shown = CliRunner().invoke(app, ["progress", str(run)], env={"COLUMNS": "100"}).output
+        assert next(line for line in shown.splitlines() if "soft" in line).split()[-2:] == ["15", "s"]
+        assert ("stopped" in shown) == ("soft" in used)  # the other one then
+    shown = CliRunner().invoke(app, ["progress", str(run)], env={"COLUMNS": "100"}).output
+    assert next(line for line in shown.splitlines() if "soft" in line).split()[-1] == "stopped"
+    assert "--resume goes on with it" in shown
+    with locked(run / used):  # which looking did not take for good
+        pass
+
+
+def test_the_trainings_of_a_fold_and_of_a_variant_run_with_their_run_or_their_unit(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    for home in ("folds/1", "folds/2", "variants/wide", "teacher"):
+        write_run(run / home, *make_lines("hard", [0.3]))
+    with locked(run / "folds" / "2"), locked(run / "variants" / "wide"):
+        assert running_trainings(run) == {(2, "hard"), (0, "wide: hard")}
+    with locked(run):
+        assert running_trainings(run) == {(0, "hard"), (1, "hard"), (2, "hard"), (0, "wide: hard")}
 
 
 def test_an_epoch_beyond_the_reference_has_no_reference() -> None:
@@ -91,7 +123,8 @@ def test_the_command_prints_a_table_and_draws_the_curves(tmp_path: Path) -> None
     run = write_run(tmp_path / "run", *make_lines("token-hard", [0.2, 0.4]), *make_lines("none", [0.1, 0.25]))
     reference = write_run(tmp_path / "reference", *make_lines("token-hard", [0.2, 0.45, 0.6, 0.7]))
     command = ["progress", str(run), "--reference", str(reference)]
-    shown = CliRunner().invoke(app, command, env={"COLUMNS": "100"})
+    with locked(run):
+        shown = CliRunner().invoke(app, command, env={"COLUMNS": "100"})
     assert shown.exit_code == 0, shown.output
     cells = next(line.split() for line in shown.output.splitlines() if "token-hard" in line)
     assert cells == ["token-hard", "0", "2/4", "0.500", "40.00", "45.00", "-5.00", "10", "s"]

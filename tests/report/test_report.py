@@ -13,13 +13,17 @@ from typing import Any
 
 import plotly.graph_objects as go
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 from rich.console import Console
 
 from deitkit.errors import CheckpointError
 from deitkit.recipe.schema import Recipe
 from deitkit.report.charts import accuracy_chart, curve_charts
-from deitkit.report.figures import curves_of, validation_peaks
+from deitkit.report.cost_chart import _draw as _draw_costs
+from deitkit.report.cost_chart import cost_chart, cost_points
+from deitkit.report.figures import _draw as _draw_curves
+from deitkit.report.figures import curve_labels, curves_of, teacher_text, validation_peaks
 from deitkit.report.published import published_figures
 from deitkit.report.table import rich_table, write_tables
 from deitkit.report.table_layout import Layout, lay_out, p_value
@@ -449,7 +453,15 @@ def test_latex_balances_and_escapes(tmp_path: Path) -> None:
     assert label.startswith(want + r"\textasciicircum{}\textbackslash{}\{{[}x{]}(y)")
     body = text.partition(r"\midrule")[2].partition(r"\bottomrule")[0]
     rows = [line for line in body.splitlines() if line.endswith(r"\\")]
-    assert {len(re.findall(r"(?<!\\)&", row)) for row in rows} == {len(laid_out(results).columns)}
+    head = next(line for line in text.splitlines() if line.strip().startswith("row & "))
+    titles = [title.strip().replace(r"\%", "%") for title in head.removesuffix(r"\\").split(" & ")[1:]]
+    assert {"top-1 %", "vs none", "p", "teacher"} <= set(titles)
+    left_out = [column.title for column in laid_out(results).columns if column.title not in titles]
+    assert f"% too wide for a page, but in table.md and table.csv: {', '.join(left_out)}" in text
+    assert {len(re.findall(r"(?<!\\)&", row)) for row in rows} == {len(titles)}
+    widths = [float(width) for width in re.findall(r"p\{(\d+\.\d)cm\}", text)]
+    assert len(widths) == len(titles) + 1
+    assert sum(widths) + 0.28 * len(titles) <= 17.5 + 0.05 * len(widths), "it fits a page of two columns"
     bare = re.sub(r"\\[{}]", "", text)
     assert bare.count("{") == bare.count("}")
     assert body.count(r"\midrule") == 2, "baseline and teacher are set apart"
@@ -491,7 +503,7 @@ def test_curves_picture_and_svg(reported: Path, tmp_path: Path) -> None:
     ):
         assert text in svg
     legend = re.findall(r">(\S+)  (\d+\.\d+)<", svg)
-    assert {name for name, _ in legend} == set(LABELS)
+    assert {name for name, _ in legend} == set(LABELS) - {"class-only"}, "which has metrics, but is in no row"
     assert [float(value) for _, value in legend] == sorted((float(value) for _, value in legend), reverse=True)
     again = make_folder(tmp_path, make_results(), make_metrics())
     write_report(again)
@@ -506,11 +518,102 @@ def test_curves_of_one_epoch_one_seed_and_hostile_names(tmp_path: Path) -> None:
     assert {trace["mode"] for trace in charts["curves"]["Accuracy"]["data"]} == {"markers"}
 
 
-def test_a_curve_averages_the_seeds_that_got_there() -> None:
+def test_a_mean_ends_where_a_seed_ends() -> None:
     curves = curves_of(typed(make_metrics()), lambda line: line.main_accuracy)
     curve = next(curve for curve in curves if curve.student == "hard")
-    assert curve.epochs == list(range(1, 21))
-    assert curve.over_seeds(len) == [2] * 3 + [1] * 17
+    assert curve.epochs == [1, 2, 3]
+    assert curve.over_seeds(len) == [2] * 3
+    assert curve_labels(curves, ["1"] * 6)[2] == "hard  1 (epoch 3)"
+    apart = [line for line in typed(make_metrics()) if (line.seed == 0) == (line.epoch < 5)]
+    left = [curve.student for curve in curves_of(apart, lambda line: line.main_accuracy)]
+    assert left == ["hard"], "the seeds of the others have no epoch in common, and no mean"
+
+
+def test_only_trainings_in_the_table_are_drawn(tmp_path: Path) -> None:
+    """A resumed run may have been interrupted after the table was written, with more seeds and methods."""
+    folder = make_folder(tmp_path, make_results(), make_metrics(seeds=(0, 1, 2)))
+    assert {line["student"] for line in make_metrics()} >= {"class-only"}
+    charts = Page(write_report(folder)[-1].read_text(encoding="utf-8")).charts["curves"]
+    for chart in charts.values():
+        shown = {trace["name"] for trace in chart["data"]}
+        assert not [name for name in shown if "class-only" in name or "seed 2" in name]
+    hard = next(trace for trace in charts["Accuracy"]["data"] if trace["name"] == "hard" and trace["meta"] == "mean")
+    assert hard["x"] == list(range(1, 21)), "the mean of its row leaves the stopped seed out too"
+
+
+def test_every_student_of_a_long_legend_is_in_the_picture(tmp_path: Path) -> None:
+    results, metrics = make_results(seeds=(0,)), []
+    names = [f"method-{number}-of-a-long-name-that-a-recipe-gave-it" for number in range(30)]
+    results["rows"] = [
+        make_row("none", "class", [0.6], cost=make_cost(1 + place)) | {"method": name, "row": f"{name}/class"}
+        for place, name in enumerate(names)
+    ]
+    results["winner"] = f"{names[0]}/class"
+    for name in names:
+        metrics += [line | {"student": name} for line in make_metrics((0,), 3) if line["student"] == "none"]
+    parsed, typed_metrics = parse_results(results), typed(metrics)
+    drawn = [
+        _draw_curves(parsed, curves_of(typed_metrics, lambda line: line.main_accuracy)),
+        _draw_costs(parsed, cost_points(parsed, typed_metrics)),
+    ]
+    for figure in drawn:
+        FigureCanvasAgg(figure).draw()
+        (axes,) = figure.axes
+        legend, whole = axes.get_legend().get_window_extent(), figure.bbox
+        assert whole.y0 <= legend.y0 < legend.y1 <= whole.y1
+        assert legend.x1 <= whole.x1
+        assert axes.get_window_extent().width > 0.4 * 960, "the plot keeps its width"
+
+
+def make_cost(milliseconds: float) -> dict[str, Any]:
+    return {"file_bytes": 10**6, "milliseconds": milliseconds, "batch_size": 8, "milliseconds_in_batch": 0.1}
+
+
+def test_models_differ_by_more_than_colour_in_the_chart_of_costs_and_the_winner_is_marked() -> None:
+    results = make_results()
+    for place, row in enumerate(results["rows"]):
+        row["cost"] = make_cost(1 + place)
+    results["teacher"]["cost"] = make_cost(3)
+    parsed = parse_results(results)
+    chart = cost_chart(parsed, [])  # a run folder may lack its metrics
+    assert chart is not None
+    go.Figure(chart)
+    traces = chart["data"]
+    assert len(traces) == 6
+    assert (
+        len({trace["marker"]["symbol"] for trace in traces}) == len({trace["marker"]["color"] for trace in traces}) == 6
+    )
+    assert traces[-1]["marker"]["symbol"] == "diamond", "the teacher, as on the page"
+    assert all("data.name" in trace["hovertemplate"] for trace in traces)
+    marked = [trace for trace in traces if trace["name"].startswith("★")]
+    assert [trace["name"].split()[1] for trace in marked] == ["token-hard"]
+    assert [trace["marker"]["line"]["width"] > 0 for trace in traces] == [trace in marked for trace in traces]
+    colours = {trace["marker"]["color"] for trace in accuracy_chart(parsed, [])["data"] if trace["mode"] == "markers"}
+    assert len(colours) == 6
+
+
+@pytest.mark.parametrize(("fit", "top1"), [("none", 0.9998), ("none", 0.4), ("full", 0.9998), ("full", 0.63)])
+def test_a_teacher_far_off_does_not_flatten_the_curves(fit: str, top1: float) -> None:
+    results = make_results()
+    for card in (results["teacher"], *results["teachers"]):
+        card |= {"fit": fit, "top1": top1}
+    lines = [line for line in typed(make_metrics()) if line.epoch > 15]  # from 0.56 to 0.69
+    chart = curve_charts(parse_results(results), lines)["Accuracy"]
+    low, high = chart["layout"]["yaxis"]["range"]
+    assert 50 < low < 56
+    assert 68 < high < 72
+    shapes = [shape["label"]["text"] for shape in chart["layout"]["shapes"]]
+    assert shapes == (["teacher cifar/resnet56"] if top1 == 0.63 else [])
+    text = teacher_text(parse_results(results), curves_of(lines, lambda line: line.main_accuracy))
+    assert ("beyond this axis" in text) == (top1 != 0.63)
+    assert ("may have learned from these images" in text) == (fit == "none")
+
+
+def test_the_legend_of_losses_begins_with_the_lowest() -> None:
+    charts = curve_charts(parse_results(make_results()), typed(make_metrics()))
+    for title, descending in (("Accuracy", True), ("Training loss", False)):
+        ends = [trace["y"][-1] for trace in charts[title]["data"] if trace["meta"] == "mean"]
+        assert ends == sorted(ends, reverse=descending)
 
 
 def test_accuracy_of_a_student_is_its_fullest_readout() -> None:
@@ -564,10 +667,59 @@ def test_page_says_it_all(reported: Path, page: Page) -> None:
     assert page.charts.keys() == {"rows", "curves", "teacher"}
 
 
+def test_the_page_says_only_what_holds_for_its_run(tmp_path: Path, page: Page) -> None:
+    assert page.text.count("soft: seed 1 was resumed at epoch 7") == 1
+    assert "A dot is the mean over the seeds" in page.text
+    assert "Hollow dots are averaged weights (EMA)." in page.text
+    assert "it came trained, and may have learned from these images" in page.text
+    assert "Losses of different methods have different terms and are not to be compared." in page.text
+    results = make_results(seeds=(0,))
+    results["rows"] = [row for row in results["rows"] if row["weights"] == "last"]
+    for card in (results["teacher"], *results["teachers"]):
+        card["fit"] = "full"
+    text = Page(write_report(make_folder(tmp_path, results, make_metrics((0,))))[-1].read_text(encoding="utf-8")).text
+    assert not [words for words in ("mean over the seeds", "EMA", "may have learned from") if words in text]
+
+
+def test_every_table_that_scrolls_can_be_reached_and_is_named(tmp_path: Path) -> None:
+    text = write_report(make_folder(tmp_path, make_results(), make_metrics()))[-1].read_text(encoding="utf-8")
+    scrolling = re.findall(r'<div class="card scroll"[^>]*>', text)
+    assert len(scrolling) == 4
+    assert all('tabindex="0" role="region" aria-label="' in tag for tag in scrolling)
+
+
+def contrast(one: str, other: str) -> float:
+    """Return the contrast of two colours, as WCAG 2 defines it."""
+
+    def luminance(colour: str) -> float:
+        shares = [int(pair, 16) / 255 for pair in re.findall("..", colour[1:])]
+        linear = [share / 12.92 if share <= 0.04045 else ((share + 0.055) / 1.055) ** 2.4 for share in shares]
+        return sum(weight * value for weight, value in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+    dark, light = sorted((luminance(one), luminance(other)))
+    return (light + 0.05) / (dark + 0.05)
+
+
+def test_intervals_and_the_numbers_of_axes_can_be_seen_on_light_and_dark(reported: Path) -> None:
+    style = (reported / "report.html").read_text(encoding="utf-8").partition("</style>")[0]
+    assert ".chart .xtick text, .chart .ytick text, .chart .shape-label text { fill: var(--soft) !important; }" in style
+    bars = [trace for trace in accuracy_chart(parse_results(make_results()), [])["data"] if trace["mode"] == "lines"]
+    assert bars
+    for theme in re.findall(r":root \{ --ground: #1?[^}]*--card: #[^}]*\}", style)[:2]:
+        card, soft = (re.search(rf"--{name}: (#\w+)", theme).group(1) for name in ("card", "soft"))  # type: ignore[union-attr]
+        card = "#ffffff" if card == "#fff" else card
+        assert contrast(card, soft) >= 4.5
+        for bar in bars:
+            assert bar.get("opacity", 1) == 1
+            assert contrast(card, bar["line"]["color"]) >= 3
+
+
 def test_page_is_self_contained(page: Page) -> None:
     assert page.tags["link"] == page.tags["iframe"] == 0
-    loaded = [value for name, value in page.attributes if name in ("src", "href", "srcset", "action")]
+    loaded = [value for name, value in page.attributes if name in ("src", "srcset", "action")]
     assert all(value is not None and value.startswith("data:") for value in loaded)
+    links = {value for name, value in page.attributes if name == "href"}  # of <a>, which load nothing
+    assert links == {"https://github.com/kimyunoo/4782_final", "https://arxiv.org/abs/2012.12877"}
     assert sum("plotly.js v" in script for script in page.scripts) == 1
     assert any("default-src 'none'" in (value or "") for name, value in page.attributes if name == "content")
 
@@ -712,13 +864,25 @@ def test_the_p_of_the_table_is_corrected_where_it_can_be() -> None:
     assert p_value(None) == "–"
 
 
+def test_the_table_says_that_intervals_are_not_corrected_where_p_is() -> None:
+    results = make_results()
+    assert "not corrected for the number of rows" in " ".join(laid_out(results).footnotes)  # neither p nor interval
+    for row in results["rows"]:
+        for difference in row["differences"].values():
+            difference["p_holm"] = 0.01
+    (note,) = (note for note in laid_out(results).footnotes if note.startswith("vs none"))
+    assert "interval (of one row, not corrected for the number of rows); p: paired t, corrected for 7 rows" in note
+
+
 def test_report_imports_no_training_code() -> None:
     import deitkit.report.write
 
     folder = Path(deitkit.report.write.__file__).parent
     read = (
         "system.files",
+        "system.process",
         "system.words",
+        "run.folder",
         "run.layout",
         "run.difference",
         "run.results",
@@ -741,6 +905,9 @@ def test_peaks_are_the_highest_means_and_their_epochs() -> None:
     peaks = {peak.student: peak for peak in validation_peaks(typed(make_metrics()))}
     assert peaks["none"].epoch == 20
     assert peaks["none"].highest == peaks["none"].last
+    assert (peaks["none"].last_epoch, peaks["hard"].last_epoch) == (20, 3)
+    losses = [line.train_loss for line in typed(make_metrics()) if (line.student, line.epoch) == ("none", 20)]
+    assert peaks["none"].last_loss == pytest.approx(sum(filter(None, losses)) / 2)
     falling = [line | {"validation": {"class": 0.5 - 0.01 * line["epoch"]}} for line in make_metrics((0,), 5)]
     assert {(peak.epoch, peak.highest, round(peak.last, 3)) for peak in validation_peaks(typed(falling))} == {
         (1, 0.49, 0.45)

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,7 @@ def make_analysis(classes: int = 10) -> dict[str, Any]:
     bins = [{"low": b / 15, "high": (b + 1) / 15, "count": 10 * b + 1, "confidence": (b + 0.5) / 15,
              "accuracy": b / 15} for b in range(15)]  # fmt: skip
     scores = {"seeds": [0, 1], "top1": 0.6, "ece": 0.051, "mce": 0.2, "nll": 1.25, "brier": 0.5, "reliability": bins}
+    scores["ece_by_chance"] = 0.0123
     followed = {"agreement_overall": 0.65, "agreement_teacher_right": 0.7, "agreement_teacher_wrong": 0.3,
                 "agreement_corrected": None, "divergence": 1.125}  # fmt: skip
     named = ["truth", *ROWS]
@@ -126,6 +128,41 @@ def test_charts_are_valid_plotly_for_any_number_of_classes(tmp_path: Path, class
     assert len(json.dumps(section.charts)) < 2**21
 
 
+def test_bins_of_few_images_are_hollow_and_not_on_the_line(tmp_path: Path) -> None:
+    """The fixture's bins have 1, 11, 21, ... of 1,065 images: only the first has fewer than 1 %."""
+    section = laid_out(make_analysis(), make_results(), tmp_path)
+    line, hollow = section.charts["reliability"]["none"]["data"]
+    assert (line["mode"], len(line["x"])) == ("lines+markers", 14)
+    assert (hollow["mode"], hollow["text"], hollow["marker"]["symbol"]) == ("markers", ["1 images"], "circle-open")
+    assert hollow["showlegend"] is False
+    text = page_of(make_analyzed(tmp_path, make_analysis())).text
+    assert "MCE" not in text
+    assert "by chance %" in text
+    assert "1.23" in text
+
+
+@pytest.mark.parametrize("classes", [30, 31])
+def test_the_precision_of_many_classes_is_folded_away_with_the_weakest_first(tmp_path: Path, classes: int) -> None:
+    results, analysis = make_results(), make_analysis(classes)
+    results["dataset"] |= {"class_names": [f"class {label}" for label in range(classes)], "classes": classes}
+    for entry in analysis["classes"]:
+        f1 = [None, *(1 - label / classes for label in range(1, classes))]
+        entry |= {"f1": f1, "precision": [0.5] * classes}
+    folder = make_analyzed(tmp_path, analysis, results)
+    section = laid_out(analysis, results, folder)
+    order = section.classes_of(section.analysis.classes[0])
+    many = classes > 30
+    assert order == ([*range(classes - 1, 0, -1), 0] if many else list(range(classes)))
+    assert (f"All {classes} classes, the lowest F1 first" in page_of(folder).text) == many
+
+
+def test_every_table_of_the_analysis_can_be_reached_and_is_named(tmp_path: Path) -> None:
+    text = write_report(make_analyzed(tmp_path, make_analysis()))[-1].read_text(encoding="utf-8")
+    scrolling = re.findall(r'<div class="card scroll"[^>]*>', text)
+    assert len(scrolling) == 8
+    assert all('tabindex="0" role="region" aria-label="' in tag for tag in scrolling)
+
+
 def test_a_matrix_holds_the_share_of_each_mistake() -> None:
     confusion = ((0, 0, 3), (0, 2, 1), (2, 0, 5), (2, 2, 5))
     entry = ClassSummary(row="a", confusion=confusion, accuracy=(), most_confused=())
@@ -173,7 +210,10 @@ def test_an_analysis_of_an_earlier_table_says_so(tmp_path: Path) -> None:
         analysis["rows"] = [{**analysis["rows"][0], "row": name} for name in ["teacher", *other]]
         folder = make_analyzed(tmp_path / str(number), analysis, results)
         write_report(folder)
-        assert note in (folder / "report.html").read_text(encoding="utf-8")
+        text = (folder / "report.html").read_text(encoding="utf-8")
+        assert (
+            text.index("Analysis: disagreement") < text.index(note) < text.index('aria-label="Table of disagreement"')
+        )
 
 
 def test_hostile_names_stay_text(tmp_path: Path) -> None:

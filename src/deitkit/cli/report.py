@@ -42,13 +42,14 @@ def progress(
 
     With `--reference` it says whether a run is on track: each student beside the same student of another run after the
     same epoch, for example `deitkit progress runs/cifar10 --reference results/cifar10`. Accuracies are those of the
-    validation images.
+    validation images. A training is stopped if its last epoch is missing and no process works on it any more.
     """
-    from deitkit.report.progress import progress_of, read_trainings, write_progress
+    from deitkit.report.progress import progress_of, read_trainings, running_trainings, write_progress
 
+    running = running_trainings(run)  # before the metrics are read, so that none of them is missing
     metrics = read_trainings(run)
     beside = [] if reference is None else read_trainings(reference)
-    found = progress_of(metrics, beside, is_over=(run / "results.json").exists())
+    found = progress_of(metrics, beside, running)
     if as_json:
         print_json([asdict(training) for training in found])
         return
@@ -56,6 +57,8 @@ def progress(
         say(f"no training in {run} has finished an epoch yet")
         return
     console.print(_progress_table(found, beside=reference is not None))
+    if any(training.has_stopped for training in found):
+        say("stopped: no process trains it; --resume goes on with it, unless its loss was no longer finite")
     if reference is not None:
         say(f"reference {reference}, after the same epoch")
     picture = run / "progress.png"
@@ -83,7 +86,8 @@ def _progress_table(found: "list[TrainingProgress]", beside: bool) -> Table:
 
 
 def _shown(value: float | None, form: str) -> str:
-    return "–" if value is None else form.format(value).removesuffix("%")
+    text = "–" if value is None else form.format(value).removesuffix("%")
+    return "+0.00" if text == "-0.00" else text
 
 
 def report(run: RunArgument) -> None:

@@ -1,5 +1,6 @@
 """The models that the page shows side by side, and what they say of an image. Nothing here knows of the page."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +26,9 @@ from deitkit.recipe.load import load_recipe
 from deitkit.recipe.schema import DataRecipe
 from deitkit.run.layout import teacher_folders
 from deitkit.run.reported import default_readout
-from deitkit.run.results import Cost, Results, Row, read_results, require_single
+from deitkit.run.results import Results, Row, TeacherCard, read_results, require_single
 from deitkit.system.device import Precision, choose_device
+from deitkit.system.words import counted
 
 MAP_PX = 240  # least side of a picture; a student's image may have 8 px
 
@@ -71,14 +73,16 @@ class ShownModel:
             ) from None
 
     def answer(self, file: Path, precision: Precision) -> dict[str, float]:
-        """Return the probability of each class.
+        """Return the probability of each class; of classes of one name each with its number (ImageNet has two cranes).
 
         Raises:
             DataError: The image cannot be decoded.
         """
+        counts = Counter(self.card.class_names)
+        names = [name if counts[name] == 1 else f"{name} ({place})" for place, name in enumerate(self.card.class_names)]
+        card = self.card.model_copy(update={"class_names": tuple(names)})
         pixels = [torch.from_numpy(self.view(file).copy())]
-        every = len(self.card.class_names)
-        (found,) = classify_pixels(self.classifier, self.card, precision, pixels, self.readout, every)
+        (found,) = classify_pixels(self.classifier, card, precision, pixels, self.readout, len(names))
         return dict(found["classes"])
 
     def attention(self, file: Path) -> Iterator[tuple[Image.Image, str]]:
@@ -170,17 +174,13 @@ def load_demo(path: Path, data: str | None = None, root: Path | None = None) -> 
 def _of_run(folder: Path, results: Results, device: torch.device) -> Iterator[ShownModel]:
     """Yield the models of a run that are in its folder; students that did not win by their default readout."""
     winner = results.row(results.winner)
-    homes: dict[Path, tuple[str, str, str | None]] = {}
+    homes: dict[Path, tuple[str, Row | TeacherCard, str | None]] = {}
     if winner is not None:
-        homes[folder / "winner"] = (
-            f"winner: {winner.row}",
-            _about(winner.label, winner.top1_mean, winner.cost),
-            winner.readout,
-        )
+        homes[folder / "winner"] = (f"winner: {winner.row}", winner, winner.readout)
     teachers = teacher_folders(folder, len(results.teachers))
     for number, (home, teacher) in enumerate(zip(teachers, results.teachers, strict=True), 1):
         title = "teacher" if len(results.teachers) == 1 else f"teacher {number}"
-        homes[home] = (f"{title}: {teacher.name}", _about("", teacher.test_top1, teacher.cost), None)
+        homes[home] = (f"{title}: {teacher.name}", teacher, None)
     by_student: dict[str, list[Row]] = {}
     for row in results.rows:
         by_student.setdefault(row.folder_name, []).append(row)
@@ -189,14 +189,23 @@ def _of_run(folder: Path, results: Results, device: torch.device) -> Iterator[Sh
             rows = by_student[student]
             default = default_readout([row.readout for row in rows])
             row = next(row for row in rows if row.readout == default)
-            homes[home] = (row.row, _about(row.label, row.top1_mean, row.cost), default)
-    for home, (name, about, readout) in homes.items():
+            homes[home] = (row.row, row, default)
+    for home, (name, recorded, readout) in homes.items():
         if (home / "model.json").exists():
             classifier, card = load_classifier(home, device)
-            yield ShownModel(name, about, classifier, card, readout)
+            yield ShownModel(name, _about(recorded, results, card.seed), classifier, card, readout)
 
 
-def _about(label: str, top1: float | None, cost: Cost | None) -> str:
-    accuracy = "" if top1 is None else f"{100 * top1:.1f} % of the test images right"
-    time = "" if cost is None else f"{cost.milliseconds:.1f} ms for an image"
+def _about(recorded: Row | TeacherCard, results: Results, seed: int | None) -> str:
+    """Describe a model by its label, its accuracy and its time: of a student the accuracy under its own seed."""
+    label, of = "", ""
+    if isinstance(recorded, TeacherCard):
+        top1 = recorded.test_top1
+    else:
+        label, by_seed = recorded.label, dict(zip(results.seeds, recorded.top1, strict=False))
+        top1 = None if seed is None else by_seed.get(seed)
+        if top1 is None:
+            top1, of = recorded.top1_mean, f" (mean of {counted(len(results.seeds), 'seed')})"
+    accuracy = "" if top1 is None else f"{100 * top1:.1f} % of the test images right{of}"
+    time = "" if recorded.cost is None else f"{recorded.cost.milliseconds:.1f} ms for an image"
     return ", ".join(filter(None, (label, accuracy, time)))

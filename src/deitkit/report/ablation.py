@@ -4,7 +4,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from deitkit.report.charts import Chart, chart_layout
+from deitkit.report.charts import INK, Chart, chart_layout
 from deitkit.report.figures import COLOURS, add_axes, write_png_and_svg
 from deitkit.report.table_layout import (
     NOTHING,
@@ -15,6 +15,7 @@ from deitkit.report.table_layout import (
     Line,
     accuracy,
     interval,
+    interval_words,
     lay_out,
     millions,
     p_value,
@@ -99,8 +100,7 @@ def _footnotes(results: AblationResults) -> list[str]:
     tests = test_names(row.differences.get("base") for row in rows)
     if tests:
         notes.append(
-            "vs base: points of top-1 more than the base's same row on the same test images, with their 95 % interval; "
-            f"p: {tests}."
+            f"vs base: points of top-1 more than the base's same row on the same test images, {interval_words(tests)}."
         )
     if tests and len(results.seeds) == 1:
         notes.append(ONE_SEED)
@@ -112,18 +112,22 @@ def difference_chart(results: AblationResults) -> Chart:
     rows = _compared(results)
     data: list[Chart] = []
     for index, (row, difference) in enumerate(rows):
-        shared = {"type": "scatter", "showlegend": False, "name": escape(row.row), "y": [index]}
         low, middle, high = _in_points(difference)
         colour = _colour(row, results)
         error = {"type": "data", "symmetric": False, "array": [high - middle], "arrayminus": [middle - low]}
+        symbol = "circle" if difference.is_significant else "circle-open"
+        shown = f"{points(difference, row.n)} points {interval(difference, row.n)}, p = {p_value(difference)}"
         data.append(
             {
-                **shared,
+                "type": "scatter",
+                "showlegend": False,
+                "name": escape(row.row),
                 "x": [middle],
+                "y": [index],
                 "mode": "markers",
-                "marker": {"color": colour, "size": 11},
-                "error_x": {**error, "color": colour, "thickness": 4, "width": 0},
-                "hovertemplate": f"%{{x:+.2f}} points [{low:+.2f}, {high:+.2f}]<extra>%{{data.name}}</extra>",
+                "marker": {"color": colour, "size": 11, "symbol": symbol, "line": {"color": colour, "width": 2.5}},
+                "error_x": {**error, "color": INK, "thickness": 2, "width": 0},
+                "hovertemplate": f"{escape(shown)}<extra>%{{data.name}}</extra>",
             }
         )
     layout = chart_layout(height=36 * len(rows) + 80, margin={"l": 4, "r": 12, "t": 12, "b": 48})
@@ -133,7 +137,7 @@ def difference_chart(results: AblationResults) -> Chart:
         "range": [len(rows) - 0.4, -0.6],
         "fixedrange": True,
     }
-    layout["xaxis"] |= {"title": {"text": "points of top-1 more than the base"}, "fixedrange": True}
+    layout["xaxis"] |= {"title": {"text": "points"}, "fixedrange": True}
     zero = {"type": "line", "yref": "paper", "x0": 0, "x1": 0, "y0": 0, "y1": 1, "layer": "below"}
     layout["shapes"] = [{**zero, "line": {"color": "#76808f", "width": 1, "dash": "dot"}}]
     return {"data": data, "layout": layout}
@@ -157,12 +161,17 @@ def _draw(results: AblationResults) -> "Figure":
     for index, (row, difference) in enumerate(rows):
         low, middle, high = _in_points(difference)
         colour = _colour(row, results)
-        axes.plot([low, high], [index, index], color=colour, linewidth=3.5, alpha=0.4)
-        axes.plot(middle, index, "o", color=colour, markersize=7)
+        axes.plot([low, high], [index, index], color=INK, linewidth=2, zorder=1.5)
+        face = colour if difference.is_significant else "white"
+        axes.plot(middle, index, "o", color=colour, markersize=7, markerfacecolor=face, markeredgewidth=2)
     axes.axvline(0, color="#444444", linestyle=":", linewidth=1.1, zorder=1)
     axes.set_yticks(range(len(rows)), [_short(row, results) for row, _ in rows], parse_math=False)
     axes.set_ylim(len(rows) - 0.5, -0.5)
-    axes.set_xlabel("points of top-1 more than the base, with 95 % interval")
+    corrected = ", corrected for the number of rows" if any(found.p_holm is not None for _, found in rows) else ""
+    axes.set_xlabel(
+        "points of top-1 more than the base, with the 95 % interval of each row alone\n"
+        f"hollow: chance may explain it (p ≥ 0.05{corrected})"
+    )
     return figure
 
 

@@ -15,10 +15,11 @@ from deitkit.report.analysis_charts import (
 from deitkit.report.figures import COLOURS, data_uri
 from deitkit.report.published import PAPER_DISAGREEMENT
 from deitkit.report.table_layout import percent
-from deitkit.run.analysis import Analysis
+from deitkit.run.analysis import Analysis, ClassSummary
 from deitkit.run.results import Results
 
 MOST_PAIRS = 10
+MANY_CLASSES = 30  # whose table is folded away
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,8 @@ class Section:
         pairs: The most frequent errors.
         pictures: Student and data URI of its contact sheet.
         part_of_classes: Whether the matrices show a part of the classes only.
+        many_classes: Whether the classes are too many for an open table in their own order.
+        warning: What a reader must know before all else; empty if nothing.
     """
 
     analysis: Analysis
@@ -59,9 +62,20 @@ class Section:
     pairs: tuple[ConfusedPair, ...]
     pictures: tuple[tuple[str, str], ...]
     part_of_classes: bool
+    many_classes: bool
+    warning: str
+
+    def classes_of(self, row: ClassSummary) -> list[int]:
+        """Return the classes in the order of a table of a row: their own, or of many those with the lowest F1 first."""
+        places = list(range(len(row.f1)))
+        if not self.many_classes:
+            return places
+        return sorted(places, key=lambda place: (row.f1[place] is None, row.f1[place]))  # None: without test images
 
 
-def lay_out_analysis(analysis: Analysis, results: Results, colours: Mapping[str, str], folder: Path) -> Section:
+def lay_out_analysis(
+    analysis: Analysis, results: Results, colours: Mapping[str, str], folder: Path, warning: str = ""
+) -> Section:
     """Gather what the page shows of an analysis.
 
     Args:
@@ -69,6 +83,7 @@ def lay_out_analysis(analysis: Analysis, results: Results, colours: Mapping[str,
         results: Of the run, for the names of its classes.
         colours: Of the students, as in the other figures.
         folder: Of the run.
+        warning: For its top.
     """
     names = results.dataset.class_names
 
@@ -88,6 +103,8 @@ def lay_out_analysis(analysis: Analysis, results: Results, colours: Mapping[str,
         pairs=tuple(_confused_pairs(analysis, names)),
         pictures=tuple(_pictures(analysis, folder)),
         part_of_classes=len(names) > MOST_CLASSES,
+        many_classes=len(names) > MANY_CLASSES,
+        warning=warning,
     )
 
 

@@ -5,13 +5,14 @@ from collections.abc import Callable, Sequence
 from html import escape
 from typing import Any
 
-from deitkit.report.charts import INK, Chart, chart_layout
+from deitkit.report.charts import INK, Chart, chart_layout, legend_above
 from deitkit.report.figures import COLOURS
 from deitkit.report.published import PAPER_COSINES
-from deitkit.run.analysis import ClassSummary, RowSummary, TokenSimilarity
+from deitkit.run.analysis import ClassSummary, ReliabilityBin, RowSummary, TokenSimilarity
 
 MOST_CLASSES = 100  # of a matrix that is drawn whole; of more classes those that are most confused are drawn
 LABEL_LENGTH = 28
+FEW = 0.01  # of all images: a bin with fewer tells little of a row's calibration
 _RIGHT, _WRONG = "0,114,178", "213,94,0"  # of the palette's first two colours, so that alpha can be added
 _SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "star", "cross", "triangle-down")
 Colour = Callable[[str], str]
@@ -45,10 +46,9 @@ def similarity_chart(tokens: Sequence[TokenSimilarity], colour: Colour) -> Chart
         "hovertemplate": "%{y:.2f}<extra>%{data.name}</extra>",
     })  # fmt: skip
     layout = chart_layout(height=400)
-    title = {"text": "the learned vectors · before the first block · after each block"}
-    layout["xaxis"] |= {"type": "category", "title": title}
+    layout["xaxis"] |= {"type": "category", "title": {"text": "after block"}}
     layout["yaxis"] |= {"title": {"text": "cosine"}, "zeroline": True, "zerolinecolor": INK}
-    return {"data": data, "layout": layout | {"legend": _legend()}}
+    return {"data": data, "layout": layout | {"legend": legend_above()}}
 
 
 def reliability_charts(rows: Sequence[RowSummary], colour: Colour) -> dict[str, Chart]:
@@ -63,23 +63,34 @@ def reliability_charts(rows: Sequence[RowSummary], colour: Colour) -> dict[str, 
         layout = chart_layout(height=440)
         layout["xaxis"] |= {"title": {"text": "confidence (%)"}, "range": [0, 102]}
         layout["yaxis"] |= {"title": {"text": "accuracy (%)"}, "range": [-2, 102]}
-        data = [_reliability_trace(row, place, colour(name)) for place, row in enumerate(members)]
-        charts[name] = {"data": data, "layout": layout | {"shapes": [diagonal], "legend": _legend()}}
+        data = [trace for place, row in enumerate(members) for trace in _reliability_traces(row, place, colour(name))]
+        charts[name] = {"data": data, "layout": layout | {"shapes": [diagonal], "legend": legend_above()}}
     return charts
 
 
-def _reliability_trace(row: RowSummary, place: int, colour: str) -> Chart:
-    bins = row.reliability
-    most = max(entry.count for entry in bins)
+def _reliability_traces(row: RowSummary, place: int, colour: str) -> list[Chart]:
+    """Return the bins as dots on a line, and apart from it as hollow ones those of too few images."""
+    total, most = sum(entry.count for entry in row.reliability), max(entry.count for entry in row.reliability)
     colour = colour if place == 0 else COLOURS[(COLOURS.index(colour) + place) % len(COLOURS)]
-    return {
-        "type": "scatter", "mode": "lines+markers", "name": escape(row.row),
-        "x": [100 * entry.confidence for entry in bins], "y": [100 * entry.accuracy for entry in bins],
-        "text": [f"{entry.count:,} images" for entry in bins], "line": {"color": colour, "width": 2},
+
+    def trace(bins: list[ReliabilityBin], **look: Any) -> Chart:
         # area in proportion to images, down to what a finger still hits
-        "marker": {"size": [max(5, 20 * (entry.count / most) ** 0.5) for entry in bins], "opacity": 0.75},
-        "hovertemplate": "confidence %{x:.1f} %, accuracy %{y:.1f} %, %{text}<extra>%{data.name}</extra>",
-    }  # fmt: skip
+        marker = {"color": colour, "size": [max(5, 20 * (entry.count / most) ** 0.5) for entry in bins]}
+        return {
+            "type": "scatter", "name": escape(row.row), "legendgroup": row.row,
+            "x": [100 * entry.confidence for entry in bins], "y": [100 * entry.accuracy for entry in bins],
+            "text": [f"{entry.count:,} images" for entry in bins], "line": {"color": colour, "width": 2},
+            "hovertemplate": "confidence %{x:.1f} %, accuracy %{y:.1f} %, %{text}<extra>%{data.name}</extra>",
+            "marker": marker | look.pop("marker"), **look,
+        }  # fmt: skip
+
+    few = [entry for entry in row.reliability if entry.count < FEW * total]
+    enough = [entry for entry in row.reliability if entry.count >= FEW * total]
+    traces = [trace(enough, mode="lines+markers", marker={"opacity": 0.75})]
+    if few:
+        hollow = {"symbol": "circle-open", "line": {"width": 1.5}}
+        traces.append(trace(few, mode="markers", showlegend=False, marker=hollow))
+    return traces
 
 
 def accuracy_by_class_chart(classes: Sequence[ClassSummary], names: Sequence[str], colour: Colour) -> Chart:
@@ -106,7 +117,7 @@ def accuracy_by_class_chart(classes: Sequence[ClassSummary], names: Sequence[str
     layout = chart_layout(height=130 + min(26 * len(order), 900))
     layout["xaxis"] |= {"title": {"text": "accuracy (%)"}, "rangemode": "tozero"}
     layout["yaxis"] |= {"type": "category", "autorange": "reversed"}
-    return {"data": data, "layout": layout | {"legend": _legend()}}
+    return {"data": data, "layout": layout | {"legend": legend_above()}}
 
 
 def confusion_charts(classes: Sequence[ClassSummary], names: Sequence[str]) -> dict[str, Chart]:
@@ -155,8 +166,8 @@ def _confusion_chart(entry: ClassSummary, names: Sequence[str]) -> Chart:
     ]  # fmt: skip
     layout = chart_layout(height=170 + min(max(30 * len(places), 150), 700))
     category = {"type": "category", "categoryorder": "array", "categoryarray": labels, "showgrid": False}
-    layout["xaxis"] |= category | {"title": {"text": "predicted class"}}
-    layout["yaxis"] |= category | {"title": {"text": "true class"}, "autorange": "reversed"}
+    layout["xaxis"] |= category | {"title": {"text": "predicted class", "standoff": 12}}
+    layout["yaxis"] |= category | {"title": {"text": "true class", "standoff": 12}, "autorange": "reversed"}
     return {"data": data, "layout": layout}
 
 
@@ -167,8 +178,3 @@ def _fading(colour: str) -> list[list[Any]]:
 
 def _dash(student: str) -> str:
     return "dash" if student.endswith("+ema") else "solid"
-
-
-def _legend() -> Chart:
-    """Return the position of a legend above the plot, at the same distance for any height."""
-    return {"orientation": "h", "x": 0, "y": 1.01, "yanchor": "bottom"}

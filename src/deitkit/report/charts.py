@@ -4,7 +4,16 @@ from collections.abc import Callable, Sequence
 from html import escape
 from typing import Any
 
-from deitkit.report.figures import COLOURS, Curve, colours_of, curves_of, mean, teacher_title
+from deitkit.report.figures import (
+    COLOURS,
+    Curve,
+    accuracy_range,
+    colours_of,
+    curves_of,
+    fitting_references,
+    mean,
+    teacher_title,
+)
 from deitkit.report.table_layout import WINNER_MARK, Number, percent
 from deitkit.run.metrics import EpochMetrics
 from deitkit.run.results import Results, Row
@@ -22,12 +31,11 @@ _DASHES, _TEACHER_DASHES = ("solid", "dot", "longdash"), ("dash", "dashdot", "lo
 def accuracy_chart(results: Results, metrics: Sequence[EpochMetrics]) -> Chart:
     """Return top-1 of every row: the mean, its 95 % interval, and one dot per seed; last the teacher."""
     rows = sorted(results.rows, key=lambda row: row.kind == "baseline")
-    colours = colours_of(metrics)
+    colours = colours_of(metrics, results.rows)
     data: list[Chart] = []
     notes: list[Chart] = []
     for index, row in enumerate(rows):
-        colour = colours.get(row.method, COLOURS[0])
-        data += _row_traces(row, index, colour, results)
+        data += _row_traces(row, index, colours[row.method], results)
         value = "stopped" if row.top1_mean is None else percent(row.top1_mean, row.n)
         text = f"<b>{value}</b>  {escape(row.row)}"
         if row.row == results.winner:
@@ -72,12 +80,18 @@ def curve_charts(results: Results, metrics: Sequence[EpochMetrics]) -> dict[str,
         return {}
     terms = list(dict.fromkeys(name for line in metrics for name in line.terms or {}))
     charts = {
-        "Accuracy": _curve_chart(results, metrics, {"": _accuracy}, "validation accuracy (%)"),
+        "Accuracy": _curve_chart(results, metrics, {"": _accuracy}, "validation accuracy (%)", descending=True),
         "Training loss": _curve_chart(results, metrics, {"": lambda line: line.train_loss}, "training loss"),
         "Loss terms": _curve_chart(results, metrics, {name: _term(name) for name in terms}, "term of the loss"),
         "Learning rate": _curve_chart(results, metrics, {"": lambda line: line.learning_rate}, "learning rate"),
     }
-    charts["Accuracy"]["layout"]["shapes"] = _reference_lines(results)
+    accuracies = curves_of(metrics, lambda line: line.main_accuracy)
+    if accuracies:
+        references = fitting_references(results, accuracies)
+        ends = [*accuracy_range(accuracies), *references.values()]
+        pad = max(0.05 * (max(ends) - min(ends)), 0.5)
+        charts["Accuracy"]["layout"]["yaxis"]["range"] = [min(ends) - pad, max(ends) + pad]
+        charts["Accuracy"]["layout"]["shapes"] = _reference_lines(results, references)
     return {title: chart for title, chart in charts.items() if chart["data"]}
 
 
@@ -87,7 +101,7 @@ def _row_traces(row: Row, index: int, colour: str, results: Results) -> list[Cha
     shared = {"type": "scatter", "showlegend": False, "name": escape(row.label)}
     if row.top1_ci95 is not None:
         interval = [100 * bound for bound in row.top1_ci95]
-        line = {"color": colour, "width": 5}
+        line = {"color": INK, "width": 3}
         hover = "95 % interval: %{x:.2f}<extra></extra>"
         traces.append(
             {
@@ -96,7 +110,6 @@ def _row_traces(row: Row, index: int, colour: str, results: Results) -> list[Cha
                 "x": interval,
                 "y": [index] * 2,
                 "line": line,
-                "opacity": 0.35,
                 "hovertemplate": hover,
             }
         )
@@ -148,21 +161,29 @@ def _none_line(results: Results) -> list[Chart]:
     ]
 
 
-def _curve_chart(results: Results, metrics: Sequence[EpochMetrics], values: dict[str, Value], title: str) -> Chart:
+def _curve_chart(
+    results: Results,
+    metrics: Sequence[EpochMetrics],
+    values: dict[str, Value],
+    title: str,
+    *,
+    descending: bool = False,
+) -> Chart:
+    """Return curves of every student, in the order of their last values: the best student is first."""
     colours = colours_of(metrics)
     students = list(colours)
     data: list[Chart] = []
     for term, value in values.items():
         dashes = _DASHES if term in ("", "labels") else _TEACHER_DASHES
-        curves = sorted(curves_of(metrics, value), key=lambda curve: curve.over_seeds(mean)[-1], reverse=True)
-        for curve in curves:
+        curves = curves_of(metrics, value)
+        for curve in sorted(curves, key=lambda curve: curve.over_seeds(mean)[-1], reverse=descending):
             dash = dashes[students.index(curve.student) // len(COLOURS) % len(dashes)]  # where colours repeat
             data += _curve_traces(curve, term, colours[curve.student], dash, results.repetition)
     layout = chart_layout(height=460)
     last = max(line.epoch for line in metrics)
     layout["xaxis"] |= {"title": {"text": "epoch"}, "tickformat": "d", "dtick": 1 if last <= 10 else None}
     layout["yaxis"]["title"] = {"text": title}
-    layout["legend"] = {"orientation": "h", "x": 0, "y": -0.17, "yanchor": "top"}
+    layout["legend"] = legend_above()
     layout["hovermode"] = "x unified"
     return {"data": data, "layout": layout}
 
@@ -202,28 +223,29 @@ def _curve_traces(curve: Curve, term: str, colour: str, dash: str, repetition: s
     return traces
 
 
-def _reference_lines(results: Results) -> list[Chart]:
+def _reference_lines(results: Results, found: dict[str, float]) -> list[Chart]:
     """The teacher (dashed) and chance (dotted), named on the line."""
-    references = [("chance", 1 / results.dataset.classes, "dot", "bottom")]
+    looks = {"chance": ("chance", "dot", "bottom")}
     if results.teacher is not None:
-        references.append((teacher_title(results), results.teacher.top1, "dash", "top"))
+        looks["teacher"] = (teacher_title(results), "dash", "top")
     return [
         {
             "type": "line",
             "xref": "paper",
             "x0": 0,
             "x1": 1,
-            "y0": 100 * accuracy,
-            "y1": 100 * accuracy,
+            "y0": accuracy,
+            "y1": accuracy,
             "line": {"color": INK, "width": 1.2, "dash": dash},
             "label": {
-                "text": escape(name),
+                "text": escape(title),
                 "textposition": "start",
                 "yanchor": anchor,
                 "font": {"color": INK, "size": 11},
             },
         }
-        for name, accuracy, dash, anchor in references
+        for name, (title, dash, anchor) in looks.items()
+        if (accuracy := found.get(name)) is not None
     ]
 
 
@@ -233,6 +255,12 @@ def _accuracy(line: EpochMetrics) -> Number | None:
 
 def _term(name: str) -> Value:
     return lambda line: (line.terms or {}).get(name)
+
+
+def legend_above() -> Chart:
+    """Return the position of a legend above the plot, at the same distance for any height, which the page adds to."""
+    place = {"orientation": "h", "x": 0, "y": 1.01, "yanchor": "bottom"}
+    return {**place, "tracegroupgap": 0, "maxheight": 0.9}  # by default it is cut at half of the height
 
 
 def chart_layout(height: int, margin: dict[str, int] | None = None) -> Chart:

@@ -7,9 +7,16 @@ from math import log10
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from deitkit.report.charts import INK, Chart, chart_layout
-from deitkit.report.figures import COLOURS, MARKERS, add_axes, colours_of, teacher_title, write_png_and_svg
-from deitkit.report.table_layout import milliseconds, percent
+from deitkit.report.charts import INK, Chart, chart_layout, legend_above
+from deitkit.report.figures import (
+    MARKERS,
+    add_axes,
+    colours_of,
+    figure_beside_legend,
+    teacher_title,
+    write_png_and_svg,
+)
+from deitkit.report.table_layout import WINNER_MARK, milliseconds, percent
 from deitkit.run.difference import Interval
 from deitkit.run.metrics import EpochMetrics
 from deitkit.run.reported import reported_rows
@@ -17,6 +24,23 @@ from deitkit.run.results import Results
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+# Plotly's names of matplotlib's markers.
+_SYMBOLS = {
+    "o": "circle",
+    "s": "square",
+    "^": "triangle-up",
+    "D": "diamond",
+    "v": "triangle-down",
+    "P": "cross",
+    "X": "x",
+    "<": "triangle-left",
+    ">": "triangle-right",
+    "p": "pentagon",
+    "h": "hexagon",
+}
+_TEACHER_MARKER = "D"
+_STUDENT_MARKERS = tuple(marker for marker in MARKERS if marker != _TEACHER_MARKER)
 
 
 @dataclass(frozen=True)
@@ -31,7 +55,7 @@ class CostPoint:
         top1: On the test images, as a fraction.
         ci95: Of ``top1``; None for the teacher, and where folds are equal.
         n: Test images.
-        is_teacher: Whether it is the teacher, or the mean of all teachers.
+        is_winner: Whether it is the student that won, maybe by another readout or its averaged weights.
     """
 
     name: str
@@ -41,27 +65,29 @@ class CostPoint:
     top1: float
     ci95: Interval | None
     n: int
-    is_teacher: bool = False
+    is_winner: bool = False
 
     @property
     def legend(self) -> str:
         """Its name, accuracy and time."""
-        return f"{self.name}  {percent(self.top1, self.n)} %, {milliseconds(self.milliseconds)} ms"
+        mark = f"{WINNER_MARK} " if self.is_winner else ""
+        return f"{mark}{self.name}  {percent(self.top1, self.n)} %, {milliseconds(self.milliseconds)} ms"
 
 
 def cost_points(results: Results, metrics: Sequence[EpochMetrics]) -> list[CostPoint]:
     """Return a point for each student by its last weights, the baseline and the teacher; empty without costs."""
-    colours = colours_of(metrics)
+    colours, winner = colours_of(metrics, results.rows), results.row(results.winner)
     rows = [row for row in reported_rows(results.rows) if row.weights == "last" and row.kind != "checkpoint"]
     points = [
         CostPoint(
             row.method,
-            colours.get(row.method, COLOURS[0]),
-            MARKERS[place % len(MARKERS)],
+            colours[row.method],
+            _STUDENT_MARKERS[place % len(_STUDENT_MARKERS)],
             row.cost.milliseconds,
             row.top1_mean,
             row.top1_ci95,
             row.n,
+            is_winner=winner is not None and row.method == winner.method,
         )
         for place, row in enumerate(rows)
         if row.cost is not None and row.top1_mean is not None
@@ -70,7 +96,7 @@ def cost_points(results: Results, metrics: Sequence[EpochMetrics]) -> list[CostP
     if points and teacher is not None and teacher.cost is not None and teacher.test_top1 is not None:
         taken, images = teacher.cost.milliseconds, results.dataset.test
         title = teacher_title(results)
-        points.append(CostPoint(title, INK, "D", taken, teacher.test_top1, None, images, is_teacher=True))
+        points.append(CostPoint(title, INK, _TEACHER_MARKER, taken, teacher.test_top1, None, images))
     return points
 
 
@@ -87,13 +113,19 @@ def cost_chart(results: Results, metrics: Sequence[EpochMetrics]) -> Chart | Non
             "name": escape(point.legend),
             "x": [point.milliseconds],
             "y": [100 * point.top1],
-            "marker": {"color": point.colour, "size": 13, "symbol": "diamond" if point.is_teacher else "circle"},
-            "hovertemplate": "%{y:.2f} %, %{x:.3g} ms<extra></extra>",
+            "marker": {
+                "color": point.colour,
+                "size": 18 if point.is_winner else 13,
+                "symbol": _SYMBOLS[point.marker],
+                "line": {"color": INK, "width": 3 if point.is_winner else 0},
+            },
+            "hovertemplate": "%{data.name}<extra></extra>",
         }
         if point.ci95 is not None:
             low, high = point.ci95
             up, down = [100 * (high - point.top1)], [100 * (point.top1 - low)]
-            trace["error_y"] = {"type": "data", "array": up, "arrayminus": down, "thickness": 1.5, "width": 4}
+            bar = {"type": "data", "color": INK, "thickness": 1.5, "width": 4}
+            trace["error_y"] = bar | {"array": up, "arrayminus": down}
         data.append(trace)
     layout = chart_layout(height=460)
     layout["xaxis"] |= {"title": {"text": "ms for an image"}, "range": [0, _widest(points)]}
@@ -101,7 +133,7 @@ def cost_chart(results: Results, metrics: Sequence[EpochMetrics]) -> Chart | Non
         ends = [log10(end) for end in _log_ends(points)]
         layout["xaxis"] |= {"title": {"text": "ms for an image (logarithmic)"}, "type": "log", "range": ends}
     layout["yaxis"]["title"] = {"text": "top-1 on the test set (%)"}
-    layout["legend"] = {"orientation": "h", "x": 0, "y": -0.3, "yanchor": "top"}
+    layout["legend"] = legend_above()
     return {"data": data, "layout": layout}
 
 
@@ -131,10 +163,9 @@ def write_costs(results: Results, metrics: Sequence[EpochMetrics], folder: Path)
 
 
 def _draw(results: Results, points: Sequence[CostPoint]) -> "Figure":
-    from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    figure = Figure(figsize=(9.6, 4.4), layout="constrained")
+    figure = figure_beside_legend([point.legend for point in points], 4.4)
     axes = add_axes(figure, f"{results.dataset.name}: accuracy and speed", "both")
     for point in points:
         low, high = point.ci95 or (point.top1, point.top1)
@@ -144,9 +175,10 @@ def _draw(results: Results, points: Sequence[CostPoint]) -> "Figure":
             yerr=[[100 * (point.top1 - low)], [100 * (high - point.top1)]],
             label=point.legend,
             color=point.colour,
+            ecolor=INK,
             marker=point.marker,
-            markersize=9,
-            markeredgecolor="white",
+            markersize=13 if point.is_winner else 9,
+            markeredgecolor="black" if point.is_winner else "white",
             capsize=3,
             linestyle="none",
         )

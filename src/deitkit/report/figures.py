@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import deitkit.system.files as files
 from deitkit.report.table_layout import Number, percent
 from deitkit.run.metrics import EpochMetrics
-from deitkit.run.results import Results
+from deitkit.run.results import Results, Row, TeacherCard
 from deitkit.system.words import shortened
 
 if TYPE_CHECKING:  # matplotlib is loaded when something is drawn, not while students train
@@ -38,14 +38,12 @@ class Curve:
 
     @property
     def epochs(self) -> list[int]:
-        """The epochs that any seed has reached."""
-        return sorted({epoch for values in self.seeds.values() for epoch in values})
+        """The epochs that all its seeds have: a mean over fewer of them would jump where one ends."""
+        return sorted(set.intersection(*(set(values) for values in self.seeds.values())))
 
     def over_seeds(self, statistic: Callable[[Sequence[Number]], Number]) -> list[Number]:
-        """Return a statistic over the seeds that have reached each of `epochs`."""
-        return [
-            statistic([values[epoch] for values in self.seeds.values() if epoch in values]) for epoch in self.epochs
-        ]
+        """Return a statistic over the seeds at each of `epochs`."""
+        return [statistic([values[epoch] for values in self.seeds.values()]) for epoch in self.epochs]
 
 
 def mean(values: Sequence[Number]) -> float:
@@ -54,38 +52,49 @@ def mean(values: Sequence[Number]) -> float:
 
 
 def curves_of(metrics: Sequence[EpochMetrics], value: Callable[[EpochMetrics], Number | None]) -> list[Curve]:
-    """Gather one value per epoch, by student (in the order they appear) and seed; absent values leave a gap."""
+    """Gather one value per epoch, by student (in the order they appear) and seed; absent values leave a gap.
+
+    A student whose seeds have no epoch in common has no curve.
+    """
     gathered: dict[str, dict[int, dict[int, Number]]] = {}
     for line in metrics:
         number = value(line)
         if number is not None:
             gathered.setdefault(line.student, {}).setdefault(line.seed, {})[line.epoch] = number
-    return [Curve(student, seeds) for student, seeds in gathered.items()]
+    curves = [Curve(student, seeds) for student, seeds in gathered.items()]
+    return [curve for curve in curves if curve.epochs]
 
 
 @dataclass(frozen=True)
 class Peak:
-    """A student's highest mean validation accuracy, as a fraction, the epoch of it, and that of the last epoch."""
+    """A student's highest mean validation accuracy, as a fraction, and its epoch; accuracy and loss of the last."""
 
     student: str
     highest: float
     epoch: int
     last: float
+    last_epoch: int
+    last_loss: float | None
 
 
 def validation_peaks(metrics: Sequence[EpochMetrics]) -> list[Peak]:
     """Return the peak of each student, which selects nothing: a peak well above the end tells of overfitting."""
+    losses = {
+        curve.student: dict(zip(curve.epochs, curve.over_seeds(mean), strict=True))
+        for curve in curves_of(metrics, lambda line: line.train_loss)
+    }
     peaks = []
     for curve in curves_of(metrics, lambda line: line.main_accuracy):
-        means = curve.over_seeds(mean)
+        means, ends = curve.over_seeds(mean), curve.epochs[-1]
         place = max(range(len(means)), key=means.__getitem__)
-        peaks.append(Peak(curve.student, means[place], curve.epochs[place], means[-1]))
+        loss = losses.get(curve.student, {}).get(ends)
+        peaks.append(Peak(curve.student, means[place], curve.epochs[place], means[-1], ends, loss))
     return peaks
 
 
-def colours_of(metrics: Sequence[EpochMetrics]) -> dict[str, str]:
-    """Return a colour for every student, the same in all figures."""
-    students = dict.fromkeys(line.student for line in metrics)
+def colours_of(metrics: Sequence[EpochMetrics], rows: Sequence[Row] = ()) -> dict[str, str]:
+    """Return a colour for every student, the same in all figures, also of the rows of students without metrics."""
+    students = dict.fromkeys([*(line.student for line in metrics), *(row.method for row in rows)])
     return {student: COLOURS[index % len(COLOURS)] for index, student in enumerate(students)}
 
 
@@ -142,13 +151,12 @@ def _draw(results: Results, curves: list[Curve]) -> "Figure":
     data = results.dataset
     count = len(results.repetitions)
     spread = f", mean and range over {count} {results.repetition}s" if count > 1 else ""
-    figure, axes = curve_axes(f"{data.name}, {data.train:,} training images{spread}")
     finals = [curve.over_seeds(mean)[-1] for curve in curves]
-    for index, (curve, final) in enumerate(zip(curves, finals, strict=True)):
-        add_curve(axes, curve, index, f"{curve.student}  {percent(final, data.validation)}")
-    low = min(min(curve.over_seeds(min)) for curve in curves) * 100
-    high = max(max(curve.over_seeds(max)) for curve in curves) * 100
-    _draw_references(axes, results, low, high)
+    labels = curve_labels(curves, [percent(final, data.validation) for final in finals])
+    figure, axes = curve_axes(f"{data.name}, {data.train:,} training images{spread}", labels)
+    for index, (curve, label) in enumerate(zip(curves, labels, strict=True)):
+        add_curve(axes, curve, index, label)
+    _draw_references(axes, results, curves)
     epochs = [epoch for curve in curves for epoch in curve.epochs]
     if min(epochs) == max(epochs):
         axes.set_xlim(min(epochs) - 0.5, max(epochs) + 0.5)
@@ -165,12 +173,26 @@ def data_uri(path: Path) -> str | None:
     return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode('ascii')}"
 
 
-def curve_axes(title: str) -> tuple["Figure", "Axes"]:
-    """Return a figure for curves of validation accuracy by epoch, and its axes."""
+def curve_labels(curves: Sequence[Curve], finals: Sequence[str]) -> list[str]:
+    """Return each curve's name with its last value, and the epoch of that if other curves go on."""
+    last = max(curve.epochs[-1] for curve in curves)
+    ends = [f" (epoch {curve.epochs[-1]})" if curve.epochs[-1] < last else "" for curve in curves]
+    return [f"{curve.student}  {final}{end}" for curve, final, end in zip(curves, finals, ends, strict=True)]
+
+
+def figure_beside_legend(labels: Sequence[str], height: float) -> "Figure":
+    """Return a figure with room for a legend beside the axes, at least ``height`` inches high."""
     from matplotlib.figure import Figure
+
+    width = 9.6 + 0.08 * max(0, max(map(len, labels)) - 30)
+    return Figure(figsize=(width, max(height, 0.8 + 0.28 * len(labels))), layout="constrained")
+
+
+def curve_axes(title: str, labels: Sequence[str]) -> tuple["Figure", "Axes"]:
+    """Return a figure for curves of validation accuracy by epoch with these labels, and its axes."""
     from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(9.6, 5.2), layout="constrained")
+    figure = figure_beside_legend(labels, 5.2)
     axes = add_axes(figure, title)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("epoch")
@@ -233,25 +255,62 @@ def add_legend(axes: "Axes", values: Sequence[float]) -> None:
         text.set_parse_math(False)
 
 
-def _draw_references(axes: "Axes", results: Results, low: float, high: float) -> None:
-    """Draw the teacher and chance, unless they lie so far off that they would flatten the curves."""
+def accuracy_range(curves: Sequence[Curve]) -> tuple[float, float]:
+    """Return the lowest and the highest accuracy of any seed, in per cent."""
+    values = [100 * value for curve in curves for seed in curve.seeds.values() for value in seed.values()]
+    return min(values), max(values)
+
+
+def fitting_references(results: Results, curves: Sequence[Curve]) -> dict[str, float]:
+    """Return the accuracies of ``teacher`` and ``chance`` in per cent, but for those that would flatten the curves.
+
+    A teacher that may have learned from the validation images never widens the axis.
+    """
+    low, high = accuracy_range(curves)
     span = max(high - low, 1.0)
-    teacher = results.teacher
-    chance = 100 / results.dataset.classes
+    found = {"chance": 100 / results.dataset.classes}
+    if results.teacher is not None and 100 * results.teacher.top1 <= (
+        high if may_have_seen(results.teacher, *results.teachers) else low + 1.6 * span
+    ):
+        found["teacher"] = 100 * results.teacher.top1
+    return {name: accuracy for name, accuracy in found.items() if accuracy >= low - 0.5 * span}
+
+
+def may_have_seen(*teachers: TeacherCard) -> bool:
+    """Return whether one came trained, so that the validation images may be among those that it learned from."""
+    return any(teacher.fit == "none" for teacher in teachers)
+
+
+def teacher_text(results: Results, curves: Sequence[Curve]) -> str:
+    """Return the teacher's name and validation accuracy, with what a reader of the curves must know about it."""
+    assert results.teacher is not None
+    remarks = {
+        "beyond this axis": "teacher" not in fitting_references(results, curves),
+        "may have learned from these images": may_have_seen(results.teacher, *results.teachers),
+    }
+    text = f"{teacher_title(results)}: {percent(results.teacher.top1, results.teacher.n)} %"
+    told = "; ".join(remark for remark, holds in remarks.items() if holds)
+    return f"{text} ({told})" if told else text
+
+
+def _draw_references(axes: "Axes", results: Results, curves: Sequence[Curve]) -> None:
+    """Draw the teacher and chance, unless they lie so far off that they would flatten the curves."""
+    fitting = fitting_references(results, curves)
     where: dict[str, Any] = {
         "color": "#444444",
         "fontsize": 9,
         "transform": axes.get_yaxis_transform(),
         "parse_math": False,
     }
-    if teacher is not None:
-        accuracy = 100 * teacher.top1
-        text = f"{teacher_title(results)}: {percent(teacher.top1, teacher.n)} %"
-        if low - 0.5 * span <= accuracy <= low + 1.6 * span:
-            axes.axhline(accuracy, color="#444444", linestyle="--", linewidth=1.1, zorder=1)
-            axes.text(0.01, accuracy, text, va="bottom", **where)
-        else:
-            axes.text(0.01, 0.985, f"{text} (beyond this axis)", va="top", **{**where, "transform": axes.transAxes})
-    if chance >= low - 0.5 * span:
-        axes.axhline(chance, color="#444444", linestyle=":", linewidth=1.1, zorder=1)
-        axes.text(0.99, chance, "chance", va="bottom", ha="right", **where)
+    for name, style in (("teacher", "--"), ("chance", ":")):
+        if name in fitting:
+            axes.axhline(fitting[name], color="#444444", linestyle=style, linewidth=1.1, zorder=1)
+    if "chance" in fitting:
+        axes.text(0.99, fitting["chance"], "chance", va="bottom", ha="right", **where)
+    if results.teacher is None:
+        return
+    text = teacher_text(results, curves)
+    if "teacher" in fitting:
+        axes.text(0.01, fitting["teacher"], text, va="bottom", **where)
+    else:
+        axes.text(0.99, 0.1, text, va="bottom", ha="right", **{**where, "transform": axes.transAxes})

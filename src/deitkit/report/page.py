@@ -10,7 +10,7 @@ from deitkit.report.ablation import difference_chart, lay_out_any
 from deitkit.report.analysis import Section, lay_out_analysis
 from deitkit.report.charts import accuracy_chart, curve_charts
 from deitkit.report.cost_chart import cost_chart
-from deitkit.report.figures import colours_of, data_uri, validation_peaks
+from deitkit.report.figures import colours_of, curves_of, data_uri, may_have_seen, teacher_text, validation_peaks
 from deitkit.report.published import PAPER, REPRODUCTION
 from deitkit.report.table_layout import NOTHING, WINNER_MARK, millions, percent
 from deitkit.run.analysis import Analysis, read_analysis
@@ -19,6 +19,7 @@ from deitkit.run.metrics import EpochMetrics
 from deitkit.run.results import AblationResults, Results
 from deitkit.system.files import write_text
 
+EARLIER_TABLE = "This is the analysis of an earlier table with other rows or seeds: run `deitkit analyze` again."
 _UNITS = {"memory_gib": "memory (GiB)"}
 
 
@@ -36,11 +37,10 @@ def write_page(
     Raises:
         CheckpointError: The folder cannot be written.
     """
-    found = read_analysis(folder)
-    if found is not None and not _is_of(found, results):
-        note = "This is the analysis of an earlier table with other rows or seeds: run `deitkit analyze` again."
-        found = found.model_copy(update={"notes": (note, *found.notes)})
-    section = None if found is None else lay_out_analysis(found, results, colours_of(metrics), folder)
+    found, section = read_analysis(folder), None
+    if found is not None:
+        warning = "" if _is_of(found, results) else EARLIER_TABLE
+        section = lay_out_analysis(found, results, colours_of(metrics, results.rows), folder, warning)
     page = render_page(results, metrics, teacher_metrics, data_uri(folder / "views.png"), section)
     write_text(folder / REPORT, page)
     return [folder / REPORT]
@@ -87,6 +87,7 @@ def render_page(
     charts["curves"] = curve_charts(results, metrics)
     charts["teacher"] = curve_charts(results.model_copy(update={"teacher": None}), teacher_metrics)
     charts |= analysis.charts if analysis is not None else {}
+    curves = curves_of(metrics, lambda line: line.main_accuracy)
     layout = lay_out_any(results)
     headline, details = _first_sentence(
         " ".join(text for text in (layout.advice, layout.verdict) if text) or layout.title
@@ -105,6 +106,8 @@ def render_page(
         reference=results.reference,
         charts={name: views for name, views in charts.items() if views},
         peaks=validation_peaks(metrics),
+        teacher_text=teacher_text(results, curves) if results.teacher is not None and curves else "",
+        may_have_seen=may_have_seen,
         several_seeds=len({line.seed for line in metrics}) > 1,
         views=views,
         analysis=analysis,
@@ -124,11 +127,11 @@ def _first_sentence(text: str) -> tuple[str, str]:
 def _published_tables(results: Results) -> list[dict[str, Any]]:
     """Return each published table as a heading, models as columns, and rows of figures in per cent."""
     titles = {
-        REPRODUCTION: "The reproduction's table (CIFAR-10, 20 epochs)",
-        PAPER: "The paper's table (ImageNet, 300 epochs)",
+        REPRODUCTION: ("The reproduction's table (CIFAR-10, 20 epochs)", "github.com/kimyunoo/4782_final"),
+        PAPER: ("The paper's table (ImageNet, 300 epochs)", "arxiv.org/abs/2012.12877"),
     }
     tables = []
-    for name, title in titles.items():
+    for name, (title, source) in titles.items():
         entries = [entry for entry in results.published if entry.table == name]
         models = list(dict.fromkeys(entry.model for entry in entries)) if name == PAPER else ["top-1 %"]
         rows: dict[tuple[str, str | None], dict[str, Any]] = {}
@@ -138,5 +141,6 @@ def _published_tables(results: Results) -> list[dict[str, Any]]:
             row["figures"][entry.model if name == PAPER else "top-1 %"] = 100 * entry.top1
         if entries:
             form = "%.1f" if name == PAPER else "%.2f"
-            tables.append({"title": title, "models": models, "rows": list(rows.values()), "form": form})
+            links = {"source": source, "address": f"https://{source}"}
+            tables.append({"title": title, "models": models, "rows": list(rows.values()), "form": form, **links})
     return tables

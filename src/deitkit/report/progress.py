@@ -1,12 +1,26 @@
 """How far the trainings of a run are, also while it runs, and how they stand beside another run at the same epochs."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock, Timeout
 
 from deitkit.errors import CheckpointError
-from deitkit.report.figures import COLOURS, Curve, add_curve, add_legend, curve_axes, curves_of, mean, write_figure
+from deitkit.report.figures import (
+    COLOURS,
+    Curve,
+    add_curve,
+    add_legend,
+    curve_axes,
+    curve_labels,
+    curves_of,
+    mean,
+    write_figure,
+)
+from deitkit.run.folder import LOCK, UNITS
+from deitkit.run.layout import seed_folder
 from deitkit.run.metrics import EpochMetrics, read_metrics
 
 if TYPE_CHECKING:
@@ -27,8 +41,8 @@ class TrainingProgress:
         train_loss: Mean over the steps of ``epoch``.
         validation: Accuracy on the validation images after ``epoch``, as a fraction.
         reference: That of the same student of the reference after the same epoch, the mean over its seeds.
-        seconds_left: To train, at the speed of the last epochs, with the students beside it; None after the run.
-        has_stopped: Whether the run ended before its last epoch.
+        seconds_left: To train, at the speed of the last epochs, with the students beside it; None unless it runs.
+        has_stopped: Whether no process trains it any more before its last epoch.
     """
 
     student: str
@@ -62,40 +76,72 @@ def read_trainings(folder: Path) -> list[EpochMetrics]:
     """
     if not folder.is_dir():
         raise CheckpointError(f"'{folder}' is not a run folder: name the one that `deitkit compare` printed")
-    lines = {(line.seed, line.student, line.epoch): line for line in _read_trainings(folder)}
+    lines = {(line.seed, line.student, line.epoch): line for line, _ in _read_trainings(folder)}
     return list(lines.values())
 
 
-def _read_trainings(folder: Path) -> Iterator[EpochMetrics]:
+def running_trainings(folder: Path) -> set[tuple[int, str]]:
+    """Return seed and student, named as in ``read_trainings``, of the trainings whose run or unit still goes on.
+
+    Call it before ``read_trainings``: of a training that ends in between, the metrics are then complete.
+    """
+    return {(line.seed, line.student) for line, is_running in _read_trainings(folder) if is_running}
+
+
+def _read_trainings(folder: Path, is_running: bool = False) -> Iterator[tuple[EpochMetrics, bool]]:
+    """Yield the metrics in a run folder, each with whether its training runs, as that of a fold does with its run."""
+    is_running = is_running or is_in_use(folder) or is_in_use(folder / UNITS)
     for home in (*sorted(folder.glob("teacher*")), folder, *sorted(folder.glob("seed-*/*"))):
-        yield from read_metrics(home)
+        lines = read_metrics(home)
+        students = {(line.seed, line.student) for line in lines}
+        running = {one for one in students if is_running or is_in_use(seed_folder(folder, one[0]) / one[1])}
+        yield from ((line, (line.seed, line.student) in running) for line in lines)
     folds = [home for home in (folder / "folds").glob("*") if home.name.isdecimal()]
     for home in sorted(folds, key=lambda home: int(home.name)):
-        yield from (line.model_copy(update={"seed": int(home.name)}) for line in _read_trainings(home))
+        for line, runs in _read_trainings(home, is_running):
+            yield line.model_copy(update={"seed": int(home.name)}), runs
     for home in sorted((folder / "variants").glob("*")):
-        for line in _read_trainings(home):
-            yield line.model_copy(update={"student": f"{home.name}: {line.student}"})
+        for line, runs in _read_trainings(home, is_running):
+            yield line.model_copy(update={"student": f"{home.name}: {line.student}"}), runs
+
+
+def is_in_use(folder: Path) -> bool:
+    """Return whether a process holds the lock of a run folder, a student's folder or the units of a run.
+
+    The operating system releases it when the process ends, however it ends. Where the lock cannot be tried, as in a
+    folder of another user, the process may still run.
+    """
+    lock = folder / LOCK
+    try:
+        if lock.exists():  # trying creates it
+            with FileLock(lock, timeout=0):
+                pass
+    except (Timeout, OSError):
+        return True
+    return False
 
 
 def progress_of(
-    metrics: Sequence[EpochMetrics], reference: Sequence[EpochMetrics] = (), *, is_over: bool = False
+    metrics: Sequence[EpochMetrics],
+    reference: Sequence[EpochMetrics] = (),
+    running: Collection[tuple[int, str]] = (),
 ) -> list[TrainingProgress]:
     """Return how far each training is, in the order in which they appear.
 
     Args:
         metrics: Of a run, see ``read_trainings``.
         reference: Of the run to stand beside.
-        is_over: Whether the run has ended, so that no training goes on.
+        running: Seed and student of the trainings that go on, see ``running_trainings``.
     """
     trainings: dict[tuple[int, str], list[EpochMetrics]] = {}
     for line in metrics:
         trainings.setdefault((line.seed, line.student), []).append(line)
     beside = {curve.student: curve for curve in curves_of(reference, lambda line: line.main_accuracy)}
-    in_order = (sorted(lines, key=lambda line: line.epoch) for lines in trainings.values())
-    return [_progress(lines, beside, is_over) for lines in in_order]
+    in_order = {key: sorted(lines, key=lambda line: line.epoch) for key, lines in trainings.items()}
+    return [_progress(lines, beside, key in running) for key, lines in in_order.items()]
 
 
-def _progress(lines: Sequence[EpochMetrics], beside: dict[str, Curve], is_over: bool) -> TrainingProgress:
+def _progress(lines: Sequence[EpochMetrics], beside: dict[str, Curve], is_running: bool) -> TrainingProgress:
     last = lines[-1]
     curve = beside.get(last.student)
     at_epoch = [] if curve is None else [values[last.epoch] for values in curve.seeds.values() if last.epoch in values]
@@ -110,8 +156,8 @@ def _progress(lines: Sequence[EpochMetrics], beside: dict[str, Curve], is_over: 
         last.train_loss,
         last.main_accuracy,
         reference,
-        None if is_over else left,
-        has_stopped=is_over and last.epoch != last.epochs,
+        left if is_running else None,
+        has_stopped=not is_running and last.epochs is not None and last.epoch < last.epochs,
     )
 
 
@@ -148,21 +194,22 @@ def write_progress(
 
 
 def _draw(curves: Sequence[Curve], title: str, others: Sequence[Curve], beside: str) -> "Figure":
-    figure, axes = curve_axes(title)
+    finals = [curve.over_seeds(mean)[-1] for curve in curves]
+    labels = curve_labels(curves, [f"{100 * final:.1f}" for final in finals])
+    figure, axes = curve_axes(title, labels)
     places = {curve.student: index for index, curve in enumerate(curves)}
+    dotted: dict[str, Any] = {"label": "_", "linestyle": ":", "linewidth": 1.4}
     for other in others:
         if other.student in places:
-            axes.plot(
-                other.epochs,
-                [100 * value for value in other.over_seeds(mean)],
-                label="_",
-                color=COLOURS[places[other.student] % len(COLOURS)],
-                linestyle=":",
-                linewidth=1.4,
-            )
-    for index, curve in enumerate(curves):
-        add_curve(axes, curve, index, f"{curve.student}  {100 * curve.over_seeds(mean)[-1]:.1f}")
+            colour = COLOURS[places[other.student] % len(COLOURS)]
+            axes.plot(other.epochs, [100 * value for value in other.over_seeds(mean)], color=colour, **dotted)
+    for index, (curve, label) in enumerate(zip(curves, labels, strict=True)):
+        add_curve(axes, curve, index, label)
+        for values in curve.seeds.values():
+            if len(values) > len(curve.epochs):  # ahead of another seed, where the mean ends
+                accuracies = [100 * value for value in values.values()]
+                axes.plot(list(values), accuracies, label="_", color=COLOURS[index % len(COLOURS)], linewidth=0.8)
     if others:
         axes.set_xlabel(f"epoch (dotted: {beside})", parse_math=False)
-    add_legend(axes, [curve.over_seeds(mean)[-1] for curve in curves])
+    add_legend(axes, finals)
     return figure

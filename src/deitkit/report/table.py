@@ -3,7 +3,7 @@
 import csv
 import io
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,13 @@ _LATEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"$<$", ">": r"$>$", "|": r"\textbar{}",
     '"': r"\textquotedbl{}", "[": "{[}", "]": "{]}", "±": r"$\pm$", "−": r"$-$", "–": r"\textendash{}", "★": r"$\star$",
+    "→": r"$\rightarrow$", "…": r"\dots{}", "×": r"$\times$", "≥": r"$\geq$",
     "†": r"$\dagger$", "*": r"$\ast$", "⚗": r"\textsuperscript{d}",
 }  # fmt: skip
+
+
+# The width of a page's text, of the names of rows, of other texts, between two columns, and of a small character.
+_LATEX_PAGE_CM, _LATEX_ROW_CM, _LATEX_TEXT_CM, _LATEX_GAP_CM, _LATEX_CHARACTER_CM = 17.5, 4.0, 3.0, 0.28, 0.18
 
 
 class TerminalTable:
@@ -134,13 +139,19 @@ def escape_markdown(text: str) -> str:
 
 
 def _latex(layout: Layout) -> str:
-    columns = layout.columns
+    columns = _latex_columns(layout)
+    left_out = ", ".join(column.title for column in layout.columns if column not in columns)
+    widths = [
+        rf">{{\ragged{'left' if column.numeric else 'right'}\arraybackslash}}p{{{width:.1f}cm}}"
+        for column, width in columns.items()
+    ]
     lines = [
-        r"% needs \usepackage{booktabs}",
+        r"% needs \usepackage{array,booktabs}",
+        *([f"% too wide for a page, but in table.md and table.csv: {_one_line(left_out)}"] if left_out else []),
         r"\begin{table*}",
         r"  \centering\small\setlength{\tabcolsep}{4pt}",
         rf"  \caption{{{_escape_latex(layout.title)}}}",
-        rf"  \begin{{tabular}}{{l{''.join('r' if column.numeric else 'l' for column in columns)}}}",
+        rf"  \begin{{tabular}}{{>{{\raggedright\arraybackslash}}p{{{_LATEX_ROW_CM}cm}}{''.join(widths)}}}",
         r"    \toprule",
         "    " + " & ".join(["row", *(_escape_latex(column.title) for column in columns)]) + r" \\",
         r"    \midrule",
@@ -156,7 +167,21 @@ def _latex(layout: Layout) -> str:
     return "\n".join([*lines, r"\end{table*}", ""])
 
 
-def _latex_cells(line: Line, columns: tuple[Column, ...]) -> list[str]:
+def _latex_columns(layout: Layout) -> dict[Column, float]:
+    """Return the columns that fit a page, the least important being left out, with their widths in cm."""
+
+    def width(column: Column) -> float:
+        cells = [line.cells[column.key] for line in layout.lines]
+        longest = _LATEX_CHARACTER_CM * max(map(len, (*cells, *column.title.split())))
+        return longest if column.numeric else min(longest, _LATEX_TEXT_CM)
+
+    kept = {column: width(column) for column in layout.columns}
+    while sum(kept.values()) + _LATEX_GAP_CM * len(kept) > _LATEX_PAGE_CM - _LATEX_ROW_CM:
+        del kept[max(kept, key=lambda column: column.rank)]
+    return kept
+
+
+def _latex_cells(line: Line, columns: Iterable[Column]) -> list[str]:
     label = _escape_latex(line.label)
     cells = [rf"\textbf{{{label}}} $\star$" if line.winner else label]
     for column in columns:

@@ -90,14 +90,10 @@ def lay_out(results: Results) -> Layout:
 def title_of(results: Results) -> str:
     """Return one line with the data set, its numbers of images, and the number of seeds."""
     data = results.dataset
-    train = counted(data.train, "training image") + (
-        f" and {data.unlabelled:,} without labels" if data.unlabelled else ""
-    )
-    return f"{data.name}: {train}, {counted(data.test, 'test image')}, {_counted_repetitions(results)}"
-
-
-def _counted_repetitions(results: Results) -> str:
-    return counted(len(results.repetitions), results.repetition)
+    unlabelled = f" and {data.unlabelled:,} without labels" if data.unlabelled else ""
+    train = counted(data.train, "training image") + unlabelled
+    repetitions = counted(len(results.repetitions), results.repetition)
+    return f"{data.name}: {train}, {counted(data.test, 'test image')}, {repetitions}"
 
 
 def provenance_of(results: Results) -> str:
@@ -285,9 +281,7 @@ def _footnotes(results: Results) -> list[str]:
     notes = [f"top-1: {spread_note(results)}, on {counts} test images; weights of the last epoch, never of the best."]
     tests = test_names(row.differences.get("labels") for row in rows)
     if tests and results.reference is not None:
-        notes.append(
-            f"vs none: points of top-1 more than '{results.reference.row}', with their 95 % interval; p: {tests}."
-        )
+        notes.append(f"vs none: points of top-1 more than '{results.reference.row}', {interval_words(tests)}.")
     if tests and alone:
         notes.append(ONE_SEED)
     tests = test_names(row.differences.get("before") for row in rows)
@@ -323,7 +317,7 @@ def spread_note(results: Results) -> str:
     """Return what the spread of a top-1 is, for a footnote."""
     if len(results.repetitions) == 1:
         return "[95 % Wilson interval], one seed"
-    return f"mean ± standard deviation over {_counted_repetitions(results)}"
+    return f"mean ± standard deviation over {counted(len(results.repetitions), results.repetition)}"
 
 
 def test_names(differences: Iterable[Difference | None]) -> str:
@@ -334,6 +328,12 @@ def test_names(differences: Iterable[Difference | None]) -> str:
         return names
     known = any(difference.p_holm is not None for difference in found)
     return f"{names}, {f'corrected for {len(found)} rows (Holm)' if known else 'not corrected for the number of rows'}"
+
+
+def interval_words(tests: str) -> str:
+    """Return what the intervals and the p values beside them are, for a footnote; ``tests`` as of ``test_names``."""
+    alone = " (of one row, not corrected for the number of rows)" if "Holm" in tests else ""
+    return f"with their 95 % interval{alone}; p: {tests}"
 
 
 def stopped_notes(rows: Iterable[Row]) -> list[str]:
@@ -378,8 +378,8 @@ def interval(difference: Difference | None, images: int) -> str:
 
 
 def _signed(value: Number, images: int) -> str:
-    value = 0.0 if abs(value) < 1e-9 else value  # of a mean over seeds, but for rounding
-    return f"{100 * value:+.{2 if images >= 1000 else 1}f}".replace("-", "−")
+    digits = 2 if images >= 1000 else 1
+    return f"{round(100 * value, digits) + 0.0:+.{digits}f}".replace("-", "−")  # -0.0 + 0.0 is 0.0
 
 
 def p_value(difference: Difference | None) -> str:

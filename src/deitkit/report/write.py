@@ -1,5 +1,6 @@
 """Writing all reports of a run folder, from its files alone."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 from deitkit.report.ablation import write_differences
@@ -9,7 +10,7 @@ from deitkit.report.page import write_page
 from deitkit.report.table import write_tables
 from deitkit.run.layout import fold_folder, variant_folder
 from deitkit.run.metrics import EpochMetrics, read_metrics
-from deitkit.run.results import AblationResults, FoldResults, Results, read_results
+from deitkit.run.results import AblationResults, FoldResults, Results, VariantRow, read_results
 
 
 def write_report(folder: Path) -> list[Path]:
@@ -34,7 +35,24 @@ def write_report(folder: Path) -> list[Path]:
 
 
 def _metrics_of(results: Results, folder: Path) -> list[EpochMetrics]:
-    """Return a run's metrics: of folds those of all, with the fold as seed; of variants with ``VARIANT: STUDENT``."""
+    """Return the metrics of the trainings in the table, which a resumed run that was interrupted may have left behind.
+
+    Of folds they are those of all, with the fold as seed; of variants with ``VARIANT: STUDENT``.
+    """
+    shown = set(_trainings_of(results))
+    return [line for line in _read_all(results, folder) if (line.student, line.seed) in shown]
+
+
+def _trainings_of(results: Results) -> Iterator[tuple[str, int]]:
+    """Yield student and seed of each training; a stopped seed is left out, as from a row's mean, unless all are."""
+    for row in results.rows:
+        student = f"{row.variant}: {row.method}" if isinstance(row, VariantRow) else row.method
+        top1 = zip(results.repetitions, row.top1, strict=False)
+        finished = [number for number, value in top1 if value is not None]
+        yield from ((student, number) for number in finished or results.repetitions)
+
+
+def _read_all(results: Results, folder: Path) -> list[EpochMetrics]:
     if isinstance(results, FoldResults):
         return [
             line.model_copy(update={"seed": fold})
