@@ -14,15 +14,21 @@ import pytest
 import torch
 from PIL import Image
 
+from conftest import TINY
+from deitkit.comparison.compare import compare
+from deitkit.data.dataset import load_dataset
 from deitkit.data.selection import read_selection
 from deitkit.errors import DataError, RecipeError
 from deitkit.evaluation import classify as module
 from deitkit.evaluation.apply import evaluate_model, load_data_of
 from deitkit.evaluation.classify import Classification, image_files
+from deitkit.evaluation.seen_images import data_recipe_of, share_seen
 from deitkit.models.classifier import Classifier
 from deitkit.models.cnn import CifarResNet
 from deitkit.models.saved import load_classifier, read_card, save_classifier
 from deitkit.models.vit import DeiT
+from deitkit.recipe.load import load_recipe
+from deitkit.run.observer import Watcher
 from deitkit.system.device import Precision
 
 Run = Callable[..., tuple[int, str, str]]
@@ -301,3 +307,22 @@ def test_of_equal_classes_the_first_is_the_answer_as_in_the_table(model: Path) -
         answers = module.classify_pixels(classifier, card, precision, pixels, readout)
         assert [answer["classes"][0][0] for answer in answers] == ["b"] * 4
         assert [name for name, _ in answers[0]["classes"]] == ["b", "c", "a"]
+
+
+def test_a_model_that_takes_images_otherwise_than_it_learned_them_is_still_known_to_have_seen_them(
+    tmp_path: Path, run: Run
+) -> None:
+    """Of a conversion: other pixels have other hashes, so the images are read as they were learned."""
+    fields = [*TINY, "methods=[none]", "train.epochs=1", "data.split_seed=3"]
+    compare(load_recipe("digits", fields), tmp_path / "run", watcher=Watcher())
+    learned = tmp_path / "run" / "seed-0" / "none"
+    for name, options in (("larger", ("--image-px", 16)), ("other", ("--patch-px", 2))):
+        assert run("convert", learned, "--to", "ours", "--out", tmp_path / name, *options)[0] == 0
+    for folder in (learned, tmp_path / "larger", tmp_path / "other"):
+        assert evaluate_model(folder, "digits")["trained_on"] == 0, "divided as for its training"
+        card = read_card(folder)
+        elsewhere = card.model_copy(update={"split": {"split_seed": 0, "test_fraction": 0.4}})
+        data = data_recipe_of(elsewhere, "digits", None)
+        dataset = load_dataset(data)
+        # Of 100 training images, those among the test images of another split.
+        assert share_seen(elsewhere, data, dataset) > 0, folder

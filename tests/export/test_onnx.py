@@ -322,6 +322,68 @@ def test_mistakes_are_told_before_anything_is_built(
     assert not out.exists()
 
 
+def test_a_file_names_no_folder_of_this_machine(tmp_path: Path) -> None:
+    for name in DIGITS:
+        for split in ("train", "test"):
+            (tmp_path / "two words" / split / name).mkdir(parents=True)
+            for index in range(4):
+                image = Image.new("L", (8, 8), 20 * int(name) + index + (10 if split == "test" else 0))
+                image.save(tmp_path / "two words" / split / name / f"{index}.png")
+    data = f"folder:{tmp_path / 'two words'}"
+    folder = saved(tmp_path / "model", student(("class",)), dataset=data)
+    record = export_onnx(folder, tmp_path / "out.onnx", ExportOptions())
+    assert str(tmp_path).encode() not in (tmp_path / "out.onnx").read_bytes()
+    assert read_onnx(tmp_path / "out.onnx")[1].dataset == "folder:two words"
+    assert record.dataset == data  # by which `verify` finds the images here
+
+
+def test_calibration_images_without_int8_are_refused(exported: Path, tmp_path: Path, run: Run) -> None:
+    code, _, errors = run("export", exported, "--out", tmp_path / "out.onnx", "--calibration-images", 5)
+    assert code == 2
+    assert "--calibration-images 5 is for int8 only: add --int8, or leave it out" in errors
+
+
+def test_a_failed_write_does_not_block_the_next(
+    exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from deitkit.export import export as module
+
+    def stopped(path: Path, value: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "write_json", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        export_onnx(exported, tmp_path / "out.onnx", ExportOptions())
+    assert not any(tmp_path.iterdir())
+    monkeypatch.undo()
+    export_onnx(exported, tmp_path / "out.onnx", ExportOptions())
+
+
+def test_an_old_onnxscript_and_too_little_memory_have_their_own_remedies(
+    exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(error: Exception) -> Callable[..., None]:
+        def export(*arguments: Any, **options: Any) -> None:
+            try:
+                raise error
+            except ImportError as cause:
+                raise RuntimeError("Failed to export the model") from cause
+
+        return export
+
+    missing = ModuleNotFoundError("No module named 'onnxscript._framework_apis.torch_2_11'")
+    missing.name = "onnxscript._framework_apis.torch_2_11"
+    monkeypatch.setattr(torch.onnx, "export", failing(missing))
+    with pytest.raises(RecipeError, match=r"onnxscript is too old for torch .*: pip install --upgrade onnxscript"):
+        export_onnx(exported, tmp_path / "out.onnx", ExportOptions())
+    monkeypatch.setattr(torch.onnx, "export", failing(RuntimeError("DefaultCPUAllocator: can't allocate memory")))
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
+        export_onnx(exported, tmp_path / "out.onnx", ExportOptions())
+    monkeypatch.setattr(torch.onnx, "export", failing(RuntimeError("no such operation")))
+    with pytest.raises(CheckpointError, match=r"cannot write .* as ONNX \(no such operation\)"):
+        export_onnx(exported, tmp_path / "out.onnx", ExportOptions())
+
+
 @pytest.mark.parametrize("package", ["onnx", "onnxruntime", "onnxscript"])
 def test_a_missing_package_is_named(
     package: str, exported: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch

@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from deitkit.data.duplicates import sketch
+from deitkit.data.duplicates import merge_sketches, sketch
 from deitkit.evaluation.classify import Classification
 from deitkit.models.card import ModelCard
 from deitkit.models.classifier import Classifier
@@ -84,6 +84,13 @@ def test_a_published_card_hides_folders_and_keeps_sketches() -> None:
     )
     assert (card.published().trained_on, card.published().dataset) == (SKETCH, "folder:photos")
     assert card.published().trained_before_on is None
+
+
+def test_a_published_card_keeps_names_of_classes_that_look_like_paths() -> None:
+    names = ("/m/01g317", "/animals/cat", "/toys/cat")
+    card = ModelCard(mean=(0.5,), std=(0.5,), class_names=names, initial="from /home/someone/w.pth")  # type: ignore[call-arg]
+    assert card.published().class_names == names
+    assert card.published().written()["initial"] == "from w.pth"
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -249,6 +256,47 @@ def test_changes_on_the_way_are_told_and_kept_in_the_card(convert: Run, tmp_path
     assert classifier(torch.rand(1, 1, 48, 48)).distillation_logits.shape == (1, 5)
 
 
+TRAINING = {
+    "dataset": "folder:photos", "split": {"split_seed": 3, "test_fraction": 0.5}, "trained_on": SKETCH,
+    "labelled_share": 0.5, "trained_before_on": BEFORE,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", [("--tokens", "class"), ("--patch-px", 8), ("--classes", 7)])
+def test_a_card_tells_from_which_images_a_changed_model_learned(
+    change: tuple[Any, ...], convert: Run, tmp_path: Path
+) -> None:
+    saved(tmp_path / "a", **TRAINING, readout="joint", method="token-hard", seed=0, test_top1=0.9)
+    assert convert(tmp_path / "a", "--to", "ours", "--out", tmp_path / "b", *change)[0] == 0
+    _, card = load_classifier(tmp_path / "b", torch.device("cpu"))
+    assert {name: card.written()[name] for name in TRAINING} == TRAINING
+    assert card.test_top1 is None
+    same_heads = change[0] == "--patch-px"
+    assert (card.readout, card.method, card.seed) == (("joint", "token-hard", 0) if same_heads else (None, None, None))
+
+
+@pytest.mark.parametrize("change", [("--image-px", 32), ("--channels", 1)])
+def test_a_card_tells_how_a_model_saw_its_images_before_it_took_them_otherwise(
+    change: tuple[Any, ...], convert: Run, tmp_path: Path
+) -> None:
+    saved(tmp_path / "a", **TRAINING)
+    assert convert(tmp_path / "a", "--to", "ours", "--out", tmp_path / "b", *change)[0] == 0
+    _, card = load_classifier(tmp_path / "b", torch.device("cpu"))
+    seen, view = merge_sketches([SKETCH, BEFORE]), {"image_px": 16, "channels": 3, "fit": "crop"}
+    assert (card.dataset, card.split) == (TRAINING["dataset"], TRAINING["split"])
+    assert (card.trained_on, card.seen) == (None, None)  # of other pixels, whose hashes would not be found
+    assert card.seen_otherwise == (seen, view)
+    assert convert(tmp_path / "b", "--to", "ours", "--out", tmp_path / "c", "--image-px", 48)[0] == 0
+    _, again = load_classifier(tmp_path / "c", torch.device("cpu"))
+    assert again.seen_otherwise == (seen, view)
+    assert again.written()["changes"][0] == card.written()["changes"][0]
+    assert again.written()["source"].startswith("a (sha256 ")
+    back = ("--image-px", 16, "--channels", 3)
+    assert convert(tmp_path / "b", "--to", "ours", "--out", tmp_path / "d", *back)[0] == 0
+    _, back_again = load_classifier(tmp_path / "d", torch.device("cpu"))
+    assert (back_again.seen, back_again.seen_otherwise) == (seen, None)
+
+
 def test_a_grey_copy_sees_grey_images_as_the_colour_model_does(convert: Run, tmp_path: Path) -> None:
     colour = saved(tmp_path / "a")
     assert convert(tmp_path / "a", "--to", "ours", "--out", tmp_path / "b", "--channels", 1)[0] == 0
@@ -302,6 +350,8 @@ def test_json_is_for_another_program(convert: Run, tmp_path: Path) -> None:
         (("--to", "timm", "--out", "b", "--mean", "0.5"), "--mean and --std belong together"),
         (("--to", "timm", "--out", "b", "--mean", "0.5", "--std", "1"), "need 3 values each"),
         (("--to", "timm", "--out", "b", "--mean", "grey"), "--mean grey: give numbers with commas"),
+        (("--to", "timm", "--out", "b", "--mean", "nan,0,0", "--std", "1,1,1"), "need 3 values each, all finite"),
+        (("--to", "timm", "--out", "b", "--mean", "0,0,0", "--std", "1,inf,1"), "need 3 values each, all finite"),
     ],
 )
 def test_mistakes_are_one_line(
@@ -326,9 +376,37 @@ def test_a_check_that_fails_says_so(convert: Run, tmp_path: Path, monkeypatch: p
         return model
 
     monkeypatch.setattr(timm, "create_model", other_epsilon)
-    code, _, errors = convert(tmp_path / "a", "--to", "timm", "--out", tmp_path / "b", "--check")
-    assert code == 2
-    assert "its logits differ by up to" in errors
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    for to, out in (("timm", "b"), ("timm", "link"), ("released", "b.pth")):
+        for _ in range(2):  # what failed does not block the next try
+            code, _, errors = convert(tmp_path / "a", "--to", to, "--out", tmp_path / out, "--check")
+            assert code == 2
+            assert "its logits differ by up to" in errors
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "empty", "link"]
+    assert not any((tmp_path / "empty").iterdir())
+
+
+def test_a_check_opens_a_folder_as_its_users_do(convert: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved(tmp_path / "a")
+    create, opened_by = timm.create_model, []
+
+    def remembered(name: str, **arguments: Any) -> Any:
+        opened_by.append((name, arguments))
+        return create(name, **arguments)
+
+    monkeypatch.setattr(timm, "create_model", remembered)
+    assert convert(tmp_path / "a", "--to", "timm", "--out", tmp_path / "b", "--check")[0] == 0
+    assert (f"local-dir:{tmp_path / 'b'}", {"pretrained": True}) in opened_by
+
+
+def test_a_card_is_of_the_standard_file_of_weights_only(tmp_path: Path) -> None:
+    saved(tmp_path / "a")
+    other = tmp_path / "a" / "other.safetensors"
+    other.write_bytes((tmp_path / "a" / "model.safetensors").read_bytes())
+    assert read_weights(tmp_path / "a" / "model.safetensors").card is not None
+    weights = read_weights(other)
+    assert (weights.card, weights.class_names, weights.assumes_heads) == (None, None, True)
 
 
 @pytest.mark.parametrize("to", ["timm", "transformers", "released"])

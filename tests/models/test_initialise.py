@@ -334,6 +334,24 @@ def test_config_json_tells_what_shapes_do_not(tmp_path: Path) -> None:
     assert weights.remarks == ("layer_norm_eps: 1e-12 in config.json, 1e-06 here; logits differ slightly",)
 
 
+@pytest.mark.parametrize(
+    ("told", "expected"),
+    [
+        ({"size": 256, "crop_size": 224, "do_center_crop": True}, (0.875, "squash")),  # facebook/deit-*
+        ({"size": 224}, (1.0, "squash")),  # google/vit-*
+        ({"size": {"shortest_edge": 256}, "crop_size": 224, "do_center_crop": True}, (0.875, "crop")),
+        ({"size": "large"}, (None, None)),
+    ],
+)
+def test_preprocessors_of_older_versions_are_read(
+    told: dict[str, Any], expected: tuple[float | None, str | None], tmp_path: Path
+) -> None:
+    transformers_model(transformers.ViTForImageClassification, num_hidden_layers=1).save_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(told))
+    weights = read_weights(tmp_path)
+    assert (weights.eval_crop, weights.fit) == expected
+
+
 def test_timms_config_json_tells_the_normalisation(tmp_path: Path) -> None:
     save_file(student(("class",), depth=1).state_dict(), tmp_path / "model.safetensors")
     config = {"architecture": "deit_tiny_patch16_224", "pretrained_cfg": {"mean": [0.1, 0.2, 0.3], "std": [1, 1, 1]}}

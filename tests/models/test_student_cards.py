@@ -97,6 +97,29 @@ def test_a_card_with_a_wrong_value_is_one_sentence(tmp_path: Path, field: str, v
         load_classifier(tmp_path, CPU)
 
 
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"class_names": ["a", "b"]}, "classes of config is 3, but it describes a model with 2"),
+        ({"channels": 1, "mean": [0.4], "std": [0.3]}, "channels of config is 3, but it describes a model with 1"),
+        ({"channels": 1}, "mean and std have 3 and 3 values, channels is 1"),
+        ({"std": [0.3]}, "mean and std have 3 and 1 values, channels is 3"),
+        ({"input_px": [32, 32]}, r"image_px of config is 16, but input_px is \[32, 32\]"),
+        ({"image_px": 32}, "image_px is 32, but its model takes 16"),
+    ],
+)
+def test_a_card_that_contradicts_its_model_is_one_sentence(
+    tmp_path: Path, changes: dict[str, object], reason: str
+) -> None:
+    save_classifier(tmp_path, student(), CARD)
+    path = tmp_path / "model.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(
+        CheckpointError, match=rf"model.json is incomplete or wrong \({reason}\): copy the folder again"
+    ):
+        load_classifier(tmp_path, CPU)
+
+
 @pytest.mark.parametrize("damaged", ["no sketch", "AAAA", ""])
 def test_a_damaged_sketch_tells_nothing(tmp_path: Path, damaged: str) -> None:
     save_classifier(tmp_path, student(), CARD | {"trained_on": damaged, "trained_before_on": damaged})

@@ -13,6 +13,7 @@ from deitkit.system.words import without_folders
         ("~/photos", "photos"),
         (r"C:\\Users\\me\\photos", "photos"),
         ("csv:/a:b/c.csv", "csv:c.csv"),
+        ("from /home/jane doe/my secret/teacher.pth", "from teacher.pth"),
         ("before: /home/me/ckpt as it was", "before: ckpt as it was"),
         ("none/class is better than hard/class", "none/class is better than hard/class"),
         ("see https://arxiv.org/abs/2012.12877", "see https://arxiv.org/abs/2012.12877"),

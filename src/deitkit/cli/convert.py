@@ -46,7 +46,7 @@ def convert(
     `deitkit convert deit_tiny_distilled_patch16_224-b40b3cf7.pth --to ours --out deit-tiny --image-px 384`.
     """
     from deitkit.models.weights.export import Changes, prepare_export
-    from deitkit.models.weights.export_layouts import largest_difference, require_same_logits
+    from deitkit.models.weights.export_layouts import largest_difference, removed_on_failure, require_same_logits
 
     layout = _layout(to, out)
     if check:
@@ -56,9 +56,10 @@ def convert(
         exported = prepare_export(
             source, wanted, heads=heads, mean=_numbers("--mean", mean), std=_numbers("--std", std)
         )
-        opening = layout.write(exported, out)
-        difference = largest_difference(exported, layout, out) if check else None
-    require_same_logits(difference, source, out)
+        with removed_on_failure(out):
+            opening = layout.write(exported, out)
+            difference = largest_difference(exported, layout, out) if check else None
+            require_same_logits(difference, source, out)
     if as_json:
         result = {
             "source": str(source), "to": to, "out": str(out), "architecture": asdict(exported.architecture),

@@ -28,8 +28,11 @@ def export(
         bool, typer.Option("--int8", help="Write FILE-int8.onnx too: a quarter of the size, in 8-bit integers.")
     ] = False,
     calibration_images: Annotated[
-        int, typer.Option("--calibration-images", min=1, help="Validation images that int8 is calibrated on.")
-    ] = 256,
+        int | None,
+        typer.Option(
+            "--calibration-images", min=1, help="Validation images that int8 is calibrated on, 256 by default."
+        ),
+    ] = None,
     data: Annotated[
         str | None, typer.Option("--data", help="Data set of the check; by default that of the training.")
     ] = None,
@@ -42,7 +45,7 @@ def export(
     any size, and gives probabilities: normalisation and softmax are inside, and its metadata hold the class names.
     `predict`, `evaluate`, `verify` and `bench infer --model` take it like a model folder.
     """
-    from deitkit.export.export import ExportOptions, export_onnx, remarks
+    from deitkit.export.export import CALIBRATION_IMAGES, ExportOptions, export_onnx, remarks
     from deitkit.models.onnx_file import is_onnx
     from deitkit.models.saved import model_folder
 
@@ -52,7 +55,9 @@ def export(
         raise RecipeError(f"{model} is an ONNX file already: give the folder of a model")
     if not is_onnx(file):
         raise RecipeError(f"--out {file}: give a name that ends in .onnx")
-    options = ExportOptions(readout, images == "uint8", int8, calibration_images, data, root)
+    if calibration_images is not None and not int8:
+        raise RecipeError(f"--calibration-images {calibration_images} is for int8 only: add --int8, or leave it out")
+    options = ExportOptions(readout, images == "uint8", int8, calibration_images or CALIBRATION_IMAGES, data, root)
     record = export_onnx(folder, file, options, lambda text: say(text, errors))
     if as_json:
         print_json(record.model_dump(mode="json") | {"file": str(file)})

@@ -271,6 +271,7 @@ def _student_card(recipe: Recipe, dataset: Dataset, student: Student, seed: int)
         "method": student.name,
         "seed": seed,
         "recipe": recipe.name,
+        "precision": recipe.train.precision,
         **card_of_data(recipe.data, dataset),
         "trained_on": sketch(torch.cat([split.hashes for split in (dataset.train, dataset.unlabelled) if split])),
     }

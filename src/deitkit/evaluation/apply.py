@@ -67,7 +67,7 @@ def evaluate_model(folder: Path, data: str, root: Path | None = None) -> Evaluat
     test, names = load_divided(load_test, data_recipe_of(card, data, root))
     places = _places_of_classes(names, card, data)
     test = replace(test, labels=places[test.labels])
-    scores = named_scores(predict(classifier, test, Precision.choose("auto", device)), card)
+    scores = named_scores(predict(classifier, test, Precision.choose(card.precision, device)), card)
     labels, n = test.labels, len(test)
     readouts = []
     for readout, values in scores.items():
@@ -75,8 +75,13 @@ def evaluate_model(folder: Path, data: str, root: Path | None = None) -> Evaluat
         top5 = top_k_accuracy(values, labels, 5) if len(names) > 5 else None
         interval = wilson_interval(hits, n)
         readouts.append(ReadoutAccuracy(readout=readout, top1=hits / n, top1_ci95=interval, top5=top5))
-    seen = None if card.seen is None else share_in_sketch(test.hashes, card.seen)
-    return Evaluation(model=str(folder), dataset=data, n=n, trained_on=seen, readouts=readouts)
+    shares = []
+    for seen, view in card.all_seen:
+        own = data_recipe_of(card, data, root)
+        images = test if view == card.view else load_divided(load_test, own.model_copy(update=view))[0]
+        shares.append(share_in_sketch(images.hashes, seen))
+    trained_on = max(shares, default=None)
+    return Evaluation(model=str(folder), dataset=data, n=n, trained_on=trained_on, readouts=readouts)
 
 
 def load_data_of(card: ModelCard, data: str, root: Path | None) -> Dataset:

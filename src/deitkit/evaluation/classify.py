@@ -136,8 +136,8 @@ class Classification(Iterable[Prediction]):
         workers: int | None = None,
     ) -> None:
         device = choose_device("auto")
-        self.precision = Precision.choose("auto", device)
         self.classifier, self.card = load_classifier(model, device) if isinstance(model, Path) else model
+        self.precision = Precision.choose(self.card.precision, device)
         self.named = {path: image_files(path) for path in paths}
         self.files = list(dict.fromkeys(itertools.chain.from_iterable(self.named.values())))
         self.card.require_side()  # here, and not with each image

@@ -38,7 +38,7 @@ def images_before(dataset: Dataset, origins: Sequence[ModelCard]) -> dict[str, s
         dataset: The data set on which it is used.
         origins: Cards of the models that it started from.
     """
-    known = [seen for origin in origins if (seen := origin.seen) and origin.view == view_of(dataset)]
+    known = [seen for origin in origins for seen, view in origin.all_seen if view == view_of(dataset)]
     return {"trained_before_on": merge_sketches(known)} if known else {}
 
 
@@ -51,11 +51,11 @@ def share_seen(card: ModelCard, data: DataRecipe, dataset: Dataset, progress: Pr
         dataset: The same, loaded.
         progress: Called while the test images are read as the model takes them, if the run takes them otherwise.
     """
-    if card.seen is None:
-        return 0.0
-    same = card.view == view_of(dataset)
-    test = dataset.test if same else load_test(data.model_copy(update=card.view), progress)[0]
-    return share_of_tests_seen(test.hashes, dataset.test.hashes, dataset.train.hashes, card.seen)
+    shares = []
+    for seen, view in card.all_seen:
+        test = dataset.test if view == view_of(dataset) else load_test(data.model_copy(update=view), progress)[0]
+        shares.append(share_of_tests_seen(test.hashes, dataset.test.hashes, dataset.train.hashes, seen))
+    return max(shares, default=0.0)
 
 
 def say_seen(share: float, model: str, card: ModelCard, dataset: Dataset) -> str:

@@ -35,6 +35,7 @@ REPEATS = 5
 LEAST_KNOWN = 0.5  # share of the images that a model was trained on that must be among those of its data set
 FEWEST_KNOWN = 16  # images of a sketch that must be expected among those of the data set, for that share to tell
 LOST_POINTS = 0.01  # accuracy that int8 may cost without a word
+CALIBRATION_IMAGES = 256
 
 
 @dataclass(frozen=True)
@@ -48,13 +49,13 @@ class ExportOptions:
         calibration_images: Validation images to calibrate it on.
         data: Data set of the check; None for that of the training.
         root: Folder of named data sets.
-        public: Leave folders of this machine out of the files.
+        public: Leave folders of this machine out of the figures too; they are never in the ONNX files.
     """
 
     readout: str | None = None
     takes_bytes: bool = True
     int8: bool = False
-    calibration_images: int = 256
+    calibration_images: int = CALIBRATION_IMAGES
     data: str | None = None
     root: Path | None = None
     public: bool = False
@@ -83,8 +84,7 @@ def export_onnx(
             raise RecipeError(f"--out {file} already exists: name a new file")
     classifier, card, readout = load_for_export(folder, options.readout)
     dataset = _images_to_check_on(card, options)
-    if options.public:
-        card = card.published()
+    card = card.published()
     say("building the graph")
     deployed = Deployed(classifier, readout, options.takes_bytes)
     contents = {"ONNX": build_onnx(deployed, card, folder)}
@@ -110,9 +110,14 @@ def export_onnx(
         machine=machine_of_exports(),
         rows=rows,
     )
-    for kind, content in contents.items():
-        write_bytes(files[kind], content)
-    write_json(record_file(out), record.model_dump(mode="json"))
+    try:
+        for kind, content in contents.items():
+            write_bytes(files[kind], content)
+        write_json(record_file(out), record.model_dump(mode="json"))
+    except BaseException:  # Ctrl-C too
+        for file in (*files.values(), record_file(out)):
+            file.unlink(missing_ok=True)
+        raise
     return record
 
 
@@ -149,15 +154,18 @@ def record_file(out: Path) -> Path:
     return out.with_name(f"{out.stem}.onnx.json")
 
 
+def lost_by_int8(record: ExportRecord) -> float:
+    """Return the accuracy that int8 costs, as a fraction; 0 without a file in int8."""
+    return max((record.rows[0].top1 - row.top1 for row in record.rows if row.precision == "int8"), default=0.0)
+
+
 def remarks(record: ExportRecord) -> list[str]:
     """Return what a user should know of the figures, as sentences without a full stop."""
-    exact, quantised = record.rows[0], [row for row in record.rows if row.precision == "int8"]
+    quantised, points = [row for row in record.rows if row.precision == "int8"], lost_by_int8(record)
     lost = [
-        f"int8 loses {100 * (exact.top1 - row.top1):.1f} points of accuracy: try more --calibration-images (of "
-        "photographs like those it will see), or use the float32 file"
-        for row in quantised
-        if exact.top1 - row.top1 > LOST_POINTS
-    ]
+        f"int8 loses {100 * points:.1f} points of accuracy: try more --calibration-images (of photographs like those "
+        "it will see), or use the float32 file"
+    ] * (points > LOST_POINTS)
     slower = [
         "int8 is not faster than float32 on this processor: measure it where it will run"
         for row in quantised

@@ -13,7 +13,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from deitkit import __version__
-from deitkit.errors import CheckpointError, RecipeError, reason_of
+from deitkit.errors import CheckpointError, RecipeError, is_out_of_memory, reason_of
 from deitkit.evaluation.readouts import choose_readout, readout_scores
 from deitkit.models.card import ModelCard
 from deitkit.models.classifier import Classifier
@@ -70,7 +70,7 @@ def build_onnx(deployed: Deployed, card: ModelCard, source: Path) -> bytes:
         source: The folder of its model.
 
     Raises:
-        RecipeError: The packages of the extra ``export`` are not installed.
+        RecipeError: The packages of the extra ``export`` are not installed, or too old for torch.
         CheckpointError: torch's exporter does not know a part of the model.
     """
     import_onnx()
@@ -89,10 +89,24 @@ def build_onnx(deployed: Deployed, card: ModelCard, source: Path) -> bytes:
                 verbose=False,
             )
     except Exception as error:  # the exporter's own types
+        if is_out_of_memory(error):
+            raise
+        _require_recent_onnxscript(error)
         reason = reason_of(error)
         raise CheckpointError(f"torch cannot write {source} as ONNX ({reason}): another version of torch may") from None
     assert program is not None
     return finish(program.model_proto, onnx_card(deployed, card, source))
+
+
+def _require_recent_onnxscript(error: BaseException) -> None:
+    """Raise RecipeError if the exporter failed since onnxscript lacks what this torch needs of it."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, ImportError) and (cause.name or "").startswith(("onnxscript", "onnx_ir")):
+            raise RecipeError(
+                f"the installed onnxscript is too old for torch {torch.__version__}: pip install --upgrade onnxscript"
+            ) from None
+        cause = cause.__cause__ or cause.__context__
 
 
 def onnx_card(deployed: Deployed, card: ModelCard, source: Path) -> dict[str, Any]:

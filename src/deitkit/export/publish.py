@@ -1,12 +1,11 @@
 """`deitkit publish`: a student's folder in the layout of the Hugging Face Hub, with a model card written from its run.
 
-Files are timm's, which transformers opens too; beside them are deitkit's card and an ONNX file.
+Files are timm's, which transformers opens too; beside them are deitkit's card and ONNX files.
 """
 
-import json
-import shutil
+import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -15,15 +14,24 @@ import yaml
 from deitkit import __version__
 from deitkit.data.pixels import evaluation_frame
 from deitkit.distillation.methods import METHODS
-from deitkit.errors import CheckpointError, RecipeError, reason_of
-from deitkit.export.export import ExportOptions, export_onnx
+from deitkit.errors import CheckpointError, RecipeError
+from deitkit.export.export import (
+    LOST_POINTS,
+    ExportOptions,
+    export_onnx,
+    int8_file,
+    lost_by_int8,
+    record_file,
+    remarks,
+)
 from deitkit.export.graph import load_for_export
+from deitkit.export.hub import check_licence
 from deitkit.export.record import ExportRecord
 from deitkit.models.card import ModelCard
 from deitkit.models.onnx_file import is_onnx
 from deitkit.models.saved import model_folder, read_card
 from deitkit.models.weights.export import Changes, ExportedModel, prepare_export
-from deitkit.models.weights.export_layouts import LAYOUTS, largest_difference, require_same_logits
+from deitkit.models.weights.export_layouts import LAYOUTS, largest_difference, removed_on_failure, require_same_logits
 from deitkit.models.weights.formats import to_timm
 from deitkit.report.table import escape_markdown, markdown_table
 from deitkit.run.results import FoldResults, Results, read_results
@@ -44,13 +52,15 @@ class PublishOptions:
 
     Attributes:
         name: Under which it is published, such as ``user/name``; None for the folder's.
-        licence: As the Hub names it, such as ``apache-2.0``; None if none was chosen.
+        licence: One of ``LICENCES``, such as ``apache-2.0``; None if none was chosen.
         onnx: What to export beside it; None for no ONNX file.
+        readout: By which deitkit and the ONNX files answer; None for that of the model's card, else the default one.
     """
 
     name: str | None = None
     licence: str | None = None
     onnx: ExportOptions | None = None
+    readout: str | None = None
 
 
 def publish(model: Path, out: Path, options: PublishOptions, say: Callable[[str], None]) -> Path:
@@ -60,12 +70,14 @@ def publish(model: Path, out: Path, options: PublishOptions, say: Callable[[str]
         model: A student's folder, or a run folder (its winner).
         out: A new or empty folder.
         options: What to publish.
-        say: Receives each stage, which takes seconds.
+        say: Receives each stage, which takes seconds, and what 8-bit integers cost.
 
     Raises:
-        CheckpointError: The model is not a student, or its files would not answer as it does.
-        RecipeError: ``out`` is not empty, or timm has no such model.
+        CheckpointError: The model is not a trained student, or its files would not answer as it does.
+        RecipeError: ``out`` is not empty, timm has no such model, the Hub does not know the licence, or the model does
+            not have the readout.
     """
+    check_licence(options.licence)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise RecipeError(f"--out {out} already exists: name a new folder")
     model = model.absolute()  # the run is looked for in the folders above, also from within the model's
@@ -79,59 +91,74 @@ def publish(model: Path, out: Path, options: PublishOptions, say: Callable[[str]
             f"{folder} has two heads of which only the class head was trained, but timm answers by both: export it "
             "with deitkit convert --to transformers"
         )
-    _, _, readout = load_for_export(folder, options.onnx.readout if options.onnx else None)
-    try:
-        _write_timm(exported, folder, out)
-        onnx = export_onnx(folder, out / "model.onnx", options.onnx, say) if options.onnx is not None else None
-        results = _results_of(model, folder)
+    _require_trained(exported, folder)
+    _, _, readout = load_for_export(folder, options.readout)
+    with removed_on_failure(out):
+        _write_timm(exported, card, options.readout, folder, out)
+        onnx = None if options.onnx is None else _write_onnx(folder, out, replace(options.onnx, readout=readout), say)
+        results = _results_of(folder, card)
         if results is not None:
             write_text(out / "recipe.yaml", yaml.safe_dump(without_folders(results.recipe), sort_keys=False))
         facts = _facts(exported, card, readout, onnx, results, options, folder, out)
         write_text(out / "README.md", _rendered(facts))
-    except BaseException:  # Ctrl-C too
-        shutil.rmtree(out, ignore_errors=True)  # it was new or empty
-        raise
     return out / "README.md"
 
 
-def push(folder: Path, name: str, *, private: bool) -> str:
-    """Upload a published folder to the Hugging Face Hub, and return its address.
-
-    Raises:
-        RecipeError: There is no network, no login, or no right to write there.
-    """
-    from huggingface_hub import HfApi
-
-    try:
-        api = HfApi()
-        address = api.create_repo(name, private=private, exist_ok=True)
-        is_public = private and not api.repo_info(name).private  # an existing one stays what it was
-        if is_public:
-            raise PermissionError("this name is a public repository already")
-        api.upload_folder(repo_id=name, folder_path=folder, commit_message="Published with deitkit")
-    except Exception as error:  # of the network, of HTTP, of the token, of the name
-        reason = reason_of(error)
-        raise RecipeError(
-            f"--push {name} failed ({reason}): check the network, the name USER/NAME and the login (hf auth login); "
-            f"{folder} is complete and can be uploaded later"
-        ) from None
-    return str(address)
+def _require_trained(exported: ExportedModel, folder: Path) -> None:
+    """Raise CheckpointError if a classifier is as an adapted model's begins."""
+    if not all(values.any() for name, values in exported.state.items() if re.fullmatch(r"head.*\.weight", name)):
+        raise CheckpointError(
+            f"{folder} has a classifier that is all zero, since it is new: train it first (model.checkpoint={folder})"
+        )
 
 
-def _write_timm(exported: ExportedModel, folder: Path, out: Path) -> None:
+def _write_onnx(folder: Path, out: Path, options: ExportOptions, say: Callable[[str], None]) -> ExportRecord:
+    """Write the ONNX files, without the one in int8 if that loses much accuracy, and return their figures."""
+    file = out / "model.onnx"
+    record = export_onnx(folder, file, options, say)
+    lost = lost_by_int8(record)
+    if lost > LOST_POINTS:
+        int8_file(file).unlink()
+        rows = tuple(row for row in record.rows if row.precision != "int8")
+        record = record.model_copy(update={"rows": rows, "calibration_images": None})
+        write_json(record_file(file), record.model_dump(mode="json"))
+        say(
+            f"{int8_file(file).name} is left out, since it loses {100 * lost:.1f} points of accuracy: deitkit export "
+            "--int8 with more --calibration-images may lose less"
+        )
+    for remark in remarks(record):
+        say(remark)
+    return record
+
+
+def _write_timm(exported: ExportedModel, card: ModelCard, readout: str | None, folder: Path, out: Path) -> None:
     layout = LAYOUTS["timm"]
     layout.write(exported, out)
     require_same_logits(largest_difference(exported, layout, out), folder, out)
     if to_timm(exported.state).keys() == exported.state.keys():  # so that deitkit reads the same weights
-        write_json(out / "model.json", read_card(folder).published().written())
+        written = card.published().written()
+        if readout not in (None, card.readout):
+            written = {name: value for name, value in written.items() if name != "test_top1"} | {"readout": readout}
+        write_json(out / "model.json", written)
 
 
-def _results_of(model: Path, folder: Path) -> Results | None:
-    """Return the results of the run that a model lies in, for RUN, RUN/winner and RUN/seed-N/METHOD."""
-    for place in (model, folder.parent, folder.parent.parent):
-        if (place / "results.json").exists():
-            return read_results(place)
-    return None
+def _results_of(folder: Path, card: ModelCard) -> Results | None:
+    """Return the results of the run that trained a model: of RUN/winner, RUN/teacher and RUN/seed-N/METHOD.
+
+    Return None of a model that only lies below a run folder, such as one that `deitkit convert` wrote there.
+    """
+    is_student = re.fullmatch(r"seed-\d+", folder.parent.name) is not None
+    home = folder.parent.parent if is_student else folder.parent
+    if "changes" in card.written() or not (home / "results.json").exists():
+        return None
+    results = read_results(home)
+    if is_student:
+        return results if folder.name in {row.folder_name for row in results.rows} else None
+    return results if folder.name == "winner" or _is_teacher(folder) else None
+
+
+def _is_teacher(folder: Path) -> bool:
+    return re.fullmatch(r"teacher(-\d+)?", folder.name) is not None
 
 
 def _facts(
@@ -180,7 +207,9 @@ def _facts(
         "has_teacher": learned is not None and learned.teacher_signal is not None,
         "is_grey": card.channels == 1,
         "pads": exported.fit == "pad",
-        "origin": f"It was made from {exported.about['source']}.",
+        "is_teacher": _is_teacher(folder),
+        "source": exported.about["source"],
+        "changes": exported.about["changes"],
     }
 
 
@@ -218,6 +247,4 @@ def _rendered(facts: dict[str, Any]) -> str:
         keep_trailing_newline=True,
     )
     environment.filters["md"] = escape_markdown
-    if facts["licence"] is not None:
-        facts = facts | {"licence": json.dumps(facts["licence"])}
     return environment.get_template("model_card.md.j2").render(facts)

@@ -12,6 +12,7 @@ from deitkit.system.words import display_name, without_folders
 
 FORMAT = 1
 REQUIRED = ("kind", "config", "mean", "std", "image_px", "class_names")  # of a model.json
+_NO_PATHS = ("class_names", "trained_on", "trained_before_on")
 
 Names = Annotated[
     tuple[str, ...],
@@ -52,11 +53,13 @@ class ModelCard(BaseModel):
         trained_on: Sketch of the images that it was trained on; see ``duplicates.sketch``.
         labelled_share: Which share of those had labels.
         trained_before_on: Sketch of those of the models that it started from.
+        trained_before_view: How those were taken, as ``view``; None if as the model takes its images.
         method: Of a student.
         seed: Of its training.
         readout: By which it won its comparison.
         only_readout: ``class`` if only that head was trained, though there are both.
         test_top1: Of a winner.
+        precision: As ``train.precision`` of its training, in which it is used too.
         onnx_format: Of an ONNX file.
         exported_readout: By which an ONNX file answers.
     """
@@ -81,11 +84,13 @@ class ModelCard(BaseModel):
     trained_on: Sketch = None
     labelled_share: Annotated[float, Field(gt=0, le=1)] = 1.0
     trained_before_on: Sketch = None
+    trained_before_view: dict[Literal["image_px", "channels", "fit"], int | str] | None = None
     method: str | None = None
     seed: int | None = None
     readout: str | None = None
     only_readout: str | None = None
     test_top1: float | None = None
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
     onnx_format: int | None = None
     exported_readout: str | None = None
 
@@ -114,20 +119,38 @@ class ModelCard(BaseModel):
 
     @property
     def seen(self) -> str | None:
-        """Sketch of all images that it has learned from; None if none are known."""
-        known = [text for text in (self.trained_on, self.trained_before_on) if text is not None]
+        """Sketch of all images that it has learned from, as it takes images; None if none are known."""
+        before = None if self._saw_otherwise else self.trained_before_on
+        known = [text for text in (self.trained_on, before) if text is not None]
         return merge_sketches(known) if known else None
+
+    @property
+    def seen_otherwise(self) -> tuple[str, dict[str, Any]] | None:
+        """Sketch of images that it learned from when it took them in another way, and that way; None without any."""
+        if self.trained_before_on is None or self.trained_before_view is None or not self._saw_otherwise:
+            return None
+        return self.trained_before_on, {str(field): value for field, value in self.trained_before_view.items()}
+
+    @property
+    def all_seen(self) -> list[tuple[str, dict[str, Any]]]:
+        """Each sketch of images that it has learned from, with how it took these."""
+        now = [] if self.seen is None else [(self.seen, self.view)]
+        before = self.seen_otherwise
+        return now if before is None else [*now, before]
+
+    @property
+    def _saw_otherwise(self) -> bool:
+        return self.trained_before_view is not None and self.trained_before_view != self.view
 
     def written(self) -> dict[str, Any]:
         """Return it as it was read, for a file."""
         return self.model_dump(mode="json", exclude_unset=True)
 
     def published(self) -> "ModelCard":
-        """Return it without the names of folders; a sketch, which may look like a path, stays as it is."""
-        kept = {"trained_on": self.trained_on, "trained_before_on": self.trained_before_on}
-        return ModelCard.model_validate(
-            without_folders(self.written()) | {name: text for name, text in kept.items() if text is not None}
-        )
+        """Return it without the names of folders; names of classes and sketches, which may look like paths, stay."""
+        written = self.written()
+        kept = {name: written[name] for name in _NO_PATHS if name in written}
+        return ModelCard.model_validate(without_folders(written) | kept)
 
 
 def card_from(content: Any, path: Path) -> ModelCard:

@@ -93,6 +93,7 @@ def build_model(card: ModelCard, state: dict[str, Tensor], folder: Path) -> Buil
     """
     try:
         _check_size(card, state)
+        _check_agreement(card)
         if card.kind == "deit":
             student = _student(card.config or {})
             head = "head" if student.head is not None else "head_dist"
@@ -127,6 +128,21 @@ def _check_size(card: ModelCard, state: dict[str, Tensor]) -> None:
         raise ValueError("it describes a larger model than model.safetensors contains")
 
 
+def _check_agreement(card: ModelCard) -> None:
+    """Raise ValueError if fields of a card contradict each other."""
+    if not len(card.mean) == len(card.std) == card.channels:
+        raise ValueError(f"mean and std have {len(card.mean)} and {len(card.std)} values, channels is {card.channels}")
+    if card.kind != "deit":
+        return
+    config = card.config or {}
+    for field, value in (("classes", len(card.class_names)), ("channels", card.channels)):
+        if config[field] != value:
+            raise ValueError(f"{field} of config is {config[field]}, but it describes a model with {value}")
+    px = config["image_px"]
+    if card.image_px is None and card.input_px not in (None, (px, px)):
+        raise ValueError(f"image_px of config is {px}, but input_px is {list(card.input_px)}")
+
+
 def load_classifier(folder: Path, device: torch.device) -> tuple[Classifier, ModelCard]:
     """Return the classifier of a folder or an ONNX file, in evaluation mode, and its card."""
     if is_onnx(folder):
@@ -135,6 +151,8 @@ def load_classifier(folder: Path, device: torch.device) -> tuple[Classifier, Mod
     card, state = read_card(folder), read_state(folder / "model.safetensors")
     built = build_model(card, state, folder)
     try:
+        if card.kind == "deit" and card.image_px not in (None, built.image_px):
+            raise ValueError(f"image_px is {card.image_px}, but its model takes {built.image_px}")
         classifier = Classifier(
             built.model, mean=card.mean, std=card.std, image_px=card.image_px, readout=card.only_readout
         )

@@ -51,7 +51,8 @@ def without_folders(value: Any) -> Any:
     whole = re.fullmatch(r"((?:folder|parquet|csv):)?(?:~|[A-Za-z]:)?[/\\](?!/).*", value, re.S)
     if whole is not None:
         return (whole[1] or "") + re.split(r"[/\\]", value.rstrip("/\\"))[-1]
-    return re.sub(r"(?<![\w./\\])(?:~|[A-Za-z]:(?=\\))?[/\\](?![/\s])(?:[^\s'\"/\\,;]+[/\\])+", "", value)
+    name = r"[^\s'\"/\\,;]+(?: [^\s'\"/\\,;]+)*"  # of a folder, which may contain spaces
+    return re.sub(rf"(?<![\w./\\])(?:~|[A-Za-z]:(?=\\))?[/\\](?![/\s])(?:{name}[/\\])+", "", value)
 
 
 def shortened(name: str, most: int) -> str:

@@ -3,6 +3,7 @@
 The files of each library are written in ``export_layouts``.
 """
 
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,17 +12,20 @@ import torch
 from torch import Tensor, nn
 
 from deitkit.errors import CheckpointError, RecipeError
+from deitkit.models.card import ModelCard
 from deitkit.models.vit import TOKENS, Output
 from deitkit.models.weights.adapt import Values, adapt, renormalise
 from deitkit.models.weights.formats import Architecture, State
 from deitkit.models.weights.initialise import Weights, read_weights
 from deitkit.models.weights.read import file_sha256
 
-# Fields of a student's card about its training, which apply only while the weights are unchanged.
-_ABOUT_TRAINING = (
-    "method", "seed", "recipe", "dataset", "split", "trained_on", "labelled_share", "trained_before_on", "readout",
-    "test_top1", "initial",
-)  # fmt: skip
+# Fields of a student's card about its training: those that always hold, those of its heads, and of unchanged weights.
+_ALWAYS, _OF_HEADS, _OF_WEIGHTS = (
+    ("recipe", "initial", "dataset", "split"),
+    ("method", "seed", "readout"),
+    ("test_top1",),
+)
+_OF_IMAGES = ("trained_on", "labelled_share", "trained_before_on", "trained_before_view")
 
 
 @dataclass(frozen=True)
@@ -140,22 +144,39 @@ def prepare_export(
     if names is None or len(names) != target.classes:
         names = tuple(f"class {number}" for number in range(target.classes))
         lines.append(f"class names: missing in the source; {names[0]} to {names[-1]} are written")
-    about = _about(weights, source, changes)
     if weights.eval_crop is None or weights.fit is None:
         lines.append("test images: how they are cropped is missing in the source; the largest centre square is written")
     eval_crop, fit = weights.eval_crop or 1.0, weights.fit or "crop"
+    about = _about(weights, source, target, fit, changes)
     only = weights.only_readout if len(target.tokens) == 2 else None
     return ExportedModel(
         state, target, names, mean, std, eval_crop, fit, about, (*lines, *changes), weights.assumes_heads, only
     )
 
 
-def _about(weights: Weights, source: Path, changes: list[str]) -> dict[str, Any]:
-    """Describe the origin of the weights, and their training if they are unchanged."""
-    known = {} if changes or weights.card is None else weights.card.written()
-    origin = f"{source.name} (sha256 {file_sha256(weights.file)[:8]})"
-    kept = {name: known[name] for name in _ABOUT_TRAINING if name in known}
-    return kept | {"source": origin, "changes": changes}
+def _about(weights: Weights, source: Path, target: Architecture, fit: str, changes: list[str]) -> dict[str, Any]:
+    """Return the fields of a card on the origin of the weights, and those on their training that still hold."""
+    given, card = weights.architecture, weights.card
+    origin: dict[str, Any] = {"source": f"{source.name} (sha256 {file_sha256(weights.file)[:8]})", "changes": changes}
+    if card is None:
+        return origin
+    known = card.written()
+    if "changes" in known:  # it was converted before
+        origin = {"source": known.get("source", origin["source"]), "changes": [*known["changes"], *changes]}
+    same_heads = (given.tokens, given.classes) == (target.tokens, target.classes)
+    names = (*_ALWAYS, *(_OF_HEADS if same_heads else ()), *(() if changes else _OF_WEIGHTS))
+    seen = _images_of_training(card, {"image_px": target.image_px[0], "channels": target.channels, "fit": fit})
+    return {name: known[name] for name in names if name in known} | seen | origin
+
+
+def _images_of_training(card: ModelCard, view: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of a card on the images that a model learned from, for one that takes images as a view."""
+    known = card.written()
+    own = card.view if card.input_px is not None else view
+    if own == view:
+        return {name: known[name] for name in _OF_IMAGES if name in known}
+    seen, view_of_seen = (card.seen, own) if card.seen is not None else card.seen_otherwise or (None, None)
+    return {} if seen is None else {"trained_before_on": seen, "trained_before_view": view_of_seen}
 
 
 def _parse_tokens(text: str) -> tuple[str, ...]:
@@ -190,8 +211,9 @@ def _normalisation(weights: Weights, mean: Values | None, std: Values | None) ->
     if (mean is None) != (std is None):
         raise RecipeError("--mean and --std belong together: give both or neither")
     if mean is not None and std is not None:
-        if len(mean) != count or len(std) != count or min(std) <= 0:
-            raise RecipeError(f"--mean and --std need {count} values each, and --std must be positive")
+        finite = all(math.isfinite(value) for value in (*mean, *std))
+        if len(mean) != count or len(std) != count or not finite or min(std) <= 0:
+            raise RecipeError(f"--mean and --std need {count} values each, all finite, and those of --std positive")
         known_mean, known_std = weights.normalisation
         if found and not torch.allclose(torch.tensor((mean, std)), torch.tensor((known_mean, known_std))):
             raise RecipeError(

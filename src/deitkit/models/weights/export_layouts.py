@@ -4,7 +4,9 @@ Of these libraries, writing needs only timm; ``--check`` opens the files with th
 """
 
 import io
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from deitkit.data.pixels import evaluation_frame
-from deitkit.errors import CheckpointError, RecipeError
+from deitkit.errors import CheckpointError, RecipeError, is_out_of_memory, reason_of
 from deitkit.models.classifier import Classifier
 from deitkit.models.saved import load_classifier, save_classifier, save_tensors
 from deitkit.models.vit import INIT_STD, MLP_RATIO, NORM_EPS, SIZES
@@ -53,6 +55,22 @@ class Layout:
             raise RecipeError(
                 f"--check needs {self.package}, which is not installed: pip install {self.package}, or drop --check"
             )
+
+
+@contextmanager
+def removed_on_failure(out: Path) -> Iterator[None]:
+    """Remove what the block writes to ``out``, a new file or a new or empty folder, if it fails or is interrupted."""
+    was_there = out.is_dir()
+    try:
+        yield
+    except BaseException:  # Ctrl-C too
+        for path in out.iterdir() if out.is_dir() else ():  # ``out`` may be a link
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        if out.is_dir() and not was_there:
+            out.rmdir()
+        elif out.is_file():
+            out.unlink()
+        raise
 
 
 def largest_difference(exported: ExportedModel, layout: Layout, out: Path) -> float | None:
@@ -186,9 +204,18 @@ def _require_all_heads(exported: ExportedModel) -> None:
 
 def _open_timm(exported: ExportedModel, out: Path) -> Logits:
     name, arguments = timm_arguments(exported)
-    file = out / "model.safetensors" if out.is_dir() else out
-    model: Logits = timm.create_model(name, checkpoint_path=str(file), **arguments).eval()
-    return model
+    if not out.is_dir():
+        model: Logits = timm.create_model(name, checkpoint_path=str(out), **arguments).eval()
+        return model
+    try:
+        return timm.create_model(f"local-dir:{out}", pretrained=True).eval()
+    except Exception as error:  # timm raises many types; its older versions read # and ? in a path as parts of a URL
+        if is_out_of_memory(error):
+            raise
+        raise CheckpointError(
+            f"timm {timm.__version__} cannot open local-dir:{out} ({reason_of(error)}): update timm, or name a folder "
+            "without # and ?"
+        ) from None
 
 
 def _write_released(exported: ExportedModel, out: Path) -> list[str]:

@@ -162,13 +162,13 @@ def weights_file(path: Path) -> Path:
 
 
 def card_of(file: Path) -> ModelCard | None:
-    """Return the card beside a file of weights; None without one, or for that of another program.
+    """Return the card of a file of weights; None without one, for that of another program, or beside another file.
 
     Raises:
         CheckpointError: It is damaged.
     """
     path = file.parent / "model.json"
-    if not path.is_file():
+    if file.name not in _WEIGHTS_FILES or not path.is_file():
         return None
     content = _read_json(path)
     return card_from(content, path) if isinstance(content.get("format"), int) else None
@@ -273,6 +273,8 @@ def _timms_view(config: dict[str, Any]) -> tuple[float, str] | None:
 def _transformers_view(processing: dict[str, Any]) -> tuple[float, str] | None:
     """Return how ``preprocessor_config.json`` prepares an image, likewise."""
     size, kept = processing.get("size"), processing.get("crop_size")
+    if isinstance(size, int):  # of the feature extractors of older versions, which squash
+        size = {"height": size, "width": size}
     if not isinstance(size, dict):
         return None
     resized, fit = size.get("shortest_edge", size.get("height")), "crop" if "shortest_edge" in size else "squash"
