@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import stat
 import subprocess
 import sys
@@ -21,14 +22,17 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 SMALL = ("digits", *TINY, "methods=[none, soft]", "seeds=[0, 1]")
 SBATCH = """#!{python}
 import json, os, subprocess, sys
-options = dict(word.lstrip("-").partition("=")[::2] for word in sys.argv[1:])
-assert {{"parsable", "requeue", "gpus", "open-mode", "output", "job-name", "wrap"}} <= options.keys(), options
+count = next(place for place, word in enumerate(sys.argv) if place and not word.startswith("--"))
+options = dict(word.lstrip("-").partition("=")[::2] for word in sys.argv[1:count])
+assert {{"parsable", "requeue", "gpus", "cpus-per-gpu", "open-mode", "output", "job-name"}} <= options.keys(), options
+assert options["signal"] == "B:TERM@120"
+assert options["partition"] == "small"
 first, _, last = options.get("array", "0-0").partition("-")
 for task in range(int(first), int(last) + 1):
     log = options["output"].replace("%x", options["job-name"]).replace("%a", str(task))
     with open(log, "a") as file:
-        environment = os.environ | {{"SLURM_ARRAY_TASK_ID": str(task)}}
-        subprocess.run(["bash", "-c", options["wrap"]], check=True, stdout=file, stderr=file, env=environment)
+        environment = os.environ | ({{"SLURM_ARRAY_TASK_ID": str(task)}} if task else {{}})
+        subprocess.run(["bash", *sys.argv[count:]], check=True, stdout=file, stderr=file, env=environment)
 with open("{jobs}", "a") as file:
     file.write(json.dumps([options["job-name"], options.get("dependency"), options.get("array")]) + "\\n")
 print(len(open("{jobs}").readlines()))
@@ -51,7 +55,8 @@ def test_slurm_runs_teachers_then_parts_then_the_table(tmp_path: Path) -> None:
     alone = subprocess.run(["bash", str(EXAMPLES / "slurm.sh")], capture_output=True, text=True, check=False)
     assert (alone.returncode, "usage: bash" in alone.stderr) == (2, True)
     command = ["bash", str(EXAMPLES / "slurm.sh"), str(out), "2", *SMALL]
-    done = subprocess.run(command, env=environment(programs), capture_output=True, text=True, check=False)
+    options = {"SBATCH_OPTIONS": "--partition=small --time=1:00:00"}
+    done = subprocess.run(command, env=environment(programs) | options, capture_output=True, text=True, check=False)
     logs = "".join(log.read_text() for log in sorted((out / "units").glob("*.log")))
     assert done.returncode == 0, done.stderr + logs
     assert [json.loads(line) for line in jobs.read_text().splitlines()] == [
@@ -62,6 +67,33 @@ def test_slurm_runs_teachers_then_parts_then_the_table(tmp_path: Path) -> None:
     assert read_results(out).seeds == (0, 1)
     assert "unit seed-0" in (out / "units" / "unit-1.log").read_text()
     assert "unit seed-1" in (out / "units" / "unit-2.log").read_text()
+
+
+@pytest.mark.parametrize(
+    ("code", "restarts", "requeued"),
+    [(143, "", True), (75, "3", True), (143, "100", False), (2, "", False), (0, "", False)],
+)
+def test_a_job_of_slurm_passes_its_signal_on_and_is_queued_again_where_that_helps(
+    code: int, restarts: str, requeued: bool, tmp_path: Path
+) -> None:
+    scontrol, unit = tmp_path / "scontrol", tmp_path / "unit"
+    scontrol.write_text(f"#!/bin/bash\necho $* >> {tmp_path}/requeued\n")
+    unit.write_text(
+        f"#!/bin/bash\ntrap 'sleep 0.3; echo saved $*; exit {code}' TERM\necho up\nwhile :; do sleep 0.1; done\n"
+    )
+    for program in (scontrol, unit):
+        program.chmod(stat.S_IRWXU)
+    slurm = {"SLURM_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "2", "SLURM_RESTART_COUNT": restarts, "REQUEUE_SECONDS": "0"}
+    command = ["bash", str(EXAMPLES / "slurm.sh"), "--job", "4", str(unit)]
+    with subprocess.Popen(command, env=environment(tmp_path) | slurm, stdout=subprocess.PIPE, text=True) as job:
+        assert job.stdout is not None
+        assert job.stdout.readline() == "up\n"
+        job.send_signal(signal.SIGTERM)
+        output, _ = job.communicate(timeout=30)
+    assert (job.returncode, output) == (code, "saved --unit 2/4\n")
+    assert (tmp_path / "requeued").exists() == requeued
+    if requeued:
+        assert (tmp_path / "requeued").read_text() == "requeue 7\n"
 
 
 def test_spot_machines_run_the_same_command_again(tmp_path: Path) -> None:

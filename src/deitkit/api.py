@@ -125,16 +125,18 @@ class Model:
         """The classifier, which stays in memory for the next call."""
         return load_classifier(self.folder, choose_device("auto"))
 
-    def evaluate(self, data: str, *, root: str | Path | None = None) -> Evaluation:
+    def evaluate(self, data: str, *, root: str | Path | None = None, everything: bool = False) -> Evaluation:
         """Measure it on the test images of a data set, divided as for its training.
 
         Args:
             data: A named data set, ``folder:PATH``, ``csv:FILE`` or ``parquet:PATH``.
             root: Folder of named data sets.
+            everything: Measure on all its images, such as new ones without a test split.
 
         Returns:
-            ``model``, ``dataset``, ``n`` (test images), ``trained_on`` (the estimated share of these that it learned
-            from, 0 to 1; None if its card does not tell) and ``readouts``, each with ``readout``, ``top1``,
+            ``model``, ``dataset``, ``n`` (test images), ``drawn_from`` (of how many, without a test split; else None),
+            ``trained_on`` (the estimated share of these that it learned from, 0 to 1; None if its card does not tell)
+            and ``readouts``, each with ``readout``, ``top1``,
             ``top1_ci95`` (Wilson's 95 % interval) and ``top5`` (None for at most five classes), as fractions.
 
         Raises:
@@ -144,7 +146,8 @@ class Model:
             raise DataError(
                 f"data is of the type {type(data).__name__}: name a data set, as 'cifar10' or 'folder:PATH'"
             )
-        return evaluate_model(self.folder, data, None if root is None else _path("root", root))
+        given = None if root is None else _path("root", root)
+        return evaluate_model(self.folder, data, given, everything=everything)
 
 
 class Comparison:

@@ -155,7 +155,7 @@ class Chaos:
         if state is None:
             return False
         half = state.read_bytes()[: state.stat().st_size // 2]
-        state.with_name(".0123456789abcdef.tmp").write_bytes(half)
+        state.with_name(f".{'0123456789abcdef' * 2}.tmp").write_bytes(half)
         state.unlink()
         return True
 
@@ -178,16 +178,25 @@ class Chaos:
         return code == USER_MISTAKE
 
     def run_twice(self, folder: Path) -> bool:
-        """Begin a second run in the folder of one that is at work; it must be refused."""
+        """Begin a second run in the folder of one that is at work; it must wait, or be refused."""
         first = self.launch(folder)
         time.sleep(self.moment())
+        if not (folder / "recipe.yaml").exists():
+            os.kill(first, signal.SIGKILL)
+            self.wait(first)
+            return False
+        said = len(self.log.read_text())
         second = self.launch(folder)
-        code = self.wait(second)
-        os.kill(first, signal.SIGKILL)
+        until, sign = time.monotonic() + self.duration, "another deitkit process is using"
+        while sign not in self.log.read_text()[said:] and time.monotonic() < until:
+            time.sleep(0.1)
+        for process in (second, first):
+            os.kill(process, signal.SIGKILL)
+        self.wait(second)
         if self.wait(first) == 0:
             return False
-        if code != USER_MISTAKE:
-            raise LostError(f"a second run in the same folder ended with code {code}")
+        if sign not in self.log.read_text()[said:]:
+            raise LostError("a second run in the same folder did not wait")
         return True
 
     def survive(self, disturbances: list[str]) -> None:

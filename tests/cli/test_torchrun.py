@@ -2,7 +2,9 @@
 
 import json
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -128,6 +130,82 @@ def test_processes_whose_torchrun_is_killed_save_and_end(tmp_path: Path) -> None
     output, _ = run.communicate(timeout=60)
     assert "stopped; the same command with --resume continues" in output
     assert list((tmp_path / "run").glob("seed-0/**/checkpoint.safetensors"))
+
+
+OTHER_IMAGES = """
+import os
+from dataclasses import replace
+from deitkit.comparison import worker
+if os.environ["RANK"] == "1":
+    load = worker.load_dataset
+    def stale(*arguments, **options):
+        dataset = load(*arguments, **options)
+        return replace(dataset, train=replace(dataset.train, labels=dataset.train.labels.roll(1)))
+    worker.load_dataset = stale
+from deitkit.cli.main import main
+main()
+"""
+
+
+def test_a_process_with_other_images_ends_all_with_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "stale.py").write_text(OTHER_IMAGES)
+    run = torchrun(
+        str(tmp_path / "stale.py"), "compare", "digits", *LONGER, "methods=[none]", "--out", str(tmp_path / "run")
+    )
+    output, _ = run.communicate(timeout=120)
+    assert run.returncode != 0
+    assert output.count(f"error: on {socket.gethostname()}: data.name=digits has other images or labels") == 1, output
+    assert "another process of the run was lost" not in output
+    assert re.search(r"Root Cause.*exitcode +: 2 ", output, re.DOTALL)
+    assert not list((tmp_path / "run").glob("seed-0/*/metrics.jsonl"))
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_mistake_is_not_repeated_by_restarts(processes: int, tmp_path: Path) -> None:
+    (tmp_path / "other").touch()
+    command = ("-m", "deitkit", "compare", "digits", *LONGER, "--out", str(tmp_path))
+    run = torchrun("--max-restarts=2", *command, processes=processes)
+    output, _ = run.communicate(timeout=120)
+    assert run.returncode != 0
+    assert output.count("contains other files: name a new or empty folder") == 1, output
+    assert "exitcode  : 2 " in output
+
+
+@pytest.mark.parametrize(("processes", "which"), [(1, 0), (2, 1)])
+def test_a_signal_to_one_process_stops_all_for_good(processes: int, which: int, tmp_path: Path) -> None:
+    command = ("-m", "deitkit", "compare", "digits", *LONGER, "train.epochs=3000", "methods=[none]")
+    run = torchrun("--max-restarts=3", *command, "--out", str(tmp_path / "run"), processes=processes)
+    until(run, "seed 0 epoch 3/3000")
+    ranks = {child.environ()["RANK"]: child for child in psutil.Process(run.pid).children()}
+    ranks[str(which)].send_signal(signal.SIGTERM)
+    output, _ = run.communicate(timeout=100)
+    assert run.returncode != 0
+    assert output.count("stopped; the same command with --resume continues") == 1, output
+    assert "resuming at epoch" not in output
+    assert list((tmp_path / "run").glob("seed-0/**/checkpoint.safetensors"))
+
+
+def test_a_single_process_that_is_killed_is_started_again_too(tmp_path: Path) -> None:
+    command = ("-m", "deitkit", "compare", "digits", *LONGER, "methods=[none]", "--out", str(tmp_path / "run"))
+    run = torchrun("--max-restarts=1", *command, processes=1)
+    until(run, "seed 0 epoch 3/16")
+    psutil.Process(run.pid).children()[0].kill()
+    output, _ = run.communicate(timeout=200)
+    assert run.returncode == 0, output
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="what torchrun was given is read from /proc")
+@pytest.mark.parametrize(("given", "threads"), [({}, "4"), ({"OMP_NUM_THREADS": "3"}, "3")])
+def test_processes_divide_the_cores_unless_the_user_did(given: dict[str, str], threads: str, tmp_path: Path) -> None:
+    script = "import os\nfrom deitkit.system import process\nprocess.usable_cores = lambda: 8\n"
+    script += "process.configure_process()\nprint('threads', os.environ['OMP_NUM_THREADS'], flush=True)\n"
+    (tmp_path / "show.py").write_text(script)
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"} | given
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [*command, str(tmp_path / "show.py")], env=environment, capture_output=True, text=True, check=True, timeout=100
+    )
+    assert re.findall(r"threads (\d+)", done.stdout) == [threads] * 2
 
 
 def test_a_mistake_is_said_once_and_ends_all(tmp_path: Path) -> None:

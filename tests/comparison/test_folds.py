@@ -36,7 +36,7 @@ from deitkit.recipe.schema import DataRecipe, Recipe
 from deitkit.report.write import write_report
 from deitkit.run.metrics import read_metrics
 from deitkit.run.observer import Watcher
-from deitkit.run.results import FoldResults, Results, read_results
+from deitkit.run.results import FIT_TO_TEACH, Cost, FoldResults, Results, read_results
 from deitkit.training.student import Student
 from source_helpers import write_classes
 
@@ -383,6 +383,31 @@ def test_folds_are_compared_by_balanced_accuracy_where_it_chooses(tiny_recipe: T
     assert hard.balanced_differences["teacher"].mean == pytest.approx(np.mean(lags))
     assert "It was chosen by balanced accuracy" in combined.verdict
     assert "balanced_differences" not in read_results(learnt).to_json()["rows"][0]
+
+
+def test_what_the_gate_says_of_some_folds_is_not_said_of_all_and_one_busy_fold_does_not_make_the_cost(
+    tiny_recipe: TinyRecipe, learnt: Path
+) -> None:
+    folds: dict[int, Results] = {fold: read_results(learnt / "folds" / str(fold)) for fold in (1, 2, 3)}
+
+    def cost_of(milliseconds: float) -> Cost:
+        return Cost(file_bytes=10, milliseconds=milliseconds, batch_size=8, milliseconds_in_batch=milliseconds / 2)
+
+    def combined(*verdicts: str) -> FoldResults:
+        for (fold, one), verdict, time in zip(folds.items(), verdicts, (9.0, 1.0, 2.0), strict=True):
+            assert one.teacher is not None
+            card = one.teacher.model_copy(update={"verdict": verdict, "cost": cost_of(time)})
+            rows = tuple(row.model_copy(update={"cost": cost_of(time)}) for row in one.rows)
+            folds[fold] = one.model_copy(update={"teacher": card, "teachers": (card,), "rows": rows})
+        return combine(tiny_recipe(*LEARNS), folds)
+
+    some = combined("weak: a", FIT_TO_TEACH, "weak: a")
+    assert [card.verdict for card in some.teachers] == ["folds 1 and 3: weak: a"]
+    assert [one.cost for one in (*some.rows, *some.teachers)] == [cost_of(2.0)] * (len(some.rows) + 1)
+    (card,) = combined("weak: a", FIT_TO_TEACH, "weak: b").teachers
+    assert card.verdict == "fold 1: weak: a; fold 3: weak: b"
+    assert combined(*["weak: a"] * 3).teachers[0].verdict == "weak: a"
+    assert combined(*[FIT_TO_TEACH] * 3).teachers[0].verdict == FIT_TO_TEACH
 
 
 def test_a_row_without_a_fold_to_compare_has_no_difference(tiny_recipe: TinyRecipe, two_folds: Path) -> None:

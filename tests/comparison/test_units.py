@@ -25,11 +25,12 @@ from deitkit.comparison.side_by_side import run_side_by_side
 from deitkit.comparison.units import PREPARE, divide, run_unit
 from deitkit.errors import CheckpointError, DeitkitError, Interrupted, RecipeError
 from deitkit.recipe.schema import Recipe
-from deitkit.run.folder import begin_run, locked
+from deitkit.run.folder import FolderInUse, begin_run, locked
 from deitkit.run.metrics import read_metrics
 from deitkit.run.observer import Watcher
 from deitkit.run.results import Results, read_results
 from deitkit.run.state import load_tree, save_state, save_tree
+from deitkit.system import process
 from run_helpers import Listener, timeless
 
 LONGER = (
@@ -203,6 +204,30 @@ def test_a_unit_that_is_killed_between_two_students_keeps_the_metrics_of_both(
         assert [line.epoch for line in read_metrics(tmp_path / "seed-0" / name)] == [1, 2]
 
 
+@pytest.mark.parametrize(
+    ("changes", "home"),
+    [
+        (("methods=[none]", "data.folds=3"), "folds/2"),
+        (("methods=[none]", "variants={smooth: {train.label_smoothing: 0.2}}"), "variants/smooth"),
+    ],
+)
+def test_a_run_does_not_train_what_a_unit_still_trains(
+    changes: tuple[str, ...],
+    home: str,
+    tiny_recipe: Callable[..., Recipe],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for module in ("folds", "ablation"):
+        monkeypatch.setattr(f"deitkit.comparison.{module}.LOCK_SECONDS", 0.2)
+    recipe, heard = tiny_recipe(*changes), Listener()
+    run_unit(recipe, tmp_path, PREPARE, watcher=Watcher())
+    with locked(tmp_path / home), pytest.raises(FolderInUse, match=f"another deitkit process is using .*{home}"):
+        run_recipe(recipe, tmp_path, watcher=heard, resume=True)
+    assert any("waiting up to 0 s" in line for line in heard.heard)
+    assert not (tmp_path / home / "seed-0").exists()
+
+
 @pytest.mark.parametrize("unit", ["seed-0/hard", "seed-0/none,none", "seed-0/", "seed-0/none,"])
 def test_students_of_a_unit_are_those_of_the_recipe_each_once(
     unit: str, tiny_recipe: Callable[..., Recipe], tmp_path: Path
@@ -271,6 +296,57 @@ def test_units_on_the_cpu_see_no_gpu(
     assert started[0].get("CUDA_VISIBLE_DEVICES") == visible
 
 
+@pytest.mark.parametrize("users", [True, False])
+def test_units_keep_the_threads_of_the_user_but_not_those_of_the_driver(
+    users: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("OMP_NUM_THREADS", "DEITKIT_OWN_THREADS"):
+        monkeypatch.setenv(name, "7")
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(process, "usable_cores", lambda: 64)  # a container's quota
+    monkeypatch.setattr(process, "visible_cores", lambda: 128)
+    if users:
+        monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    process.configure_process()
+    assert os.environ["OMP_NUM_THREADS"] == ("5" if users else "64")
+    own = pools._environment(os.environ, 8)
+    assert own["OMP_NUM_THREADS"] == ("5" if users else "8")
+    assert "DEITKIT_OWN_THREADS" not in own
+
+
+SLEEPER = "import time\nprint('up', flush=True)\ntime.sleep(300)\n"
+DRIVER = """
+import sys, time
+from pathlib import Path
+from deitkit.comparison.pools import LocalPool
+torchrun = ["-m", "deitkit.system.torchrun", "--standalone", "--nproc-per-node=2", sys.argv[1]]
+print(LocalPool(1, 2, "cpu").start(torchrun, Path(sys.argv[2]), 1).pid, flush=True)
+time.sleep(300)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems tell a process nothing of its parent's end")
+def test_units_of_several_processes_end_with_a_driver_that_is_killed(tmp_path: Path) -> None:
+    sleeper, log = tmp_path / "sleeper.py", tmp_path / "log"
+    sleeper.write_text(SLEEPER)
+    with subprocess.Popen([sys.executable, "-c", DRIVER, sleeper, log], stdout=subprocess.PIPE, text=True) as driver:
+        assert driver.stdout is not None
+        unit = psutil.Process(int(driver.stdout.readline()))
+        deadline = time.monotonic() + 120
+        while log.read_text().count("up") < 2:
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.1)
+        processes = [unit, *unit.children(recursive=True)]
+        driver.kill()
+    _, alive = psutil.wait_procs(processes, timeout=60)
+    for one in alive:
+        one.kill()
+    assert alive == []
+    orphan = [sys.executable, "-m", "deitkit.system.torchrun", "--help"]
+    late = subprocess.run(orphan, env=os.environ | {"DEITKIT_ENDS_WITH_PARENT": "1"}, capture_output=True)
+    assert late.returncode == -signal.SIGTERM, "the driver ended before it could be watched"
+
+
 def test_places_that_do_not_exist_are_refused() -> None:
     for place in ("nowhere", "local:0", "local:many", "rays"):
         with pytest.raises(RecipeError, match=f"--on {place} is not a place to run on: write local, local:4, ray"):
@@ -331,6 +407,34 @@ def test_a_cluster_is_divided_by_machines_and_says_why_a_unit_cannot_run(
     handle = pool.start(["-m", "deitkit"], tmp_path / "unit.log", 2)
     assert [pool.exit_code(handle) for _ in range(3)] == [LOST] * 3
     assert (tmp_path / "unit.log").read_text() == "[Errno 2] No such file or directory: '/home/me'\n"
+
+
+@pytest.mark.parametrize(
+    ("cores", "gpus", "devices", "share", "expected"),
+    [
+        ((8, 8), (0, 0), 1, 3, 4),  # 5 cores for each would leave the third without a machine
+        ((8, 8), (0, 0), 1, 1, 8),
+        ((8, 4), (0, 0), 1, 3, 4),
+        ((2, 2), (0, 0), 1, 9, 1),
+        ((16, 16), (4, 4), 2, 1, 8),  # those of its GPUs
+        ((64, 2), (1, 1), 1, 2, 2),
+    ],
+)
+def test_units_of_a_cluster_get_the_cores_with_which_all_have_a_machine(
+    cores: tuple[int, int], gpus: tuple[int, int], devices: int, share: int, expected: int,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    class Cluster(FakeRay):
+        def nodes(self) -> list[dict[str, Any]]:
+            resources = [{"CPU": float(own), "GPU": float(those)} for own, those in zip(cores, gpus, strict=True)]
+            return [{"Alive": True, "Resources": each} for each in resources]
+
+    ray = Cluster()
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    monkeypatch.setattr(pools, "_require_answer", lambda address: None)
+    open_pool("ray:here", devices).start(["-m", "deitkit"], tmp_path / "unit.log", share)
+    assert ray.resources["num_cpus"] == expected
+    assert ray.resources["num_gpus"] == (devices if any(gpus) else 0)
 
 
 class Scripted:
@@ -413,22 +517,63 @@ def test_a_mistake_in_one_unit_ends_all_with_its_sentence(tiny_recipe: Callable[
     assert not any("train.lr" in line for line in heard.heard), "said once, at the end"
 
 
+class Clock:
+    """Stands in for ``time``; units live for an hour."""
+
+    now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += 3600.0
+
+
 @pytest.mark.usefixtures("quick")
-def test_what_is_lost_late_is_never_hopeless(
+@pytest.mark.parametrize("unit", [PREPARE, "seed-0"])
+def test_what_trains_further_is_never_hopeless_and_what_only_lives_long_is(
+    unit: str, tiny_recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Trains(Scripted):
+        def start(self, command: Sequence[str], log: Path, share: int) -> Any:
+            handle = super().start(command, log, share)
+            state = home / ("teacher" if handle[0] == PREPARE else "seed-0/none") / STATE
+            state.parent.mkdir(parents=True, exist_ok=True)
+            state.touch()
+            os.utime(state, ns=(0, len(self.started)))
+            return handle
+
+    monkeypatch.setattr(side_by_side, "time", Clock())
+    recipe = tiny_recipe("methods=[none]")
+    home = tmp_path / "run"
+    pool = Trains(**{unit: [LOST] * 9})
+    with pytest.raises(GatheredError):
+        run_side_by_side(recipe, home, pool=pool, watcher=Watcher())
+    assert pool.started.count(unit) == 10
+    with pytest.raises(CheckpointError, match=f"{unit} was lost 5 times: see the end of"):
+        run_side_by_side(recipe, tmp_path / "other", pool=Scripted(**{unit: [LOST] * 9}), watcher=Watcher())
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_unit_that_does_not_end_when_asked_is_left_to_the_pool(
     tiny_recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(side_by_side, "SOON_SECONDS", 0.0)
-    pool = Scripted(**{PREPARE: [LOST] * 9})
-    with pytest.raises(GatheredError):
-        run_side_by_side(tiny_recipe("methods=[none]"), tmp_path / "run", pool=pool, watcher=Watcher())
-    assert pool.started.count(PREPARE) == 10
+    class Deaf(Scripted):
+        def stop(self, handle: Any) -> None:
+            self.stopped.append(handle[0])
+
+    monkeypatch.setattr(side_by_side, "STOP_SECONDS", 0.1)
+    pool = Deaf(**{"seed-0": [99], "seed-1": [2]})
+    with pytest.raises(DeitkitError, match=r"^seed-1: train\.lr is no field$"):
+        run_side_by_side(tiny_recipe("methods=[none]", "seeds=[0, 1]"), tmp_path / "run", pool=pool, watcher=Watcher())
+    assert pool.stopped == ["seed-0"]
 
 
 @pytest.mark.usefixtures("quick")
 def test_a_mistake_under_torchrun_is_known_by_its_report(tiny_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
     class Torchrun(Scripted):
         def start(self, command: Sequence[str], log: Path, share: int) -> Any:
-            assert "torch.distributed.run" in command
+            assert "deitkit.system.torchrun" in command
             log.write_text("error: train.lr is no field\n  rank      : 0 (local_rank: 0)\n  exitcode  : 2 (pid: 7)\n")
             return ["prepare", 1]
 

@@ -292,7 +292,7 @@ def test_test_images_alone_are_those_of_the_whole_data_set(tmp_path, streaming):
             streams = {"streaming": True, "workers": 0} if streaming and name != "digits" else {}
             recipe = DataRecipe(name=name, image_px=4, channels=3, **fields, **streams)
             whole = load_dataset(recipe)
-            alone, _ = load_test(recipe)
+            alone = load_test(recipe)[0]
             everything = torch.arange(len(whole.test))
             assert torch.equal(alone.pixels(everything), whole.test.pixels(everything))
             assert torch.equal(alone.labels, whole.test.labels)

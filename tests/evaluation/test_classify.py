@@ -326,3 +326,15 @@ def test_a_model_that_takes_images_otherwise_than_it_learned_them_is_still_known
         dataset = load_dataset(data)
         # Of 100 training images, those among the test images of another split.
         assert share_seen(elsewhere, data, dataset) > 0, folder
+
+
+def test_all_images_of_new_data_can_be_measured(tmp_path: Path, write_images: Callable[..., Path], run: Run) -> None:
+    photos = write_images(tmp_path / "photos", classes=("a", "b", "c"), count=10, parts=("",))
+    model = save_student(tmp_path / "model")
+    _, shown, said = run("evaluate", model, "--data", f"folder:{photos}")
+    assert "n = 6" in shown
+    assert "these are 6 of 30 images, since there is no test split: --all measures on all" in shown + said
+    _, shown, said = run("evaluate", model, "--data", f"folder:{photos}", "--all")
+    assert "n = 30" in shown
+    assert "these are" not in shown + said
+    assert json.loads(run("evaluate", model, "--data", f"folder:{photos}", "--json")[1])["drawn_from"] == 30

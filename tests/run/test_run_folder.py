@@ -1,9 +1,11 @@
 """A run folder: one process at a time, states that are whole or are not used, signals and their exit codes."""
 
+import errno
 import io
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -83,6 +85,26 @@ def test_a_damaged_state_gives_way_to_the_one_before(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_state_that_cannot_be_read_now_is_not_taken_for_a_damaged_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, said = tmp_path / "checkpoint.safetensors", []
+    with pytest.raises(CheckpointError, match=rf"safetensors cannot be read on {socket.gethostname()}: no such file"):
+        load_tree(path)
+    for epoch in range(2):
+        save_state(path, {"epoch": epoch})
+
+    def stale(*_: object) -> None:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    monkeypatch.setattr(Path, "open", stale)
+    with pytest.raises(CheckpointError, match=r"stale file handle$"):
+        load_state(path, said.append)
+    monkeypatch.undo()
+    assert said == []
+    assert load_state(path, said.append) == {"epoch": 1}
+
+
 def test_where_the_first_state_is_damaged_a_run_starts_anew(tmp_path: Path) -> None:
     path, said = tmp_path / "checkpoint.safetensors", []
     save_state(path, {"epoch": 0})
@@ -123,6 +145,41 @@ def test_a_folder_has_one_run_at_a_time(tmp_path: Path) -> None:
     with locked(folder):  # a process that was killed holds nothing
         pass
     assert not any(folder.iterdir())
+
+
+def test_what_a_killed_process_left_half_written_is_no_run_and_is_deleted(tmp_path: Path) -> None:
+    (tmp_path / "seed-0").mkdir()
+    old, new, other = (tmp_path / name for name in (f"seed-0/.{'0' * 32}.tmp", f".{'1' * 32}.tmp", ".mine.tmp"))
+    for file in (old, new, other):
+        file.touch()
+        os.utime(file, (0, 0))
+    new.touch()
+    with locked(tmp_path):
+        assert not old.exists()
+        assert new.exists(), "another process may be writing it"
+        assert other.exists()
+    other.unlink()
+    old.parent.rmdir()
+    for resume in (False, True):
+        check_run(tmp_path, load_recipe("digits"), resume=resume)
+
+
+def test_resume_waits_for_a_lock_and_a_lock_that_stays_is_no_mistake(
+    tmp_path: Path, run: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("deitkit.comparison.seed_run.LOCK_SECONDS", 0.3)
+    for command in ("compare", "teacher"):
+        with locked(tmp_path):
+            code, printed, said = run(command, "digits", "--out", tmp_path, "--resume")
+            assert code == 75
+            assert "another deitkit process is using" in said
+            assert "waiting up to 0 s for it to end" in printed
+            code, printed, _ = run(command, "digits", "--out", tmp_path)
+            assert (code, "waiting up to" in printed) == (75, False)
+    home = tmp_path / "units"
+    with locked(home):
+        code, printed, _ = run("compare", "digits", "--out", tmp_path, "--resume", "--on", "local:1")
+        assert (code, "waiting up to" in printed) == (75, True)
 
 
 def test_a_run_that_wrote_nothing_leaves_nothing(tmp_path: Path) -> None:
@@ -174,6 +231,22 @@ def test_a_signal_whose_exception_was_swallowed_ends_the_command_at_its_next_sta
     with pytest.raises(Interrupted) as stop:
         run()
     assert stop.value.exit_code == code
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals as POSIX has them")
+def test_only_a_second_ctrl_c_ends_a_run_at_once() -> None:
+    def run() -> None:
+        with Terminal(Console(file=io.StringIO())) as terminal, terminal.defer_interrupts():
+            for _ in range(3):  # a scheduler's to all processes of a job, and what one of them passes on
+                signal.raise_signal(signal.SIGTERM)
+                time.sleep(0.01)
+            reached.append("the end of the step")
+            signal.raise_signal(signal.SIGINT)
+
+    reached: list[str] = []
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    assert reached == ["the end of the step"]
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals as POSIX has them")

@@ -53,6 +53,40 @@ def test_only_torchrun_makes_several_processes(monkeypatch: pytest.MonkeyPatch) 
     assert processes_here() == 6
 
 
+def test_restarts_on_several_machines_are_refused_by_one_process_of_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (TORCHRUN | {"GROUP_WORLD_SIZE": "2", "TORCHELASTIC_MAX_RESTARTS": "3"}).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit, match="2"):
+        join_ranks()
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    with pytest.raises(RecipeError, match="--max-restarts is for one machine, since on several each counts restarts"):
+        join_ranks()
+
+
+class Store(dict[str, bytes]):
+    """A store of torch.distributed."""
+
+    def set(self, key: str, value: str) -> None:
+        self[key] = value.encode()
+
+    def check(self, keys: list[str]) -> bool:
+        return all(key in self for key in keys)
+
+
+def test_one_refusal_is_that_of_all_and_an_end_ends_whoever_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store()
+    first, other = Ranks(0, 2, store), Ranks(1, 2, store)
+    monkeypatch.setattr(Ranks, "any", lambda self, flag: flag or any(key.startswith("refusal") for key in store))
+    assert first.agreed_refusal() == ""
+    assert [other.agreed_refusal("no images"), first.agreed_refusal()] == ["no images"] * 2
+    first.broadcast(None)
+    first.broadcast_end(143)
+    assert other.receive() is None
+    with pytest.raises(SystemExit, match="143"):
+        other.receive()
+    assert ALONE.agreed_refusal("alone") == "alone"
+
+
 @pytest.mark.parametrize(("gpus", "backend"), [(0, "gloo"), (2, "cpu:gloo,cuda:nccl")])
 def test_tensors_on_the_cpu_always_have_a_backend(gpus: int, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     joined: list[Any] = []

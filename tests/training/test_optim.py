@@ -182,3 +182,11 @@ def test_a_state_that_comes_from_a_file_is_laid_out_as_the_weights() -> None:
     loaded = optimizer.state[weight]["momentum_buffer"]
     assert torch.equal(loaded, momentum)
     assert loaded.stride() == weight.stride()
+
+
+def test_a_warm_up_never_begins_above_the_peak() -> None:
+    """A teacher's begins at 1e-3, which is ten times the usual peak of fine-tuning."""
+    train = TrainRecipe(epochs=10, learning_rate=1e-4, warmup_epochs=2, warmup_learning_rate=1e-3)
+    rates = [learning_rate(step, 5, train, train) for step in range(50)]
+    assert max(rates) == pytest.approx(1e-4)
+    assert rates[:11] == pytest.approx([1e-4] * 11)

@@ -21,22 +21,32 @@ def evaluate(
     model: ModelArgument,
     data: Annotated[str, typer.Option("--data", help="A named data set, folder:PATH, parquet:PATH or csv:FILE.")],
     root: Root = None,
+    everything: Annotated[
+        bool,
+        typer.Option("--all", help="Measure on all its images, such as new ones without a test split."),
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Measure a saved model on the test images of a data set, for every readout."""
+    """Measure a saved model on the test images of a data set, for every readout.
+
+    Data without a test split are divided as for its training, and only the test images are measured.
+    """
     from deitkit.evaluation.apply import evaluate_model
     from deitkit.models.saved import model_folder
 
-    result = evaluate_model(model_folder(model), data, root)
+    result = evaluate_model(model_folder(model), data, root, everything=everything)
     if as_json:
         print_json(result)
         return
-    table = Table("readout", "top-1 %", "95 % interval", "top-5 %", title=f"{result['dataset']}, n = {result['n']}")
+    n = f"{result['n']:,}"
+    table = Table("readout", "top-1 %", "95 % interval", "top-5 %", title=f"{result['dataset']}, n = {n}")
     for row in result["readouts"]:
         low, high = row["top1_ci95"]
         top5 = "" if row["top5"] is None else f"{100 * row['top5']:.2f}"
         table.add_row(row["readout"], f"{100 * row['top1']:.2f}", f"{100 * low:.2f} to {100 * high:.2f}", top5)
     console.print(table)
+    if result["drawn_from"] is not None:
+        say(f"these are {n} of {result['drawn_from']:,} images, since there is no test split: --all measures on all")
     if result["trained_on"] is None:
         say("nothing records which images this model was trained on: some of these may be among them")
     elif result["trained_on"] > 0:

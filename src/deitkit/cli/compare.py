@@ -125,6 +125,7 @@ def teacher(
     To use a teacher later: `deitkit compare RECIPE teacher.name=OUT/teacher`.
     """
     from deitkit.cli.progress import Terminal
+    from deitkit.comparison.seed_run import LOCK_SECONDS
     from deitkit.comparison.teachers_only import train_teachers
     from deitkit.models.weights.pretrained import resolved
     from deitkit.run.folder import choose_run_folder, locked
@@ -132,8 +133,12 @@ def teacher(
     loaded = resolved(_load(recipe, overrides, None))
     restarted = was_restarted()
     folder = choose_run_folder(out, loaded, resume, "-teacher", restarted=restarted)
-    with Terminal(errors if as_json else console) as terminal, locked(folder):
-        cards, together = train_teachers(loaded, folder, watcher=terminal, resume=resume or restarted)
+    resume = resume or restarted
+    with (
+        Terminal(errors if as_json else console) as terminal,
+        locked(folder, LOCK_SECONDS if resume else 0.0, terminal.say),
+    ):
+        cards, together = train_teachers(loaded, folder, watcher=terminal, resume=resume)
     if as_json:
         print_json(_facts(together) | {"teachers": [_facts(card) for card in cards]})
         return
@@ -177,6 +182,7 @@ def _compare(
     from deitkit.cli.progress import Terminal
     from deitkit.comparison.pools import open_pool
     from deitkit.comparison.run import run_recipe
+    from deitkit.comparison.seed_run import LOCK_SECONDS
     from deitkit.comparison.side_by_side import run_side_by_side
     from deitkit.models.weights.pretrained import resolved
     from deitkit.report.table import rich_table
@@ -193,7 +199,7 @@ def _compare(
         pool = None if on is None else open_pool(on, devices, recipe.device)
         terminal.say(f"run folder {folder}")
         if pool is None:
-            stack.enter_context(locked(folder))
+            stack.enter_context(locked(folder, LOCK_SECONDS if resume else 0.0, terminal.say))
             results = run_recipe(recipe, folder, watcher=terminal, resume=resume)
         else:
             stack.callback(pool.close)

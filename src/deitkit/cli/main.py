@@ -2,8 +2,9 @@
 
 import errno
 import sys
+from collections.abc import Callable
 from contextlib import suppress
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperGroup
@@ -22,10 +23,14 @@ from deitkit.cli.publish import publish
 from deitkit.cli.recipes import methods, recipes
 from deitkit.cli.report import progress, report, verify
 from deitkit.errors import DeitkitError, Interrupted, is_dead_worker, is_lost_process, is_out_of_memory, os_reason
-from deitkit.system.process import configure_process, were_started
+from deitkit.system.process import MISTAKE, TEMPORARY_FAILURE, configure_process, were_started
+from deitkit.system.restarts import all_processes_live, keep_exit_code, kept_exit_code
 from deitkit.system.user_code import import_user_code
 
-TEMPORARY_FAILURE = 75  # of sysexits.h: the same command may succeed
+if TYPE_CHECKING:
+    from deitkit.system.ranks import Ranks
+
+STOPPED = (130, 143)  # by SIGINT, by SIGTERM
 # Errors of the system that a user can correct; others, as of a network disk, may pass.
 MISTAKES = (
     errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.EROFS,
@@ -72,58 +77,94 @@ app.add_typer(bench_app, name="bench")
 def main() -> None:
     """Run the command line; print a user's mistake as one line and exit with code 2."""
     configure_process()
-    try:
-        import_user_code()
-        _run_in_all_processes() if were_started() else app()
-    except DeitkitError as error:
-        say(f"error: {error}", errors, style="red")
-        sys.exit(2)
-    except Interrupted as stop:
-        say(str(stop) or "stopped; the same command with --resume continues", errors)
-        sys.exit(stop.exit_code)
-    except KeyboardInterrupt:  # before a command began
-        say("stopped", errors)
-        sys.exit(Interrupted.exit_code)
-    except OSError as error:
-        if error.errno in MISTAKES:
-            say(f"error: {error.filename or 'a file'}: {os_reason(error)}: check its name, rights and disk", errors)
-            sys.exit(2)
-        say(f"error: {os_reason(error)}: the same command may succeed, and --resume continues a run", errors)
-        sys.exit(TEMPORARY_FAILURE)
-    except (MemoryError, RuntimeError) as error:
-        code = 2
-        if is_lost_process(error):
-            code = TEMPORARY_FAILURE
-            advice = (
-                "another process of the run was lost: the same command with --resume continues, and with torchrun's "
-                "--max-restarts=3 by itself"
-            )
-        elif is_dead_worker(error):
-            code = TEMPORARY_FAILURE
-            advice = "a process that decodes images was killed or out of memory: lower data.workers, and --resume"
-        elif is_out_of_memory(error):
-            advice = "out of memory: lower train.batch_size, teacher.train.batch_size or data.image_px"
-        else:
-            raise
-        say(f"error: {advice}", errors, style="red")
+    code = kept_exit_code()
+    if code is None:
+        code = _run_in_all_processes() if were_started() else _kept_for_restarts(_run(_command))
+    if code:
         sys.exit(code)
 
 
-def _run_in_all_processes() -> None:
-    """Run the command in the first of the processes that torchrun started; the others help it to train."""
-    from deitkit.comparison.worker import run_worker
-    from deitkit.system.ranks import join_ranks, leave_ranks
+def _command() -> None:
+    import_user_code()
+    app()
 
-    ranks = join_ranks()
+
+def _run(command: Callable[[], object]) -> int:
+    """Run a command, print why it failed as one line, and return the exit code."""
+    try:
+        command()
+    except SystemExit as end:
+        if isinstance(end.code, str):
+            raise
+        return end.code or 0
+    except DeitkitError as error:
+        say(f"error: {error}", errors, style="red")
+        return getattr(error, "exit_code", MISTAKE)
+    except Interrupted as stop:
+        say(str(stop) or "stopped; the same command with --resume continues", errors)
+        return stop.exit_code
+    except KeyboardInterrupt:  # before a command began
+        say("stopped", errors)
+        return Interrupted.exit_code
+    except OSError as error:
+        if error.errno in MISTAKES:
+            say(f"error: {error.filename or 'a file'}: {os_reason(error)}: check its name, rights and disk", errors)
+            return MISTAKE
+        say(f"error: {os_reason(error)}: the same command may succeed, and --resume continues a run", errors)
+        return TEMPORARY_FAILURE
+    except (MemoryError, RuntimeError) as error:
+        code, advice = _of_library(error)
+        say(f"error: {advice}", errors, style="red")
+        return code
+    return 0
+
+
+def _of_library(error: MemoryError | RuntimeError) -> tuple[int, str]:
+    """Return the exit code and the advice for an error of torch; raise it if it is a fault of the program."""
+    if is_lost_process(error):
+        return TEMPORARY_FAILURE, (
+            "another process of the run was lost: the same command with --resume continues, and on one machine with "
+            "torchrun's --max-restarts=3 by itself"
+        )
+    if is_dead_worker(error):
+        return TEMPORARY_FAILURE, (
+            "a process that decodes images was killed or out of memory: lower data.workers, and --resume"
+        )
+    if is_out_of_memory(error):
+        return MISTAKE, "out of memory: lower train.batch_size, teacher.train.batch_size or data.image_px"
+    raise error
+
+
+def _kept_for_restarts(code: int) -> int:
+    """Return an exit code; keep that of a mistake or of a run that was stopped, which torchrun is not to restart."""
+    if code == MISTAKE or (code in STOPPED and all_processes_live()):
+        keep_exit_code(code)
+    return code
+
+
+def _work(ranks: "Ranks") -> None:
+    from deitkit.comparison.worker import run_worker
+
+    import_user_code()
+    run_worker(ranks)
+
+
+def _run_in_all_processes() -> int:
+    """Run the command in the first of the processes that torchrun started; the others help it to train."""
+    from deitkit.system.ranks import current_ranks, join_ranks, leave_ranks
+
+    code = _run(join_ranks)
+    if code:
+        return _kept_for_restarts(code)
+    ranks, code = current_ranks(), 1  # of an error that is raised
     if ranks.rank > 0:
-        run_worker(ranks)
+        code = _run(lambda: _work(ranks))
     else:
         try:
-            app()
-        except SystemExit as end:
-            if end.code:
-                raise
+            code = _kept_for_restarts(_run(_command))
         finally:
             with suppress(RuntimeError):  # torchrun, which keeps the messages, may be gone
-                ranks.broadcast(None)
-    leave_ranks()
+                ranks.broadcast_end(code)
+    if code == 0:
+        leave_ranks()
+    return code

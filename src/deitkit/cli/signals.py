@@ -10,7 +10,7 @@ from typing import Any
 from deitkit.errors import Interrupted
 from deitkit.run.metrics import EpochMetrics
 from deitkit.run.observer import StepProgress, Watcher
-from deitkit.system.process import were_started
+from deitkit.system.process import were_launched
 
 TORCHRUN_SECONDS = 5.0
 
@@ -19,7 +19,8 @@ class StopOnSignal(Watcher):
     """A watcher inside whose context Ctrl-C and SIGTERM stop the run.
 
     Training stops after the current step and saves; everything else stops at once, since a resumed run repeats it. A
-    second Ctrl-C ends the process immediately; the run can still be resumed from what is on disk.
+    second Ctrl-C ends the process immediately; the run can still be resumed from what is on disk. SIGTERM may come more
+    than once: schedulers send it to all processes of a job, of which one may pass it on to the others.
 
     Args:
         stopped: The message of a run that was stopped; by default that --resume continues it.
@@ -45,7 +46,8 @@ class StopOnSignal(Watcher):
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self._stop is not None:
-            if were_started() and time.monotonic() - self._stopped_at < TORCHRUN_SECONDS:
+            passed_on = were_launched() and time.monotonic() - self._stopped_at < TORCHRUN_SECONDS
+            if number == signal.SIGTERM or passed_on:
                 return  # after Ctrl-C, torchrun sends its own signal as well
             signal.signal(number, signal.SIG_DFL)
             raise KeyboardInterrupt

@@ -6,7 +6,7 @@ compares each with the base on the same test images.
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from deitkit.comparison.compare import compare, complete, dry_run, has_finished
 from deitkit.comparison.environment import require_same_code, require_same_ingredients
 from deitkit.comparison.images import as_begun, cache_last, require_same_images
 from deitkit.comparison.rows import Hits, RowKey, corrected, note_on_stops, paired_over_seeds
-from deitkit.comparison.seed_run import load_predictions
+from deitkit.comparison.seed_run import LOCK_SECONDS, load_predictions
 from deitkit.data.dataset import Dataset, load_dataset
 from deitkit.errors import DataError, DeitkitError
 from deitkit.models.weights.pretrained import resolved
@@ -27,8 +27,8 @@ from deitkit.recipe.contradictions import BASE
 from deitkit.recipe.load import changed_fields, expand_variants
 from deitkit.recipe.schema import DataRecipe, Recipe
 from deitkit.report.write import write_report
-from deitkit.run.folder import begin_run, check_run
-from deitkit.run.layout import variant_folder
+from deitkit.run.folder import begin_run, check_run, locked
+from deitkit.run.layout import teacher_folders, variant_folder
 from deitkit.run.observer import Watcher
 from deitkit.run.provenance import envelope
 from deitkit.run.reported import reported_rows
@@ -69,10 +69,12 @@ def compare_variants(recipe: Recipe, folder: Path, *, watcher: Watcher, resume: 
     recipes, homes = begun.recipes, begun.homes
     for name in begun.unfinished:
         watcher.say(f"variant {name} ({list(recipes).index(name) + 1} of {len(recipes)}) {_in_words(name, recipes)}")
-        with named_in_errors(name):
-            compare(recipes[name], homes[name], watcher=watcher, resume=True, dataset=begun.images(name))
+        with named_in_errors(name), locked(homes[name], LOCK_SECONDS, watcher.say):  # a unit may still train it
+            if not has_finished(homes[name], recipes[name]):
+                compare(recipes[name], homes[name], watcher=watcher, resume=True, dataset=begun.images(name))
     for name, own in recipes.items():
-        complete(own, homes[name], watcher)
+        with locked(homes[name], LOCK_SECONDS, watcher.say):
+            complete(own, homes[name], watcher)
     results = _results(recipe, recipes, homes, begun.labels)
     write_results(results, folder)
     write_report(folder)
@@ -121,7 +123,9 @@ def begin_variants(recipe: Recipe, folder: Path, *, watcher: Watcher, resume: bo
     for name in begun.unfinished:
         begin_run(homes[name], recipes[name])
         if needs_teacher(recipes[name]):
-            with named_in_errors(name):
+            ready = all(map(is_prepared, teacher_folders(homes[name], len(recipes[name].all_teachers))))
+            lock = nullcontext() if ready else locked(homes[name], LOCK_SECONDS, watcher.say)
+            with named_in_errors(name), lock:
                 _provide_teacher(name, recipes, homes, begun.images(name), watcher)
     return begun
 

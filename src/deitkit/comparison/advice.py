@@ -77,9 +77,14 @@ def advice(results: Results) -> str:
 
 
 def _own_px(results: Results) -> str:
-    """Say what the teacher would score on larger images, if that is notably more than on the students' views."""
+    """Say what a teacher that is not tested on larger images would score on them, if notably more than on views."""
     teacher = results.teacher
-    if teacher is None or teacher.own_px_top1 is None or teacher.view_px_top1 is None:
+    if (
+        teacher is None
+        or teacher.view_test_top1 is not None
+        or teacher.own_px_top1 is None
+        or teacher.view_px_top1 is None
+    ):
         return ""
     if teacher.own_px_top1 - teacher.view_px_top1 < TOLERABLE:
         return ""

@@ -6,7 +6,7 @@ Each stage writes its result into the run folder, so that a stopped run resumes 
 import filecmp
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from deitkit.comparison.describe import describe_data, describe_device, describe
 from deitkit.comparison.environment import machine_of, require_same_ingredients, write_environment
 from deitkit.comparison.estimate import estimate_training
 from deitkit.comparison.finetune import StartingPoint, add_checkpoint_row, measure_checkpoint
+from deitkit.comparison.finished_run import answers_to_tests
 from deitkit.comparison.images import load_images
 from deitkit.comparison.rows import note_on_stops, summarise, validation_scores
 from deitkit.comparison.seed_run import (
@@ -279,16 +280,17 @@ def _results(begun: Begun, folder: Path) -> Results:
     """Gather the predictions of all seeds into rows."""
     recipe, dataset, teachers, checkpoint = begun.recipe, begun.dataset, begun.teachers, begun.checkpoint
     cards, precision = begun.cards, begun.precision
-    teacher_logits, together = None, None
+    teacher_logits, used_logits, together = None, None, None
     if teachers is not None:
-        each = teachers.logits(dataset.test, precision)
-        teacher_logits = mean_teacher_logits(each)
-        cards = [_tested(card, logits, dataset) for card, logits in zip(cards, each, strict=True)]
-        together = _tested(common_card(teachers, cards, dataset, precision), teacher_logits, dataset)
+        views, used = answers_to_tests(teachers, recipe, dataset, folder, precision)
+        teacher_logits, used_logits = mean_teacher_logits(views), mean_teacher_logits(used)
+        cards = [_tested(*one, dataset) for one in zip(cards, used, views, strict=True)]
+        common = common_card(teachers, cards, dataset, precision)
+        together = _tested(common, used_logits, teacher_logits, dataset)
     names = student_names(recipe)
     predictions = load_predictions(folder, recipe.seeds, names)
     gather_metrics(folder, recipe.seeds, names)
-    summary = summarise(recipe, dataset, predictions, teacher_logits, read_metrics(folder))
+    summary = summarise(recipe, dataset, predictions, teacher_logits, read_metrics(folder), used_logits)
     if checkpoint is not None:
         summary = add_checkpoint_row(summary, checkpoint, dataset, predictions, teacher_logits)
     return Results(
@@ -303,15 +305,35 @@ def _results(begun: Begun, folder: Path) -> Results:
         winner=None if summary.winner is None else summary.winner.row,
         verdict=summary.verdict,
         published=published_figures(recipe.published),
-        notes=(*summary.notes, *note_on_stops(summary.rows, recipe), *map(as_sentence, begun.remarks)),
+        notes=(
+            *summary.notes,
+            *_on_views(cards, dataset),
+            *note_on_stops(summary.rows, recipe),
+            *map(as_sentence, begun.remarks),
+        ),
         machine=machine_of(precision),
     )
 
 
-def _tested(card: TeacherCard, logits: Float[Tensor, "n classes"], dataset: Dataset) -> TeacherCard:
+def _tested(
+    card: TeacherCard, used: Float[Tensor, "n classes"], views: Float[Tensor, "n classes"], dataset: Dataset
+) -> TeacherCard:
+    """Return a card with what a teacher scores on the test images: as it is used, and where that differs, on views."""
     labels = dataset.test.labels
-    figures = {"test_balanced": balanced_accuracy(logits, labels), "test_macro_f1": macro_f1(logits, labels)}
-    return card.model_copy(update={"test_top1": top_k_accuracy(logits, labels), **figures})
+    figures = {"test_balanced": balanced_accuracy(used, labels), "test_macro_f1": macro_f1(used, labels)}
+    if used is not views and not used.equal(views):
+        figures["view_test_top1"] = top_k_accuracy(views, labels)
+    return card.model_copy(update={"test_top1": top_k_accuracy(used, labels), **figures})
+
+
+def _on_views(cards: Sequence[TeacherCard], dataset: Dataset) -> Iterator[str]:
+    """Yield a remark for each teacher that is tested on larger images than it taught with."""
+    for card in cards:
+        if card.view_test_top1 is not None:
+            yield (
+                f"The teacher {card.name} is tested as it is used, on images of {card.image_px} px; on the students' "
+                f"{min(dataset.image_px)} px, with which it taught, it scores {100 * card.view_test_top1:.2f} %."
+            )
 
 
 def _summary(dataset: Dataset) -> DatasetSummary:

@@ -3,6 +3,8 @@
 from pathlib import Path
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from deitkit.data.dataset import Dataset
 from deitkit.errors import CheckpointError
@@ -17,6 +19,7 @@ from deitkit.run.results import Results
 from deitkit.system.device import Precision
 from deitkit.teachers.frozen import Teachers
 from deitkit.teachers.prepare import CARD, is_prepared, prepare_teachers
+from deitkit.teachers.resolution import logits_as_used
 
 
 def teachers_of(folder: Path, recipe: Recipe, dataset: Dataset, precision: Precision, watcher: Watcher) -> Teachers:
@@ -54,3 +57,12 @@ def load_as_trained(folder: Path, speed: SpeedRecipe, device: torch.device) -> C
     It is never compiled: compiled blocks do not call the hooks of ``analyze``.
     """
     return accelerate(load_classifier(folder, device)[0], speed.model_copy(update={"compile": False}), device)
+
+
+def answers_to_tests(
+    teachers: Teachers, recipe: Recipe, dataset: Dataset, folder: Path, precision: Precision
+) -> tuple[list[Float[Tensor, "n classes"]], list[Float[Tensor, "n classes"]]]:
+    """Return each teacher's logits for the students' views of the test images, and for these as it takes them."""
+    views = teachers.logits(dataset.test, precision)
+    homes = teacher_folders(folder, len(recipe.all_teachers))
+    return views, logits_as_used(teachers.classifiers, homes, views, recipe.data, dataset, precision)

@@ -7,6 +7,7 @@ have seen the test images. This module orders them and combines their results; i
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from statistics import median, median_low
 
 from deitkit.comparison.advice import advice
 from deitkit.comparison.compare import compare, complete, copy_winner, dry_run, has_finished
@@ -14,6 +15,7 @@ from deitkit.comparison.environment import require_same_ingredients
 from deitkit.comparison.finetune import measure_checkpoint
 from deitkit.comparison.images import as_begun, cache_last
 from deitkit.comparison.rows import best_row, corrected, corrected_differences, note_on_stops, validation_scores
+from deitkit.comparison.seed_run import LOCK_SECONDS
 from deitkit.comparison.verdict import Standing, verdict
 from deitkit.data.dataset import Dataset, load_dataset
 from deitkit.evaluation.statistics import (
@@ -29,7 +31,7 @@ from deitkit.models.weights.pretrained import initial_weights_path, resolved
 from deitkit.recipe.schema import DataRecipe, Recipe
 from deitkit.report.write import write_report
 from deitkit.run.difference import Difference, Reference
-from deitkit.run.folder import begin_run, check_run
+from deitkit.run.folder import begin_run, check_run, locked
 from deitkit.run.layout import fold_folder, seed_folder
 from deitkit.run.observer import Watcher
 from deitkit.run.provenance import envelope
@@ -37,6 +39,7 @@ from deitkit.run.reported import reported_rows
 from deitkit.run.results import (
     FIT_TO_TEACH,
     FORMAT,
+    Cost,
     DatasetSummary,
     FoldResults,
     Results,
@@ -72,10 +75,11 @@ def compare_folds(recipe: Recipe, folder: Path, *, watcher: Watcher, resume: boo
     recipes = fold_recipes(recipe)
     homes = {fold: fold_folder(folder, fold) for fold in recipes}
     for fold, own in recipes.items():
-        if not has_finished(homes[fold], own):
-            watcher.say(f"fold {fold} of {len(recipes)}")
-            compare(own, homes[fold], watcher=watcher, resume=True, dataset=load(as_begun(own.data, homes[fold])))
-        complete(own, homes[fold], watcher)
+        with locked(homes[fold], LOCK_SECONDS, watcher.say):  # a unit may still train it
+            if not has_finished(homes[fold], own):
+                watcher.say(f"fold {fold} of {len(recipes)}")
+                compare(own, homes[fold], watcher=watcher, resume=True, dataset=load(as_begun(own.data, homes[fold])))
+            complete(own, homes[fold], watcher)
     results = combine(recipe, {fold: read_results(home) for fold, home in homes.items()})
     copy_winner(results, folder, [seed_folder(home, recipe.seeds[0]) for home in homes.values()])
     if (homes[1] / "views.png").is_file():
@@ -137,14 +141,14 @@ def combine(recipe: Recipe, folds: Mapping[int, Results]) -> FoldResults:
     for by in dict.fromkeys(("accuracy", recipe.compare.by)):
         rows = _compared(rows, each, by)
     winner = best_row(rows, recipe.compare.by)
-    teacher = None if first.teacher is None else _teacher([one.teacher for one in each])
+    teacher = None if first.teacher is None else _teacher([one.teacher for one in each], list(folds))
     standing = _standing(winner, rows, recipe.compare.by, None if teacher is None else teacher.test_top1)
     results = FoldResults(
         **envelope(FORMAT),
         recipe=recipe.model_dump(mode="json"),
         dataset=_dataset([one.dataset for one in each]),
         teacher=teacher,
-        teachers=tuple(_teacher(cards) for cards in zip(*(one.teachers for one in each), strict=True)),
+        teachers=tuple(_teacher(cards, list(folds)) for cards in zip(*(one.teachers for one in each), strict=True)),
         initial=first.initial,
         seeds=recipe.seeds,
         folds=tuple(folds),
@@ -177,7 +181,7 @@ def _combined(rows: Sequence[Row], folds: Sequence[int]) -> Row:
             "differences": {},  # those of the first fold alone
             **({"balanced_differences": {}} if rows[0].balanced_differences else {}),
             "status": "; ".join(stopped) or "ok",
-            "cost": next((row.cost for row in rows if row.cost is not None), None),
+            "cost": _median_cost([row.cost for row in rows]),
             **{name: mean_of_finished(getattr(row, name) for row in rows) for name in _MEANS},
         }
     )
@@ -244,18 +248,46 @@ def _standing(winner: Row | None, rows: Sequence[Row], by: str, teacher_top1: fl
     )
 
 
-def _teacher(cards: Sequence[TeacherCard | None]) -> TeacherCard:
+def _median_cost(costs: Sequence[Cost | None]) -> Cost | None:
+    """Return the median of each figure over the folds: a fold in which the machine was busy does not tell."""
+    found = [cost for cost in costs if cost is not None]
+    if not found:
+        return None
+    return Cost(
+        file_bytes=median_low(cost.file_bytes for cost in found),
+        milliseconds=median(cost.milliseconds for cost in found),
+        batch_size=median_low(cost.batch_size for cost in found),
+        milliseconds_in_batch=median(cost.milliseconds_in_batch for cost in found),
+    )
+
+
+def _verdict_of_gate(cards: Sequence[TeacherCard | None], folds: Sequence[int]) -> str:
+    """Return what the gate said of the teachers, with the folds of those that did not pass every test."""
+    remarks: dict[str, list[int]] = {}
+    for fold, card in zip(folds, cards, strict=True):
+        if card is not None and card.verdict != FIT_TO_TEACH:
+            remarks.setdefault(card.verdict, []).append(fold)
+    if list(remarks.values()) == [list(folds)]:
+        return next(iter(remarks))
+    told = []
+    for remark, some in remarks.items():
+        *others, last = map(str, some)
+        told.append(f"folds {', '.join(others)} and {last}: {remark}" if others else f"fold {last}: {remark}")
+    return "; ".join(told) or FIT_TO_TEACH
+
+
+def _teacher(cards: Sequence[TeacherCard | None], folds: Sequence[int]) -> TeacherCard:
     """Combine a teacher's cards: the mean of its accuracies; no hash where each fold trained another."""
     found = [card for card in cards if card is not None]
     shares = ("top1", "chance", "test_top1", "test_balanced", "test_macro_f1", "own_px_top1", "view_px_top1")
     means = {name: mean_of_finished(getattr(card, name) for card in found) for name in shares}
-    refused = [card.verdict for card in found if card.verdict != FIT_TO_TEACH]
     return found[0].model_copy(
         update=means
         | {
             "n": sum(card.n for card in found),
             "sha256": found[0].sha256 if len({card.sha256 for card in found}) == 1 else None,
-            "verdict": refused[0] if refused else FIT_TO_TEACH,
+            "verdict": _verdict_of_gate(cards, folds),
+            "cost": _median_cost([card.cost for card in found]),
             "weak": any(card.weak for card in found),
         }
     )

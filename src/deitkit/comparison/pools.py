@@ -11,7 +11,15 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from deitkit.errors import RecipeError, reason_of
-from deitkit.system.process import ENDS_WITH_PARENT, TORCHRUN_VARIABLES, UNITS_HERE, usable_cores, were_started
+from deitkit.system.process import (
+    ENDS_WITH_PARENT,
+    OWN_THREADS,
+    TORCHRUN,
+    TORCHRUN_VARIABLES,
+    UNITS_HERE,
+    usable_cores,
+    were_started,
+)
 from deitkit.system.words import counted
 
 USES_GPUS = ("auto", "cuda")  # devices of a recipe that are GPUs where there are any
@@ -67,8 +75,9 @@ def open_pool(place: str, devices: int, device: str = "auto") -> Pool:
 
 def _environment(given: Mapping[str, str], cores: int) -> dict[str, str]:
     """Return the environment of a unit with some cores; threads that the user has set stay."""
-    own = {"PYTHONUNBUFFERED": "1", ENDS_WITH_PARENT: "1"}
-    given = {name: value for name, value in given.items() if name not in TORCHRUN_VARIABLES}
+    own = {"PYTHONUNBUFFERED": "1", ENDS_WITH_PARENT: str(os.getpid())}
+    left_out = {*TORCHRUN_VARIABLES, OWN_THREADS, *(["OMP_NUM_THREADS"] if OWN_THREADS in given else [])}
+    given = {name: value for name, value in given.items() if name not in left_out and not name.startswith(TORCHRUN)}
     return given | own | ({} if "OMP_NUM_THREADS" in given else {"OMP_NUM_THREADS": str(cores)})
 
 
@@ -185,24 +194,37 @@ class RayPool:
         self.ray, self.devices, self.device = ray, devices, device
         self._logs: dict[Any, Path] = {}
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        gpus = [int(node.get("GPU", 0)) if device in USES_GPUS else 0 for node in nodes]
-        self.gpus, self.cores = sum(gpus), [int(node.get("CPU", 0)) for node in nodes]
-        _require_gpus(max(gpus), devices, "the cluster's largest machine")
-        self.size = max(1, sum(each // devices for each in (gpus if self.gpus else [sum(self.cores)])))
+        self.gpus = [int(node.get("GPU", 0)) if device in USES_GPUS else 0 for node in nodes]
+        self.cores = [int(node.get("CPU", 0)) for node in nodes]
+        _require_gpus(max(self.gpus), devices, "the cluster's largest machine")
+        self.size = max(1, sum(each // devices for each in (self.gpus if any(self.gpus) else self.cores)))
 
     def start(self, command: Sequence[str], log: Path, share: int) -> Any:
         """Start a command as a task, on a machine with free devices."""
-        cores = max(1, min(max(self.cores), sum(self.cores) // share))
+        cores = self._cores_of_unit(share)
         passed_on = {name: value for name, value in os.environ.items() if name.startswith(PASSED_ON)}
         passed_on |= _hidden_gpus(self.device)
         task = self.ray.remote(_run_on_node).options(
-            num_cpus=1 if self.gpus else cores,
-            num_gpus=self.devices if self.gpus else 0,
+            num_cpus=cores,
+            num_gpus=self.devices if any(self.gpus) else 0,
             max_retries=0,  # the units are started again here, wherever they were lost
         )
         handle = task.remote(list(command), str(log), str(Path.cwd()), passed_on, cores, self.devices)
         self._logs[handle] = log
         return handle
+
+    def _cores_of_unit(self, share: int) -> int:
+        """Return the most cores that ``share`` units can have at the same time, each on one machine.
+
+        With GPUs it is the share of the units that fill the cluster, so that others can use the rest.
+        """
+        places = [each // self.devices if any(self.gpus) else share for each in self.gpus]
+        share = self.size if any(self.gpus) else share
+
+        def side_by_side(cores: int) -> int:
+            return sum(min(most, each // cores) for most, each in zip(places, self.cores, strict=True))
+
+        return next((cores for cores in range(max(self.cores), 1, -1) if side_by_side(cores) >= share), 1)
 
     def exit_code(self, handle: Any) -> int | None:
         """Return the exit code of a command, ``LOST`` if its machine is gone, None while it runs.

@@ -77,6 +77,7 @@ def summarise(
     predictions: Predictions,
     teacher_logits: Float[Tensor, "n classes"] | None,
     metrics: Iterable[EpochMetrics],
+    used_logits: Float[Tensor, "n classes"] | None = None,
 ) -> Summary:
     """Return rows, winner, verdict and notes.
 
@@ -84,19 +85,22 @@ def summarise(
         recipe: Of the comparison.
         dataset: Its test and validation labels.
         predictions: For each seed and student.
-        teacher_logits: The teachers' logits on the test images.
+        teacher_logits: The teachers' logits for the students' views of the test images, with which students agree.
         metrics: Of the run, for its speed.
+        used_logits: The teachers' logits for the test images as they take them when they are used, to which students
+            are compared; by default ``teacher_logits``.
     """
     speed = _speed(metrics)
     decisions = None if teacher_logits is None else teacher_logits.argmax(dim=-1)
+    used = teacher_logits if used_logits is None else used_logits
+    teacher_hits = None if used is None else used.argmax(dim=-1) == dataset.test.labels
     rows = [
-        _row(key, recipe, dataset, predictions, decisions, speed.get(key.student, _NO_SPEED))
+        _row(key, recipe, dataset, predictions, (decisions, teacher_hits), speed.get(key.student, _NO_SPEED))
         for key in _row_keys(predictions[recipe.seeds[0]])
     ]
     for reference in _REFERENCES:
         rows = corrected(corrected(rows, reference), reference, "balanced")
     winner = best_row(rows, recipe.compare.by)
-    teacher_hits = None if decisions is None else decisions == dataset.test.labels
     standing = _standing(winner, recipe, dataset, predictions, teacher_hits)
     return Summary(tuple(rows), winner, verdict(standing, rows), tuple(_notes(recipe, dataset)))
 
@@ -172,11 +176,12 @@ def _row(
     recipe: Recipe,
     dataset: Dataset,
     predictions: Predictions,
-    teacher_decisions: Int64[Tensor, " n"] | None,
+    teacher: tuple[Int64[Tensor, " n"] | None, Bool[Tensor, " n"] | None],
     speed: dict[str, float | None],
 ) -> Row:
     """Describe one student and readout over all seeds; a stopped seed has no accuracy and leaves the statistics."""
     labels, seeds = dataset.test.labels, recipe.seeds
+    teacher_decisions, teacher_hits = teacher
     hits = key.hits(predictions, labels)
     scores = key.scores(predictions, "test")
     validation = key.scores(predictions, "validation")
@@ -191,8 +196,8 @@ def _row(
     others: dict[Reference, Hits] = {}
     if reference is not None and key.student != reference.student:
         others["labels"] = reference.hits(predictions, labels)
-    if teacher_decisions is not None:  # which are the same for all seeds
-        others["teacher"] = dict.fromkeys(hits, teacher_decisions == labels)
+    if teacher_hits is not None:  # which are the same for all seeds
+        others["teacher"] = dict.fromkeys(hits, teacher_hits)
     if BASELINE in next(iter(predictions.values())) and key.student != BASELINE:
         others["baseline"] = RowKey(BASELINE, "last", "class").hits(predictions, labels)
     row = Row(

@@ -7,12 +7,14 @@ import re
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from deitkit.comparison.pools import Pool
-from deitkit.comparison.units import PREPARE, divide
+from deitkit.comparison.seed_run import LOCK_SECONDS
+from deitkit.comparison.units import PREPARE, divide, unit_folders
 from deitkit.errors import CheckpointError, DeitkitError, Interrupted
 from deitkit.recipe.load import dump_recipe
 from deitkit.recipe.schema import Recipe
@@ -20,11 +22,11 @@ from deitkit.run.folder import UNITS, check_run, folder_name, locked
 from deitkit.run.observer import Watcher
 from deitkit.run.results import Results, read_results
 from deitkit.system.files import write_text
+from deitkit.system.process import MISTAKE
 
-ATTEMPTS = 5  # of a unit that is lost again and again, each time sooner than SOON
-SOON_SECONDS = 120.0
+ATTEMPTS = 5  # of a unit that is lost again and again without a new state
 POLL_SECONDS = 0.5
-MISTAKE = 2  # the exit code of a user's mistake
+STOP_SECONDS = 300.0  # for units to save their states and end
 GATHER = "gather"
 LOG_TAIL_BYTES = 8192
 TORCHRUN_LINES = 20  # of its report
@@ -32,14 +34,14 @@ TORCHRUN_LINES = 20  # of its report
 
 @dataclass
 class _Running:
-    """A unit that runs; ``attempt`` counts how often it was lost soon after its start, this time included."""
+    """A unit that runs; ``attempt`` counts its starts since it last trained further, ``saved`` is of ``_saved``."""
 
     unit: str
     handle: Any
     log: Path
     attempt: int
     shown: int  # bytes of the log
-    started: float
+    saved: set[int]
 
     def fresh_lines(self) -> list[str]:
         """Return the whole lines of its output that were not returned before."""
@@ -77,7 +79,7 @@ def run_side_by_side(
     """
     check_run(folder, recipe, resume)
     home = folder / UNITS
-    with locked(home):
+    with locked(home, LOCK_SECONDS if resume else 0.0, watcher.say):
         write_text(home / "recipe.yaml", dump_recipe(recipe))
         runner = _Runner(folder, pool, watcher, devices)
         runner.run([PREPARE])
@@ -124,7 +126,7 @@ class _Runner:
             self._relay(one)
         for one in [one for one in running if self.pool.exit_code(one.handle) is not None]:
             running.remove(one)
-            if time.monotonic() - one.started >= SOON_SECONDS:
+            if not _saved(self.folder, one.unit) <= one.saved:
                 one.attempt = 0
             if not self._has_ended_well(one):
                 yield one.unit, one.attempt + 1
@@ -135,10 +137,11 @@ class _Runner:
         how = ["--resume"] if unit == GATHER else ["--unit", unit]
         command = ["-m", "deitkit", "compare", recipe, "--out", str(self.folder), *how]
         if self.devices > 1 and unit != GATHER:
-            command = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={self.devices}", *command]
+            command = ["-m", "deitkit.system.torchrun", "--standalone", f"--nproc-per-node={self.devices}", *command]
         self.watcher.say(f"{unit}: started, its output is in {log}")
         shown = log.stat().st_size if log.exists() else 0  # by an earlier attempt
-        return _Running(unit, self.pool.start(command, log, share), log, attempt, shown, time.monotonic())
+        saved = _saved(self.folder, unit)
+        return _Running(unit, self.pool.start(command, log, share), log, attempt, shown, saved)
 
     def _relay(self, one: _Running) -> None:
         """Say what ``prepare`` says, but for a mistake, which is raised when it has ended."""
@@ -166,16 +169,27 @@ class _Runner:
         return False
 
     def _stop(self, running: Sequence[_Running]) -> None:
-        """Let all running units save their states and end."""
+        """Let all running units save their states and end; one that does not is left to the pool."""
+        until = time.monotonic() + STOP_SECONDS
         for one in running:
             self.pool.stop(one.handle)
-        while any(self.pool.exit_code(one.handle) is None for one in running):
+        while any(self.pool.exit_code(one.handle) is None for one in running) and time.monotonic() < until:
             time.sleep(POLL_SECONDS)
 
 
 def _is_mistake_under_torchrun(log: Path) -> bool:
     """Return whether torchrun, which always exits with 1, reports at the end of its output that of a user's mistake."""
     return any(re.fullmatch(rf"\s*exitcode\s*:\s*{MISTAKE}\b.*", line) for line in _lines(log)[-TORCHRUN_LINES:])
+
+
+def _saved(folder: Path, unit: str) -> set[int]:
+    """Return when the states and the models of a unit were written, in the time of their disk."""
+    times = set()
+    for home in unit_folders(folder, unit):
+        for file in home.rglob("*.safetensors"):
+            with suppress(OSError):  # it was replaced just now
+                times.add(file.stat().st_mtime_ns)
+    return times
 
 
 def _lines(log: Path) -> list[str]:

@@ -18,7 +18,7 @@ from deitkit.errors import RecipeError
 from deitkit.models.weights.pretrained import resolved
 from deitkit.recipe.schema import Recipe
 from deitkit.run.folder import check_run, locked
-from deitkit.run.layout import fold_folder, variant_folder
+from deitkit.run.layout import fold_folder, seed_folder, variant_folder
 from deitkit.run.observer import Watcher
 from deitkit.training.build import student_names
 
@@ -68,6 +68,20 @@ def _groups(names: Sequence[str], count: int) -> list[Sequence[str]]:
     count = min(count, len(names))
     ends = [len(names) * number // count for number in range(count + 1)]
     return [names[start:end] for start, end in itertools.pairwise(ends)]
+
+
+def unit_folders(folder: Path, unit: str) -> list[Path]:
+    """Return the folders in a run folder in which a unit keeps what it trains; for any other name the run folder."""
+    kind, _, which = unit.partition("-")
+    if unit == PREPARE:
+        return [*folder.glob("teacher*"), *folder.glob("variants/*/teacher*")]
+    if kind == "seed":
+        seed, _, students = which.partition("/")
+        home = seed_folder(folder, int(seed))
+        return [home / name for name in students.split(",")] if students else [home]
+    if kind == "fold":
+        return [fold_folder(folder, int(which))]
+    return [variant_folder(folder, which)] if kind == "variant" else [folder]
 
 
 def run_unit(recipe: Recipe, folder: Path, unit: str, *, watcher: Watcher) -> None:

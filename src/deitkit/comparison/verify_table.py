@@ -11,7 +11,7 @@ from deitkit.comparison.cohort_states import PREDICTIONS
 from deitkit.comparison.rows import Predictions, StudentPredictions, Summary, summarise
 from deitkit.comparison.seed_run import load_predictions
 from deitkit.data.dataset import Dataset
-from deitkit.evaluation.readouts import readout_scores
+from deitkit.evaluation.readouts import readout_scores, top_k_accuracy
 from deitkit.models.vit import Output
 from deitkit.models.weights.read import file_sha256
 from deitkit.recipe.schema import Recipe
@@ -33,7 +33,7 @@ def wrong_figures(
     dataset: Dataset,
     folder: Path,
     outputs: Mapping[int, Outputs],
-    teacher_logits: Float[Tensor, "n classes"] | None,
+    teacher_logits: tuple[Float[Tensor, "n classes"], Float[Tensor, "n classes"]] | None,
     tolerance: float,
 ) -> Iterator[str]:
     """Make a table again from measured predictions, and yield a sentence for each figure that is not the recorded one.
@@ -48,13 +48,17 @@ def wrong_figures(
         dataset: Of the run.
         folder: Of the run.
         outputs: Of every student that finished, by seed.
-        teacher_logits: The teachers' logits on the test images.
+        teacher_logits: The teachers' logits for the students' views of the test images, and as they take these.
         tolerance: Allowed difference of an accuracy.
     """
     predictions = _measured(recipe, folder, outputs)
     if predictions is None:
         return
-    summary = summarise(recipe, dataset, predictions, teacher_logits, [])
+    views, used = (None, None) if teacher_logits is None else teacher_logits
+    summary = summarise(recipe, dataset, predictions, views, [], used)
+    if used is not None and results.teacher is not None:
+        top1 = top_k_accuracy(used, dataset.test.labels)
+        yield from _wrong("teacher", "test_top1", results.teacher.test_top1, top1, tolerance)
     recorded = {row.row: row for row in results.rows if row.kind != "checkpoint"}
     same_code = results.code == code_sha256()
     for row in summary.rows:

@@ -278,13 +278,20 @@ def _list_unlabelled(source: str) -> Listing:
     return list_images(Path(path).expanduser())
 
 
-def load_test(recipe: DataRecipe, progress: ProgressCallback | None = None) -> tuple[Split, tuple[str, ...]]:
-    """Load only the test images of ``load_labelled``, and return them with the names of the classes."""
+def load_test(
+    recipe: DataRecipe, progress: ProgressCallback | None = None, *, everything: bool = False
+) -> tuple[Split, tuple[str, ...], int | None]:
+    """Load only the test images of ``load_labelled``, or with ``everything`` all images with labels.
+
+    Returns:
+        The images, the names of the classes, and of how many images the test images were drawn; None for a test split.
+    """
     listing, indices = _plan(recipe, progress)
-    found = read_selection(listing, indices.test, 0, recipe, progress)
-    split = Split(found.images, listing.labels[indices.test[found.kept]], hashes=found.hashes[found.kept])
+    places = torch.arange(len(listing.labels)) if everything else indices.test
+    found = read_selection(listing, places, 0, recipe, progress)
+    split = Split(found.images, listing.labels[places[found.kept]], hashes=found.hashes[found.kept])
     _require_all_classes({"test": split}, listing, recipe)
-    return split, listing.class_names
+    return split, listing.class_names, len(listing.labels) if listing.official_test is None else None
 
 
 def load_validation_at(recipe: DataRecipe, sizes: Sequence[int], count: int) -> list[Split]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TypedDict
 
@@ -45,6 +46,7 @@ class Evaluation(TypedDict):
         model: Its folder.
         dataset: Its name.
         n: Test images.
+        drawn_from: Of how many images these were drawn, since the data have no test split; None if they have one.
         trained_on: The estimated share of these that the model learned from; None if its card does not tell.
         readouts: Each way in which it can answer.
     """
@@ -52,19 +54,21 @@ class Evaluation(TypedDict):
     model: str
     dataset: str
     n: int
+    drawn_from: int | None
     trained_on: float | None
     readouts: list[ReadoutAccuracy]
 
 
-def evaluate_model(folder: Path, data: str, root: Path | None = None) -> Evaluation:
-    """Measure a saved model on the test images of a data set.
+def evaluate_model(folder: Path, data: str, root: Path | None = None, *, everything: bool = False) -> Evaluation:
+    """Measure a saved model on the test images of a data set, or with ``everything`` on all its images.
 
     Raises:
         DataError: The classes of the data set differ from the model's.
     """
     device = choose_device("auto")
     classifier, card = load_classifier(folder, device)
-    test, names = load_divided(load_test, data_recipe_of(card, data, root))
+    load, own = partial(load_test, everything=everything), data_recipe_of(card, data, root)
+    test, names, drawn_from = load_divided(load, own)
     places = _places_of_classes(names, card, data)
     test = replace(test, labels=places[test.labels])
     scores = named_scores(predict(classifier, test, Precision.choose(card.precision, device)), card)
@@ -77,11 +81,16 @@ def evaluate_model(folder: Path, data: str, root: Path | None = None) -> Evaluat
         readouts.append(ReadoutAccuracy(readout=readout, top1=hits / n, top1_ci95=interval, top5=top5))
     shares = []
     for seen, view in card.all_seen:
-        own = data_recipe_of(card, data, root)
-        images = test if view == card.view else load_divided(load_test, own.model_copy(update=view))[0]
+        images = test if view == card.view else load_divided(load, own.model_copy(update=view))[0]
         shares.append(share_in_sketch(images.hashes, seen))
-    trained_on = max(shares, default=None)
-    return Evaluation(model=str(folder), dataset=data, n=n, trained_on=trained_on, readouts=readouts)
+    return Evaluation(
+        model=str(folder),
+        dataset=data,
+        n=n,
+        drawn_from=None if everything else drawn_from,
+        trained_on=max(shares, default=None),
+        readouts=readouts,
+    )
 
 
 def load_data_of(card: ModelCard, data: str, root: Path | None) -> Dataset:

@@ -40,7 +40,7 @@ def seconds_per_batch(
 
     functions = {str(number): partial(classify, one) for number, one in enumerate(classifiers.values())}
     with uncompiled():
-        if len(view) == 1:
+        if classifiers and len(view) == 1:
             first = time_in_turn(functions, device=precision.device, repeats=repeats, calls=1)
             slowest = max(timing.median for timing in first.values())
             repeats = max(repeats, min(MOST_SINGLE, int(SECONDS_OF_SINGLE / slowest)))

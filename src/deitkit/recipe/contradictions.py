@@ -27,6 +27,10 @@ def contradictions(recipe: "Recipe") -> Iterator[str]:
     teachers = recipe.named_teachers
     for name, teacher in teachers.items():
         yield from _teacher(name, teacher)
+    models = teachers | ({} if recipe.baseline is None else {"baseline": recipe.baseline})
+    for name, model in models.items():
+        if model.pretrained and model.checkpoint is not None:
+            yield f"{name}.pretrained and {name}.checkpoint exclude each other: give one"
     augments = {"augment": recipe.augment} | {f"{name}.augment": one.augment for name, one in teachers.items()}
     for name, augment in augments.items():
         yield from _policies(name, augment)
@@ -93,6 +97,10 @@ def _policies(name: str, augment: "AugmentRecipe") -> Iterator[str]:
 def _training(name: str, training: "TrainRecipe") -> Iterator[str]:
     if training.warmup_epochs > training.epochs:
         yield f"{name}.warmup_epochs={training.warmup_epochs:g} exceeds {name}.epochs={training.epochs}: lower it"
+    per = training.learning_rate_per
+    peak = training.learning_rate * (1 if per is None else training.batch_size / per)
+    if training.min_learning_rate > peak:
+        yield f"{name}.min_learning_rate={training.min_learning_rate:g} exceeds the peak, {peak:g}: lower it"
     if training.repeats > training.batch_size:
         yield f"{name}.repeats={training.repeats} exceeds {name}.batch_size={training.batch_size}: lower it"
 

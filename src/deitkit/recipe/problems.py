@@ -71,6 +71,8 @@ def _sentence(where: str, problems: Sequence[Any], fields: Mapping[str, str]) ->
     if not where:
         return message
     if kind == "tuple_type":
+        if where == "seeds" and isinstance(value, int):
+            return f"seeds={value}: write a list, as seeds={list(range(max(1, value)))}, or --seeds {max(1, value)}"
         is_one = isinstance(value, str | int | float)
         return f"{where}={value if is_one else shown}: write a list, as {where}=[{value if is_one else '...'}]"
     if kind == "too_short":

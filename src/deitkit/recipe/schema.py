@@ -164,7 +164,9 @@ class OptimizerRecipe(Section):
     )
     momentum: Fraction = Field(0.9, description="Momentum (Nesterov) of sgd.")
     warmup_epochs: NonNegativeFloat = Field(0.0, description="Linear warm-up, in epochs.")
-    warmup_learning_rate: NonNegativeFloat = Field(1e-6, description="Learning rate of the first step of the warm-up.")
+    warmup_learning_rate: NonNegativeFloat = Field(
+        1e-6, description="Learning rate of the first step of the warm-up; at most the peak."
+    )
     min_learning_rate: NonNegativeFloat = Field(
         0.0, description="Learning rate at the end of the cosine, which moves every step."
     )

@@ -16,7 +16,8 @@ from filelock import BaseFileLock, FileLock, Timeout
 from deitkit.errors import CheckpointError, RecipeError, os_reason
 from deitkit.recipe.load import changed_fields, dump_recipe, load_recipe
 from deitkit.recipe.schema import Recipe
-from deitkit.system.files import write_text
+from deitkit.system.files import delete_left_over, is_temporary, write_text
+from deitkit.system.process import TEMPORARY_FAILURE
 
 LOCK = ".lock"
 LOCK_POLL_SECONDS = 0.25
@@ -44,6 +45,12 @@ FREE_TO_CHANGE = {
     "published",
 }
 MOVABLE = ("data.name", "data.unlabelled")
+
+
+class FolderInUse(CheckpointError):  # noqa: N818 - a fact, which may pass
+    """Another process holds the lock of a folder, or a machine that was lost a while ago."""
+
+    exit_code = TEMPORARY_FAILURE
 
 
 def folder_name(name: str) -> str:
@@ -99,7 +106,7 @@ def unreadable(folder: Path, error: Exception) -> CheckpointError:
 
 @contextmanager
 def locked(folder: Path, patience: float = 0.0, say: Callable[[str], None] = lambda line: None) -> Iterator[None]:
-    """Lock a run folder for this process; if nothing was written, remove what locking created.
+    """Lock a run folder for this process, and delete what killed ones left half-written; remove it if it stays empty.
 
     The operating system releases the lock when the process ends, however it ends; on a disk of the network, a while
     after its machine was lost.
@@ -110,13 +117,14 @@ def locked(folder: Path, patience: float = 0.0, say: Callable[[str], None] = lam
         say: Receives a line before that.
 
     Raises:
-        CheckpointError: Another process holds the lock, or the folder cannot be written.
+        FolderInUse: Another process holds the lock.
+        CheckpointError: The folder cannot be written.
     """
     try:
         is_new = not folder.exists()
         lock = _acquired(folder, patience, say)
     except Timeout:
-        raise CheckpointError(
+        raise FolderInUse(
             f"another deitkit process is using {folder}: wait for it to end, or name another folder with --out"
         ) from None
     except OSError as error:
@@ -124,6 +132,7 @@ def locked(folder: Path, patience: float = 0.0, say: Callable[[str], None] = lam
             f"cannot write into {folder}: {os_reason(error)}; name another folder with --out"
         ) from error
     try:
+        delete_left_over(folder)
         yield
     finally:
         if folder.is_dir() and all(path.name == LOCK for path in folder.iterdir()):  # it may have been moved
@@ -164,7 +173,8 @@ def check_run(folder: Path, recipe: Recipe, resume: bool) -> None:
     """
     path = folder / "recipe.yaml"
     in_use = folder.exists() and (
-        not folder.is_dir() or any(file.name not in (LOCK, UNITS) for file in folder.iterdir())
+        not folder.is_dir()
+        or any(file.name not in (LOCK, UNITS) and not is_temporary(file) for file in folder.iterdir())
     )
     if in_use and not path.exists():
         raise CheckpointError(f"--out {folder} contains other files: name a new or empty folder")

@@ -132,7 +132,8 @@ class VariantRow(Row):
     teacher_test_top1: float | None
 
 
-TESTED = {"test_top1", "test_balanced", "test_macro_f1", "cost"}  # fields of a teacher's card after its comparison
+# Fields of a teacher's card after its comparison.
+TESTED = {"test_top1", "test_balanced", "test_macro_f1", "view_test_top1", "cost"}
 FIT_TO_TEACH = "fit to teach"  # the verdict of the gate on a teacher that passed every test
 
 
@@ -156,12 +157,14 @@ class TeacherCard(Record):
         std: Of its normalisation, by channel.
         readout: Of a student as teacher; None for a CNN, which has one head.
         sha256: Of its weights in the run folder.
-        test_top1: Accuracy on the test images; None before they were predicted, as the next two.
+        test_top1: Accuracy on the test images, as the model takes them in use; None before they were predicted, as the
+            next two.
         test_balanced: Balanced accuracy on them.
         test_macro_f1: Macro F1 on them.
         own_px_top1: Accuracy on some validation images decoded at ``image_px``; None unless views are smaller.
         view_px_top1: Accuracy on the views of the same images.
         cost: Of using it; of several teachers the sum.
+        view_test_top1: Accuracy on the students' views of the test images, if it is used on larger ones.
     """
 
     name: str
@@ -185,6 +188,7 @@ class TeacherCard(Record):
     own_px_top1: float | None = None
     view_px_top1: float | None = None
     cost: Cost | None = None
+    view_test_top1: float | None = None
 
 
 class DuplicateImages(Record):

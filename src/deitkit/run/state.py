@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import socket
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -12,13 +13,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from deitkit.errors import CheckpointError
+from deitkit.errors import CheckpointError, os_reason
 from deitkit.system.files import write_bytes
-from deitkit.system.process import signals_held
+from deitkit.system.process import TEMPORARY_FAILURE, signals_held
 
 FORMAT = 1
 # What reading a file of any content raises.
-_DAMAGED = (SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
+_DAMAGED = (SafetensorError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
 
 
 def save_tree(path: Path, tree: Any) -> None:
@@ -34,15 +35,29 @@ def save_tree(path: Path, tree: Any) -> None:
     write_bytes(path, save(tensors, metadata={"deitkit": entry}))
 
 
+class UnreadableState(CheckpointError):  # noqa: N818 - a fact, which may pass
+    """A file that the system does not let this process read: it is missing, or on a disk that has a fault."""
+
+    exit_code = TEMPORARY_FAILURE
+
+
 def load_tree(path: Path) -> Any:
-    """Read what ``save_tree`` wrote, on the CPU; raise CheckpointError if anything differs, even one bit."""
+    """Read what ``save_tree`` wrote, on the CPU.
+
+    Raises:
+        UnreadableState: The file is missing, or the system cannot read it now.
+        CheckpointError: Anything in it differs, even one bit.
+    """
     try:
+        path.open("rb").close()  # its error has the system's reason
         with signals_held(), safe_open(path, framework="pt") as file:
             entry = _entry(file)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         if entry["sha256"] != _checksum(entry["tree"], tensors):
             raise ValueError("the checksum differs")
         return _decode(json.loads(entry["tree"]), tensors)
+    except OSError as error:
+        raise UnreadableState(f"{path} cannot be read on {socket.gethostname()}: {os_reason(error)}") from error
     except _DAMAGED as error:
         raise CheckpointError(
             f"{path} is damaged or is not a checkpoint of deitkit: delete it and resume again"
@@ -77,6 +92,7 @@ def load_state(path: Path, say: Callable[[str], None]) -> Any:
         say: Receives a sentence for each damaged state.
 
     Raises:
+        UnreadableState: A state cannot be read now.
         CheckpointError: The newest state is damaged or missing, and the previous one is damaged.
     """
     before = _before(path)
@@ -84,6 +100,8 @@ def load_state(path: Path, say: Callable[[str], None]) -> Any:
     for file in there:
         try:
             tree = load_tree(file)
+        except UnreadableState:
+            raise
         except CheckpointError:
             say(f"{file} is damaged")
             continue
@@ -103,7 +121,7 @@ def outline(path: Path) -> Any:
             with signals_held(), safe_open(file, framework="pt") as opened:
                 entry = _entry(opened)
             return _decode(json.loads(entry["tree"]), defaultdict(lambda: torch.empty(0)))
-        except _DAMAGED:
+        except (OSError, *_DAMAGED):
             continue
     return None
 

@@ -4,7 +4,10 @@ import io
 import json
 import logging
 import os
+import re
+import time
 import warnings
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +18,7 @@ from deitkit.errors import CheckpointError, os_reason
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+LEFT_OVER_SECONDS = 900.0  # without a write, after which a temporary file is that of a killed process
 FIRST_CJK = "\u1100"  # Hangul; what follows is not in matplotlib's font
 # What systems bring for Chinese, Japanese and Korean.
 CJK_FONTS = (
@@ -32,6 +36,19 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON value as indented text; see `write_bytes`."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def is_temporary(path: Path) -> bool:
+    """Return whether a file has the name of one that ``write_bytes`` is writing, or was when its process was killed."""
+    return re.fullmatch(r"\.[0-9a-f]{32}\.tmp", path.name) is not None
+
+
+def delete_left_over(folder: Path) -> None:
+    """Delete what killed processes left half-written in a folder and those in it, long enough ago that none writes."""
+    for path in folder.rglob(".*.tmp"):
+        with suppress(OSError):  # its process may have ended just now
+            if is_temporary(path) and time.time() - path.stat().st_mtime > LEFT_OVER_SECONDS:
+                path.unlink()
 
 
 def write_bytes(path: Path, data: bytes) -> None:

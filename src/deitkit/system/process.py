@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+MISTAKE = 2  # the exit code of a user's mistake
+TEMPORARY_FAILURE = 75  # of sysexits.h: the same command may succeed
 # Variables by which a user sets how threads wait: GNU's OpenMP, any OpenMP, Intel's and LLVM's.
 WAIT_SETTINGS = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "KMP_BLOCKTIME")
 SPIN_COUNT = 2_000
@@ -21,7 +23,9 @@ MALLOPT_TRIM_THRESHOLD, MALLOPT_TOP_PAD, MALLOPT_MMAP_THRESHOLD = -1, -2, -3  # 
 HEAP_OF_A_THREAD = 2**26  # glibc's HEAP_MAX_SIZE
 UNITS_HERE = "DEITKIT_UNITS_HERE"  # how many units run side by side on this machine
 TORCHRUN_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-ENDS_WITH_PARENT = "DEITKIT_ENDS_WITH_PARENT"  # set for the units of a comparison
+ENDS_WITH_PARENT = "DEITKIT_ENDS_WITH_PARENT"  # for the units of a comparison: the process that started them
+TORCHRUN = "TORCHELASTIC_"  # how the names of torchrun's other variables begin
+OWN_THREADS = "DEITKIT_OWN_THREADS"  # set where OMP_NUM_THREADS is not the user's, but was set here
 PR_SET_PDEATHSIG = 1  # Linux's prctl.h
 CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
@@ -37,12 +41,10 @@ def configure_process() -> None:
         os.environ["GOMP_SPINCOUNT"] = str(SPIN_COUNT)
     # Place tensors of 2 MiB and more on large pages where Linux has them: fewer address translations.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    # Torch ignores a container's quota: more threads than it grants would wait for each other.
-    if usable_cores() < visible_cores():
-        os.environ.setdefault("OMP_NUM_THREADS", str(usable_cores()))
+    _set_threads()
     _keep_freed_memory()
-    if os.environ.get(ENDS_WITH_PARENT) or were_started():
-        _end_with_parent()
+    if were_launched():
+        end_with_parent()
 
 
 @contextmanager
@@ -73,9 +75,14 @@ def were_started() -> bool:
     return os.environ.get("WORLD_SIZE", "1") != "1" and all(name in os.environ for name in names)
 
 
+def were_launched() -> bool:
+    """Return whether torchrun, alone or with others, or a comparison as one of its units started this process."""
+    return were_started() or f"{TORCHRUN}RUN_ID" in os.environ or ENDS_WITH_PARENT in os.environ
+
+
 def was_restarted() -> bool:
     """Return whether torchrun started this process again after one of the run was lost (``--max-restarts``)."""
-    return were_started() and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    return os.environ.get(f"{TORCHRUN}RESTART_COUNT", "0") != "0"
 
 
 def processes_here() -> int:
@@ -98,11 +105,34 @@ def usable_cores() -> int:
     return cores
 
 
-def _end_with_parent() -> None:
-    """Receive SIGTERM when the process that started this one ends, however it ends; on Linux only."""
-    if platform.system() == "Linux":
-        with suppress(OSError, AttributeError):
-            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+def _set_threads() -> None:
+    """Set the threads of this process where neither the user nor torch does so well; before torch is imported."""
+    if "OMP_NUM_THREADS" not in os.environ and usable_cores() < visible_cores():
+        # Torch ignores a container's quota: more threads than it grants would wait for each other.
+        os.environ.update({"OMP_NUM_THREADS": str(usable_cores()), OWN_THREADS: "1"})
+    elif were_started() and not _torchrun_was_given("OMP_NUM_THREADS"):
+        # Its own choice is one thread, however many cores there are.
+        os.environ.update({"OMP_NUM_THREADS": str(max(1, usable_cores() // processes_here())), OWN_THREADS: "1"})
+
+
+def _torchrun_was_given(name: str) -> bool:
+    """Return whether the torchrun that started this process had a variable when it began; True if that is unknown."""
+    try:
+        given = Path(f"/proc/{os.getppid()}/environ").read_bytes()
+    except OSError:
+        return True
+    return any(entry.startswith(f"{name}=".encode()) for entry in given.split(b"\0"))
+
+
+def end_with_parent() -> None:
+    """Receive SIGTERM when the process that started this one ends, however it ends, or has ended; on Linux only."""
+    if platform.system() != "Linux":
+        return
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    parent = os.environ.get(ENDS_WITH_PARENT)
+    if parent is not None and f"{TORCHRUN}RUN_ID" not in os.environ and parent != str(os.getppid()):
+        signal.raise_signal(signal.SIGTERM)  # it ended before the call
 
 
 def _keep_freed_memory() -> None:

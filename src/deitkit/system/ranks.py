@@ -18,7 +18,7 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from deitkit.errors import RecipeError
-from deitkit.system.process import were_started
+from deitkit.system.process import TORCHRUN, were_started
 
 POLL_SECONDS = 0.05  # between two looks for a message
 PATIENCE = timedelta(hours=3)  # for one collective: another process may be decoding all images, or writing a state
@@ -83,17 +83,38 @@ class Ranks:
         dist.all_reduce(together, op=dist.ReduceOp.MAX)
         return bool(together)
 
+    def agreed_refusal(self, refusal: str = "") -> str:
+        """Return the sentence of a process that cannot go on, the same in all; empty if all can. All must call this."""
+        if refusal and self.count > 1:
+            self.store.set(f"refusal {self.rank}", refusal)
+        if not self.any(bool(refusal)) or self.count == 1:
+            return refusal
+        keys = [f"refusal {rank}" for rank in range(self.count)]
+        return next(self.store.get(key).decode() for key in keys if self.store.check([key]))
+
     def broadcast(self, message: Any) -> None:
         """Send a JSON value from the first process to all others; never waits for them."""
         if self.count > 1:
-            self.store.set(f"message {self._next()}", json.dumps(message))
+            self.store.set(f"message {self._next()}", json.dumps({"message": message}))
+
+    def broadcast_end(self, exit_code: int) -> None:
+        """Let every other process end with an exit code as soon as it receives a message."""
+        if self.count > 1:
+            self.store.set(f"message {self._next()}", json.dumps({"exit_code": exit_code}))
 
     def receive(self) -> Any:
-        """Return the next message of the first process, however long it takes."""
+        """Return the next message of the first process, however long it takes.
+
+        Raises:
+            SystemExit: The first process has ended, with this exit code.
+        """
         key = f"message {self._next()}"
         while not self.store.check([key]):
             time.sleep(POLL_SECONDS)
-        return json.loads(self.store.get(key))
+        received = json.loads(self.store.get(key))
+        if "exit_code" in received:
+            raise SystemExit(received["exit_code"])
+        return received["message"]
 
     def _next(self) -> int:
         self._messages += 1
@@ -130,11 +151,19 @@ def join_ranks() -> Ranks:
     """Join the processes that torchrun started, each with a GPU of its own where there are GPUs.
 
     Raises:
-        RecipeError: There are more processes on this machine than GPUs.
+        RecipeError: There are more processes on this machine than GPUs, or restarts on several machines.
+        SystemExit: The latter, in all processes of a machine but the first, which reports it.
     """
     global _current
     if not were_started():
         return ALONE
+    if os.environ.get("GROUP_WORLD_SIZE", "1") != "1" and os.environ.get(f"{TORCHRUN}MAX_RESTARTS", "0") != "0":
+        if os.environ.get("LOCAL_RANK") != "0":
+            raise SystemExit(2)
+        raise RecipeError(
+            "torchrun's --max-restarts is for one machine, since on several each counts restarts of its own: leave it "
+            "out, and start the same commands again with --resume when one is lost"
+        )
     # By name, since torch's own choice where there is a GPU leaves tensors on the CPU without a backend.
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     if torch.cuda.is_available():
@@ -151,7 +180,7 @@ def join_ranks() -> Ranks:
     import_module("torch.distributed.nn.functional")
     store, rank, count = next(dist.rendezvous("env://"))
     # The store outlives processes that are started again, which must not read what those before them wrote.
-    attempt = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    attempt = dist.PrefixStore(f"attempt {os.environ.get(f'{TORCHRUN}RESTART_COUNT', '0')}", store)
     dist.init_process_group(backend, store=attempt, rank=rank, world_size=count, timeout=PATIENCE)
     _current = Ranks(rank, count, dist.PrefixStore("deitkit", attempt))
     return _current

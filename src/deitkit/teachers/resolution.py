@@ -1,10 +1,17 @@
 """What views cost a teacher that has a higher resolution: its accuracy on images that were decoded at its own."""
 
-from deitkit.data.dataset import load_validation_at
+from collections.abc import Sequence
+from pathlib import Path
+
+from jaxtyping import Float
+from torch import Tensor
+
+from deitkit.data.dataset import Dataset, load_test, load_validation_at
 from deitkit.evaluation.predict import predict_logits
 from deitkit.evaluation.readouts import top_k_hits
 from deitkit.evaluation.statistics import sign_test_p
 from deitkit.models.classifier import Classifier
+from deitkit.models.saved import read_card
 from deitkit.recipe.schema import DataRecipe
 from deitkit.run.results import TeacherCard
 from deitkit.system.device import Precision
@@ -38,3 +45,36 @@ def measure_at_own_resolution(
         f"{card.image_px} px, but {100 * view_top1:.1f} % on views of {data.image_px} px (p = {p:.1g}): "
         "with a larger data.image_px it can teach more"
     )
+
+
+def logits_as_used(
+    classifiers: Sequence[Classifier],
+    homes: Sequence[Path],
+    views: Sequence[Float[Tensor, "n classes"]],
+    data: DataRecipe,
+    dataset: Dataset,
+    precision: Precision,
+) -> list[Float[Tensor, "n classes"]]:
+    """Return each teacher's logits for the test images as it takes them when it is used, by the card of its folder.
+
+    A CNN that came trained may take larger images than the students do. It teaches on their views, but who asks whether
+    a student can replace it asks of the CNN as it is.
+
+    Args:
+        classifiers: The teachers.
+        homes: Their folders in the run.
+        views: Their logits for the students' views of the test images, which hold where these are what it takes.
+        data: Of the run.
+        dataset: Of the run.
+        precision: Of the forward passes.
+    """
+    sides = [read_card(home).side for home in homes]
+    own = [side for side in dict.fromkeys(sides) if side != min(dataset.image_px)]
+    found = list(views)
+    for side in own:
+        test = load_test(data.model_copy(update={"image_px": side}))[0]
+        assert test.labels.equal(dataset.test.labels.cpu()), "the same images in the same order"
+        for place, classifier in enumerate(classifiers):
+            if sides[place] == side:
+                found[place] = predict_logits(classifier, test, precision)
+    return found

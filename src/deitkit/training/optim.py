@@ -135,8 +135,8 @@ def learning_rate(step: int, steps_per_epoch: int, recipe: OptimizerRecipe, trai
     total = (train.schedule_epochs or train.epochs) * steps_per_epoch
     warmup = round(recipe.warmup_epochs * steps_per_epoch)
     if step < warmup:
-        share = step / warmup
-        return recipe.warmup_learning_rate + share * (peak - recipe.warmup_learning_rate)
+        start = min(recipe.warmup_learning_rate, peak)
+        return start + step / warmup * (peak - start)
     share = min(1.0, (step - warmup) / max(1, total - warmup))
     return recipe.min_learning_rate + (peak - recipe.min_learning_rate) * (1 + math.cos(math.pi * share)) / 2
 

@@ -6,8 +6,9 @@ from pathlib import Path
 import torch
 from pydantic import BaseModel
 
+from deitkit.data.cache import sha256
 from deitkit.data.dataset import Dataset, as_read
-from deitkit.errors import RecipeError
+from deitkit.errors import DataError, RecipeError
 from deitkit.recipe.schema import Recipe
 from deitkit.system.ranks import ALONE, Ranks, current_ranks
 from deitkit.training.micro_batches import has_batch_norm
@@ -22,21 +23,41 @@ class SharedTraining(BaseModel):
         folder: The run folder, or that of the teacher; on a disk that all processes see.
         seed: Of the students; None for a teacher.
         names: Of the students.
+        images: ``images_hash`` of those on which the first process trains.
     """
 
     recipe: Recipe
     folder: Path
     seed: int | None
     names: list[str] = []
+    images: str
 
 
 def announce(
     ranks: Ranks, recipe: Recipe, dataset: Dataset, folder: Path, *, seed: int | None = None, names: Sequence[str] = ()
 ) -> None:
-    """Tell the other processes which training begins, as the attributes of ``SharedTraining`` say."""
+    """Tell the other processes which training begins, as the attributes of ``SharedTraining`` say.
+
+    Raises:
+        DataError: Another process does not see the same images, or the run folder.
+    """
+    if ranks.count == 1:
+        return
     shared = recipe.model_copy(update={"data": as_read(recipe.data, dataset)})
-    training = SharedTraining(recipe=shared, folder=folder.resolve(), seed=seed, names=list(names))
+    training = SharedTraining(
+        recipe=shared, folder=folder.resolve(), seed=seed, names=list(names), images=images_hash(dataset)
+    )
     ranks.broadcast(training.model_dump(mode="json"))
+    refusal = ranks.agreed_refusal()
+    if refusal:
+        raise DataError(refusal)
+
+
+def images_hash(dataset: Dataset) -> str:
+    """Return a SHA-256 over the pixels and labels of all splits, the same however the images are read."""
+    splits = (dataset.train, dataset.validation, dataset.test, dataset.unlabelled)
+    there = [split for split in splits if split is not None]
+    return sha256(*(split.hashes for split in there), *(split.labels.cpu() for split in there))
 
 
 def require_parts(sizes: Mapping[str, int], device: torch.device) -> None:
