@@ -253,7 +253,7 @@ class Impatient(Watcher):
 
 
 def test_what_cannot_be_analyzed_is_told_in_one_sentence(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="finish the comparison first"):
+    with pytest.raises(CheckpointError, match="is not a run folder"):
         analyze_run(tmp_path, watcher=Watcher())
     folder = tmp_path / "run"
     results = compared(folder, "methods=[none]", "train.epochs=1")

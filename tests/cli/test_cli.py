@@ -58,7 +58,7 @@ def test_recipes_that_cannot_run(run: Run, tmp_path: Path) -> None:
     refused(run("compare", "digits", "trian.epochs=3", *out), "trian", "did you mean train")
     refused(run("compare", "digits", "train.epochs=many", *out), "train.epochs='many'", "integer")
     refused(run("compare", "digist", *out), "did you mean digits")
-    refused(run("verify", tmp_path, "--data", "folder:x"), "no results in")
+    refused(run("verify", tmp_path, "--data", "folder:x"), "is not a run folder")
     refused(run("compare", "digits", "methods=[nome]", *out), "'nome' is not a method", "none")
     refused(run("compare", "digits", *FAST, "model.patch_px=3", *out), "patch_px=3", "8")
     assert not (tmp_path / "run" / "results.json").exists()
@@ -147,7 +147,7 @@ def test_a_full_disk_is_one_sentence(run: Run, tmp_path: Path, monkeypatch: pyte
 
     monkeypatch.setattr(Path, "open", full)
     full_disk = run("compare", "digits", *FAST, "--out", tmp_path / "run")
-    refused(full_disk, "no space left", "correct this, then start the command again")
+    refused(full_disk, "no space left", "correct this, then start it again, a run with --resume")
 
 
 def test_a_run_is_compared_evaluated_reported_and_used(run: Run, tmp_path: Path, write_images: Callable) -> None:
@@ -231,8 +231,9 @@ def test_an_ablation_prints_one_table_and_where_its_variants_are(run: Run, tmp_p
 
 
 def test_folders_that_hold_no_run(run: Run, tmp_path: Path) -> None:
-    refused(run("report", tmp_path), "results.json")
-    refused(run("analyze", tmp_path), "results.json", "finish the comparison first")
+    refused(run("report", tmp_path / "nowhere"), "is not a run folder")
+    refused(run("analyze", tmp_path), "is not a run folder")
+    refused(run("progress", tmp_path), "is not a run folder")
     refused(run("predict", tmp_path, tmp_path), "model.json")
     refused(run("evaluate", tmp_path / "nowhere", "--data", "digits"), "model.json")
 
@@ -315,3 +316,10 @@ def test_a_teacher_alone_goes_on_with_its_own_images_only(
     code, _, errors = run("teacher", *fields, "--resume")
     assert code == 2
     assert "was begun with other images or labels" in errors
+
+
+def test_a_comparison_without_a_student_that_finished_exits_with_1(run: Run, tmp_path: Path) -> None:
+    fields = (*TINY, "methods=[none]", "train.optimizer=sgd", "train.learning_rate=1e18", "train.precision=fp32")
+    code, shown, _ = run("compare", "digits", *fields, "--out", tmp_path / "run")
+    assert code == 1
+    assert "No student reached the end of its training" in shown

@@ -302,6 +302,20 @@ def test_a_comparison_tells_of_duplicates(tiny_recipe, tmp_path, capsys):
         assert "also among the training images" in (tmp_path / "run" / name).read_text(encoding="utf-8")
 
 
+def test_validation_images_that_are_test_or_training_images_are_told(tiny_recipe, tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (60, 8, 8, 3), dtype=np.uint8)
+    for part, places in (("train", range(20)), ("val", [*range(40, 50), *range(3)]), ("test", range(40, 60))):
+        for place in places:
+            folder = tmp_path / "data" / part / "ab"[place % 2]
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels[place]).save(folder / f"{place}.png")
+    said = []
+    results = compare_once(tiny_recipe, tmp_path, said, f"data.name=folder:{tmp_path / 'data'}")
+    for words in ("10 validation images are also among the test", "3 validation images are also among the training"):
+        assert sum(line.startswith(words) for line in said) == 1
+        assert sum(note.startswith(words) for note in results.notes) == 1
+
+
 def compare_once(tiny_recipe, tmp_path, said, *overrides):
     """Run a comparison of one method into ``tmp_path / "run"``, and return its results."""
     watcher = Watcher()

@@ -140,7 +140,8 @@ def test_the_command_prints_a_table_and_draws_the_curves(tmp_path: Path) -> None
 
 
 def test_a_run_without_an_epoch_says_so(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").touch()
     shown = CliRunner().invoke(app, ["progress", str(tmp_path)])
     assert shown.exit_code == 0
     assert "has finished an epoch yet" in shown.output
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]

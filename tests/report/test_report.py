@@ -789,7 +789,7 @@ def test_numbers_that_are_not_finite_become_gaps(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        (None, "finish the comparison first"),
+        (None, "no results in .* yet: finish the comparison first, with --resume"),
         ("{", "not valid JSON"),
         ("[]", "has format None"),
         ('{"format": 2}', "has format 2, this version reads format 1"),
@@ -797,6 +797,9 @@ def test_numbers_that_are_not_finite_become_gaps(tmp_path: Path) -> None:
     ],
 )
 def test_bad_results_give_one_sentence(tmp_path: Path, text: str | None, said: str) -> None:
+    with pytest.raises(CheckpointError, match="is not a run folder: name the one that `deitkit compare` printed"):
+        write_report(tmp_path)
+    (tmp_path / "recipe.yaml").touch()
     if text is not None:
         (tmp_path / "results.json").write_text(text)
     with pytest.raises(CheckpointError, match=said):

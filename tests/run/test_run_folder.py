@@ -205,7 +205,7 @@ def test_a_signal_before_training_ends_the_command_at_once(number: int, code: in
         _, errors = process.communicate(timeout=120)
         assert time.monotonic() - sent < 45, "it slept to its end"  # of 60 s; a busy machine may need some to end
     assert process.returncode == code
-    assert "--resume continues" in errors
+    assert "stopped before anything was saved: start the same command again" in errors
     assert "Traceback" not in errors
 
 
@@ -493,3 +493,18 @@ def test_a_folder_is_of_an_ablation_or_of_a_comparison(tmp_path: Path, monkeypat
     check_run(Path("runs/digits-2"), more, resume=True)
     assert choose_run_folder(None, plain, resume=True) == Path("runs/digits"), "which is older, but one of its kind"
     assert choose_run_folder(None, more, resume=True) == Path("runs/digits-2")
+
+
+def stop_in(folder: Path, *, kept: bool) -> None:
+    with locked(folder):
+        if kept:
+            (folder / "recipe.yaml").touch()
+        raise Interrupted("stopped")
+
+
+def test_a_stop_before_anything_is_saved_does_not_promise_to_continue(tmp_path: Path) -> None:
+    for kept, words in ((False, "stopped before anything was saved: start the same command again"), (True, "stopped")):
+        with pytest.raises(Interrupted) as stop:
+            stop_in(tmp_path / "run", kept=kept)
+        assert str(stop.value) == words
+        assert (tmp_path / "run").exists() == kept

@@ -11,6 +11,7 @@ from deitkit.cli.console import console, print_json, say
 from deitkit.cli.options import Json, RecipeArgument
 from deitkit.recipe.load import load_recipe
 from deitkit.recipe.schema import Recipe
+from deitkit.system.words import counted
 
 app = typer.Typer(
     help="Measure how fast this machine trains and classifies. Fields are those of a recipe, as in "
@@ -220,7 +221,8 @@ def _printed_json(result: Any, as_json: bool) -> bool:
 
 def _table(result: dict[str, Any], title: str) -> Table:
     machine = result["machine"]
-    where = machine["device"] if machine["device"] != "cpu" else f"{machine['cores']} cores of {machine['processor']}"
+    cpu = f"{counted(machine['threads'], 'thread')} of {machine['processor']}"
+    where = cpu if machine["device"] == "cpu" else machine["device"]
     title = f"{title}: {result['model']['name']}, {where}, {machine['precision']}, torch {machine['torch']}"
     table = Table(title=title, show_header=False, box=None, title_justify="left")
     table.add_column(no_wrap=True)

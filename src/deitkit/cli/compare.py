@@ -16,7 +16,7 @@ from deitkit.recipe.schema import Recipe
 from deitkit.system.process import was_restarted
 
 if TYPE_CHECKING:
-    from deitkit.run.results import TeacherCard
+    from deitkit.run.results import Results, TeacherCard
 
 
 def compare(
@@ -185,10 +185,8 @@ def _compare(
     from deitkit.comparison.seed_run import LOCK_SECONDS
     from deitkit.comparison.side_by_side import run_side_by_side
     from deitkit.models.weights.pretrained import resolved
-    from deitkit.report.table import rich_table
     from deitkit.run.folder import choose_run_folder, locked
-    from deitkit.run.layout import fold_folder
-    from deitkit.run.results import AblationResults, FoldResults
+    from deitkit.run.results import AblationResults
 
     # --resume looks for a run of the recipe as it was stored
     recipe = resolved(recipe)
@@ -206,7 +204,17 @@ def _compare(
             results = run_side_by_side(recipe, folder, pool=pool, watcher=terminal, resume=resume, devices=devices)
     if as_json:
         print_json(results.to_json())
-        return
+    else:
+        _print(results, folder)
+    if results.winner is None and not isinstance(results, AblationResults):
+        raise typer.Exit(1)  # no student reached the end of its training
+
+
+def _print(results: "Results", folder: Path) -> None:
+    from deitkit.report.table import rich_table
+    from deitkit.run.layout import fold_folder
+    from deitkit.run.results import AblationResults, FoldResults
+
     console.print(rich_table(results))
     say(f"page     {folder / 'report.html'}")
     say(f"curves   {folder / 'curves.png'}")

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from deitkit.data.dataset import Dataset
+from deitkit.data.duplicates import copies_in_validation
 from deitkit.models.accelerate import lacks_compiler
 from deitkit.models.vit import size_in_words
 from deitkit.recipe.schema import Recipe
@@ -55,6 +56,7 @@ def describe_data(dataset: Dataset) -> Iterator[str]:
     for duplicates in (dataset.duplicates, dataset.near_duplicates):
         if duplicates.count:
             yield duplicates.sentence()
+    yield from copies_in_validation(dataset.train.hashes, dataset.validation.hashes, dataset.test.hashes)
 
 
 def seeds_left_out(folder: Path, recipe: Recipe) -> Iterator[str]:

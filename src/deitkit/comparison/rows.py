@@ -12,6 +12,7 @@ from torch import Tensor
 
 from deitkit.comparison.verdict import Standing, verdict
 from deitkit.data.dataset import Dataset
+from deitkit.data.duplicates import copies_in_validation
 from deitkit.distillation.methods import METHODS, reference_method
 from deitkit.evaluation.readouts import balanced_accuracy, macro_f1, top_k_accuracy, top_k_hits
 from deitkit.evaluation.statistics import (
@@ -352,3 +353,5 @@ def _notes(recipe: Recipe, dataset: Dataset) -> Iterator[str]:
     for duplicates in (dataset.duplicates, dataset.near_duplicates):
         if duplicates.count:
             yield f"{duplicates.sentence()}."
+    hashes = (dataset.train.hashes, dataset.validation.hashes, dataset.test.hashes)
+    yield from map(as_sentence, copies_in_validation(*hashes))

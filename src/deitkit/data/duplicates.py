@@ -5,7 +5,7 @@ its training images, so that the same can be found for data that it meets later,
 """
 
 import base64
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any
@@ -75,6 +75,21 @@ def find_duplicates(train: Int64[Tensor, " train"], test: Int64[Tensor, " test"]
     nearest = torch.searchsorted(ordered, test).clamp(max=len(train) - 1)
     found = (ordered[nearest] == test).nonzero().flatten()
     return torch.stack([found, places[nearest[found]]], dim=1)
+
+
+def copies_in_validation(
+    train: Int64[Tensor, " train"], validation: Int64[Tensor, " validation"], test: Int64[Tensor, " test"]
+) -> Iterator[str]:
+    """Yield a sentence for validation images with the hash of a test image, and for those of a training image."""
+    effects = (
+        ("test", test, "the winner is chosen on images that it is tested on"),
+        ("training", train, "validation accuracies may be too high, and the winner is chosen by them"),
+    )
+    for name, hashes, effect in effects:
+        count = int(torch.isin(validation, hashes).sum())
+        if count:
+            images = "image is" if count == 1 else "images are"
+            yield f"{count} validation {images} also among the {name} images: {effect}"
 
 
 def find_near_duplicates(

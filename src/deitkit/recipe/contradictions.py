@@ -97,10 +97,9 @@ def _policies(name: str, augment: "AugmentRecipe") -> Iterator[str]:
 def _training(name: str, training: "TrainRecipe") -> Iterator[str]:
     if training.warmup_epochs > training.epochs:
         yield f"{name}.warmup_epochs={training.warmup_epochs:g} exceeds {name}.epochs={training.epochs}: lower it"
-    per = training.learning_rate_per
-    peak = training.learning_rate * (1 if per is None else training.batch_size / per)
-    if training.min_learning_rate > peak:
-        yield f"{name}.min_learning_rate={training.min_learning_rate:g} exceeds the peak, {peak:g}: lower it"
+    least, peak = training.min_learning_rate, training.learning_rate
+    if least > peak and training.learning_rate_per is None:
+        yield f"{name}.min_learning_rate={least:g} exceeds {name}.learning_rate={peak:g}: lower it"
     if training.repeats > training.batch_size:
         yield f"{name}.repeats={training.repeats} exceeds {name}.batch_size={training.batch_size}: lower it"
 

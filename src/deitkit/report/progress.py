@@ -74,9 +74,9 @@ def read_trainings(folder: Path) -> list[EpochMetrics]:
     Raises:
         CheckpointError: The folder does not exist, or a file in it is malformed.
     """
-    if not folder.is_dir():
-        raise CheckpointError(f"'{folder}' is not a run folder: name the one that `deitkit compare` printed")
     lines = {(line.seed, line.student, line.epoch): line for line, _ in _read_trainings(folder)}
+    if not lines and not (folder / "recipe.yaml").exists():
+        raise CheckpointError(f"'{folder}' is not a run folder: name the one that `deitkit compare` printed")
     return list(lines.values())
 
 

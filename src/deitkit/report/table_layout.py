@@ -102,7 +102,7 @@ def provenance_of(results: Results) -> str:
     def hashed(name: str, sha256: str | None) -> str:
         return f"{name} ({sha256[:8]})" if sha256 else name
 
-    units = {"cores": " cores", "memory_gib": " GiB"}
+    units = {"cores": " cores", "threads": " threads", "memory_gib": " GiB"}
     machine = [
         f"{name} {value}" if name == "torch" else f"{value}{units.get(name, '')}"
         for name, value in results.machine.items()

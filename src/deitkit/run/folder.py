@@ -13,7 +13,7 @@ from typing import Any
 
 from filelock import BaseFileLock, FileLock, Timeout
 
-from deitkit.errors import CheckpointError, RecipeError, os_reason
+from deitkit.errors import CheckpointError, Interrupted, RecipeError, os_reason
 from deitkit.recipe.load import changed_fields, dump_recipe, load_recipe
 from deitkit.recipe.schema import Recipe
 from deitkit.system.files import delete_left_over, is_temporary, write_text
@@ -134,14 +134,23 @@ def locked(folder: Path, patience: float = 0.0, say: Callable[[str], None] = lam
     try:
         delete_left_over(folder)
         yield
+    except Interrupted as stop:
+        if _is_empty(folder):
+            stop.args = ("stopped before anything was saved: start the same command again",)
+        raise
     finally:
-        if folder.is_dir() and all(path.name == LOCK for path in folder.iterdir()):  # it may have been moved
+        if _is_empty(folder):
             with suppress(OSError):
                 (folder / LOCK).unlink(missing_ok=True)  # while it is held, since afterwards it may be another's
         lock.release()
         if is_new:
             with suppress(OSError):  # it has files, or is gone
                 folder.rmdir()
+
+
+def _is_empty(folder: Path) -> bool:
+    """Return whether a run folder, which may have been moved, holds nothing but its lock."""
+    return folder.is_dir() and all(path.name == LOCK for path in folder.iterdir())
 
 
 def _acquired(folder: Path, patience: float, say: Callable[[str], None]) -> BaseFileLock:

@@ -5,7 +5,7 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import Field, ValidationError
 
-from deitkit.errors import CheckpointError
+from deitkit.errors import CheckpointError, os_reason
 from deitkit.run.difference import Difference, Interval, Reference
 from deitkit.run.record import Document, Record, parse_json
 from deitkit.system.files import write_json
@@ -354,10 +354,14 @@ def read_results(folder: Path) -> Results:
     path = folder / "results.json"
     try:
         stored = parse_json(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        if not (folder / "recipe.yaml").exists():
+            raise CheckpointError(
+                f"'{folder}' is not a run folder: name the one that `deitkit compare` printed"
+            ) from error
+        raise CheckpointError(f"no results in '{folder}' yet: finish the comparison first, with --resume") from error
     except OSError as error:
-        raise CheckpointError(
-            f"no results in '{folder}': {path.name} cannot be read; finish the comparison first"
-        ) from error
+        raise CheckpointError(f"'{path}' cannot be read ({os_reason(error)}): check its rights") from error
     except ValueError as error:
         raise CheckpointError(f"'{path}' is not valid JSON: run the comparison again with --resume") from error
     if not isinstance(stored, dict) or stored.get("format") != FORMAT:

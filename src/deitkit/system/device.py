@@ -97,6 +97,7 @@ def describe_machine(precision: Precision) -> dict[str, Any]:
     return {
         "processor": _processor(),
         "cores": usable_cores(),
+        "threads": torch.get_num_threads(),
         "memory_gib": round(psutil.virtual_memory().total / 2**30),
         "device": _device_name(precision.device),
         "precision": precision.name,

@@ -73,7 +73,7 @@ def write_bytes(path: Path, data: bytes) -> None:
             temporary.unlink(missing_ok=True)
     except OSError as error:
         raise CheckpointError(
-            f"cannot write '{path}': {os_reason(error)}; correct this, then start the command again"
+            f"cannot write '{path}': {os_reason(error)}; correct this, then start it again, a run with --resume"
         ) from error
 
 

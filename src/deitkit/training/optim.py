@@ -132,13 +132,13 @@ def learning_rate(step: int, steps_per_epoch: int, recipe: OptimizerRecipe, trai
         train: The number of epochs of the schedule, and the batch size.
     """
     peak = peak_learning_rate(recipe, train)
+    start, end = (min(rate, peak) for rate in (recipe.warmup_learning_rate, recipe.min_learning_rate))  # of small steps
     total = (train.schedule_epochs or train.epochs) * steps_per_epoch
     warmup = round(recipe.warmup_epochs * steps_per_epoch)
     if step < warmup:
-        start = min(recipe.warmup_learning_rate, peak)
         return start + step / warmup * (peak - start)
     share = min(1.0, (step - warmup) / max(1, total - warmup))
-    return recipe.min_learning_rate + (peak - recipe.min_learning_rate) * (1 + math.cos(math.pi * share)) / 2
+    return end + (peak - end) * (1 + math.cos(math.pi * share)) / 2
 
 
 class ExponentialMovingAverage:
