@@ -290,3 +290,13 @@ def test_a_disk_that_is_full_for_a_moment_costs_only_tensorboards_files(
     assert compare(tiny_recipe("methods=[none]"), tmp_path / "one", watcher=Watcher()).winner is not None
     monkeypatch.setattr("deitkit.training.fit.SummaryWriter", full)
     assert compare(tiny_recipe("methods=[none]"), tmp_path / "two", watcher=Watcher()).winner is not None
+
+
+@pytest.mark.parametrize("field", ["teacher.checkpoint", "baseline.checkpoint"])
+def test_a_file_that_is_missing_is_told_before_images_are_decoded(
+    field: str, tiny_recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("deitkit.comparison.compare.load_images", lambda *_: pytest.fail("it reads the images first"))
+    recipe = tiny_recipe("methods=[hard]", f"{field}={tmp_path / 'gone.pth'}")
+    with pytest.raises(CheckpointError, match=r"gone\.pth does not exist: check its name"):
+        compare(recipe, tmp_path / "run", watcher=Watcher())

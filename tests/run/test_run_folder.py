@@ -28,7 +28,7 @@ from deitkit.models.classifier import Classifier
 from deitkit.models.vit import DeiT
 from deitkit.recipe.load import load_recipe
 from deitkit.recipe.schema import TrainRecipe
-from deitkit.run.folder import begin_run, check_run, choose_run_folder, locked
+from deitkit.run.folder import begin_run, check_run, choose_run_folder, locked, locked_run
 from deitkit.run.observer import StepProgress
 from deitkit.run.state import drop_state, load_state, load_tree, save_state, save_tree
 from deitkit.system.process import SPIN_COUNT, WAIT_SETTINGS, configure_process
@@ -496,7 +496,7 @@ def test_a_folder_is_of_an_ablation_or_of_a_comparison(tmp_path: Path, monkeypat
 
 
 def stop_in(folder: Path, *, kept: bool) -> None:
-    with locked(folder):
+    with locked_run(folder, 0.0, print), locked(folder / "inner"):
         if kept:
             (folder / "recipe.yaml").touch()
         raise Interrupted("stopped")

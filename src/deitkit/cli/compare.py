@@ -128,7 +128,7 @@ def teacher(
     from deitkit.comparison.seed_run import LOCK_SECONDS
     from deitkit.comparison.teachers_only import train_teachers
     from deitkit.models.weights.pretrained import resolved
-    from deitkit.run.folder import choose_run_folder, locked
+    from deitkit.run.folder import choose_run_folder, locked_run
 
     loaded = resolved(_load(recipe, overrides, None))
     restarted = was_restarted()
@@ -136,7 +136,7 @@ def teacher(
     resume = resume or restarted
     with (
         Terminal(errors if as_json else console) as terminal,
-        locked(folder, LOCK_SECONDS if resume else 0.0, terminal.say),
+        locked_run(folder, LOCK_SECONDS if resume else 0.0, terminal.say),
     ):
         cards, together = train_teachers(loaded, folder, watcher=terminal, resume=resume)
     if as_json:
@@ -185,7 +185,7 @@ def _compare(
     from deitkit.comparison.seed_run import LOCK_SECONDS
     from deitkit.comparison.side_by_side import run_side_by_side
     from deitkit.models.weights.pretrained import resolved
-    from deitkit.run.folder import choose_run_folder, locked
+    from deitkit.run.folder import choose_run_folder, locked_run
     from deitkit.run.results import AblationResults
 
     # --resume looks for a run of the recipe as it was stored
@@ -197,7 +197,7 @@ def _compare(
         pool = None if on is None else open_pool(on, devices, recipe.device)
         terminal.say(f"run folder {folder}")
         if pool is None:
-            stack.enter_context(locked(folder, LOCK_SECONDS if resume else 0.0, terminal.say))
+            stack.enter_context(locked_run(folder, LOCK_SECONDS if resume else 0.0, terminal.say))
             results = run_recipe(recipe, folder, watcher=terminal, resume=resume)
         else:
             stack.callback(pool.close)

@@ -134,12 +134,8 @@ def locked(folder: Path, patience: float = 0.0, say: Callable[[str], None] = lam
     try:
         delete_left_over(folder)
         yield
-    except Interrupted as stop:
-        if _is_empty(folder):
-            stop.args = ("stopped before anything was saved: start the same command again",)
-        raise
     finally:
-        if _is_empty(folder):
+        if folder.is_dir() and all(path.name == LOCK for path in folder.iterdir()):  # it may have been moved
             with suppress(OSError):
                 (folder / LOCK).unlink(missing_ok=True)  # while it is held, since afterwards it may be another's
         lock.release()
@@ -148,9 +144,16 @@ def locked(folder: Path, patience: float = 0.0, say: Callable[[str], None] = lam
                 folder.rmdir()
 
 
-def _is_empty(folder: Path) -> bool:
-    """Return whether a run folder, which may have been moved, holds nothing but its lock."""
-    return folder.is_dir() and all(path.name == LOCK for path in folder.iterdir())
+@contextmanager
+def locked_run(folder: Path, patience: float, say: Callable[[str], None]) -> Iterator[None]:
+    """Lock a run folder, as ``locked``; a run that stops before it saved anything says so, for there is no folder."""
+    try:
+        with locked(folder, patience, say):
+            yield
+    except Interrupted as stop:
+        if not folder.exists():
+            stop.args = ("stopped before anything was saved: start the same command again",)
+        raise
 
 
 def _acquired(folder: Path, patience: float, say: Callable[[str], None]) -> BaseFileLock:

@@ -2,6 +2,7 @@
 
 import argparse
 import hashlib
+import os
 import pickle
 import warnings
 import zipfile
@@ -63,11 +64,20 @@ def read_checkpoint(path: Path) -> Checkpoint:
     return Checkpoint(_without_additions(state), tuple(remarks), facts if isinstance(facts, dict) else {})
 
 
-def _load(path: Path) -> Any:
-    """Return all that a file contains, as ``read_checkpoint`` reads it."""
+def require_file(path: Path) -> None:
+    """Raise CheckpointError unless a path names a file that can be read."""
+    problem = ""
     if not path.is_file():
         problem = "is a folder: name a file" if path.is_dir() else "does not exist: check its name"
+    elif not os.access(path, os.R_OK):
+        problem = "cannot be read: check its rights"
+    if problem:
         raise CheckpointError(f"checkpoint {path} {problem}")
+
+
+def _load(path: Path) -> Any:
+    """Return all that a file contains, as ``read_checkpoint`` reads it."""
+    require_file(path)
     try:
         _refuse_bomb(path)
         with signals_held():
