@@ -16,9 +16,9 @@ if [[ ${1:-} == --job ]]; then
   parts=$2
   shift 2
   if [[ ${SLURM_ARRAY_TASK_ID:-} ]]; then set -- "$@" --unit "$SLURM_ARRAY_TASK_ID/$parts"; fi
+  trap 'interrupted=yes; kill -TERM "$!" || true' TERM # before the process begins: none of its moments is without it
   "$@" &
   child=$! interrupted=yes
-  trap 'interrupted=yes; kill -TERM "$child" || true' TERM
   while [[ $interrupted ]]; do
     interrupted="" code=0
     wait "$child" || code=$?

@@ -286,7 +286,8 @@ def compare_runs(peace: Path, other: Path) -> None:
         else:
             continue
         if not same:
-            raise LostError(f"{name} differs from that of the undisturbed run")
+            more = f":\n{first.decode()}\n{second.decode()}" if name == "environment.json" else ""
+            raise LostError(f"{name} differs from that of the undisturbed run{more}")
 
 
 def _rows(path: Path) -> Any:

@@ -300,9 +300,7 @@ def test_units_on_the_cpu_see_no_gpu(
 def test_units_keep_the_threads_of_the_user_but_not_those_of_the_driver(
     users: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("OMP_NUM_THREADS", "DEITKIT_OWN_THREADS"):
-        monkeypatch.setenv(name, "7")
-        monkeypatch.delenv(name)
+    monkeypatch.delenv("OMP_NUM_THREADS")
     monkeypatch.setattr(process, "usable_cores", lambda: 64)  # a container's quota
     monkeypatch.setattr(process, "visible_cores", lambda: 128)
     if users:
@@ -312,6 +310,8 @@ def test_units_keep_the_threads_of_the_user_but_not_those_of_the_driver(
     own = pools._environment(os.environ, 8)
     assert own["OMP_NUM_THREADS"] == ("5" if users else "8")
     assert "DEITKIT_OWN_THREADS" not in own
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")  # the user's, of a command that another one of this package started
+    assert pools._environment(os.environ, 8)["OMP_NUM_THREADS"] == "3"
 
 
 SLEEPER = "import time\nprint('up', flush=True)\ntime.sleep(300)\n"

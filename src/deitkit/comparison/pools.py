@@ -13,12 +13,12 @@ from typing import Any, Protocol, runtime_checkable
 from deitkit.errors import RecipeError, reason_of
 from deitkit.system.process import (
     ENDS_WITH_PARENT,
-    OWN_THREADS,
     TORCHRUN,
     TORCHRUN_VARIABLES,
     UNITS_HERE,
     usable_cores,
     were_started,
+    without_own_threads,
 )
 from deitkit.system.words import counted
 
@@ -76,8 +76,11 @@ def open_pool(place: str, devices: int, device: str = "auto") -> Pool:
 def _environment(given: Mapping[str, str], cores: int) -> dict[str, str]:
     """Return the environment of a unit with some cores; threads that the user has set stay."""
     own = {"PYTHONUNBUFFERED": "1", ENDS_WITH_PARENT: str(os.getpid())}
-    left_out = {*TORCHRUN_VARIABLES, OWN_THREADS, *(["OMP_NUM_THREADS"] if OWN_THREADS in given else [])}
-    given = {name: value for name, value in given.items() if name not in left_out and not name.startswith(TORCHRUN)}
+    given = {
+        name: value
+        for name, value in without_own_threads(given).items()
+        if name not in TORCHRUN_VARIABLES and not name.startswith(TORCHRUN)
+    }
     return given | own | ({} if "OMP_NUM_THREADS" in given else {"OMP_NUM_THREADS": str(cores)})
 
 

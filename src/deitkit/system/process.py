@@ -10,7 +10,7 @@ import os
 import platform
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -25,7 +25,7 @@ UNITS_HERE = "DEITKIT_UNITS_HERE"  # how many units run side by side on this mac
 TORCHRUN_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 ENDS_WITH_PARENT = "DEITKIT_ENDS_WITH_PARENT"  # for the units of a comparison: the process that started them
 TORCHRUN = "TORCHELASTIC_"  # how the names of torchrun's other variables begin
-OWN_THREADS = "DEITKIT_OWN_THREADS"  # set where OMP_NUM_THREADS is not the user's, but was set here
+OWN_THREADS = "DEITKIT_OWN_THREADS"  # the value of OMP_NUM_THREADS where it is not the user's, but was set here
 PR_SET_PDEATHSIG = 1  # Linux's prctl.h
 CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
@@ -109,10 +109,21 @@ def _set_threads() -> None:
     """Set the threads of this process where neither the user nor torch does so well; before torch is imported."""
     if "OMP_NUM_THREADS" not in os.environ and usable_cores() < visible_cores():
         # Torch ignores a container's quota: more threads than it grants would wait for each other.
-        os.environ.update({"OMP_NUM_THREADS": str(usable_cores()), OWN_THREADS: "1"})
+        _set_own_threads(usable_cores())
     elif were_started() and not _torchrun_was_given("OMP_NUM_THREADS"):
         # Its own choice is one thread, however many cores there are.
-        os.environ.update({"OMP_NUM_THREADS": str(max(1, usable_cores() // processes_here())), OWN_THREADS: "1"})
+        _set_own_threads(max(1, usable_cores() // processes_here()))
+
+
+def _set_own_threads(count: int) -> None:
+    os.environ.update({"OMP_NUM_THREADS": str(count), OWN_THREADS: str(count)})
+
+
+def without_own_threads(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return an environment without the threads that a process of this package chose for itself; a user's stay."""
+    own = environment.get(OWN_THREADS)
+    left_out = {OWN_THREADS, *(["OMP_NUM_THREADS"] if environment.get("OMP_NUM_THREADS") == own else [])}
+    return {name: value for name, value in environment.items() if name not in left_out}
 
 
 def _torchrun_was_given(name: str) -> bool:
