@@ -292,11 +292,21 @@ def test_a_disk_that_is_full_for_a_moment_costs_only_tensorboards_files(
     assert compare(tiny_recipe("methods=[none]"), tmp_path / "two", watcher=Watcher()).winner is not None
 
 
-@pytest.mark.parametrize("field", ["teacher.checkpoint", "baseline.checkpoint"])
-def test_a_file_that_is_missing_is_told_before_images_are_decoded(
-    field: str, tiny_recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("change", "mistake"),
+    [
+        ("teacher.checkpoint=gone.pth", r"gone\.pth does not exist: check its name"),
+        ("baseline.checkpoint=gone.pth", r"gone\.pth does not exist: check its name"),
+        ("teacher.name=timm/resnet19", r"teacher\.name='timm/resnet19' is unknown: did you mean timm/resnet18"),
+        ("teacher.name=own/mine", "'own/mine' is not registered.*import the module that registers it"),
+        ("baseline.name=cifar/resnet21", r"baseline\.name='cifar/resnet21' is unknown"),
+    ],
+)
+def test_what_a_recipe_names_but_does_not_exist_is_told_before_images_are_decoded(
+    change: str, mistake: str, tiny_recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("deitkit.comparison.compare.load_images", lambda *_: pytest.fail("it reads the images first"))
-    recipe = tiny_recipe("methods=[hard]", f"{field}={tmp_path / 'gone.pth'}")
-    with pytest.raises(CheckpointError, match=r"gone\.pth does not exist: check its name"):
+    recipe = tiny_recipe("methods=[hard]", change)
+    with pytest.raises(DeitkitError, match=mistake):
         compare(recipe, tmp_path / "run", watcher=Watcher())

@@ -16,7 +16,7 @@ from torch import Tensor
 from deitkit.comparison.advice import advice
 from deitkit.comparison.cost import add_costs
 from deitkit.comparison.describe import describe_data, describe_device, describe_students, seeds_left_out
-from deitkit.comparison.environment import machine_of, require_files, require_same_ingredients, write_environment
+from deitkit.comparison.environment import machine_of, require_same_ingredients, write_environment
 from deitkit.comparison.estimate import estimate_training
 from deitkit.comparison.finetune import StartingPoint, add_checkpoint_row, measure_checkpoint
 from deitkit.comparison.finished_run import answers_to_tests
@@ -68,6 +68,7 @@ from deitkit.training.build import (
     build_students,
     describe_initial_weights,
     needs_teacher,
+    require_sources,
     require_unseen_baseline,
     student_names,
 )
@@ -149,7 +150,7 @@ def begin(
         find_method(name)
     check_run(folder, recipe, resume)
     if not resume:  # a teacher that is prepared needs its file no more
-        require_files(recipe)
+        require_sources(recipe)
     for line in describe_device(recipe, precision):
         watcher.say(line)
     dataset = load_images(recipe, folder, watcher, dataset)

@@ -17,7 +17,7 @@ from deitkit.errors import CheckpointError
 from deitkit.models.registered import OWN, build_function
 from deitkit.models.weights.initialise import weights_file
 from deitkit.models.weights.pretrained import initial_weights_path
-from deitkit.models.weights.read import file_sha256, require_file
+from deitkit.models.weights.read import file_sha256
 from deitkit.models.zoo import create_classifier
 from deitkit.recipe.schema import DistillationRecipe, Recipe
 from deitkit.run.folder import read_environment
@@ -25,7 +25,6 @@ from deitkit.run.provenance import code_sha256
 from deitkit.system.device import Precision, describe_machine
 from deitkit.system.files import write_json
 from deitkit.system.ranks import current_ranks
-from deitkit.training.build import needs_teacher
 
 LIBRARIES = ("torch", "torchvision", "timm", "deitkit")  # whose code belongs to a version, not to a user
 
@@ -133,13 +132,3 @@ def _source(code: Any) -> str:
 
 def _sha256(*texts: str) -> str:
     return hashlib.sha256(json.dumps(texts).encode()).hexdigest()
-
-
-def require_files(recipe: Recipe) -> None:
-    """Raise CheckpointError for a file of weights that is not there, before all images are decoded."""
-    teachers = recipe.all_teachers if needs_teacher(recipe) else ()
-    files = [teacher.checkpoint for teacher in teachers]
-    files += [] if recipe.baseline is None else [recipe.baseline.checkpoint]
-    for file in files:
-        if file is not None:
-            require_file(file)

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from deitkit.errors import TeacherError, reason_of
 from deitkit.models.built import BuiltClassifier
 from deitkit.models.cnn import CIFAR_DEPTHS, CifarResNet
-from deitkit.models.registered import build_registered
+from deitkit.models.registered import build_function, build_registered
 from deitkit.models.registered import names as registered_names
 from deitkit.recipe.problems import nearest
 from deitkit.system.network import no_endless_wait
@@ -32,7 +32,7 @@ def create_classifier(
     Raises:
         TeacherError: The name is unknown, or the weights do not exist, do not fit or cannot be downloaded.
     """
-    library, architecture = _known(name)
+    library, architecture = require_known(name)
     if pretrained and library in ("cifar", "small", "own"):
         raise TeacherError(
             f"teacher.pretrained=true has no weights for '{name}': give a file as teacher.checkpoint, or train it here"
@@ -65,7 +65,7 @@ def pretrained_px(name: str) -> int | None:
     Raises:
         TeacherError: The name is unknown.
     """
-    library, architecture = _known(name)
+    library, architecture = require_known(name)
     if library == "timm":
         from deitkit.models.timm_models import pretrained_px
     elif library == "torchvision":
@@ -76,11 +76,13 @@ def pretrained_px(name: str) -> int | None:
         return pretrained_px(architecture)
 
 
-def _known(name: str) -> tuple[str, str]:
-    """Return library and architecture of a name; raise TeacherError for an unknown one."""
+def require_known(name: str) -> tuple[str, str]:
+    """Return library and architecture of a name; raise TeacherError for one that is unknown or not registered."""
     library, _, architecture = name.partition("/")
     untagged = name.partition(".")[0] if library == "timm" else name
-    if library != "own" and (library not in LIBRARIES or untagged not in _names_in(library)):
+    if library == "own":
+        build_function(architecture)
+    elif library not in LIBRARIES or untagged not in _names_in(library):
         raise TeacherError(f"teacher.name='{name}' is unknown: {_nearest(untagged)}")
     return library, architecture
 

@@ -17,8 +17,8 @@ from deitkit.models.classifier import Classifier
 from deitkit.models.vit import create_student
 from deitkit.models.weights.initialise import card_of, load_initial_weights, weights_file
 from deitkit.models.weights.pretrained import initial_weights_path, licence_of
-from deitkit.models.weights.read import file_sha256, load_into, read_state
-from deitkit.models.zoo import create_classifier
+from deitkit.models.weights.read import file_sha256, load_into, read_state, require_file
+from deitkit.models.zoo import create_classifier, require_known
 from deitkit.recipe.schema import OptimizerRecipe, Recipe
 from deitkit.run.layout import BASELINE
 from deitkit.system.device import Precision
@@ -36,6 +36,29 @@ def student_names(recipe: Recipe) -> list[str]:
 def needs_teacher(recipe: Recipe) -> bool:
     """Return whether any method of a recipe learns from a teacher."""
     return any(find_method(name).teacher_signal for name in recipe.methods)
+
+
+def require_sources(recipe: Recipe) -> None:
+    """Check before all images are decoded that architectures and files of weights exist.
+
+    Raises:
+        TeacherError: An architecture of a teacher is unknown.
+        RecipeError: That of the baseline is.
+        CheckpointError: A file does not exist.
+    """
+    if needs_teacher(recipe):
+        for teacher in recipe.all_teachers:
+            _require_source(teacher.name, teacher.checkpoint)
+    if recipe.baseline is not None:
+        with _of_baseline():
+            _require_source(baseline_architecture(recipe), recipe.baseline.checkpoint)
+
+
+def _require_source(name: str, checkpoint: Path | None) -> None:
+    if not Path(name).exists():  # a saved model
+        require_known(name)
+    if checkpoint is not None:
+        require_file(checkpoint)
 
 
 def build_students(
