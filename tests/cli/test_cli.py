@@ -258,7 +258,11 @@ def test_lists_teach(run: Run) -> None:
     assert "temperature" not in out
     code, _, errors = run("recipes", "--fields", "augmnt")
     assert code == 2
-    assert "'augmnt' is not a section of a recipe: choose data, augment, model" in errors
+    assert "no field of a recipe is about 'augmnt': name a section (data, augment, model" in errors
+    assert "teacher.fit" in run("recipes", "--fields", "teacher.fit")[1]
+    assert "augment.mixup" in run("recipes", "--fields", "Mixup")[1]
+    code, out, _ = run("recipes", "--fields", "stochastic")
+    assert (code, "model.drop_path" in out, "augment" in out) == (0, True, False)
     assert "token-hard" in run("methods")[1]
     refused(run("recipes", "digist"), "did you mean digits")
     assert "deitkit compare digits" in run("compare", "--help")[1]

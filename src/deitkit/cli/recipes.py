@@ -14,20 +14,18 @@ from deitkit.recipe.load import describe_fields, load_recipe, shipped_recipes
 
 def recipes(
     name: Annotated[
-        str | None, typer.Argument(metavar="[RECIPE]", help="Print this recipe; with --fields, this section only.")
+        str | None,
+        typer.Argument(metavar="[RECIPE]", help="Print this recipe; with --fields, the fields with this word."),
     ] = None,
     fields: Annotated[bool, typer.Option("--fields", help="List every field with its default and meaning.")] = False,
 ) -> None:
     """List the shipped recipes, print one, or explain every field.
 
-    For example `deitkit recipes --fields augment`.
+    For example `deitkit recipes --fields augment`, or `--fields mixup`.
     """
     shipped = shipped_recipes()
     if fields:
-        described = [field for field in describe_fields() if name is None or field[0].startswith(f"{name}.")]
-        if not described:
-            sections = dict.fromkeys(field.partition(".")[0] for field, _, _ in describe_fields() if "." in field)
-            raise RecipeError(f"'{name}' is not a section of a recipe: choose {', '.join(sections)}")
+        described = list(describe_fields()) if name is None else _fields_about(name)
         table = Table(box=None)
         table.add_column("field", no_wrap=True)
         table.add_column("default")
@@ -48,6 +46,20 @@ def recipes(
             table.add_row(shipped_name, plain(first.removeprefix("# ")), plain(_short(cost)))
         console.print(table)
         say("deitkit recipes NAME prints a recipe, whose head has its command, cost and result")
+
+
+def _fields_about(word: str) -> list[tuple[str, str, str]]:
+    """Return the fields of a section, else those with a word in their names, else in what they mean."""
+    fields = list(describe_fields())
+    for found in (
+        [field for field in fields if field[0] == word or field[0].startswith(f"{word}.")],
+        [field for field in fields if word.lower() in field[0]],
+        [field for field in fields if word.lower() in field[2].lower()],
+    ):
+        if found:
+            return found
+    sections = dict.fromkeys(key.partition(".")[0] for key, _, _ in fields if "." in key)
+    raise RecipeError(f"no field of a recipe is about '{word}': name a section ({', '.join(sections)}) or a field")
 
 
 def _short(cost: str) -> str:
