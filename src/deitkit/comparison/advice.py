@@ -226,7 +226,7 @@ def _prices(name: str, own: Cost, rival: Rival) -> str:
     other = rival.cost
     longer = own.milliseconds / other.milliseconds
     words = f"{longer:.1f} times as long" if longer >= 1 else f"{1 / longer:.1f} times as fast"
-    if words.startswith("1.0 "):
+    if 1 / NOTABLE < longer < NOTABLE:
         words = "about as long"
     times = [milliseconds(cost.milliseconds) for cost in (own, other)]
     sizes = [megabytes(cost.file_bytes) for cost in (own, other)]
