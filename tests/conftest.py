@@ -75,7 +75,7 @@ def _reports(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     """Leave out the pictures and pages of comparisons where nothing looks at them: drawing takes longest here."""
     draws = request.node.get_closest_marker("reports") is not None
     if request.path.parent.name in ("comparison", "teachers") and not draws:
-        monkeypatch.setattr("deitkit.comparison.compare.draw_views", lambda *_: None)
+        monkeypatch.setattr("deitkit.comparison.prepare.draw_views", lambda *_: None)
         for module in ("compare", "folds", "ablation"):
             monkeypatch.setattr(f"deitkit.comparison.{module}.write_report", write_empty_report)
 

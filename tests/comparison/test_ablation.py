@@ -59,7 +59,7 @@ pytestmark = pytest.mark.reports  # the table of all variants
 @pytest.fixture(autouse=True)
 def _no_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing takes longer than training here: each variant's own pictures are left out where nothing looks at them."""
-    monkeypatch.setattr("deitkit.comparison.compare.draw_views", lambda *_: None)
+    monkeypatch.setattr("deitkit.comparison.prepare.draw_views", lambda *_: None)
     if "report" not in request.node.name:
         monkeypatch.setattr("deitkit.comparison.compare.write_report", write_empty_report)
         monkeypatch.setattr("deitkit.report.write.write_curves", lambda *_: [])

@@ -306,7 +306,7 @@ def test_what_a_recipe_names_but_does_not_exist_is_told_before_images_are_decode
     change: str, mistake: str, tiny_recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("deitkit.comparison.compare.load_images", lambda *_: pytest.fail("it reads the images first"))
+    monkeypatch.setattr("deitkit.comparison.prepare.load_images", lambda *_: pytest.fail("it reads the images first"))
     recipe = tiny_recipe("methods=[hard]", change)
     with pytest.raises(DeitkitError, match=mistake):
         compare(recipe, tmp_path / "run", watcher=Watcher())

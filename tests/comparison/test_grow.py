@@ -12,7 +12,8 @@ import torch
 from conftest import CPU_FP32, TINY, StopAfter
 from deitkit.comparison.ablation import compare_variants
 from deitkit.comparison.cohort_states import PREDICTIONS, holds, plan_cohorts
-from deitkit.comparison.compare import compare, copy_winner
+from deitkit.comparison.compare import compare
+from deitkit.comparison.winner import copy_winner
 from deitkit.data.dataset import load_dataset
 from deitkit.errors import CheckpointError, Interrupted, TeacherError
 from deitkit.recipe.load import load_recipe

@@ -16,6 +16,7 @@ from deitkit.evaluation.statistics import holm
 from deitkit.recipe.schema import Recipe
 from deitkit.run.layout import BASELINE
 from deitkit.run.metrics import EpochMetrics
+from deitkit.teachers.resolution import TeacherLogits
 
 
 def scores_of(labels: Tensor, right: float) -> Tensor:
@@ -34,8 +35,8 @@ def test_an_accuracy_of_zero_is_a_value_and_not_an_absence(tiny_recipe: Callable
     student = StudentPredictions(
         None, 1, {"last": {name: {"class": scores_of(labels, right)} for name, labels in splits.items()}}
     )
-    teacher_logits = scores_of(splits["test"], 0.0)
-    summary = summarise(recipe, dataset, {0: {"none": student, "soft": student}}, teacher_logits, [])
+    wrong = scores_of(splits["test"], 0.0)
+    summary = summarise(recipe, dataset, {0: {"none": student, "soft": student}}, TeacherLogits(wrong, wrong), [])
     none, soft = summary.rows
     assert none.top1 == none.validation_top1 == (right,)
     assert none.top1_mean == right
@@ -137,7 +138,7 @@ def test_p_values_are_corrected_for_the_rows_that_are_compared(tiny_recipe: Call
     bonuses = {"none": 1.0, "soft": 1.4, "hard": 1.8, BASELINE: 1.2}
     students = {name: drawn(dataset, 7 * place, bonuses[name]) for place, name in enumerate(bonuses)}
     teacher_logits = drawn(dataset, 99, 1.5).scores["last"]["test"]["class"]
-    rows = summarise(recipe, dataset, {0: students}, teacher_logits, []).rows
+    rows = summarise(recipe, dataset, {0: students}, TeacherLogits(teacher_logits, teacher_logits), []).rows
     compared = {}
     for reference, other in (("labels", students["none"]), ("baseline", students[BASELINE]), ("teacher", None)):
         right = (

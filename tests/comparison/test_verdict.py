@@ -11,6 +11,7 @@ from deitkit.comparison.rows import StudentPredictions, Summary, summarise
 from deitkit.data.dataset import Dataset, load_dataset
 from deitkit.data.split import Split
 from deitkit.recipe.schema import Recipe
+from deitkit.teachers.resolution import TeacherLogits
 
 TinyRecipe = Callable[..., Recipe]
 
@@ -35,7 +36,8 @@ def judge(recipe: Recipe, teacher: float | None, **students: tuple[float, float]
     dataset = load_dataset(recipe.data)
     logits = None if teacher is None else scores_of(dataset.test.labels, teacher)
     trained = {name.replace("_", "-"): student(dataset, *both) for name, both in students.items()}
-    return summarise(recipe, dataset, {0: trained}, logits, [])
+    teacher_logits = None if logits is None else TeacherLogits(logits, logits)
+    return summarise(recipe, dataset, {0: trained}, teacher_logits, [])
 
 
 @pytest.mark.parametrize(

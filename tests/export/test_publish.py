@@ -14,7 +14,8 @@ import yaml
 from huggingface_hub import RepoUrl
 from PIL import Image
 
-from deitkit.comparison.compare import compare, copy_winner
+from deitkit.comparison.compare import compare
+from deitkit.comparison.winner import copy_winner
 from deitkit.data.duplicates import sketch
 from deitkit.errors import CheckpointError, DataError, RecipeError
 from deitkit.evaluation.readouts import readout_scores

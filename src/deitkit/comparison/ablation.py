@@ -15,9 +15,10 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from deitkit.comparison.compare import compare, complete, dry_run, has_finished
+from deitkit.comparison.compare import compare, complete, has_finished
 from deitkit.comparison.environment import require_same_code, require_same_ingredients
 from deitkit.comparison.images import as_begun, cache_last, require_same_images
+from deitkit.comparison.prepare import dry_run
 from deitkit.comparison.rows import Hits, RowKey, corrected, note_on_stops, paired_over_seeds
 from deitkit.comparison.seed_run import LOCK_SECONDS, load_predictions
 from deitkit.data.dataset import Dataset, load_dataset
@@ -57,7 +58,7 @@ def compare_variants(recipe: Recipe, folder: Path, *, watcher: Watcher, resume: 
 
     Args:
         recipe: With variants.
-        folder: New or empty; with ``resume`` one that this recipe has begun. Its variants may have changed since:
+        folder: New or empty; with ``resume`` one that this recipe has prepared. Its variants may have changed since:
             finished ones are not trained again, new ones are.
         watcher: Receives progress, and may request a stop.
         resume: Continue at the variant at which a run was stopped.
@@ -65,25 +66,25 @@ def compare_variants(recipe: Recipe, folder: Path, *, watcher: Watcher, resume: 
     Raises:
         Interrupted: The watcher requested a stop; the run can be resumed.
     """
-    begun = begin_variants(recipe, folder, watcher=watcher, resume=resume)
-    recipes, homes = begun.recipes, begun.homes
-    for name in begun.unfinished:
+    prepared = prepare_variants(recipe, folder, watcher=watcher, resume=resume)
+    recipes, homes = prepared.recipes, prepared.homes
+    for name in prepared.unfinished:
         watcher.say(f"variant {name} ({list(recipes).index(name) + 1} of {len(recipes)}) {_in_words(name, recipes)}")
         with named_in_errors(name), locked(homes[name], LOCK_SECONDS, watcher.say):  # a unit may still train it
             if not has_finished(homes[name], recipes[name]):
-                compare(recipes[name], homes[name], watcher=watcher, resume=True, dataset=begun.images(name))
+                compare(recipes[name], homes[name], watcher=watcher, resume=True, dataset=prepared.images(name))
     for name, own in recipes.items():
         with locked(homes[name], LOCK_SECONDS, watcher.say):
             complete(own, homes[name], watcher)
-    results = _results(recipe, recipes, homes, begun.labels)
+    results = _results(recipe, recipes, homes, prepared.labels)
     write_results(results, folder)
     write_report(folder)
     return results
 
 
 @dataclass(frozen=True)
-class BegunVariants:
-    """An ablation whose folders are begun and whose teachers are ready."""
+class PreparedVariants:
+    """An ablation whose folders have begun and whose teachers are ready."""
 
     recipes: dict[str, Recipe]
     homes: dict[str, Path]
@@ -105,7 +106,7 @@ def variant_recipes(recipe: Recipe) -> dict[str, Recipe]:
     return {name: resolved(variant) for name, variant in expand_variants(recipe).items()}
 
 
-def begin_variants(recipe: Recipe, folder: Path, *, watcher: Watcher, resume: bool = False) -> BegunVariants:
+def prepare_variants(recipe: Recipe, folder: Path, *, watcher: Watcher, resume: bool = False) -> PreparedVariants:
     """Check everything that can be checked before training, begin the run folders, and prepare all teachers.
 
     The arguments are those of ``compare_variants``.
@@ -118,16 +119,16 @@ def begin_variants(recipe: Recipe, folder: Path, *, watcher: Watcher, resume: bo
     # Variants that share a data set follow each other in most recipes.
     random_crops = any(variant.has_random_crops for variant in recipes.values())
     load = cache_last(lambda data: load_dataset(data, watcher.reading, random_crops=random_crops))
-    begun = BegunVariants(recipes, homes, _dry_run_all(recipes, homes, load), load)
+    prepared = PreparedVariants(recipes, homes, _dry_run_all(recipes, homes, load), load)
     begin_run(folder, recipe)
-    for name in begun.unfinished:
+    for name in prepared.unfinished:
         begin_run(homes[name], recipes[name])
         if needs_teacher(recipes[name]):
             ready = all(map(is_prepared, teacher_folders(homes[name], len(recipes[name].all_teachers))))
             lock = nullcontext() if ready else locked(homes[name], LOCK_SECONDS, watcher.say)
             with named_in_errors(name), lock:
-                _provide_teacher(name, recipes, homes, begun.images(name), watcher)
-    return begun
+                _provide_teacher(name, recipes, homes, prepared.images(name), watcher)
+    return prepared
 
 
 def _dry_run_all(

@@ -142,8 +142,8 @@ def measure_checkpoint(
         return StartingPoint(None, "", parameters, None if card is None else card.method, note)
     px = found.image_px[0]
     own: dict[str, Any] = {"image_px": px, "channels": found.channels}
-    if card is not None:
-        own |= {"eval_crop": card.eval_crop, "fit": card.fit}
+    view = {"eval_crop": weights.eval_crop, "fit": weights.fit}
+    own |= {field: value for field, value in view.items() if value is not None}
     test = load_test(recipe.data.model_copy(update=own), watcher.reading)[0]
     assert torch.equal(test.labels, dataset.test.labels.cpu()), "both are the same images in the same order"
     scores = readout_scores(predict(_build(weights).to(precision.device), test, precision))

@@ -3,8 +3,6 @@
 from pathlib import Path
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from deitkit.data.dataset import Dataset
 from deitkit.errors import CheckpointError
@@ -19,7 +17,7 @@ from deitkit.run.results import Results
 from deitkit.system.device import Precision
 from deitkit.teachers.frozen import Teachers
 from deitkit.teachers.prepare import CARD, is_prepared, prepare_teachers
-from deitkit.teachers.resolution import logits_as_used
+from deitkit.teachers.resolution import TeacherLogits, predict_test
 
 
 def teachers_of(folder: Path, recipe: Recipe, dataset: Dataset, precision: Precision, watcher: Watcher) -> Teachers:
@@ -59,10 +57,8 @@ def load_as_trained(folder: Path, speed: SpeedRecipe, device: torch.device) -> C
     return accelerate(load_classifier(folder, device)[0], speed.model_copy(update={"compile": False}), device)
 
 
-def answers_to_tests(
+def predict_test_of_teachers(
     teachers: Teachers, recipe: Recipe, dataset: Dataset, folder: Path, precision: Precision
-) -> tuple[list[Float[Tensor, "n classes"]], list[Float[Tensor, "n classes"]]]:
-    """Return each teacher's logits for the students' views of the test images, and for these as it takes them."""
-    views = teachers.logits(dataset.test, precision)
-    homes = teacher_folders(folder, len(recipe.all_teachers))
-    return views, logits_as_used(teachers.classifiers, homes, views, recipe.data, dataset, precision)
+) -> list[TeacherLogits]:
+    """Return each teacher's logits for the test images of a run."""
+    return predict_test(teachers, teacher_folders(folder, len(recipe.all_teachers)), recipe.data, dataset, precision)

@@ -10,13 +10,15 @@ from pathlib import Path
 from statistics import median, median_low
 
 from deitkit.comparison.advice import advice
-from deitkit.comparison.compare import compare, complete, copy_winner, dry_run, has_finished
+from deitkit.comparison.compare import compare, complete, has_finished
 from deitkit.comparison.environment import require_same_ingredients
 from deitkit.comparison.finetune import measure_checkpoint
 from deitkit.comparison.images import as_begun, cache_last
+from deitkit.comparison.prepare import dry_run
 from deitkit.comparison.rows import best_row, corrected, corrected_differences, note_on_stops, validation_scores
 from deitkit.comparison.seed_run import LOCK_SECONDS
 from deitkit.comparison.verdict import Standing, verdict
+from deitkit.comparison.winner import copy_winner
 from deitkit.data.dataset import Dataset, load_dataset
 from deitkit.evaluation.statistics import (
     are_equal,
@@ -71,7 +73,7 @@ def compare_folds(recipe: Recipe, folder: Path, *, watcher: Watcher, resume: boo
         Interrupted: The watcher requested a stop; the run can be resumed.
     """
     recipe = resolved(recipe)
-    load = begin_folds(recipe, folder, watcher=watcher, resume=resume)
+    load = prepare_folds(recipe, folder, watcher=watcher, resume=resume)
     recipes = fold_recipes(recipe)
     homes = {fold: fold_folder(folder, fold) for fold in recipes}
     for fold, own in recipes.items():
@@ -95,7 +97,7 @@ def fold_recipes(recipe: Recipe) -> dict[int, Recipe]:
     return {fold: recipe.model_copy(update={"data": own}) for fold, own in data.items()}
 
 
-def begin_folds(
+def prepare_folds(
     recipe: Recipe, folder: Path, *, watcher: Watcher, resume: bool = False
 ) -> Callable[[DataRecipe], Dataset]:
     """Check everything that can be checked before training, begin the run folder, and return the loader of its images.

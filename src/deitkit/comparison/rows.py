@@ -33,6 +33,7 @@ from deitkit.run.reported import default_readout, reported_rows
 from deitkit.run.results import Row, SomeRow, with_difference
 from deitkit.system.device import Precision
 from deitkit.system.words import as_sentence, counted
+from deitkit.teachers.resolution import TeacherLogits
 from deitkit.training.build import baseline_architecture
 
 Hits = dict[int, Bool[Tensor, " n"]]  # by seed, which test images are classified correctly
@@ -76,9 +77,8 @@ def summarise(
     recipe: Recipe,
     dataset: Dataset,
     predictions: Predictions,
-    teacher_logits: Float[Tensor, "n classes"] | None,
+    teacher: TeacherLogits | None,
     metrics: Iterable[EpochMetrics],
-    used_logits: Float[Tensor, "n classes"] | None = None,
 ) -> Summary:
     """Return rows, winner, verdict and notes.
 
@@ -86,15 +86,12 @@ def summarise(
         recipe: Of the comparison.
         dataset: Its test and validation labels.
         predictions: For each seed and student.
-        teacher_logits: The teachers' logits for the students' views of the test images, with which students agree.
+        teacher: Of the test images: students agree with it on their views, and are compared with it as it is used.
         metrics: Of the run, for its speed.
-        used_logits: The teachers' logits for the test images as they take them when they are used, to which students
-            are compared; by default ``teacher_logits``.
     """
     speed = _speed(metrics)
-    decisions = None if teacher_logits is None else teacher_logits.argmax(dim=-1)
-    used = teacher_logits if used_logits is None else used_logits
-    teacher_hits = None if used is None else used.argmax(dim=-1) == dataset.test.labels
+    decisions = None if teacher is None else teacher.on_views.argmax(dim=-1)
+    teacher_hits = None if teacher is None else teacher.as_used.argmax(dim=-1) == dataset.test.labels
     rows = [
         _row(key, recipe, dataset, predictions, (decisions, teacher_hits), speed.get(key.student, _NO_SPEED))
         for key in _row_keys(predictions[recipe.seeds[0]])

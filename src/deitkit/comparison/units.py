@@ -9,10 +9,11 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
-from deitkit.comparison.ablation import begin_variants, named_in_errors, variant_recipes
+from deitkit.comparison.ablation import named_in_errors, prepare_variants, variant_recipes
 from deitkit.comparison.cohort_states import missing_students
-from deitkit.comparison.compare import begin, compare, has_finished, train_part
-from deitkit.comparison.folds import begin_folds, fold_recipes
+from deitkit.comparison.compare import compare, has_finished, train_part
+from deitkit.comparison.folds import fold_recipes, prepare_folds
+from deitkit.comparison.prepare import prepare_comparison
 from deitkit.comparison.seed_run import LOCK_SECONDS
 from deitkit.errors import RecipeError
 from deitkit.models.weights.pretrained import resolved
@@ -123,11 +124,11 @@ def run_unit(recipe: Recipe, folder: Path, unit: str, *, watcher: Watcher) -> No
 
 def _prepare(recipe: Recipe, folder: Path, watcher: Watcher) -> None:
     if recipe.variants:
-        begin_variants(recipe, folder, watcher=watcher, resume=True)
+        prepare_variants(recipe, folder, watcher=watcher, resume=True)
     elif recipe.is_cross_validation:
-        begin_folds(recipe, folder, watcher=watcher, resume=True)
+        prepare_folds(recipe, folder, watcher=watcher, resume=True)
     else:
-        begin(recipe, folder, watcher=watcher, resume=True)
+        prepare_comparison(recipe, folder, watcher=watcher, resume=True)
 
 
 def _named(recipe: Recipe, unit: str) -> list[str]:

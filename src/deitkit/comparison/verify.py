@@ -12,7 +12,7 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from deitkit.comparison.cohort_states import PREDICTIONS
-from deitkit.comparison.finished_run import answers_to_tests, load_as_trained, students_of, teachers_of
+from deitkit.comparison.finished_run import load_as_trained, predict_test_of_teachers, students_of, teachers_of
 from deitkit.comparison.images import as_begun, cache_last, describe_images
 from deitkit.comparison.verify_table import wrong_figures
 from deitkit.data.dataset import Dataset, load_labelled
@@ -29,7 +29,7 @@ from deitkit.run.results import AblationResults, FoldResults, Row, read_results
 from deitkit.run.state import outline
 from deitkit.system.device import Precision, describe_machine
 from deitkit.system.words import counted
-from deitkit.teachers.frozen import mean_teacher_logits
+from deitkit.teachers.resolution import TeacherLogits
 
 # Tolerance for another processor or version of torch, where rounding decides images near a boundary between two
 # classes; of few images it is one. On the machine of the run figures must be identical.
@@ -151,8 +151,7 @@ def _verify(
         logits = None
         if results.teacher is not None:
             taught = teachers_of(folder, recipe, dataset, precision, Watcher())
-            views, used = answers_to_tests(taught, recipe, dataset, folder, precision)
-            logits = mean_teacher_logits(views), mean_teacher_logits(used)
+            logits = TeacherLogits.mean(predict_test_of_teachers(taught, recipe, dataset, folder, precision))
         problems += wrong_figures(results, recipe, dataset, folder, outputs, logits, tolerance)
     holds_all = same_data and not problems and all(row.holds is not False for row in rows)
     return Verification(holds_all, same_data, same_teachers, tolerance, tuple(rows), tuple(dict.fromkeys(problems)))

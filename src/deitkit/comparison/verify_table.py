@@ -4,9 +4,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from jaxtyping import Float
-from torch import Tensor
-
 from deitkit.comparison.cohort_states import PREDICTIONS
 from deitkit.comparison.rows import Predictions, StudentPredictions, Summary, summarise
 from deitkit.comparison.seed_run import load_predictions
@@ -18,6 +15,7 @@ from deitkit.recipe.schema import Recipe
 from deitkit.run.layout import seed_folder
 from deitkit.run.provenance import code_sha256
 from deitkit.run.results import Results, Row
+from deitkit.teachers.resolution import TeacherLogits
 from deitkit.training.build import student_names
 
 Outputs = Mapping[str, Mapping[str, Output]]  # by folder of a student and split
@@ -33,7 +31,7 @@ def wrong_figures(
     dataset: Dataset,
     folder: Path,
     outputs: Mapping[int, Outputs],
-    teacher_logits: tuple[Float[Tensor, "n classes"], Float[Tensor, "n classes"]] | None,
+    teacher: TeacherLogits | None,
     tolerance: float,
 ) -> Iterator[str]:
     """Make a table again from measured predictions, and yield a sentence for each figure that is not the recorded one.
@@ -48,16 +46,15 @@ def wrong_figures(
         dataset: Of the run.
         folder: Of the run.
         outputs: Of every student that finished, by seed.
-        teacher_logits: The teachers' logits for the students' views of the test images, and as they take these.
+        teacher: What the teachers, as one, compute for the test images.
         tolerance: Allowed difference of an accuracy.
     """
     predictions = _measured(recipe, folder, outputs)
     if predictions is None:
         return
-    views, used = (None, None) if teacher_logits is None else teacher_logits
-    summary = summarise(recipe, dataset, predictions, views, [], used)
-    if used is not None and results.teacher is not None:
-        top1 = top_k_accuracy(used, dataset.test.labels)
+    summary = summarise(recipe, dataset, predictions, teacher, [])
+    if teacher is not None and results.teacher is not None:
+        top1 = top_k_accuracy(teacher.as_used, dataset.test.labels)
         yield from _wrong("teacher", "test_top1", results.teacher.test_top1, top1, tolerance)
     recorded = {row.row: row for row in results.rows if row.kind != "checkpoint"}
     same_code = results.code == code_sha256()

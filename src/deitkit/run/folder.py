@@ -202,7 +202,7 @@ def check_run(folder: Path, recipe: Recipe, resume: bool) -> None:
 
 
 def read_environment(folder: Path) -> dict[str, Any]:
-    """Return what ``begin`` wrote of a run's machine and images; nothing of a run that has not begun."""
+    """Return what a preparation wrote of a run's machine and images; nothing of a run that has not begun."""
     path = folder / "environment.json"
     try:
         return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}

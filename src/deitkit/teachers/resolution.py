@@ -1,6 +1,7 @@
-"""What views cost a teacher that has a higher resolution: its accuracy on images that were decoded at its own."""
+"""A teacher of a higher resolution than the students' views: what these cost it, and what it decides at its own."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from jaxtyping import Float
@@ -15,6 +16,7 @@ from deitkit.models.saved import read_card
 from deitkit.recipe.schema import DataRecipe
 from deitkit.run.results import TeacherCard
 from deitkit.system.device import Precision
+from deitkit.teachers.frozen import Teachers, mean_teacher_logits
 
 IMAGES = 200
 ALPHA = 0.01  # level of the test whether the resolution matters
@@ -47,34 +49,45 @@ def measure_at_own_resolution(
     )
 
 
-def logits_as_used(
-    classifiers: Sequence[Classifier],
-    homes: Sequence[Path],
-    views: Sequence[Float[Tensor, "n classes"]],
-    data: DataRecipe,
-    dataset: Dataset,
-    precision: Precision,
-) -> list[Float[Tensor, "n classes"]]:
-    """Return each teacher's logits for the test images as it takes them when it is used, by the card of its folder.
+@dataclass(frozen=True)
+class TeacherLogits:
+    """What a teacher, or the mean of several, computes for the test images.
 
-    A CNN that came trained may take larger images than the students do. It teaches on their views, but who asks whether
-    a student can replace it asks of the CNN as it is.
+    Attributes:
+        on_views: For the students' views of them, as when it teaches.
+        as_used: For the images as it takes them when it is used. A CNN that came trained may take larger ones than the
+            students; they are compared with the CNN at its own resolution, since that is what they would replace.
+    """
+
+    on_views: Float[Tensor, "n classes"]
+    as_used: Float[Tensor, "n classes"]
+
+    @classmethod
+    def mean(cls, logits: Sequence["TeacherLogits"]) -> "TeacherLogits":
+        """Return logits whose softmax is the mean of several teachers' softmax."""
+        on_views, as_used = ([getattr(each, name) for each in logits] for name in ("on_views", "as_used"))
+        return cls(mean_teacher_logits(on_views), mean_teacher_logits(as_used))
+
+
+def predict_test(
+    teachers: Teachers, homes: Sequence[Path], data: DataRecipe, dataset: Dataset, precision: Precision
+) -> list[TeacherLogits]:
+    """Return each teacher's logits for the test images, which are read again where a teacher takes larger ones.
 
     Args:
-        classifiers: The teachers.
-        homes: Their folders in the run.
-        views: Their logits for the students' views of the test images, which hold where these are what it takes.
+        teachers: Of the run.
+        homes: Their folders in the run, whose cards tell what each takes.
         data: Of the run.
         dataset: Of the run.
         precision: Of the forward passes.
     """
+    on_views = teachers.logits(dataset.test, precision)
+    as_used = list(on_views)
     sides = [read_card(home).side for home in homes]
-    own = [side for side in dict.fromkeys(sides) if side != min(dataset.image_px)]
-    found = list(views)
-    for side in own:
+    for side in (side for side in dict.fromkeys(sides) if side != min(dataset.image_px)):
         test = load_test(data.model_copy(update={"image_px": side}))[0]
         assert test.labels.equal(dataset.test.labels.cpu()), "the same images in the same order"
-        for place, classifier in enumerate(classifiers):
+        for place, classifier in enumerate(teachers.classifiers):
             if sides[place] == side:
-                found[place] = predict_logits(classifier, test, precision)
-    return found
+                as_used[place] = predict_logits(classifier, test, precision)
+    return [TeacherLogits(*pair) for pair in zip(on_views, as_used, strict=True)]
