@@ -13,7 +13,7 @@ demo: $(INSTALLED)
 
 # On each core, up to four: a process takes up to 3 GB.
 test: $(DEVELOPED)
-	$(BIN)/python -m pytest --dist loadfile \
+	$(BIN)/python -m pytest --dist loadfile --no-loadscope-reorder \
 		-n $$($(BIN)/python -c 'from deitkit.system.process import usable_cores; print(min(4, usable_cores()))')
 
 lint: $(DEVELOPED)

@@ -16,9 +16,12 @@ if [[ ${1:-} == --job ]]; then
   parts=$2
   shift 2
   if [[ ${SLURM_ARRAY_TASK_ID:-} ]]; then set -- "$@" --unit "$SLURM_ARRAY_TASK_ID/$parts"; fi
-  trap 'interrupted=yes; kill -TERM "$!" || true' TERM # before the process begins: none of its moments is without it
+  interrupted=""
+  trap 'interrupted=yes; kill -TERM "${!-}" || true' TERM # before the process begins, so that no signal is lost
   "$@" &
-  child=$! interrupted=yes
+  child=$!
+  if [[ $interrupted ]]; then kill -TERM "$child" || true; fi
+  interrupted=yes
   while [[ $interrupted ]]; do
     interrupted="" code=0
     wait "$child" || code=$?

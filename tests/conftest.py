@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,22 +13,29 @@ from deitkit.system.process import configure_process
 
 # The tests' models are so small that threads only wait for each other, and sums of any number of threads differ.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# What the shell of the tests says of its terminal, and the user's own settings, are none of theirs.
+for _name in ("FORCE_COLOR", "TTY_COMPATIBLE", "COLUMNS", "LINES", "PY_COLORS", "GITHUB_ACTIONS", "DEITKIT_IMPORT"):
+    os.environ.pop(_name, None)
 configure_process()  # before torch is imported: threads of the tests, too, wait without keeping a core from others
 
+import psutil
 import torch
 from hypothesis import settings
 
 from deitkit.cli.main import main
+from deitkit.data.augment.preview import draw_views
 from deitkit.data.dataset import Dataset, Split
 from deitkit.data.duplicates import pixel_hashes
 from deitkit.recipe.load import load_recipe
 from deitkit.recipe.schema import Recipe
+from deitkit.report.write import write_report
 from deitkit.run.layout import REPORT
 from deitkit.run.observer import Watcher
 from deitkit.system.device import Precision
 from deitkit.training.student import Student
 
-settings.register_profile("patient", deadline=None)  # other work on the machine is no failure
+# Other work on the machine is no failure; examples that only one run draws are for `make fuzz`.
+settings.register_profile("patient", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("patient")
 settings.register_profile("fuzz", max_examples=1800)  # `make fuzz`; what it scales is in fuzz_helpers
 
@@ -60,6 +68,16 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _hurry() -> Iterator[None]:
+    """Leave out what takes time in every comparison and changes none of its figures but times."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: None)
+        patch.setattr("deitkit.comparison.cost.BATCH_SIZES", (8,))
+        patch.setattr("deitkit.evaluation.speed.SECONDS_OF_SINGLE", 0.02)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _own_environment() -> Iterator[None]:
     """Take back what a command that runs in the tests' process sets for its own, such as threads."""
@@ -71,13 +89,55 @@ def _own_environment() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def _reports(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def _no_process_left(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """End the processes that a test started and, since it failed, did not end."""
+    started: list[subprocess.Popen[Any]] = []
+
+    class Popen(subprocess.Popen[Any]):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+            started.append(self)
+
+    monkeypatch.setattr(subprocess, "Popen", Popen)
+    yield
+    for process in started:
+        if process.poll() is None:
+            for child in psutil.Process(process.pid).children(recursive=True):
+                child.kill()
+            process.kill()
+            process.wait()
+
+
+DRAWING: dict[str, Callable[..., Any]] = {
+    "prepare.draw_views": draw_views,
+    "compare.write_report": write_report,
+    "folds.write_report": write_report,
+    "ablation.write_report": write_report,
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _no_reports(request: pytest.FixtureRequest) -> Iterator[None]:
     """Leave out the pictures and pages of comparisons where nothing looks at them: drawing takes longest here."""
-    draws = request.node.get_closest_marker("reports") is not None
-    if request.path.parent.name in ("comparison", "teachers") and not draws:
-        monkeypatch.setattr("deitkit.comparison.prepare.draw_views", lambda *_: None)
-        for module in ("compare", "folds", "ablation"):
-            monkeypatch.setattr(f"deitkit.comparison.{module}.write_report", write_empty_report)
+    with pytest.MonkeyPatch.context() as patch:
+        if request.path.parent.name in ("comparison", "teachers"):
+            for name in DRAWING:
+                empty = write_empty_report if name.endswith("write_report") else lambda *_: None
+                patch.setattr(f"deitkit.comparison.{name}", empty)
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _reports(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draw them for tests with this mark."""
+    if request.node.get_closest_marker("reports") is not None:
+        draw_reports(monkeypatch)
+
+
+def draw_reports(patch: pytest.MonkeyPatch) -> None:
+    """Draw the pictures and pages of comparisons, for a fixture of a whole module."""
+    for name, draw in DRAWING.items():
+        patch.setattr(f"deitkit.comparison.{name}", draw)
 
 
 def write_empty_report(folder: Path) -> list[Path]:

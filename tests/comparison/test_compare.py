@@ -42,7 +42,8 @@ TinyRecipe = Callable[..., Recipe]
 
 @pytest.mark.reports
 def test_a_run_folder_holds_all_that_the_design_promises(tiny_recipe: TinyRecipe, tmp_path: Path) -> None:
-    recipe = tiny_recipe("methods=[none, token-hard]", "baseline={name: cifar/resnet20}", "train.ema_decay=0.9")
+    recipe = tiny_recipe("methods=[none, token-hard]", "baseline={name: cifar/resnet20}", "train.ema_decay=0.9",
+                         "train.precision=fp32")  # fmt: skip
     results = compare(recipe, tmp_path / "run", watcher=Watcher())
     for name in (
         "recipe.yaml", "environment.json", "metrics.jsonl", "results.json", "report.html", "table.md", "table.csv",

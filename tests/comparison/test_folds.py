@@ -16,7 +16,7 @@ from scipy import stats
 from sklearn.model_selection import StratifiedKFold
 from typer.testing import CliRunner
 
-from conftest import TINY, StopAfter, poisoned_gradient
+from conftest import TINY, StopAfter, draw_reports, poisoned_gradient
 from deitkit.analyze.analysis import analyze_run
 from deitkit.cli.main import app
 from deitkit.comparison.compare import compare
@@ -56,7 +56,9 @@ def folds_of(tmp_path_factory: pytest.TempPathFactory, *overrides: str) -> Path:
 @pytest.fixture(scope="module")
 def learnt(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three folds whose students learn something."""
-    return folds_of(tmp_path_factory, *LEARNS)
+    with pytest.MonkeyPatch.context() as patch:
+        draw_reports(patch)
+        return folds_of(tmp_path_factory, *LEARNS)
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +68,9 @@ def two_folds(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def one_method(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return folds_of(tmp_path_factory, "data.folds=2", "methods=[none]")
+    with pytest.MonkeyPatch.context() as patch:
+        draw_reports(patch)
+        return folds_of(tmp_path_factory, "data.folds=2", "methods=[none]")
 
 
 def planned(labels: torch.Tensor, folds: int, groups: torch.Tensor | None = None, **fields: Any) -> list[Any]:

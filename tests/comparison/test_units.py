@@ -642,12 +642,12 @@ def test_units_that_are_killed_and_stopped_end_in_the_table_of_one_run(tmp_path:
         time.sleep(0.1)
     children = psutil.Process(driver.pid).children()
     children[0].kill()
-    time.sleep(1.5)
+    assert driver.stdout is not None
+    assert any("starting it again from its last state" in line for line in driver.stdout)
     children = psutil.Process(driver.pid).children()
     driver.send_signal(signal.SIGTERM)
-    output, _ = driver.communicate(timeout=120)
+    output, _ = driver.communicate(timeout=300)
     assert driver.returncode == 143, output
-    assert "starting it again from its last state" in output
     assert "stopped; the same command with --resume continues" in output
     assert not any(child.is_running() for child in children)
     done = subprocess.run(

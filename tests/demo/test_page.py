@@ -61,7 +61,7 @@ def served(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tu
         command = [sys.executable, "-c", WATCHED, "demo", str(model)]
         process = subprocess.Popen(command, stdout=out, stderr=out, text=True, env=settings)
     try:
-        for _ in range(600):
+        for _ in range(1800):
             text = log.read_text()
             if "open http" in text or process.poll() is not None:
                 break
@@ -113,7 +113,7 @@ def colour(path: Path, value: int) -> Path:
 def give(page: Any, path: Path) -> None:
     for clear in page.query_selector_all("#image button[aria-label='Clear']"):
         clear.click()
-        page.wait_for_timeout(500)
+        sync_api.expect(page.locator("#maps figure")).to_have_count(0)
     page.set_input_files("#image input[type=file]", path)
 
 
@@ -202,8 +202,7 @@ def test_two_people_at_once_do_not_disturb_each_other(served: tuple[str, Any], t
             for shown in pages:
                 give(shown, file)
         for shown in pages:
-            shown.wait_for_selector("#maps figure img")
-            assert shown.locator("#maps figure").count() == 5
+            sync_api.expect(shown.locator("#maps figure")).to_have_count(5, timeout=60_000)
         browser.close()  # the fixture finds no traceback in the server's output
 
 

@@ -167,7 +167,8 @@ def test_what_a_killed_process_left_half_written_is_no_run_and_is_deleted(tmp_pa
 def test_resume_waits_for_a_lock_and_a_lock_that_stays_is_no_mistake(
     tmp_path: Path, run: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("deitkit.comparison.seed_run.LOCK_SECONDS", 0.3)
+    for module in ("side_by_side", "units", "folds", "ablation", "seed_run"):  # which copies it into the others
+        monkeypatch.setattr(f"deitkit.comparison.{module}.LOCK_SECONDS", 0.3)
     for command in ("compare", "teacher"):
         with locked(tmp_path):
             code, printed, said = run(command, "digits", "--out", tmp_path, "--resume")

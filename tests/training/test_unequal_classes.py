@@ -58,8 +58,8 @@ def test_weights_are_scikit_learns_and_the_loss_is_torchs() -> None:
     labels = data.train.labels.numpy()
     assert weights.tolist() == pytest.approx(compute_class_weight("balanced", classes=np.arange(3), y=labels).tolist())
     trained = cohort(data, TrainRecipe(batch_size=16, class_weight="balanced"))
-    assert trained.class_weights is not None
-    assert torch.equal(trained.class_weights, weights)
+    assert trained.views.class_weights is not None
+    assert torch.equal(trained.views.class_weights, weights)
     _, dense = trained.make_view(*trained.batches.batch(0, 0), 0)
     logits, teacher = torch.randn(2, 16, 3, generator=torch.Generator().manual_seed(0))
     weighted = weigh_images(dense, weights, 0.0)  # without smoothing, torch weighs images too
@@ -94,7 +94,7 @@ def test_equal_classes_weigh_exactly_one(classes: int, count: int) -> None:
 
 
 def test_equal_classes_are_not_weighed() -> None:
-    assert cohort(striped_dataset(), TrainRecipe(batch_size=16, class_weight="balanced")).class_weights is None
+    assert cohort(striped_dataset(), TrainRecipe(batch_size=16, class_weight="balanced")).views.class_weights is None
 
 
 @given(st.lists(st.integers(1, 40), min_size=2, max_size=5), st.integers(0, 3))

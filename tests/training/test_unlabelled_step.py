@@ -133,7 +133,7 @@ def test_each_image_comes_once_before_any_comes_again() -> None:
     seen = []
     for step in range(5):  # of the run: more than the steps of an epoch with labels
         cohort.epoch, cohort.step = divmod(step, cohort.batches.steps_per_epoch)
-        images = cohort.unlabelled_images()
+        images = cohort.views.unlabelled_images(cohort.global_step)
         assert images is not None
         seen += [bytes(image.numpy()) for image in images]
     assert len(set(seen)) == 50
@@ -143,7 +143,7 @@ def test_fewer_images_than_a_step_has_room_for_are_all_used() -> None:
     cohort = cohort_of(["soft"], data_with(count=5), 64)
     assert cohort.images_in_step == BATCH + 5
     cohort.next_step(cohort.batches.epoch(0, 0))
-    assert cohort_of(["none"], data_with(count=5), 64).unlabelled is None, "nobody there learns from a teacher"
+    assert cohort_of(["none"], data_with(count=5), 64).views.unlabelled is None, "nobody there learns from a teacher"
 
 
 def test_a_run_resumes_with_them_and_tells_of_them(tiny_recipe: Callable[..., Recipe], tmp_path: Path) -> None:

@@ -226,7 +226,7 @@ def _with_cached_logits(bench: Bench, folder: Path) -> Stepper:
     writer = bench.cohort(bench.students(recipe.methods), cache)
     for step, (images, labels) in enumerate(writer.batches.epoch(0)):
         writer.step = step
-        view, _ = writer.make_view(images, labels, step, writer.unlabelled_images())
+        view, _ = writer.make_view(images, labels, step, writer.views.unlabelled_images(writer.global_step))
         cache.keep(0, step, writer.recorder.run(writer.teacher_forward, view))
     again = open_logit_cache(recipe, bench.dataset, bench.teachers, recipe.seeds[0], bench.precision, folder)
     cohort = bench.cohort(bench.students(bench.recipe.methods), again)

@@ -96,7 +96,7 @@ def _seconds(cohort: Cohort, epochs: int) -> float:
     steps = min(WARM_UP_STEPS + TIMED_STEPS, cohort.batches.steps_per_epoch)
     batches = cohort.batches.epoch(0, 0)
     warm_up = min(WARM_UP_STEPS, steps - 1)
-    with closing(cohort):
+    with closing(cohort.views):
         for _ in range(warm_up):
             cohort.next_step(batches)
         started = time.perf_counter()

@@ -13,9 +13,6 @@ import torch
 from jaxtyping import Float, Int64, UInt8
 from torch import Tensor, nn
 
-from deitkit.data.augment.augment import Augment
-from deitkit.data.augment.mix import Mix, balanced_weights, weigh_images
-from deitkit.data.batches import Batches
 from deitkit.data.dataset import Dataset
 from deitkit.errors import Interrupted, OutOfMemory, is_out_of_memory
 from deitkit.evaluation.predict import predict_all
@@ -26,12 +23,13 @@ from deitkit.run.metrics import EpochMetrics
 from deitkit.run.observer import StepProgress
 from deitkit.system.device import Precision
 from deitkit.system.ranks import ALONE, Ranks
-from deitkit.system.seeding import derived_generator, derived_seed
+from deitkit.system.seeding import derived_seed
 from deitkit.system.timer import Pace, Stopwatch
 from deitkit.training.cuda_graph import Recorder, is_of_libraries
 from deitkit.training.micro_batches import has_batch_norm
 from deitkit.training.optim import learning_rate
 from deitkit.training.student import Student
+from deitkit.training.views import Views
 
 LOG_EVERY = 50  # steps between two synchronisations with the device
 STOP_EVERY = 10  # steps between two agreements of processes on whether to stop
@@ -84,36 +82,16 @@ class Cohort:
         self.ranks = ranks
         self.teacher = teacher
         self.device = precision.device
-        scale_min = dataset.train.scale_of_crops(augment)
-        self.batches = Batches(
-            dataset.train,
-            train.batch_size,
-            seed,
-            self.device,
-            repeats=train.repeats,
-            epoch_repeats=train.epoch_repeats,
-            balanced=balanced,
-            scale_min=scale_min,
-            places=ranks.places(train.batch_size),
-        )
-        self.unlabelled: Batches | None = None
         taught = any(student.method.teacher_signal for student in students)
-        count = dataset.unlabelled_in_step(unlabelled_in_step) if taught else 0
-        if count and dataset.unlabelled is not None:
-            order = derived_seed(seed, "unlabelled")
-            self.unlabelled = Batches(
-                dataset.unlabelled, count, order, self.device, scale_min=scale_min, places=ranks.places(count)
-            )
+        self.views = Views(
+            dataset, augment, train, seed, self.device,
+            unlabelled_in_step=unlabelled_in_step if taught else 0, balanced=balanced, ranks=ranks,
+        )  # fmt: skip
+        self.batches = self.views.batches
         self.validation = dataset.validation.to(self.device)
         self.train_recipe = train
         self.precision = precision
         self.seed = seed
-        self.augment = Augment(augment, dataset.mean, dataset.std, is_cropped=scale_min is not None)
-        self.mix = Mix(augment, dataset.classes, train.label_smoothing)
-        self.class_weights: Tensor | None = None
-        weights = balanced_weights(dataset.train.labels, dataset.classes)
-        if train.class_weight == "balanced" and not bool((weights == 1).all()):
-            self.class_weights = weights.to(self.device)
         self.logit_cache = logit_cache
         if ranks.count > 1:
             self._share_students()
@@ -128,8 +106,7 @@ class Cohort:
         from timm.layers import convert_sync_batchnorm  # here, since it takes a second to import
 
         for student in self.students:
-            unlabelled = 0 if self.unlabelled is None else self.unlabelled.batch_size
-            student.share(self.ranks, self.batches.batch_size, unlabelled)
+            student.share(self.ranks, self.batches.batch_size, self.views.unlabelled_in_step)
             if has_batch_norm(student.classifier.model):
                 student.classifier.model = convert_sync_batchnorm(student.classifier.model)
 
@@ -146,7 +123,7 @@ class Cohort:
     @property
     def images_in_step(self) -> int:
         """Images of a step, with labels and without."""
-        return self.batches.batch_size + (self.unlabelled.batch_size if self.unlabelled is not None else 0)
+        return self.batches.batch_size + self.views.unlabelled_in_step
 
     def train_step(
         self,
@@ -188,34 +165,13 @@ class Cohort:
         unlabelled: UInt8[Tensor, "unlabelled channels height width"] | None = None,
     ) -> tuple[Float[Tensor, "all channels height width"], Float[Tensor, "batch classes"]]:
         """Return the view of a step of the run, and the targets of its images with labels, which come first."""
-        view, targets = self._augment(images, labels, self.batches, derived_generator(self.seed, "view", step))
-        if unlabelled is not None:
-            assert self.unlabelled is not None
-            generator = derived_generator(self.seed, "unlabelled view", step)
-            nothing = labels.new_zeros(len(unlabelled))
-            view = torch.cat([view, self._augment(unlabelled, nothing, self.unlabelled, generator)[0]])
+        view, targets = self.views.make(images, labels, step, unlabelled)
         return self.recorder.hold("view", view), self.recorder.hold("targets", targets)
 
     def _label_targets(self, targets: Float[Tensor, "batch classes"]) -> Float[Tensor, "batch classes"] | None:
         """Return the targets of the labels' term, of images that are weighted by their class; None if they are not."""
-        if self.class_weights is None:
-            return None
-        weighted = weigh_images(targets, self.class_weights, self.train_recipe.label_smoothing)
-        return self.recorder.hold("label targets", weighted)
-
-    def _augment(
-        self,
-        images: UInt8[Tensor, "part channels height width"],
-        labels: Int64[Tensor, " part"],
-        batches: Batches,
-        generator: torch.Generator,
-    ) -> tuple[Float[Tensor, "part channels height width"], Float[Tensor, "part classes"]]:
-        """Draw for a whole batch, and return the view and the targets of this process's images."""
-        height, width = images.shape[-2:]
-        draws = self.augment.draw(batches.batch_size, (height, width), generator)
-        if self.ranks.count > 1:
-            draws = draws[batches.places]
-        return self.mix(self.augment.apply(images, draws), labels, generator)
+        weighted = self.views.weigh(targets)
+        return None if weighted is None else self.recorder.hold("label targets", weighted)
 
     def _teacher_logits(
         self, view: Float[Tensor, "batch channels height width"]
@@ -256,7 +212,7 @@ class Cohort:
         """
         for student in self.students:
             student.classifier.train()
-        with closing(self):
+        with closing(self.views):
             while self.epoch < self.train_recipe.epochs and self.active:
                 batches = self.batches.epoch(self.epoch, self.step)
                 while self.step < self.batches.steps_per_epoch and self.active:
@@ -265,11 +221,6 @@ class Cohort:
                 metrics = self._close_epoch(should_stop)
                 self.epoch, self.step = self.epoch + 1, 0
                 yield metrics
-
-    def close(self) -> None:
-        """End the processes that decode ahead, if any; training on starts others."""
-        for batches in filter(None, (self.batches, self.unlabelled)):
-            batches.close()
 
     def _after_step(self, on_step: Callable[[StepProgress], None] | None, should_stop: Callable[[], bool]) -> None:
         # Reading values back waits for the device: on a GPU only every few steps.
@@ -289,7 +240,7 @@ class Cohort:
             with self.watches["step"]:
                 with self.watches["waiting"]:
                     images, labels = next(batches)
-                    unlabelled = self.unlabelled_images()
+                    unlabelled = self.views.unlabelled_images(self.global_step)
                 self.train_step(images, labels, unlabelled)
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
@@ -301,12 +252,6 @@ class Cohort:
     def global_step(self) -> int:
         """The next step of the run, from 0."""
         return self.epoch * self.batches.steps_per_epoch + self.step
-
-    def unlabelled_images(self) -> UInt8[Tensor, "unlabelled channels height width"] | None:
-        """Return the images without labels of the next step; their epochs are independent of those with labels."""
-        if self.unlabelled is None:
-            return None
-        return self.unlabelled.batch(*divmod(self.global_step, self.unlabelled.steps_per_epoch))[0]
 
     def _stop_diverged(self) -> None:
         for student in self.active:
