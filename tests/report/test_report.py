@@ -24,9 +24,10 @@ from deitkit.report.cost_chart import _draw as _draw_costs
 from deitkit.report.cost_chart import cost_chart, cost_points
 from deitkit.report.figures import _draw as _draw_curves
 from deitkit.report.figures import curve_labels, curves_of, teacher_text, validation_peaks
+from deitkit.report.numbers import p_value
 from deitkit.report.published import published_figures
 from deitkit.report.table import rich_table, write_tables
-from deitkit.report.table_layout import Layout, lay_out, p_value
+from deitkit.report.table_layout import Layout, lay_out
 from deitkit.report.write import write_report
 from deitkit.run.difference import Difference
 from deitkit.run.metrics import EpochMetrics, read_metrics

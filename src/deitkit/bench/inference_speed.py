@@ -38,7 +38,7 @@ def bench_infer(recipe: Recipe, *, repeats: int, steps: int) -> dict[str, Any]:
     result = _time_model(classifier, side, recipe.train.batch_size, precision, repeats, steps)
     limit = machine_limit(precision)
     return {
-        "machine": describe_machine(precision) | {"threads": torch.get_num_threads()},
+        "machine": describe_machine(precision),
         "model": recipe.model.model_dump(mode="json"),
         "method": method.name,
         "image_px": side,
@@ -64,7 +64,7 @@ def bench_saved(path: Path, recipe: Recipe, *, repeats: int, steps: int) -> dict
     side = card.side
     view = torch.rand(recipe.train.batch_size, card.channels, side, side, device=device)
     return {
-        "machine": describe_machine(precision) | {"threads": torch.get_num_threads()},
+        "machine": describe_machine(precision),
         "model": {"name": path.name},
         "image_px": side,
         **_speed(classifier, view, precision, repeats, steps),

@@ -82,7 +82,7 @@ class Bench:
         """Return the machine, data and models of the figures."""
         recipe, (height, width) = self.recipe, self.dataset.image_px
         return {
-            "machine": describe_machine(self.precision) | {"threads": torch.get_num_threads()},
+            "machine": describe_machine(self.precision),
             "data": "synthetic" if self.synthetic else self.dataset.name,
             "image_px": [height, width],
             "model": recipe.model.model_dump(mode="json"),

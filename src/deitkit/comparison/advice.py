@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from scipy import stats
 
-from deitkit.report.table_layout import megabytes, milliseconds
+from deitkit.report.numbers import megabytes, milliseconds
 from deitkit.run.difference import Difference
 from deitkit.run.results import Cost, Results, Row
 from deitkit.system.words import counted

@@ -140,8 +140,7 @@ def _images_to_check_on(card: ModelCard, options: ExportOptions) -> Dataset:
 
 def machine_of_exports() -> dict[str, Any]:
     """Return all of a machine that decides a file's answers and times."""
-    versions = {"threads": torch.get_num_threads(), "onnxruntime": import_onnxruntime().__version__}
-    return describe_machine(Precision.choose("auto", CPU)) | versions
+    return describe_machine(Precision.choose("auto", CPU)) | {"onnxruntime": import_onnxruntime().__version__}
 
 
 def int8_file(out: Path) -> Path:

@@ -6,28 +6,9 @@ from typing import TYPE_CHECKING
 
 from deitkit.report.charts import INK, Chart, chart_layout
 from deitkit.report.figures import COLOURS, add_axes, write_png_and_svg
-from deitkit.report.table_layout import (
-    NOTHING,
-    ONE_SEED,
-    STATUS_MARK,
-    Column,
-    Layout,
-    Line,
-    accuracy,
-    interval,
-    interval_words,
-    lay_out,
-    millions,
-    p_value,
-    percent,
-    points,
-    provenance_of,
-    spread_note,
-    stopped_notes,
-    test_names,
-    title_of,
-    whole,
-)
+from deitkit.report.footnotes import ONE_SEED, STATUS_MARK, interval_words, spread_note, stopped_notes, test_names
+from deitkit.report.numbers import NOTHING, interval, millions, p_value, percent, points, whole
+from deitkit.report.table_layout import Column, Layout, Line, accuracy, lay_out, provenance_of, title_of
 from deitkit.run.difference import Difference
 from deitkit.run.results import AblationResults, Results, VariantRow
 

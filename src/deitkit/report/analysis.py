@@ -13,8 +13,8 @@ from deitkit.report.analysis_charts import (
     similarity_chart,
 )
 from deitkit.report.figures import COLOURS, data_uri
+from deitkit.report.numbers import percent
 from deitkit.report.published import PAPER_DISAGREEMENT
-from deitkit.report.table_layout import percent
 from deitkit.run.analysis import Analysis, ClassSummary
 from deitkit.run.results import Results
 

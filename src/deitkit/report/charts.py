@@ -14,7 +14,8 @@ from deitkit.report.figures import (
     mean,
     teacher_title,
 )
-from deitkit.report.table_layout import WINNER_MARK, Number, percent
+from deitkit.report.numbers import Number, percent
+from deitkit.report.table_layout import WINNER_MARK
 from deitkit.run.metrics import EpochMetrics
 from deitkit.run.results import Results, Row
 

@@ -16,7 +16,8 @@ from deitkit.report.figures import (
     teacher_title,
     write_png_and_svg,
 )
-from deitkit.report.table_layout import WINNER_MARK, milliseconds, percent
+from deitkit.report.numbers import milliseconds, percent
+from deitkit.report.table_layout import WINNER_MARK
 from deitkit.run.difference import Interval
 from deitkit.run.metrics import EpochMetrics
 from deitkit.run.reported import reported_rows

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import deitkit.system.files as files
-from deitkit.report.table_layout import Number, percent
+from deitkit.report.numbers import Number, percent
 from deitkit.run.metrics import EpochMetrics
 from deitkit.run.results import Results, Row, TeacherCard
 from deitkit.system.words import shortened

@@ -11,8 +11,9 @@ from deitkit.report.analysis import Section, lay_out_analysis
 from deitkit.report.charts import accuracy_chart, curve_charts
 from deitkit.report.cost_chart import cost_chart
 from deitkit.report.figures import colours_of, curves_of, data_uri, may_have_seen, teacher_text, validation_peaks
+from deitkit.report.numbers import NOTHING, millions, percent
 from deitkit.report.published import PAPER, REPRODUCTION
-from deitkit.report.table_layout import NOTHING, WINNER_MARK, millions, percent
+from deitkit.report.table_layout import WINNER_MARK
 from deitkit.run.analysis import Analysis, read_analysis
 from deitkit.run.layout import REPORT
 from deitkit.run.metrics import EpochMetrics

@@ -1,8 +1,21 @@
 """The content of the table: columns, lines and footnotes as plain text, for every format to draw."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from deitkit.report.footnotes import LABELS_MARK, STATUS_MARK, footnotes, is_unbalanced
+from deitkit.report.numbers import (
+    NOTHING,
+    Number,
+    interval,
+    megabytes,
+    millions,
+    milliseconds,
+    p_value,
+    percent,
+    points,
+    whole,
+)
 from deitkit.report.published import (
     PAPER,
     REPRODUCTION,
@@ -11,21 +24,10 @@ from deitkit.report.published import (
     published_by_row,
     published_only,
 )
-from deitkit.run.difference import Difference
-from deitkit.run.results import FIT_TO_TEACH, Cost, PublishedFigure, Results, Row, TeacherCard, VariantRow
+from deitkit.run.results import Cost, PublishedFigure, Results, Row, TeacherCard, VariantRow
 from deitkit.system.words import counted
 
-Number = int | float  # JSON writes a whole number as an int
-
-NOTHING = "–"
 WINNER_MARK = "★"
-LABELS_MARK = "*"
-STATUS_MARK = "†"
-UNBALANCED = 0.02
-ONE_SEED = (
-    "With one seed, intervals and p reflect the test images: they compare these trained students, not their methods; "
-    "--seeds 5 compares methods."
-)
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ def lay_out(results: Results) -> Layout:
         columns=tuple(column for column in _columns(results) if column.key in used),
         lines=tuple(lines),
         published_only=tuple(_published_text(entry) for entry in published_only(results)),
-        footnotes=tuple(_footnotes(results)),
+        footnotes=tuple(footnotes(results)),
         advice=results.advice,
         verdict=results.verdict,
         provenance=provenance_of(results),
@@ -125,29 +127,6 @@ def provenance_of(results: Results) -> str:
     )
 
 
-def percent(value: Number | None, images: int) -> str:
-    """Return a fraction in per cent, with as many digits as that number of images resolves."""
-    return NOTHING if value is None else f"{100 * value:.{2 if images >= 1000 else 1}f}"
-
-
-def millions(count: int | None) -> str:
-    """Return a number of parameters as a person reads it."""
-    if count is None:
-        return NOTHING
-    return f"{count / 1e6:.2f} M" if count >= 1e6 else f"{count / 1e3:.0f} k"
-
-
-def milliseconds(value: float) -> str:
-    """Return a time with as many digits as a measurement is worth."""
-    return f"{value:.2g}" if value < 10 else f"{value:.0f}"
-
-
-def megabytes(count: int) -> str:
-    """Return a size in millions of bytes with two digits."""
-    value = count / 1e6
-    return f"{value:.2g}" if value < 10 else f"{value:,.0f}"
-
-
 def _columns(results: Results) -> tuple[Column, ...]:
     paper = paper_model(results).removeprefix("DeiT-")
     return (
@@ -184,8 +163,8 @@ def _line(row: Row, results: Results, published: dict[str, dict[str, PublishedFi
         "labels": labels + LABELS_MARK if results.published and is_printed_without_labels(row) else labels,
         "teacher": NOTHING if row.labels is None else row.teacher or "none",
         "top1": accuracy(row) + (STATUS_MARK if row.status != "ok" else ""),
-        "balanced": percent(row.balanced_accuracy, images) if _is_unbalanced(results) else NOTHING,
-        "macro_f1": percent(row.macro_f1, images) if _is_unbalanced(results) else NOTHING,
+        "balanced": percent(row.balanced_accuracy, images) if is_unbalanced(results) else NOTHING,
+        "macro_f1": percent(row.macro_f1, images) if is_unbalanced(results) else NOTHING,
         "difference": points(difference, images),
         "interval": interval(difference, images),
         "p": p_value(difference),
@@ -224,15 +203,6 @@ def _cost_cells(cost: Cost | None) -> dict[str, str]:
     }
 
 
-def _is_unbalanced(results: Results) -> bool:
-    """Return whether a row's accuracy hides what it does in rare classes: its mean recall is 2 points away or more."""
-    return any(
-        abs(row.top1_mean - row.balanced_accuracy) >= UNBALANCED
-        for row in results.rows
-        if row.top1_mean is not None and row.balanced_accuracy is not None
-    )
-
-
 def _published_cells(row: str, published: dict[str, dict[str, PublishedFigure]]) -> dict[str, str]:
     entries = {table: published.get(table, {}).get(row) for table in (REPRODUCTION, PAPER)}
     return {table: NOTHING if entry is None else _published_figure(entry) for table, entry in entries.items()}
@@ -254,7 +224,7 @@ def _teacher_line(name: str, teacher: TeacherCard, results: Results, published: 
         cells["top1"] = percent(teacher.top1, teacher.n)
     else:
         cells["top1"] = percent(teacher.test_top1, results.dataset.test)
-        if _is_unbalanced(results):
+        if is_unbalanced(results):
             cells["balanced"] = percent(teacher.test_balanced, results.dataset.test)
             cells["macro_f1"] = percent(teacher.test_macro_f1, results.dataset.test)
     cells |= {"parameters": millions(teacher.parameters)} | _cost_cells(teacher.cost)
@@ -275,86 +245,6 @@ def accuracy(row: Row) -> str:
     return text if low is None else f"{text} [{percent(low, row.n)}, {percent(high, row.n)}]"
 
 
-def _footnotes(results: Results) -> list[str]:
-    rows, alone = results.rows, len(results.repetitions) == 1
-    counts = " or ".join(f"{count:,}" for count in sorted({row.n for row in rows}))
-    notes = [f"top-1: {spread_note(results)}, on {counts} test images; weights of the last epoch, never of the best."]
-    tests = test_names(row.differences.get("labels") for row in rows)
-    if tests and results.reference is not None:
-        notes.append(f"vs none: points of top-1 more than '{results.reference.row}', {interval_words(tests)}.")
-    if tests and alone:
-        notes.append(ONE_SEED)
-    tests = test_names(row.differences.get("before") for row in rows)
-    if tests:
-        notes.append(f"vs before: points of top-1 more than the model before fine-tuning; p: {tests}.")
-    tests = test_names(row.differences.get("teacher") for row in rows)
-    if tests:
-        notes.append(
-            f"vs teacher: points of top-1 more than the teacher{'s' * (len(results.teachers) > 1)}; p: {tests}."
-        )
-    if any(row.cost is not None for row in rows):
-        notes.append(
-            "ms: for a single image on the machine of this run; in batch: for one in the fastest of a few batch sizes; "
-            "MB: the file of the weights, in millions of bytes."
-        )
-    if _is_unbalanced(results):
-        notes.append(
-            "balanced: mean over the classes of the share of a class's test images that is right; macro F1: mean over "
-            "the classes of the harmonic mean of that and of the share of the answers with the class that are right."
-        )
-    if results.published and any(is_printed_without_labels(row) for row in rows):
-        notes.append(
-            f"{LABELS_MARK} The paper prints 'labels: no' for these rows; true labels are in their loss (deit#215)."
-        )
-    if len({(row.method, row.readout) for row in rows}) > len({row.method for row in rows}):
-        notes.append("Rows of one method are one trained student, read out through one head or both.")
-    notes += stopped_notes(rows)
-    notes += [f"teacher {one.name}: {one.verdict}." for one in results.teachers if one.verdict != FIT_TO_TEACH]
-    return notes + list(results.notes) + _published_notes(results)
-
-
-def spread_note(results: Results) -> str:
-    """Return what the spread of a top-1 is, for a footnote."""
-    if len(results.repetitions) == 1:
-        return "[95 % Wilson interval], one seed"
-    return f"mean ± standard deviation over {counted(len(results.repetitions), results.repetition)}"
-
-
-def test_names(differences: Iterable[Difference | None]) -> str:
-    """Return the tests of some differences and their correction, for a footnote; empty without any."""
-    found = [difference for difference in differences if difference is not None]
-    names = ", ".join(sorted({difference.test for difference in found}))
-    if len(found) <= 1:
-        return names
-    known = any(difference.p_holm is not None for difference in found)
-    return f"{names}, {f'corrected for {len(found)} rows (Holm)' if known else 'not corrected for the number of rows'}"
-
-
-def interval_words(tests: str) -> str:
-    """Return what the intervals and the p values beside them are, for a footnote; ``tests`` as of ``test_names``."""
-    alone = " (of one row, not corrected for the number of rows)" if "Holm" in tests else ""
-    return f"with their 95 % interval{alone}; p: {tests}"
-
-
-def stopped_notes(rows: Iterable[Row]) -> list[str]:
-    """Return a footnote for every row with a stopped seed."""
-    return [f"{STATUS_MARK} {row.row}: {row.status}." for row in rows if row.status != "ok"]
-
-
-def _published_notes(results: Results) -> list[str]:
-    notes, tables = [], {entry.table for entry in results.published}
-    if REPRODUCTION in tables:
-        notes.append(
-            "reproduction, as published: not measured here; DeiT-Ti on CIFAR-10 for 20 epochs, taught by an untrained "
-            "head; its 'no', 'usual' and 'hard' rows used mean pooling, its CNN is a ResNet-18."
-        )
-    if PAPER in tables:
-        notes.append(
-            "paper: not measured here; ImageNet for 300 epochs (arXiv 2012.12877), not comparable with our column."
-        )
-    return notes
-
-
 def _published_text(entry: PublishedFigure) -> str:
     reproduced = entry.table == REPRODUCTION
     source = "reproduction, as published" if reproduced else f"paper ({entry.data}, {entry.model})"
@@ -363,36 +253,6 @@ def _published_text(entry: PublishedFigure) -> str:
 
 def _published_figure(entry: PublishedFigure) -> str:
     return f"{100 * entry.top1:.{2 if entry.table == REPRODUCTION else 1}f}"  # the digits that were printed
-
-
-def points(difference: Difference | None, images: int) -> str:
-    """Return a difference in points, with a sign."""
-    return NOTHING if difference is None else _signed(difference.mean, images)
-
-
-def interval(difference: Difference | None, images: int) -> str:
-    """Return the 95 % interval of a difference in points."""
-    if difference is None or difference.ci95 is None:
-        return NOTHING
-    return f"[{', '.join(_signed(bound, images) for bound in difference.ci95)}]"
-
-
-def _signed(value: Number, images: int) -> str:
-    digits = 2 if images >= 1000 else 1
-    return f"{round(100 * value, digits) + 0.0:+.{digits}f}".replace("-", "−")  # -0.0 + 0.0 is 0.0
-
-
-def p_value(difference: Difference | None) -> str:
-    """Return the p value of a difference."""
-    if difference is None:
-        return NOTHING
-    p = difference.corrected_p
-    return "<0.001" if p < 0.001 else f"{p:.3f}"
-
-
-def whole(value: Number | None) -> str:
-    """Return a number without decimals."""
-    return NOTHING if value is None else f"{value:,.0f}"
 
 
 def _mean(values: Sequence[Number | None] | None) -> float | None:
