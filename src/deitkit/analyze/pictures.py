@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from deitkit.errors import one_line
-from deitkit.system.files import write_figure
+from deitkit.system.figure_file import save_figure
 
 CELL_INCHES = 1.15
 DIM = 0.25  # brightness of a pixel that is not attended to at all
@@ -63,7 +63,7 @@ def draw_attention(examples: Sequence[Example], path: Path) -> None:
         )
         for axes, attention in zip(row[1:], example.maps.values(), strict=True):
             _show(axes, tinted(example.image, attention))
-    write_figure(path, figure, dpi=110, metadata={"Software": None})
+    save_figure(path, figure, dpi=110, metadata={"Software": None})
 
 
 def tinted(image: Float[Tensor, "channels height width"], attention: Float[Tensor, "rows columns"]) -> np.ndarray:

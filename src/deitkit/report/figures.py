@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import deitkit.system.files as files
 from deitkit.report.numbers import Number, percent
 from deitkit.run.metrics import EpochMetrics
 from deitkit.run.results import Results, Row, TeacherCard
+from deitkit.system.figure_file import save_figure
 from deitkit.system.words import shortened
 
 if TYPE_CHECKING:  # matplotlib is loaded when something is drawn, not while students train
@@ -143,7 +143,7 @@ def write_figure(draw: Callable[[], "Figure"], *paths: Path) -> list[Path]:
         figure = draw()
         for path in paths:
             metadata = {"Software": None} if path.suffix == ".png" else {"Date": None, "Creator": None}
-            files.write_figure(path, figure, dpi=160, metadata=metadata)
+            save_figure(path, figure, dpi=160, metadata=metadata)
     return list(paths)
 
 

@@ -1,31 +1,17 @@
 """Atomic writes: a reader never sees a partly written file. The formats belong to other modules."""
 
-import io
 import json
-import logging
 import os
 import re
 import time
-import warnings
 from contextlib import suppress
-from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from uuid import uuid4
 
 from deitkit.errors import CheckpointError, os_reason
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
 LEFT_OVER_SECONDS = 900.0  # without a write, after which a temporary file is that of a killed process
-FIRST_CJK = "\u1100"  # Hangul; what follows is not in matplotlib's font
-# What systems bring for Chinese, Japanese and Korean.
-CJK_FONTS = (
-    "Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans CJK KR", "WenQuanYi Micro Hei", "WenQuanYi Zen Hei",
-    "PingFang SC", "Hiragino Sans", "Apple SD Gothic Neo", "Arial Unicode MS", "Microsoft YaHei", "Yu Gothic",
-    "Malgun Gothic", "SimHei",
-)  # fmt: skip
 
 
 def write_text(path: Path, text: str) -> None:
@@ -80,39 +66,6 @@ def write_bytes(path: Path, data: bytes) -> None:
 def copy_file(source: Path, target: Path) -> None:
     """Copy a file; see `write_bytes`."""
     write_bytes(target, source.read_bytes())
-
-
-def write_figure(path: Path, figure: "Figure", **options: Any) -> None:
-    """Write a figure in the format of its suffix; a character that no font has becomes a box, without a warning.
-
-    Raises:
-        CheckpointError: As ``write_bytes``.
-    """
-    from matplotlib.text import Text
-
-    logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)  # a font without a bold face is no matter
-    picture = io.BytesIO()
-    with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore",
-            "Glyph .* missing from|Matplotlib currently does not support .* natively|constrained_layout not applied",
-        )
-        if len(_fonts()) > 1:
-            figure.draw_without_rendering()  # which makes the labels of ticks
-            for text in figure.findobj(Text):
-                if max(text.get_text(), default="") >= FIRST_CJK:
-                    text.set_fontfamily(_fonts())
-        figure.savefig(picture, format=path.suffix.removeprefix("."), **options)
-    write_bytes(path, picture.getvalue())
-
-
-@cache
-def _fonts() -> list[str]:
-    """Return matplotlib's font, then those on this machine that have what it lacks: Chinese, Japanese and Korean."""
-    from matplotlib import font_manager
-
-    present = {font.name for font in font_manager.fontManager.ttflist}
-    return ["DejaVu Sans", *(name for name in CJK_FONTS if name in present)]
 
 
 def _sync_folder(folder: Path) -> None:

@@ -11,7 +11,7 @@ from deitkit.data.augment.mix import Mix
 from deitkit.data.dataset import Dataset
 from deitkit.errors import one_line
 from deitkit.recipe.schema import AugmentRecipe
-from deitkit.system.files import write_figure
+from deitkit.system.figure_file import save_figure
 from deitkit.system.seeding import derived_generator
 
 
@@ -56,7 +56,7 @@ def draw_views(dataset: Dataset, recipe: AugmentRecipe, label_smoothing: float, 
             axes = _axes(figure, lines, len(chosen), row + above, column, "as it is" if row == 0 else f"view {row}")
             axes.imshow(view.permute(1, 2, 0).squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
             axes.set_title(_shares(target, dataset.class_names, mixed=row > 0), fontsize=7, parse_math=False)
-    write_figure(path, figure, dpi=110)
+    save_figure(path, figure, dpi=110)
 
 
 def _axes(figure: Any, lines: int, columns: int, row: int, column: int, title: str) -> Any:
