@@ -90,7 +90,9 @@ def test_a_run_whose_output_nobody_reads_any_more_is_stopped_and_saved(tmp_path:
         process.stdout.close()
         said = process.stderr.read()
         assert process.wait(60) == 130
-    assert said.splitlines()[-1] == "what read the output has ended; the same command with --resume continues"
+    assert (
+        said.splitlines()[-1] == "the program that read the output has ended; the same command with --resume continues"
+    )
     assert (tmp_path / "run" / "seed-0" / "checkpoint.safetensors").exists()
 
 
@@ -111,7 +113,7 @@ def test_a_signal_stops_a_run_whose_output_nobody_reads(monkeypatch: pytest.Monk
     with pytest.raises(Interrupted):
         stopped_while_training()
     again = Terminal(terminal.console, stopped="stopped; nothing was written")
-    with pytest.raises(Interrupted, match=r"^what read the output has ended; nothing was written$"):
+    with pytest.raises(Interrupted, match=r"^the program that read the output has ended; nothing was written$"):
         again.say("a line")
 
 

@@ -257,7 +257,7 @@ def test_a_table_of_folds_is_that_of_comparisons_of_each(tiny_recipe: TinyRecipe
     assert [each.p_holm for each in lags] == holm([each.p for each in lags])
     assert results.dataset.test == 300
     assert results.notes[0].startswith("The test images are drawn from each of 3 folds, which share"), "100 of each"
-    alone = "By the validation images of 3 folds alone it cannot be told"
+    alone = "On the validation images of 3 folds alone it is statistically indistinguishable"
     assert alone in results.verdict or " wins on " in results.verdict
     assert results.teacher is not None
     assert results.teacher.test_top1 == pytest.approx(np.mean(teachers))

@@ -45,10 +45,10 @@ def test_an_accuracy_of_zero_is_a_value_and_not_an_absence(tiny_recipe: Callable
     assert difference is not None
     assert (difference.mean, difference.p) == (0, 1)
     assert summary.winner == none
-    first = "none/class shares the first place on the validation images"
+    first = "none/class ties for first place on the validation images"
     assert summary.verdict.startswith(f"{first} and scores {100 * right:.2f} % on the test images")
     assert "soft/class is as good on 108 validation images; the first of the methods is taken." in summary.verdict
-    assert "no teaching beat labels alone" in summary.verdict
+    assert "no distilled student beat labels alone" in summary.verdict
 
 
 def test_a_comparison_of_stopped_students_alone_has_no_winner(tiny_recipe: Callable[..., Recipe]) -> None:

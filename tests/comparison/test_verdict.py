@@ -50,16 +50,16 @@ def judge(recipe: Recipe, teacher: float | None, **students: tuple[float, float]
         # Ahead by one of 108 images: chance may explain it, whatever the test images say.
         ((0.70, 0.60), (0.71, 0.55), 0.95,
          ["hard/class is best on the validation images and scores 55.00 %",
-          "By 108 validation images alone it cannot be told from none/class.",
+          "On 108 validation images alone it is statistically indistinguishable from none/class.",
           "-5.00 points against labels alone (p = 1, McNemar: chance may explain it)",
           "On the test images none/class is higher (60.00 %), but nothing is chosen there"]),
         # As good on the validation images: nobody leads.
         ((0.9, 0.7), (0.9, 0.9), 0.95,
-         ["none/class shares the first place on the validation images and scores 70.00 % on the test images",
+         ["none/class ties for first place on the validation images and scores 70.00 % on the test images",
           "hard/class is as good on 108 validation images; the first of the methods is taken."]),
         # Labels alone win.
         ((0.8, 0.7), (0.4, 0.4), 0.7,
-         ["none/class wins on the validation images", "no teaching beat labels alone",
+         ["none/class wins on the validation images", "no distilled student beat labels alone",
           "The teacher scores 70.00 %, as much."]),
         ((0.8, 0.7), (0.4, 0.4), 0.75,
          ["The teacher scores 75.00 %, 5.00 points more (p = 1, McNemar: chance may explain it)."]),
@@ -94,7 +94,7 @@ def test_chance_may_explain_what_several_seeds_do_not_agree_on(tiny_recipe: Tiny
     predictions = {seed: {"none": none[seed], "hard": hard[seed]} for seed in range(3)}
     verdict = summarise(recipe, dataset, predictions, None, []).verdict
     assert verdict.startswith("hard/class is best on the validation images and scores")
-    assert "By 108 validation images alone it cannot be told from none/class" in verdict
+    assert "On 108 validation images alone it is statistically indistinguishable from none/class" in verdict
     assert "(mean of 3 seeds, n = " in verdict
 
 
@@ -117,7 +117,9 @@ def test_the_lead_is_tested_by_what_the_winner_was_chosen_by(
 
     summary = summarise(recipe, dataset, {0: {"none": of(870, 48), "hard": of(frequent, rare)}}, None, [])
     assert summary.verdict.startswith(outcome), summary.verdict
-    told_apart = "By 1,000 validation images alone it cannot be told from none/class" not in summary.verdict
+    told_apart = (
+        "On 1,000 validation images alone it is statistically indistinguishable from none/class" not in summary.verdict
+    )
     assert told_apart == (rare == 80)
     won = summary.winner
     assert won is not None
@@ -134,7 +136,7 @@ def test_labels_alone_that_win_are_compared_with_the_other_labels_alone(tiny_rec
     students = {"mean_pool_none": (0.4, 0.4), "class_only": (0.9, 0.9), "soft": (0.5, 0.5)}
     verdict = judge(recipe, 0.95, **students).verdict
     assert "+50.00 points against mean-pool-none/class (p" in verdict, verdict
-    assert "; on the validation images no teaching beat labels alone." in verdict
+    assert "; on the validation images no distilled student beat labels alone." in verdict
 
 
 def test_a_lead_that_other_images_may_undo_is_no_win(tiny_recipe: TinyRecipe) -> None:
@@ -149,13 +151,13 @@ def test_a_lead_that_other_images_may_undo_is_no_win(tiny_recipe: TinyRecipe) ->
     }
     verdict = summarise(recipe, dataset, predictions, None, []).verdict
     assert verdict.startswith("hard/class is best on the validation images"), verdict
-    assert "it cannot be told from none/class" in verdict
+    assert "it is statistically indistinguishable from none/class" in verdict
 
 
 @pytest.mark.parametrize(
     ("sampling", "frequent_in_training", "learnt"),
     [
-        ("all", True, "it has learnt nothing but which class is frequent; data.sampling=balanced trains on all"),
+        ("all", True, "it has learnt only which class is frequent; data.sampling=balanced trains on all"),
         ("all", False, "it has learnt nothing yet; train longer (train.epochs)"),
         ("balanced", True, "it has learnt nothing yet; train longer (train.epochs)"),
     ],
@@ -194,5 +196,5 @@ def test_equal_sums_over_seeds_are_equal_accuracies(tiny_recipe: TinyRecipe) -> 
     summary = summarise(recipe, dataset, trained, None, [])
     assert summary.winner is not None
     assert summary.winner.method == "none"
-    assert summary.verdict.startswith("none/class shares the first place on the validation images")
+    assert summary.verdict.startswith("none/class ties for first place on the validation images")
     assert "is higher" not in summary.verdict

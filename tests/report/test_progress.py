@@ -75,7 +75,7 @@ def test_a_training_runs_as_long_as_a_process_holds_the_lock_of_its_run_or_its_o
         assert ("stopped" in shown) == ("soft" in used)  # the other one then
     shown = CliRunner().invoke(app, ["progress", str(run)], env={"COLUMNS": "100"}).output
     assert next(line for line in shown.splitlines() if "soft" in line).split()[-1] == "stopped"
-    assert "--resume goes on with it" in shown
+    assert "--resume continues it" in shown
     with locked(run / used):  # which looking did not take for good
         pass
 

@@ -145,14 +145,19 @@ def plan(
     speed: Annotated[
         float | None,
         typer.Option(
-            "--speed", min=0.001, help="Images/s of one, from `deitkit bench train` there; by default measured here."
+            "--speed",
+            min=0.001,
+            help="Images/s of one device, from `deitkit bench train` there; by default measured here.",
         ),
     ] = None,
     images: Annotated[int | None, typer.Option("--images", min=1, help="Training images, if not at hand.")] = None,
     decode: Annotated[
-        float | None, typer.Option("--decode", min=0.001, help="Images/s that a core decodes; measured here.")
+        float | None,
+        typer.Option("--decode", min=0.001, help="Images/s that a core decodes; by default measured here."),
     ] = None,
-    cores: Annotated[int | None, typer.Option("--cores", min=1, help="Cores of all machines; by default ours.")] = None,
+    cores: Annotated[
+        int | None, typer.Option("--cores", min=1, help="Cores of all machines; by default those of this one.")
+    ] = None,
     price: Annotated[float | None, typer.Option("--price", min=0.0, help="Price of a device for an hour.")] = None,
     link: Annotated[float, typer.Option("--link", min=0.001, help="GB/s between the devices.")] = 25.0,
     as_json: Json = False,

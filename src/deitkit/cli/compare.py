@@ -29,11 +29,14 @@ def compare(
     ] = None,
     resume: Resume = False,
     show_batch: Annotated[
-        bool, typer.Option("--show-batch", help="Draw augmented views with their labels instead of training.")
+        bool,
+        typer.Option(
+            "--show-batch", help="Draw augmented views with their labels into OUT/RECIPE-views.png instead of training."
+        ),
     ] = False,
     on: On = None,
     devices: Annotated[
-        int, typer.Option("--devices", min=1, help="With --on: GPUs (or processes) of each unit, through torchrun.")
+        int, typer.Option("--devices", min=1, help="With --on: GPUs (or processes) per unit, started by torchrun.")
     ] = 1,
     unit: Annotated[
         str | None,

@@ -23,8 +23,8 @@ def convert(
     ],
     to: Annotated[str, typer.Option("--to", help="ours, timm, transformers or released.")],
     out: Annotated[Path, typer.Option("--out", help="A new folder; for --to released a new .pth file.")],
-    image_px: Annotated[int | None, typer.Option("--image-px", min=1, help="Another resolution.")] = None,
-    patch_px: Annotated[int | None, typer.Option("--patch-px", min=1, help="Another patch size.")] = None,
+    image_px: Annotated[int | None, typer.Option("--image-px", min=1, help="Change the resolution.")] = None,
+    patch_px: Annotated[int | None, typer.Option("--patch-px", min=1, help="Change the patch size.")] = None,
     channels: Annotated[int | None, typer.Option("--channels", min=1, help="1 for grey, 3 for colour.")] = None,
     classes: Annotated[
         int | None, typer.Option("--classes", min=1, help="A new classifier of this many classes.")

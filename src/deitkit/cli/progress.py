@@ -76,7 +76,7 @@ class Terminal(StopOnSignal):
             say(text, self.console)
         except SystemExit:  # rich's answer to a closed pipe
             how = self._stopped.removeprefix("stopped; ") or "the same command with --resume continues"
-            raise Interrupted(f"what read the output has ended; {how}") from None
+            raise Interrupted(f"the program that read the output has ended; {how}") from None
 
     def _progress_line(self, title: str, kind: str, text: str) -> None:
         """Print a line on the progress of something; in a notebook, in place of the last one of its kind."""

@@ -32,9 +32,9 @@ def _verify_file(file: Path, data: str | None, root: Path | None, as_json: bool)
 
 
 def progress(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, of which trainings may still run.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder; its trainings may still be running.")],
     reference: Annotated[
-        Path | None, typer.Option("--reference", help="A run folder to stand beside, such as results/cifar10.")
+        Path | None, typer.Option("--reference", help="A run folder to compare with, such as results/cifar10.")
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -58,7 +58,7 @@ def progress(
         return
     console.print(_progress_table(found, beside=reference is not None))
     if any(training.has_stopped for training in found):
-        say("stopped: no process trains it; --resume goes on with it, unless its loss was no longer finite")
+        say("stopped: no process is training it; --resume continues it, unless its loss became infinite or NaN")
     if reference is not None:
         say(f"reference {reference}, after the same epoch")
     picture = run / "progress.png"

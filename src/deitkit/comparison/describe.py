@@ -66,8 +66,8 @@ def seeds_left_out(folder: Path, recipe: Recipe) -> Iterator[str]:
     if missing:
         seeds = f"seed {missing[0]} is" if len(missing) == 1 else f"seeds {', '.join(missing)} are"
         yield (
-            f"{seeds} not in the recipe of now: left out of the table, while the folders stay; with the seeds as "
-            "before (--seeds, or seeds=[...]) they are in it again"
+            f"{seeds} not in the recipe: left out of the table, and the folders kept; name them with --seeds or "
+            "seeds=[...] to include them"
         )
 
 

@@ -55,7 +55,7 @@ def _outcome(standing: Standing, rows: Sequence[Row]) -> str:
     scores = f"scores {_percent(winner.top1_mean)} on the test images ({standing.over}, n = {winner.n:,})"
     if not standing.leads:
         return f"{winner.row} {scores}"
-    best = "shares the first place" if _equal(standing) else "is best" if _tied(standing) else "wins"
+    best = "ties for first place" if _equal(standing) else "is best" if _tied(standing) else "wins"
     text = f"{winner.row} {best} on the validation images and {scores}"
     reference = next((row.row for row in rows if row.reference), "")
     if difference is not None:
@@ -63,7 +63,7 @@ def _outcome(standing: Standing, rows: Sequence[Row]) -> str:
         text += f", {_points(difference)} against {other} ({p_in_words(difference)})"
     taught = any(row.teacher is not None and row.differences.get("labels") is not None for row in rows)
     if winner.teacher is None and taught:
-        text += "; on the validation images no teaching beat labels alone"
+        text += "; on the validation images no distilled student beat labels alone"
     return text
 
 
@@ -86,7 +86,7 @@ def _lead(standing: Standing) -> str:
         are = "is" if len(equal) == 1 else "are"
         sentences.append(f"{_list(equal)} {are} as good on {standing.chosen_on}; the first of the methods is taken")
     if tied:
-        sentences.append(f"By {standing.chosen_on} alone it cannot be told from {_list(tied)}")
+        sentences.append(f"On {standing.chosen_on} alone it is statistically indistinguishable from {_list(tied)}")
     return ". ".join(sentences)
 
 
@@ -110,7 +110,7 @@ def _only_answer(standing: Standing) -> str:
     if standing.only_answer is None:
         return ""
     learnt = (
-        "nothing but which class is frequent; data.sampling=balanced trains on all classes alike"
+        "only which class is frequent; data.sampling=balanced trains on all classes alike"
         if standing.answers_frequent
         else "nothing yet; train longer (train.epochs), or with another train.learning_rate"
     )
@@ -151,7 +151,7 @@ def p_in_words(difference: Difference) -> str:
     """Return a p value with its test, and a warning where chance may explain the difference."""
     if not difference.is_significant:
         return f"{_p(difference)}: chance may explain it"
-    return _p(difference) + ("" if difference.holds_for_new_images else ": other test images may tell otherwise")
+    return _p(difference) + ("" if difference.holds_for_new_images else ": it may not hold on other test images")
 
 
 def _p(difference: Difference) -> str:

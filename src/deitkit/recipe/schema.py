@@ -64,14 +64,15 @@ class DataRecipe(Section):
     )
     corrupt: Literal["skip", "error"] = Field("skip", description="What to do with a file that cannot be decoded.")
     sampling: Literal["all", "balanced"] = Field(
-        "all", description="all: every training image once an epoch; balanced: as many of every class, rare ones again."
+        "all",
+        description="all: every training image once an epoch; balanced: as many of each class, rare images repeatedly.",
     )
     unlabelled: str | None = Field(
         None,
         description="Where students learn from the teacher alone: 'rest' (what train_images leaves out), folder:PATH.",
     )
     fit: Literal["crop", "pad", "squash"] = Field(
-        "crop", description="Images that are not square: keep the centre, put them on black, or distort them."
+        "crop", description="Images that are not square: keep the centre, pad with black, or squash them."
     )
     eval_crop: Annotated[float, Field(gt=0, le=1)] = Field(
         1.0,
@@ -189,7 +190,7 @@ class TrainRecipe(OptimizerRecipe):
     )
     label_smoothing: Fraction = Field(0.1, description="On true labels only, never on the teacher's decision.")
     class_weight: Literal["balanced"] | None = Field(
-        None, description="balanced: weight the labels' term of an image by the rarity of its class."
+        None, description="balanced: weight each image's loss on its label by the inverse frequency of its class."
     )
     repeats: PositiveInt = Field(
         1,
@@ -250,7 +251,7 @@ class TeacherRecipe(Section):
         None, description="Resolution of the teacher; by default its library's, else the view's."
     )
     mean: Colour | None = Field(None, description="Mean by which the teacher's images are normalised, in [0, 1].")
-    std: Colour | None = Field(None, description="Standard deviation by which they are, per channel.")
+    std: Colour | None = Field(None, description="Standard deviation of that normalisation, per channel.")
     channel_order: Literal["rgb", "bgr"] = Field("rgb", description="Of the images its weights were trained on.")
     train: TeacherTrainRecipe = TeacherTrainRecipe()
     augment: AugmentRecipe = AugmentRecipe()
@@ -271,7 +272,8 @@ class CompareRecipe(Section):
     """How students are compared."""
 
     by: Literal["accuracy", "balanced"] = Field(
-        "accuracy", description="What the winner has most of on the validation images; balanced: mean of the classes."
+        "accuracy",
+        description="What decides on the validation images which student wins; balanced: mean recall of the classes.",
     )
 
 

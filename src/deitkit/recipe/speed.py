@@ -26,7 +26,8 @@ class SpeedRecipe(Section):
     )
     save_seconds: PositiveFloat = Field(
         300.0,
-        description="Seconds between two saved states, at the end of an epoch a fifth: a killed run loses no more.",
+        description="Most seconds between two saved states, all that a killed run loses; at the end of an epoch "
+        "a fifth is enough.",
     )
     checkpoint_activations: bool = Field(
         False, description="Recompute the inside of each block in the backward pass: less memory, a third more time."
