@@ -54,6 +54,7 @@ def test_a_comparison_of_own_images(
     assert all(row.n == 24 for row in result.rows)
     assert result.winner is not None
     assert result.winner.class_names == ["cat", "dog"]
+    assert result.winner is result.winner, "which keeps its weights in memory"
     (answer,) = result.winner.predict(photos / "test" / "cat" / "0.png")
     assert [name for name, _ in answer["classes"]] in (["cat", "dog"], ["dog", "cat"])
     assert len(result.winner.predict([photos / "test" / "cat", str(photos / "test" / "dog" / "0.png")], top=1)) == 13

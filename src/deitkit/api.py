@@ -33,7 +33,7 @@ from deitkit.data.dataset import Dataset
 from deitkit.distillation.methods import METHODS, Method, find_method
 from deitkit.errors import DataError, RecipeError, reason_of
 from deitkit.evaluation.apply import Evaluation, evaluate_model
-from deitkit.evaluation.classify import BATCH_SIZE, Classification, Prediction, classify_pixels, decode_for
+from deitkit.evaluation.classify import BATCH_SIZE, Classification, Prediction, classify_pixels, decode_for, forks
 from deitkit.models.accelerate import compiler_settings_kept
 from deitkit.models.card import ModelCard
 from deitkit.models.classifier import Classifier
@@ -94,8 +94,9 @@ class Model:
 
         Returns:
             For each image ``image``, ``readout`` and ``classes``: names with probabilities, the likeliest first, in the
-            order of the images; one that is named twice is in it twice. A file of a folder that cannot be decoded has
-            no classes, and ``error``; an image of Pillow is named by its place.
+            order of the images; one that is named twice is in it twice. A file that cannot be decoded has no classes,
+            and ``error`` (a DataError if none can); an image of Pillow is named by its place. From 256 files on, forked
+            processes decode them; where Python starts processes otherwise, each would run the caller's script again.
         """
         several = list(images) if isinstance(images, Iterable) and not isinstance(images, str) else [images]
         if not several:
@@ -103,7 +104,7 @@ class Model:
         given = [_image(image, self.card) for image in several]
         paths = [image for image in given if isinstance(image, Path)]
         opened = [image for image in given if isinstance(image, Tensor)]
-        classification = Classification(self._loaded, paths, readout=readout, top=top)
+        classification = Classification(self._loaded, paths, readout=readout, top=top, workers=None if forks() else 0)
         found = dict(zip(classification.files, classification, strict=True)) if paths else {}
         of_opened = iter(
             answer
@@ -131,13 +132,13 @@ class Model:
         Args:
             data: A named data set, ``folder:PATH``, ``csv:FILE`` or ``parquet:PATH``.
             root: Folder of named data sets.
-            everything: Measure on all its images, such as new ones without a test split.
+            everything: Measure on all its images, such as new ones; these may be of some of the model's classes.
 
         Returns:
             ``model``, ``dataset``, ``n`` (test images), ``drawn_from`` (of how many, without a test split; else None),
-            ``trained_on`` (the estimated share of these that it learned from, 0 to 1; None if its card does not tell)
-            and ``readouts``, each with ``readout``, ``top1``,
-            ``top1_ci95`` (Wilson's 95 % interval) and ``top5`` (None for at most five classes), as fractions.
+            ``trained_on`` (the estimated share of these that it learned from, 0 to 1; None if its card does not tell),
+            ``remarks`` (sentences) and ``readouts``, each with ``readout``, ``top1``, ``top1_ci95`` (Wilson's 95 %
+            interval) and ``top5`` (None for at most five classes), as fractions.
 
         Raises:
             DataError: The data set is missing or malformed, or has other classes.
@@ -177,7 +178,7 @@ class Comparison:
         """Which student wins and by how much, in a sentence or two."""
         return self.results.verdict
 
-    @property
+    @cached_property
     def winner(self) -> Model | None:
         """The winning student; None where none reached its end, and of an ablation, which has no winner."""
         return Model(self.folder / "winner") if self.results.winner is not None else None

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from scipy import stats
 from timm.models.vision_transformer import VisionTransformer
 
@@ -160,6 +161,28 @@ def test_a_released_file_is_asked_as_timm_would(tmp_path: Path) -> None:
     assert list(rows["none/class"].top1) == [pytest.approx(expected, abs=0.01)], "another normalisation, taken up"
     assert results.recipe["model"]["patch_px"] == 8
     assert len(set(answers.tolist())) > 3, "an answer that never changes would agree with anything"
+
+
+def test_the_row_before_is_of_the_view_that_timms_files_tell(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = VisionTransformer(img_size=16, patch_size=8, embed_dim=64, depth=1, num_heads=1, num_classes=10).eval()
+    with torch.no_grad():
+        model.head.weight.normal_()
+    (tmp_path / "timms").mkdir()
+    save_file(model.state_dict(), tmp_path / "timms" / "model.safetensors")
+    told = {"mean": [0.5] * 3, "std": [0.25] * 3, "crop_pct": 0.5, "crop_mode": "center"}
+    config = {"image_size": 16, "num_attention_heads": 1, "pretrained_cfg": told}
+    (tmp_path / "timms" / "config.json").write_text(json.dumps(config))
+    sees = ("data.image_px=16", "data.channels=3")
+    rows, _ = finetune(tmp_path / "timms", tmp_path, *sees, "methods=[none]", *FROZEN)
+    accuracies = []
+    for eval_crop in (0.5, 1.0):
+        test = load_dataset(recipe_of(tmp_path, *sees, f"data.eval_crop={eval_crop}").data).test
+        with torch.no_grad():
+            answers = model((test.images / 255 - 0.5) / 0.25).argmax(-1)
+        accuracies.append((answers == test.labels).double().mean().item())
+    assert accuracies[0] != accuracies[1]
+    assert rows["before/class"].top1 == (accuracies[0],)
 
 
 def test_the_architecture_is_the_checkpoints(plain: Path, tmp_path: Path) -> None:

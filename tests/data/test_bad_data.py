@@ -21,13 +21,15 @@ from deitkit.cli.apply import predict
 from deitkit.comparison.compare import compare
 from deitkit.comparison.describe import describe_data
 from deitkit.data import decode
+from deitkit.data.cache import cache_folder
 from deitkit.data.dataset import load_dataset
 from deitkit.data.duplicates import find_duplicates, pixel_hashes
 from deitkit.data.listing import Listing
-from deitkit.errors import DataError
+from deitkit.errors import DataError, RecipeError
 from deitkit.evaluation.classify import Classification
 from deitkit.recipe.schema import DataRecipe
 from deitkit.run.observer import Watcher
+from deitkit.system.user_code import import_user_code
 from source_helpers import png, refused, write_classes
 
 STREAMED = pytest.mark.parametrize("fields", [{"streaming": False}, {"streaming": True, "workers": 0}])
@@ -183,7 +185,15 @@ def test_links_and_hidden_files(tmp_path, fields):
 
 
 def test_one_class_or_one_image_is_a_sentence(tmp_path):
-    refused(f"folder:{write_classes(tmp_path / 'one', {'cat': 5})}", "has 1 class", "at least 2")
+    one = write_classes(tmp_path / "one", {"cat": 5})
+    write_classes(one / "cat", {"more": 5})
+    refused(f"folder:{one}", "has 1 class", "at least 2 are needed: add another")
+    for inner in ("data", "train"):
+        archive = tmp_path / f"archive-{inner}" / "flowers"
+        write_classes(archive if inner == "data" else archive / inner, {"rose": 5, "lily": 5})
+        told = f"has 1 class, but at least 2 are needed: did you mean folder:{archive}?"
+        refused(f"folder:{archive.parent}", told)
+        refused(f"folder:{archive.parent}/", told)
     few = write_classes(tmp_path / "few", {"cat": 5, "dog": 1})
     refused(f"folder:{few}", "class 'dog'", "has 1 image for train, validation and test", "at least 3: add images")
     write_classes(tmp_path / "split" / "train", {"cat": 5, "dog": 1})
@@ -367,7 +377,7 @@ def test_class_names_of_any_kind_go_all_the_way(tiny_recipe, tmp_path, capsys, m
     assert "[red]" in table
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 5000)
     photo.write_bytes(BOMB)
-    with pytest.raises(DataError, match=r"1\.png cannot be decoded .*decompression bomb"):
+    with pytest.raises(DataError, match=r"1\.png cannot be decoded .*more than 5,000 pixels"):
         list(Classification(run / "winner", [photo]))
 
 
@@ -425,3 +435,19 @@ def test_what_cannot_be_read_for_a_while_is_not_left_out_for_ever(tmp_path, fiel
     monkeypatch.setattr(decode, "_opened", full)
     with pytest.raises(MemoryError):  # which the command line tells, and which is no fault of a file
         load(name, corrupt="error", **fields)
+
+
+def test_an_unknown_user_in_a_path_is_a_sentence(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    unknown = "~no-such-user/photos"
+    for kind in ("folder", "csv", "parquet"):
+        refused(f"{kind}:{unknown}", f"'{unknown}' does not exist in {tmp_path}")
+    refused(unknown, f"data.name={unknown} is not a data set")
+    refused("digits", f"'{unknown}' does not exist", unlabelled=f"folder:{unknown}")
+    monkeypatch.setenv("DEITKIT_DATA", unknown)
+    refused("cifar10", f"cifar10 is neither in '{unknown}/cifar10' nor in", download=False)
+    monkeypatch.setenv("DEITKIT_CACHE", unknown)
+    assert cache_folder() == Path(unknown)
+    monkeypatch.setenv("DEITKIT_IMPORT", f"{unknown}/mine.py")
+    with pytest.raises(RecipeError, match=r"mine\.py is not a file: name a Python file"):
+        import_user_code()

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from deitkit.comparison.compare import compare
+from deitkit.data import duplicates
 from deitkit.data.dataset import Dataset, load_dataset
 from deitkit.data.duplicates import find_near_duplicates
 from deitkit.recipe.schema import DataRecipe, Recipe
@@ -69,7 +70,7 @@ def test_small_and_streamed_images_are_not_compared(photos: Path) -> None:
     assert load(photos, image_px=48, streaming=True, workers=0).near_duplicates.count == 0
 
 
-def test_the_most_alike_is_found_as_by_numpy() -> None:
+def test_the_most_alike_is_found_as_by_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
     generator = np.random.default_rng(3)
     train = generator.integers(0, 256, (30, 3, 32, 32), dtype=np.uint8)
     noise = [generator.integers(-most, most + 1, (4, 3, 32, 32)) for most in (9, 60)]  # the latter correlates by 0.9
@@ -82,13 +83,27 @@ def test_the_most_alike_is_found_as_by_numpy() -> None:
         a, b = (thumbnail(image) - thumbnail(image).mean(axis=1, keepdims=True) for image in (one, other))
         return float((a * b).sum() / np.sqrt((a**2).sum() * (b**2).sum()))
 
-    pairs = [
+    pairs = [  # in one part or in many, also of one image
         [place, int(np.argmax(values))]
         for place, values in enumerate([[correlation(image, other) for other in train] for image in test])
         if max(values) > 0.96
     ]
-    assert find_near_duplicates(torch.from_numpy(train), torch.from_numpy(test.astype(np.uint8))).tolist() == pairs
+    for most in (2**24, 5 * 3 * 32**2, 1):
+        monkeypatch.setattr(duplicates, "_MOST_VALUES", most)
+        assert find_near_duplicates(torch.from_numpy(train), torch.from_numpy(test.astype(np.uint8))).tolist() == pairs
     assert pairs == [[0, 5], [1, 6], [2, 7], [3, 8]]
+
+
+def test_large_images_are_compared_in_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    pool = duplicates.adaptive_avg_pool2d
+    monkeypatch.setattr(
+        duplicates, "adaptive_avg_pool2d", lambda images, px: seen.append(images.numel()) or pool(images, px)
+    )
+    train, test = (torch.zeros(count, 3, 384, 384, dtype=torch.uint8) for count in (80, 3))
+    assert not len(find_near_duplicates(train, test))
+    assert sum(seen) == train.numel() + test.numel()
+    assert max(seen) * 4 <= 2**26, "bytes as float32"
 
 
 def test_plain_images_look_like_nothing() -> None:

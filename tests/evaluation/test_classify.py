@@ -3,6 +3,7 @@
 import csv
 import itertools
 import json
+import multiprocessing
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 from PIL import Image
 
 from conftest import TINY
+from deitkit.api import Model
 from deitkit.comparison.compare import compare
 from deitkit.data.dataset import load_dataset
 from deitkit.data.selection import read_selection
@@ -132,7 +134,8 @@ def test_mistakes_are_one_sentence(model: Path, photos: Path, tmp_path: Path) ->
             list(Classification(model, paths))
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "a.png").write_bytes(b"x")
-    with pytest.raises(DataError, match="none of 1 image can be decoded"):
+    (tmp_path / "bad" / "b.png").write_bytes(b"x")
+    with pytest.raises(DataError, match=r"none of 2 images can be decoded, first .*a\.png .*: convert it to PNG, and"):
         list(Classification(model, [tmp_path / "bad"]))
     with pytest.raises(RecipeError, match="readout other: this model has class, distillation"):
         list(Classification(model, [photos], readout="other"))
@@ -161,6 +164,86 @@ def test_files_of_answers(model: Path, photos: Path, tmp_path: Path, run: Run) -
     assert json.loads(run("predict", model, photos, "--out", tmp_path / "b.csv", "--json")[1])["classified"] == 150
 
 
+def test_a_named_file_that_cannot_be_decoded_costs_no_other(
+    model: Path, photos: Path, tmp_path: Path, run: Run
+) -> None:
+    """As when a shell writes out ``photos/*``."""
+    named = sorted((photos / "a").iterdir())
+    code, text, _ = run("predict", model, *named, "--out", tmp_path / "a.csv")
+    assert code == 0
+    assert "broken.jpg cannot be decoded" in text
+    assert "75 of 76 images classified, in " in text
+    with (tmp_path / "a.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["image"] for row in rows if row["error"]] == [str(photos / "a" / "broken.jpg")]
+    assert len(rows) == 76
+    answers = Model(model).predict([str(path) for path in named])
+    assert [path for path, answer in zip(named, answers, strict=True) if "error" in answer] == [
+        photos / "a" / "broken.jpg"
+    ]
+
+
+def test_an_image_that_is_too_large_is_to_be_made_smaller(
+    model: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    for side in (40, 50):  # Pillow warns beyond its limit, and raises beyond twice as much
+        Image.new("RGB", (side, side)).save(photos / "large.png")
+        told = r"large\.png cannot be decoded \(more than 1,000 pixels\): resize it or leave it out"
+        with pytest.raises(DataError, match=told):
+            list(Classification(model, [photos / "large.png"]))
+        (error,) = [one["error"] for one in Classification(model, [photos]) if one["image"].endswith("large.png")]
+        assert error == "more than 1,000 pixels"
+
+
+def test_the_callers_random_numbers_go_on(model: Path, photos: Path) -> None:
+    for workers in (0, 2):
+        classification = Classification(load_classifier(model, torch.device("cpu")), [photos], workers=workers)
+        before = torch.get_rng_state()
+        list(classification)
+        assert torch.equal(torch.get_rng_state(), before), workers
+
+
+@pytest.mark.parametrize(("method", "expected"), [("fork", True), ("spawn", False), (None, None)])
+def test_processes_start_only_where_they_do_not_run_the_users_script_again(
+    model: Path, photos: Path, monkeypatch: pytest.MonkeyPatch, method: str | None, expected: bool | None
+) -> None:
+    asked: list[int | None] = []
+
+    class Asked(Classification):
+        def __init__(self, *inputs: Any, workers: int | None, **settings: Any) -> None:
+            asked.append(workers)
+            super().__init__(*inputs, workers=0, **settings)
+
+    monkeypatch.setattr("deitkit.api.Classification", Asked)
+    context = multiprocessing.get_context()
+    if method is None:  # not chosen yet, and asking leaves it so
+        expected = multiprocessing.get_all_start_methods()[0] == "fork"
+        monkeypatch.setattr(multiprocessing, "get_start_method", lambda allow_none: None if allow_none else context)
+    else:
+        monkeypatch.setattr(multiprocessing, "get_start_method", lambda allow_none: method)
+    Model(model).predict(photos / "a" / "000.png")
+    assert asked == [None if expected else 0]
+
+
+def test_bf16_is_left_out_where_the_processor_has_no_instructions_for_it(
+    model: Path, photos: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    card = json.loads((model / "model.json").read_text())
+    (model / "model.json").write_text(json.dumps(card | {"precision": "bf16"}))
+    (photos / "c").mkdir()
+    Image.new("RGB", (8, 8)).save(photos / "c" / "000.png")
+    words = ("evaluate", model, "--data", f"folder:{photos}", "--all")
+    for computes, expected in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr("deitkit.system.device.computes_bf16", lambda _, computes=computes: computes)
+        classification = Classification(model, [photos])
+        assert classification.precision.dtype == expected
+        told = "in fp32, not in the model's bf16, for which this processor has no instructions"
+        assert classification.remarks == ([] if computes else [told])
+        for said in (run(*words)[1], run("predict", model, photos / "a" / "000.png")[1]):
+            assert (told in " ".join(said.split())) is not computes
+
+
 def test_ctrl_c_tells_what_is_in_the_files(
     model: Path, photos: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -181,7 +264,7 @@ def test_ctrl_c_tells_what_is_in_the_files(
 
 def test_a_mistake_leaves_no_file(model: Path, photos: Path, tmp_path: Path, run: Run) -> None:
     answers, features = tmp_path / "a.csv", tmp_path / "e.parquet"
-    for words in ((photos, "--readout", "other"), (photos / "a" / "000.png", photos / "a" / "broken.jpg")):
+    for words in ((photos, "--readout", "other"), (photos / "a" / "broken.jpg",)):
         code, _, errors = run("predict", model, *words, "--out", answers, "--embeddings", features)
         assert (code, errors.count("\n")) == (2, 1)
         assert not answers.exists()
@@ -338,3 +421,37 @@ def test_all_images_of_new_data_can_be_measured(tmp_path: Path, write_images: Ca
     assert "n = 30" in shown
     assert "these are" not in shown + said
     assert json.loads(run("evaluate", model, "--data", f"folder:{photos}", "--json")[1])["drawn_from"] == 30
+
+
+def test_all_images_are_measured_however_few(tmp_path: Path, write_images: Callable[..., Path]) -> None:
+    """Nothing divides them, so a class may have one image, and the model's folds do not matter."""
+    photos = write_images(tmp_path / "photos", classes=("a", "b", "c"), count=1, parts=("",))
+    model = save_student(tmp_path / "model")
+    card = json.loads((model / "model.json").read_text())
+    for split in ({}, {"split_seed": 0, "folds": 5, "fold": 2}):
+        (model / "model.json").write_text(json.dumps(card | {"split": split}))
+        found = evaluate_model(model, f"folder:{photos}", everything=True)
+        assert (found["n"], found["drawn_from"], found["remarks"]) == (3, None, [])
+        with pytest.raises(DataError, match="needs at least"):
+            evaluate_model(model, f"folder:{photos}")
+
+
+def test_images_of_some_of_the_classes_can_be_measured(
+    tmp_path: Path, write_images: Callable[..., Path], run: Run
+) -> None:
+    photos = write_images(tmp_path / "archive" / "photos", classes=("c", "a"), count=3, parts=("",))
+    model = save_student(tmp_path / "model")
+    found = evaluate_model(model, f"folder:{photos}", everything=True)
+    answers = [one["classes"][0][0] for one in Classification(model, [photos], readout="joint", top=1)]
+    right = [name == place for name, place in zip(answers, "aaaccc", strict=True)]
+    assert found["readouts"][2]["readout"] == "joint"
+    assert found["readouts"][2]["top1"] == sum(right) / 6
+    assert found["remarks"] == ["these images are of 2 classes, and the model may answer any of its 3"]
+    assert found["remarks"][0] in " ".join(run("evaluate", model, "--data", f"folder:{photos}", "--all")[1].split())
+    with pytest.raises(DataError, match="has the classes a, c, but the model has a, b, c: evaluate it on data with"):
+        evaluate_model(model, f"folder:{photos}")
+    write_images(tmp_path / "archive" / "photos", classes=("d",), count=3, parts=("",))
+    with pytest.raises(DataError, match="has the classes a, c, d, but the model has"):
+        evaluate_model(model, f"folder:{photos}", everything=True)
+    with pytest.raises(DataError, match=rf"but the model has a, b, c: did you mean folder:{photos}\?"):
+        evaluate_model(model, f"folder:{photos.parent}", everything=True)

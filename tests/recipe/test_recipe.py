@@ -66,6 +66,8 @@ def test_overrides_reach_nested_fields() -> None:
         (["train.schedule_epochs=1"], ["train.schedule_epochs=1"]),
         (["teacher.mean=[0.5]", "teacher.std=null"], ["belong together"]),
         (["teacher.mean=[0.5]", "teacher.std=[0]"], ["must be positive"]),
+        (["teacher.mean=[123.7]", "teacher.std=[0.2]"], ["teacher.mean=[123.7] is of values from 0 to 255", "by 255"]),
+        (["teachers=[{mean: [0.5], std: [58.4]}]"], ["teachers.0.std=[58.4] is of values from 0 to 255", "by 255"]),
         (["teachers=[{mean: [0.5]}]"], ["teachers.0.mean and teachers.0.std belong together"]),
         (["teachers=[{}, {train: {epochs: 1, warmup_epochs: 2}}]"], ["teachers.1.train.warmup_epochs=2"]),
         (["teachers=[{nmae: cifar/resnet20}]"], ["unknown key 'teachers.0.nmae'", "teacher.name"]),

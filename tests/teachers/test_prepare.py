@@ -189,7 +189,8 @@ def test_a_reset_head_without_training_is_the_seeds_mistake_and_is_refused(strip
     [
         ({"name": "cifar/resnet21"}, "cifar/resnet20"),
         ({"name": "timm/resnet1"}, "timm/resnet1"),
-        ({"mean": [0.5], "std": [0.5]}, "has 1 channels, but the images have 3"),
+        ({"mean": [0.5], "std": [0.5]}, r"teacher\.mean=\[0\.5\] has 1 value, but the images have 3 channels"),
+        ({"mean": [0.5] * 3, "std": [0.5]}, r"teacher\.std=\[0\.5\] has 1 value, but the images have 3 channels"),
         ({"checkpoint": "nowhere.pth"}, "nowhere.pth does not exist"),
     ],
 )

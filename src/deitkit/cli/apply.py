@@ -23,7 +23,7 @@ def evaluate(
     root: Root = None,
     everything: Annotated[
         bool,
-        typer.Option("--all", help="Measure on all its images, such as new ones without a test split."),
+        typer.Option("--all", help="Measure on all its images, such as new ones, also of some of the classes."),
     ] = False,
     as_json: Json = False,
 ) -> None:
@@ -45,6 +45,8 @@ def evaluate(
         top5 = "" if row["top5"] is None else f"{100 * row['top5']:.2f}"
         table.add_row(row["readout"], f"{100 * row['top1']:.2f}", f"{100 * low:.2f} to {100 * high:.2f}", top5)
     console.print(table)
+    for remark in result["remarks"]:
+        say(remark)
     if result["drawn_from"] is not None:
         say(f"these are {n} of {result['drawn_from']:,} images, since there is no test split: --all measures on all")
     if result["trained_on"] is None:
@@ -70,7 +72,7 @@ def predict(
     """Classify images with a trained model: a few as a table, any number into a file.
 
     For example `deitkit predict runs/mine photos --out answers.csv`. Images are decoded ahead by several processes and
-    never all in memory. One in a folder that cannot be decoded is named, counted and left out.
+    never all in memory. One that cannot be decoded is named, counted and left out.
     """
     from deitkit.cli.prediction_files import PredictionFiles, with_progress
     from deitkit.evaluation.classify import Classification
@@ -102,6 +104,8 @@ def predict(
         return
     if out is None:
         _print_answers(shown)
+    for remark in classification.remarks:
+        say(remark)
     for prediction in reasons:
         say(f"left out: {prediction['image']} cannot be decoded ({prediction['error']})")
     if failed or out is not None:

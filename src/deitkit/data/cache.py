@@ -13,12 +13,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from deitkit.recipe.section import from_home
 from deitkit.system.process import signals_held
 
 
 def cache_folder() -> Path:
     """Return the cache folder: ``$DEITKIT_CACHE``, else ``~/.cache/deitkit/decoded``."""
-    return Path(os.environ.get("DEITKIT_CACHE") or "~/.cache/deitkit/decoded").expanduser()
+    return from_home(Path(os.environ.get("DEITKIT_CACHE") or "~/.cache/deitkit/decoded"))
 
 
 def sha256(*tensors: Tensor) -> str:

@@ -30,12 +30,13 @@ from deitkit.data.listing import EncodedImages, Listing, ProgressCallback
 from deitkit.data.originals import decodable_images, original_images
 from deitkit.data.pixels import mean_and_std, mean_and_std_of_counts
 from deitkit.data.selection import crop_source_of, crop_source_px, read_selection
-from deitkit.data.sources.choose import list_images_of
+from deitkit.data.sources.choose import folder_within, list_images_of
 from deitkit.data.sources.folders import list_images
 from deitkit.data.split import Split, SplitIndices, plan_splits
 from deitkit.data.survey import Survey
 from deitkit.errors import DataError
 from deitkit.recipe.schema import DataRecipe
+from deitkit.recipe.section import from_home
 from deitkit.system.seeding import fixed_shuffle
 from deitkit.system.words import counted, display_name
 
@@ -275,19 +276,19 @@ def _list_unlabelled(source: str) -> Listing:
     kind, _, path = source.partition(":")
     if kind != "folder" or not path:
         raise DataError(f"data.unlabelled={source} is not a source of images: write rest or folder:PATH")
-    return list_images(Path(path).expanduser())
+    return list_images(from_home(Path(path)))
 
 
 def load_test(
     recipe: DataRecipe, progress: ProgressCallback | None = None, *, everything: bool = False
 ) -> tuple[Split, tuple[str, ...], int | None]:
-    """Load only the test images of ``load_labelled``, or with ``everything`` all images with labels.
+    """Load only the test images of ``load_labelled``, or with ``everything`` all images with labels, undivided.
 
     Returns:
         The images, the names of the classes, and of how many images the test images were drawn; None for a test split.
     """
-    listing, indices = _plan(recipe, progress)
-    places = torch.arange(len(listing.labels)) if everything else indices.test
+    listing = _listed(recipe, progress)
+    places = torch.arange(len(listing.labels)) if everything else plan_listing(listing, recipe).test
     found = read_selection(listing, places, 0, recipe, progress)
     split = Split(found.images, listing.labels[places[found.kept]], hashes=found.hashes[found.kept])
     _require_all_classes({"test": split}, listing, recipe)
@@ -333,18 +334,27 @@ def load_test_examples(recipe: DataRecipe, count: int) -> list[tuple[UInt8[np.nd
 
 def _plan(recipe: DataRecipe, progress: ProgressCallback | None) -> tuple[Listing, SplitIndices]:
     """List the data set and assign its images to splits."""
+    listing = _listed(recipe, progress)
+    return listing, plan_listing(listing, recipe)
+
+
+def _listed(recipe: DataRecipe, progress: ProgressCallback | None) -> Listing:
     try:
         listing = list_images_of(recipe, progress)
     except OSError as error:
         raise DataError(
             f"data.name={recipe.name} cannot be read ({error}): check the path and its permissions"
         ) from None
-    listing = replace(listing, class_names=tuple(display_name(name) for name in listing.class_names))
-    return listing, plan_listing(listing, recipe)
+    return replace(listing, class_names=tuple(display_name(name) for name in listing.class_names))
 
 
 def plan_listing(listing: Listing, recipe: DataRecipe) -> SplitIndices:
-    """Assign the images of a listing to splits, see ``plan_splits``."""
+    """Assign the images of a listing to splits, see ``plan_splits``; raise DataError for fewer than two classes."""
+    if len(listing.class_names) < 2:
+        raise DataError(
+            f"data.name={recipe.name} has {counted(len(listing.class_names), 'class')}, but at least 2 are needed: "
+            f"{folder_within(recipe.name) or 'add another'}"
+        )
     return plan_splits(
         listing.labels,
         listing.official_test,
@@ -357,13 +367,14 @@ def plan_listing(listing: Listing, recipe: DataRecipe) -> SplitIndices:
 
 def _require_all_classes(splits: dict[str, Split], listing: Listing, recipe: DataRecipe) -> None:
     """Raise DataError if a split lacks a class because images could not be decoded."""
+    classes = len(listing.class_names)
+    listed = torch.bincount(listing.labels, minlength=classes) > 0
     for name, split in splits.items():
-        counts = torch.bincount(split.labels, minlength=len(listing.class_names))
-        if int(counts.min()) == 0:
-            missing = listing.class_names[int(counts.argmin())]
+        lacking = (listed & (torch.bincount(split.labels, minlength=classes) == 0)).nonzero().flatten().tolist()
+        if lacking:
             raise DataError(
-                f"class '{missing}' of data.name={recipe.name} has no decodable image in the {name} split: "
-                "repair or replace its files"
+                f"class '{listing.class_names[lacking[0]]}' of data.name={recipe.name} has no decodable image in the "
+                f"{name} split: repair or replace its files"
             )
 
 
@@ -374,18 +385,7 @@ def _duplicates(names: Callable[[str, int], str], pairs: Int64[Tensor, "pairs 2"
 
 
 def _name_in_split(listing: Listing, places: dict[str, Tensor], split: str, place: int) -> str:
-    return _name(listing, int(places[split][place]))
-
-
-def _name(listing: Listing, position: int) -> str:
-    """Return the name of an image in messages: its file, or its place in its split if images have no names."""
-    if isinstance(listing.images, EncodedImages):
-        return listing.images.names[position]
-    if listing.official_test is None:
-        return f"image {position}"
-    is_test = bool(listing.official_test[position])
-    place = int((listing.official_test[:position] == is_test).sum())
-    return f"{'test' if is_test else 'training'} image {place}"
+    return listing.name_of(int(places[split][place]))
 
 
 def _fingerprint(splits: list[Split], class_names: tuple[str, ...], streamed_key: str | None) -> str:

@@ -95,7 +95,15 @@ def open_image(encoded: Path | bytes | Image.Image, channels: int, needed_px: in
 def _opened(encoded: Path | bytes | Image.Image) -> AbstractContextManager[Image.Image]:
     if isinstance(encoded, Image.Image):
         return nullcontext(encoded.copy())
-    return Image.open(io.BytesIO(encoded) if isinstance(encoded, bytes) else encoded, formats=_FORMATS)
+    try:
+        return Image.open(io.BytesIO(encoded) if isinstance(encoded, bytes) else encoded, formats=_FORMATS)
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+        raise ValueError(too_many_pixels()) from None
+
+
+def too_many_pixels() -> str:
+    """Return the reason why an image that Pillow takes for a decompression bomb is not decoded."""
+    return f"more than {Image.MAX_IMAGE_PIXELS or 0:,} pixels"
 
 
 # What makes an image upright, by its EXIF orientation. Pillow's exif_transpose writes the rest of the metadata again,

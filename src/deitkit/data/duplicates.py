@@ -23,7 +23,7 @@ NEAR = 0.96  # correlation of thumbnails; of 97 pairs above it in CIFAR-10 and f
 LEAST_NEAR_PX = 32  # smaller images of different things look alike
 MOST_PAIRS = 1_000_000_000  # to compare, in some ten seconds
 _THUMBNAIL_PX = 16
-_CHUNK = 4096
+_MOST_VALUES = 2**24  # in memory at once, as float32
 
 
 @dataclass(frozen=True)
@@ -102,15 +102,25 @@ def find_near_duplicates(
     """
     if not len(train) or not len(test):
         return torch.zeros(0, 2, dtype=torch.int64)
-    known = _thumbnails(train)
-    best, places = zip(*((part @ known.T).max(dim=1) for part in _thumbnails(test).split(_CHUNK // 8)), strict=True)
-    found = (torch.cat(best) > NEAR).nonzero().flatten()
-    return torch.stack([found, torch.cat(places)[found]], dim=1)
+    looked_for = torch.cat([_thumbnails(some) for some in test.split(_most_images(test))])
+    best, places = torch.zeros(len(test)), torch.zeros(len(test), dtype=torch.int64)
+    size = max(1, min(_most_images(train), _MOST_VALUES // len(test)))
+    for start in range(0, len(train), size):
+        likeness, nearest = (looked_for @ _thumbnails(train[start : start + size]).T).max(dim=1)
+        places = torch.where(likeness > best, start + nearest, places)
+        best = torch.maximum(best, likeness)
+    found = (best > NEAR).nonzero().flatten()
+    return torch.stack([found, places[found]], dim=1)
+
+
+def _most_images(images: UInt8[Tensor, "n channels height width"]) -> int:
+    """Return how many of these images are turned into float32 at once."""
+    return max(1, _MOST_VALUES // max(1, images[0].numel()))
 
 
 def _thumbnails(images: UInt8[Tensor, "n channels height width"]) -> Float[Tensor, "n values"]:
     """Return small versions of images as vectors of length 1, each channel with a mean of 0; plain images are 0."""
-    small = torch.cat([adaptive_avg_pool2d(some.float(), _THUMBNAIL_PX) for some in images.split(_CHUNK)])
+    small = adaptive_avg_pool2d(images.float(), _THUMBNAIL_PX)
     centred = (small - small.mean(dim=(2, 3), keepdim=True)).flatten(1)
     length = centred.norm(dim=1, keepdim=True)
     return torch.where(length > len(centred[0]) ** 0.5, centred / length, 0.0)  # a deviation of 1 of 255

@@ -58,6 +58,16 @@ class Listing:
     groups: Int64[Tensor, " n"] | None = None
     official_validation: Bool[Tensor, " n"] | None = None
 
+    def name_of(self, position: int) -> str:
+        """Return the name of an image in messages: its file, or its place in its split if images have no names."""
+        if isinstance(self.images, EncodedImages):
+            return self.images.names[position]
+        if self.official_test is None:
+            return f"image {position}"
+        is_test = bool(self.official_test[position])
+        place = int((self.official_test[:position] == is_test).sum())
+        return f"{'test' if is_test else 'training'} image {place}"
+
 
 def below_here(path: Path) -> str:
     """Say where a relative path was looked for; nothing of an absolute one."""

@@ -173,12 +173,9 @@ def plan_splits(
         official_validation: Which images belong to its own validation split; None if it has none.
 
     Raises:
-        DataError: There are fewer than two classes, a class has too few images for every split or fold, or the recipe
-            sets a number of images that exceeds those available or is less than the number of classes, or folds of a
-            data set that has a test split.
+        DataError: A class has too few images for every split or fold, or the recipe sets a number of images that
+            exceeds those available or is less than the number of classes, or folds of a data set that has a test split.
     """
-    if len(class_names) < 2:
-        raise DataError(f"data.name={recipe.name} has {len(class_names)} class, but at least 2 are needed: add another")
     draws = _Draws(labels, class_names, recipe) if groups is None else _GroupDraws(labels, class_names, recipe, groups)
     pool, test = _hold_out_test(draws, official_test)
     if official_validation is None:

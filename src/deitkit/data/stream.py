@@ -126,6 +126,7 @@ class StreamedImages:
             batch_size=None,
             num_workers=self.workers,
             prefetch_factor=PARTS_AHEAD if self.workers else None,
+            generator=torch.Generator(),  # else it draws from the caller's
         )
         batch, filled = torch.empty(0), 0
         for images in loader:

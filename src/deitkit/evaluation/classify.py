@@ -1,6 +1,7 @@
 """Classifying any number of image files: decoded ahead by worker processes, in batches, in bounded memory."""
 
 import itertools
+import multiprocessing
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -13,9 +14,10 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from deitkit.data.decode import SUFFIXES, decode_image, strict_pillow
+from deitkit.data.decode import SUFFIXES, decode_image, strict_pillow, too_many_pixels
 from deitkit.data.sources.folders import files_below
 from deitkit.errors import DataError, RecipeError
+from deitkit.evaluation.predict import precision_of
 from deitkit.evaluation.readouts import choose_readout, named_scores
 from deitkit.models.accelerate import uncompiled
 from deitkit.models.built import head_name
@@ -82,6 +84,15 @@ def decode_for(card: ModelCard, image: Path | Image.Image) -> UInt8[np.ndarray, 
     return decode_image(image, card.channels, card.side, card.eval_crop, card.fit)
 
 
+def forks() -> bool:
+    """Return whether a new process is a copy of this one; else it runs the user's script again, without a main guard.
+
+    Asking does not settle it, so that the user may still choose.
+    """
+    chosen = multiprocessing.get_start_method(allow_none=True)
+    return (chosen or multiprocessing.get_all_start_methods()[0]) == "fork"
+
+
 def image_files(path: Path) -> list[Path]:
     """Return a named file, or the images in a named folder and its subfolders.
 
@@ -107,7 +118,8 @@ def _images_below(folder: Path) -> Iterator[Path]:
 class Classification(Iterable[Prediction]):
     """What a model says of each image, in order and each once; the next images are decoded meanwhile.
 
-    Its length is the number of images, ``files`` their paths, and ``named`` those that each path stands for.
+    Its length is the number of images, ``files`` their paths, and ``named`` those that each path stands for;
+    ``remarks`` are on how they are classified, as sentences without a full stop.
 
     Args:
         model: Its folder, or what ``load_classifier`` returned for it.
@@ -118,10 +130,10 @@ class Classification(Iterable[Prediction]):
         workers: Processes that decode; by default none for few files, else one for each core.
 
     Yields:
-        ``image``, ``readout`` and ``classes``; one in a folder that cannot be decoded has no classes, and ``error``.
+        ``image``, ``readout`` and ``classes``; one that cannot be decoded has no classes, and ``error``.
 
     Raises:
-        DataError: A named file does not exist or cannot be decoded, or none of the images can.
+        DataError: A named file does not exist, or none of the images can be decoded.
         RecipeError: As ``classify_pixels``.
     """
 
@@ -137,7 +149,7 @@ class Classification(Iterable[Prediction]):
     ) -> None:
         device = choose_device("auto")
         self.classifier, self.card = load_classifier(model, device) if isinstance(model, Path) else model
-        self.precision = Precision.choose(self.card.precision, device)
+        self.precision, self.remarks = precision_of(self.card, device)
         self.named = {path: image_files(path) for path in paths}
         self.files = list(dict.fromkeys(itertools.chain.from_iterable(self.named.values())))
         self.card.require_side()  # here, and not with each image
@@ -156,15 +168,13 @@ class Classification(Iterable[Prediction]):
             collate_fn=list,
             num_workers=self.workers,
             prefetch_factor=2 if self.workers else None,
+            generator=torch.Generator(),  # else it draws from the caller's
         )
-        answered, first_error = 0, ""
+        answered = 0
+        failed: dict[int, str] = {}  # the first batch of them
         for batch in loader:
             errors = {place: found for place, found in batch if isinstance(found, str)}
-            for place, reason in errors.items():
-                file = self.files[place]
-                if file in self.named:
-                    raise DataError(f"image {file} cannot be decoded ({reason}): convert it to PNG or leave it out")
-                first_error = first_error or f"{file} ({reason})"
+            failed = failed or errors
             answers = self._answers({place: found for place, found in batch if isinstance(found, Tensor)})
             answered += len(answers)
             for place, _ in batch:
@@ -175,7 +185,15 @@ class Classification(Iterable[Prediction]):
                     readout = self.readout or self.card.readout
                     yield Prediction(image=image, readout=readout, classes=[], error=errors[place])
         if not answered:
-            raise DataError(f"none of {counted(len(self), 'image')} can be decoded, first {first_error}: convert them")
+            raise DataError(self._none_decoded(*next(iter(failed.items()))))
+
+    def _none_decoded(self, place: int, reason: str) -> str:
+        """Say that no image can be decoded, from the first of them and its reason."""
+        remedy = "resize it" if too_many_pixels() in reason else "convert it to PNG"
+        if len(self) == 1:
+            return f"image {self.files[place]} cannot be decoded ({reason}): {remedy} or leave it out"
+        images = counted(len(self), "image")
+        return f"none of {images} can be decoded, first {self.files[place]} ({reason}): {remedy}, and the others"
 
     def _answers(self, pixels: dict[int, UInt8[Tensor, "channels height width"]]) -> dict[int, Answer]:
         if not pixels:

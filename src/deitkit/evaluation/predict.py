@@ -6,8 +6,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from deitkit.data.dataset import Split
+from deitkit.data.split import Split
 from deitkit.models.accelerate import uncompiled
+from deitkit.models.card import ModelCard
 from deitkit.models.classifier import Classifier
 from deitkit.models.vit import Output
 from deitkit.system.device import Precision, to_device
@@ -15,6 +16,17 @@ from deitkit.system.ranks import ALONE, Ranks
 
 # Pixels of a batch for evaluation: small for the caches of a CPU, large for the throughput of a GPU.
 CPU_PIXELS, GPU_PIXELS = 2**19, 2**22
+
+
+def precision_of(card: ModelCard, device: torch.device) -> tuple[Precision, list[str]]:
+    """Return the precision in which a saved model is used on a device, and a remark where it is not the card's.
+
+    That is bf16 where the device has no instructions for it, which would take 4 to 400 times as long as fp32.
+    """
+    precision = Precision.choose("auto" if card.precision == "bf16" else card.precision, device)
+    differs = card.precision == "bf16" and precision.name != "bf16"
+    remark = f"in {precision.name}, not in the model's bf16, for which this processor has no instructions"
+    return precision, [remark] if differs else []
 
 
 def predict(classifier: Classifier, split: Split, precision: Precision) -> Output:

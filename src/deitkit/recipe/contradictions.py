@@ -85,6 +85,9 @@ def _teacher(name: str, teacher: "TeacherRecipe") -> Iterator[str]:
         yield f"{name}.mean and {name}.std belong together: give both or neither"
     if any(std <= 0 for std in teacher.std or ()):
         yield f"{name}.std={list(teacher.std or ())} must be positive"
+    for field, values in (("mean", teacher.mean), ("std", teacher.std)):
+        if any(abs(value) > 1 for value in values or ()):
+            yield f"{name}.{field}={list(values or ())} is of values from 0 to 255, not from 0 to 1: divide it by 255"
 
 
 def _policies(name: str, augment: "AugmentRecipe") -> Iterator[str]:

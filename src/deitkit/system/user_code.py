@@ -8,6 +8,7 @@ from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 from deitkit.errors import RecipeError, reason_of
+from deitkit.recipe.section import from_home
 
 IMPORT = "DEITKIT_IMPORT"
 
@@ -23,7 +24,7 @@ def import_user_code() -> None:
     name = os.environ.get(IMPORT)
     if not name:
         return
-    file = Path(name).expanduser()
+    file = from_home(Path(name))
     if file.suffix == ".py":
         if not file.is_file():
             raise RecipeError(f"{IMPORT}={name} is not a file: name a Python file, or a module that is installed")

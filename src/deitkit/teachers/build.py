@@ -111,10 +111,11 @@ def _normalisation(
     """Return the recipe's normalisation, else the library's, else the data set's."""
     for mean, std in ((recipe.mean, recipe.std), (built.mean, built.std)):
         if mean is not None and std is not None:
-            if len(mean) != dataset.channels or len(std) != dataset.channels:
-                raise TeacherError(
-                    f"teacher.mean={list(mean)} has {len(mean)} channels, but the images have {dataset.channels}: "
-                    f"give {dataset.channels} values, or set data.channels={len(mean)}"
-                )
+            for field, values in (("mean", mean), ("std", std)):
+                if len(values) != dataset.channels:
+                    raise TeacherError(
+                        f"teacher.{field}={list(values)} has {counted(len(values), 'value')}, but the images have "
+                        f"{counted(dataset.channels, 'channel')}: give one for each, or set data.channels={len(values)}"
+                    )
             return mean, std
     return dataset.mean, dataset.std

@@ -7,12 +7,13 @@ from pathlib import Path
 import torch
 
 from deitkit.data.listing import Listing, ProgressCallback
-from deitkit.data.sources.folders import list_folder
+from deitkit.data.sources.folders import class_folders, list_folder, split_name
 from deitkit.data.sources.named import NAMED_SETS, list_named
 from deitkit.data.sources.parquet import list_parquet
 from deitkit.data.sources.tables import list_csv
 from deitkit.errors import DataError
 from deitkit.recipe.schema import DataRecipe
+from deitkit.recipe.section import from_home
 
 DATASETS = ("digits", *NAMED_SETS)
 DIGITS = (1, 8, 8)
@@ -25,19 +26,29 @@ def list_images_of(recipe: DataRecipe, progress: ProgressCallback | None) -> Lis
     if colon and kind in SOURCES:
         if not path:
             raise DataError(f"data.name={recipe.name} has no path: write {kind}:PATH")
-        return SOURCES[kind](Path(path).expanduser())
+        return SOURCES[kind](from_home(Path(path)))
     if recipe.name == "digits":
         return _list_digits()
     if recipe.name in NAMED_SETS:
         return list_named(recipe, progress)
     near = difflib.get_close_matches(recipe.name, DATASETS, n=1)
     hint = f"did you mean {near[0]}? " if near else ""
-    if Path(recipe.name).expanduser().exists() or Path(recipe.name).suffix in (".csv", ".tsv", ".parquet"):
-        hint = f"did you mean {_kind_of(Path(recipe.name).expanduser())}:{recipe.name}? "
+    place = from_home(Path(recipe.name))
+    if place.exists() or place.suffix in (".csv", ".tsv", ".parquet"):
+        hint = f"did you mean {_kind_of(place)}:{recipe.name}? "
     allowed = ", ".join(DATASETS)
     raise DataError(
         f"data.name={recipe.name} is not a data set: {hint}Choose {allowed}, folder:PATH, parquet:PATH or csv:FILE"
     )
+
+
+def folder_within(name: str) -> str:
+    """Ask whether the only folder within a folder is meant, as of an unpacked archive; empty if it holds no classes."""
+    kind, _, path = name.partition(":")
+    outer = class_folders(from_home(Path(path))) if kind == "folder" else {}
+    inner = {split_name(folder) for only in outer.values() for folder in class_folders(only)}
+    looks_like_data = len(outer) == 1 and (len(inner) > 1 or "train" in inner)
+    return f"did you mean {name.rstrip('/')}/{next(iter(outer))}?" if looks_like_data else ""
 
 
 def known_shape(name: str) -> tuple[int, int, int] | None:

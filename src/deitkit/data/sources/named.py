@@ -36,6 +36,7 @@ from deitkit.data.sources.folders import (
 from deitkit.data.sources.parquet import configurations, has_shards, list_parquet
 from deitkit.errors import DataError
 from deitkit.recipe.schema import DataRecipe
+from deitkit.recipe.section import from_home
 from deitkit.system.network import no_endless_wait, unreachable
 
 DOWNLOADING = ".deitkit-download.lock"  # in a folder of data sets, while one is downloaded there
@@ -80,7 +81,7 @@ def list_named(recipe: DataRecipe, progress: ProgressCallback | None = None) -> 
         DataError: It is not found and cannot be downloaded, or the folder has another or a damaged data set.
     """
     named = NAMED_SETS[recipe.name]
-    root = (recipe.root or Path(os.environ.get("DEITKIT_DATA") or "~/.cache/deitkit")).expanduser()
+    root = from_home(recipe.root or Path(os.environ.get("DEITKIT_DATA") or "~/.cache/deitkit"))
     places = [*(root / alias for alias in (recipe.name, *named.aliases)), root]
     if (root / DOWNLOADING).exists():  # by another process, whose half a file would be taken for a damaged one
         with suppress(OSError), FileLock(root / DOWNLOADING):  # it may be another user's, left by a kill
