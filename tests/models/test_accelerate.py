@@ -177,5 +177,5 @@ def test_epochs_say_where_their_time_went() -> None:
     shares = next(cohort.fit())[0].shares
     assert set(shares) == {"waiting", "views", "teacher", "students", "optimizers"}
     assert all(0 <= share <= 1 for share in shares.values())
-    assert 0.8 < sum(shares.values()) <= 1
+    assert 0.5 < sum(shares.values()) <= 1
     assert shares["students"] > shares["teacher"]

@@ -221,6 +221,14 @@ def test_positions_that_make_no_square_need_the_image() -> None:
         adapt(state, to=BASE)
 
 
+@pytest.mark.parametrize("given", [2, 4])
+@pytest.mark.parametrize("stem", ["patch", "conv"])
+def test_channels_that_cannot_be_adapted_have_no_normalisation_either(given: int, stem: str) -> None:
+    state = model(channels=given, stem=stem).state_dict()
+    with pytest.raises(CheckpointError, match=rf"for {given} channels cannot be adapted to 3: one of them must be 1"):
+        renormalise(state, ((0.5,), (0.5,)), ((0.4,) * 3, (0.2,) * 3))
+
+
 @pytest.mark.parametrize("tokens", LAYOUTS)
 def test_layer_scale_comes_and_goes_without_changing_an_answer(tokens: tuple[str, ...]) -> None:
     images = torch.randn(3, 3, 16, 16)

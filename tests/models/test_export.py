@@ -349,6 +349,7 @@ def test_json_is_for_another_program(convert: Run, tmp_path: Path) -> None:
         (("--to", "timm", "--out", "b", "--channels", 2), "--channels 2: choose 1 or 3"),
         (("--to", "timm", "--out", "b", "--mean", "0.5"), "--mean and --std belong together"),
         (("--to", "timm", "--out", "b", "--mean", "0.5", "--std", "1"), "need 3 values each"),
+        (("--to", "timm", "--out", "b", "--mean", "124,116,104", "--std", "58,57,57"), "divide them by 255"),
         (("--to", "timm", "--out", "b", "--mean", "grey"), "--mean grey: give numbers with commas"),
         (("--to", "timm", "--out", "b", "--mean", "nan,0,0", "--std", "1,1,1"), "need 3 values each, all finite"),
         (("--to", "timm", "--out", "b", "--mean", "0,0,0", "--std", "1,inf,1"), "need 3 values each, all finite"),

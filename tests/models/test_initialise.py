@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+import torchvision
 import transformers
 from safetensors.torch import save_file
 from torch import Tensor
@@ -459,6 +461,81 @@ def test_a_stem_of_convolutions_is_read_from_our_folders_and_not_converted(tmp_p
     for convert in (to_timm, to_transformers):
         with pytest.raises(CheckpointError, match="no vision transformer with a stem of convolutions"):
             convert(dict(model.state_dict()))
+
+
+@pytest.mark.parametrize("prefix", ["", "model."])
+@pytest.mark.parametrize("head", ["heads.head.", "heads."])
+def test_a_vision_transformer_of_torchvision_gives_its_logits(tmp_path: Path, prefix: str, head: str) -> None:
+    sizes = {"num_layers": 2, "num_heads": 2, "hidden_dim": 48, "mlp_dim": 192, "num_classes": CLASSES}
+    theirs = torchvision.models.VisionTransformer(image_size=PX, patch_size=8, **sizes).eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.normal_(std=0.3)
+    state = {prefix + name.replace("heads.head.", head): value for name, value in theirs.state_dict().items()}
+    torch.save({"state_dict": state | {"criterion.weight": torch.ones(2)}}, tmp_path / "vit.pth")
+    weights = read_weights(tmp_path / "vit.pth", heads=2)
+    assert weights.remarks == ()
+    ours = weights.architecture.build().eval()
+    ours.load_state_dict(weights.state, strict=True)
+    images = torch.randn(4, 3, PX, PX)
+    equal(ours(images).class_logits, theirs(images))
+
+
+PREFIXES: dict[str, Callable[[dict[str, Tensor]], dict[str, Tensor]]] = {
+    "an unlisted prefix": lambda state: {f"lit.backbone.{name}": value for name, value in state.items()},
+    "beside weights of classes": lambda state: {f"model.{n}": v for n, v in state.items()} | {"w": torch.ones(2)},
+    "blocks compiled": lambda state: {re.sub(r"^(blocks\.\d+)", r"\1._orig_mod", n): v for n, v in state.items()},
+    "an average": lambda state: (
+        {f"model.{n}": v + 1 for n, v in state.items()} | {f"ema.module.{n}": v for n, v in state.items()}
+    ),
+}
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+@pytest.mark.parametrize("names", [to_timm, to_transformers])
+def test_what_training_tools_put_before_names_is_taken_off(
+    names: Callable[..., dict[str, Tensor]], prefix: str, tmp_path: Path
+) -> None:
+    state = dict(student(("class",), depth=2).state_dict())
+    torch.save(PREFIXES[prefix](names(state)), tmp_path / "weights.pth")
+    weights = read_weights(tmp_path / "weights.pth", heads=3)
+    same(weights.state, state)
+    expected = {
+        "beside weights of classes": ("its tensors outside of 'model' are left out (w)",),
+        "an average": ("of its parts ema.module, model, 'ema.module' is read",),
+    }
+    assert weights.remarks == expected.get(prefix, ())
+
+
+def test_a_name_that_claims_a_deep_model_is_refused_before_it_is_built(tmp_path: Path) -> None:
+    state = dict(student(("class",), depth=1).state_dict())
+    for claimed in ("blocks.99999999.norm1.bias", "blocks.999999.norm1.bias", "blocks.x.norm1.bias"):
+        save_file(state | {claimed: torch.zeros(192)}, tmp_path / "deep.safetensors")
+        with pytest.raises(CheckpointError, match="is a vision transformer that deitkit does not have"):
+            read_weights(tmp_path / "deep.safetensors", heads=3)
+
+
+@pytest.mark.parametrize(
+    ("channels", "told", "expected"),
+    [
+        (3, {"do_normalize": True, "image_mean": 0.4, "image_std": 0.2}, ((0.4,) * 3, (0.2,) * 3)),
+        (1, {"do_normalize": True, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}, ((0.5,), (0.5,))),
+        (3, {"do_normalize": False, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}, ((0.0,) * 3, (1.0,) * 3)),
+        (1, {"do_normalize": True, "image_mean": [0.4, 0.5, 0.6], "image_std": [0.5] * 3}, None),
+    ],
+)
+def test_a_preprocessor_tells_one_value_for_each_channel(
+    channels: int, told: dict[str, Any], expected: tuple[tuple[float, ...], tuple[float, ...]] | None, tmp_path: Path
+) -> None:
+    kind = transformers.ViTForImageClassification
+    transformers_model(kind, num_hidden_layers=1, num_channels=channels).save_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(told))
+    if expected is None:
+        with pytest.raises(CheckpointError, match="has a normalisation of 3 channels, but weights for 1"):
+            read_weights(tmp_path)
+    else:
+        weights = read_weights(tmp_path)
+        assert (weights.mean, weights.std) == expected
 
 
 @pytest.mark.parametrize("released", [False, True], ids=["timm's names", "the released names"])

@@ -1,5 +1,6 @@
 """Architectures that users register: in Python, and on the command line by DEITKIT_IMPORT."""
 
+import functools
 import os
 import shutil
 import subprocess
@@ -14,6 +15,7 @@ from torch import nn
 
 from conftest import TINY
 from deitkit.comparison.run import run_recipe
+from deitkit.data.dataset import Dataset
 from deitkit.distillation.methods import METHODS, Method, Term
 from deitkit.errors import CheckpointError, RecipeError, TeacherError
 from deitkit.models import registered
@@ -22,10 +24,11 @@ from deitkit.models.classifier import Classifier
 from deitkit.models.registered import register_model
 from deitkit.models.saved import load_classifier, save_classifier
 from deitkit.models.zoo import create_classifier
-from deitkit.recipe.schema import Recipe
+from deitkit.recipe.schema import Recipe, TeacherRecipe
 from deitkit.run.observer import Watcher
 from deitkit.run.results import read_results
 from deitkit.system.user_code import import_user_code
+from deitkit.teachers.build import draft_teacher
 
 FILE = """
 import torch
@@ -203,6 +206,49 @@ def test_a_net_with_a_shared_layer_is_saved_and_read(tmp_path: Path) -> None:
     again, _ = load_classifier(tmp_path, torch.device("cpu"))
     view = torch.rand(2, 3, 8, 8)
     assert torch.equal(again(view).class_logits, classifier(view).class_logits)
+
+
+class Within(nn.Module):
+    """All layers under one attribute, and one whose name is that of a loss."""
+
+    def __init__(self, attribute: str, classes: int, channels: int) -> None:
+        super().__init__()
+        self.attribute = attribute
+        layers = [nn.Conv2d(channels, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+        self.add_module(
+            attribute, nn.Sequential(*layers, nn.ModuleDict({"loss": nn.Linear(4, 4)}), nn.Linear(4, classes))
+        )
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        *layers, loss, last = self.get_submodule(self.attribute)
+        for layer in layers:
+            images = layer(images)
+        logits: torch.Tensor = last(loss["loss"](images))
+        return logits
+
+
+@pytest.mark.parametrize("attribute", ["model", "net", "network", "module", "loss", "student"])
+def test_a_net_under_any_attribute_is_saved_read_and_taken_from_a_checkpoint(
+    attribute: str, stripes: Dataset, tmp_path: Path
+) -> None:
+    register_model("within")(functools.partial(Within, attribute))
+    built = create_classifier("own/within", classes=3, channels=3)
+    classifier = Classifier(built.model, mean=stripes.mean, std=stripes.std).eval()
+    card = {"architecture": "own/within", "class_names": stripes.class_names, "channels": 3, "input_px": [8, 8]}
+    save_classifier(tmp_path, classifier, card)
+    view = torch.rand(2, 3, 8, 8)
+    expected = classifier(view).class_logits
+    assert torch.equal(load_classifier(tmp_path, torch.device("cpu"))[0](view).class_logits, expected)
+    parallel = {f"module.{name}": value for name, value in built.model.state_dict().items()}
+    torch.save({"state_dict": parallel}, tmp_path / "parallel.pth")
+    for file in ("model.safetensors", "parallel.pth"):
+        teacher, drafted = draft_teacher(
+            TeacherRecipe(name="own/within", checkpoint=tmp_path / file, fit="none"), stripes
+        )
+        assert torch.equal(teacher.eval()(view).class_logits, expected), file
+        assert "does not fit" not in drafted.source
+    teacher, _ = draft_teacher(TeacherRecipe(name=str(tmp_path)), stripes)
+    assert teacher.model.state_dict().keys() == built.model.state_dict().keys()
 
 
 def test_lazy_layers_are_refused() -> None:

@@ -75,7 +75,7 @@ def test_nor_may_that_of_a_cnn(tmp_path: Path, field: str, value: object) -> Non
     save_classifier(tmp_path, cnn, CARD | {"architecture": "cifar/resnet20"})
     path = tmp_path / "model.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
-    with pytest.raises(CheckpointError, match=r"describes a larger model|more than 8192|see channels"):
+    with pytest.raises(CheckpointError, match=r"describes a larger model|see image_px|see channels"):
         load_classifier(tmp_path, CPU)
 
 
@@ -87,10 +87,13 @@ def test_nor_may_that_of_a_cnn(tmp_path: Path, field: str, value: object) -> Non
         ("eval_crop", 1.5),
         ("channels", 2),
         ("split", {"split_seeds": 1}),
+        ("input_px", [2**14, 16]),
+        ("eval_crop", 1e-4),
+        ("trained_before_view", {"image_px": 2**30, "channels": 3, "fit": "crop"}),
     ],
 )
 def test_a_card_with_a_wrong_value_is_one_sentence(tmp_path: Path, field: str, value: object) -> None:
-    save_classifier(tmp_path, student(), CARD)
+    save_classifier(tmp_path, student(), CARD | {"input_px": [16, 16]})
     path = tmp_path / "model.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
     with pytest.raises(CheckpointError, match=rf"model.json is incomplete or wrong \(see {field}\)"):
@@ -118,6 +121,18 @@ def test_a_card_that_contradicts_its_model_is_one_sentence(
         CheckpointError, match=rf"model.json is incomplete or wrong \({reason}\): copy the folder again"
     ):
         load_classifier(tmp_path, CPU)
+
+
+def test_reading_a_model_leaves_the_callers_random_numbers_as_they_are(tmp_path: Path) -> None:
+    save_classifier(tmp_path / "student", student(), CARD)
+    cnn = Classifier(CifarResNet(20, channels=3, classes=3), mean=(0.4,) * 3, std=(0.3,) * 3)
+    save_classifier(tmp_path / "cnn", cnn, CARD | {"architecture": "cifar/resnet20"})
+    torch.manual_seed(3)
+    expected = torch.rand(4)
+    for kind in ("student", "cnn"):
+        torch.manual_seed(3)
+        load_classifier(tmp_path / kind, CPU)
+        assert torch.equal(torch.rand(4), expected), kind
 
 
 @pytest.mark.parametrize("damaged", ["no sketch", "AAAA", ""])

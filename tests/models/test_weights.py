@@ -7,14 +7,23 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from deitkit.errors import CheckpointError
+from deitkit.models.built import BuiltClassifier
 from deitkit.models.cnn import CifarResNet
-from deitkit.models.weights.read import file_sha256, head_layers, load_into, read_checkpoint, read_state
+from deitkit.models.weights.read import (
+    Checkpoint,
+    file_sha256,
+    head_layers,
+    load_into,
+    read_checkpoint,
+    read_state,
+)
 
 
 def small_model(classes: int = 3) -> nn.Sequential:
@@ -34,9 +43,16 @@ WRAPPINGS: dict[str, Callable[[dict[str, Tensor]], Any]] = {
     "state_dict_ema first": lambda state: {"state_dict": prefixed("x", state), "state_dict_ema": state},
     "compiled": lambda state: prefixed("_orig_mod.", state),
     "compiled and parallel": lambda state: prefixed("_orig_mod.module.model.", state),
+    "blocks compiled": lambda state: {name.replace(".", "._orig_mod.", 1): value for name, value in state.items()},
+    "FSDP": lambda state: prefixed("_fsdp_wrapped_module.0._checkpoint_wrapped_module.", state),
+    "a name that no list has": lambda state: prefixed("lit.backbone.", state),
     "teacher": lambda state: {"student": prefixed("x", state), "teacher": state},
     "nested": lambda state: {"model": {"state_dict": state}},
 }
+
+
+def read_for(model: nn.Module, path: Path, head: str) -> Checkpoint:
+    return read_checkpoint(path, BuiltClassifier(model, head, "test"))
 
 
 @pytest.mark.parametrize("wrapping", WRAPPINGS)
@@ -44,7 +60,7 @@ WRAPPINGS: dict[str, Callable[[dict[str, Tensor]], Any]] = {
 def test_wrapped_checkpoints_are_unwrapped(wrapping: str, suffix: str, tmp_path: Path) -> None:
     state, path = small_model().state_dict(), tmp_path / f"weights{suffix}"
     torch.save(WRAPPINGS[wrapping](state), path)
-    read = read_state(path)
+    read = read_for(small_model(), path, "2").state
     assert list(read) == list(state)
     assert all(torch.equal(read[name], state[name]) for name in state)
 
@@ -52,14 +68,57 @@ def test_wrapped_checkpoints_are_unwrapped(wrapping: str, suffix: str, tmp_path:
 def test_safetensors_are_read(tmp_path: Path) -> None:
     state, path = small_model().state_dict(), tmp_path / "weights.safetensors"
     save_file(prefixed("module.", state), path)
-    read = read_state(path)
+    assert read_state(path).keys() == prefixed("module.", state).keys(), "for no model, they are as in the file"
+    read = read_for(small_model(), path, "2").state
     assert read.keys() == state.keys()
     assert all(torch.equal(read[name], state[name]) for name in state)
 
 
-def test_a_prefix_that_not_all_names_have_stays(tmp_path: Path) -> None:
-    torch.save({"model.a": torch.ones(1), "b": torch.ones(1)}, tmp_path / "weights.pth")
-    assert set(read_state(tmp_path / "weights.pth")) == {"model.a", "b"}
+BESIDE: dict[str, tuple[Callable[[dict[str, Tensor]], Any], tuple[str, ...]]] = {
+    "weights of classes": (
+        lambda state: prefixed("model.", state) | {"class_weights": torch.ones(3)},
+        ("its tensors outside of 'model' are left out (class_weights)",),
+    ),
+    "another classifier": (
+        lambda state: prefixed("backbone.", state) | {f"head.{n}": torch.ones(1) for n in "abcdef"},
+        ("its tensors outside of 'backbone' are left out (head.a, head.b, head.c, head.d and 2 more)",),
+    ),
+    "an average": (
+        lambda state: prefixed("model.", {n: v + 1 for n, v in state.items()}) | prefixed("ema_model.module.", state),
+        ("of its parts ema_model.module, model, 'ema_model.module' is read",),
+    ),
+    "a student": (
+        lambda state: prefixed("student.", {n: v + 1 for n, v in state.items()}) | prefixed("teacher.", state),
+        ("of its parts teacher, student, 'teacher' is read",),
+    ),
+    "heads for training": (lambda state: prefixed("module.", state | {"aux1.fc.weight": torch.ones(1)}), ()),
+    "a loss": (lambda state: prefixed("module.", state | {"criterion.weight": torch.ones(3)}), ()),
+}
+
+
+@pytest.mark.parametrize("beside", BESIDE)
+def test_what_is_beside_a_model_in_its_file_is_left_out(beside: str, tmp_path: Path) -> None:
+    written, remarks = BESIDE[beside]
+    model, state = small_model(), small_model().state_dict()
+    torch.save({"state_dict": written(dict(state))}, tmp_path / "weights.pth")
+    assert read_for(model, tmp_path / "weights.pth", "2").remarks == remarks
+    assert load_into(model, read_state(tmp_path / "weights.pth"), head="2", source="x") is False
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+def test_another_architecture_behind_a_prefix_is_refused_by_its_own_names() -> None:
+    deeper = prefixed("module.", CifarResNet(32, classes=10).state_dict())
+    with pytest.raises(CheckpointError, match="24 of 63 layers do not fit"):
+        load_into(CifarResNet(20, classes=10), deeper, head="linear", source="x")
+    with pytest.raises(CheckpointError, match=r"first: 0\.weight: absent in the file"):
+        load_into(small_model(), {"a.0.weight": torch.ones(5, 4), "b": torch.ones(1)}, head="2", source="x")
+
+
+def test_numbers_of_numpy_beside_the_weights_are_not_built(tmp_path: Path) -> None:
+    state = small_model().state_dict()
+    beside = {"best_acc": np.float64(0.9), "epoch": np.int64(3), "history": np.arange(4.0), "best": np.float32(1)}
+    torch.save({"state_dict": state, **beside}, tmp_path / "weights.pth")
+    assert read_state(tmp_path / "weights.pth").keys() == state.keys()
 
 
 class Trap:
@@ -173,6 +232,29 @@ def test_a_classifier_behind_a_dropout_is_loaded() -> None:
     assert head_layers(two, "2") == ["2.1", "2.3"]
 
 
+def nested(**parts: nn.Module) -> nn.ModuleDict:
+    return nn.ModuleDict({"body": nn.Linear(4, 5), **parts})
+
+
+@pytest.mark.parametrize(("classes", "is_new"), [(3, False), (7, True)])
+def test_a_classifier_in_place_of_the_module_around_ours_is_loaded(classes: int, is_new: bool) -> None:
+    ours = nested(classifier=nn.Sequential(nn.Dropout(), nn.Linear(5, 3)))
+    theirs = nested(classifier=nn.Linear(5, classes)).state_dict()
+    assert load_into(ours, theirs, head="classifier.1", source="x") is is_new
+    assert torch.equal(ours.classifier[1].weight, theirs["classifier.weight"]) is not is_new
+    deep = nested(classifier=nn.Sequential(nn.Linear(5, 5), nn.Linear(5, 3)))
+    with pytest.raises(CheckpointError, match=r"classifier\.0\.weight: absent in the file"):
+        load_into(deep, theirs, head="classifier.1", source="x")
+
+
+def test_layers_that_are_named_like_what_tools_add_are_loaded() -> None:
+    ours, theirs = (nested(aux1=nn.Linear(2, 2), loss=nn.Linear(2, 2), head=nn.Linear(5, 3)) for _ in range(2))
+    for state in (theirs.state_dict(), prefixed("module.", theirs.state_dict())):
+        assert load_into(ours, state, head="head", source="x") is False
+        assert torch.equal(ours.loss.weight, theirs.loss.weight)
+        assert torch.equal(ours.aux1.weight, theirs.aux1.weight)
+
+
 @pytest.mark.parametrize(
     ("change", "first"),
     [
@@ -239,12 +321,8 @@ def test_what_training_tools_wrap_and_add_is_taken_off(
     tmp_path: Path, content: dict[str, Any], first: float, remarks: tuple[str, ...]
 ) -> None:
     torch.save(content, tmp_path / "weights.pth")
-    checkpoint = read_checkpoint(tmp_path / "weights.pth")
+    model = nn.ModuleDict({"conv": nn.Linear(3, 2, bias=False), "head": nn.Linear(1, 2)})
+    checkpoint = read_for(model, tmp_path / "weights.pth", "head")
     assert checkpoint.state.keys() == PLAIN.keys()
     assert checkpoint.state["conv.weight"][0, 0] == first
     assert checkpoint.remarks == remarks
-
-
-def test_weights_of_a_loss_alone_are_left_as_they_are(tmp_path: Path) -> None:
-    torch.save({"criterion.weight": torch.ones(8)}, tmp_path / "weights.pth")
-    assert read_checkpoint(tmp_path / "weights.pth").state.keys() == {"criterion.weight"}

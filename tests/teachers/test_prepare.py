@@ -150,18 +150,21 @@ def test_a_teacher_of_all_images_takes_a_batch_of_them_and_no_more(tiny_recipe: 
     assert load_teacher_images(tiny_recipe("teacher.all_images=false"), data) is data
 
 
-def saved_backbone(folder: Path, dataset: Dataset, classes: int) -> Path:
+def saved_backbone(folder: Path, dataset: Dataset, classes: int, prefix: str = "") -> Path:
     """Train a teacher on the stripes, then save it with a head of another class count."""
     prepare(recipe(), dataset, folder)
     trained, _ = load_classifier(folder / "teacher", torch.device("cpu"))
     state = dict(trained.model.state_dict())
     state["linear.weight"], state["linear.bias"] = torch.randn(classes, 64), torch.zeros(classes)
-    save_tensors(folder / "backbone.safetensors", state)
+    save_tensors(folder / "backbone.safetensors", {f"{prefix}{name}": value for name, value in state.items()})
     return folder / "backbone.safetensors"
 
 
-def test_a_backbone_with_another_class_count_gets_its_new_head_trained(stripes: Dataset, tmp_path: Path) -> None:
-    checkpoint = saved_backbone(tmp_path, stripes, classes=7)
+@pytest.mark.parametrize("prefix", ["", "module.student."])
+def test_a_backbone_with_another_class_count_gets_its_new_head_trained(
+    prefix: str, stripes: Dataset, tmp_path: Path
+) -> None:
+    checkpoint = saved_backbone(tmp_path, stripes, 7, prefix)
     teacher, card = prepare(recipe(checkpoint=str(checkpoint)), stripes, tmp_path / "run")
     assert card.fit == "head"
     assert card.top1 > 0.6

@@ -57,6 +57,19 @@ def test_a_baseline_starts_from_a_checkpoint(stripes: Dataset, tmp_path: Path) -
     assert torch.equal(resized.model.state_dict()["linear.weight"], scratch.model.state_dict()["linear.weight"])
 
 
+def test_what_of_a_checkpoint_a_baseline_takes_is_said(stripes: Dataset, tmp_path: Path) -> None:
+    state = create_classifier("cifar/resnet20", classes=7, channels=3).model.state_dict()
+    parts = {"model": state, "model_ema": {f"module.{name}": value + 1 for name, value in state.items()}}
+    torch.save(parts, tmp_path / "cnn.pth")
+    recipe, said = load_recipe("digits", [*FIELDS, f"baseline.checkpoint={tmp_path / 'cnn.pth'}"]), []
+    (cnn,) = build_students(recipe, stripes, 0, CPU_FP32, said.append, names=["cnn-baseline"])
+    assert torch.equal(cnn.classifier.model.state_dict()["conv1.weight"], state["conv1.weight"] + 1)
+    (line,) = said
+    assert line.startswith("cnn-baseline starts from cnn.pth (sha256 ")
+    assert "; of its parts model_ema, model, 'model_ema' is read; " in line
+    assert line.endswith("; its classifier does not fit and is left out")
+
+
 def test_a_pretrained_baseline_has_the_normalisation_and_the_resolution_of_its_library(
     stripes: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:

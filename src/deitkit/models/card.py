@@ -4,16 +4,27 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from deitkit.data.duplicates import hashes_of, merge_sketches
 from deitkit.errors import CheckpointError, reason_of
 from deitkit.system.words import display_name, without_folders
 
 FORMAT = 1
+MOST_PX = 2**13  # side of an image of an untrusted card
 REQUIRED = ("kind", "config", "mean", "std", "image_px", "class_names")  # of a model.json
 _NO_PATHS = ("class_names", "trained_on", "trained_before_on")
 
+Side = Annotated[int, Field(gt=0, le=MOST_PX)]
 Names = Annotated[
     tuple[str, ...],
     BeforeValidator(lambda given: [display_name(str(name)) for name in given] if isinstance(given, list) else given),
@@ -73,8 +84,8 @@ class ModelCard(BaseModel):
     parameters: int = 0
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    image_px: int | None = None
-    input_px: tuple[int, int] | None = None
+    image_px: Side | None = None
+    input_px: tuple[Side, Side] | None = None
     channels: Literal[1, 3]
     eval_crop: Annotated[float, Field(gt=0, le=1)] = 1.0
     fit: Literal["crop", "pad", "squash"] = "crop"
@@ -84,7 +95,7 @@ class ModelCard(BaseModel):
     trained_on: Sketch = None
     labelled_share: Annotated[float, Field(gt=0, le=1)] = 1.0
     trained_before_on: Sketch = None
-    trained_before_view: dict[Literal["image_px", "channels", "fit"], int | str] | None = None
+    trained_before_view: dict[Literal["image_px", "channels", "fit"], Side | str] | None = None
     method: str | None = None
     seed: int | None = None
     readout: str | None = None
@@ -99,6 +110,13 @@ class ModelCard(BaseModel):
     def _with_channels(cls, given: dict[str, Any]) -> dict[str, Any]:
         mean = given.get("mean")
         return {"channels": len(mean)} | given if isinstance(mean, list | tuple) else given
+
+    @field_validator("eval_crop")
+    @classmethod
+    def _bounded(cls, share: float, info: Any) -> float:
+        if min(info.data.get("input_px") or (1,)) > share * MOST_PX:
+            raise ValueError(f"images are resized to more than {MOST_PX} px")
+        return share
 
     def require_side(self) -> None:
         """Raise CheckpointError for a card that does not say of which size its images are."""

@@ -35,9 +35,9 @@ def build(architecture: str, *, classes: int, channels: int, pretrained: bool, i
     options: dict[str, Any] = {}
     mean, std = tuple(preset.mean), tuple(preset.std)
     if architecture in ("googlenet", "inception_v3"):
-        options = {"aux_logits": False, "init_weights": True}
-        if pretrained:  # with the normalisation of their weights, instead of a conversion to it within the model
-            options, mean, std = {"transform_input": False}, (0.5,) * 3, (0.5,) * 3
+        # With the normalisation of their weights, also in a file, instead of a conversion to it within the model.
+        mean, std = (0.5,) * 3, (0.5,) * 3
+        options = {"transform_input": False} if pretrained else {"aux_logits": False, "init_weights": True}
     if architecture.startswith("vit_") and not pretrained:
         options["image_size"] = native_px = image_px or native_px
     if pretrained:

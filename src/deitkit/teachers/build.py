@@ -33,7 +33,7 @@ def draft_teacher(recipe: TeacherRecipe, dataset: Dataset) -> tuple[Classifier, 
     recipe, built, readout = _build(recipe, dataset)
     source, new_head, new_body = built.source, built.new_head, not recipe.pretrained
     if recipe.checkpoint is not None:
-        checkpoint = read_checkpoint(recipe.checkpoint)
+        checkpoint = read_checkpoint(recipe.checkpoint, built)
         new_head = load_into(built.model, checkpoint.state, head=built.head, source=str(recipe.checkpoint))
         source = f"{recipe.checkpoint.name} (sha256 {file_sha256(recipe.checkpoint)[:8]})"
         source = "; ".join((source, *checkpoint.remarks))

@@ -17,7 +17,7 @@ from deitkit.models.classifier import Classifier
 from deitkit.models.vit import create_student
 from deitkit.models.weights.initialise import card_of, load_initial_weights, weights_file
 from deitkit.models.weights.pretrained import initial_weights_path, licence_of
-from deitkit.models.weights.read import file_sha256, load_into, read_state, require_file
+from deitkit.models.weights.read import file_sha256, load_into, read_checkpoint, require_file
 from deitkit.models.zoo import create_classifier, require_known
 from deitkit.recipe.schema import OptimizerRecipe, Recipe
 from deitkit.run.layout import BASELINE
@@ -110,7 +110,7 @@ def build_students(
     for line, changed in changes.items():
         say(line if len(changed) == len(students) else f"{', '.join(changed)}: {line}")
     if recipe.baseline is not None and BASELINE in names:
-        students.append(_build_baseline(recipe, dataset, seed, precision))
+        students.append(_build_baseline(recipe, dataset, seed, precision, say))
     return students
 
 
@@ -186,7 +186,9 @@ def require_unseen_baseline(recipe: Recipe, dataset: Dataset) -> None:
         raise RecipeError(say_seen(seen, f"baseline.checkpoint={recipe.baseline.checkpoint}", card, dataset))
 
 
-def _build_baseline(recipe: Recipe, dataset: Dataset, seed: int, precision: Precision) -> Student:
+def _build_baseline(
+    recipe: Recipe, dataset: Dataset, seed: int, precision: Precision, say: Callable[[str], None]
+) -> Student:
     baseline = recipe.baseline
     assert baseline is not None
     architecture = baseline_architecture(recipe)
@@ -202,8 +204,11 @@ def _build_baseline(recipe: Recipe, dataset: Dataset, seed: int, precision: Prec
             image_px=baseline.image_px,
         )
     if baseline.checkpoint is not None:
-        state = read_state(baseline.checkpoint)
-        load_into(built.model, state, head=built.head, source=str(baseline.checkpoint))
+        read = read_checkpoint(baseline.checkpoint, built)
+        is_new = load_into(built.model, read.state, head=built.head, source=str(baseline.checkpoint))
+        what = f"{baseline.checkpoint.name} (sha256 {file_sha256(baseline.checkpoint)[:8]})"
+        remarks = [*read.remarks, *(["its classifier does not fit and is left out"] if is_new else [])]
+        say(f"{BASELINE} starts from {'; '.join((what, *remarks))}")
     mean, std, image_px = None, None, baseline.image_px
     if baseline.is_pretrained:
         mean, std, image_px = built.mean, built.std, image_px or built.image_px

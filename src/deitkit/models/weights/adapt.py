@@ -96,13 +96,15 @@ def _change_layer_scale(state: State, given: Architecture, to: Architecture) -> 
 def _change_channels(state: State, given: Architecture, to: Architecture) -> list[str]:
     if given.channels == to.channels:
         return []
-    if 1 not in (given.channels, to.channels):
-        raise CheckpointError(
-            f"weights for {given.channels} channels cannot be adapted to {to.channels}: one of them must be 1"
-        )
+    _require_adaptable(given.channels, to.channels)
     state[given.first_kernel] = _with_channels(state[given.first_kernel], to.channels)
     how = "summed over colours" if to.channels == 1 else "shared among colours"
     return [f"channels: {given.channels} -> {to.channels}; the patch kernel is {how}"]
+
+
+def _require_adaptable(given: int, to: int) -> None:
+    if given != to and 1 not in (given, to):
+        raise CheckpointError(f"weights for {given} channels cannot be adapted to {to}: one of them must be 1")
 
 
 def _with_channels(kernel: Float[Tensor, "width old _ _"], channels: int) -> Float[Tensor, "width new _ _"]:
@@ -209,9 +211,13 @@ def renormalise(state: Mapping[str, Tensor], old: Normalisation, new: Normalisat
     Returns:
         The new state dict, with the larger number of channels of both; and one line, unless both are equal up to
         rounding.
+
+    Raises:
+        CheckpointError: Both have several channels, and not as many.
     """
     stem = stem_kernels(state)
     kernel = (stem[0] if stem else state[KERNEL]).double()
+    _require_adaptable(kernel.shape[1], len(new[0]))
     channels = max(kernel.shape[1], len(new[0]))
     old_mean, old_std, new_mean, new_std = (
         torch.tensor(values, dtype=torch.float64).expand(channels).view(-1, 1, 1) for values in (*old, *new)

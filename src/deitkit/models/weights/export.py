@@ -214,6 +214,8 @@ def _normalisation(weights: Weights, mean: Values | None, std: Values | None) ->
         finite = all(math.isfinite(value) for value in (*mean, *std))
         if len(mean) != count or len(std) != count or not finite or min(std) <= 0:
             raise RecipeError(f"--mean and --std need {count} values each, all finite, and those of --std positive")
+        if max(map(abs, (*mean, *std))) > 1:
+            raise RecipeError("--mean and --std are of values from 0 to 255, not from 0 to 1: divide them by 255")
         known_mean, known_std = weights.normalisation
         if found and not torch.allclose(torch.tensor((mean, std)), torch.tensor((known_mean, known_std))):
             raise RecipeError(

@@ -1,7 +1,8 @@
-"""Parameter names of timm, the released DeiT and transformers, and the architecture from a state dict's shapes.
+"""Parameter names of timm, the released DeiT, transformers and torchvision, and the architecture from shapes.
 
 A state dict maps names to tensors; reading files is in ``read``, adapting weights in ``adapt``. timm and the released
-checkpoints use the names of ``vit``; transformers has other names, and stores query, key and value separately.
+checkpoints use the names of ``vit``; the others have other names, and transformers stores query, key and value
+separately.
 """
 
 import math
@@ -15,8 +16,7 @@ from torch import Tensor
 
 from deitkit.errors import CheckpointError
 from deitkit.models.vit import TOKENS, DeiT
-
-State = dict[str, Tensor]
+from deitkit.models.weights.read import State, take_part, without_additions, without_wrapping
 
 HEAD_WIDTH = 64  # of one attention head, in every size of DeiT and ViT (Touvron et al. 2021, table 1)
 PARAMETERS = {"class": ("cls_token", "head"), "distillation": ("dist_token", "head_dist")}  # of each token
@@ -50,6 +50,28 @@ TIMM_CROP_MODES = {"crop": "center", "pad": "border", "squash": "squash"}
 _SCALED = {"ls1": "attn.proj", "ls2": "mlp.fc2"}  # the layer whose output each LayerScale multiplies
 _CLASSIFIERS = {"classifier": "head", "cls_classifier": "head", "distillation_classifier": "head_dist"}
 _IN_BLOCK = re.compile(r"(?:encoder\.layer|layers)\.(\d+)\.(.+)\.(weight|bias)")
+# The kernel of the patches, which tells whose names they are, behind what a training tool has put before all names.
+_KERNEL = re.compile(
+    r"((?:.+?\.)??)(patch_embed\.proj|(?:(?:vit|deit)\.)?embeddings\.patch_embeddings\.projection|conv_proj)\.weight"
+)
+_TORCHVISIONS = {
+    r"conv_proj": "patch_embed.proj",
+    r"class_token": "cls_token",
+    r"encoder\.pos_embedding": "pos_embed",
+    r"encoder\.layers\.encoder_layer_(\d+)": r"blocks.\1",
+    r"encoder\.ln": "norm",
+    r"heads(?:\.head)?": "head",
+}
+_IN_TORCHVISIONS_BLOCK = {
+    "ln_1": "norm1",
+    "self_attention.in_proj_": "attn.qkv.",
+    "self_attention.out_proj": "attn.proj",
+    "ln_2": "norm2",
+    "mlp.0": "mlp.fc1",
+    "mlp.3": "mlp.fc2",
+    "mlp.linear_1": "mlp.fc1",  # of its older versions
+    "mlp.linear_2": "mlp.fc2",
+}
 
 
 @dataclass(frozen=True)
@@ -97,20 +119,27 @@ def from_any(state: Mapping[str, Tensor], source: str) -> tuple[State, list[str]
     """Return a vision transformer's tensors by the names of ``vit``, and one line for each change.
 
     Args:
-        state: From deitkit, timm, a released DeiT, or transformers' ``DeiTForImageClassificationWithTeacher``,
-            ``DeiTForImageClassification`` or ``ViTForImageClassification`` (in its files or in memory).
+        state: From deitkit, timm, a released DeiT, torchvision's ``VisionTransformer``, or transformers'
+            ``DeiTForImageClassificationWithTeacher``, ``DeiTForImageClassification`` or ``ViTForImageClassification``
+            (in its files or in memory); also with what training tools add.
         source: Name of the state in errors.
 
     Raises:
         CheckpointError: The state is none of these.
     """
-    lines = []
-    ours = _from_transformers(state) if any("patch_embeddings." in name for name in state) else dict(state)
+    state = without_wrapping(state)
+    kernels = [found for found in map(_KERNEL.fullmatch, state) if found]
+    ours, lines = take_part(state, [found[1] for found in kernels])
+    ours = without_additions(ours)
+    if any("patch_embeddings." in found[2] for found in kernels):
+        ours = _from_transformers(ours)
+    elif any(found[2] == "conv_proj" for found in kernels):
+        ours = _from_torchvision(ours)
     kernel, positions = ours.get("patch_embed.proj.weight"), ours.get("pos_embed")
     if kernel is None or positions is None or kernel.ndim != 4 or positions.ndim != 3:
         raise CheckpointError(
             f"checkpoint {source} is not a vision transformer (it lacks patch_embed or pos_embed): give a file of "
-            "deitkit, of a released DeiT, of timm's vit_* or deit_*, or of transformers' ViT or DeiT"
+            "deitkit, of a released DeiT, of timm's vit_* or deit_*, or of transformers' or torchvision's ViT or DeiT"
         )
     pooler = [name for name in ours if name.startswith("pooler.")]
     if pooler:
@@ -179,6 +208,17 @@ def _from_transformers(state: Mapping[str, Tensor]) -> State:
             ours[f"{names.get(layer, layer)}.{kind}"] = value
     fused = {name: torch.cat([layers[part] for part in _QKV if part in layers]) for name, layers in parts.items()}
     return ours | fused
+
+
+def _from_torchvision(state: Mapping[str, Tensor]) -> State:
+    ours: State = {}
+    for name, value in state.items():
+        for theirs, mine in _TORCHVISIONS.items():
+            name = re.sub(rf"^{theirs}(?=\.|$)", mine, name)
+        for theirs, mine in _IN_TORCHVISIONS_BLOCK.items():
+            name = re.sub(rf"^(blocks\.\d+\.){re.escape(theirs)}", rf"\1{mine}", name)
+        ours[name] = value
+    return ours
 
 
 def stem_kernels(state: Mapping[str, Tensor]) -> list[Tensor]:
@@ -284,7 +324,7 @@ def describe(
             f"checkpoint {source} has position embeddings for {patches} patches of {patch_px} px, which do not make "
             f"up {given}: give the file with the card or config.json that was written with it"
         )
-    blocks = [int(name.split(".")[1]) for name in state if name.startswith("blocks.")]
+    blocks = [int(found[1]) for found in map(re.compile(r"blocks\.(\d{1,6})\..+").fullmatch, state) if found]
     classifiers = [state[f"{head}.weight"] for _, head in PARAMETERS.values() if f"{head}.weight" in state]
     found = Architecture(
         image_px=image_px or (side * patch_px, side * patch_px),
@@ -292,7 +332,7 @@ def describe(
         channels=channels,
         classes=len(classifiers[0]) if classifiers else 0,
         width=width,
-        depth=max(blocks, default=-1) + 1,
+        depth=min(max(blocks, default=-1) + 1, len(state)),  # before memory is allocated for a name that claims more
         heads=heads or (1 if width % HEAD_WIDTH else width // HEAD_WIDTH),
         tokens=tokens,
         layer_scale="blocks.0.ls1.gamma" in state,

@@ -124,6 +124,7 @@ def read_weights(path: Path, heads: int | None = None) -> Weights:
         for kind in sorted(kinds, key=str)
     ]
     architecture = describe(state, source=str(path), heads=found.heads or heads, image_px=found.image_px)
+    mean, std = (_per_channel(values, architecture.channels, str(path)) for values in (found.mean, found.std))
     assumes_heads = heads is None and not found.heads
     if assumes_heads:
         count = architecture.heads
@@ -136,8 +137,8 @@ def read_weights(path: Path, heads: int | None = None) -> Weights:
         {name: value.float() for name, value in state.items()},
         architecture,
         class_names=found.class_names,
-        mean=found.mean,
-        std=found.std,
+        mean=mean,
+        std=std,
         card=card,
         remarks=(*lines, *found.remarks),
         assumes_heads=assumes_heads,
@@ -189,7 +190,21 @@ def _names(found: Any) -> tuple[str, ...] | None:
 
 
 def _values(found: Any) -> Values | None:
-    return tuple(float(value) for value in found) if found else None
+    if found in (None, [], ()):
+        return None
+    return tuple(float(value) for value in (found if isinstance(found, list | tuple) else [found]))
+
+
+def _per_channel(values: Values | None, channels: int, source: str) -> Values | None:
+    """Return one value for each channel; equal ones may be more or fewer, as in a config for grey images."""
+    if values is None or len(values) == channels:
+        return values
+    if len(set(values)) != 1:
+        raise CheckpointError(
+            f"{source} has a normalisation of {len(values)} channels, but weights for {channels}: correct its card or "
+            "config"
+        )
+    return values[:1] * channels
 
 
 def _from_facts(facts: dict[str, Any], source: str) -> SourceFacts:
@@ -245,6 +260,8 @@ def _from_config(folder: Path) -> SourceFacts:
     normalisation = config.get("pretrained_cfg") or {}
     if processing.get("do_normalize"):
         normalisation = {"mean": processing.get("image_mean"), "std": processing.get("image_std")}
+    elif processing.get("do_normalize") is False:
+        normalisation = {"mean": 0.0, "std": 1.0}
     arguments = config.get("model_args") or {}  # timm's
     size = config.get("image_size", arguments.get("img_size"))
     names, epsilon = config.get("id2label"), config.get("layer_norm_eps", timms.get("eps", NORM_EPS))
