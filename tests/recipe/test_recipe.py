@@ -75,6 +75,7 @@ def test_overrides_reach_nested_fields() -> None:
         (["teacher.train.ema_decay=0.9"], ["unknown key 'teacher.train.ema_decay'", "did you mean train.ema_decay"]),
         (["teacher.train.precision=fp32"], ["unknown key 'teacher.train.precision'", "did you mean train.precision"]),
         (["train.warmup_epochs=1000"], ["warmup_epochs"]),
+        (["train.epochs=20", "baseline.warmup_epochs=50"], ["baseline.warmup_epochs=50 exceeds train.epochs=20"]),
         (["train.learning_rate=.nan"], ["train.learning_rate"]),
         (["methods=token-hard"], ["methods=token-hard: write a list, as methods=[token-hard]"]),
         (["seeds=3"], ["seeds=3: write a list, as seeds=[0, 1, 2], or --seeds 3"]),

@@ -41,6 +41,9 @@ def contradictions(recipe: "Recipe") -> Iterator[str]:
             yield (
                 f"data.sampling=balanced and {name}.class_weight=balanced together count rare classes twice: keep one"
             )
+    baseline, epochs = recipe.baseline, recipe.train.epochs
+    if baseline is not None and baseline.warmup_epochs > epochs:
+        yield f"baseline.warmup_epochs={baseline.warmup_epochs:g} exceeds train.epochs={epochs}: lower it"
     for name in recipe.variants:
         if not VARIANT_NAME.fullmatch(name) or name == BASE:
             yield (f"variants: '{name}' names a folder: use lower-case letters, digits, - and _, and not '{BASE}'")
