@@ -155,7 +155,7 @@ def test_the_first_table_has_the_rows_and_words_of_the_program(
 
 
 @pytest.mark.parametrize("page", [ROOT / "README.md", *sorted((ROOT / "results").glob("*/README.md"))], ids=str)
-def test_accuracies_with_an_interval_stand_in_a_table_of_a_run(page: Path) -> None:
+def test_accuracies_with_an_interval_or_a_deviation_stand_in_a_table_of_a_run(page: Path) -> None:
     text = page.read_text()
     # A page quotes its own runs, and those whose pages it links.
     linked = {(page.parent / link).parent.resolve() for link in re.findall(r"\]\(([\w./-]+/README\.md)", text)}
@@ -165,7 +165,7 @@ def test_accuracies_with_an_interval_stand_in_a_table_of_a_run(page: Path) -> No
         for readout in json.loads(path.read_text())["readouts"]:
             low, high = readout["top1_ci95"]
             tables += f" {100 * readout['top1']:.2f} [{100 * low:.2f}, {100 * high:.2f}]"
-    figures = re.findall(r"\d+\.\d{1,2} \[\d+\.\d{1,2}, \d+\.\d{1,2}\]", text)
+    figures = re.findall(r"\d+\.\d{1,2} (?:\[\d+\.\d{1,2}, \d+\.\d{1,2}\]|± \d+\.\d{1,2})", text)
     assert figures
     assert [figure for figure in figures if figure not in tables] == []
 

@@ -33,7 +33,8 @@ class CatalogueModel:
         patch_px: Of the student.
         tokens: Of the student.
         method: By which the student was trained.
-        teacher: The value of ``teacher.name``; None if no library has it with a single classifier.
+        teacher: The value of ``teacher.name``, without timm's tag of weights: which are those of the figures is in
+            ``docs/models.md``. None if no library has it with a single classifier.
         millions: Parameters in millions, with the digits of the publication.
         top1: On ImageNet, in per cent.
         images_per_second: On one V100 with 16 GB, with batches as large as fit.
