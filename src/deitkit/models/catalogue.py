@@ -148,7 +148,7 @@ CATALOGUE = (
     _cnn("RegNetY-4GF", "regnety_040", "20.6", 80.0, None, ("DeiT", "RegNet")),
     _cnn("RegNetY-8GF", "regnety_080", "39.2", 81.7, 591.6, ("DeiT", "RegNet")),
     _cnn("RegNetY-12GF", "regnety_120", "51.8", 82.4, None, ("DeiT", "RegNet")),
-    _cnn("RegNetY-16GF", "regnety_160", "83.6", 82.9, 334.7, ("DeiT", "RegNet")),
+    _cnn("RegNetY-16GF", "regnety_160.deit_in1k", "83.6", 82.9, 334.7, ("DeiT", "RegNet")),
     _cnn("EfficientNet-B7", "tf_efficientnet_b7", "66", 84.3, 55.1, ("EfficientNet", "DeiT"), px=600),
     _cnn("RegNetX-400MF", "regnetx_004", "5.2", 72.6, None, ("RegNet",)),
 )
