@@ -11,6 +11,7 @@ import time
 import unicodedata
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -319,6 +320,8 @@ def test_an_interrupt_saves_whoever_watches(tmp_path: Path, write_images: Callab
 def test_no_field_is_dropped_without_a_word() -> None:
     with pytest.raises(RecipeError, match=r"baseline\.name: train has one student"):
         deitkit.train("digits", "none", **{"baseline.name": "cifar/resnet20"})
+    with pytest.raises(RecipeError, match="METHODS has another method of the name 'soft'"):
+        deitkit.train("digits", replace(deitkit.METHODS["soft"], title="mine"))
     assert deitkit.load_recipe("digits", baseline={}).baseline is not None
     assert deitkit.load_recipe("digits", train={}) == deitkit.load_recipe("digits")
 

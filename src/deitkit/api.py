@@ -220,7 +220,7 @@ def _overrides(fields: dict[str, Any]) -> Iterator[str]:
 def _plain(value: Any) -> Any:
     """Return what JSON has for a value that it does not know: a range or an array is a list, a method its name."""
     if isinstance(value, Method):
-        return value.name
+        return find_method(value).name
     if isinstance(value, torch.nn.Module):
         raise RecipeError(
             f"a {type(value).__name__} of torch is not a value of a recipe: save its state_dict() with safetensors, "
@@ -325,7 +325,7 @@ def train(
         DeitkitError: As for ``compare``; or a field that only a comparison has.
         Interrupted: Ctrl-C; ``resume=True`` continues.
     """
-    name = find_method(method.name if isinstance(method, Method) else str(method)).name
+    name = find_method(method if isinstance(method, Method) else str(method)).name
     several = [key for key in fields if key.partition(".")[0] in ("methods", "baseline")]
     if several:
         raise RecipeError(f"{several[0]}: train has one student, under its method; use compare for more")

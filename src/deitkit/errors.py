@@ -50,21 +50,28 @@ class NotRegistered(TeacherError):  # noqa: N818 - a fact, which the reader of a
 class OutOfMemory(DeitkitError):  # noqa: N818 - as torch names it
     """Training does not fit in memory; torch has no exception type for this on a CPU."""
 
-    def __init__(self, batch_size: int, images_here: int) -> None:
+    def __init__(
+        self, batch_size: int, images_here: int, at_once: int | None = None, *, can_recompute: bool = True
+    ) -> None:
         """Make the sentence.
 
         Args:
             batch_size: Images of a step.
             images_here: Those of them that this process computed.
+            at_once: Those of a micro-batch, of the students that can have smaller ones; 1 if none can. By default
+                ``images_here``.
+            can_recompute: Whether ``speed.checkpoint_activations`` would save memory.
         """
-        half, part = max(1, batch_size // 2), max(1, images_here // 2)
+        half, part = batch_size // 2, (images_here if at_once is None else min(at_once, images_here)) // 2
         share = "" if images_here == batch_size else f", {images_here} of them in this process"
-        super().__init__(
-            f"out of memory with batches of {batch_size} images{share}: set speed.micro_batch_size={part} to train the "
-            f"students on the same batches in smaller parts, or train.batch_size={half} "
-            f"(teacher.train.batch_size={half} if the teacher was training); speed.checkpoint_activations=true saves "
-            "memory too, at a third more time"
-        )
+        ways = []
+        if part:
+            ways.append(f"speed.micro_batch_size={part} to train the students on the same batches in smaller parts")
+        if half:
+            ways.append(f"train.batch_size={half} (teacher.train.batch_size={half} if the teacher was training)")
+        advice = f"set {', or '.join(ways)}" if ways else "use a smaller model or smaller images"
+        more = "; speed.checkpoint_activations=true saves memory too, at a third more time" if can_recompute else ""
+        super().__init__(f"out of memory with batches of {batch_size} images{share}: {advice}{more}")
 
 
 def one_line(text: str) -> str:

@@ -137,3 +137,19 @@ def test_memory_that_torch_keeps_for_itself_is_room_for_images(monkeypatch):
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 10 * gib)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 2 * gib)
     assert [_has_room(torch.device("cuda"), size * gib) for size in (1, 4, 6)] == [True, True, False]
+
+
+@settings(deadline=None)
+@given(st.lists(st.sampled_from([0, 2, 3, 7]), min_size=1, max_size=60), st.integers(0, 9), st.integers(0, 3))
+def test_a_balanced_epoch_is_a_loop_over_the_classes(labels: list[int], seed: int, epoch: int) -> None:
+    split = Split(torch.zeros(len(labels), 1, 1, 1, dtype=torch.uint8), torch.tensor(labels))
+    found = Batches(split, 1, seed, torch.device("cpu"), balanced=True)._shuffled(epoch).tolist()
+    generator = derived_generator(seed, "order", epoch)
+    order = torch.randperm(len(labels), generator=generator).tolist()
+    drawn: list[int] = []
+    classes = sorted(set(labels))
+    for place, label in enumerate(classes):
+        own = [image for image in order if labels[image] == label]
+        quota = len(order) // len(classes) + (place < len(order) % len(classes))
+        drawn += [own[number % len(own)] for number in range(quota)]
+    assert found == [drawn[place] for place in torch.randperm(len(drawn), generator=generator).tolist()]

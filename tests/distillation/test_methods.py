@@ -1,5 +1,6 @@
 """Properties of every method, over the whole table."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -7,13 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from conftest import CPU_FP32, striped_dataset
-from deitkit.distillation.methods import METHODS, SIGNALS, Method, Signal, Term, find_method, require_losses
+from deitkit.distillation.methods import METHODS, SIGNALS, Method, Signal, Term, find_method, is_shipped
 from deitkit.errors import RecipeError
 from deitkit.evaluation.readouts import readout_scores
 from deitkit.models.classifier import Classifier
 from deitkit.models.vit import DeiT, Output
 from deitkit.recipe.schema import AugmentRecipe, DistillationRecipe, TrainRecipe
 from deitkit.recipe.speed import SpeedRecipe
+from deitkit.run.layout import BASELINE
 from deitkit.teachers.frozen import FrozenTeacher
 from deitkit.training.cohort import Cohort
 from deitkit.training.student import Student
@@ -274,25 +276,62 @@ def test_a_method_that_cannot_train_is_one_sentence(
     assert said in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("loss", "said"),
-    [
-        (lambda logits, teacher, targets, settings: logits - teacher, "fails on random logits ("),
-        (lambda logits, teacher, targets: logits.sum(), "fails on random logits (TypeError: "),
-        (lambda logits, teacher, targets, settings: logits.detach().sum(), "fails on random logits (RuntimeError: "),
-    ],
-)
-def test_a_loss_that_fails_is_told_before_anything_trains(
-    loss: Any, said: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(SIGNALS, "odd", Signal(loss, "soft"))
-    for head, tokens in (("class", ()), ("distillation", ("distillation",))):
-        term = Term(head, "odd", lambda settings: 1.0)
-        monkeypatch.setitem(METHODS, "mine", Method("mine", tokens, (term,), "mine", "mine"))
-        with pytest.raises(RecipeError) as caught:
-            require_losses("mine", SETTINGS, 5)
-        assert f"methods: the loss of 'mine' {said}" in str(caught.value)
-    monkeypatch.setitem(
-        SIGNALS, "odd", Signal(lambda logits, teacher, targets, settings: (logits - teacher).mean(), "soft")
-    )
-    require_losses("mine", SETTINGS, 5)
+@pytest.mark.parametrize("name", ["Mine", "a/b", "a+ema", "a,b", "", "x" * 65, BASELINE])
+def test_a_name_that_makes_no_folder_is_one_sentence(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(METHODS, name, Method(name, ("class",), (ONE,), "mine", "mine"))
+    with pytest.raises(RecipeError, match="cannot train: it names a folder: use lower-case letters, digits, - and _"):
+        find_method(name)
+
+
+def test_a_method_is_found_under_its_own_name_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    mine = replace(METHODS["soft"], name="mine")
+    monkeypatch.setitem(METHODS, "yours", mine)
+    with pytest.raises(
+        RecipeError, match="'yours' cannot train: its name is 'mine': put it into METHODS under its name"
+    ):
+        find_method("yours")
+    monkeypatch.setitem(METHODS, "mine", mine)
+    assert find_method("mine") is find_method(mine) is mine
+    with pytest.raises(RecipeError, match="METHODS has another method of the name 'soft'"):
+        find_method(replace(METHODS["soft"], terms=(ONE,)))
+
+
+def test_what_takes_the_place_of_a_shipped_method_or_signal_is_the_users(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert all(is_shipped(method) for method in METHODS.values())
+    monkeypatch.setitem(METHODS, "none", replace(METHODS["none"], title="mine"))
+    monkeypatch.setitem(SIGNALS, "soft", Signal(focal, "soft"))
+    of_user = {name for name, method in METHODS.items() if not is_shipped(method)}
+    assert of_user == {"none", "soft", "token-soft", "mean-pool-soft"}
+
+
+def test_a_signal_without_a_teacher_sees_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also beside one with a teacher: it counts as one of the labels."""
+    seen = []
+
+    def watching(logits: Tensor, teacher_logits: Tensor | None, targets: Tensor, settings: Any) -> Tensor:
+        seen.append(teacher_logits)
+        return logits.mean()
+
+    monkeypatch.setitem(SIGNALS, "watching", Signal(watching))
+    terms = (Term("class", "watching", lambda settings: 1.0), Term("class", "soft", lambda settings: 1.0))
+    logits = torch.randn(3, 4)
+    Method("mine", ("class",), terms, "mine", "mine").loss_terms(Output(logits), logits, targets_of(3), SETTINGS)
+    assert seen == [None]
+
+
+def test_only_losses_of_the_softmax_say_so_and_only_those_of_an_order_need_three_classes() -> None:
+    """A shift changes no softmax, and a factor of all logits is a temperature, which changes no z-score."""
+    teacher = torch.randn(5, 4, generator=torch.Generator().manual_seed(3))
+    all_but_two = teacher.scatter(1, teacher.topk(2, largest=False).indices, 0.0)
+    same_softmax = all_but_two - all_but_two.logsumexp(-1, keepdim=True)
+    logits, targets = torch.randn(5, 4, generator=torch.Generator().manual_seed(4)), targets_of(5)
+    for name, signal in SIGNALS.items():
+        if signal.by_softmax:
+            values = [signal.loss(logits, given, targets, SETTINGS) for given in (all_but_two, same_softmax)]
+            torch.testing.assert_close(*values, msg=name)
+    assert {name for name, method in METHODS.items() if method.needs_all_logits} == {
+        "standardised",
+        "token-standardised",
+    }
+    few = {"standardised", "token-standardised", "dist", "token-dist"}
+    assert {name for name, method in METHODS.items() if method.least_classes > 2} == few

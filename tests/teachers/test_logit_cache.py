@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from conftest import CPU_FP32, striped_dataset
 from deitkit.comparison.compare import compare
+from deitkit.comparison.prepare import dry_run
 from deitkit.data.dataset import Dataset, load_dataset
 from deitkit.data.split import CropSource
 from deitkit.errors import RecipeError, TeacherError
@@ -214,3 +215,25 @@ def test_other_crops_of_images_without_labels_are_other_views(tiny_recipe: Any) 
         own = replace(data, unlabelled=replace(without, crop_source=source))
         folders.add(open_logit_cache(recipe, own, Teachers([FrozenTeacher(teacher())]), 0, CPU_FP32).folder)
     assert len(folders) == 3
+
+
+def test_the_largest_logits_are_refused_where_a_loss_needs_all(tiny_recipe: Any) -> None:
+    """A z-score changes with the logits that become equal; a softmax hardly does."""
+    data, more = load_dataset(tiny_recipe().data), ("teacher.cache=true", "teacher.cache_top=3")
+    with pytest.raises(RecipeError, match="loss of standardised and token-standardised depends on all logits: drop it"):
+        dry_run(tiny_recipe("methods=[none, soft, standardised, token-standardised]", *more), data, CPU_FP32)
+    dry_run(tiny_recipe("methods=[none, soft, hard, dkd, dist, consistent]", *more), data, CPU_FP32)
+    dry_run(tiny_recipe("methods=[standardised]", more[0]), data, CPU_FP32)
+
+
+def test_teachers_that_share_a_cache_keep_as_many_logits(tiny_recipe: Any) -> None:
+    def kept(*each: str) -> int | None:
+        return kept_logits(
+            tiny_recipe(f"teachers=[{', '.join(f'{{name: cifar/resnet20, {one}}}' for one in each)}]"), 10
+        )
+
+    said = r"teachers\.0\.cache_top=null, teachers\.1\.cache_top=5 differ, but the mean of the teachers is cached"
+    with pytest.raises(RecipeError, match=said):
+        kept("cache: true", "cache: true, cache_top: 5")
+    assert kept("cache: true, cache_top: 5", "cache: true, cache_top: 5") == 5
+    assert kept("cache: false", "cache: true, cache_top: 5") == 5

@@ -27,7 +27,7 @@ from deitkit.run.results import TeacherCard
 from deitkit.teachers.frozen import FrozenTeacher
 from deitkit.teachers.gate import gate
 from deitkit.teachers.images import load_teacher_images
-from deitkit.teachers.prepare import _model_card, prepare_teacher
+from deitkit.teachers.prepare import _model_card, dry_run_teachers, prepare_teacher
 from deitkit.training.student import Student
 
 CARD = TeacherCard(
@@ -200,6 +200,12 @@ def test_a_reset_head_without_training_is_the_seeds_mistake_and_is_refused(strip
 def test_teachers_that_cannot_be_built(teacher: dict, words: str, stripes: Dataset, tmp_path: Path) -> None:
     with pytest.raises((TeacherError, CheckpointError), match=words):
         prepare(recipe(**teacher), stripes, tmp_path)
+
+
+def test_an_optimizer_that_cannot_train_a_cnn_is_told_before_a_teacher_trains(stripes: Dataset, tmp_path: Path) -> None:
+    loaded = recipe(train={"optimizer": "muon", "batch_size": 16})
+    with pytest.raises(TeacherError, match=r"teacher\.train\.optimizer=muon trains the students only"):
+        dry_run_teachers(loaded, stripes, tmp_path, CPU_FP32)
 
 
 def test_a_checkpoint_of_another_architecture_is_refused(stripes: Dataset, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The cohort: that students do not disturb each other, resume exactly, and stop alone."""
 
 import itertools
+import re
 from contextlib import suppress
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import nn
 from conftest import CPU_FP32, poisoned_gradient
 from deitkit.data.dataset import Dataset
 from deitkit.distillation.methods import METHODS
-from deitkit.errors import Interrupted
+from deitkit.errors import Interrupted, OutOfMemory
 from deitkit.models.classifier import Classifier
 from deitkit.models.vit import DeiT
 from deitkit.recipe.schema import AugmentRecipe, StudentTrainRecipe
@@ -236,3 +237,63 @@ def test_a_cohort_whose_students_have_all_stopped_ends(stripes: Dataset, monkeyp
     assert sum(len(records) for records in sick.fit()) == 0
     assert sick.students[0].stopped
     assert views == [0], "no image is read any more"
+
+
+def test_the_teacher_answers_in_the_micro_batches_that_are_set(stripes: Dataset) -> None:
+    view, sizes = torch.rand(10, 3, 8, 8), []
+
+    class Counting(Teacher):
+        def forward(self, view: torch.Tensor) -> torch.Tensor:
+            sizes.append(len(view))
+            return super().forward(view)
+
+    answers = []
+    for size in ("auto", None, 4):
+        trained = Cohort(
+            [student("soft", stripes)], teacher=Counting(), dataset=stripes, augment=AUGMENT, train=TRAIN,
+            speed=SpeedRecipe(micro_batch_size=size), precision=CPU_FP32, seed=5,
+        )  # fmt: skip
+        answers.append(trained.teacher_forward(view))
+    assert sizes == [10, 10, 4, 4, 2]
+    for answer in answers[1:]:
+        torch.testing.assert_close(answer, answers[0])
+
+
+def out_of_memory(dataset: Dataset, *names: str, **speed: Any) -> str:
+    """Return what is said when students run out of memory."""
+    chosen = SpeedRecipe(**speed)
+    students = [student(name, dataset) for name in names]
+    for one in students:
+        one.classifier.model.checkpoint_activations = chosen.checkpoint_activations
+    sized = [
+        Student(one.name, one.method, one.classifier, TRAIN, precision=CPU_FP32, batch_size=16, speed=chosen)
+        for one in students
+    ]
+    trained = Cohort(
+        sized, teacher=Teacher(), dataset=dataset, augment=AUGMENT, train=TRAIN, speed=chosen, precision=CPU_FP32,
+        seed=5,
+    )  # fmt: skip
+    trained.train_step = fail  # type: ignore[method-assign]
+    with pytest.raises(OutOfMemory) as caught:
+        trained.next_step(trained.batches.epoch(0))
+    return str(caught.value)
+
+
+def fail(*_: Any) -> None:
+    raise MemoryError
+
+
+def test_what_is_said_of_full_memory_halves_the_setting_in_use_and_leaves_out_what_cannot_help(
+    stripes: Dataset,
+) -> None:
+    parts = [re.findall(r"speed\.micro_batch_size=(\d+)", out_of_memory(stripes, "none", micro_batch_size=size))
+             for size in (None, 64, 16, 8, 2, 1)]  # fmt: skip
+    assert parts == [["8"], ["8"], ["8"], ["4"], ["1"], []]
+    whole = out_of_memory(stripes, "dist", checkpoint_activations=True)
+    assert whole == (
+        "out of memory with batches of 16 images: set train.batch_size=8 "
+        "(teacher.train.batch_size=8 if the teacher was training)"
+    )
+    assert "micro_batch_size=2 " in out_of_memory(stripes, "dist", "soft", micro_batch_size=4)
+    assert "checkpoint_activations" in out_of_memory(stripes, "dist")
+    assert str(OutOfMemory(1, 1)).startswith("out of memory with batches of 1 images: use a smaller model or smaller ")

@@ -190,3 +190,39 @@ def test_a_warm_up_never_begins_above_the_peak() -> None:
     rates = [learning_rate(step, 5, train, train) for step in range(50)]
     assert max(rates) == pytest.approx(1e-4)
     assert rates[:11] == pytest.approx([1e-4] * 11)
+
+
+def test_average_is_that_of_a_walk_through_the_modules_to_the_bit() -> None:
+    """Also when a module puts another tensor in its buffer's place, or another module takes its place."""
+    torch.manual_seed(0)
+
+    class Counter(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("sum", torch.zeros(2))
+            self.register_buffer("nothing", None)
+
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), Counter())
+    classifier = Classifier(model, mean=(0.0,), std=(1.0,))
+    average, walked = (ExponentialMovingAverage(classifier, 0.9) for _ in range(2))
+    for update in range(6):
+        if update == 4:
+            model[1] = nn.BatchNorm1d(2)  # as SyncBatchNorm for BatchNorm
+            average.forget()
+        with torch.no_grad():
+            for parameter in classifier.parameters():
+                parameter += torch.randn_like(parameter)
+        model[1](torch.randn(5, 2))
+        model[2].sum = model[2].sum + 1.0
+        average.update(classifier)
+        decay = min(0.9, (1 + update) / (10 + update))
+        with torch.no_grad():
+            for shadow, weight in zip(walked.classifier.parameters(), classifier.parameters(), strict=True):
+                shadow.lerp_(weight, 1 - decay)
+            for shadow, buffer in zip(walked.classifier.buffers(), classifier.buffers(), strict=True):
+                shadow.copy_(buffer)
+        expected, found = walked.classifier.state_dict(), average.classifier.state_dict()
+        assert expected.keys() == found.keys()
+        assert all(torch.equal(expected[name], found[name]) for name in expected)
+    assert int(average.classifier.model[1].num_batches_tracked) == 2
+    assert torch.equal(average.classifier.model[2].sum, torch.full((2,), 6.0))

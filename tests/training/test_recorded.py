@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from conftest import CPU_FP32, striped_dataset
 from deitkit.data.dataset import Dataset
-from deitkit.distillation.methods import METHODS
+from deitkit.distillation.methods import METHODS, SIGNALS
 from deitkit.errors import RecipeError
 from deitkit.models.classifier import Classifier
 from deitkit.models.cnn import CifarResNet
@@ -104,6 +104,9 @@ def test_code_of_the_users_is_not_recorded(stripes: Dataset, monkeypatch: pytest
     model = trained.students[0].classifier.model
     model.head = Own(model.head.in_features, 3)
     assert not trained.students[0].can_record_backward
+    assert trained.students[1].can_record_backward
+    monkeypatch.setitem(SIGNALS, "soft", replace(SIGNALS["soft"]))
+    assert not trained.students[1].can_record_backward, "a loss in the place of a shipped one"
 
 
 def test_what_cannot_be_recorded_is_said_in_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:

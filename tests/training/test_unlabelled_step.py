@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,9 @@ import torch
 from conftest import CPU_FP32, StopAfter, striped_dataset
 from deitkit.comparison.compare import compare
 from deitkit.comparison.describe import describe_students
+from deitkit.comparison.seed_run import _student_card
 from deitkit.data.dataset import Dataset
+from deitkit.data.duplicates import sketch
 from deitkit.data.split import Split
 from deitkit.distillation.methods import METHODS, Method
 from deitkit.errors import Interrupted
@@ -29,7 +32,9 @@ TAUGHT = [method for method in METHODS.values() if method.teacher_signal]
 
 def data_with(count: int = UNLABELLED) -> Dataset:
     data, other = striped_dataset(classes=CLASSES, per_class=5), striped_dataset(classes=CLASSES, per_class=30)
-    return replace(data, unlabelled=Split(other.train.images[:count], torch.full((count,), -1)))
+    hashes = other.train.hashes
+    assert hashes is not None
+    return replace(data, unlabelled=Split(other.train.images[:count], torch.full((count,), -1), hashes=hashes[:count]))
 
 
 def student(method: Method, weight: float = 1.0, micro_batch_size: int | None = None) -> Student:
@@ -166,3 +171,40 @@ def test_images_that_nobody_uses_are_named(field: str) -> None:
     assert "the images without labels are not used" in " ".join(describe_students(recipe, data_with(), {}))
     used = load_recipe("digits", ["data.unlabelled=rest"])
     assert "a step has 32 images with labels and 20 without" in list(describe_students(used, data_with(), {}))
+
+
+def test_they_are_read_for_students_with_a_teacher_alone_until_the_last_has_stopped() -> None:
+    cohort, without = cohort_of(["none", "soft"], data_with(), UNLABELLED), cohort_of(["none"], data_with(), 0)
+    views: list[int] = []
+    make_view = cohort.make_view
+
+    def watching(*given: Any) -> Any:
+        made = make_view(*given)
+        views.append(len(made[0]))
+        return made
+
+    cohort.make_view = watching  # type: ignore[method-assign]
+    for each in (cohort, without):
+        each.next_step(each.batches.epoch(0))
+        each.students[-1].stopped = "stopped" if each is cohort else None
+        each.next_step(each.batches.epoch(0))
+    assert views == [BATCH + UNLABELLED, BATCH]
+    for one, other in zip(gradient(cohort.students[0]), gradient(without.students[0]), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize(
+    ("method", "fields", "learns"),
+    [("soft", (), True), ("consistent", (), True), ("none", (), False),
+     ("soft", ("distillation.unlabelled_weight=0",), False)],
+)  # fmt: skip
+def test_only_students_that_learn_from_them_say_so_in_their_card(
+    method: str, fields: tuple[str, ...], learns: bool
+) -> None:
+    data = data_with()
+    assert data.unlabelled is not None
+    recipe = load_recipe("digits", ["data.unlabelled=rest", *fields])
+    card = _student_card(recipe, data, student(METHODS[method]), 0)
+    splits = [data.train, data.unlabelled] if learns else [data.train]
+    assert card["trained_on"] == sketch(torch.cat([split.hashes for split in splits]))
+    assert card.get("labelled_share", 1.0) == (len(data.train) / (len(data.train) + UNLABELLED) if learns else 1.0)

@@ -12,7 +12,7 @@ import torch
 from deitkit import __version__
 from deitkit.comparison.images import describe_images
 from deitkit.data.dataset import Dataset
-from deitkit.distillation.methods import SHIPPED, SIGNALS, find_method
+from deitkit.distillation.methods import SIGNALS, find_method, is_shipped
 from deitkit.errors import CheckpointError
 from deitkit.models.registered import OWN, build_function
 from deitkit.models.weights.initialise import weights_file
@@ -101,8 +101,8 @@ def _of_students(recipe: Recipe, dataset: Dataset) -> dict[str, str]:
     """Return a SHA-256 of each method of the user's, and of a registered baseline."""
     found = _of_architectures([] if recipe.baseline is None else [recipe.baseline.name], dataset)
     for name in recipe.methods:
-        if name not in SHIPPED:
-            method = find_method(name)
+        method = find_method(name)
+        if not is_shipped(method):
             settings = DistillationRecipe()  # the recipe's own are compared elsewhere
             terms = [(term.head, term.signal, term.weight(settings)) for term in method.terms]
             losses = [_source(SIGNALS[term.signal].loss) for term in method.terms]

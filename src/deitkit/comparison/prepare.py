@@ -9,13 +9,12 @@ from deitkit.comparison.environment import require_same_ingredients, write_envir
 from deitkit.comparison.estimate import estimate_training
 from deitkit.comparison.finetune import StartingPoint, measure_checkpoint
 from deitkit.comparison.images import load_images
-from deitkit.comparison.seed_run import (
-    step_images,
-)
+from deitkit.comparison.seed_run import step_images
 from deitkit.data.augment.augment import Augment
 from deitkit.data.augment.preview import draw_views
 from deitkit.data.dataset import Dataset
-from deitkit.distillation.methods import find_method, require_losses
+from deitkit.distillation.methods import find_method
+from deitkit.distillation.trial import require_losses
 from deitkit.errors import RecipeError
 from deitkit.models.accelerate import forget_compiled, release
 from deitkit.models.weights.pretrained import resolved
@@ -23,9 +22,7 @@ from deitkit.recipe.schema import Recipe
 from deitkit.run.folder import begin_run, check_run
 from deitkit.run.layout import BASELINE
 from deitkit.run.observer import Watcher
-from deitkit.run.results import (
-    TeacherCard,
-)
+from deitkit.run.results import TeacherCard
 from deitkit.system.device import Precision
 from deitkit.system.ranks import current_ranks
 from deitkit.teachers.frozen import Teachers
@@ -111,19 +108,20 @@ def dry_run(recipe: Recipe, dataset: Dataset, precision: Precision) -> tuple[lis
     _require_whole_batches(recipe, len(dataset.train))
     _require_policies(recipe, dataset)
     for name in recipe.methods:
-        require_losses(name, recipe.distillation, dataset.classes)
-    top = kept_logits(recipe, dataset.classes)
-    if top is not None and current_ranks().count > 1:
-        raise RecipeError(
-            f"cache_top={top} changes the answers of a teacher, and several processes do not use the cache: drop it, "
-            "or start one process"
-        )
+        require_losses(name, recipe.distillation, dataset.classes, precision)
+    _require_fit_for_cache_top(recipe, dataset.classes)
     require_parts(step_images(recipe, dataset), precision.device)
     remarks = [
         f"{name}.cache_top={teacher.cache_top} has no effect without {name}.cache=true"
         for name, teacher in recipe.named_teachers.items()
         if teacher.cache_top is not None and not teacher.cache
     ]
+    few = [name for name in recipe.methods if dataset.classes < find_method(name).least_classes]
+    if few:
+        remarks.append(
+            f"{' and '.join(few)}: with {dataset.classes} classes a part of the loss has no gradient, or all of it; "
+            "other methods learn more from the teacher"
+        )
     require_unseen_baseline(recipe, dataset)
     students = build_students(recipe, dataset, recipe.seeds[0], precision, remarks.append)
     for cnn in (student.classifier for student in students if student.name == BASELINE):
@@ -134,6 +132,24 @@ def dry_run(recipe: Recipe, dataset: Dataset, precision: Precision) -> tuple[lis
     for student in students:
         release(student.classifier)
     return remarks, {one.name: sum(value.numel() for value in one.classifier.parameters()) for one in students}
+
+
+def _require_fit_for_cache_top(recipe: Recipe, classes: int) -> None:
+    """Raise RecipeError if a part of the logits is to be cached, and this run does not use it or needs all of them."""
+    top = kept_logits(recipe, classes)
+    if top is None:
+        return
+    if current_ranks().count > 1:
+        raise RecipeError(
+            f"cache_top={top} changes the answers of a teacher, and several processes do not use the cache: drop it, "
+            "or start one process"
+        )
+    others = [name for name in recipe.methods if find_method(name).needs_all_logits]
+    if others:
+        raise RecipeError(
+            f"cache_top={top} keeps little more than the teacher's softmax, and the loss of {' and '.join(others)} "
+            "depends on all logits: drop it, or the method"
+        )
 
 
 def _require_policies(recipe: Recipe, dataset: Dataset) -> None:

@@ -267,16 +267,18 @@ def _weights(student: Student) -> dict[str, Classifier]:
 
 
 def _student_card(recipe: Recipe, dataset: Dataset, student: Student, seed: int) -> dict[str, Any]:
+    learns_unlabelled = student.method.teacher_signal and recipe.unlabelled_in_step
+    unlabelled = dataset.unlabelled if learns_unlabelled else None
     card = {
         "method": student.name,
         "seed": seed,
         "recipe": recipe.name,
         "precision": recipe.train.precision,
         **card_of_data(recipe.data, dataset),
-        "trained_on": sketch(torch.cat([split.hashes for split in (dataset.train, dataset.unlabelled) if split])),
+        "trained_on": sketch(torch.cat([split.hashes for split in (dataset.train, unlabelled) if split])),
     }
-    if dataset.unlabelled is not None:
-        card["labelled_share"] = len(dataset.train) / (len(dataset.train) + len(dataset.unlabelled))
+    if unlabelled is not None:
+        card["labelled_share"] = len(dataset.train) / (len(dataset.train) + len(unlabelled))
     if student.name == BASELINE:
         card["architecture"], before = baseline_architecture(recipe), baseline_origin(recipe)
     else:

@@ -69,7 +69,7 @@ class Batches:
         self.scale_min = scale_min
         self.places = torch.arange(batch_size) if places is None else places
         self._places_there = self.places.to(device)
-        self.classes = split.labels.cpu().unique() if balanced else None
+        self.class_counts = split.labels.cpu().unique(return_counts=True)[1].tolist() if balanced else None
         self.steps_per_epoch = len(split) * epoch_repeats // batch_size
         self._order: tuple[int, Tensor, Tensor] | None = None
         # Batches that are decoded ahead, with the epoch and the step of the next one.
@@ -109,16 +109,16 @@ class Batches:
 
     def _one_pass(self, generator: torch.Generator) -> Int64[Tensor, " n"]:
         order = torch.randperm(len(self.split), generator=generator)
-        return order if self.classes is None else self._balanced(order, generator)
+        return order if self.class_counts is None else self._balanced(order, generator)
 
     def _balanced(self, order: Int64[Tensor, " n"], generator: torch.Generator) -> Int64[Tensor, " n"]:
         """Return an order of the same length with as many images of every class, in random order."""
-        assert self.classes is not None
-        labels = self.split.labels.cpu()[order]
+        assert self.class_counts is not None
+        by_class = order[self.split.labels.cpu()[order].argsort(stable=True)].split(self.class_counts)
+        each, more = divmod(len(order), len(by_class))
         drawn = []
-        for place, label in enumerate(self.classes):
-            own = order[labels == label]
-            quota = len(order) // len(self.classes) + (place < len(order) % len(self.classes))
+        for place, own in enumerate(by_class):
+            quota = each + (place < more)
             drawn.append(own.repeat(-(-quota // len(own)))[:quota])
         together = torch.cat(drawn)
         return together[torch.randperm(len(together), generator=generator)]

@@ -9,7 +9,6 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
@@ -22,8 +21,9 @@ from deitkit.distillation.losses import (
     soft_distillation_loss,
     standardised_distillation_loss,
 )
-from deitkit.errors import RecipeError, reason_of
+from deitkit.errors import RecipeError
 from deitkit.models.vit import Output
+from deitkit.recipe.contradictions import VARIANT_NAME
 from deitkit.recipe.schema import DistillationRecipe
 
 Logits: TypeAlias = Float[Tensor, "batch classes"]
@@ -35,14 +35,20 @@ class Signal:
     """A training signal of a head.
 
     Args:
-        loss: Maps the head's logits, the teacher's logits, the targets and the settings to a loss.
+        loss: Maps the head's logits, the teacher's logits (None without ``teacher``), the targets and the settings to a
+            loss, which is one number.
         teacher: The part of the teacher's output that is used: ``soft`` (probabilities), ``hard`` (decision) or None.
         whole_batch: Whether the loss relates the images of a batch, so that it is not a mean over its parts.
+        by_softmax: Whether a loss of soft answers depends on the teacher's softmax alone, which ``teacher.cache_top``
+            keeps but for that of the small logits among themselves.
+        least_classes: The number of classes from which on every part of the loss has a gradient.
     """
 
     loss: Callable[[Logits, Any, Logits, DistillationRecipe], Tensor]
     teacher: str | None = None
     whole_batch: bool = False
+    by_softmax: bool = False
+    least_classes: int = 2
 
 
 def _soft(logits: Logits, teacher_logits: Logits, targets: Logits, settings: DistillationRecipe) -> Tensor:
@@ -83,11 +89,11 @@ SIGNALS: dict[str, Signal] = {
     "hard": Signal(
         lambda logits, teacher_logits, targets, settings: hard_distillation_loss(logits, teacher_logits), "hard"
     ),
-    "soft": Signal(_soft, "soft"),
-    "dkd": Signal(_decoupled, "soft"),
-    "dist": Signal(_relations, "soft", whole_batch=True),
-    "standardised": Signal(_standardised, "soft"),
-    "consistent": Signal(_consistent, "soft"),
+    "soft": Signal(_soft, "soft", by_softmax=True),
+    "dkd": Signal(_decoupled, "soft", by_softmax=True),
+    "dist": Signal(_relations, "soft", whole_batch=True, by_softmax=True, least_classes=3),
+    "standardised": Signal(_standardised, "soft", least_classes=3),
+    "consistent": Signal(_consistent, "soft", by_softmax=True),
 }
 
 
@@ -110,7 +116,8 @@ class Term:
         """Return the weighted term."""
         logits = output.class_logits if self.head == "class" else output.distillation_logits
         assert logits is not None, f"the student has no {self.head} head"
-        return self.weight(settings) * SIGNALS[self.signal].loss(logits, teacher_logits, targets, settings)
+        own_logits = None if self.is_of_labels else teacher_logits
+        return self.weight(settings) * SIGNALS[self.signal].loss(logits, own_logits, targets, settings)
 
 
 # How the table names the readouts of a student with two heads.
@@ -191,6 +198,17 @@ class Method:
     def needs_whole_batch(self) -> bool:
         """Whether the loss of a batch is not the mean of the losses of its parts."""
         return any(SIGNALS[term.signal].whole_batch for term in self.terms)
+
+    @property
+    def needs_all_logits(self) -> bool:
+        """Whether the loss depends on more of the teacher's logits than their softmax."""
+        signals = [SIGNALS[term.signal] for term in self.terms]
+        return any(signal.teacher == "soft" and not signal.by_softmax for signal in signals)
+
+    @property
+    def least_classes(self) -> int:
+        """The number of classes from which on every term has a gradient."""
+        return max(SIGNALS[term.signal].least_classes for term in self.terms)
 
     @property
     def token_layout(self) -> str:
@@ -281,48 +299,56 @@ def reference_method(names: Collection[str]) -> str | None:
     return next((name for name, method in METHODS.items() if name in names and method.teacher_signal is None), None)
 
 
-SHIPPED = frozenset(METHODS)  # all others are the user's
+_SHIPPED_METHODS, _SHIPPED_SIGNALS = METHODS.copy(), SIGNALS.copy()  # all others are the user's
+_NO_NAMES = ("cnn-baseline",)  # of a student without a method: BASELINE of run/layout.py
 
 
-def find_method(name: str) -> Method:
-    """Return a method by name; raise RecipeError with the nearest names if it is unknown, or if it cannot train."""
+def is_shipped(method: Method) -> bool:
+    """Return whether a method and its signals are deitkit's, none replaced by one of the user's of the same name."""
+    of_deitkit = (SIGNALS.get(term.signal) is _SHIPPED_SIGNALS.get(term.signal) for term in method.terms)
+    return _SHIPPED_METHODS.get(method.name) is method and all(of_deitkit)
+
+
+def find_method(wanted: str | Method) -> Method:
+    """Return a method of the table by its name, or itself.
+
+    Raises:
+        RecipeError: The name is unknown (the message has the nearest ones), the table has another method of that name,
+            or the method cannot train.
+    """
+    name = wanted.name if isinstance(wanted, Method) else wanted
     if name not in METHODS:
         near = difflib.get_close_matches(name, METHODS, n=2) or list(METHODS)
         raise RecipeError(f"methods: '{name}' is not a method; did you mean {' or '.join(near)}? See `deitkit methods`")
-    if name not in SHIPPED:
-        _require_consistent(METHODS[name])
-    return METHODS[name]
+    method = METHODS[name]
+    if isinstance(wanted, Method) and wanted is not method:
+        raise RecipeError(
+            f"methods: METHODS has another method of the name '{name}': put yours there under a name of its own"
+        )
+    if not is_shipped(method):
+        _require_consistent(name, method)
+    return method
 
 
-def _require_consistent(method: Method) -> None:
-    """Raise RecipeError for a method of the user's whose tokens, heads or signals do not exist."""
+def _require_consistent(name: str, method: Method) -> None:
+    """Raise RecipeError for a method of the user's with an unfit name, or whose tokens, heads or signals do not exist.
+
+    Args:
+        name: Its key in ``METHODS``.
+        method: Of the user's.
+    """
     heads = method.tokens or ("class",)
     layouts = ((), ("class",), ("distillation",), _BOTH)
     problem = None
-    if method.tokens not in layouts:
+    if method.name != name:
+        problem = f"its name is '{method.name}': put it into METHODS under its name"
+    elif not VARIANT_NAME.fullmatch(name) or name in _NO_NAMES:
+        problem = f"it names a folder: use lower-case letters, digits, - and _, and not '{_NO_NAMES[0]}'"
+    elif method.tokens not in layouts:
         problem = f"its tokens are {method.tokens}: choose from {', '.join(map(str, layouts))}"
     elif {term.head for term in method.terms} != {*heads}:
         problem = f"its terms must train its heads, which are {' and '.join(heads)}"
     elif unknown := [term.signal for term in method.terms if term.signal not in SIGNALS]:
         problem = f"'{unknown[0]}' is not a signal: choose from {', '.join(SIGNALS)}, or add it to SIGNALS"
     if problem is not None:
-        raise RecipeError(f"methods: '{method.name}' cannot train: {problem}")
-
-
-def require_losses(name: str, settings: DistillationRecipe, classes: int) -> None:
-    """Try the loss of a method of the user's on random logits; raise RecipeError if it fails or is not one number."""
-    if name in SHIPPED:
-        return
-    method, generator = find_method(name), torch.Generator().manual_seed(0)
-    logits, other, teacher = (torch.randn(4, classes, generator=generator).requires_grad_() for _ in range(3))
-    heads = {"class": logits, "distillation": other}
-    given = [heads[token] if token in (method.tokens or ("class",)) else None for token in _BOTH]
-    targets = teacher.detach().softmax(dim=-1)
-    try:
-        terms = method.loss_terms(Output(*given), teacher.detach(), targets, settings)
-        sum(terms.values(), torch.zeros(())).backward()  # raises for more than one number
-    except Exception as error:  # the user's code may raise any
-        raise RecipeError(
-            f"methods: the loss of '{name}' fails on random logits ({type(error).__name__}: {reason_of(error)}): "
-            "correct its signals"
-        ) from error
+        raise RecipeError(f"methods: '{name}' cannot train: {problem}")

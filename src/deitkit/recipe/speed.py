@@ -22,7 +22,8 @@ class SpeedRecipe(Section):
     micro_batch_size: Literal["auto"] | PositiveInt | None = Field(
         "auto",
         description="Split a student's batch and accumulate its gradient: less memory, the same step. auto: on a CPU, "
-        "into parts that fit its cache; null: never. CNNs (for their BatchNorm) and 'dist' always use whole batches.",
+        "into parts that fit its cache; null: never. CNNs (for their BatchNorm) and 'dist' always use whole batches. "
+        "A number divides what the teacher sees, too.",
     )
     save_seconds: PositiveFloat = Field(
         300.0,

@@ -186,10 +186,13 @@ def kept_logits(recipe: Recipe, classes: int) -> int | None:
     """Return how many logits of each view are cached; None for all.
 
     Raises:
-        RecipeError: ``teacher.cache_top`` is not below the number of classes.
+        RecipeError: ``teacher.cache_top`` is not below the number of classes, or several teachers differ in it.
     """
-    tops = ((name, teacher.cache_top) for name, teacher in recipe.named_teachers.items() if teacher.cache)
-    name, top = next(tops, ("", None))
+    tops = {name: teacher.cache_top for name, teacher in recipe.named_teachers.items() if teacher.cache}
+    name, top = next(iter(tops.items()), ("", None))
+    if len(set(tops.values())) > 1:
+        given = ", ".join(f"{each}.cache_top={'null' if one is None else one}" for each, one in tops.items())
+        raise RecipeError(f"{given} differ, but the mean of the teachers is cached: set the same for each")
     if top is not None and top >= classes:
         raise RecipeError(f"{name}.cache_top={top} is not below the {classes} classes: drop it to cache all logits")
     return top

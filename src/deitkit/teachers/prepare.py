@@ -14,7 +14,7 @@ from torch import nn
 from deitkit.data.dataset import Dataset
 from deitkit.data.duplicates import sketch
 from deitkit.distillation.methods import METHODS
-from deitkit.errors import CheckpointError, TeacherError
+from deitkit.errors import CheckpointError, RecipeError, TeacherError
 from deitkit.evaluation.readouts import top_k_accuracy
 from deitkit.evaluation.seen_images import card_of_data, images_before
 from deitkit.models.accelerate import accelerate
@@ -40,6 +40,7 @@ from deitkit.teachers.resolution import measure_at_own_resolution
 from deitkit.teachers.saved import origins, require_unseen
 from deitkit.training.cohort import Cohort
 from deitkit.training.fit import train_to_end
+from deitkit.training.optim import build_optimizers
 from deitkit.training.shared import announce, ranks_that_share, require_parts
 from deitkit.training.student import Student
 from deitkit.training.trial import failure_of
@@ -133,6 +134,11 @@ def _try(
         require_parts({"teacher.train.batch_size": recipe.train.batch_size}, precision.device)
     if trained and not recipe.all_images:
         require_batch(recipe, len(dataset.train))
+    if trained:
+        try:
+            build_optimizers(classifier.model, recipe.train)
+        except RecipeError as error:
+            raise TeacherError(f"teacher.train.{error}") from error
     failure = failure_of(classifier, dataset, recipe.train.batch_size if trained else 1, precision, trained=trained)
     if failure is not None:
         way = "teacher.image_px, teacher.train.batch_size" if trained else "teacher.image_px"

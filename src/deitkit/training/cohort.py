@@ -91,6 +91,7 @@ class Cohort:
         self.validation = dataset.validation.to(self.device)
         self.train_recipe = train
         self.precision = precision
+        self.micro_batch_size = speed.micro_batch_size
         self.seed = seed
         self.logit_cache = logit_cache
         if ranks.count > 1:
@@ -119,6 +120,11 @@ class Cohort:
     def active(self) -> list[Student]:
         """The students that still train."""
         return [student for student in self.students if student.stopped is None]
+
+    @property
+    def _is_taught(self) -> bool:
+        """Whether a student that still trains learns from the teacher."""
+        return any(student.method.teacher_signal for student in self.active)
 
     @property
     def images_in_step(self) -> int:
@@ -177,7 +183,7 @@ class Cohort:
         self, view: Float[Tensor, "batch channels height width"]
     ) -> Float[Tensor, "batch classes"] | None:
         """Return the teacher's logits for the view of this step; None if no student needs them."""
-        if self.teacher is None or not any(student.method.teacher_signal for student in self.active):
+        if self.teacher is None or not self._is_taught:
             return None
         compute = partial(self.recorder.run, self.teacher_forward, view, record=self._records_teacher)
         cache = self.logit_cache
@@ -185,10 +191,12 @@ class Cohort:
         return self.recorder.hold("teacher logits", logits)
 
     def teacher_forward(self, view: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch classes"]:
-        """Return the teacher's logits for a view, in the precision of the run."""
+        """Return the teacher's logits for a view, in the precision of the run and the micro-batches that it names."""
         assert self.teacher is not None
         with self.precision.autocast():
-            return self.teacher(view)
+            if not isinstance(self.micro_batch_size, int):
+                return self.teacher(view)
+            return torch.cat([self.teacher(part) for part in view.split(self.micro_batch_size)])
 
     def rate(self, student: Student, step: int) -> float:
         """Return a student's learning rate at a step of the run."""
@@ -240,13 +248,25 @@ class Cohort:
             with self.watches["step"]:
                 with self.watches["waiting"]:
                     images, labels = next(batches)
-                    unlabelled = self.views.unlabelled_images(self.global_step)
+                    # A recording must read a view of the same size at every step.
+                    is_used = self._is_taught or self.recorder.enabled
+                    unlabelled = self.views.unlabelled_images(self.global_step) if is_used else None
                 self.train_step(images, labels, unlabelled)
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
-            raise OutOfMemory(self.batches.batch_size, len(self.batches.places)) from error
+            raise self._out_of_memory() from error
         self.step += 1
+
+    def _out_of_memory(self) -> OutOfMemory:
+        sizes = (one.micro_batch_size for one in self.active if one.least_micro_batch_size < one.micro_batch_size)
+        models = (student.classifier.model for student in self.active)
+        return OutOfMemory(
+            self.batches.batch_size,
+            len(self.batches.places),
+            max(sizes, default=1),
+            can_recompute=any(getattr(model, "checkpoint_activations", None) is False for model in models),
+        )
 
     @property
     def global_step(self) -> int:

@@ -152,12 +152,28 @@ class ExponentialMovingAverage:
         self.classifier = copy.deepcopy(classifier).eval().requires_grad_(False)
         self.decay = decay
         self.updates = 0
+        self.forget()
+
+    def forget(self) -> None:
+        """Look for weights and buffers again at the next update, since a module has been replaced."""
+        self._of: Classifier | None = None
 
     @torch.no_grad()
     def update(self, classifier: Classifier) -> None:
         """Update the average by one step; copy buffers (BatchNorm's statistics)."""
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         self.updates += 1
-        torch._foreach_lerp_(list(self.classifier.parameters()), list(classifier.parameters()), 1 - decay)
-        for shadow, buffer in zip(self.classifier.buffers(), classifier.buffers(), strict=True):
-            shadow.copy_(buffer)
+        if self._of is not classifier:  # walking through the modules takes longer than the update
+            self._of, pair = classifier, (self.classifier, classifier)
+            self._weights: list[list[Tensor]] = [[*one.parameters()] for one in pair]
+            self._buffers = [_places_of_buffers(one) for one in pair]
+        shadows, current = self._weights
+        torch._foreach_lerp_(shadows, current, 1 - decay)
+        shadows, current = ([tensors[name] for tensors, name in places] for places in self._buffers)
+        torch._foreach_copy_(shadows, current)
+
+
+def _places_of_buffers(classifier: Classifier) -> list[tuple[dict[str, Any], str]]:
+    """Return where a classifier's modules hold their buffers, which they may replace by other tensors."""
+    each = (module._buffers for module in classifier.modules())
+    return [(tensors, name) for tensors in each for name, tensor in tensors.items() if tensor is not None]

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from deitkit.distillation.methods import SHIPPED, Method
+from deitkit.distillation.methods import Method, is_shipped
 from deitkit.models.classifier import Classifier
 from deitkit.models.vit import Output
 from deitkit.recipe.schema import DistillationRecipe, OptimizerRecipe
@@ -61,8 +61,9 @@ class Student:
         self.recipe = recipe
         self.precision = precision
         self.distillation = distillation
-        self.micro_batch_size = choose_micro_batch_size(
-            classifier, batch_size, speed, precision, method.needs_whole_batch
+        self.micro_batch_size, self.least_micro_batch_size = (
+            choose_micro_batch_size(classifier, batch_size, one, precision, method.needs_whole_batch)
+            for one in (speed, SpeedRecipe(micro_batch_size=1))
         )
         self.optimizers = build_optimizers(classifier.model, recipe)
         self.average = ExponentialMovingAverage(classifier, ema_decay) if ema_decay is not None else None
@@ -87,6 +88,8 @@ class Student:
             unlabelled: Images without labels, likewise.
         """
         self.ranks, self.step_sizes = ranks, (labelled, unlabelled)
+        if self.average is not None:
+            self.average.forget()  # BatchNorm may become SyncBatchNorm, other modules
 
     def backward(
         self,
@@ -165,7 +168,7 @@ class Student:
         """Whether a CUDA graph may replay ``backward``: no process waits in it, and no code of the user's runs."""
         model = self.classifier.model
         waits = self.ranks.count > 1 and (self.method.needs_whole_batch or has_batch_norm(model))
-        return not waits and self.method.name in SHIPPED and is_of_libraries(model)
+        return not waits and is_shipped(self.method) and is_of_libraries(model)
 
     @property
     def can_record_optimizer_step(self) -> bool:
