@@ -21,7 +21,7 @@ from deitkit.analyze.analysis import analyze_run
 from deitkit.cli.main import app
 from deitkit.comparison.compare import compare
 from deitkit.comparison.finetune import start_from
-from deitkit.comparison.folds import begin_folds, combine
+from deitkit.comparison.folds import combine, prepare_folds
 from deitkit.comparison.run import run_recipe
 from deitkit.comparison.units import PREPARE, run_unit
 from deitkit.comparison.verify import verify_run
@@ -136,7 +136,7 @@ def test_a_fold_that_damaged_files_leave_without_a_class_is_found_before_the_fir
     for fold in (1, 2):  # the third alone lacks dogs
         load_dataset(recipe.data.model_copy(update={"fold": fold}))
     with pytest.raises(DataError, match="class 'dog'"):
-        begin_folds(recipe, tmp_path / "run", watcher=Watcher())
+        prepare_folds(recipe, tmp_path / "run", watcher=Watcher())
     assert not (tmp_path / "run").exists()
 
 

@@ -883,6 +883,7 @@ def test_report_imports_no_training_code() -> None:
 
     folder = Path(deitkit.report.write.__file__).parent
     read = (
+        "system.figure_file",
         "system.files",
         "system.process",
         "system.words",
